@@ -85,7 +85,7 @@ from typing import Any, Callable, Dict, Iterable, Iterator, Mapping, NamedTuple,
 
 __version__ = "1.0.0"
 __all__ = ["Agent", "Autopilot", "Chat", "Config", "Dashboard", "Journal", "Memory", "OpenRouter",
-           "OrchestratorError", "Tmux", "choose_program", "main"]
+           "OrchestratorError", "Tmux", "child_environment", "choose_program", "main"]
 
 
 # -- 1. Errors ------------------------------------------------------------------------------
@@ -174,48 +174,50 @@ class Interrupted(KeyboardInterrupt):
 _NAME = (r"[A-Za-z0-9_-]+", "letters, digits, _ and -")
 _WORD = (r"[^\s\"\\]+", "one word without quotes")
 _URL = (r"https?://[^\s/?#]+[^\s?#]*", "an http:// or https:// address")
-_BOOLEANS = {"true": True, "1": True, "yes": True, "on": True,
-             "false": False, "0": False, "no": False, "off": False}
+_TEXT = (r"(?s).*", "text")
+_BOOL = (r"(?i)true|1|yes|on|false|0|no|off", "true/1/yes/on or false/0/no/off")
+_COUNT = (r"[0-9]{1,9}", "a whole number, 0 or more")
+_ONE_UP = (r"0*[1-9][0-9]{0,8}", "a whole number, 1 or more")
+_AMOUNT = (r"[0-9]{1,9}(\.[0-9]*)?|\.[0-9]+", "a number, 0 or more")
+_PORT = (r"[0-5]?\d{1,4}|6[0-4]\d{3}|65[0-4]\d\d|655[0-2]\d|6553[0-5]",
+         "a whole number, 0 to 65535")
 
 
-def _setting(default: object, meaning: str, *, accept: tuple[str, str] = (r"[^\0]*", "text"),
-             least: int = 0, most: float = float("inf")) -> object:
-    """Return a Config field: default, meaning, and for text the pattern it has to match."""
-    return dataclasses.field(default=default, metadata={
-        "meaning": meaning, "accept": accept, "least": least, "most": most})
+def _setting(default: object, accept: tuple[str, str], meaning: str) -> Any:
+    """Return a Config field: default, the pattern of its text and that in words, and meaning."""
+    return dataclasses.field(default=default, metadata={"accept": accept, "meaning": meaning})
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """All that a run can be told.  A field's environment variable is its name in capitals."""
 
-    claude_tmux_session: str = _setting("gt-claude-loop", "tmux session name", accept=_NAME)
+    claude_tmux_session: str = _setting("gt-claude-loop", _NAME, "tmux session name")
     claude_tmux_socket: str = _setting(
-        "gt-claude-loop", "tmux socket name (-L), apart from your own tmux", accept=_NAME)
+        "gt-claude-loop", _NAME, "tmux socket name (-L), apart from your own tmux")
     default_model: str = _setting(
-        "claude", "the agent: gpt... is Codex, anything else Claude Code; "
-        "a name more exact than claude or gpt is passed on with --model", accept=_WORD)
-    claude_cmd: str = _setting("", "shell command to run in the pane instead")
-    terminate_when_quit: bool = _setting(False, "kill the tmux session at the end")
-    autonomous_mode: bool = _setting(True, "false: chat")
-    openrouter_api_key: str = _setting("", "required when autonomous", accept=_WORD)
-    openrouter_model: str = _setting(
-        "anthropic/claude-opus-4.6", "the orchestrating model", accept=_WORD)
+        "claude", _WORD, "the agent: gpt... is Codex, anything else Claude Code; "
+        "a name more exact than claude or gpt is passed on with --model")
+    claude_cmd: str = _setting("", _TEXT, "shell command to run in the pane instead")
+    terminate_when_quit: bool = _setting(False, _BOOL, "kill the tmux session at the end")
+    autonomous_mode: bool = _setting(True, _BOOL, "false: chat")
+    openrouter_api_key: str = _setting("", _WORD, "required when autonomous")
+    openrouter_model: str = _setting("anthropic/claude-opus-4.6", _WORD, "the orchestrating model")
     openrouter_base_url: str = _setting(
-        "https://openrouter.ai/api/v1", "any OpenAI-compatible server", accept=_URL)
-    max_iterations: int = _setting(0, "model turns, 0: no limit")
-    max_cost: float = _setting(0.0, "US dollars, 0: no limit")
-    max_minutes: float = _setting(0.0, "wall clock of the run, 0: no limit")
-    turn_timeout: int = _setting(
-        1800, "seconds until a turn is reported as still working", least=1)
+        "https://openrouter.ai/api/v1", _URL, "any OpenAI-compatible server")
+    max_iterations: int = _setting(0, _COUNT, "model turns, 0: no limit")
+    max_cost: float = _setting(0.0, _AMOUNT, "US dollars, 0: no limit")
+    max_minutes: float = _setting(0.0, _AMOUNT, "wall clock of the run, 0: no limit")
+    turn_timeout: int = _setting(1800, _ONE_UP, "seconds until a turn is reported as still working")
     history_max_tokens: int = _setting(
-        60000, "size of the conversation above which its older part is summarised", least=1000)
-    verify_cmd: str = _setting("", "shell command that has to pass before the task is complete")
-    memory_max_facts: int = _setting(50, "above this the memory is compacted", least=1)
-    dashboard_enabled: bool = _setting(True, "serve the dashboard")
-    dashboard_host: str = _setting("127.0.0.1", "address it listens on", accept=_WORD)
-    dashboard_port: int = _setting(0, "0: any free port", most=65535)
-    dashboard_open: bool = _setting(True, "open it in a browser, where there is one")
+        60000, _ONE_UP, "size of the conversation above which its older part is summarised")
+    verify_cmd: str = _setting(
+        "", _TEXT, "shell command that has to pass before the task is complete")
+    memory_max_facts: int = _setting(50, _ONE_UP, "above this the memory is compacted")
+    dashboard_enabled: bool = _setting(True, _BOOL, "serve the dashboard")
+    dashboard_host: str = _setting("127.0.0.1", _WORD, "address it listens on")
+    dashboard_port: int = _setting(0, _PORT, "0: any free port")
+    dashboard_open: bool = _setting(True, _BOOL, "open it in a browser, where there is one")
 
     @classmethod
     def settings(cls) -> dict[str, dataclasses.Field]:
@@ -229,32 +231,17 @@ class Config:
         Raises ConfigError for a value that does not fit, naming variable, value and what is
         accepted.
         """
-        values = {}
+        values: dict[str, Any] = {}
         for name, field in cls.settings().items():
-            text = (environ.get(name) or env_file.get(name) or "").strip()
+            text, kind = environ.get(name) or env_file.get(name) or "", type(field.default)
+            pattern, expected = field.metadata["accept"]
+            if text and not re.fullmatch(pattern, text.strip()):
+                shown = "(hidden)" if name == "OPENROUTER_API_KEY" else repr(text)
+                raise ConfigError(f"{name}={shown}: expected {expected}")
             if text:
-                values[field.name] = _parse_setting(name, text, field)
+                true = text.strip().lower() in ("true", "1", "yes", "on")
+                values[field.name] = true if kind is bool else kind(text.strip())
         return cls(**values)
-
-
-def _parse_setting(name: str, text: str, field: dataclasses.Field) -> object:
-    rules, kind, value = field.metadata, type(field.default), None
-    pattern, expected = rules["accept"]
-    if kind is bool:
-        value, expected = _BOOLEANS.get(text.lower()), "true/1/yes/on or false/0/no/off"
-    elif kind is str:
-        value = text if re.fullmatch(pattern, text) else None
-    else:
-        whole = "whole number" if kind is int else "number"
-        limit = f" to {rules['most']}" if rules["most"] != float("inf") else " or more"
-        expected = f"a {whole}, {rules['least']}{limit}"
-        if re.fullmatch(r"[0-9]+" if kind is int else r"[0-9]*\.?[0-9]+|[0-9]+\.", text):
-            value = kind(text)
-            value = value if rules["least"] <= value <= rules["most"] else None
-    if value is None:
-        shown = "(hidden)" if name == "OPENROUTER_API_KEY" else repr(text)
-        raise ConfigError(f"{name}={shown}: expected {expected}")
-    return value
 
 
 _ENV_LINE = re.compile(r"""\s* (?:export\s+)? (?P<name>[A-Za-z_][A-Za-z0-9_.]*) \s*=\s*
@@ -273,7 +260,7 @@ def parse_env(text: str) -> dict[str, str]:
         match = _ENV_LINE.fullmatch(line)
         if match:
             values[match["name"]] = match["single"] or match["double"] or match["bare"] or ""
-        elif line.strip() and not line.lstrip().startswith("#"):    # it may hold a secret: not shown
+        elif line.strip() and not line.lstrip().startswith("#"):    # may hold a secret: not shown
             raise ConfigError(f".env line {number}: expected NAME=value, NAME='value' or # comment")
     return values
 
@@ -450,12 +437,6 @@ _KEYS = {"Up", "Down", "Left", "Right", "Enter", "Escape", "Tab", "BTab", "Space
          "Delete", *(f"F{number}" for number in range(1, 13))}
 
 
-def is_key(name: str) -> bool:
-    """Whether tmux knows a key by this name: Enter, C-c, M-x, F1, or one printable character."""
-    bare = re.sub(r"^(?:[CMS]-)*(?=.)", "", name)
-    return bare in _KEYS or len(bare) == 1 and bare.isprintable()
-
-
 def _parse_order(text: str) -> Instruction:
     """Return what is asked for by a reply that neither ends the task nor saves facts."""
     lines = [line.strip() for line in text.split("\n") if line.strip()]
@@ -466,7 +447,8 @@ def _parse_order(text: str) -> Instruction:
         return Instruction("failed", failed[1].strip().rstrip("*_`") or "no reason given")
     if all(line.startswith("KEYS:") for line in lines):
         keys = tuple(key for line in lines for key in line[len("KEYS:"):].split())
-        unknown = [key for key in keys if not is_key(key)]
+        bare = {key: re.sub(r"^(?:[CMS]-)*(?=.)", "", key) for key in keys}
+        unknown = [key for key in keys if bare[key] not in _KEYS and len(bare[key]) > 1]
         if unknown or not keys:
             return Instruction("nothing", "Nothing was pressed. These are no tmux key names: "
                                + (" ".join(unknown) or "(none given)"))
@@ -550,16 +532,6 @@ class Session(NamedTuple):
     command: str
 
 
-def _literal(argument: str) -> str:
-    """Return an argument that tmux does not split: a `;` at the end would end the command."""
-    return argument[:-1] + "\\;" if argument.endswith(";") else argument
-
-
-def _path(directory: str) -> str:
-    """Return a directory that tmux takes as it is: it expands formats in it, even #(commands)."""
-    return _literal(directory.replace("#", "##"))
-
-
 class Tmux:
     """One session on a tmux server of its own.
 
@@ -608,22 +580,22 @@ class Tmux:
             "set-option", "-s", "focus-events", "on", ";",
             "set-option", "-g", "update-environment", "", ";",
             "new-session", "-d", "-s", self.session, "-x", str(_WIDTH), "-y", str(_HEIGHT),
-            "-c", _path(directory), "-P", "-F", "#{pane_id}", "--", *map(_literal, command), ";",
+            "-P", "-F", "#{pane_id}", *self._program(command, directory), ";",
             "resize-window", "-t", target, "-x", str(_WIDTH), "-y", str(_HEIGHT), ";",
             "select-pane", "-t", target, "-T", UNNAMED, ";",
             "set-option", "-t", target, "@orchestrator", mark).strip()
 
     def respawn(self, pane_id: str, command: Sequence[str], directory: str) -> None:
         """Start a command in a pane whose program has ended; its history stays."""
-        self._run("select-pane", "-t", pane_id, "-T", UNNAMED, ";", "respawn-pane", "-k", "-t", pane_id, "-c", _path(directory), "--",
-                  *map(_literal, command))
+        self._run("select-pane", "-t", pane_id, "-T", UNNAMED, ";",
+                  "respawn-pane", "-k", "-t", pane_id, *self._program(command, directory))
 
     def look(self, pane_id: str) -> Pane:
         """Return the state and the screen of a pane, in one call to tmux."""
         facts = ("#{pane_id}:#{pid}:#{pane_pid}:#{pane_dead}:#{pane_in_mode}:#{pane_input_off}:"
                  "#{alternate_on}:#{cursor_y}:#{pane_dead_status}:#{pane_dead_signal}")
-        answer = self._run(*self._each(pane_id, (facts, "#{pane_current_command}", "#{pane_title}")),
-                           ";", "capture-pane", "-p", "-t", pane_id)
+        formats = (facts, "#{pane_current_command}", "#{pane_title}")
+        answer = self._run(*self._each(pane_id, formats), ";", "capture-pane", "-p", "-t", pane_id)
         first, command, title, screen = (answer + "\n\n\n").split("\n", 3)
         if not first.startswith(pane_id + ":"):     # since tmux 3.2 a wrong target is no error
             raise TmuxGone(f"can't find pane: {pane_id}")
@@ -647,9 +619,9 @@ class Tmux:
         Never send-keys for text: it loses a trailing `;` and fails above 16 KB.
         """
         buffer = f"orchestrator-{uuid.uuid4().hex}"
-        return self._guarded(
-            pane, f"paste-buffer -p -r -d -b {buffer} -t {pane.id}", f"delete-buffer -b {buffer} ; ",
-            before=("load-buffer", "-b", buffer, "-", ";"), text=text)
+        return self._guarded(pane, f"paste-buffer -p -r -d -b {buffer} -t {pane.id}",
+                             f"delete-buffer -b {buffer} ; ", text=text,
+                             before=("load-buffer", "-b", buffer, "-", ";"))
 
     def press(self, pane: Pane, *keys: str) -> bool:
         """Press keys by their tmux names; False if the pane would not take them now."""
@@ -666,16 +638,12 @@ class Tmux:
             self._run("send-keys", "-X", "-t", pane_id, "cancel")
 
     def kill(self) -> None:
-        """End the session, and with its last session the server; no error if it is gone."""
-        with contextlib.suppress(TmuxError):
-            self._run("kill-session", "-t", f"={self.session}")
-
-    def kill_server(self) -> None:
-        """End the server with all its sessions, and remove its socket."""
+        """End the session, and if it was the last one the server with its socket."""
         with contextlib.suppress(TmuxError, OSError):
-            path = self._run("display-message", "-p", "#{socket_path}").strip()
-            self._run("kill-server")
-            os.unlink(path)
+            paths = self._run("list-sessions", "-F", "#{socket_path}").splitlines()
+            self._run("kill-session", "-t", f"={self.session}")
+            if len(paths) == 1:
+                os.unlink(paths[0])
 
     def _guarded(self, pane: Pane, command: str, otherwise: str = "", *,
                  before: Sequence[str] = (), text: str = "") -> bool:
@@ -692,6 +660,15 @@ class Tmux:
         return answer.strip() == "TAKEN"
 
     @staticmethod
+    def _program(command: Sequence[str], directory: str) -> list[str]:
+        """Return the arguments that run a command in a directory.
+
+        tmux takes a `;` at an argument's end as its own, and expands formats in the directory.
+        """
+        return [word[:-1] + "\\;" if word.endswith(";") else word
+                for word in ("-c", directory.replace("#", "##"), "--", *command)]
+
+    @staticmethod
     def _each(target: str, formats: Iterable[str]) -> list[str]:
         """Return the commands that print each format on a line of its own."""
         commands: list[str] = []
@@ -706,15 +683,15 @@ class Tmux:
                 input=text.encode("utf-8"), capture_output=True, timeout=_CALL_LIMIT,
                 env=self._environ)
         except FileNotFoundError:
-            raise AgentError("tmux is not installed: apt install tmux, or brew install tmux") from None
+            raise AgentError("tmux is not installed: apt install tmux, brew install tmux") from None
         except subprocess.TimeoutExpired:
-            raise TmuxError(f"tmux {args[0]} gave no answer within {_CALL_LIMIT:g} s; if a server of "
-                            f"another version holds the socket {self.socket_name}, end it") from None
+            raise TmuxError(f"tmux {args[0]} gave no answer in {_CALL_LIMIT:g} s: is the server on "
+                            f"socket {self.socket_name} of another version, or stopped?") from None
         except OSError as error:
             raise TmuxError(f"tmux can't be run: {error.strerror}") from None
         if done.returncode == 0:
             return done.stdout.decode("utf-8", "replace")
-        said = done.stderr.decode("utf-8", "replace").strip() or f"exit status {done.returncode}"
+        said = done.stderr.decode("utf-8", "replace").strip() or f"status {done.returncode}"
         kind = TmuxGone if any(phrase in said for phrase in _GONE) else TmuxError
         raise kind(f"tmux {args[0]}: {said}")
 
@@ -822,7 +799,7 @@ class Watch:
 
 
 class Agent:
-    """The program in the pane, as the loops see it: start, ask, press, wait, stop.
+    """The program in the pane, as the loops see it: start, ask, press, wait.
 
     A dead program, session or server is started again on the way; more than three restarts
     within ten minutes without a finished turn raise AgentError.  `publish` is told of each
@@ -881,7 +858,7 @@ class Agent:
             if not session:
                 raise
             notes = (self._restart(trouble),)
-        self._seen = self._capture()
+        self._seen = tidy(self._tmux.history(self._pane_id))
         return Turn(self._look().text, notes=notes)
 
     def ask(self, message: str, limit: float = 1800) -> Turn:
@@ -895,7 +872,7 @@ class Agent:
             nonlocal handed_over
             self._homes.add(before.command)
             self._paste(before, text)
-            handed_over = True      # if the server dies now, the Enter may have arrived all the same
+            handed_over = True      # if the server dies now, the Enter may still have arrived
             self._write(lambda pane: self._tmux.press(pane, "Enter"))
             self._talked = True
             return self._follow(before, limit, draft=text)
@@ -913,10 +890,6 @@ class Agent:
     def wait(self, seconds: float) -> Turn:
         """Wait until the screen changes and the agent is done, or the time is over."""
         return self._survive(lambda before: self._follow(before, seconds, patience=seconds))
-
-    def stop(self) -> None:
-        """End the session."""
-        self._tmux.kill()
 
     def _survive(self, act: Callable[[Pane], Turn],
                  again: Callable[[], bool] = lambda: False) -> Turn:
@@ -963,15 +936,20 @@ class Agent:
                 os.kill(pane.server_pid, signal.SIGCHLD)
             self._sleep(0.05)
             pane = self._tmux.look(self._pane_id)
-        words = [line for line in pane.text.split("\n") if not line.startswith("Pane is dead (")]
+        words = [line for line in self._news(pane)[0] if not line.startswith("Pane is dead (")]
         last = " / ".join([line.strip() for line in words if line.strip()][-3:])
         error = AgentExited(f"{self.name} ended" + f" with {pane.status}" * bool(pane.status)
                             + f"; it said: {clip(last, 400)}" * bool(last))
         error.words = "\n".join(words).strip("\n")
         return error
 
-    def _capture(self) -> list[str]:
-        return tidy(self._tmux.history(self._pane_id))
+    def _news(self, pane: Pane) -> tuple[list[str], bool]:
+        """Return what is new since the last report, and whether that could be told apart."""
+        capture = tidy(self._tmux.history(pane.id))
+        lines = None if pane.alternate else new_lines(self._seen, capture)
+        if not pane.alternate:      # what is below a full-screen program will be there again
+            self._seen = capture
+        return (pane.text.split("\n"), False) if lines is None else (lines, True)
 
     # writing
 
@@ -1029,12 +1007,9 @@ class Agent:
         else:
             notes.append(f"Nothing has changed for {Watch.STALE:g} seconds, but {pane.command} "
                          "is still running in the foreground.")
-        capture = self._capture()
-        lines = None if pane.alternate else new_lines(self._seen, capture)
-        if lines is None:
-            lines = pane.text.split("\n")
+        lines, exact = self._news(pane)
+        if not exact:
             notes.append("This is the visible screen; what is new on it can't be told apart.")
-        self._seen = capture
         return Turn(clip("\n".join(lines).strip("\n")), state, tuple(notes))
 
     # starting and reviving
@@ -1101,8 +1076,9 @@ class Agent:
                 break
             except (TmuxGone, AgentExited) as error:
                 latest, remembers = error, False
-        self._seen = self._capture()
-        what = f"{trouble}; it was started again"
+        self._seen = tidy(self._tmux.history(self._pane_id))
+        gone = isinstance(trouble, TmuxGone)
+        what = f"{f'the session is gone ({trouble})' if gone else trouble}; it was started again"
         self._publish("recovery", what=what, resumed=remembers)
         return f"{what} and " + ("remembers the conversation." if remembers
                                  else "remembers nothing of what was said before.")
@@ -1221,25 +1197,18 @@ class OpenRouter:
         self._opener = urllib.request.build_opener(_NoRedirect)
 
     def check(self) -> str:
-        """Ask for the key and the model with free calls; return what is known of the model.
+        """Ask for the key and the model by free calls; return what is known of the model.
 
         Raises ModelError for a key or a model that the server refuses.
         """
-        about: object = {}
         if self._is_openrouter:
             self._get("/key")
-            about = self._get(f"/model/{self.model}").get("data")
-        else:
-            models = self._get("/models").get("data") or []
-            known = {each.get("id"): each for each in models if isinstance(each, dict)}
-            if models and self.model not in known:
-                raise ModelError(f"OPENROUTER_MODEL={self.model!r}: not one of the "
-                                 f"{len(known)} models of the server")
-            about = known.get(self.model)
-        price = about.get("pricing") if isinstance(about, dict) else None
-        return self.model + "".join(
-            f", ${float(price[kind]) * 1e6:g} per million {kind} tokens"
-            for kind in ("prompt", "completion") if price and price.get(kind))
+        models = {each.get("id"): each for each in self._get("/models").get("data") or []}
+        if models and self.model not in models:
+            raise ModelError(f"OPENROUTER_MODEL={self.model!r}: the server has no such model")
+        price = (models.get(self.model) or {}).get("pricing") or {}
+        return self.model + "".join(f", ${float(price[kind]) * 1e6:g} per million {kind} tokens"
+                                    for kind in ("prompt", "completion") if price.get(kind))
 
     def complete(self, messages: Sequence[Mapping[str, str]], *,
                  on_text: Callable[[str], object] = lambda text: None) -> Reply:
@@ -1292,7 +1261,7 @@ class OpenRouter:
                     on_text(text)
             except (OSError, http.client.HTTPException) as error:
                 raise TransientError(f"the model's answer broke off: {_reason(error)}") from None
-            except (AttributeError, TypeError):     # a part of it is of another type than it should
+            except (AttributeError, TypeError):     # some part is of another type than it should
                 raise TransientError("the model's server sent an answer of another form") from None
         if not finish or finish == "error":
             raise TransientError("the model's answer broke off")
@@ -1396,7 +1365,8 @@ class Memory:
         return len(before), len(self.facts)
 
     def _normal(self, facts: Iterable[str]) -> list[str]:
-        return [fact for fact in (" ".join(each.split())[:self.FACT_LIMIT] for each in facts) if fact]
+        short = (" ".join(fact.split())[:self.FACT_LIMIT] for fact in facts)
+        return [fact for fact in short if fact]
 
     def _change(self, change: Callable[[list[str]], list[str]]) -> list[str]:
         """Apply a change to what is on disk now; return what it added."""
@@ -1641,7 +1611,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     server_version, sys_version = "orchestrator", ""
 
     def __init__(self, journal: Journal, page: str, token: str, visited: threading.Event,
-                 control: Callable[[str, str], object], *request: object) -> None:
+                 control: Callable[[str, str], object] | None, *request: object) -> None:
         self._journal, self._page, self._token = journal, page, token
         self._visited, self._control = visited, control
         with contextlib.suppress(OSError):      # the browser went away
@@ -1682,11 +1652,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         else:
             order = parse_object(self.rfile.read(int(length))) or {}
             action, text = order.get("action"), order.get("text", "")
-            if action in _ACTIONS and isinstance(text, str) and (text.strip() or action != "note"):
+            fits = isinstance(text, str) and (text.strip() or action != "note")
+            if action not in _ACTIONS or not fits:
+                self._answer(400, f"expected an action ({', '.join(_ACTIONS)}), a note with text")
+            elif not self._control:
+                self._answer(409, "this is a recording")
+            else:
                 self._control(action, text)
                 self._answer(204, "")
-            else:
-                self._answer(400, f"expected an action, {', '.join(_ACTIONS)}, and for a note a text")
 
     @property
     def _cookie(self) -> str:
@@ -1716,9 +1689,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _answer(self, status: int, text: str, headers: Mapping[str, str] = {}) -> None:
         body = text.encode()
         self.send_response(status)
-        for name, value in {"Content-Type": "text/plain; charset=utf-8", "Cache-Control": "no-store",
+        for name, value in {"Content-Type": "text/plain; charset=utf-8",
+                            "Content-Length": str(len(body)), "Cache-Control": "no-store",
                             "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
-                            "Content-Length": str(len(body)), **headers}.items():
+                            **headers}.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
@@ -1744,12 +1718,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 class Dashboard:
     """A server of the page, its events and its controls, in threads of its own.
 
-    `control(action, text)` is called for pause, resume, stop and note.  Enter it with `with`;
-    raises ConfigError if it can't listen.
+    `control(action, text)` is called for pause, resume, stop and note; None: it is a recording.
+    Enter it with `with`; raises ConfigError if it can't listen.
     """
 
     def __init__(self, journal: Journal, page: str, host: str, port: int,
-                 control: Callable[[str, str], object]) -> None:
+                 control: Callable[[str, str], object] | None) -> None:
         self._journal, self.visited = journal, threading.Event()    # somebody opened the page
         token = secrets.token_urlsafe(24)
         try:
@@ -1931,9 +1905,10 @@ class Conversation:
     def messages(self) -> list[dict[str, str]]:
         """Return the messages for the next call."""
         summary = f"\n\n## Summary of the work so far\n{self._summary}" if self._summary else ""
-        roles = ("system", "user", *("assistant", "user") * len(self._pairs))
-        texts = (self._system, self._opening + summary, *(text for pair in self._pairs for text in pair))
-        return [{"role": role, "content": text} for role, text in zip(roles, texts)]
+        texts = [("system", self._system), ("user", self._opening + summary)]
+        for reply, outcome in self._pairs:
+            texts += [("assistant", reply), ("user", outcome)]
+        return [{"role": role, "content": text} for role, text in texts]
 
     def add(self, reply: str, outcome: str) -> None:
         """Add what the model said, and what it is to be told."""
@@ -1949,8 +1924,9 @@ class Conversation:
     def older(self) -> str:
         """Return the text of all that a summary would replace, nothing if that is nothing."""
         pairs = self._pairs[:-self.KEEP]
+        told = [f"YOU: {reply}\n\nRESULT: {outcome}" for reply, outcome in pairs]
         earlier = [f"EARLIER SUMMARY: {self._summary}"] * bool(self._summary and pairs)
-        return "\n\n".join(earlier + [f"YOU: {reply}\n\nRESULT: {outcome}" for reply, outcome in pairs])
+        return "\n\n".join(earlier + told)
 
     def summarise(self, summary: str, count: int = 0) -> int:
         """Put a summary in the place of the older pairs; return how many there were."""
@@ -2104,10 +2080,11 @@ class Autopilot:
     def _act(self, instruction: Instruction) -> str:
         """Do what the reply asks for; return what the model is to be shown of it."""
         kind, left = instruction.kind, max(1.0, self._seconds_left())
+        limit = min(self._config.turn_timeout, left)
         if kind == "say":
-            return self._agent.ask(instruction.text, min(self._config.turn_timeout, left)).report()
+            return self._agent.ask(instruction.text, limit).report()
         if kind == "keys":
-            return self._agent.press(instruction.keys, min(self._config.turn_timeout, left)).report()
+            return self._agent.press(instruction.keys, limit).report()
         if kind == "wait":
             seconds = min(instruction.seconds, left)
             self._journal.publish("state", state="waiting", reason=f"up to {seconds:g} s")
@@ -2123,20 +2100,22 @@ class Autopilot:
         """End the run if VERIFY_CMD passes; else return what it said."""
         command, status, output = self._config.verify_cmd, 0, ""
         if command:
+            self._journal.publish("state", state="working", reason=f"checking: {command}")
             status, output = run_check(command, self._directory, self._environ, self.VERIFY_LIMIT)
             self._journal.publish("verify", command=command, status=status, output=output)
         self._done = status == 0
-        return "" if self._done else (
-            f"The task is not complete: the check `{command}` failed with status {status}:\n{output}")
+        return "" if self._done else (f"The task is not complete: the check `{command}` failed "
+                                      f"with status {status}:\n{output}")
 
     def _remember(self, facts: Sequence[str]) -> None:
         """Save facts, and have the list compacted if it has become too long."""
         spent: dict[str, object] = {}
 
         def rewrite(known: list[str]) -> list[str] | None:
+            system = _COMPACT.format(limit=self._memory.limit // 2 + 1)
             try:
                 reply = self._model.complete([
-                    {"role": "system", "content": _COMPACT.format(limit=self._memory.limit // 2 + 1)},
+                    {"role": "system", "content": system},
                     {"role": "user", "content": json.dumps({"facts": known}, ensure_ascii=False)}])
             except ModelError:
                 return None
@@ -2332,6 +2311,7 @@ PAGE = r"""<!doctype html>
 <script nonce="NONCE">
   "use strict";
   const CLIP = 20000;                     // characters of one text that are shown until asked for
+  history.replaceState(null, "", location.pathname);      // the cookie is enough: hide the token
   const OUTCOMES = {
     __proto__: null, complete: ["good", "Task complete"], budget: ["warn", "Stopped at its limit"],
     failed: ["bad", "The model gave up"], stuck: ["bad", "Stuck: it went in circles"],
@@ -2773,7 +2753,7 @@ PAGE = r"""<!doctype html>
 # -- 12. Demo -------------------------------------------------------------------------------
 # The built-in model and agent of --demo: they know one task by heart.  May use: nothing.
 
-DEMO_TASK = "Write primes.py with a function primes(n) that returns the primes below n, and prove it."
+DEMO_TASK = "Write primes.py with a function primes(n) that returns the primes below n; prove it."
 DEMO_CHECK = f"{shlex.quote(sys.executable)} check.py"
 _DEMO_REPLIES = (
     "Write the file primes.py:\n```\ndef primes(n):\n"
@@ -2783,7 +2763,7 @@ _DEMO_REPLIES = (
     "    assert primes(n) == expected, f\"primes({n}) is {primes(n)}, not {expected}\"\n"
     "print(\"all checks passed\")\n```",
     f"Run the command: {DEMO_CHECK}",
-    "1 is not a prime: the range has to begin at 2. Write the file primes.py:\n```\ndef primes(n):\n"
+    "1 is not a prime: the range begins at 2. Write the file primes.py:\n```\ndef primes(n):\n"
     "    return [k for k in range(2, n) if all(k % d for d in range(2, k))]\n```",
     f"Run the command: {DEMO_CHECK}",
     "The check failed on 1, was repaired, and now passes.\n"
@@ -2804,9 +2784,9 @@ class DemoModel(http.server.BaseHTTPRequestHandler):
         prompt, completion = len(json.dumps(request)) // 4, len(reply) // 4
         words = re.findall(r"\s*\S+", reply)
         chunks: list[dict] = [{"choices": [{"delta": {"content": word}}]} for word in words]
-        chunks += [{"choices": [{"delta": {}, "finish_reason": "stop"}]},
-                   {"choices": [], "usage": {"prompt_tokens": prompt, "completion_tokens": completion,
-                                             "cost": prompt * 5e-6 + completion * 25e-6}}]
+        usage = {"prompt_tokens": prompt, "completion_tokens": completion,
+                 "cost": prompt * 5e-6 + completion * 25e-6}
+        chunks += [{"choices": [{"finish_reason": "stop"}]}, {"choices": [], "usage": usage}]
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.end_headers()
@@ -2909,43 +2889,39 @@ class Signals:
 
 def narrate(event: Event) -> str:
     """Return what the terminal says about an event of an autonomous run, nothing for some."""
-    def indent(text: str) -> str:
-        return textwrap.indent(sanitize(text), "    ")
-
     kind, number = event["type"], event.get("iteration")
-    seconds = event.get("duration_ms", 0) / 1000
+    seconds, total = event.get("duration_ms", 0) / 1000, (event.get("tokens") or {}).get("total")
+    cost = f", ${event['cost']:.4f}" if event.get("cost") is not None else ""
     if kind == "task_info":
-        return (f"Task:  {event['task']}\nModel: {event['model']}\n"
-                f"Agent: {event['agent']} in {event['workdir']}\nWatch: {event['attach']}")
+        return ("Task:  {task}\nModel: {model}\nAgent: {agent} in {workdir}\n"
+                "Watch: {attach}".format(**event))
     if kind == "reply":
-        cost = f", ${event['cost']:.4f}" if event["cost"] is not None else ""
-        return (f"\n[{number}] model, {seconds:.1f} s, {event['tokens']['total']:,} tokens{cost}\n"
-                + indent(event["text"]))
-    if kind == "iteration_end":
-        return f"[{number}] agent, {seconds:.1f} s\n" + indent(event["agent_output"])
-    if kind == "error":
+        head, body = f"\n[{number}] model, {seconds:.1f} s, {total:,} tokens{cost}", event["text"]
+    elif kind == "iteration_end":
+        head, body = f"[{number}] agent, {seconds:.1f} s", event["agent_output"]
+    elif kind == "error":
         again = f"; trying again in {event['retry_in']:g} s" if "retry_in" in event else ""
-        return f"! {event['error']}{again}"
-    if kind == "recovery":
-        return f"! {event['what']}" + ", with its conversation" * event["resumed"]
-    if kind == "memory" and "saved" in event:
-        return "\n".join(f"* remembered: {fact}" for fact in event["saved"])
-    if kind == "memory":
-        return "* memory compacted: {before} facts are now {after}".format(**event["compacted"])
-    if kind == "verify":
-        passed = "passed" if event["status"] == 0 else f"failed with status {event['status']}"
-        return f"* {event['command']} {passed}\n{indent(event['output'])}".rstrip()
-    if kind == "history":
-        return f"* the {event['summarised']} oldest exchanges were summarised"
-    if kind == "note":
-        return f"* {event['source']}: {event['text']}"
-    if kind == "state":
-        return f"* {event['state']}" + (f": {event['reason']}" if event.get("reason") else "")
-    if kind == "complete":
-        ended = "Task complete" if event["outcome"] == "complete" else f"Ended ({event['outcome']})"
-        return (f"\n{ended}: {event['iterations']} iterations, {event['tokens']['total']:,} tokens, "
-                f"${event['cost']:.4f}, {seconds // 60:.0f} min {seconds % 60:.0f} s")
-    return ""
+        head, body = f"! {event['error']}{again}", ""
+    elif kind == "recovery":
+        head, body = f"! {event['what']}" + ", with its conversation" * event["resumed"], ""
+    elif kind == "memory":
+        head, body = (("* remembered:", "\n".join(event["saved"])) if "saved" in event else
+                      ("* memory: {before} facts are now {after}".format(**event["compacted"]), ""))
+    elif kind == "verify":
+        head, body = "* {command}: status {status}".format(**event), event["output"]
+    elif kind == "history":
+        head, body = f"* the {event['summarised']} oldest exchanges were summarised", ""
+    elif kind == "note":
+        head, body = f"* {event['source']}: {event['text']}", ""
+    elif kind == "state":
+        head, body = f"* {event['state']}" + f": {event.get('reason')}" * ("reason" in event), ""
+    elif kind == "complete":
+        how = "Task complete" if event["outcome"] == "complete" else f"Ended ({event['outcome']})"
+        head, body = (f"\n{how}: {event['iterations']} iterations, {total:,} tokens{cost}, "
+                      f"{seconds // 60:.0f} min {seconds % 60:.0f} s"), ""
+    else:
+        return ""
+    return sanitize(head + "\n" * bool(body) + textwrap.indent(body, "    "))
 
 
 def narrate_chat(event: Event) -> str:
@@ -2976,13 +2952,20 @@ def complain(text: object) -> None:
     say(f"orchestrator: {text}", sys.stderr)
 
 
+def default_text(field: dataclasses.Field) -> str:
+    """Return a setting's default as it would stand in a .env file."""
+    default = field.default
+    if isinstance(default, float):
+        return f"{default:g}"
+    return str(default).lower() if isinstance(default, bool) else str(default)
+
+
 def manual() -> str:
     """Return what --help prints: the module's docstring and the settings."""
     lines = ["Settings, from the environment or a .env file in the current directory"]
     for name, field in Config.settings().items():
-        default = str(field.default).lower() if isinstance(field.default, bool) else field.default
-        lines += textwrap.wrap(f"{field.metadata['meaning']} ({default if default != '' else 'none'})",
-                               96, initial_indent=f"    {name:<21} ", subsequent_indent=" " * 26)
+        lines += textwrap.wrap(f"{field.metadata['meaning']} ({default_text(field) or 'none'})", 96,
+                               initial_indent=f"    {name:<21} ", subsequent_indent=" " * 26)
     return f"{(__doc__ or '').rstrip()}\n\n" + "\n".join(lines)
 
 
@@ -3024,8 +3007,9 @@ def sole_driver(config: Config, place: Place) -> Iterator[None]:
             except OSError:
                 file.seek(0)
                 raise ConfigError(
-                    f"session {config.claude_tmux_session} is driven by another orchestrator, process "
-                    f"{file.read().strip()}: set CLAUDE_TMUX_SESSION to another name") from None
+                    f"session {config.claude_tmux_session} is driven by another orchestrator, "
+                    f"process {file.read().strip()}: set CLAUDE_TMUX_SESSION to another name"
+                ) from None
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
@@ -3033,7 +3017,7 @@ def sole_driver(config: Config, place: Place) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def served(config: Config, journal: Journal, control: Callable[[str, str], object],
+def served(config: Config, journal: Journal, control: Callable[[str, str], object] | None,
            stream: TextIO | None = None) -> Iterator[None]:
     """Serve the dashboard, if it is wanted and can be, and say where.
 
@@ -3078,7 +3062,7 @@ def read_task(given: str | None) -> str:
     if given is None:
         given = read_line("Enter task description: ") if sys.stdin.isatty() else sys.stdin.read()
     if not given or not given.strip():
-        raise ConfigError("there is no task: give it with --task, at the prompt or on standard input")
+        raise ConfigError("there is no task: give it by --task, at the prompt or on standard input")
     return sanitize(given).strip()
 
 
@@ -3102,7 +3086,7 @@ def run(config: Config, place: Place, *, task: Callable[[], str] = lambda: "", c
     Raises OrchestratorError or Interrupted if it ends otherwise than by success.
     """
     if not chat and not config.openrouter_api_key:
-        raise ConfigError("OPENROUTER_API_KEY is not set: export it, put it into .env, or use --chat")
+        raise ConfigError("OPENROUTER_API_KEY is not set: export it, put it into .env, or --chat")
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(Signals())
         stack.enter_context(sole_driver(config, place))
@@ -3121,7 +3105,7 @@ def run(config: Config, place: Place, *, task: Callable[[], str] = lambda: "", c
         agent = Agent(tmux, program, place.directory, publish=journal.publish,
                       watched=journal.watched)
         if config.terminate_when_quit:
-            stack.callback(agent.stop)
+            stack.callback(tmux.kill)
         past = journal.events()
         task_info = past[0] if past else {
             "task": wanted, "mode": "chat" if chat else "autonomous", "agent": agent.name,
@@ -3132,7 +3116,8 @@ def run(config: Config, place: Place, *, task: Callable[[], str] = lambda: "", c
         if chat:
             Chat(config, agent, journal, lambda: read_line("> ")).run(task_info)
             return 0
-        memory = Memory(place.directory / "memory.json", config.memory_max_facts, guard=signals.held)
+        memory = Memory(place.directory / "memory.json", config.memory_max_facts,
+                        guard=signals.held)
         complaint = memory.load()
         if complaint:
             complain(complaint)
@@ -3149,7 +3134,7 @@ def run(config: Config, place: Place, *, task: Callable[[], str] = lambda: "", c
 def replay(path: Path, config: Config) -> int:
     """Serve the dashboard of a recorded run until a signal; follow it while it is written."""
     journal = Journal(path, read_only=True)
-    with Signals(), served(config, journal, lambda action, text: None):
+    with Signals(), served(config, journal, None):
         while True:
             time.sleep(0.5)
             journal.follow()
@@ -3163,16 +3148,15 @@ def demo(config: Config, environ: Mapping[str, str]) -> int:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), DemoModel)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     code = f"import runpy; runpy.run_path({str(Path(__file__).resolve())!r})['demo_agent']()"
+    shown = {name: value for name, value in vars(config).items() if name.startswith("dashboard")}
     config = Config(
         claude_tmux_socket=scratch.name, claude_cmd=shlex.join([sys.executable, "-c", code]),
+        openrouter_base_url=f"http://127.0.0.1:{server.server_port}/api/v1",
         openrouter_api_key="the-key-of-the-demo", openrouter_model="built-in demo",
-        openrouter_base_url=f"http://127.0.0.1:{server.server_port}/api/v1", verify_cmd=DEMO_CHECK,
-        dashboard_enabled=config.dashboard_enabled, dashboard_host=config.dashboard_host,
-        dashboard_port=config.dashboard_port, dashboard_open=config.dashboard_open)
+        verify_cmd=DEMO_CHECK, terminate_when_quit=True, **shown)
     try:
         return run(config, place, task=lambda: DEMO_TASK)
     finally:
-        Tmux(config.claude_tmux_socket, config.claude_tmux_session, environ).kill_server()
         server.server_close()
         shutil.rmtree(scratch, ignore_errors=True)
 
