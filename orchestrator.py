@@ -57,6 +57,7 @@ import hashlib
 import http.client
 import http.server
 import io
+import itertools
 import json
 import os
 import queue
@@ -166,6 +167,9 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
         self.status = 128 + number
+
+
+Guard = Callable[[], contextlib.AbstractContextManager]     # holds Interrupted back meanwhile
 
 
 # -- 2. Configuration -----------------------------------------------------------------------
@@ -310,7 +314,7 @@ def parse_object(text: str | bytes) -> dict | None:
     """Return the JSON object that a text is, None if it is not one."""
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 
@@ -373,6 +377,7 @@ _STATUS_LINE = re.compile(r"\([^()]*\d+s\b[^()]*\b(?:esc|ctrl\+c) to interrupt\b
 _PASTE_CHIP = re.compile(r"\[Pasted (?:text|Content)\b[^\]]*\]")
 _CURSOR_ROW = re.compile(r"\s*[│|]?\s*[❯›>](?:\s|$)")
 _QUESTIONS = (("trust this folder", "Yes, I trust"),
+              ("Trust this folder?", "Trust and continue"),
               ("trust the contents of this directory", "Yes"),
               ("Bypass Permissions mode", "Yes, I accept"))
 
@@ -799,7 +804,7 @@ class Watch:
 
 
 class Agent:
-    """The program in the pane, as the loops see it: start, ask, press, wait.
+    """The program in the pane, as the loops see it: start, ask, press, wait, stop.
 
     A dead program, session or server is started again on the way; more than three restarts
     within ten minutes without a finished turn raise AgentError.  `publish` is told of each
@@ -823,6 +828,7 @@ class Agent:
         self._seen: list[str] = []              # the last capture that was reported
         self._homes: set[str] = set()
         self._titled = self._talked = False
+        self._asks = False                      # it shows no input box, but something unknown
         self._restarts: list[float] = []
         self._shown: tuple[float, tuple[str, ...]] = (0.0, ())
 
@@ -891,6 +897,11 @@ class Agent:
         """Wait until the screen changes and the agent is done, or the time is over."""
         return self._survive(lambda before: self._follow(before, seconds, patience=seconds))
 
+    def stop(self) -> None:
+        """End the session, unless it was never ours."""
+        if self._pane_id:
+            self._tmux.kill()
+
     def _survive(self, act: Callable[[Pane], Turn],
                  again: Callable[[], bool] = lambda: False) -> Turn:
         """Do something to the pane; if its program is gone restart it, and do it `again` or not."""
@@ -901,8 +912,10 @@ class Agent:
                 return turn._replace(notes=notes + turn.notes)
             except (TmuxGone, AgentExited) as trouble:
                 notes += (self._restart(trouble),)
-                if not again():
-                    return Turn(clip(trouble.words), "exited", notes)
+                if not self._asks and again():
+                    continue
+                screen = [f"{self.name} now shows:\n{self._look().text}"] * self._asks
+                return Turn("\n".join([clip(trouble.words), *screen]).strip("\n"), "exited", notes)
 
     # looking
 
@@ -937,7 +950,7 @@ class Agent:
             self._sleep(0.05)
             pane = self._tmux.look(self._pane_id)
         words = [line for line in self._news(pane)[0] if not line.startswith("Pane is dead (")]
-        last = " / ".join([line.strip() for line in words if line.strip()][-3:])
+        last = " / ".join([" ".join(line.split()) for line in words if line.strip()][-3:])
         error = AgentExited(f"{self.name} ended" + f" with {pane.status}" * bool(pane.status)
                             + f"; it said: {clip(last, 400)}" * bool(last))
         error.words = "\n".join(words).strip("\n")
@@ -1046,21 +1059,26 @@ class Agent:
                                   text=f"answered a question of {self.name}: {answered}")
                 if not question or late:
                     self._homes.add(pane.command)
+                    self._asks = bool(self._program.install) and not self._is_ready(pane)
                     return
                 self._tmux.press(pane, question.key)
                 answered, changed = question.answer, now
             self._sleep(0.05)
 
-    def _still_enough(self, pane: Pane) -> float:
-        """Return how long a first screen has to stand still before it is taken as the last.
+    @staticmethod
+    def _is_ready(pane: Pane) -> bool:
+        """Whether Claude Code or Codex can be typed to.
 
-        Claude Code and Codex name their window when they can be typed to; Codex shows its box
-        seconds before that.
+        They name their window then; Codex shows its box seconds before that.
         """
+        return pane.title != UNNAMED and shows_input(pane.screen)
+
+    def _still_enough(self, pane: Pane) -> float:
+        """Return how long a first screen has to stand still before it is taken as the last."""
         if not self._program.install:
             return self.READY_STILL if pane.text else self.READY_LIMIT / 4
-        named = pane.title != UNNAMED and shows_input(pane.screen)
-        return self.READY_STILL if named or known_question(pane.screen) else self.READY_LIMIT / 6
+        known = self._is_ready(pane) or known_question(pane.screen)
+        return self.READY_STILL if known else self.READY_LIMIT / 6
 
     def _restart(self, trouble: AgentError) -> str:
         """Start the agent again, with its conversation if it can; return what to say about it."""
@@ -1115,7 +1133,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 def _object(data: bytes) -> dict:
     found = parse_object(data)
     if found is None:
-        raise TransientError(f"the model's server sent no JSON object, but {data[:80]!r}")
+        raise TransientError(f"the model's server sent no JSON object, but {data[:80]!r}", tries=3)
     return found
 
 
@@ -1217,17 +1235,17 @@ class OpenRouter:
         Waits out failures that may pass, for up to an hour.  Raises ModelError for those that
         will not, ContextOverflow for a conversation that is too long.
         """
-        began, failures = self._clock(), 0
+        began, failures, limited = self._clock(), 0, 0
         while True:
             try:
                 return self._call(messages, on_text)
             except TransientError as error:
-                failures += 1
+                failures, limited = failures + 1, limited + bool(error.tries)
                 delay = min(60.0, 2.0 ** min(failures, 6)) * random.uniform(0.75, 1.25)
                 if error.retry_after is not None:       # the server's word wins, within reason
                     delay = min(max(error.retry_after, 0.5), 900.0)
-                if failures == error.tries:
-                    raise ModelError(f"{error}, {failures} times in a row") from None
+                if error.tries and limited >= error.tries:
+                    raise ModelError(f"{error}, {limited} times") from None
                 if self._clock() + delay - began > self.PATIENCE:
                     raise ModelError(f"gave up after an hour: {error}") from None
                 self._publish("error", error=str(error), retry_in=round(delay, 1))
@@ -1262,7 +1280,8 @@ class OpenRouter:
             except (OSError, http.client.HTTPException) as error:
                 raise TransientError(f"the model's answer broke off: {_reason(error)}") from None
             except (AttributeError, TypeError):     # some part is of another type than it should
-                raise TransientError("the model's server sent an answer of another form") from None
+                raise TransientError("the model's server sent an answer of another form",
+                                     tries=3) from None
         if not finish or finish == "error":
             raise TransientError("the model's answer broke off")
         if not text.strip():
@@ -1316,9 +1335,6 @@ class OpenRouter:
 # -- 7. Memory ------------------------------------------------------------------------------
 # Facts that outlive a run.  May use: Errors.
 
-Guard = Callable[[], contextlib.AbstractContextManager]     # holds signals back while it lasts
-
-
 class Memory:
     """The facts in a JSON file, an array of strings, shared with other runs in the directory."""
 
@@ -1335,7 +1351,7 @@ class Memory:
                 self.facts = self._read()
             except OSError as error:
                 raise ConfigError(f"{self._path}: can't be read: {error.strerror}") from None
-            except ValueError:
+            except (ValueError, RecursionError):
                 aside = f"{self._path}.bad-{time.strftime('%Y%m%dT%H%M%S')}"
                 os.replace(self._path, aside)
                 return f"{self._path} was not a JSON array of strings; it is now {aside}"
@@ -1373,7 +1389,7 @@ class Memory:
         with self._locked():
             try:
                 known = self._read()
-            except (OSError, ValueError):
+            except (OSError, ValueError, RecursionError):
                 known = self.facts
             self.facts = change(known)
             if self.facts != known:
@@ -1434,6 +1450,15 @@ def parse_event(line: bytes) -> Event | None:
     """Return the event of a journal's line, None if it is garbage."""
     event = parse_object(line)
     return event if event and isinstance(event.get("type"), str) else None
+
+
+def read_events(path: Path, most: int = sys.maxsize) -> list[Event]:
+    """Return the first events of a journal's file; raise ConfigError if it can't be read."""
+    try:
+        with open(path, "rb") as file:
+            return list(itertools.islice(filter(None, map(parse_event, file)), most))
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be read: {error.strerror}") from None
 
 
 class Batch(NamedTuple):
@@ -1538,10 +1563,6 @@ class Journal:
     def _line(self, number: int) -> bytes:
         place = self._places[number]
         return place if isinstance(place, bytes) else os.pread(self._file, place[1], place[0])
-
-    def events(self) -> list[Event]:
-        """Return all events so far."""
-        return [json.loads(self._line(number)) for number in range(len(self._places))]
 
     def read(self, after: int, live_seen: int, timeout: float) -> Batch:
         """Return what came after an id, waiting up to `timeout` seconds if there is nothing."""
@@ -1781,6 +1802,7 @@ _COMPACT = """\
 Below are facts remembered from work in one directory, as a JSON object. Return one of the same \
 form with at most {limit} facts, and nothing else: merge what belongs together, drop what is \
 outdated or trivial, keep names and numbers exactly."""
+_NOTE = "A note from the user: "
 _GOES_ON = "the run goes on"        # the reason of the state event where a run was resumed
 
 
@@ -1805,7 +1827,7 @@ class Control:
 
     def notes(self) -> list[str]:
         """Take the notes that came since the last time."""
-        return [f"A note from the user: {self._notes.get()}" for _ in range(self._notes.qsize())]
+        return [_NOTE + self._notes.get() for _ in range(self._notes.qsize())]
 
 
 class Totals:
@@ -1834,10 +1856,11 @@ class Totals:
                 self.add([event["tokens"].get(name, 0) for name in Tokens._fields],
                          event.get("cost"))
             self.iterations = max(self.iterations, event.get("iteration") or 0)
-            at = datetime.datetime.fromisoformat(event["time"].replace("Z", "+00:00"))
-            if previous and event.get("reason") != _GOES_ON:
-                self.earlier += (at - previous).total_seconds()
-            previous = at
+            with contextlib.suppress(KeyError, ValueError):
+                at = datetime.datetime.fromisoformat(event["time"].replace("Z", "+00:00"))
+                if previous and event.get("reason") != _GOES_ON:
+                    self.earlier += (at - previous).total_seconds()
+                previous = at
 
     @contextlib.contextmanager
     def concluded(self, journal: Journal) -> Iterator[None]:
@@ -2013,8 +2036,10 @@ class Autopilot:
             if event["type"] == "history":
                 self._conversation.summarise(event["summary"], event["summarised"])
             elif event["type"] == "iteration_end" and said is not None:
-                self._tell(said, event["agent_output"])
+                self._tell(said, event["agent_output"] or event.get("error", ""))
                 said = None
+            elif event["type"] == "note" and event.get("source") == "dashboard":
+                self._conversation.append(_NOTE + event["text"])
             elif event["type"] == "reply":
                 if said is not None:
                     self._conversation.add(said, "[You were stopped before this was done.]")
@@ -2034,25 +2059,26 @@ class Autopilot:
             self._check_budgets()
             self._sleep(0.2)
         self._check_budgets()
+        for note in self._control.notes():
+            self._conversation.append(note)
         self._totals.iterations += 1
         self._journal.publish("iteration_start", iteration=self._totals.iterations,
                               max_iter=self._config.max_iterations)
         reply, began = self._decide(), self._clock()
         instruction = parse_reply(reply.text)
         self._remember(instruction.facts)
-        outcome, trouble = "", {}
+        outcome, trouble = "", None
         try:
             outcome = self._act(instruction)
-            outcome = "\n\n".join(filter(None, [
-                outcome, self._circling(reply.text, outcome), *self._control.notes()]))
+            outcome = "\n\n".join(filter(None, [outcome, self._circling(reply.text, outcome)]))
         except OrchestratorError as error:
-            trouble = {"error": str(error)}
-            raise
-        finally:
-            self._journal.publish(
-                "iteration_end", orchestrator=instruction.text, agent_output=outcome,
-                duration_ms=round((self._clock() - began) * 1000), tokens=reply.tokens._asdict(),
-                cost=reply.cost, **trouble)
+            trouble = error
+        self._journal.publish(
+            "iteration_end", orchestrator=instruction.text, agent_output=outcome,
+            duration_ms=round((self._clock() - began) * 1000), tokens=reply.tokens._asdict(),
+            cost=reply.cost, **({"error": str(trouble)} if trouble else {}))
+        if trouble:
+            raise trouble
         self._tell(reply.text, outcome)
         if reply.tokens.prompt > self._config.history_max_tokens:
             self._summarise()
@@ -2796,6 +2822,20 @@ class DemoModel(http.server.BaseHTTPRequestHandler):
         self.wfile.write(b"data: [DONE]\n\n")
 
 
+def _do_as_told(message: str) -> str:
+    """Write the file or run the command that a message names; return what there is to show."""
+    file = re.search(r"Write the file (\w+\.py):\n```\n(.*?\n)```", message, re.S)
+    command = re.search(r"Run the command: (.+)", message)
+    if file:
+        Path(file[1]).write_text(file[2], encoding="utf-8")
+        return f"● Wrote {file[1]}, {file[2].count(chr(10))} lines."
+    if command:
+        done = subprocess.run(command[1], shell=True, stdin=subprocess.DEVNULL, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        return f"● Ran it, exit status {done.returncode}:\n{done.stdout.rstrip()}"
+    return "● Tell me: Write the file NAME.py: with a code block, or Run the command: ..."
+
+
 def demo_agent() -> None:
     """Be a small coding agent in a terminal: write files and run commands, as it is told.
 
@@ -2821,20 +2861,6 @@ def demo_agent() -> None:
                   if frame != "⠋" else "\n")
             time.sleep(0.1)
         write(f"\r\x1b[K{answer}\n\n\x1b]0;demo agent\x07")
-
-
-def _do_as_told(message: str) -> str:
-    """Write the file or run the command that a message names; return what there is to show."""
-    file = re.search(r"Write the file (\w+\.py):\n```\n(.*?\n)```", message, re.S)
-    command = re.search(r"Run the command: (.+)", message)
-    if file:
-        Path(file[1]).write_text(file[2], encoding="utf-8")
-        return f"● Wrote {file[1]}, {file[2].count(chr(10))} lines."
-    if command:
-        done = subprocess.run(command[1], shell=True, stdin=subprocess.DEVNULL, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        return f"● Ran it, exit status {done.returncode}:\n{done.stdout.rstrip()}"
-    return "● Tell me: Write the file NAME.py: with a code block, or Run the command: ..."
 
 
 # -- 13. Command line -----------------------------------------------------------------------
@@ -2893,9 +2919,9 @@ def narrate(event: Event) -> str:
     seconds, total = event.get("duration_ms", 0) / 1000, (event.get("tokens") or {}).get("total")
     cost = f", ${event['cost']:.4f}" if event.get("cost") is not None else ""
     if kind == "task_info":
-        return ("Task:  {task}\nModel: {model}\nAgent: {agent} in {workdir}\n"
-                "Watch: {attach}".format(**event))
-    if kind == "reply":
+        head, body = ("Task:  {task}\nModel: {model}\nAgent: {agent} in {workdir}\n"
+                      "Watch: {attach}".format(**event)), ""
+    elif kind == "reply":
         head, body = f"\n[{number}] model, {seconds:.1f} s, {total:,} tokens{cost}", event["text"]
     elif kind == "iteration_end":
         head, body = f"[{number}] agent, {seconds:.1f} s", event["agent_output"]
@@ -2943,7 +2969,7 @@ def say(text: str, stream: TextIO | None = None) -> None:
     try:
         if text:
             print(text, file=stream or sys.stdout, flush=True)
-    except BrokenPipeError:     # `| head`: the run goes on without narration
+    except OSError:     # `| head`, or the terminal was closed: go on without narration
         os.dup2(os.open(os.devnull, os.O_WRONLY), (stream or sys.stdout).fileno())
 
 
@@ -3069,14 +3095,23 @@ def read_task(given: str | None) -> str:
 def last_unfinished(place: Place) -> Path:
     """Return the journal of the directory's last run; raise ConfigError if that is finished."""
     for path in sorted((place.state / "runs").glob("*.jsonl"), reverse=True):
-        events = Journal(path, read_only=True).events()
-        if not events or events[0].get("workdir") != str(place.directory) \
-                or events[0].get("mode") == "chat":
-            continue
-        if events[-1].get("outcome") in ("complete", "failed", "stuck"):
-            raise ConfigError(f"the last run here has ended ({events[-1]['outcome']}): {path}")
-        return path
+        first = (read_events(path, 1) or [{}])[0]
+        if first.get("workdir") == str(place.directory) and first.get("mode") != "chat":
+            outcome = read_events(path)[-1].get("outcome")
+            if outcome in ("complete", "failed", "stuck"):
+                raise ConfigError(f"the last run here has ended ({outcome}): {path}")
+            return path
     raise ConfigError(f"there is no run to resume in {place.directory}")
+
+
+def first_event(config: Config, place: Place, program: Program, tmux: Tmux, task: str,
+              chat: bool) -> dict[str, object]:
+    """Return the fields of a run's first event."""
+    return {"task": task, "mode": "chat" if chat else "autonomous", "agent": program.name,
+            "model": "" if chat else config.openrouter_model, "workdir": str(place.directory),
+            "session": tmux.session, "attach": tmux.attach_command,
+            "max_iter": config.max_iterations, "max_cost": config.max_cost,
+            "max_minutes": config.max_minutes}
 
 
 def run(config: Config, place: Place, *, task: Callable[[], str] = lambda: "", chat: bool = False,
@@ -3095,7 +3130,7 @@ def run(config: Config, place: Place, *, task: Callable[[], str] = lambda: "", c
         tmux.version()
         Agent(tmux, program, place.directory).check()
         wanted = "" if chat or resumed else task()
-        name = f"{time.strftime('%Y%m%dT%H%M%S')}-{config.claude_tmux_session}.jsonl"
+        name = f"{datetime.datetime.now():%Y%m%dT%H%M%S.%f}-{config.claude_tmux_session}.jsonl"
         journal = Journal(resumed or place.state / "runs" / name, guard=signals.held,
                           secret=config.openrouter_api_key)
         if journal.complaint:
@@ -3105,16 +3140,11 @@ def run(config: Config, place: Place, *, task: Callable[[], str] = lambda: "", c
         agent = Agent(tmux, program, place.directory, publish=journal.publish,
                       watched=journal.watched)
         if config.terminate_when_quit:
-            stack.callback(tmux.kill)
-        past = journal.events()
-        task_info = past[0] if past else {
-            "task": wanted, "mode": "chat" if chat else "autonomous", "agent": agent.name,
-            "model": "" if chat else config.openrouter_model, "workdir": str(place.directory),
-            "session": config.claude_tmux_session, "attach": tmux.attach_command,
-            "max_iter": config.max_iterations, "max_cost": config.max_cost,
-            "max_minutes": config.max_minutes}
+            stack.callback(agent.stop)
+        past = read_events(resumed) if resumed else []
+        info = past[0] if past else first_event(config, place, program, tmux, wanted, chat)
         if chat:
-            Chat(config, agent, journal, lambda: read_line("> ")).run(task_info)
+            Chat(config, agent, journal, lambda: read_line("> ")).run(info)
             return 0
         memory = Memory(place.directory / "memory.json", config.memory_max_facts,
                         guard=signals.held)
@@ -3127,7 +3157,7 @@ def run(config: Config, place: Place, *, task: Callable[[], str] = lambda: "", c
             threading.main_thread().ident or 0, signal.SIGINT))
         stack.enter_context(served(config, journal, control.act, sys.stderr if as_json else None))
         Autopilot(config, agent, model, memory, journal, control, place.directory,
-                  environ=place.environ).run({**task_info, "memories": memory.facts}, past)
+                  environ=place.environ).run({**info, "memories": memory.facts}, past)
     return 0
 
 
