@@ -1564,6 +1564,10 @@ class Journal:
         place = self._places[number]
         return place if isinstance(place, bytes) else os.pread(self._file, place[1], place[0])
 
+    def events(self) -> list[Event]:
+        """Return all events so far."""
+        return [json.loads(self._line(number)) for number in range(len(self._places))]
+
     def read(self, after: int, live_seen: int, timeout: float) -> Batch:
         """Return what came after an id, waiting up to `timeout` seconds if there is nothing."""
         with self._changed:
@@ -3141,7 +3145,7 @@ def run(config: Config, place: Place, *, task: Callable[[], str] = lambda: "", c
                       watched=journal.watched)
         if config.terminate_when_quit:
             stack.callback(agent.stop)
-        past = read_events(resumed) if resumed else []
+        past = journal.events() if resumed else []
         info = past[0] if past else first_event(config, place, program, tmux, wanted, chat)
         if chat:
             Chat(config, agent, journal, lambda: read_line("> ")).run(info)
