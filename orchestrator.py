@@ -486,9 +486,12 @@ def parse_reply(reply: str) -> Instruction:
     return _parse_order(text)._replace(facts=tuple(filter(None, facts)))
 
 
-def fingerprint(text: str) -> str:
-    """Return text in a form that is the same where only times and counters differ."""
-    return re.sub(r"\W*\d[\d\W]*", "#", text)
+def fingerprint(screen: str) -> str:
+    """Return a screen's text in a form that is the same where only times and counters differ.
+
+    Claude Code ends a turn with a line like `✻ Brewed for 4s`, in ever new words.
+    """
+    return re.sub(r"\d+", "#", re.sub(r"(?m)^\W*\w+ for <?\d.*$", "", screen))
 
 
 # -- 4. Tmux --------------------------------------------------------------------------------
@@ -1996,7 +1999,7 @@ class Autopilot:
         self._journal, self._control, self._directory = journal, control, directory
         self._environ, self._clock, self._sleep = environ, clock, sleep
         self._conversation, self._totals = Conversation("", ""), Totals(clock)
-        self._history: list[tuple[str, str]] = []       # fingerprints of replies and outcomes
+        self._history: list[tuple[str, str]] = []       # replies, fingerprints of what came
         self._warned = self._done = False
         self._part_shown = 0.0
 
@@ -2073,8 +2076,10 @@ class Autopilot:
         self._remember(instruction.facts)
         outcome, trouble = "", None
         try:
-            outcome = self._act(instruction)
-            outcome = "\n\n".join(filter(None, [outcome, self._circling(reply.text, outcome)]))
+            turn = self._act(instruction)
+            outcome = turn.report()
+            note = self._circling(reply.text.strip(), turn)
+            outcome += f"\n\n{note}" * bool(note)
         except OrchestratorError as error:
             trouble = error
         self._journal.publish(
@@ -2107,26 +2112,26 @@ class Autopilot:
             self._part_shown = self._clock()
             self._journal.publish("reply_part", text=text)
 
-    def _act(self, instruction: Instruction) -> str:
+    def _act(self, instruction: Instruction) -> Turn:
         """Do what the reply asks for; return what the model is to be shown of it."""
         kind, left = instruction.kind, max(1.0, self._seconds_left())
         limit = min(self._config.turn_timeout, left)
         if kind == "say":
-            return self._agent.ask(instruction.text, limit).report()
+            return self._agent.ask(instruction.text, limit)
         if kind == "keys":
-            return self._agent.press(instruction.keys, limit).report()
+            return self._agent.press(instruction.keys, limit)
         if kind == "wait":
             seconds = min(instruction.seconds, left)
             self._journal.publish("state", state="waiting", reason=f"up to {seconds:g} s")
-            return self._agent.wait(seconds).report()
+            return self._agent.wait(seconds)
         if kind == "failed":
             raise GaveUp(f"the model gave up: {instruction.text}")
         if kind == "complete":
             return self._verify()
         saved = "The fact was saved. " if instruction.facts else ""
-        return f"{saved}{instruction.text} Go on with the task, or end it with TASK_COMPLETE."
+        return Turn(f"{saved}{instruction.text} Go on with the task, or end it with TASK_COMPLETE.")
 
-    def _verify(self) -> str:
+    def _verify(self) -> Turn:
         """End the run if VERIFY_CMD passes; else return what it said."""
         command, status, output = self._config.verify_cmd, 0, ""
         if command:
@@ -2134,8 +2139,8 @@ class Autopilot:
             status, output = run_check(command, self._directory, self._environ, self.VERIFY_LIMIT)
             self._journal.publish("verify", command=command, status=status, output=output)
         self._done = status == 0
-        return "" if self._done else (f"The task is not complete: the check `{command}` failed "
-                                      f"with status {status}:\n{output}")
+        return Turn("" if self._done else f"The task is not complete: the check `{command}` failed "
+                    f"with status {status}:\n{output}")
 
     def _remember(self, facts: Sequence[str]) -> None:
         """Save facts, and have the list compacted if it has become too long."""
@@ -2196,12 +2201,14 @@ class Autopilot:
         limit = self._config.max_minutes * 60
         return limit - self._totals.seconds if limit else float("inf")
 
-    def _circling(self, said: str, outcome: str) -> str:
+    def _circling(self, said: str, turn: Turn) -> str:
         """Return a note for the model if it goes in circles; raise Stuck if it was told before."""
-        self._history = last = [*self._history[-5:], (fingerprint(said), fingerprint(outcome))]
+        if self._done or turn.state == "working":       # waiting for a long turn is no circle
+            return ""
+        self._history = last = [*self._history[-5:], (said, fingerprint(turn.report()))]
         same = len(last) >= 3 and len(set(last[-3:])) == 1
         alternating = len(last) == 6 and len(set(last[::2])) == len(set(last[1::2])) == 1
-        if self._done or not (same or alternating):
+        if not (same or alternating):
             return ""
         if self._warned:
             raise Stuck("the run goes in circles: the same replies with the same results again")
