@@ -260,7 +260,7 @@ def parse_env(text: str) -> dict[str, str]:
     {'KEY': 'a b', 'PORT': '80'}
     """
     values = {}
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         match = _ENV_LINE.fullmatch(line)
         if match:
             values[match["name"]] = match["single"] or match["double"] or match["bare"] or ""
@@ -376,6 +376,7 @@ _FOOTER = re.compile(r"\b(?:esc|ctrl\+c) to interrupt\b", re.I)
 _STATUS_LINE = re.compile(r"\([^()]*\d+s\b[^()]*\b(?:esc|ctrl\+c) to interrupt\b[^()]*\)", re.I)
 _PASTE_CHIP = re.compile(r"\[Pasted (?:text|Content)\b[^\]]*\]")
 _CURSOR_ROW = re.compile(r"\s*[│|]?\s*[❯›>](?:\s|$)")
+_CHOOSE = re.compile(r"enter to (?:confirm|select)|enter continue|esc to (?:cancel|go back)", re.I)
 _QUESTIONS = (("trust this folder", "Yes, I trust"),
               ("Trust this folder?", "Trust and continue"),
               ("trust the contents of this directory", "Yes"),
@@ -392,8 +393,9 @@ def says_busy(screen: Iterable[str]) -> bool:
 
 
 def shows_input(screen: Iterable[str]) -> bool:
-    """Whether a screen shows an input box, or a question with a cursor on one of its answers."""
-    return any(map(_CURSOR_ROW.match, [line for line in screen if line.strip()][-16:]))
+    """Whether a screen shows an input box, and not a question with a cursor on its answers."""
+    lines = [line for line in screen if line.strip()][-16:]
+    return any(map(_CURSOR_ROW.match, lines)) and not any(map(_CHOOSE.search, lines))
 
 
 def holds_draft(line: str, message: str) -> bool:
@@ -1307,7 +1309,7 @@ class OpenRouter:
         except urllib.error.HTTPError as error:
             text = ""
             with error, contextlib.suppress(OSError, http.client.HTTPException):
-                text = error.read(100_000).decode("utf-8", "replace")
+                text = self._masked(error.read(100_000)).decode("utf-8", "replace")
             raise classify(error.code, parse_object(text) or text, error.headers) from None
         except (http.client.InvalidURL, ValueError) as error:
             raise ModelError(f"OPENROUTER_BASE_URL={self._base!r}: {error}") from None
@@ -1318,10 +1320,14 @@ class OpenRouter:
                                  "elsewhere set SSL_CERT_FILE") from None
             raise TransientError(f"{self._base} can't be reached: {_reason(error)}") from None
 
+    def _masked(self, data: bytes) -> bytes:
+        """Return what the server said without the key, should it repeat that."""
+        return data.replace(self._key.encode(), b"[key]") if len(self._key) >= 8 else data
+
     def _chunks(self, answer: http.client.HTTPResponse) -> Iterator[dict]:
         """Yield the JSON objects of an answer, streamed or whole."""
         if "text/event-stream" not in answer.headers.get("Content-Type", ""):
-            yield _object(answer.read())
+            yield _object(self._masked(answer.read()))
             return
         began = progress = self._clock()
         for line in answer:
@@ -1329,7 +1335,7 @@ class OpenRouter:
             if now - progress > self.PROGRESS or now - began > self.CALL:
                 raise TransientError(f"the model's answer stalled after {now - began:.0f} s")
             if line.startswith(b"data:"):
-                progress, data = now, line[len(b"data:"):].strip()
+                progress, data = now, self._masked(line[len(b"data:"):].strip())
                 if data == b"[DONE]":
                     return
                 yield _object(data)
@@ -1705,8 +1711,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         cookies = dict(pair.strip().partition("=")[::2]
                        for pair in self.headers.get("Cookie", "").split(";"))
         given = (token or cookies.get(self._cookie, "")).encode("utf-8", "replace")
+        origins = [f"http://{host}"] + [None] * (self.command == "GET")
         if host not in [f"{name}:{self.server.server_port}" for name in names] \
-                or origin not in (f"http://{host}", None if self.command == "GET" else host):
+                or origin not in origins:
             self._answer(403, "this address does not belong to the dashboard")
         elif not secrets.compare_digest(given, self._token.encode()):
             self._answer(403, "open the address that the orchestrator printed: it has the token")
@@ -2958,7 +2965,7 @@ def narrate(event: Event) -> str:
                       f"{seconds // 60:.0f} min {seconds % 60:.0f} s"), ""
     else:
         return ""
-    return sanitize(head + "\n" * bool(body) + textwrap.indent(body, "    "))
+    return head + "\n" * bool(body) + textwrap.indent(sanitize(body), "    ")
 
 
 def narrate_chat(event: Event) -> str:
@@ -2972,14 +2979,14 @@ def narrate_chat(event: Event) -> str:
 
 def narrate_json(event: Event) -> str:
     """Return an event as --json prints it; the live screen is only for browsers."""
-    return "" if event["type"] in LIVE else json.dumps(event, ensure_ascii=False)
+    return "" if event["type"] in LIVE else json.dumps(event)
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
     """Print a line, if there is something in it and somebody still reads."""
     try:
         if text:
-            print(text, file=stream or sys.stdout, flush=True)
+            print(sanitize(text), file=stream or sys.stdout, flush=True)
     except OSError:     # `| head`, or the terminal was closed: go on without narration
         os.dup2(os.open(os.devnull, os.O_WRONLY), (stream or sys.stdout).fileno())
 

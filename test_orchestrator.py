@@ -1,0 +1,2176 @@
+"""The unit tests of orchestrator.py, section by section in its order.
+
+One thing is faked in each: the clock, the model, the agent or the terminal.  Files are real, HTTP
+is real on loopback.  There is no tmux here and no network; test_integration.py has those.
+"""
+from __future__ import annotations
+
+import ast
+import doctest
+import functools
+import http.client
+import http.server
+import io
+import json
+import os
+import re
+import resource
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+import orchestrator
+from orchestrator import (
+    Agent, AgentError, AgentExited, Autopilot, BudgetReached, Chat, Config, ConfigError,
+    ContextOverflow, Control, Conversation, Dashboard, GaveUp, Interrupted, Journal, Memory,
+    ModelError, OpenRouter, OrchestratorError, Pane, Place, Program, Question, Reply, Session,
+    Signals, Stuck, Tmux, TmuxError, TmuxGone, Tokens, TransientError, Turn, Watch,
+    child_environment, choose_program, clip, fingerprint, holds_draft, known_question,
+    last_unfinished, main, narrate, narrate_chat, new_lines, parse_env, parse_object, parse_reply,
+    read_env_file, run_check, sanitize, say, says_busy, shows_input, sole_driver, tidy)
+
+SOURCE = Path(orchestrator.__file__).read_text(encoding="utf-8")
+KEY = "sk-or-v1-0123456789abcdef"
+
+
+# -- Vocabulary -----------------------------------------------------------------------------
+
+class Clock:
+    """Time that passes only while somebody sleeps; `at` has things happen meanwhile."""
+
+    def __init__(self) -> None:
+        self.now, self.slept = 1000.0, []
+        self._agenda = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def at(self, delay, action) -> None:
+        """Have an action done when that many seconds have passed."""
+        self._agenda.append((self.now + delay, action))
+
+    def sleep(self, seconds) -> None:
+        self.slept.append(seconds)
+        end = self.now + seconds
+        while True:
+            due = min(self._agenda, key=lambda each: each[0], default=(end + 1, None))
+            if due[0] > end:
+                break
+            self._agenda.remove(due)
+            self.now = max(self.now, due[0])
+            due[1]()
+        self.now = end
+
+
+def play(script, otherwise):
+    """Return the next step of a script, which may be a value, an exception or a function."""
+    step = script.pop(0) if script else otherwise
+    if isinstance(step, BaseException):
+        raise step
+    return step() if callable(step) else step
+
+
+def at_once(*actions):
+    """Do things in threads of their own, and wait for them all."""
+    threads = [threading.Thread(target=action) for action in actions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+class ScriptedModel:
+    """A model that gives one reply after the other, and keeps what it was sent."""
+
+    def __init__(self, *replies) -> None:
+        self.calls, self._replies = [], list(replies)
+
+    def complete(self, messages, *, on_text=lambda text: None):
+        self.calls.append(messages)
+        reply = play(self._replies, AssertionError("the model was asked once too often"))
+        on_text(reply)
+        return reply if isinstance(reply, Reply) else Reply(
+            reply, Tokens(100, 10, 110, 50), 0.25, 5)
+
+
+class Hands:
+    """An agent that does at once what it is told: a list of turns, then an echo."""
+
+    name = "Agent"
+
+    def __init__(self, *turns) -> None:
+        self.told, self._turns = [], list(turns)
+
+    def start(self):
+        return Turn("the first screen")
+
+    def ask(self, message, limit=0):
+        return self._next(message)
+
+    def press(self, keys, limit=0):
+        return self._next(tuple(keys))
+
+    def wait(self, seconds):
+        return self._next(seconds)
+
+    def _next(self, order):
+        self.told.append(order)
+        turn = play(self._turns, f"did {order}")
+        return turn if isinstance(turn, Turn) else Turn(turn)
+
+
+class Terminal:
+    """A tmux with one pane, in which scripted programs run on a fake clock.
+
+    A program is a function that draws its first screen and says what it does when it is typed
+    to.  Each start runs the next one, and the last one ever after.
+    """
+
+    session, socket_name = "work", "private"
+
+    def __init__(self, clock, *programs) -> None:
+        self.clock, self._programs = clock, list(programs)
+        self.lines, self.draft, self.existing = [], "", None
+        self.started, self.pasted, self.pressed, self.taken = [], [], [], []
+        self.in_mode = self.alternate = False
+        self.refusals = self.lost_enters = 0
+
+    def find(self):
+        return self.existing
+
+    def create(self, command, directory, mark):
+        self.existing = Session("%1", mark, directory, " ".join(command))
+        self.respawn("%1", command, directory)
+        return "%1"
+
+    def respawn(self, pane_id, command, directory):
+        self.started.append(tuple(command))
+        self.title, self.command, self.status = orchestrator.UNNAMED, "claude", ""
+        self.draft, self.box = "", False
+        self.take = self.typed = lambda text: None
+        self.keyed = None
+        (self._programs.pop(0) if len(self._programs) > 1 else self._programs[0])(self)
+
+    def look(self, pane_id):
+        drawn = self._drawn()
+        row = len(drawn) - 3 if self.box else len(drawn) - 1
+        hidden = max(0, len(drawn) - 50)
+        return Pane("%1", 1, 2, bool(self.status), self.status, self.in_mode, False,
+                    self.alternate, row - hidden, self.command, self.title, tuple(drawn[hidden:]))
+
+    def history(self, pane_id):
+        return "\n".join(self._drawn())
+
+    def picture(self, pane_id):
+        return "\x1b[1m" + self.history(pane_id)
+
+    def paste(self, pane, text):
+        if self.in_mode or self.refusals:
+            self.refusals -= not self.in_mode
+            return False
+        self.pasted.append(text)
+        self.draft += text
+        self.typed(text)
+        return True
+
+    def press(self, pane, *keys):
+        self._drawn()
+        if self.in_mode:
+            return False
+        for key in keys:
+            self.pressed.append(key)
+            if self.keyed:
+                self.keyed(key)
+            elif key == "Enter" and self.lost_enters:
+                self.lost_enters -= 1
+            elif key == "Enter":
+                message, self.draft = self.draft, ""
+                self.taken.append(message)
+                self.take(message)
+        return True
+
+    def leave_mode(self, pane_id):
+        self.in_mode = False
+
+    def die(self, *words):
+        """End the program, as after `exit 1`."""
+        self.lines += words
+        self.box, self.status = False, "status 1"
+
+    def vanish(self):
+        """End the whole server."""
+        self.existing, self.lines = None, []
+
+    def _drawn(self):
+        if not self.existing:
+            raise TmuxGone("tmux: no server running on /tmp/tmux-1000/private")
+        first, *more = self.draft.split("\n")
+        box = ["─" * 40, f"❯ {first}", *(f"  {line}" for line in more), "─" * 40, "  ? for help"]
+        return self.lines + box * self.box
+
+
+def claude(answer="● Done: {}", seconds=3.0):
+    """Return a program like Claude Code: an input box, and at work a spinner in the title."""
+    def program(terminal):
+        def spin(frame):
+            terminal.title = f"{'⠂⠐'[frame % 2]} Claude Code"
+
+        def finish(message):
+            terminal.lines += answer.format(message).split("\n")
+            terminal.title = "✳ Claude Code"
+
+        def take(message):
+            terminal.lines += [f"> {message}"]
+            spin(0)
+            for frame in range(1, int(seconds * 2)):
+                terminal.clock.at(frame / 2, lambda frame=frame: spin(frame))
+            terminal.clock.at(seconds, lambda: finish(message))
+
+        terminal.title, terminal.box, terminal.take = "✳ Claude Code", True, take
+        terminal.lines += ["Welcome to Claude Code"]
+    return program
+
+
+def shell(answer="hello"):
+    """Return a program that gives no sign of work: a prompt, and after a second an answer."""
+    def program(terminal):
+        def take(message):
+            terminal.lines += [""]
+            terminal.clock.at(1.0, lambda: echo(answer) or terminal.lines.append("$ "))
+
+        def echo(text):
+            terminal.lines[-1] += text
+
+        terminal.title, terminal.take, terminal.typed, terminal.lines = "sh", take, echo, ["$ "]
+    return program
+
+
+def doomed(event):
+    """Return Claude Code with an event, a function of the terminal, in the place of its answer."""
+    def program(terminal):
+        claude()(terminal)
+        terminal.take = lambda message: event(terminal)
+    return program
+
+
+PROGRAM = Program("Claude Code", ("sh", "--start"), ("sh", "--continue"), "npm install -g it")
+
+
+class Desk:
+    """An Agent at a simulated terminal, started; `told` is what it published."""
+
+    def __init__(self, *programs, program=PROGRAM, start=True, **options) -> None:
+        self.clock, self.told = Clock(), []
+        self.terminal = Terminal(self.clock, *programs)
+        self.agent = self.hire(program, **options)
+        self.first = self.agent.start() if start else None
+
+    def hire(self, program=PROGRAM, **options):
+        """Return one more agent at the same terminal."""
+        return Agent(self.terminal, program, Path("/"), clock=self.clock, sleep=self.clock.sleep,
+                     publish=lambda kind, **fields: self.told.append((kind, fields)), **options)
+
+
+class Api:
+    """A chat completions server on loopback: one scripted answer a call, the last ever after."""
+
+    def __init__(self) -> None:
+        self.answers, self.requests = [], []
+        api = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def log_message(self, *args):
+                """Say nothing."""
+
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                api.requests.append((self.path, dict(self.headers), json.loads(body or "{}")))
+                answers = api.answers
+                status, headers, data = answers.pop(0) if len(answers) > 1 else answers[0]
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(data)
+
+            do_GET = do_POST
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}/api/v1"
+
+    def __enter__(self) -> Api:
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture(scope="module")
+def listening():
+    with Api() as server:
+        yield server
+
+
+@pytest.fixture
+def api(listening):
+    listening.answers, listening.requests = [], []
+    return listening
+
+
+def answer(body, status=200, **headers):
+    """Return an answer with a JSON body, or with a text as it is."""
+    data = body if isinstance(body, str) else json.dumps(body)
+    names = {name.replace("_", "-"): value for name, value in headers.items()}
+    return status, {"Content-Type": "application/json", **names}, data.encode()
+
+
+def streamed(*chunks, end="data: [DONE]\n\n"):
+    """Return an answer that is an event stream of chunks, each an object or a text as it is."""
+    lines = [chunk if isinstance(chunk, str) else f"data: {json.dumps(chunk)}\n\n"
+             for chunk in chunks]
+    return 200, {"Content-Type": "text/event-stream"}, ("".join(lines) + end).encode()
+
+
+def said(text, finish=None):
+    """Return one chunk of a streamed answer."""
+    return {"choices": [{"delta": {"content": text}, "finish_reason": finish}]}
+
+
+def refusal(code, message="no", **more):
+    """Return the body of an error."""
+    return {"error": {"code": code, "message": message, **more}}
+
+
+USAGE = {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 2, "cost": 0.5,
+                                  "prompt_tokens_details": {"cached_tokens": 4}}}
+GOOD = streamed(said("Hel"), said("lo"), said("", "stop"), USAGE)
+
+
+class Client(OpenRouter):
+    """An OpenRouter on a fake clock; `told` is what the user reads."""
+
+    def __init__(self, url, key=KEY, model="some/model", clock=None) -> None:
+        self.time, self.told = clock or Clock(), []
+        super().__init__(url, key, model, clock=self.time, sleep=self.time.sleep,
+                         publish=lambda kind, **fields: self.told.append(fields["error"]))
+
+
+class Flight:
+    """An Autopilot with a scripted model and agent on a fake clock; memory and journal are real."""
+
+    def __init__(self, directory, *replies, turns=(), **settings) -> None:
+        self.clock, self.model, self.agent = Clock(), ScriptedModel(*replies), Hands(*turns)
+        self.journal, self.error = Journal(directory / "run.jsonl"), None
+        self.memory = Memory(directory / "memory.json", settings.get("memory_max_facts", 50))
+        self.control = Control(self.journal, lambda: None)
+        self.pilot = Autopilot(
+            Config(**settings), self.agent, self.model, self.memory, self.journal, self.control,
+            directory, environ=child_environment(os.environ), clock=self.clock,
+            sleep=self.clock.sleep)
+
+    def run(self, past=()):
+        """Run to the end; return how it ended."""
+        try:
+            self.pilot.run({"task": "Paint the shed"}, past)
+        except OrchestratorError as error:
+            self.error = error
+        assert [event["type"] for event in self.journal.events()][-1] == "complete"
+        return self.journal.events()[-1]["outcome"]
+
+    def of(self, kind):
+        """Return the events of one type."""
+        return [event for event in self.journal.events() if event["type"] == kind]
+
+    def shown(self, call):
+        """Return the newest message of a call to the model."""
+        return self.model.calls[call][-1]["content"]
+
+
+# -- The file itself ------------------------------------------------------------------------
+
+class Definition:
+    """One top-level statement: the section it stands in, what it defines and what it uses."""
+
+    def __init__(self, node, section) -> None:
+        self.node, self.section, self.line = node, section, node.lineno
+        targets = getattr(node, "targets", [getattr(node, "target", None)])
+        self.names = {node.name} if hasattr(node, "name") else {
+            each.id for target in targets if target for each in ast.walk(target)
+            if isinstance(each, ast.Name)}
+        self.uses = self._used(node, frozenset())
+
+    def _used(self, node, local):
+        if isinstance(node, ast.Name):
+            return {node.id} - local
+        if isinstance(node, (ast.FunctionDef, ast.Lambda)):
+            inside = list(ast.walk(node))
+            local = local | {each.arg for each in inside if isinstance(each, ast.arg)} | {
+                each.id for each in inside
+                if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store)} | {
+                each.name for each in inside[1:] if isinstance(each, (ast.FunctionDef,
+                                                                      ast.ExceptHandler))}
+        return set().union(*(self._used(child, local) for child in ast.iter_child_nodes(node)))
+
+
+BANNERS = {number: (int(found[1]), found[2]) for number, line in enumerate(SOURCE.split("\n"), 1)
+           for found in [re.fullmatch(r"# -- (\d+)\. (.+?) -+", line)] if found}
+
+
+def section_of(line):
+    """Return the title of the section that a line stands in."""
+    return ([title for start, (_, title) in BANNERS.items() if start <= line] or [""])[-1]
+
+
+@functools.lru_cache(maxsize=None)
+def definitions():
+    """Return the top-level statements of the source."""
+    return [Definition(node, section_of(node.lineno)) for node in ast.parse(SOURCE).body
+            if not isinstance(node, (ast.Import, ast.ImportFrom))]
+
+
+def test_the_contents_and_the_banners_agree():
+    contents = orchestrator.__doc__.split("Contents\n")[1]
+    promised = re.findall(r"^ +(\d+)\. (.+?)  +\S", contents, re.M)
+    assert [(int(number), title) for number, title in promised] == list(BANNERS.values())
+    assert [number for number, _ in BANNERS.values()] == list(range(1, len(BANNERS) + 1))
+
+
+def test_no_section_uses_what_it_does_not_say():
+    lines, titles = SOURCE.split("\n"), [title for _, title in BANNERS.values()]
+    allowed = {"": set()}
+    for start, (number, title) in BANNERS.items():
+        head = re.match(r"(?:# .*\n)+", "\n".join(lines[start:]) + "\n")[0]
+        promise = " ".join(re.search(r"May use: ([^.]*)\.", head)[1].replace("#", " ").split())
+        allowed[title] = {title} | set(titles[:number] if promise == "everything above" else
+                                       [] if promise == "nothing" else promise.split(", "))
+        assert allowed[title] <= set(titles), f"{title} may use a section that there is not"
+    home = {name: each.section for each in definitions() for name in each.names}
+    assert not [f"line {each.line}: {each.section} uses {name} of {home[name]}"
+                for each in definitions() for name in each.uses
+                if home.get(name) and each.section and home[name] not in allowed[each.section]]
+
+
+def test_nothing_is_used_above_its_definition():
+    first = {}
+    for each in definitions():
+        for name in each.names:
+            first.setdefault(name, each.line)
+    assert not [f"line {each.line} uses {name} of line {first[name]}" for each in definitions()
+                for name in each.uses if first.get(name, 0) > each.line]
+
+
+def test_each_outside_thing_has_one_door():
+    calls = [(section_of(node.lineno), ast.unparse(node.func), ast.unparse(node))
+             for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, ast.Call)]
+    doors = {"Tmux": lambda function, text: "subprocess" in function and "'tmux'" in text,
+             "OpenRouter": lambda function, text: "urllib.request" in text,
+             "Command line": lambda function, text: function in ("print", "input", "sys.exit")}
+    for home, door in doors.items():
+        assert {section for section, *call in calls if door(*call)} <= {home}
+    assert "os.environ" not in SOURCE[:SOURCE.index("# -- 13. ")]
+
+
+def test_the_file_reads_on_python_3_9_and_stays_narrow():
+    ast.parse(SOURCE, feature_version=(3, 9))
+    assert not [line for line in SOURCE.split("\n") if len(line) > 100]
+
+
+def test_importing_it_needs_no_package_and_does_nothing(tmp_path):
+    code = ("import sys, threading; sys.path.insert(0, sys.argv[1]); import orchestrator; "
+            "assert threading.active_count() == 1")
+    done = subprocess.run([sys.executable, "-I", "-S", "-B", "-c", code,
+                           str(Path(orchestrator.__file__).parent)], cwd=tmp_path,
+                          stdin=subprocess.DEVNULL, capture_output=True, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_examples_in_the_docstrings_hold():
+    failed, attempted = doctest.testmod(orchestrator)
+    assert attempted >= 4 and not failed
+
+
+def test_the_page_builds_nothing_from_text_and_loads_nothing():
+    assert not re.findall(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(",
+                          orchestrator.PAGE)
+    addresses = re.findall(r"(?:https?:)?//[\w.-]+\.\w+[^\s\"'`)]*", orchestrator.PAGE)
+    assert all(address.startswith("http://www.w3.org/") for address in addresses)
+
+
+# -- 1. Errors ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("error, status, outcome", [
+    (OrchestratorError("x"), 1, "failed"), (ConfigError("x"), 2, "failed"),
+    (BudgetReached("x"), 3, "budget"), (GaveUp("x"), 4, "failed"), (Stuck("x"), 4, "stuck"),
+    (AgentError("x"), 5, "agent"), (AgentExited("x"), 5, "agent"), (TmuxError("x"), 5, "agent"),
+    (TmuxGone("x"), 5, "agent"), (ModelError("x"), 6, "model"), (ContextOverflow("x"), 6, "model"),
+    (TransientError("x"), 6, "model"), (Interrupted(signal.SIGINT), 130, "interrupted"),
+    (Interrupted(signal.SIGTERM), 143, "interrupted")])
+def test_each_error_knows_how_it_ends_a_run(error, status, outcome):
+    assert (error.status, error.outcome) == (status, outcome)
+    assert isinstance(error, OrchestratorError) != isinstance(error, KeyboardInterrupt)
+
+
+# -- 2. Configuration -----------------------------------------------------------------------
+
+@pytest.mark.parametrize("line, value", [
+    ("A=b", "b"), ("A = b ", "b"), ("export A=b", "b"), ("  A=b", "b"), ("A=", ""), ("A=''", ""),
+    ("A='b c'", "b c"), ('A="b c"', "b c"), ('A="it\'s"', "it's"), ("A='say \"b\"'", 'say "b"'),
+    ("A=b c", "b c"), ("A=b # c", "b"), ("A=b#c", "b#c"), ('A="b # c"', "b # c"),
+    ('A="b" # c', "b"), ("A=b=c", "b=c"), ("A=b\r", "b"), ("A=x\nA=b", "b"), ("# x\n\nA=b\n", "b"),
+    ("A=$HOME", "$HOME"), ("A=ä ö", "ä ö")])
+def test_a_line_of_an_env_file(line, value):
+    assert parse_env(line) == {"A": value}
+
+
+@pytest.mark.parametrize("line", ["secret", "A 'secret'", "A='secret", 'A="secret', "=secret",
+                                  "1A=secret", "A-B=secret", "A='b' secret", "export A secret"])
+def test_a_malformed_line_is_named_by_its_number_and_not_shown(line):
+    with pytest.raises(ConfigError) as caught:
+        parse_env(f"# first\nB=c\n{line}\n")
+    assert "line 3" in str(caught.value) and "secret" not in str(caught.value)
+
+
+def test_an_env_file_may_be_missing_but_not_unreadable(tmp_path):
+    path = tmp_path / ".env"
+    assert read_env_file(path) == {}
+    path.write_bytes(b"\xef\xbb\xbfA=b\r\nC=d\r\n")
+    assert read_env_file(path) == {"A": "b", "C": "d"}
+    path.write_bytes(b"A=\xff\n")
+    for wrong in (path, tmp_path):
+        with pytest.raises(ConfigError, match=str(wrong)):
+            read_env_file(wrong)
+
+
+def test_the_environment_wins_over_the_file_and_empty_counts_as_unset():
+    file = {"DEFAULT_MODEL": "gpt", "MAX_COST": "2"}
+    assert Config.read({"DEFAULT_MODEL": "opus"}, file).default_model == "opus"
+    assert Config.read({"DEFAULT_MODEL": ""}, file).default_model == "gpt"
+    assert Config.read({"DEFAULT_MODEL": ""}, {}) == Config.read({}, {}) == Config()
+    assert Config.read({}, file).max_cost == 2.0
+
+
+@pytest.mark.parametrize("name, text, value", [
+    ("AUTONOMOUS_MODE", "no", False), ("AUTONOMOUS_MODE", "OFF", False),
+    ("AUTONOMOUS_MODE", "0", False), ("AUTONOMOUS_MODE", "False", False),
+    ("TERMINATE_WHEN_QUIT", "Yes", True), ("TERMINATE_WHEN_QUIT", "on", True),
+    ("TERMINATE_WHEN_QUIT", "1", True), ("TERMINATE_WHEN_QUIT", " true ", True),
+    ("MAX_COST", ".5", 0.5), ("MAX_COST", "3", 3.0), ("MAX_MINUTES", "1.5", 1.5),
+    ("MAX_ITERATIONS", "007", 7), ("DASHBOARD_PORT", "65535", 65535),
+    ("VERIFY_CMD", "make test && echo ok", "make test && echo ok"),
+    ("OPENROUTER_BASE_URL", "http://[::1]:8080/v1", "http://[::1]:8080/v1")])
+def test_what_a_setting_takes(name, text, value):
+    assert getattr(Config.read({name: text}, {}), name.lower()) == value
+
+
+@pytest.mark.parametrize("name, texts", [
+    ("CLAUDE_TMUX_SESSION", ["a b", "a:b", "a.b", "ä"]), ("CLAUDE_TMUX_SOCKET", ["a/b", "../x"]),
+    ("DEFAULT_MODEL", ["two words"]), ("TERMINATE_WHEN_QUIT", ["maybe", "2"]),
+    ("AUTONOMOUS_MODE", ["nein"]), ("OPENROUTER_API_KEY", ["sk two"]),
+    ("OPENROUTER_MODEL", ["a b"]), ("OPENROUTER_BASE_URL", ["openrouter.ai", "ftp://x", "http://"]),
+    ("MAX_ITERATIONS", ["-1", "1.5", "ten"]), ("MAX_COST", ["-1", "1e3", "nan", "inf", "$5"]),
+    ("MAX_MINUTES", ["soon"]), ("TURN_TIMEOUT", ["0", "-5", "30m"]),
+    ("HISTORY_MAX_TOKENS", ["0", "60k"]), ("MEMORY_MAX_FACTS", ["0", "x"]),
+    ("DASHBOARD_ENABLED", ["y e s"]), ("DASHBOARD_HOST", ["a b"]),
+    ("DASHBOARD_PORT", ["web", "65536", "-1", "99999"]), ("DASHBOARD_OPEN", ["always"])])
+def test_a_wrong_value_is_an_error_that_names_it(name, texts):
+    for text in texts:
+        with pytest.raises(ConfigError) as caught:
+            Config.read({name: text}, {})
+        shown = "(hidden)" if name == "OPENROUTER_API_KEY" else repr(text)
+        assert str(caught.value).startswith(f"{name}={shown}: expected ")
+
+
+def test_the_readme_lists_the_settings_as_they_are():
+    readme = (Path(orchestrator.__file__).parent / "README.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.strip().strip("|").split("|")]
+            for line in readme.splitlines() if line.startswith("|")]
+    for name, field in Config.settings().items():
+        (row,) = [row for row in rows if row[0] == f"`{name}`"]
+        shown, default = row[1].replace("`", ""), field.default
+        plain = str(default).lower() if isinstance(default, bool) else (
+            f"{default:g}" if isinstance(default, float) else str(default))
+        assert shown == plain or (not plain and re.match("none|required|from", shown)) or (
+            shown.startswith(f"{plain} (")), f"README.md says that {name} is {shown!r} by default"
+
+
+def test_children_get_neither_the_key_nor_signs_of_our_surroundings():
+    environ = {"OPENROUTER_API_KEY": KEY, "TMUX": "x", "TMUX_PANE": "x", "CLAUDECODE": "1",
+               "PATH": "/bin"}
+    assert child_environment(environ) == {
+        "PATH": "/bin", "CLAUDE_CODE_DISABLE_ALTERNATE_SCREEN": "1"}
+
+
+# -- 3. Text --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text, kept", [
+    ("a\tb\nc", "a\tb\nc"), ("a\r\nb\rc", "a\nb\nc"), ("\x1b[31mred", "[31mred"),
+    ("a\x1b[201~b", "a[201~b"), ("\x00\x07\x08\x7f\x9b", ""), ("naïve 漢字 🙂", "naïve 漢字 🙂"),
+    ("half \ud83d", "half "), ("\u2028", "\u2028")])
+def test_sanitized_text_cannot_act_on_a_terminal(text, kept):
+    assert sanitize(text) == kept
+
+
+def test_tidy_drops_the_blanks_that_a_screen_is_filled_with():
+    assert tidy("a  \n\n  b \n\n   \n") == ["a", "", "  b"]
+    assert tidy("  \n\n") == tidy("") == []
+
+
+def test_what_is_no_object_is_none():
+    for text in ("", "no", "[1]", "null", '"x"', '{"a": 1', b"\xff", '{"a":' * 100_000):
+        assert parse_object(text) is None
+    assert parse_object('{"a": 1}') == parse_object(b'{"a": 1}') == {"a": 1}
+
+
+def test_clipping_keeps_whole_lines_of_head_and_tail_and_says_what_went():
+    lines = [f"line {number}" for number in range(1000)]
+    short = clip("\n".join(lines), 500)
+    head, middle, tail = re.fullmatch(r"(.*)\n\[\.\.\. (.*) left out \.\.\.\]\n(.*)", short,
+                                      re.S).groups()
+    kept = head.split("\n") + tail.split("\n")
+    assert lines[0] in kept and lines[-1] in kept and set(kept) <= set(lines)
+    assert middle == f"{1000 - len(kept)} lines" and len(short) < 600
+    assert clip("short") == "short"
+    assert clip("x" * 50_000).count("x") == 16_000 and "34,000 characters" in clip("x" * 50_000)
+
+
+OLD = [f"line {number}" for number in range(300)]
+BOX = ["────", "❯", "────", "  ? for help"]
+
+
+@pytest.mark.parametrize("before, after, new", [
+    ([], ["a", "b"], ["a", "b"]),
+    (["a"], ["a"], []),
+    (["$"], ["$ ls", "a", "$"], ["$ ls", "a"]),
+    (["$ ls", "a", "$"], ["$ ls", "a", "$ ls", "a", "$"], ["$ ls", "a"]),
+    (["> hi", "hello", *BOX], ["> hi", "hello", "> hi", "hello", *BOX], ["> hi", "hello"]),
+    ([*OLD, *BOX], [*OLD, "new", *BOX], ["new"]),
+    ([*OLD, *BOX], [*OLD, "new", *BOX[:-1], "  other"], ["new", *BOX[:-1], "  other"]),
+    ([*OLD, *BOX], [*OLD[100:], "new", *BOX], ["new"]),
+    ([*OLD, *BOX], [*OLD[100:-1], "redrawn", "new", *BOX], ["redrawn", "new"]),
+    ([*OLD, *BOX], ["cleared", *BOX], None),
+    (["a", "b"], ["c", "d"], None)])
+def test_what_is_new_on_a_screen(before, after, new):
+    assert new_lines(before, after) == new
+
+
+@pytest.mark.parametrize("screen, busy", [
+    (["● Reading", *BOX[:-1], "  ⏵⏵ bypass permissions on · esc to interrupt"], True),
+    (["working", "Press Ctrl+C to interrupt", ""], True),
+    (["• Working (12s • esc to interrupt)", "", "› Ask Codex", "", "  gpt-5", "  hints"], True),
+    (["✻ Thinking… (1m 3s · ↓ 2k tokens · esc to interrupt)", *BOX], True),
+    (["● Press esc to interrupt it", *BOX], False),
+    (["(12s • esc to interrupt)", *map(str, range(12))], False),
+    (["done", *BOX], False), ([], False), (["press esc to interrupted"], False)])
+def test_which_screens_say_that_the_agent_works(screen, busy):
+    assert says_busy(screen) is busy
+
+
+@pytest.mark.parametrize("screen, shows", [
+    (BOX, True), (["› Ask Codex to do anything", "", "  gpt-5"], True), (["│ > │"], True),
+    (["> "], True), (["❯ 1. Yes", "  2. No"], True), (["starting"], False), ([], False),
+    (["❯ No, exit", "  Yes, I trust this folder", "Enter to confirm · Esc to cancel"], False),
+    (["❯", *map(str, range(16))], False), (["a > b"], False)])
+def test_which_screens_show_an_input_box(screen, shows):
+    assert shows_input(screen) is shows
+
+
+@pytest.mark.parametrize("line, message, holds", [
+    ("❯ fix it", "fix it", True), ("│ > fix it        │", "fix it", True),
+    ("  the last line", "the first line\nthe last line", True), ("  of a line", "start of a line",
+                                                                 True),
+    ("❯ [Pasted text #1 +400 lines]", "x", True), ("› [Pasted Content 30000 chars]", "x", True),
+    ("❯ fix it\u00a0", "fix it\n", True), ("❯\u00a0", "fix it", False), ("", "fix it", False),
+    ("❯ what next", "fix it", False), ("❯ ", "", False)])
+def test_whether_the_line_of_the_cursor_holds_the_message(line, message, holds):
+    assert holds_draft(line, message) is holds
+
+
+TRUST = [" Quick safety check: Is this a project you created or one you trust?"]
+BYPASS = ["  WARNING: Claude Code running in Bypass Permissions mode"]
+YES, ACCEPT = "Yes, I trust this folder", "Yes, I accept"
+
+
+@pytest.mark.parametrize("screen, question", [
+    ([*TRUST, f" ❯ 1. {YES}", "   2. No, exit"], Question(YES, "Enter")),
+    ([*TRUST, f"   1. {YES}", " ❯ 2. No, exit"], Question(YES, "Up")),
+    ([*TRUST, " ❯ No, exit", f"   {YES}"], Question(YES, "Down")),
+    ([*TRUST, "   No, exit", f" ❯ {YES}"], Question(YES, "Enter")),
+    ([*BYPASS, "  ❯ 1. No, exit", f"    2. {ACCEPT}"], Question(ACCEPT, "Down")),
+    ([*BYPASS, "    1. No, exit", f"  ❯ 2. {ACCEPT}"], Question(ACCEPT, "Enter")),
+    ([*BYPASS, "  ❯ No, exit", f"    {ACCEPT}"], Question(ACCEPT, "Down")),
+    ([" Do you want to proceed?", " ❯ 1. Yes", "   2. No"], None),
+    ([*TRUST, "   No, exit", f"   {YES}"], None),
+    ([*BYPASS, *BOX], None), (["● I shall trust this folder", *BOX], None), ([], None)])
+def test_which_start_up_questions_are_known(screen, question):
+    assert known_question(screen) == question
+
+
+@pytest.mark.parametrize("reply, text", [
+    ("run the tests", "run the tests"), ("one\n\n  two\n", "one\n\n  two"), ("a\r\nb\r\n", "a\nb"),
+    ("```\nls -l\n```", "ls -l"), ("```bash\nls\npwd\n```\n", "ls\npwd"),
+    ("```\na\n```\nand\n```\nb\n```", "```\na\n```\nand\n```\nb\n```"),
+    ("a\x1b[201~b", "a[201~b"), ("/clear", "/clear"), ("-n", "-n"), ("x;", "x;"),
+    ("say TASK_COMPLETE when done", "say TASK_COMPLETE when done"), ("task_complete", None),
+    ("> TASK_COMPLETE", None), ('"TASK_COMPLETE"', None), ("TASK_COMPLETED", None),
+    ("Print this:\n```\nTASK_COMPLETE\n```", None), ("NOT TASK_COMPLETE", None),
+    ("KEYS: Down\nthen look", None), ("WAIT: 10m\nthen look", None), ("Press KEYS: Up", None),
+    ("If it fails say TASK_FAILED: why", None), ("x" * 100_000, None), ("` " * 50_000 + "x", None),
+    ("```\n" * 25_000 + "x", None)], ids=lambda text: text and text[:12])
+def test_most_replies_are_typed(reply, text):
+    assert parse_reply(reply) == ("say", reply if text is None else text, (), 0, ())
+
+
+@pytest.mark.parametrize("reply", [
+    "TASK_COMPLETE", "TASK_COMPLETE.", "  TASK_COMPLETE\t", "TASK_COMPLETE\r\n",
+    "**TASK_COMPLETE**", "`TASK_COMPLETE`", "_TASK_COMPLETE_.", "**TASK_COMPLETE.**",
+    "- TASK_COMPLETE", "* **TASK_COMPLETE**", "1. TASK_COMPLETE", "TASK_COMPLETE\n\nTASK_COMPLETE",
+    "```\nTASK_COMPLETE\n```"])
+def test_the_marker_on_a_line_of_its_own_completes_the_task(reply):
+    assert parse_reply(reply) == ("complete", "", (), 0, ())
+
+
+@pytest.mark.parametrize("reply, expected", [
+    ("All pass.\n\nTASK_COMPLETE", ("complete", "All pass.", (), 0, ())),
+    ("TASK_COMPLETE\nAll pass.", ("complete", "All pass.", (), 0, ())),
+    ("```\nx\n```\nTASK_COMPLETE", ("complete", "```\nx\n```", (), 0, ())),
+    ("MEMORY_SAVE: a\nTASK_COMPLETE", ("complete", "", (), 0, ("a",))),
+    ("TASK_FAILED: no key", ("failed", "no key", (), 0, ())),
+    ("**TASK_FAILED:** no key", ("failed", "no key", (), 0, ())),
+    ("**TASK_FAILED: no key**", ("failed", "no key", (), 0, ())),
+    ("TASK_FAILED: one\ntwo", ("failed", "one\ntwo", (), 0, ())),
+    ("TASK_FAILED:", ("failed", "no reason given", (), 0, ())),
+    ("```\nTASK_FAILED: no key\n```", ("failed", "no key", (), 0, ())),
+    ("KEYS: Down Enter", ("keys", "KEYS: Down Enter", ("Down", "Enter"), 0, ())),
+    ("KEYS: C-c y 2\n\nKEYS: M-Left F5", (
+        "keys", "KEYS: C-c y 2\n\nKEYS: M-Left F5", ("C-c", "y", "2", "M-Left", "F5"), 0, ())),
+    ("WAIT: 90s", ("wait", "WAIT: 90s", (), 90, ())),
+    ("WAIT: 10m", ("wait", "WAIT: 10m", (), 600, ())),
+    ("WAIT: 1.5h", ("wait", "WAIT: 1.5h", (), 5400, ())),
+    ("MEMORY_SAVE: a b\nrun it\nMEMORY_SAVE:  c ", ("say", "run it", (), 0, ("a b", "c"))),
+    ("MEMORY_SAVE: \nrun it", ("say", "run it", (), 0, ())),
+    ("Write:\n```\nMEMORY_SAVE: a\n```", ("say", "Write:\n```\nMEMORY_SAVE: a\n```", (), 0, ()))])
+def test_some_replies_are_orders(reply, expected):
+    assert parse_reply(reply) == expected
+
+
+@pytest.mark.parametrize("reply, facts, hint", [
+    ("", (), "empty"), (" \n\t\r\n", (), "empty"), ("```\n\n```", (), "empty"),
+    ("MEMORY_SAVE: a", ("a",), "empty"), ("KEYS: Dwon Enter", (), "Dwon"),
+    ("KEYS: X-y", (), "X-y"), ("KEYS:", (), "no tmux key"), ("WAIT: soon", (), "90s"),
+    ("WAIT: 10", (), "90s"), ("WAIT: -5s", (), "90s"), ("WAIT: 5d", (), "90s")])
+def test_a_reply_that_asks_for_nothing_says_why(reply, facts, hint):
+    kind, text, keys, seconds, found = parse_reply(reply)
+    assert (kind, keys, seconds, found) == ("nothing", (), 0, facts) and hint in text
+
+
+def test_fingerprints_differ_only_in_what_is_no_number():
+    assert fingerprint("failed after 12 s (3 of 5)") == fingerprint("failed after 7 s (40 of 5)")
+    assert fingerprint("failed after 12 s") != fingerprint("passed after 12 s")
+    assert fingerprint("done\n✻ Brewed for 4s") == fingerprint("done\n✻ Churned for 1m 2s")
+
+
+# -- 4. Tmux --------------------------------------------------------------------------------
+
+class FakeTmux:
+    """A program called tmux that says what it is told to, and keeps what it was given."""
+
+    SCRIPT = """#!/bin/sh
+        cd "$FAKE"
+        printf '%s\\037' "$@" >> calls; printf '\\036' >> calls
+        export -p > environ
+        cat > stdin; cat stdout; [ -s stderr ] && cat stderr >&2
+        read status < status; exit "$status"
+        """
+
+    def __init__(self, directory) -> None:
+        self._directory = directory
+        (directory / "tmux").write_text(self.SCRIPT)
+        (directory / "tmux").chmod(0o755)
+        self.environ = child_environment({"PATH": f"{directory}:/usr/bin:/bin", "TMUX": "x",
+                                          "FAKE": str(directory), "OPENROUTER_API_KEY": KEY})
+        self.tmux = Tmux("private", "work", self.environ)
+        self.says("")
+
+    def says(self, stdout, stderr="", status=0):
+        """Have the program answer so from now on."""
+        for name, text in (("stdout", stdout), ("stderr", stderr), ("status", f"{status}\n")):
+            (self._directory / name).write_text(text)
+
+    def given(self, name):
+        """Return the text that the program was given as stdin or environ."""
+        return (self._directory / name).read_text()
+
+    def calls(self):
+        """Return the arguments of each call, after those that name the server."""
+        calls = (self._directory / "calls").read_text().split("\036")[:-1]
+        return [call.split("\037")[:-1][5:] for call in calls]
+
+
+@pytest.fixture
+def fake(tmp_path):
+    return FakeTmux(tmp_path)
+
+
+PANE = Pane("%1", 10, 20, False, "", False, False, False, 0, "claude", "", ())
+
+
+@pytest.mark.parametrize("stderr, kind", [
+    ("no server running on /tmp/tmux-0/x", TmuxGone), ("error connecting to /tmp/x", TmuxGone),
+    ("server exited unexpectedly", TmuxGone), ("lost server", TmuxGone),
+    ("can't find session: work", TmuxGone), ("can't find window: 1", TmuxGone),
+    ("can't find pane: %1", TmuxGone), ("unknown command: frobnicate", TmuxError),
+    ("", TmuxError)])
+def test_what_is_gone_is_told_apart_from_what_went_wrong(fake, stderr, kind):
+    fake.says("", stderr, status=1)
+    with pytest.raises(TmuxError) as caught:
+        fake.tmux.history("%1")
+    assert type(caught.value) is kind and "\n" not in str(caught.value)
+    assert (stderr or "status 1") in str(caught.value)
+
+
+@pytest.mark.parametrize("text, accepted", [
+    ("tmux 3.0a", True), ("tmux 3.7", True), ("tmux next-3.4", True), ("tmux 10.1", True),
+    ("tmux master", True), ("tmux 2.9a", False), ("tmux 1.8", False)])
+def test_which_versions_of_tmux_will_do(fake, text, accepted):
+    fake.says(f"{text}\n")
+    if accepted:
+        assert fake.tmux.version() == text
+    else:
+        with pytest.raises(AgentError, match=f"{text} is too old"):
+            fake.tmux.version()
+
+
+def test_a_missing_tmux_says_how_to_get_it(tmp_path):
+    with pytest.raises(AgentError, match="not installed.*apt install tmux"):
+        Tmux("private", "work", {"PATH": str(tmp_path)}).version()
+
+
+def test_a_command_and_its_directory_reach_the_program_as_they_are(fake):
+    fake.says("%7\n")
+    assert fake.tmux.create(("sh", "-c", "echo hi;"), "/tmp/a#{pid};", "the mark") == "%7"
+    (arguments,) = fake.calls()
+    start = arguments.index("--")
+    assert arguments[start - 2:start] == ["-c", "/tmp/a##{pid}\\;"]
+    assert arguments[start + 1:start + 4] == ["sh", "-c", "echo hi\\;"]
+    assert arguments.index("history-limit") < start and arguments.index("remain-on-exit") < start
+    assert "the mark" in arguments
+
+
+def test_neither_tmux_nor_what_it_starts_sees_the_key(fake):
+    fake.tmux.history("%1")
+    assert KEY not in fake.given("environ") and "TMUX=" not in fake.given("environ")
+
+
+@pytest.mark.parametrize("text", ["hello", "-n; $(x) `y` #{pid} 'z' ;", "two\nlines\n", "漢字 🙂 é",
+                                  "x" * 300_000], ids=lambda text: text[:5])
+def test_text_goes_by_standard_input_and_never_as_an_argument(fake, text):
+    fake.says("TAKEN\n")
+    assert fake.tmux.paste(PANE, text) is True
+    assert fake.given("stdin") == text and text not in "".join(fake.calls()[0])
+    fake.says("REFUSED\n")
+    assert fake.tmux.paste(PANE, text) is False and fake.tmux.press(PANE, "Enter") is False
+
+
+def test_a_look_returns_the_facts_and_the_screen(fake):
+    fake.says("%1:10:20:1:0:0:1:2:3:\nbash\n⠂ title: x\nfirst  \n\nthird\n\n")
+    pane = fake.tmux.look("%1")
+    assert pane[:9] == ("%1", 10, 20, True, "status 3", False, False, True, 2)
+    assert (pane.command, pane.title, pane.cursor_line) == ("bash", "⠂ title: x", "third")
+    assert pane.text == "first\n\nthird"
+    fake.says("%1:10:20:1:1:1:0:0::9\nbash\n\n\n")
+    assert fake.tmux.look("%1")[4:8] == ("signal 9", True, True, False)
+    fake.says("::::::::::\n\n\n")
+    with pytest.raises(TmuxGone):
+        fake.tmux.look("%1")
+
+
+def test_a_session_is_found_by_its_name_or_is_none(fake):
+    fake.says("%1\nmark\n/home/me\nclaude --continue\n")
+    assert fake.tmux.find() == Session("%1", "mark", "/home/me", "claude --continue")
+    fake.says("", "no server running on /tmp/x", 1)
+    assert fake.tmux.find() is None
+
+
+# -- 5. Agent -------------------------------------------------------------------------------
+
+def test_the_program_follows_from_the_settings():
+    assert choose_program("claude").start == (
+        "claude", "--dangerously-skip-permissions", "--setting-sources", "user")
+    assert choose_program("Claude") == choose_program("claude")
+    assert choose_program("claude").resume == (*choose_program("claude").start, "--continue")
+    assert choose_program("opus").start[-2:] == ("--model", "opus")
+    assert choose_program("gpt").start == (
+        "codex", "--no-alt-screen", "--ask-for-approval", "never", "--sandbox", "workspace-write")
+    assert choose_program("GPT-5").start[:3] == ("codex", "--model", "GPT-5")
+    assert choose_program("gpt").resume[:3] == ("codex", "resume", "--last")
+    assert choose_program("gpt", "X=1 ./mine --now") == Program(
+        "mine", ("/bin/sh", "-c", "X=1 ./mine --now"))
+
+
+def verdicts(*looks, draft="", titled=False, patience=15.0):
+    """Return what a Watch says to (second, screen, title, command) after a quiet first look."""
+    watch = Watch(PANE._replace(screen=("❯",)), 0.0, ["claude"], draft=draft, titled=titled,
+                  patience=patience)
+    return [watch.see(PANE._replace(screen=tuple(screen.split("\n")), title=title,
+                                    cursor_row=screen.count("\n"),
+                                    command=(*command, "claude")[0]), now)
+            for now, screen, title, *command in looks]
+
+
+FOOTER = "{}\n❯\n  esc to interrupt"
+
+
+def test_a_turn_is_over_when_the_sign_of_work_has_gone_and_the_screen_stands():
+    assert verdicts((0.1, "a", "⠂ x"), (1, "b", "⠐ x"), (2, "c", "✳ x"), (2.2, "c", "✳ x"),
+                    (2.3, "c", "✳ x")) == ["wait"] * 4 + ["done"]
+    assert verdicts((0.1, FOOTER.format(1), ""), (1, FOOTER.format(2), ""), (2, "done\n❯", ""),
+                    (2.3, "done\n❯", "")) == ["wait"] * 3 + ["done"]
+
+
+@pytest.mark.parametrize("screen, title, command", [
+    ("a", "⠂ x", "claude"), ("a", "◐ x", "claude"), (FOOTER, "", "claude"), ("a", "", "sleep")])
+def test_a_sign_that_stands_still_counts_for_fifteen_seconds(screen, title, command):
+    looks = [(now, screen, title, command) for now in (0.1, 5, 10, 15)]
+    assert verdicts(*looks) == ["wait"] * 4
+    assert verdicts(*looks, (15.2, screen, title, command))[-1] == (
+        "quiet" if command == "sleep" else "done")
+
+
+def test_words_are_not_asked_once_a_title_has_shown_a_spinner():
+    quoted = [(now, FOOTER, "✳ x") for now in (1.0, 1.3, 3.1)]
+    assert verdicts((0.1, "a", "⠂ x"), *quoted) == ["wait", "wait", "done", "done"]
+    assert verdicts(*quoted, titled=True) == ["wait", "wait", "done"]
+    assert verdicts(*quoted) == ["wait", "wait", "wait"]
+
+
+def test_a_program_without_a_sign_ends_after_two_seconds_of_stillness():
+    assert verdicts((0.1, "a", ""), (1.5, "b", ""), (3.4, "b", ""), (3.5, "b", "")) == [
+        "wait", "wait", "wait", "done"]
+
+
+def test_another_program_in_the_foreground_is_work():
+    assert verdicts((0.1, "a", "", "make"), (9, "b", "", "make"), (23, "b", "", "make"),
+                    (24, "b", "", "make")) == ["wait", "wait", "wait", "quiet"]
+    assert verdicts((0.1, "a", "", "make"), (9, "b", ""), (9.25, "b", "")) == [
+        "wait", "wait", "done"]
+
+
+def test_where_nothing_changes_the_turn_is_quiet():
+    assert verdicts((0.1, "❯", ""), (14, "❯", ""), (15, "❯", "")) == ["wait", "wait", "quiet"]
+    assert verdicts((2, "❯", ""), patience=2.0) == ["quiet"]
+
+
+def test_enter_is_pressed_again_three_times_while_the_draft_stands():
+    looks = [(number / 10, "❯ fix it", "") for number in range(1, 100)]
+    said_so = verdicts(*looks, draft="fix it")
+    assert [number for number, word in enumerate(said_so, 1) if word == "enter"] == [6, 16, 36]
+    assert "enter" not in verdicts(*[(now, "> fix it\n❯", "") for now, *_ in looks], draft="fix it")
+    assert "enter" not in verdicts((0.1, "❯ fix it", "⠂"), *looks[1:], draft="fix it")
+
+
+def test_a_turn_returns_only_what_is_new():
+    desk = Desk(claude())
+    assert "Welcome" in desk.first.output
+    assert desk.agent.ask("one") == Turn("> one\n● Done: one")
+    assert desk.agent.ask("one") == Turn("> one\n● Done: one")
+    assert desk.terminal.taken == ["one", "one"]
+
+
+def test_long_messages_and_long_answers_survive():
+    desk = Desk(claude(answer="\n".join(f"row {number}" for number in range(300))))
+    message = "first\n" + "x" * 100_000 + "\nlast; "
+    turn = desk.agent.ask(message)
+    assert desk.terminal.taken == [message]
+    assert turn.output.endswith("row 298\nrow 299") and len(turn.output) < 17_000
+
+
+def test_a_shell_is_read_by_its_stillness():
+    desk = Desk(shell(), program=choose_program("", "sh"))
+    assert desk.agent.ask("ls").output == "$ ls\nhello"
+    assert desk.agent.ask("ls").output == "$ ls\nhello"
+
+
+def test_a_screen_without_history_is_shown_as_it_is():
+    desk = Desk(claude())
+    desk.terminal.alternate = True
+    turn = desk.agent.ask("one")
+    assert "Welcome" in turn.output and "visible screen" in turn.report()
+
+
+def test_copy_mode_is_left_before_anything_is_typed():
+    desk = Desk(claude())
+    desk.terminal.in_mode = True
+    assert desk.agent.ask("one").output == "> one\n● Done: one"
+
+
+def test_a_refused_paste_is_tried_again():
+    desk = Desk(claude())
+    desk.terminal.refusals = 3
+    assert desk.agent.ask("one").state == "done" and desk.terminal.taken == ["one"]
+    desk.terminal.refusals = 1000
+    with pytest.raises(AgentError, match="takes no input"):
+        desk.agent.ask("two")
+
+
+@pytest.mark.parametrize("lost, taken", [(1, ["one"]), (3, ["one"]), (9, [])])
+def test_a_lost_enter_is_pressed_again_but_nothing_is_pasted_twice(lost, taken):
+    desk = Desk(claude())
+    desk.terminal.lost_enters = lost
+    desk.agent.ask("one")
+    assert desk.terminal.taken == taken and desk.terminal.pasted == ["one"]
+    assert desk.terminal.pressed == ["Enter"] * min(lost + 1, 4)
+
+
+def test_a_turn_over_its_limit_is_still_working_and_can_be_waited_for():
+    desk = Desk(claude(seconds=100))
+    turn = desk.agent.ask("one", 10)
+    assert turn.state == "working" and "still working" in turn.report()
+    assert desk.clock.now < 1020
+    assert desk.agent.wait(600) == Turn("● Done: one") and 1100 < desk.clock.now < 1110
+
+
+def test_keys_and_waits_that_change_nothing_say_so():
+    desk = Desk(claude())
+    assert "Nothing has changed" in desk.agent.press(["Down", "Tab"]).report()
+    assert desk.terminal.pressed == ["Down", "Tab"]
+    began = desk.clock.now
+    assert desk.agent.wait(60).state == "quiet" and 60 <= desk.clock.now - began < 61
+
+
+def test_an_agent_that_ended_is_started_again_with_its_conversation():
+    desk = Desk(doomed(lambda terminal: terminal.die("Segmentation fault")), claude())
+    turn = desk.agent.ask("one")
+    assert turn.state == "exited" and "Segmentation fault" in turn.output
+    assert "status 1" in turn.report() and "remembers the conversation" in turn.report()
+    assert desk.terminal.started == [PROGRAM.start, PROGRAM.resume]
+    ((kind, fields),) = desk.told
+    assert kind == "recovery" and fields["resumed"] and "Segmentation fault" in fields["what"]
+    assert desk.agent.ask("two").output == "> two\n● Done: two"
+
+
+def test_an_agent_that_cannot_go_on_with_its_conversation_starts_afresh():
+    desk = Desk(doomed(lambda terminal: terminal.die()),
+                lambda terminal: terminal.die("No conversation found to continue"), claude())
+    assert "remembers nothing" in desk.agent.ask("one").report()
+    assert desk.terminal.started == [PROGRAM.start, PROGRAM.resume, PROGRAM.start]
+    assert not desk.told[-1][1]["resumed"]
+
+
+def fragile(terminal):
+    """Claude Code on a server that ends when something is pasted."""
+    claude()(terminal)
+    terminal.typed = lambda text: terminal.vanish()
+
+
+def asking_for_a_theme(terminal):
+    """A start-up question that nobody has heard of."""
+    terminal.lines = [" Choose a theme", " ❯ 1. Dark", "   2. Light"]
+
+
+def test_a_message_lost_before_its_enter_is_delivered_once():
+    desk = Desk(fragile, claude())
+    turn = desk.agent.ask("one")
+    assert turn.output == "> one\n● Done: one" and "started again" in turn.report()
+    assert desk.terminal.taken == ["one"]
+
+
+def test_a_message_is_not_typed_into_a_question_of_the_new_agent():
+    desk = Desk(fragile, asking_for_a_theme)
+    turn = desk.agent.ask("one")
+    assert turn.state == "exited" and "Choose a theme" in turn.output
+    assert desk.terminal.pasted == ["one"] and not desk.terminal.pressed
+
+
+def test_a_message_is_not_repeated_once_its_enter_was_pressed():
+    desk = Desk(doomed(Terminal.vanish), claude())
+    turn = desk.agent.ask("one")
+    assert turn.state == "exited" and desk.terminal.pasted == desk.terminal.taken == ["one"]
+    assert desk.agent.ask("two").output == "> two\n● Done: two"
+
+
+def test_a_fourth_restart_without_a_finished_turn_ends_it():
+    desk = Desk(doomed(lambda terminal: terminal.die("out of memory")))
+    for _ in range(3):
+        assert desk.agent.ask("again").state == "exited"
+    with pytest.raises(AgentError, match="3 times in ten minutes.*out of memory"):
+        desk.agent.ask("again")
+
+
+def test_restarts_are_forgotten_after_a_finished_turn_or_ten_minutes():
+    fails = doomed(lambda terminal: terminal.die())
+    desk = Desk(fails, fails, fails, claude(), fails)
+    for _ in range(3):
+        desk.agent.ask("again")
+    desk.agent.ask("works")
+    desk.terminal.die()
+    for _ in range(3):
+        assert desk.agent.ask("again").state == "exited"
+        desk.clock.sleep(601)
+    assert desk.agent.ask("again").state == "exited"
+
+
+def test_a_failed_look_is_no_lost_agent():
+    desk = Desk(claude())
+    look, failures = desk.terminal.look, [TmuxError("no answer"), TmuxError("no answer")]
+    desk.terminal.look = lambda pane_id: play(failures, lambda: look(pane_id))
+    assert desk.agent.ask("one") == Turn("> one\n● Done: one")
+
+
+def test_a_session_of_the_same_directory_and_command_is_joined():
+    desk = Desk(claude())
+    desk.agent.ask("one")
+    second = desk.hire()
+    assert "Done: one" in second.start().output and len(desk.terminal.started) == 1
+    assert second.ask("two").output == "> two\n● Done: two"
+    third = desk.hire()
+    third.start()
+    desk.terminal.die()
+    assert "remembers the conversation" in third.ask("three").report()
+
+
+def test_a_session_that_was_made_for_something_else_is_left_alone():
+    desk = Desk(claude(), start=False)
+    desk.terminal.create(("vim", "secret.txt"), "/home/me", "another mark")
+    with pytest.raises(ConfigError, match="work runs vim secret.txt in /home/me.*CLAUDE_TMUX_SESS"):
+        desk.agent.start()
+    assert not desk.terminal.pasted and not desk.terminal.pressed
+
+
+def test_a_program_that_ends_at_once_leaves_its_last_words():
+    with pytest.raises(AgentError, match="status 1.*unknown option --foo"):
+        Desk(lambda terminal: terminal.die("error: unknown option --foo"))
+
+
+def test_a_missing_program_says_how_to_get_it():
+    with pytest.raises(AgentError, match="there is no no-such-agent on the PATH: npm install"):
+        Desk(claude(), program=PROGRAM._replace(start=("no-such-agent",)))
+
+
+@pytest.mark.parametrize("rows, at", [
+    ([YES, "No, exit"], 0), ([YES, "No, exit"], 1), (["No, exit", YES], 0), (["No, exit", YES], 1)])
+def test_a_start_up_question_is_answered_by_its_label(rows, at):
+    def asking(terminal):
+        cursor = at
+
+        def draw():
+            terminal.lines = TRUST + [f" {'❯' if row == cursor else ' '} {text}"
+                                      for row, text in enumerate(rows)]
+
+        def keyed(key):
+            nonlocal cursor
+            cursor = max(0, min(1, cursor + {"Down": 1, "Up": -1}.get(key, 0)))
+            draw()
+            if key == "Enter" and rows[cursor] == YES:
+                terminal.lines, terminal.keyed = [], None
+                claude()(terminal)
+            elif key == "Enter":
+                terminal.die("refused")
+
+        terminal.keyed = keyed
+        draw()
+
+    desk = Desk(asking)
+    assert "Welcome" in desk.first.output
+    ((kind, fields),) = desk.told
+    assert kind == "note" and YES in fields["text"]
+
+
+def test_an_unknown_question_gets_no_keys():
+    desk = Desk(asking_for_a_theme)
+    assert "Choose a theme" in desk.first.output and not desk.terminal.pressed
+
+
+def test_the_screen_is_published_twice_a_second_while_somebody_watches():
+    watched = Desk(claude(seconds=4), watched=lambda: True)
+    unwatched = Desk(claude(seconds=4))
+    for desk in (watched, unwatched):
+        desk.agent.ask("one")
+    screens = [fields["text"] for kind, fields in watched.told if kind == "screen"]
+    assert 2 <= len(screens) <= 12 and all(text.startswith("\x1b[1m") for text in screens)
+    assert not unwatched.told
+
+
+# -- 6. OpenRouter --------------------------------------------------------------------------
+
+TASK = [{"role": "system", "content": "You drive."}, {"role": "user", "content": "Go — 漢字"}]
+
+
+@pytest.mark.parametrize("given, reply", [
+    (GOOD, ("Hello", Tokens(7, 2, 9, 4), 0.5)),
+    (streamed(": OPENROUTER PROCESSING\n\n", said("Hello", "stop"), USAGE),
+     ("Hello", Tokens(7, 2, 9, 4), 0.5)),
+    (streamed("event: x\r\ndata:" + json.dumps(said("Hello", "stop")) + "\r\n\r\n"),
+     ("Hello", Tokens(), None)),
+    (streamed(said("Hello", "length"), end=""), ("Hello", Tokens(), None)),
+    (answer({"choices": [{"message": {"content": "Hello"}, "finish_reason": "stop"}],
+             "usage": {"prompt_tokens": 3, "completion_tokens": 1, "prompt_tokens_details": None}}),
+     ("Hello", Tokens(3, 1, 4), None)),
+    (answer({"choices": [{"message": {"content": [{"type": "text", "text": "Hel"},
+                                                  {"type": "text", "text": "lo"}]},
+                          "finish_reason": "stop"}], "usage": {"cost": 0}}),
+     ("Hello", Tokens(), 0)),
+    (streamed(said("Hello", "stop"), {"choices": [], "usage": {
+        "prompt_tokens": None, "completion_tokens": None, "cost": None}}),
+     ("Hello", Tokens(), None)),
+    (streamed({"choices": [{"delta": {"role": "assistant", "content": None}}]},
+              said("Hello", "stop"), {"choices": [], "usage": None}), ("Hello", Tokens(), None))],
+    ids=lambda case: None)
+def test_an_answer_is_read_in_every_form(api, given, reply):
+    api.answers = [given]
+    text, tokens, cost, _ = Client(api.url).complete(TASK)
+    assert (text, tokens, cost) == reply
+    assert len(api.requests) == 1
+
+
+def test_the_request_says_who_asks_for_what(api):
+    api.answers = [GOOD]
+    parts = []
+    Client(api.url + "/chat/completions/").complete(TASK, on_text=parts.append)
+    ((path, headers, body),) = api.requests
+    assert path == "/api/v1/chat/completions" and headers["Authorization"] == f"Bearer {KEY}"
+    assert headers["User-Agent"].startswith("orchestrator/")
+    assert (body["model"], body["max_tokens"], body["stream"]) == ("some/model", 16_000, True)
+    assert body["messages"] == TASK and "temperature" not in body
+    assert KEY not in json.dumps(body) and parts[:2] == ["Hel", "Hello"]
+
+
+def test_only_openrouter_is_sent_what_only_it_knows():
+    def marks(request):
+        return [message["role"] for message in request["messages"]
+                if "cache_control" in json.dumps(message)]
+
+    messages = TASK + [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]
+    home = Client("https://openrouter.ai/api/v1", model="anthropic/claude-opus-4.6")
+    assert home.body(messages)["session_id"] == home.body(TASK)["session_id"]
+    assert marks(home.body(messages)) == ["system", "user"] and len(marks(home.body(TASK))) == 2
+    assert messages[-1]["content"] == "b"
+    other = Client("https://openrouter.ai/api/v1", model="openai/gpt-5")
+    assert "session_id" in other.body(messages) and not marks(other.body(messages))
+    foreign = Client("http://localhost:1234/v1", model="anthropic/claude-opus-4.6")
+    assert "session_id" not in foreign.body(messages) and not marks(foreign.body(messages))
+
+
+@pytest.mark.parametrize("first, told", [
+    (answer(refusal(429), 429, Retry_After="7"), "429"),
+    (answer(refusal(429, availability={"retry_after": 7}), 429), "429"),
+    (answer(refusal(500, "Internal\nerror"), 500), "500: Internal error"),
+    (answer("<html><h1>Bad gateway</h1></html>", 502), "502: Bad gateway"),
+    (answer("", 503), "503"), (answer(refusal(529), 529), "529"), (answer("slow", 408), "408"),
+    (answer(refusal(502, "Provider returned error", metadata={"raw": "overloaded"})), "overloaded"),
+    (answer({"choices": [{"error": {"code": 502, "message": "upstream"}, "message": {}}]}),
+     "502: upstream"),
+    (streamed(said("Hel"), {**refusal(502, "upstream"), "choices": [{"delta": {}}]}),
+     "502: upstream"),
+    (answer(refusal("rate_limit_exceeded", "slow down")), "slow down"),
+    (answer({"error": {"message": "busy", "http_status": 503}}), "503: busy"),
+    (answer({"error": "busy"}), "busy"), (answer({"choices": []}), "broke off"),
+    (answer("[]"), "no JSON"), (answer("<p>hello"), "no JSON"), (answer({"choices": [7]}), "form"),
+    (streamed("data: {broken\n\n"), "no JSON"), (streamed(said("Hel")), "broke off"),
+    (streamed(said("Hel"), end=""), "broke off"), (streamed(said("Hel", "error")), "broke off"),
+    (answer("{}", Content_Length="1000"), "broke off"), (streamed(said("", "stop")), "empty"),
+    (answer({"choices": [{"message": {"content": None}, "finish_reason": "length"}]}), "empty"),
+    (streamed(said("x", "stop"), "data: 1\n\n"), "no JSON")], ids=lambda case: None)
+def test_what_may_pass_is_waited_out_and_said(api, first, told):
+    api.answers = [first, GOOD]
+    client = Client(api.url)
+    assert client.complete(TASK).text == "Hello"
+    assert len(api.requests) == 2
+    (waited,), (message,) = client.time.slept, client.told
+    assert told in message and "\n" not in message and KEY not in message
+    assert waited == 7 if "7" in repr(first) and "429" in told else 1.5 <= waited <= 2.5
+
+
+@pytest.mark.parametrize("given, kind, told", [
+    (answer(refusal(400, "bad request"), 400), ModelError, "400: bad request"),
+    (answer(refusal(401, "no such user"), 401), ModelError, "OPENROUTER_API_KEY"),
+    (answer(refusal(402, "no money"), 402), ModelError, "credit"),
+    (answer(refusal(403, "moderated"), 403), ModelError, "403: moderated"),
+    (answer(refusal(404, "no such model"), 404), ModelError, "OPENROUTER_MODEL"),
+    (answer(refusal("401", "no such user")), ModelError, "OPENROUTER_API_KEY"),
+    (answer(refusal(401, f"wrong key {KEY}"), 401), ModelError, "wrong key"),
+    (streamed(refusal(402, "no money")), ModelError, "credit"),
+    (answer("", 302, Location="/elsewhere"), ModelError, "302"),
+    (answer(refusal(400, "The maximum context length is 9"), 400), ContextOverflow, "is 9"),
+    (answer(refusal(400, "prompt is too long"), 400), ContextOverflow, "too long"),
+    (answer(refusal(400, "Provider returned error", metadata={"raw": "context_length_exceeded"})),
+     ContextOverflow, "context_length_exceeded")], ids=lambda case: None)
+def test_a_refusal_ends_it_at_once_and_says_what_to_change(api, given, kind, told):
+    api.answers = [given, GOOD]
+    client = Client(api.url)
+    with pytest.raises(ModelError) as caught:
+        client.complete(TASK)
+    assert type(caught.value) is kind and told in str(caught.value)
+    assert "\n" not in str(caught.value) and KEY not in str(caught.value)
+    assert len(api.requests) == 1 and not client.time.slept
+
+
+def test_three_empty_answers_in_a_row_are_enough(api):
+    api.answers = [streamed(said(" ", "stop"))]
+    with pytest.raises(ModelError, match="empty.*3 times"):
+        Client(api.url).complete(TASK)
+    assert len(api.requests) == 3
+
+
+def test_it_gives_up_after_an_hour(api):
+    api.answers = [answer("", 503)]
+    client = Client(api.url)
+    with pytest.raises(ModelError, match="gave up after an hour.*503"):
+        client.complete(TASK)
+    assert 3000 < sum(client.time.slept) <= 3600 and max(client.time.slept) <= 75
+
+
+def test_a_server_that_is_not_there_is_waited_for():
+    with socket.socket() as unheard:
+        unheard.bind(("127.0.0.1", 0))
+        client = Client(f"http://127.0.0.1:{unheard.getsockname()[1]}/v1")
+        with pytest.raises(ModelError, match="gave up after an hour.*can't be reached"):
+            client.complete(TASK)
+    assert len(client.told) > 50
+
+
+def test_a_stream_of_nothing_but_comments_is_given_up(api):
+    class Hurried(Clock):
+        def __call__(self):
+            self.now += 40
+            return self.now
+
+    api.answers = [streamed(*[": OPENROUTER PROCESSING\n\n"] * 20), GOOD]
+    client = Client(api.url, clock=Hurried())
+    assert client.complete(TASK).text == "Hello" and "stalled" in client.told[0]
+
+
+def test_the_doctor_asks_for_the_model_by_a_free_call(api):
+    api.answers = [answer({"data": [{"id": "some/model", "pricing": {"prompt": "0.000005"}}]})]
+    assert Client(api.url).check() == "some/model, $5 per million prompt tokens"
+    with pytest.raises(ModelError, match="OPENROUTER_MODEL='other'"):
+        Client(api.url, model="other").check()
+    assert [path for path, _, _ in api.requests] == ["/api/v1/models"] * 2
+
+
+# -- 7. Memory ------------------------------------------------------------------------------
+
+def stored(directory):
+    return json.loads((directory / "memory.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def memory(tmp_path):
+    return Memory(tmp_path / "memory.json", 3)
+
+
+def test_facts_are_on_disk_at_once_in_their_order_and_without_doubles(memory, tmp_path):
+    assert memory.add(["Tests run with tox", "the  port is\n80"]) == [
+        "Tests run with tox", "the port is 80"]
+    assert memory.add(["TESTS run with  tox", "ä", "", "  "]) == ["ä"]
+    assert stored(tmp_path) == ["Tests run with tox", "the port is 80", "ä"] == memory.facts
+    assert memory.add(["ä"]) == []
+
+
+def test_no_file_is_made_while_there_are_no_facts(memory, tmp_path):
+    assert memory.load() == "" and memory.add([]) == [] and memory.facts == []
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_overlong_fact_is_clipped(memory):
+    memory.add(["x" * 5000])
+    assert memory.facts == ["x" * 2000]
+
+
+@pytest.mark.parametrize("content", [
+    b'{"facts": []}', b'"fact"', b"[1]", b'["a", null]', b"null", b"not json", b"", b"\xff\xfe[]",
+    b'["half', b"[" * 100_000], ids=lambda content: content[:9].decode("latin-1"))
+def test_a_file_of_another_shape_is_set_aside_unchanged(memory, tmp_path, content):
+    (tmp_path / "memory.json").write_bytes(content)
+    complaint = memory.load()
+    (aside,) = tmp_path.glob("memory.json.bad-*")
+    assert aside.read_bytes() == content and aside.name in complaint and memory.facts == []
+    memory.add(["a"])
+    assert stored(tmp_path) == ["a"]
+
+
+def test_two_runs_in_one_directory_lose_no_facts_of_each_other(memory, tmp_path):
+    other = Memory(tmp_path / "memory.json", 3)
+    memory.add(["a"])
+    other.add(["b"])
+    memory.add(["c"])
+    assert stored(tmp_path) == ["a", "b", "c"]
+    at_once(*[functools.partial(each.add, [f"{name} {number}"]) for number in range(4)
+              for name, each in (("one", memory), ("other", other))])
+    assert len(stored(tmp_path)) == 11
+
+
+def test_the_file_keeps_its_mode_and_a_link_stays_a_link(memory, tmp_path):
+    target = tmp_path / "elsewhere.json"
+    target.write_text("[]")
+    target.chmod(0o640)
+    (tmp_path / "memory.json").symlink_to(target)
+    memory.add(["a"])
+    assert (tmp_path / "memory.json").is_symlink() and target.stat().st_mode & 0o777 == 0o640
+    assert json.loads(target.read_text()) == ["a"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere.json", "memory.json"]
+
+
+@pytest.mark.parametrize("rewritten, kept", [
+    (["ab", "cd"], ["ab", "cd"]), (None, list("abcd")), ([], list("abcd")), (["  "], list("abcd")),
+    (list("abcd"), list("abcd")), (list("abcde"), list("abcd"))])
+def test_a_compaction_only_ever_shortens(memory, tmp_path, rewritten, kept):
+    memory.add("abcd")
+    lengths = memory.compact(lambda facts: rewritten)
+    assert memory.facts == stored(tmp_path) == kept
+    assert lengths == ((4, 2) if len(kept) == 2 else None)
+
+
+def test_a_short_memory_is_not_compacted_and_facts_of_another_run_survive(memory, tmp_path):
+    memory.add("abc")
+    assert memory.compact(lambda facts: ["x"]) is None
+    memory.add("d")
+
+    def rewrite(facts):
+        Memory(tmp_path / "memory.json", 3).add(["meanwhile"])
+        return ["x"]
+
+    assert memory.compact(rewrite) == (4, 2)
+    assert stored(tmp_path) == ["x", "meanwhile"]
+
+
+# -- 8. Journal -----------------------------------------------------------------------------
+
+def ids(journal):
+    return [event["id"] for event in journal.events()]
+
+
+def test_events_have_ids_and_times_and_are_in_the_file_at_once(tmp_path):
+    path, heard = tmp_path / "runs" / "run.jsonl", []
+    journal = Journal(path)
+    journal.listen(heard.append)
+    journal.publish("iteration_start", iteration=3, max_iter=0)
+    journal.publish("reply", text="漢字")
+    lines = path.read_bytes().splitlines()
+    assert [json.loads(line) for line in lines] == journal.events() == heard
+    assert ids(journal) == [1, 2] and heard[1]["iteration"] == 3
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", event["time"])
+               for event in heard)
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_secret_never_enters_an_event(tmp_path):
+    path, heard = tmp_path / "run.jsonl", []
+    journal = Journal(path, secret=KEY)
+    journal.listen(heard.append)
+    journal.publish("note", text=f"the key is {KEY}.", more=[{"deep": KEY}])
+    journal.publish("screen", text=KEY)
+    assert heard[0]["text"] == "the key is [key]." and KEY not in path.read_text()
+    assert KEY not in str(heard) and KEY.encode() not in journal.read(0, 0, 0).live[0]
+
+
+@pytest.mark.parametrize("end", [b'{"id": 3, "type": "no', b"\xff\xfe\n", b"[]\nnull\n\n", b"{}\n",
+                                 b'{"type": 7}\n{"x', b"[" * 100_000 + b"\n"],
+                         ids=lambda end: end[:12].decode("latin-1"))
+def test_a_torn_or_broken_line_is_passed_over_and_written_after(tmp_path, end):
+    path = tmp_path / "run.jsonl"
+    first = Journal(path)
+    first.publish("note", text="a")
+    first.publish("note", text="b")
+    path.write_bytes(path.read_bytes() + end)
+    second = Journal(path)
+    second.publish("note", text="c")
+    for journal in (second, Journal(path), Journal(path, read_only=True)):
+        assert [event["text"] for event in journal.events()] == ["a", "b", "c"]
+        assert ids(journal) == [1, 2, 3]
+
+
+def test_a_late_reader_gets_old_events_first_and_all_before_the_end(tmp_path):
+    journal = Journal(tmp_path / "run.jsonl")
+    for number in range(250):
+        journal.publish("note", text=str(number))
+    journal.close()
+    seen, closed = [], False
+    while not closed:
+        kept, _, _, closed = journal.read(len(seen), 0, 0)
+        seen += [json.loads(line)["text"] for _, line in kept]
+    assert seen == [str(number) for number in range(250)]
+
+
+def test_live_events_are_seen_but_not_kept(tmp_path):
+    journal = Journal(tmp_path / "run.jsonl")
+    journal.publish("screen", text="old")
+    journal.publish("screen", text="new")
+    batch = journal.read(0, 0, 0)
+    assert [json.loads(line)["text"] for line in batch.live] == ["new"] and not batch.kept
+    assert not journal.read(0, batch.live_seen, 0).live
+    assert journal.events() == [] and (tmp_path / "run.jsonl").read_bytes() == b""
+
+
+def test_a_journal_that_cannot_be_written_goes_on_in_memory(tmp_path):
+    (tmp_path / "file").write_text("")
+    journal = Journal(tmp_path / "file" / "runs" / "run.jsonl")
+    assert "run.jsonl" in journal.complaint and "\n" not in journal.complaint
+    journal.publish("note", text="a")
+    assert ids(journal) == [1] and journal.read(0, 0, 0).kept[0][0] == 1
+
+
+def test_a_recorded_run_is_followed_while_it_is_written(tmp_path):
+    path = tmp_path / "run.jsonl"
+    writer = Journal(path)
+    writer.publish("note", text="a")
+    reader = Journal(path, read_only=True)
+    writer.publish("note", text="b")
+    assert ids(reader) == [1]
+    reader.follow()
+    assert reader.events() == writer.events()
+    with pytest.raises(ConfigError, match="can't be read"):
+        Journal(tmp_path / "nothing", read_only=True)
+
+
+def test_threads_may_publish_at_once(tmp_path):
+    journal = Journal(tmp_path / "run.jsonl")
+    at_once(*[lambda: [journal.publish("note", text="x" * 50) for _ in range(50)]] * 4)
+    assert ids(journal) == ids(Journal(tmp_path / "run.jsonl")) == list(range(1, 201))
+
+
+# -- 9. Dashboard ---------------------------------------------------------------------------
+
+class Visitor:
+    """A browser at a dashboard whose journal and orders are at hand."""
+
+    def __init__(self, journal, recording=False) -> None:
+        self.journal, self.orders, self._open = journal, [], []
+        self.dashboard = Dashboard(
+            journal, "<p nonce=NONCE>page", "127.0.0.1", 0,
+            None if recording else lambda action, text: self.orders.append((action, text)))
+        _, self.host, self._token = re.split(r"http://|/\?token=", self.dashboard.url)
+
+    @property
+    def cookie(self):
+        """The headers of a browser that has the token."""
+        return {"Cookie": f"orchestrator-{self.host.split(':')[1]}={self._token}"}
+
+    def ask(self, method, path, headers, body=None):
+        """Return the response to a request."""
+        connection = http.client.HTTPConnection(self.host, timeout=10)
+        connection.request(method, path.replace("TOKEN", self._token), body, headers)
+        self._open += [connection, connection.getresponse()]
+        return self._open[-1]
+
+    def post(self, body, **headers):
+        """Return the status of an order."""
+        headers = {"Content-Type": "application/json", "Origin": f"http://{self.host}", **headers}
+        return self.ask("POST", "/control", {**self.cookie, **headers}, body).status
+
+    def leave(self):
+        """Close all connections."""
+        for each in self._open:
+            each.close()
+
+
+@pytest.fixture
+def visitor():
+    visitor = Visitor(Journal())
+    with visitor.dashboard:
+        yield visitor
+        visitor.leave()
+
+
+def events_of(response, count):
+    """Read events of a stream: their ids, None where there is none, and their texts."""
+    found, number = [], None
+    while len(found) < count:
+        line = response.readline().decode()
+        if line.startswith("id: "):
+            number = int(line[4:])
+        elif line.startswith("data: "):
+            found.append((number, json.loads(line[6:])["text"]))
+            number = None
+    return found
+
+
+def test_the_printed_address_opens_the_page_and_gives_a_cookie(visitor):
+    response = visitor.ask("GET", "/?token=TOKEN", {})
+    cookie, policy = response.headers["Set-Cookie"], response.headers["Content-Security-Policy"]
+    nonce = re.search(r"script-src 'nonce-([\w-]+)'", policy)[1]
+    assert response.status == 200 and response.read().decode() == f"<p nonce={nonce}>page"
+    assert "default-src 'none'" in policy and "unsafe" not in policy
+    assert "HttpOnly" in cookie and "SameSite=Strict" in cookie
+    assert "Access-Control-Allow-Origin" not in response.headers
+    again = visitor.ask("GET", "/", {"Cookie": cookie.split(";")[0]})
+    assert again.status == 200 and nonce not in again.read().decode()
+    assert visitor.dashboard.visited.is_set()
+
+
+def test_who_is_let_in(visitor):
+    port = visitor.host.split(":")[1]
+    name = f"orchestrator-{port}"
+    for path, headers, status in (
+            ("/", {}, 403), ("/events", {}, 403), ("/nowhere", {}, 403), ("/?token=", {}, 403),
+            ("/?token=wrong", {}, 403), ("/?token=TOKENx", {}, 403),
+            ("/?token=%C3%A4", {}, 403), ("/", {"Cookie": f"{name}=wrong"}, 403),
+            ("/", {"Cookie": f"{name}="}, 403), ("/?token=TOKEN", {}, 200),
+            ("/", visitor.cookie, 200), ("/nowhere?token=TOKEN", {}, 404),
+            ("/?token=TOKEN", {"Host": f"localhost:{port}"}, 200),
+            ("/?token=TOKEN", {"Host": f"LOCALHOST:{port}"}, 200),
+            ("/?token=TOKEN", {"Host": "localhost"}, 403), ("/?token=TOKEN", {"Host": ""}, 403),
+            ("/?token=TOKEN", {"Host": f"evil.example:{port}"}, 403),
+            ("/?token=TOKEN", {"Host": f"127.0.0.1.evil.example:{port}"}, 403),
+            ("/?token=TOKEN", {"Origin": f"http://{visitor.host}"}, 200),
+            ("/?token=TOKEN", {"Origin": "http://evil.example"}, 403),
+            ("/?token=TOKEN", {"Origin": "null"}, 403),
+            ("/?token=TOKEN", {"Origin": f"https://{visitor.host}"}, 403)):
+        assert visitor.ask("GET", path, headers).status == status, (path, headers)
+
+
+def test_which_orders_are_taken(visitor):
+    host = f"http://{visitor.host}"
+    ours = {**visitor.cookie, "Origin": host}
+    for method, path, headers, body, status in (
+            ("POST", "/control", {}, '{"action": "stop"}', 403),
+            ("POST", "/control", {"Origin": host}, '{"action": "stop"}', 403),
+            ("POST", "/", ours, "{}", 405), ("POST", "/x", ours, "{}", 404),
+            ("GET", "/control", ours, None, 405), ("PUT", "/control", ours, "{}", 501),
+            ("POST", "/control", ours, '{"action": "stop"}', 415)):
+        assert visitor.ask(method, path, headers, body).status == status, (method, path, body)
+    for body, status in (
+            ('{"action": "explode"}', 400), ("{}", 400), ("[]", 400), ("nonsense", 400), ("", 400),
+            ('{"action": "note"}', 400), ('{"action": "note", "text": " "}', 400),
+            ('{"action": "note", "text": 7}', 400), ('{"action": ["stop"]}', 400),
+            ("[" * 60_000, 400), ("x" * 70_000, 413)):
+        assert visitor.post(body) == status, body[:40]
+    assert visitor.post('{"action": "stop"}', Host="evil.example") == 403
+    assert visitor.post('{"action": "stop"}', **{"Content-Length": "many"}) == 413
+    assert not visitor.orders
+    for order in ({"action": "pause"}, {"action": "resume"}, {"action": "note", "text": "ä <b>"},
+                  {"action": "stop"}):
+        assert visitor.post(json.dumps(order)) == 204
+    assert visitor.orders == [("pause", ""), ("resume", ""), ("note", "ä <b>"), ("stop", "")]
+
+
+def test_an_order_comes_from_our_own_page_or_is_refused(visitor):
+    headers = {**visitor.cookie, "Content-Type": "application/json"}
+    assert visitor.ask("POST", "/control", headers, '{"action": "stop"}').status == 403
+    assert visitor.post('{"action": "stop"}') == 204
+    for origin in ("http://evil.example", "null", f"https://{visitor.host}", visitor.host):
+        assert visitor.post('{"action": "stop"}', Origin=origin) == 403
+    assert visitor.orders == [("stop", "")]
+
+
+def test_a_recording_takes_no_orders():
+    visitor = Visitor(Journal(), recording=True)
+    with visitor.dashboard:
+        assert visitor.post('{"action": "stop"}') == 409
+        visitor.leave()
+
+
+def test_a_new_client_gets_the_whole_run_and_then_what_comes(visitor):
+    visitor.journal.publish("note", text="one")
+    visitor.journal.publish("note", text="two\nlines")
+    stream = visitor.ask("GET", "/events", visitor.cookie)
+    assert stream.headers["Content-Type"] == "text/event-stream"
+    assert events_of(stream, 2) == [(1, "one"), (2, "two\nlines")]
+    visitor.journal.publish("screen", text="live")
+    assert events_of(stream, 1) == [(None, "live")]
+    visitor.journal.publish("note", text="three")
+    assert events_of(stream, 1) == [(3, "three")]
+    visitor.journal.publish("note", text="last words")
+    visitor.journal.close()
+    assert b"last words" in stream.read()
+
+
+def test_a_returning_client_gets_what_it_missed(visitor):
+    for number in range(1, 5):
+        visitor.journal.publish("note", text=str(number))
+    for last, expected in (("2", [3, 4]), ("0", [1, 2]), ("x", [1, 2]), ("-1", [1, 2])):
+        stream = visitor.ask("GET", "/events", {**visitor.cookie, "Last-Event-ID": last})
+        assert [number for number, _ in events_of(stream, 2)] == expected
+
+
+def test_an_address_that_cannot_be_listened_on_is_named():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        for host, port in (("127.0.0.1", taken.getsockname()[1]), ("192.0.2.1", 0)):
+            with pytest.raises(ConfigError, match=f"HOST='{host}', DASHBOARD_PORT={port}: can't"):
+                Dashboard(Journal(), "", host, port, print)
+
+
+# -- 10. Loops ------------------------------------------------------------------------------
+
+@pytest.fixture
+def fly(tmp_path):
+    """Return a function that makes a Flight."""
+    return lambda *replies, **options: Flight(tmp_path, *replies, **options)
+
+
+def test_a_conversation_grows_at_its_end_only_until_it_is_summarised():
+    talk, seen = Conversation("system", "opening"), [[]]
+    for number in range(5):
+        seen.append(talk.messages())
+        assert seen[-1][:len(seen[-2])] == seen[-2]
+        talk.add(f"reply {number}", f"outcome {number}")
+        talk.append("more")
+    assert [message["role"] for message in talk.messages()] == ["system", "user"] + [
+        "assistant", "user"] * 5
+    older = talk.older()
+    assert "reply 1" in older and "outcome 1\n\nmore" in older and "reply 2" not in older
+    assert talk.summarise("in short") == 2
+    system, opening, *rest = [message["content"] for message in talk.messages()]
+    assert (system, len(rest), rest[0]) == ("system", 6, "reply 2")
+    assert opening.startswith("opening") and opening.endswith("in short")
+    assert talk.older() == ""
+    talk.add("reply 5", "outcome 5")
+    assert "in short" in talk.older()
+
+
+def test_a_run_tells_the_agent_what_the_model_says_until_the_task_is_complete(fly):
+    flight = fly("Take the red paint", "Well done.\nTASK_COMPLETE", turns=["It is red."])
+    assert flight.run() == "complete"
+    assert flight.agent.told == ["Take the red paint"]
+    system, opening = [message["content"] for message in flight.model.calls[0]]
+    assert "Agent" in system and "Memory from previous" not in system
+    assert "Paint the shed" in opening and "the first screen" in opening
+    assert flight.shown(1) == "Agent output:\nIt is red."
+    assert [event["type"] for event in flight.journal.events()] == [
+        "task_info", "iteration_start", "reply", "iteration_end", "iteration_start", "reply",
+        "iteration_end", "complete"]
+    end = flight.of("complete")[0]
+    assert (end["iterations"], end["cost"], end["tokens"]["total"]) == (2, 0.5, 220)
+
+
+def test_each_call_repeats_the_one_before_and_adds_what_is_new(fly):
+    flight = fly("one", "two", "three", "TASK_COMPLETE")
+    flight.run()
+    for earlier, later in zip(flight.model.calls, flight.model.calls[1:]):
+        assert later[:len(earlier)] == earlier and len(later) == len(earlier) + 2
+
+
+def test_a_model_that_gives_up_ends_the_run(fly):
+    flight = fly("TASK_FAILED: there is no paint")
+    assert flight.run() == "failed" and flight.error.status == 4
+    assert "there is no paint" in flight.of("complete")[0]["reason"] and not flight.agent.told
+
+
+@pytest.mark.parametrize("settings, turn, done, reason", [
+    ({"max_iterations": 2}, 0, 2, "MAX_ITERATIONS=2"), ({"max_cost": 0.6}, 0, 3, "MAX_COST=0.6"),
+    ({"max_cost": 0.25}, 0, 1, "MAX_COST=0.25"), ({"max_minutes": 1.5}, 50, 2, "MAX_MINUTES=1.5")])
+def test_a_budget_ends_the_run(fly, settings, turn, done, reason):
+    flight = fly("one", "two", "three", "four", **settings)
+    flight.agent.ask = lambda message, limit=0: flight.clock.sleep(turn) or Turn(f"did {message}")
+    assert flight.run() == "budget" and flight.error.status == 3
+    assert reason in str(flight.error) and flight.of("complete")[0]["iterations"] == done
+
+
+def test_a_cost_limit_needs_a_server_that_says_what_it_costs(fly):
+    flight = fly(Reply("one", Tokens(), None, 1), max_cost=1.0)
+    assert flight.run() == "budget" and "MAX_COST" in str(flight.error)
+    assert not flight.agent.told
+    flight = fly(Reply("TASK_COMPLETE", Tokens(), None, 1))
+    assert flight.run() == "complete" and flight.of("complete")[-1]["cost"] == 0
+
+
+@pytest.mark.parametrize("reply, hint", [
+    ("", "empty"), ("MEMORY_SAVE: paint is wet", "The fact was saved"), ("KEYS: Dwon", "Dwon"),
+    ("WAIT: soon", "90s")])
+def test_what_asks_for_nothing_is_never_typed_and_the_model_is_told(fly, reply, hint):
+    flight = fly(Reply(reply, Tokens(), 0.0, 1), "TASK_COMPLETE")
+    assert flight.run() == "complete" and flight.agent.told == []
+    assert hint in flight.shown(1) and "Agent output" not in flight.shown(1)
+
+
+def test_keys_are_pressed_and_times_waited(fly):
+    flight = fly("KEYS: Down Enter", "WAIT: 10m", "TASK_COMPLETE", turns=["menu", "finished"])
+    assert flight.run() == "complete" and flight.agent.told == [("Down", "Enter"), 600.0]
+    assert flight.shown(1) == "Agent output:\nmenu" and flight.of("state")[0]["state"] == "waiting"
+
+
+def test_facts_are_remembered_at_once_and_told_to_the_next_run(fly, tmp_path):
+    first = fly("MEMORY_SAVE: paint is wet\ngo on", turns=[lambda: stored(tmp_path)[0]],
+                max_iterations=1)
+    first.run()
+    assert first.agent.told == ["go on"]
+    assert first.of("iteration_end")[0]["agent_output"] == "paint is wet"
+    assert first.of("memory")[0]["saved"] == ["paint is wet"]
+    second = fly("TASK_COMPLETE")
+    second.memory.load()
+    second.run()
+    assert "## Memory from previous sessions\n- paint is wet" in second.model.calls[0][0]["content"]
+
+
+def test_a_long_memory_is_compacted_by_the_model(fly, tmp_path):
+    flight = fly("MEMORY_SAVE: a\nMEMORY_SAVE: b\nMEMORY_SAVE: c\ngo", 'Sure: {"facts": ["abc"]}',
+                 "TASK_COMPLETE", memory_max_facts=2)
+    assert flight.run() == "complete" and stored(tmp_path) == ["abc"]
+    assert flight.of("memory")[1]["compacted"] == {"before": 3, "after": 1}
+    assert flight.of("complete")[0]["cost"] == 0.75
+
+
+@pytest.mark.parametrize("answer", ["nonsense", '{"facts": [1]}', '{"facts": "a"}', "[]",
+                                    ModelError("refused")])
+def test_a_failed_compaction_changes_nothing(fly, tmp_path, answer):
+    flight = fly("MEMORY_SAVE: a\nMEMORY_SAVE: b\ngo", answer, "TASK_COMPLETE", memory_max_facts=1)
+    assert flight.run() == "complete" and stored(tmp_path) == ["a", "b"]
+
+
+def test_the_task_is_complete_only_once_its_check_passes(fly, tmp_path):
+    flight = fly("TASK_COMPLETE", "make it", "TASK_COMPLETE",
+                 turns=[lambda: (tmp_path / "done").write_text("x") and "made"],
+                 verify_cmd="test -f done && echo there || { echo missing; exit 3; }")
+    assert flight.run() == "complete" and flight.agent.told == ["make it"]
+    assert [(event["status"], event["output"]) for event in flight.of("verify")] == [
+        (3, "missing"), (0, "there")]
+    assert "status 3" in flight.shown(1) and "missing" in flight.shown(1)
+
+
+def test_a_run_in_circles_is_warned_once_and_then_ended(fly):
+    flight = fly(*["try again"] * 6, turns=[f"failed after {number} s" for number in range(6)])
+    assert flight.run() == "stuck" and flight.error.status == 4
+    assert len(flight.agent.told) == 6 and len(flight.of("note")) == 1
+    assert "circles" in flight.shown(3) and "circles" not in flight.shown(2) + flight.shown(4)
+
+
+def test_two_replies_in_turns_are_a_circle_too(fly):
+    flight = fly(*["left", "right"] * 6)
+    assert flight.run() == "stuck" and len(flight.agent.told) == 12
+    assert "circles" in flight.shown(6)
+
+
+def test_the_same_reply_with_another_result_is_no_circle(fly):
+    flight = fly(*["try again"] * 8, "TASK_COMPLETE", turns=list("abcdefgh"))
+    assert flight.run() == "complete" and not flight.of("note")
+
+
+def test_waiting_for_a_long_turn_is_no_circle(fly):
+    flight = fly(*["WAIT: 10m"] * 9, "TASK_COMPLETE", turns=[Turn("compiling", "working")] * 9)
+    assert flight.run() == "complete" and not flight.of("note")
+
+
+def test_a_growing_reply_is_shown_while_somebody_watches(fly):
+    flight = fly("TASK_COMPLETE")
+    with flight.journal.reading():
+        flight.run()
+    (part,) = map(json.loads, flight.journal.read(0, 0, 0).live)
+    assert (part["type"], part["text"]) == ("reply_part", "TASK_COMPLETE")
+    assert not flight.of("reply_part")
+
+
+def test_a_note_of_a_person_reaches_the_next_prompt(fly):
+    flight = fly("one", "two", "TASK_COMPLETE",
+                 turns=[lambda: flight.control.act("note", "use \x1b[1mblue") or "did one"])
+    flight.run()
+    assert "use [1mblue" in flight.shown(1) and "blue" not in flight.shown(2)
+    assert flight.of("note")[0]["source"] == "dashboard"
+
+
+def test_a_paused_run_waits_for_its_person(fly):
+    flight = fly("one", "TASK_COMPLETE")
+    flight.control.act("pause")
+    flight.control.act("pause")
+    flight.clock.at(500, lambda: flight.control.act("resume"))
+    assert flight.run() == "complete" and flight.clock.now >= 1500
+    assert [event["state"] for event in flight.of("state")] == ["paused", "resumed"]
+
+
+def test_a_long_conversation_is_summarised_by_the_model(fly):
+    flight = fly("one", "two", "three", Reply("four", Tokens(5000, 1, 5001), 0.0, 1),
+                 "what happened so far", "TASK_COMPLETE", history_max_tokens=1000)
+    assert flight.run() == "complete" and len(flight.model.calls[5]) == 2 + 6
+    assert "Summary of the work so far\nwhat happened so far" in flight.model.calls[5][1]["content"]
+    assert flight.of("history")[0]["summarised"] == 1
+    assert flight.agent.told == ["one", "two", "three", "four"]
+
+
+def test_where_no_summary_can_be_had_first_lines_will_do(fly):
+    flight = fly("one", "two", "three", Reply("four", Tokens(5000, 1, 5001), 0.0, 1),
+                 ModelError("refused"), "TASK_COMPLETE", history_max_tokens=1000)
+    assert flight.run() == "complete" and "YOU: one" in flight.model.calls[5][1]["content"]
+
+
+def test_a_context_overflow_is_answered_by_a_summary_once(fly):
+    replies = ["one", "two", "three", "four", ContextOverflow("too long"), "in short"]
+    flight = fly(*replies, "TASK_COMPLETE")
+    assert flight.run() == "complete" and len(flight.of("history")) == 1
+    flight = fly(*replies, ContextOverflow("too long"))
+    assert flight.run() == "model" and flight.error.status == 6
+    assert fly(ContextOverflow("too long")).run() == "model"
+
+
+@pytest.mark.parametrize("trouble, outcome, status", [
+    (AgentError("gone"), "agent", 5), (ModelError("refused"), "model", 6)])
+def test_trouble_that_ends_a_run_is_its_outcome(fly, trouble, outcome, status):
+    flight = fly(trouble) if outcome == "model" else fly("one", turns=[trouble])
+    assert flight.run() == outcome and flight.error.status == status
+    assert flight.of("complete")[0]["reason"] == str(trouble)
+
+
+def test_even_a_bug_and_a_signal_leave_a_last_event(fly):
+    for error, outcome in ((ZeroDivisionError("bug"), "failed"),
+                           (Interrupted(signal.SIGTERM), "interrupted")):
+        flight = fly("one", turns=[error])
+        with pytest.raises(type(error)):
+            flight.run()
+        assert flight.journal.events()[-1]["outcome"] == outcome
+
+
+def test_a_resumed_run_goes_on_with_conversation_and_totals(fly):
+    first = fly("one", "two", turns=["did it", "did more"], max_iterations=2)
+    assert first.run() == "budget"
+    past = first.journal.events()
+    second = fly("three", "TASK_COMPLETE", max_iterations=4)
+    assert second.run(past) == "complete"
+    texts = [message["content"] for message in second.model.calls[0]]
+    assert texts[2:5] == ["one", "Agent output:\ndid it", "two"]
+    assert "Paint the shed" in texts[1] and "did more" in texts[5] and "go on now" in texts[5]
+    assert "the first screen" in texts[5]
+    end = second.of("complete")[-1]
+    assert (end["iterations"], end["cost"], end["tokens"]["total"]) == (4, 1.0, 440)
+    assert len(second.of("task_info")) == 1
+
+
+def test_the_time_between_two_parts_of_a_run_does_not_count(fly):
+    times = [("task_info", "09:00:00", ""), ("complete", "09:01:00", ""),
+             ("state", "11:00:00", "the run goes on"), ("complete", "11:00:30", "")]
+    past = [{"id": number, "time": f"2026-01-31T{time}.000Z", "type": kind, "reason": reason}
+            for number, (kind, time, reason) in enumerate(times, 1)]
+    flight = fly("TASK_COMPLETE", max_minutes=2)
+    assert flight.run(past) == "complete" and flight.of("complete")[0]["duration_ms"] == 90_000
+    assert fly(max_minutes=1).run(past) == "budget"
+
+
+def test_a_resumed_run_knows_of_its_summary_and_of_a_broken_off_turn(fly):
+    first = fly("one", "two", "three", Reply("four", Tokens(5000, 1, 5001), 0.0, 1), "in short",
+                "five", turns=["a", "b", "c", "d", Interrupted(signal.SIGINT)],
+                history_max_tokens=1000)
+    with pytest.raises(Interrupted):
+        first.run()
+    second = fly("TASK_COMPLETE")
+    second.run(first.journal.events())
+    texts = [message["content"] for message in second.model.calls[0]]
+    assert "in short" in texts[1] and texts[2] == "two" and "one" not in texts
+    assert texts[-2] == "five" and "stopped" in texts[-1]
+
+
+def test_a_chat_passes_lines_on_until_quit(tmp_path):
+    for end in ("/quit", " /quit ", None):
+        agent, lines = Hands(), ["hello", "", " \t", "/status", end, "never"]
+        journal = Journal()
+        Chat(Config(), agent, journal, lambda: lines.pop(0)).run({"agent": "Agent"})
+        assert agent.told == ["hello", "/status"] and lines == ["never"]
+        outputs = [event["agent_output"] for event in journal.events()
+                   if event["type"] == "iteration_end"]
+        assert outputs == ["the first screen", "did hello", "did /status"]
+        assert journal.events()[-1]["type"] == "complete"
+        assert journal.events()[-1]["outcome"] == "complete"
+
+
+def test_an_interrupted_turn_gives_the_prompt_back():
+    agent, lines, journal = Hands(Interrupted(signal.SIGINT)), ["hello", "again", None], Journal()
+    Chat(Config(), agent, journal, lambda: lines.pop(0)).run({})
+    assert agent.told == ["hello", "again"]
+    assert "goes on" in [event["agent_output"] for event in journal.events()
+                         if event["type"] == "iteration_end"][1]
+
+
+@pytest.mark.parametrize("error, outcome", [
+    (Interrupted(signal.SIGTERM), "interrupted"), (AgentError("gone"), "agent")])
+def test_what_ends_a_chat_is_its_outcome(error, outcome):
+    journal = Journal()
+    with pytest.raises(type(error)):
+        Chat(Config(), Hands(error), journal, lambda: "hello").run({})
+    assert journal.events()[-1]["outcome"] == outcome
+
+
+def test_a_check_returns_its_status_and_its_output(tmp_path):
+    environ = child_environment({**os.environ, "OPENROUTER_API_KEY": KEY})
+    assert run_check("pwd; echo \x1b[1m >&2; exit 7", tmp_path, environ, 30) == (
+        7, f"{tmp_path.resolve()}\n[1m")
+    assert KEY not in run_check("env", tmp_path, environ, 30)[1]
+    assert run_check("cat", tmp_path, environ, 30) == (0, "")
+    assert len(run_check("yes | head -100000", tmp_path, environ, 30)[1]) < 17_000
+
+
+def test_a_check_that_takes_too_long_is_ended_with_all_it_started(tmp_path):
+    os.mkfifo(tmp_path / "alive")
+    reader = os.open(tmp_path / "alive", os.O_RDONLY | os.O_NONBLOCK)
+    writer = os.open(tmp_path / "alive", os.O_WRONLY)
+    try:
+        status, output = run_check("exec 9> alive; echo begun; sleep 600 & wait", tmp_path,
+                                   os.environ, 0.2)
+        assert status == 124 and output in ("begun", "")
+        os.close(writer)
+        assert select.select([reader], [], [], 10)[0] and os.read(reader, 1) == b""
+    finally:
+        os.close(reader)
+
+
+# -- 13. Command line -----------------------------------------------------------------------
+
+@pytest.fixture
+def scene(tmp_path, monkeypatch, capsys):
+    """Return a function that runs main in an empty directory: arguments in, status and words."""
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.chdir(home)
+    for name in (*Config.settings(), "TMUX", "CLAUDECODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    FakeTmux(tmp_path).says("tmux 3.4\n")
+
+    def play_scene(*arguments, **environ):
+        monkeypatch.setattr(sys, "stdin", io.StringIO())
+        for name, value in {"FAKE": str(tmp_path), **environ}.items():
+            monkeypatch.setenv(name, value)
+        status = main(arguments)
+        return (status, *capsys.readouterr())
+
+    return play_scene
+
+
+@pytest.mark.parametrize("arguments, environ, status, words", [
+    (["--nonsense"], {}, 2, "--nonsense"), (["a", "b"], {}, 2, "see --help"),
+    (["--task"], {}, 2, "--task"), (["--ta", "x"], {}, 2, "--ta"),
+    (["--chat", "--demo"], {}, 2, "--chat and --demo do not go together"),
+    (["--resume", "--task", "x"], {}, 2, "do not go together"),
+    (["nowhere"], {}, 2, "there is no such directory"), (["/dev/null"], {}, 2, "not a directory"),
+    ([], {}, 2, "OPENROUTER_API_KEY is not set"),
+    ([], {"MAX_COST": "much"}, 2, "MAX_COST='much': expected"),
+    (["--chat"], {"TURN_TIMEOUT": "0"}, 2, "TURN_TIMEOUT='0': expected"),
+    (["--replay", "nothing.jsonl"], {}, 2, "nothing.jsonl: can't be read"),
+    (["--resume"], {"OPENROUTER_API_KEY": KEY}, 2, "there is no run to resume"),
+    (["--chat"], {"PATH": "/nowhere"}, 5, "tmux is not installed"),
+    (["--chat"], {"CLAUDE_CMD": "", "DEFAULT_MODEL": "gpt"}, 5, "no codex on the PATH: npm"),
+    (["--task", " "], {"OPENROUTER_API_KEY": KEY, "CLAUDE_CMD": "cat"}, 2, "there is no task"),
+    ([], {"OPENROUTER_API_KEY": KEY, "CLAUDE_CMD": "cat"}, 2, "there is no task")])
+def test_wrong_use_is_one_line_that_says_what_to_change(scene, arguments, environ, status, words):
+    ended, out, err = scene(*arguments, **environ)
+    assert (ended, out) == (status, "")
+    assert err.startswith("orchestrator: ") and words in err and KEY not in err
+    assert err.count("\n") == 1 and "Traceback" not in err
+
+
+def test_the_manual_lists_the_arguments_and_the_settings(scene):
+    for option in ("--help", "-h"):
+        status, out, err = scene(option, "--json")
+        assert (status, err) == (0, "") and out.startswith(orchestrator.__doc__.rstrip())
+        for name, field in Config.settings().items():
+            assert re.search(rf"^ +{name} +\S", out, re.M)
+    assert scene("--version") == (0, f"orchestrator {orchestrator.__version__}\n", "")
+
+
+def test_settings_that_run_something_are_announced_when_they_come_from_a_file(scene):
+    Path(".env").write_text("CLAUDE_CMD=cat\nMAX_COST=1\nOPENROUTER_API_KEY='sk-from-the-file'\n")
+    status, out, err = scene("--task", "")
+    assert status == 2 and "CLAUDE_CMD=cat comes from .env" in err and "MAX_COST" not in err
+    assert "sk-from-the-file" not in err
+    assert "comes from .env" not in scene("--task", "", CLAUDE_CMD="cat")[2]
+    Path(".env").write_text("MAX_COST=1\nsk-secret\n")
+    status, out, err = scene("--chat")
+    assert status == 2 and ".env line 2" in err and "sk-secret" not in err
+
+
+def test_the_doctor_has_a_line_for_each_thing_and_says_what_is_wrong(scene):
+    status, out, err = scene("--doctor", CLAUDE_CMD="cat", PATH="/nowhere")
+    assert (status, err) == (1, "")
+    lines = {line.split()[0]: line for line in out.splitlines()}
+    assert "ok" in lines["python"] and "ok" in lines["journal"]
+    assert "FAILED" in lines["tmux"] and "not installed" in lines["tmux"]
+    assert "OPENROUTER_API_KEY is not set" in lines["model"]
+
+
+TOKENS = {"prompt": 1000, "completion": 200, "total": 1200, "cached": 0}
+
+
+@pytest.mark.parametrize("event, words", [
+    ({"type": "task_info", "task": "T\x1b", "model": "M", "agent": "A", "workdir": "/w\x9b",
+      "session": "s", "attach": "tmux attach", "max_iter": 0, "memories": []},
+     ["T", "M", "A in /w", "tmux attach"]),
+    ({"type": "iteration_start", "iteration": 1, "max_iter": 0}, None),
+    ({"type": "reply", "iteration": 1, "text": "say\x1b[2J it", "tokens": TOKENS, "cost": 0.5,
+      "duration_ms": 1500}, ["[1]", "say[2J it", "1,200", "$0.5", "1.5 s"]),
+    ({"type": "reply", "iteration": 1, "text": "say", "tokens": TOKENS, "cost": None,
+      "duration_ms": 1}, ["say"]),
+    ({"type": "iteration_end", "iteration": 1, "orchestrator": "say", "agent_output": "a\x07\n\tb",
+      "duration_ms": 9, "tokens": TOKENS, "cost": None}, ["[1]", "a\n", "b"]),
+    ({"type": "error", "iteration": 1, "error": "429", "retry_in": 2.5}, ["429", "2.5 s"]),
+    ({"type": "error", "iteration": 1, "error": "full"}, ["full"]),
+    ({"type": "recovery", "iteration": 1, "what": "it ended", "resumed": True}, ["it ended"]),
+    ({"type": "memory", "saved": ["a", "b"], "total": 2}, ["a", "b"]),
+    ({"type": "memory", "total": 1, "compacted": {"before": 60, "after": 20}}, ["60", "20"]),
+    ({"type": "verify", "command": "make", "status": 2, "output": "no\x9b"}, ["make", "2", "no"]),
+    ({"type": "history", "summarised": 9, "summary": "s"}, ["9"]),
+    ({"type": "note", "text": "hi\x1b]0;x\x07", "source": "dashboard"}, ["dashboard", "hi"]),
+    ({"type": "state", "state": "paused"}, ["paused"]),
+    ({"type": "state", "state": "waiting", "reason": "up to 60 s"}, ["waiting", "60 s"]),
+    ({"type": "screen", "text": "\x1b[1mx"}, None), ({"type": "reply_part", "text": "x"}, None),
+    ({"type": "complete", "outcome": "complete", "reason": "", "iterations": 3, "tokens": TOKENS,
+      "cost": 0.5, "duration_ms": 61_000}, ["complete", "3", "1,200", "$0.5", "1 min"]),
+    ({"type": "complete", "outcome": "stuck", "reason": "circles", "iterations": 3,
+      "tokens": TOKENS, "cost": 0.5, "duration_ms": 1}, ["stuck"])],
+    ids=lambda case: case and case["type"] if isinstance(case, dict) else "")
+def test_the_terminal_says_what_happens_and_obeys_nobody(event, words, capsys):
+    event = {"id": 1, "time": "2026-01-31T09:00:00.123Z", **event}
+    say(narrate(event))
+    text = capsys.readouterr().out
+    assert bool(text) is bool(words) and all(word in text for word in words or ())
+    say(narrate_chat(event))
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", text + capsys.readouterr().out)
+
+
+def test_a_closed_pipe_ends_the_narration_and_not_the_run():
+    reader, writer = os.pipe()
+    with open(writer, "w") as stream:
+        say("heard", stream)
+        assert os.read(reader, 100) == b"heard\n"
+        os.close(reader)
+        say("unheard", stream)
+        say("neither", stream)
+
+
+def test_one_orchestrator_drives_a_session_at_a_time(tmp_path):
+    place = Place(tmp_path, tmp_path / "state", {})
+    with sole_driver(Config(), place):
+        with pytest.raises(ConfigError, match=f"gt-claude-loop.*process {os.getpid()}: set"):
+            with sole_driver(Config(), place):
+                pass
+        with sole_driver(Config(claude_tmux_session="other"), place):
+            pass
+    with sole_driver(Config(), place):
+        pass
+
+
+def test_the_run_to_resume_is_found_among_more_runs_than_may_be_open(tmp_path):
+    place, runs = Place(tmp_path, tmp_path / "state", {}), tmp_path / "state" / "runs"
+    runs.mkdir(parents=True)
+    for number in range(100):
+        event = {"id": 1, "time": "2026-01-31T09:00:00.123Z", "type": "task_info",
+                 "workdir": "/elsewhere" if number else str(tmp_path)}
+        (runs / f"{number:03}.jsonl").write_text(json.dumps(event) + "\n")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    last = os.open(os.devnull, os.O_RDONLY)
+    os.close(last)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (last + 50, hard))
+        assert last_unfinished(place) == runs / "000.jsonl"
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_signals_are_held_back_where_nothing_may_be_cut_in_two():
+    done, before = [], signal.getsignal(signal.SIGTERM)
+    with Signals() as signals:
+        with pytest.raises(Interrupted) as caught:
+            with signals.held():
+                signal.raise_signal(signal.SIGTERM)
+                done.append("the rest of the line")
+        assert done and caught.value.status == 143
+        for number, status in ((signal.SIGINT, 130), (signal.SIGHUP, 129)):
+            with pytest.raises(Interrupted) as caught:
+                signal.raise_signal(number)
+            assert caught.value.status == status
+    assert signal.getsignal(signal.SIGTERM) is before
