@@ -488,12 +488,15 @@ def parse_reply(reply: str) -> Instruction:
     return _parse_order(text)._replace(facts=tuple(filter(None, facts)))
 
 
+_TIMES = re.compile(r"(?m)^\W*\w+ for <?\d.*$|\d+(:\d\d)+|\d[\d.,]*k?\s*(ms|s|m|h|tokens)\b")
+
+
 def fingerprint(screen: str) -> str:
-    """Return a screen's text in a form that is the same where only times and counters differ.
+    """Return a screen's text in a form that is the same where only times and tokens differ.
 
     Claude Code ends a turn with a line like `✻ Brewed for 4s`, in ever new words.
     """
-    return re.sub(r"\d+", "#", re.sub(r"(?m)^\W*\w+ for <?\d.*$", "", screen))
+    return _TIMES.sub("#", screen)
 
 
 # -- 4. Tmux --------------------------------------------------------------------------------
@@ -1695,6 +1698,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 self._control(action, text)
                 self._answer(204, "")
 
+    def _wrong_method(self) -> None:
+        if not self._refused(""):
+            self._answer(405, "GET or POST only")
+
+    do_HEAD = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _wrong_method
+
     @property
     def _cookie(self) -> str:
         """The cookie's name: ports do not keep cookies apart, so each dashboard has its own."""
@@ -1892,12 +1901,15 @@ class Totals:
 
 
 class Chat:
-    """A person types, the agent answers.  `read` returns the next line, None at the end."""
+    """A person types, the agent answers.  `read` returns the next line, None at the end.
+
+    Ctrl-C in a turn gives the prompt back, if there is one; the agent goes on.
+    """
 
     def __init__(self, config: Config, agent: Agent, journal: Journal,
-                 read: Callable[[], str | None], *,
+                 read: Callable[[], str | None], *, at_prompt: bool = True,
                  clock: Callable[[], float] = time.monotonic) -> None:
-        self._agent, self._journal, self._read = agent, journal, read
+        self._agent, self._journal, self._read, self._at_prompt = agent, journal, read, at_prompt
         self._limit, self._clock, self._totals = config.turn_timeout, clock, Totals(clock)
 
     def run(self, task_info: Mapping[str, object]) -> None:
@@ -1919,7 +1931,7 @@ class Chat:
         try:
             output = act().report()
         except Interrupted as interrupt:
-            if interrupt.status != 128 + signal.SIGINT or not line:
+            if interrupt.status != 128 + signal.SIGINT or not (line and self._at_prompt):
                 raise
             output = f"[{self._agent.name} goes on; the next answer will show what it does now.]"
         self._journal.publish("iteration_end", orchestrator=line, agent_output=output,
@@ -3162,7 +3174,8 @@ def run(config: Config, place: Place, *, task: Callable[[], str] = lambda: "", c
         past = journal.events() if resumed else []
         info = past[0] if past else first_event(config, place, program, tmux, wanted, chat)
         if chat:
-            Chat(config, agent, journal, lambda: read_line("> ")).run(info)
+            Chat(config, agent, journal, lambda: read_line("> "),
+                 at_prompt=sys.stdin.isatty()).run(info)
             return 0
         memory = Memory(place.directory / "memory.json", config.memory_max_facts,
                         guard=signals.held)
@@ -3181,6 +3194,8 @@ def run(config: Config, place: Place, *, task: Callable[[], str] = lambda: "", c
 
 def replay(path: Path, config: Config) -> int:
     """Serve the dashboard of a recorded run until a signal; follow it while it is written."""
+    if not read_events(path, 1):
+        raise ConfigError(f"{path}: there are no events in it")
     journal = Journal(path, read_only=True)
     with Signals(), served(config, journal, None):
         while True:

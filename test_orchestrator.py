@@ -772,8 +772,10 @@ def test_a_reply_that_asks_for_nothing_says_why(reply, facts, hint):
     assert (kind, keys, seconds, found) == ("nothing", (), 0, facts) and hint in text
 
 
-def test_fingerprints_differ_only_in_what_is_no_number():
-    assert fingerprint("failed after 12 s (3 of 5)") == fingerprint("failed after 7 s (40 of 5)")
+def test_fingerprints_differ_in_more_than_times_and_tokens():
+    assert fingerprint("failed after 12 s (09:00)") == fingerprint("failed after 7.5s (9:01:30)")
+    assert fingerprint("✻ Thinking (3s · 1.2k tokens)") == fingerprint("✻ Thinking (12s · 90 tokens)")
+    assert fingerprint("3 of 5 done") != fingerprint("4 of 5 done")
     assert fingerprint("failed after 12 s") != fingerprint("passed after 12 s")
     assert fingerprint("done\n✻ Brewed for 4s") == fingerprint("done\n✻ Churned for 1m 2s")
 
@@ -1634,7 +1636,7 @@ def test_which_orders_are_taken(visitor):
             ("POST", "/control", {}, '{"action": "stop"}', 403),
             ("POST", "/control", {"Origin": host}, '{"action": "stop"}', 403),
             ("POST", "/", ours, "{}", 405), ("POST", "/x", ours, "{}", 404),
-            ("GET", "/control", ours, None, 405), ("PUT", "/control", ours, "{}", 501),
+            ("GET", "/control", ours, None, 405), ("PUT", "/control", ours, "{}", 405),
             ("POST", "/control", ours, '{"action": "stop"}', 415)):
         assert visitor.ask(method, path, headers, body).status == status, (method, path, body)
     for body, status in (
@@ -1974,6 +1976,9 @@ def test_an_interrupted_turn_gives_the_prompt_back():
     assert agent.told == ["hello", "again"]
     assert "goes on" in [event["agent_output"] for event in journal.events()
                          if event["type"] == "iteration_end"][1]
+    with pytest.raises(Interrupted):        # no prompt to give back
+        Chat(Config(), Hands(Interrupted(signal.SIGINT)), journal, lambda: "x",
+             at_prompt=False).run({})
 
 
 @pytest.mark.parametrize("error, outcome", [
