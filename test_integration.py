@@ -1,0 +1,1660 @@
+"""Tests of orchestrator.py with real tmux and real processes, through its command line only.
+
+They run where tmux is; those of the real Claude Code and Codex, of the browser and of other
+Pythons where these are installed too.  First come the stand-ins for what surrounds the tool:
+the models, the agents, a browser, a person's terminal.
+
+    pytest test_integration.py                                all, in some minutes
+    BENCHMARK=1 pytest -s -k benchmark test_integration.py    how fast it is
+"""
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import http.client
+import http.server
+import json
+import os
+import re
+import select
+import shlex
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.parse
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, Mapping, NamedTuple, Sequence
+
+import pytest
+
+TOOL = Path(__file__).with_name("orchestrator.py")
+
+pytestmark = pytest.mark.skipif(not shutil.which("tmux"), reason="tmux is not installed")
+
+
+# -- Shared by the stand-ins --------------------------------------------------------------------
+
+def poll(look: Callable[[], Any], seconds: float) -> Any:
+    """Return what look() returns as soon as that is true, or the last false answer in the end."""
+    deadline = time.monotonic() + seconds
+    while not (found := look()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return found
+
+
+def processes_of(directory: Path) -> list[int]:
+    """Return the processes that name a scratch directory in their arguments or environment."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):      # gone in the meantime, or not ours to read
+            said = (entry / "cmdline").read_bytes() + b"\0" + (entry / "environ").read_bytes()
+            if os.fsencode(directory) in said and int(entry.name) != os.getpid():
+                found.append(int(entry.name))
+    return found
+
+
+@contextlib.contextmanager
+def scratch_directory() -> Iterator[Path]:
+    """A short private directory; in the end its processes are ended, then it is removed.
+
+    Sockets in it need the short path, and daemons that outlive their program would write on.
+    """
+    directory = Path(tempfile.mkdtemp(dir="/tmp", prefix="o"))
+    try:
+        yield directory
+    finally:
+        for deadly in (signal.SIGTERM, signal.SIGKILL):
+            for pid in processes_of(directory):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, deadly)
+            if poll(lambda: not processes_of(directory), 3):
+                break
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def text_of(content: Any) -> str:
+    """Return the text of a message, which is a string or a list of parts."""
+    if isinstance(content, str):
+        return content
+    return "\n".join(part.get("text") or "" for part in content or [])
+
+
+class Exchange(http.server.BaseHTTPRequestHandler):
+    """One request, with its path, headers and body, and its answer: JSON or a stream of events."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def do_POST(self) -> None:
+        raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.body: dict[str, Any] = {}
+        with contextlib.suppress(ValueError):
+            self.body = json.loads(raw)
+        with contextlib.suppress(ConnectionError):      # the client went away
+            self.server.answer(self)
+
+    do_GET = do_HEAD = do_POST
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+    def send(self, body: Any, status: int = 200, headers: Mapping[str, str] = {}) -> None:
+        """Answer at once, with JSON."""
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        length = {"Content-Length": str(len(data))}
+        for header in {"Content-Type": "application/json", **length, **headers}.items():
+            self.send_header(*header)
+        self.end_headers()
+        self.wfile.write(b"" if self.command == "HEAD" else data)
+
+    def start_stream(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+
+    def stream(self, text: str) -> None:
+        """Send a piece of the stream; an empty one ends it."""
+        data = text.encode()
+        self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
+
+    def event(self, kind: str, **data: Any) -> None:
+        """Send a piece that is a typed event, as the agents' models do."""
+        self.stream(f"event: {kind}\ndata: {json.dumps({'type': kind, **data})}\n\n")
+
+
+class Loopback(http.server.ThreadingHTTPServer):
+    """A web server on a free port of this machine; a subclass has what it answers."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Exchange)
+        self.port = self.server_port
+
+    def __enter__(self) -> Loopback:
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.shutdown()
+        self.server_close()
+
+    def answer(self, exchange: Exchange) -> None:
+        raise NotImplementedError
+
+
+# -- The orchestrating model, as OpenRouter serves it -------------------------------------------
+
+class Request(NamedTuple):
+    """What a client sent; the names of the headers in any case."""
+
+    headers: Mapping[str, str]
+    body: dict[str, Any]
+
+
+class ScriptedModel(Loopback):
+    """An OpenRouter API whose nth chat completion is the nth reply of a script.
+
+    A reply is a text; or the status of an error, or that and its headers; or a function that
+    returns one of these.
+    """
+
+    NAME, COST = "anthropic/claude-opus-4.6", 0.01
+
+    def __init__(self, replies: Sequence[Any]) -> None:
+        super().__init__()
+        self.replies = list(replies)
+        self.requests: list[Request] = []      # of chat completions
+        self.url = f"http://127.0.0.1:{self.port}/api/v1"
+        self._lock = threading.Lock()
+
+    def last_message(self, number: int = -1) -> str:
+        """Return the text of the last message of a request, by default the latest."""
+        return text_of(self.requests[number].body["messages"][-1]["content"])
+
+    def answer(self, exchange: Exchange) -> None:
+        path = urllib.parse.unquote(exchange.path)
+        if path == "/api/v1/models":
+            exchange.send({"data": [{"id": self.NAME}]})
+            return
+        if path != "/api/v1/chat/completions":
+            exchange.send({"error": {"code": 404, "message": "Not Found"}}, 404)
+            return
+        with self._lock:
+            number = len(self.requests)
+            self.requests.append(Request(exchange.headers, exchange.body))
+        ended = number >= len(self.replies)
+        reply = "TASK_FAILED: script ended" if ended else self.replies[number]
+        if callable(reply):
+            reply = reply()
+        if isinstance(reply, str):
+            self._complete(exchange, number, reply)
+            return
+        status, headers = reply if isinstance(reply, tuple) else (reply, {})
+        exchange.send({"error": {"code": status, "message": "as scripted"}}, status, headers)
+
+    def _complete(self, exchange: Exchange, number: int, text: str) -> None:
+        prompt, completion = len(json.dumps(exchange.body["messages"])) // 4, len(text) // 4 + 1
+        usage = {"prompt_tokens": prompt, "completion_tokens": completion, "cost": self.COST,
+                 "total_tokens": prompt + completion,
+                 "prompt_tokens_details": {"cached_tokens": prompt // 2 if number else 0}}
+        head = {"id": f"gen-{number}", "created": int(time.time()), "provider": "Stand-in",
+                "object": "chat.completion.chunk", "model": exchange.body["model"]}
+
+        def chunk(content: str, reason: str | None = None) -> dict[str, Any]:
+            delta = {"role": "assistant", "content": content}
+            return {**head, "choices": [{"index": 0, "delta": delta, "finish_reason": reason}]}
+
+        chunks = [*map(chunk, re.findall(r"(?s).{1,24}", text)), chunk("", "stop")]
+        exchange.start_stream()
+        exchange.stream(": OPENROUTER PROCESSING\n\n")
+        for line in (*map(json.dumps, chunks), json.dumps({**head, "choices": [], "usage": usage}),
+                     "[DONE]"):
+            exchange.stream(f"data: {line}\n\n")
+        exchange.stream("")
+
+
+# -- The model behind the agents, and the real agents -------------------------------------------
+
+class Step(NamedTuple):
+    """What an agent is told to do next: run a command, or (where that is empty) say something."""
+
+    command: str
+    answer: str = ""
+
+
+def next_step(message: str, results: int) -> Step:
+    """Read the step from the message, given how many commands were run for it.
+
+    First RUN[command], then SAY[text] or LINES[number].
+    """
+    asked = dict(re.findall(r"(?s)\b(RUN|SAY|LINES)\[(.*?)\]", message))
+    if "RUN" in asked and not results:
+        return Step(asked["RUN"])
+    count = int(asked.get("LINES", 0))
+    lines = "\n".join(f"line {number} of {count}" for number in range(1, count + 1))
+    return Step("", lines or asked.get("SAY", "done: " + message[-60:]))
+
+
+class AgentApi(Loopback):
+    """The model behind the real Claude Code and Codex; what they are told to do says its answer."""
+
+    HIDDEN = ("<system-reminder>", "<environment_context>")     # what the agents themselves add
+    PASTED = re.compile(r'(?s)\s*<pasted_content id="\w+">\n(.*)\n</pasted_content[^>]*>\n')
+    SHELLS = {"Bash": "command", "exec_command": "cmd", "shell_command": "command"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []       # as they left the agents, one for each turn
+        self.conversation = ""              # all that the latest turn began with
+
+    def answer(self, exchange: Exchange) -> None:
+        path = exchange.path.split("?")[0]
+        speak = {"/v1/messages": self._as_anthropic, "/v1/responses": self._as_openai}.get(path)
+        if not speak:
+            exchange.send({"data": [], "input_tokens": 10})
+            return
+        tools = [tool.get("name") for tool in exchange.body.get("tools", [])]
+        shell = next((name for name in self.SHELLS if name in tools), "")
+        message, results = self._heard(exchange.body)
+        if shell and not results:
+            self.messages.append(message)
+            self.conversation = json.dumps(exchange.body)
+        exchange.start_stream()
+        speak(exchange, shell, next_step(message, results) if shell else Step("", "a title"))
+        exchange.stream("")
+
+    def _heard(self, body: dict[str, Any]) -> tuple[str, int]:
+        """Return the latest message, and how many commands were run since."""
+        message, results = "", 0
+        for item in body.get("messages") or body["input"]:
+            parts = item.get("content") or []
+            parts = [{"type": "text", "text": parts}] if isinstance(parts, str) else parts
+            kinds = [item.get("type"), *(part["type"] for part in parts)]
+            done = sum(kind in ("tool_result", "function_call_output") for kind in kinds)
+            said = [part for part in parts if not text_of([part]).startswith(self.HIDDEN)]
+            if done:
+                results += done
+            elif said and item.get("role") == "user":
+                message, results = self.PASTED.sub(r"\1", text_of(said)), 0
+        return message, results
+
+    def _pieces(self, step: Step) -> Iterator[str]:
+        pieces = re.findall(r"\S*\s*", step.answer)[:-1]
+        for piece in pieces:
+            yield piece
+            time.sleep(0.3 / len(pieces))
+
+    def _as_anthropic(self, exchange: Exchange, shell: str, step: Step) -> None:
+        stop = {"stop_reason": "tool_use" if step.command else "end_turn", "stop_sequence": None}
+        if step.command:
+            name = f"toolu_{time.time_ns()}"
+            block = {"type": "tool_use", "id": name, "name": shell, "input": {}}
+            wish = {self.SHELLS[shell]: step.command, "description": "as it was told"}
+            deltas = iter([{"type": "input_json_delta", "partial_json": json.dumps(wish)}])
+        else:
+            block = {"type": "text", "text": ""}
+            deltas = ({"type": "text_delta", "text": piece} for piece in self._pieces(step))
+        exchange.event("message_start", message={
+            "id": f"msg_{time.time_ns()}", "type": "message", "role": "assistant", "content": [],
+            "model": exchange.body["model"], "stop_reason": None, "stop_sequence": None,
+            "usage": {"input_tokens": 100, "output_tokens": 1}})
+        exchange.event("content_block_start", index=0, content_block=block)
+        for delta in deltas:
+            exchange.event("content_block_delta", index=0, delta=delta)
+        exchange.event("content_block_stop", index=0)
+        exchange.event("message_delta", delta=stop, usage={"output_tokens": 20})
+        exchange.event("message_stop")
+
+    def _as_openai(self, exchange: Exchange, shell: str, step: Step) -> None:
+        response = {"id": f"resp_{time.time_ns()}"}
+        exchange.event("response.created", response=response)
+        if step.command:
+            wish = json.dumps({self.SHELLS[shell]: step.command})
+            item = {"type": "function_call", "id": "fc_1", "call_id": f"call_{time.time_ns()}",
+                    "name": shell, "arguments": wish}
+        else:
+            item = {"type": "message", "role": "assistant", "id": "msg_1", "content": []}
+            exchange.event("response.output_item.added", output_index=0, item=item)
+            for piece in self._pieces(step):
+                exchange.event("response.output_text.delta", item_id="msg_1", output_index=0,
+                               content_index=0, delta=piece)
+            item = {**item, "content": [{"type": "output_text", "text": step.answer}]}
+        exchange.event("response.output_item.done", output_index=0, item=item)
+        exchange.event("response.completed", response={**response, "usage": {
+            "input_tokens": 10, "output_tokens": 5, "total_tokens": 15}})
+
+
+CODEX_CONFIG = """\
+model_provider = "standin"
+model = "gpt-5"
+check_for_update_on_startup = false
+[model_providers.standin]
+name = "standin"
+base_url = "http://127.0.0.1:PORT/v1"
+wire_api = "responses"
+env_key = "STANDIN_KEY"
+[analytics]
+enabled = false
+"""
+WRAPPER = """\
+#!/bin/sh
+exec env -i HOME=HERE/home TMPDIR=HERE/tmp PATH="INSTALLED:$PATH" \\
+  TERM="${TERM:-xterm-256color}" LANG=C.UTF-8 ${TMUX:+TMUX="$TMUX"} IS_SANDBOX=1 \\
+  ${CLAUDE_CODE_DISABLE_ALTERNATE_SCREEN:+CLAUDE_CODE_DISABLE_ALTERNATE_SCREEN=1} \\
+  ANTHROPIC_BASE_URL=http://127.0.0.1:PORT ANTHROPIC_API_KEY=sk-ant-standin-0123456789abcdefghij \\
+  CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC=1 DISABLE_AUTOUPDATER=1 DISABLE_TELEMETRY=1 \\
+  DISABLE_ERROR_REPORTING=1 STANDIN_KEY=x INSTALLED/NAME "$@"
+"""
+
+
+@contextlib.contextmanager
+def real_agents(api_port: int) -> Iterator[Path]:
+    """A directory for PATH with the real `claude` and `codex`, logged in to an AgentApi.
+
+    They are looked for in $ORCHESTRATOR_AGENTS (default ~/.cache/orchestrator-agents), made by
+    `npm install --prefix ~/.cache/orchestrator-agents @anthropic-ai/claude-code @openai/codex`.
+    """
+    place = os.environ.get("ORCHESTRATOR_AGENTS") or "~/.cache/orchestrator-agents"
+    installed = Path(place).expanduser() / "node_modules" / ".bin"
+    for name in ("claude", "codex"):
+        if not os.access(installed / name, os.X_OK):
+            pytest.skip(f"the real agents are not installed: no {installed / name}")
+    with scratch_directory() as here:
+        for folder in ("bin", "tmp", "home/.codex"):
+            (here / folder).mkdir(parents=True)
+        (here / "home/.claude.json").write_text(json.dumps({
+            "hasCompletedOnboarding": True, "theme": "dark",
+            "customApiKeyResponses": {"approved": ["0123456789abcdefghij"], "rejected": []}}))
+        (here / "home/.codex/config.toml").write_text(CODEX_CONFIG.replace("PORT", str(api_port)))
+        for name in ("claude", "codex"):
+            script = WRAPPER.replace("HERE", str(here)).replace("PORT", str(api_port))
+            script = script.replace("INSTALLED", str(installed)).replace("NAME", name)
+            (here / "bin" / name).write_text(script)
+            (here / "bin" / name).chmod(0o755)
+        yield here / "bin"
+
+
+# -- A browser ----------------------------------------------------------------------------------
+
+class Browser:
+    """A headless Chromium with one tab, driven through a pipe; `console` is what went wrong."""
+
+    FLAGS = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
+             "--disable-background-networking --disable-component-update --disable-dev-shm-usage "
+             "--remote-debugging-pipe")
+
+    def __init__(self) -> None:
+        names = ("chromium", "chromium-browser", "google-chrome")
+        self.program = next(filter(None, map(shutil.which, names)), None)
+        self._console: list[str] = []
+        self._numbers, self._unread = 0, b""
+        self._session: dict[str, str] = {}
+
+    def __enter__(self) -> Browser:
+        if not self.program:
+            pytest.skip("no Chromium is installed (apt-get install chromium)")
+        with contextlib.ExitStack() as stack:
+            self._start(stack.enter_context(scratch_directory()), stack)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    @property
+    def console(self) -> list[str]:
+        """The errors, exceptions and violated policies so far."""
+        self._call("Runtime.evaluate", expression="0")      # what came before is read with it
+        return self._console
+
+    def open(self, url: str) -> None:
+        """Go there, and wait until it has loaded."""
+        failure = self._call("Page.navigate", url=url).get("errorText")
+        assert not failure, f"{url}: {failure}"
+        assert poll(lambda: self.evaluate("document.readyState === 'complete'"), 15), url
+
+    def evaluate(self, expression: str) -> Any:
+        """Return the value of a JavaScript expression, of a promise its outcome."""
+        answer = self._call("Runtime.evaluate", expression=expression, awaitPromise=True,
+                            returnByValue=True)
+        if "exceptionDetails" in answer:
+            raise AssertionError(f"{expression}: {self._thrown(answer['exceptionDetails'])}")
+        return answer["result"].get("value")
+
+    def size(self, width: int, height: int) -> None:
+        """Make the window as large as this."""
+        self._call("Emulation.setDeviceMetricsOverride", width=width, height=height,
+                   deviceScaleFactor=1, mobile=False)
+
+    def _start(self, home: Path, stack: contextlib.ExitStack) -> None:
+        its_in, self._out = os.pipe()
+        self._in, its_out = os.pipe()
+        # It reads from 3 and writes to 4; what is moved there must not lie there already.
+        high = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (its_in, its_out)]
+        moves = [(os.POSIX_SPAWN_DUP2, end, place) for end, place in zip(high, (3, 4))]
+        quiet = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in (0, 1, 2)]
+        command = [self.program, *self.FLAGS.split(), f"--user-data-dir={home}", "about:blank"]
+        env = {**os.environ, "HOME": str(home), "TMPDIR": str(home)}
+        pid = os.posix_spawn(self.program, command, env, file_actions=[*quiet, *moves], setpgroup=0)
+        stack.callback(os.waitpid, pid, 0)
+        stack.callback(os.killpg, pid, signal.SIGKILL)
+        for end in (its_in, its_out, *high):
+            os.close(end)
+        for end in (self._in, self._out):
+            stack.callback(os.close, end)
+        tab = self._call("Target.createTarget", url="about:blank")["targetId"]
+        session = self._call("Target.attachToTarget", targetId=tab, flatten=True)["sessionId"]
+        self._session = {"sessionId": session}
+        for domain in ("Page", "Runtime", "Log"):
+            self._call(f"{domain}.enable")
+
+    def _call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        self._numbers += 1
+        message = {"id": self._numbers, "method": method, "params": parameters, **self._session}
+        os.write(self._out, json.dumps(message).encode() + b"\0")
+        while (answer := self._read()).get("id") != self._numbers:
+            self._notice(answer.get("method"), answer.get("params", {}))
+        assert "error" not in answer, f"{method}: {answer['error']}"
+        return answer["result"]
+
+    def _read(self) -> dict[str, Any]:
+        while b"\0" not in self._unread:
+            assert select.select([self._in], [], [], 30)[0], "the browser does not answer"
+            data = os.read(self._in, 1 << 16)
+            assert data, "the browser has ended"
+            self._unread += data
+        message, self._unread = self._unread.split(b"\0", 1)
+        return json.loads(message)
+
+    def _notice(self, event: str, about: dict[str, Any]) -> None:
+        if event == "Runtime.exceptionThrown":
+            self._console.append(self._thrown(about["exceptionDetails"]))
+        elif event == "Runtime.consoleAPICalled" and about["type"] in ("error", "assert"):
+            values = (a.get("value", a.get("description")) for a in about["args"])
+            self._console.append(" ".join(map(str, values)))
+        elif event == "Log.entryAdded" and about["entry"]["level"] == "error":
+            self._console.append(f"{about['entry']['text']} {about['entry'].get('url', '')}")
+
+    def _thrown(self, details: dict[str, Any]) -> str:
+        return details.get("exception", {}).get("description") or details["text"]
+
+
+# -- A person at a terminal ---------------------------------------------------------------------
+
+class Terminal:
+    """A command in a terminal of 120x40, a tmux server of its own; `env` is all that it sees."""
+
+    def __init__(self, command: Sequence[Any], env: Mapping[str, str], cwd: Path) -> None:
+        self.command, self.env, self.cwd = command, env, cwd
+
+    def __enter__(self) -> Terminal:
+        with contextlib.ExitStack() as stack:
+            self._directory = stack.enter_context(scratch_directory())
+            env = {**self.env, "TERM": "screen-256color"}
+            options = {"remain-on-exit": "on", "history-limit": "20000"}
+            self._tmux("-f", os.devnull, "start-server", ";",
+                       *(word for pair in options.items() for word in ("set", "-g", *pair, ";")),
+                       "new-session", "-x", "120", "-y", "40", "-d", "-c", str(self.cwd), "--",
+                       "env", "-i", *(f"{name}={value}" for name, value in env.items()),
+                       *map(str, self.command))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with contextlib.suppress(AssertionError):       # it may have ended already
+            self._tmux("kill-server")
+        self._stack.close()
+
+    def type(self, text: str) -> None:
+        """Type it, without an Enter."""
+        self._tmux("send-keys", "-l", "--", re.sub(r";\Z", r"\;", text))
+
+    def press(self, *keys: str) -> None:
+        """Press keys, by the names that tmux gives them."""
+        self._tmux("send-keys", *keys)
+
+    def screen(self) -> str:
+        """Return what the screen shows, below what has scrolled off it."""
+        return self._tmux("capture-pane", "-p", "-J", "-S", "-")
+
+    def wait_for(self, text: str, seconds: float = 15) -> str:
+        """Return the screen once the text is on it."""
+        assert poll(lambda: text in self.screen(), seconds), (
+            f"{text!r} is not shown within {seconds:g} s, but:\n{self.screen()}")
+        return self.screen()
+
+    def exit_status(self, seconds: float = 15) -> int:
+        """Wait for the command to end; return its status."""
+        status = poll(self._ended, seconds)
+        assert status, f"it has not ended within {seconds:g} s:\n{self.screen()}"
+        return int(status)
+
+    def _ended(self) -> str:
+        facts = self._tmux("display-message", "-p", "#{pane_dead},#{pane_dead_status},#{pid}")
+        dead, status, server = facts.split(",")
+        if dead == "1" and not status:
+            os.kill(int(server), signal.SIGCHLD)    # Debian's tmux may have missed the first
+        return status
+
+    def _tmux(self, *words: str) -> str:
+        done = subprocess.run(["tmux", *words], capture_output=True, text=True, timeout=10,
+                              stdin=subprocess.DEVNULL, env={
+                                  "PATH": os.environ["PATH"], "LANG": "C.UTF-8",
+                                  "TMUX_TMPDIR": str(self._directory)})
+        assert not done.returncode, f"tmux {words[0]}: {done.stderr.strip()}"
+        return "\n".join(line.rstrip() for line in done.stdout.splitlines()).rstrip()
+
+
+# -- A small agent ------------------------------------------------------------------------------
+
+AGENT = r'''
+"""A small agent: on a terminal it does what the real ones do; agent.log has what it took."""
+import itertools, json, os, sys, threading, time, tty
+
+def show(text):
+    os.write(1, text.encode())
+
+def log(**facts):
+    with open("agent.log", "a") as file:
+        file.write(json.dumps({"pid": os.getpid(), "at": time.time(), **facts}) + "\n")
+
+def take():
+    typed, pasting = b"", False
+    while pasting or not typed.endswith((b"\r", b"\n")):
+        typed += os.read(0, 1)
+        if typed.endswith((b"\x1b[200~", b"\x1b[201~")):
+            pasting, typed = typed.endswith(b"0~"), typed[:-6]
+            show("" if pasting else typed.decode().replace("\n", "\n  "))
+    return typed[:-1].decode()
+
+def obey(order, turn):
+    word, _, rest = order.strip().partition(" ")
+    if word == "echo":
+        show(rest + "\n")
+    elif word == "count":
+        show(f"{turn} of 99\n")
+    elif word == "sleep":
+        time.sleep(float(rest))
+    elif word == "die":
+        os._exit(int(rest))
+
+def spin(over):
+    for frame in itertools.cycle("⠋⠙⠹⠸⠼⠴⠦⠧"):
+        show(f"\x1b]0;{frame} agent\x07")
+        if over.wait(0.1):
+            return
+
+tty.setcbreak(0)
+time.sleep(float(os.environ.get("AGENT_STARTS_IN", "0")))
+show("\x1b[?2004h\x1b]0;agent\x07A small agent.\n\n")
+log(started=True)
+for turn in itertools.count(1):
+    show("❯ ")
+    message = take()
+    log(took=message)
+    over = threading.Event()
+    spinner = threading.Thread(target=spin, args=(over,))
+    spinner.start()
+    show("\n")
+    time.sleep(0.2)     # it thinks
+    for order in message.replace("\n", "&&").split("&&"):
+        obey(order, turn)
+    over.set()
+    spinner.join()
+    show("\x1b]0;agent\x07")
+    log(done=message)
+'''
+
+
+# -- The tool at work ---------------------------------------------------------------------------
+
+KEY = "sk-or-v1-2f6c0f3b9d5e4a718c"
+Event = Dict[str, Any]
+
+
+class Done(NamedTuple):
+    """How a run has ended."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+
+class Answer(NamedTuple):
+    """What the dashboard answered."""
+
+    status: int
+    headers: Mapping[str, str]
+    text: str
+
+
+class Site:
+    """The dashboard, as a client without a browser sees it."""
+
+    def __init__(self, url: str) -> None:
+        self.url, parts = url, urllib.parse.urlsplit(url)
+        self.host, self.entrance = parts.netloc, f"{parts.path}?{parts.query}"
+        self.cookie = self.ask(self.entrance, cookie="").headers["Set-Cookie"].split(";")[0]
+
+    def ask(self, path: str, body: Any = None, *, cookie: str | None = None,
+            **headers: str) -> Answer:
+        """Ask for a path, or send JSON to it, as a visitor who has the cookie."""
+        with self._open(path, body, cookie, headers) as answer:
+            return Answer(answer.status, answer.headers, answer.read().decode())
+
+    def control(self, action: str, text: str = "") -> int:
+        """Step in; return the status of the answer."""
+        return self.ask("/control", {"action": action, "text": text}).status
+
+    def events(self, until: Callable[[Event], Any], **headers: str) -> list[Event]:
+        """Read the stream up to an event; return what was kept of it, each with its stream id."""
+        found: list[Event] = []
+        with self._open("/events", None, None, headers) as answer:
+            assert answer.headers["Content-Type"] == "text/event-stream"
+            for line in answer:
+                field, _, value = line.decode().strip().partition(": ")
+                if field == "id":
+                    number = value
+                elif field == "data" and "id" in json.loads(value):
+                    found.append({**json.loads(value), "stream id": number})
+                    if until(found[-1]):
+                        return found
+        raise AssertionError(f"the stream has ended after {len(found)} events")
+
+    @contextlib.contextmanager
+    def _open(self, path: str, body: Any, cookie: str | None,
+              headers: Mapping[str, str]) -> Iterator[http.client.HTTPResponse]:
+        sent = {"Cookie": getattr(self, "cookie", "") if cookie is None else cookie,
+                **{name.replace("_", "-"): value for name, value in headers.items()}}
+        data = None
+        if body is not None:
+            data = json.dumps(body)
+            sent = {"Origin": f"http://{self.host}", "Content-Type": "application/json", **sent}
+        connection = http.client.HTTPConnection(self.host, timeout=30)
+        with contextlib.closing(connection):
+            connection.request("POST" if data else "GET", path, data, sent)
+            yield connection.getresponse()
+
+
+class Run:
+    """The tool in a process of its own, with its output in files."""
+
+    def __init__(self, command: Sequence[str], stdin: str | None, out: Path, cwd: Path,
+                 env: Mapping[str, str]) -> None:
+        self._files = [out.with_suffix(".stdout"), out.with_suffix(".stderr")]
+        with self._files[0].open("w") as stdout, self._files[1].open("w") as stderr:
+            self.process = subprocess.Popen(
+                command, cwd=cwd, env=dict(env), stdout=stdout, stderr=stderr, text=True,
+                stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE,
+                start_new_session=True)
+        if stdin is not None:
+            self.type(stdin)
+
+    @property
+    def stdout(self) -> str:
+        """What it has printed so far."""
+        return self._files[0].read_text(encoding="utf-8")
+
+    @property
+    def stderr(self) -> str:
+        """What it has complained about so far."""
+        return self._files[1].read_text(encoding="utf-8")
+
+    def type(self, text: str) -> None:
+        """Write to its standard input."""
+        self.process.stdin.write(text)
+        self.process.stdin.flush()
+
+    def site(self) -> Site:
+        """Return its dashboard, once it has said where that is."""
+        line = re.compile(r"^Dashboard: (http:\S+)\n", re.M)
+        said = poll(lambda: line.search(self.stdout + self.stderr), 30)
+        assert said, self.stdout + self.stderr
+        return Site(said[1])
+
+    def end(self, seconds: float = 90, *, by: int = 0) -> Done:
+        """Wait for the end, which a signal may bring about; standard input is at its end."""
+        if by:
+            self.process.send_signal(by)
+        if self.process.stdin:
+            self.process.stdin.close()
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            pytest.fail(f"it has not ended within {seconds} s:\n{self.stdout}\n{self.stderr}")
+        return Done(self.process.returncode, self.stdout, self.stderr)
+
+
+class World:
+    """A private machine for the tool: its directories, tmux server, settings and models."""
+
+    def __init__(self, directory: Path, stack: contextlib.ExitStack) -> None:
+        self.directory, self._stack, self._runs = directory, stack, 0
+        self.work, self.home, self.tmp = (directory / name for name in ("work", "home", "tmp"))
+        for folder in (self.work, self.home, self.tmp):
+            folder.mkdir()
+        agent = directory / "agent.py"
+        agent.write_text(AGENT, encoding="utf-8")
+        stack.callback(self.tmux, "kill-server")
+        self.env = {
+            "PATH": os.environ["PATH"], "HOME": str(self.home), "TMPDIR": str(self.tmp),
+            "TMUX_TMPDIR": str(directory), "XDG_STATE_HOME": str(directory / "state"),
+            "LANG": "C.UTF-8", "TERM": "xterm-256color", "DASHBOARD_OPEN": "false",
+            "OPENROUTER_BASE_URL": "http://127.0.0.1:9/v1", "OPENROUTER_API_KEY": KEY,
+            "CLAUDE_CMD": shlex.join([sys.executable, str(agent)])}
+
+    def model(self, *replies: Any) -> ScriptedModel:
+        """Have the runs from now on directed by a model that says this."""
+        model = self._stack.enter_context(ScriptedModel(replies))
+        self.env["OPENROUTER_BASE_URL"] = model.url
+        return model
+
+    def start(self, *arguments: str, stdin: str | None = None, cwd: Path | None = None,
+              python: str = sys.executable, **settings: str) -> Run:
+        """Start the tool in the work directory, with these arguments and settings."""
+        self._runs += 1
+        run = Run([python, str(TOOL), *arguments], stdin, self.directory / f"run-{self._runs}",
+                  cwd or self.work, {**self.env, **settings})
+        self._stack.callback(run.process.wait)
+        self._stack.callback(run.process.kill)
+        return run
+
+    def run(self, *arguments: str, **how: Any) -> Done:
+        """Start the tool, and wait until it has ended."""
+        return self.start(*arguments, **how).end()
+
+    def journals(self) -> list[Path]:
+        """Return the journals of all runs, the newest last."""
+        return sorted(self.directory.glob("state/orchestrator/runs/*.jsonl"))
+
+    def events(self, *kinds: str) -> list[Event]:
+        """Return the events of the latest run, all or those of some kinds."""
+        lines = self.journals()[-1].read_bytes().split(b"\n")[:-1] if self.journals() else []
+        found = [json.loads(line) for line in lines]
+        return [event for event in found if not kinds or event["type"] in kinds]
+
+    def log(self, fact: str) -> list[Any]:
+        """Return what the small agents have logged: all that was `took`, is `done`, or a `pid`."""
+        path = self.work / "agent.log"
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+        return [entry[fact] for entry in map(json.loads, lines) if fact in entry]
+
+    def taken(self, message: str) -> bool:
+        """Whether the agent takes a message, within half a minute."""
+        return poll(lambda: message in self.log("took"), 30)
+
+    def tmux(self, *words: str) -> str:
+        """Ask the server on which the agents' sessions are; a failure is an empty answer."""
+        done = subprocess.run(["tmux", "-L", "gt-claude-loop", *words], env=self.env, text=True,
+                              capture_output=True, stdin=subprocess.DEVNULL, timeout=10)
+        return done.stdout.strip()
+
+    def everything(self) -> str:
+        """Return all that was printed and kept by the runs so far."""
+        files = [*self.directory.glob("run-*"), *self.directory.glob("state/**/*")]
+        return "\n".join(file.read_text(encoding="utf-8") for file in files if file.is_file())
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    with contextlib.ExitStack() as stack:
+        yield World(stack.enter_context(scratch_directory()), stack)
+
+
+class Gate(threading.Event):
+    """A reply that the model gives only once the test lets it."""
+
+    def reply(self, text: str) -> Callable[[], str]:
+        """Return the reply for a script."""
+        return lambda: text if self.wait(60) else "TASK_FAILED: the gate stayed shut"
+
+
+def kinds(events: Sequence[Event], *without: str) -> list[str]:
+    """Return what happened, in its order."""
+    return [event["type"] for event in events if event["type"] not in without]
+
+
+def assert_refused(done: Done, status: int, *words: str) -> None:
+    """It ended before it began, with one complaint that has all these words."""
+    assert (done.status, done.stdout) == (status, ""), done
+    assert_one_complaint(done, *words)
+
+
+def assert_one_complaint(done: Done, *words: str) -> None:
+    """The only line on standard error is one of ours that has all these words."""
+    assert re.fullmatch(r"orchestrator: .*\n", done.stderr), done.stderr
+    assert [word for word in words if word not in done.stderr] == [], done.stderr
+
+
+# -- The demo -----------------------------------------------------------------------------------
+
+def assert_nothing_is_left(world: World) -> None:
+    assert list(world.tmp.iterdir()) == []
+    assert list(world.directory.glob("tmux-*/*")) == []
+    assert poll(lambda: not processes_of(world.directory), 5), processes_of(world.directory)
+
+
+def test_the_demo_completes_again_and_again_without_a_terminal_and_in_one(world):
+    done = world.start("--demo", CLAUDE_CMD="", OPENROUTER_API_KEY="").end(30)
+    assert (done.status, done.stderr) == (0, "")
+    assert "all checks passed" in done.stdout and "Task complete" in done.stdout
+    assert_nothing_is_left(world)
+    with Terminal([sys.executable, TOOL, "--demo"], world.env, world.work) as terminal:
+        assert terminal.exit_status(30) == 0
+        screen = terminal.screen()
+    assert "Task complete: 6 iterations" in screen and "Dashboard: http://127.0.0.1:" in screen
+    assert_nothing_is_left(world)
+    assert list(world.work.iterdir()) == []
+
+
+# -- The real agents ----------------------------------------------------------------------------
+
+@pytest.fixture
+def agent_api() -> Iterator[AgentApi]:
+    with AgentApi() as api:
+        yield api
+
+
+@pytest.fixture
+def with_real_agents(world, agent_api) -> Iterator[None]:
+    with real_agents(agent_api.port) as programs:
+        world.env.update(PATH=f"{programs}:{world.env['PATH']}", CLAUDE_CMD="")
+        yield
+
+
+REAL_AGENTS = pytest.mark.parametrize("name, agent", [("claude", "Claude Code"), ("gpt", "Codex")])
+
+
+@REAL_AGENTS
+def test_a_run_of_five_turns_completes_on_the_real(name, agent, world, agent_api, with_real_agents):
+    messages = [
+        "- first #{pane_id} #(date) $HOME `x` \"quotes\" \\ back, then SAY[alpha one];",
+        "Zwei Zeilen, äöü 漢字 🎉:\n\n  indented: SAY[beta two]",
+        "RUN[echo made > made.txt; echo sum $((40 + 2))] SAY[gamma three]",
+        "LINES[60]",
+        "x" * 5000 + " SAY[epsilon five]"]
+    model = world.model(*messages[:4], f"MEMORY_SAVE: tests need no network\n{messages[4]}",
+                        "All was seen.\n\nTASK_COMPLETE")
+    done = world.run("--task", "see five answers", DEFAULT_MODEL=name)
+    assert (done.status, done.stderr) == (0, "")
+    assert agent_api.messages == messages
+    assert (world.work / "made.txt").read_text() == "made\n"
+    assert json.loads((world.work / "memory.json").read_text()) == ["tests need no network"]
+
+    shown = [model.last_message(number) for number in range(6)]
+    assert "see five answers" in shown[0] and f"The screen of {agent}" in shown[0]
+    for answer, own in (("alpha one", 1), ("beta two", 2), ("gamma three", 3), ("epsilon five", 5)):
+        lines = [[line for line in text.split("\n") if re.fullmatch(rf"\W*{answer}", line)]
+                 for text in shown]
+        assert [len(each) for each in lines] == [int(number == own) for number in range(6)], shown
+        assert shown[own].startswith(f"{agent} output:\n")
+    assert "sum 42" in shown[3]
+    assert [re.findall(r"line (\d+) of 60", text) for text in shown] == [
+        [], [], [], [], [str(number) for number in range(1, 61)], []]
+
+    events = world.events()
+    turn = ["iteration_start", "reply", "iteration_end"]
+    assert kinds(events, "note") == ["task_info", *turn * 4, "iteration_start", "reply", "memory",
+                                     "iteration_end", *turn, "complete"]
+    assert [event["id"] for event in events] == list(range(1, len(events) + 1))
+    assert [e["orchestrator"] for e in events if e["type"] == "iteration_end"][:5] == messages
+    assert events[0]["agent"] == agent and events[-1]["outcome"] == "complete"
+    assert world.journals()[0].stat().st_mode & 0o777 == 0o600
+
+
+@REAL_AGENTS
+def test_a_chat_of_three_messages_with_the_real(name, agent, world, agent_api, with_real_agents):
+    messages = ["first SAY[alpha one]", "second LINES[20]", "third SAY[gamma three]"]
+    done = world.run("--chat", stdin="\n".join([*messages, "/quit\n"]), DEFAULT_MODEL=name,
+                     OPENROUTER_API_KEY="")
+    assert (done.status, done.stderr) == (0, "")
+    assert agent_api.messages == messages
+    answers = [line for line in done.stdout.split("\n")
+               if re.fullmatch(r"\W*(alpha one|line \d+ of 20|gamma three)", line)]
+    assert [re.sub(r"^\W+", "", answer) for answer in answers] == [
+        "alpha one", *(f"line {number} of 20" for number in range(1, 21)), "gamma three"]
+
+
+@REAL_AGENTS
+def test_a_killed_agent_goes_on_with_its_conversation_if_it_is_the_real(
+        name, agent, world, agent_api, with_real_agents):
+    messages = ["SAY[alpha one]", "RUN[sleep 60] SAY[beta two]", "SAY[gamma three]"]
+    model = world.model(*messages, "TASK_COMPLETE")
+    run = world.start("--task", "survive", DEFAULT_MODEL=name)
+    assert poll(lambda: messages[1] in agent_api.messages, 60), run.stdout
+    os.kill(int(world.tmux("display-message", "-p", "#{pane_pid}")), signal.SIGKILL)
+    assert run.end().status == 0
+    assert agent_api.messages == messages
+    assert "alpha one" in agent_api.conversation
+    assert [event["resumed"] for event in world.events("recovery")] == [True]
+    assert "remembers the conversation" in model.last_message(2)
+    assert "gamma three" in model.last_message(3)
+
+
+# -- Chat ---------------------------------------------------------------------------------------
+
+def test_a_person_chats_in_a_terminal(world):
+    command = [sys.executable, TOOL, "--chat"]
+    with Terminal(command, world.env, world.work) as terminal:
+        terminal.wait_for("\n>", 30)
+        terminal.type("echo it's; here;")
+        terminal.press("Enter")
+        terminal.wait_for("\nit's; here;\n")
+        terminal.type("/quit")
+        terminal.press("Enter")
+        assert terminal.exit_status() == 0
+    assert world.log("took") == ["echo it's; here;"]
+
+
+@pytest.mark.parametrize("arguments, mode", [(["--chat"], "true"), ([], "no")])
+def test_a_chat_needs_no_key_and_ends_with_the_input(arguments, mode, world):
+    done = world.run(*arguments, stdin="echo one\n\necho two\n", OPENROUTER_API_KEY="",
+                     AUTONOMOUS_MODE=mode)
+    assert (done.status, done.stderr) == (0, "")
+    assert world.log("took") == ["echo one", "echo two"]
+    assert "\none\n" in done.stdout and "\ntwo\n" in done.stdout
+
+
+# -- Sending ------------------------------------------------------------------------------------
+
+def test_every_message_arrives_as_it_was_said(world):
+    messages = [
+        "-n", "x;", "echo a && echo b \\;", "#{pane_id} #(touch sign) %1", "~/'\"`$HOME\\", "!",
+        "\ttab\n\n  blank line above", "e\u0301 漢字 🎉 \u202e", "/help", "q" * 100_000,
+        "\n".join(f"line {number}" for number in range(1000))]
+    world.model(*messages, "TASK_COMPLETE")
+    assert world.run("--task", "say much").status == 0
+    assert world.log("took") == messages
+    assert not (world.work / "sign").exists()
+
+
+def test_the_task_may_come_from_standard_input(world):
+    model = world.model("TASK_COMPLETE")
+    assert world.run(stdin="count\nthe stars\n").status == 0
+    assert "count\nthe stars" in model.last_message()
+    assert world.events()[0]["task"] == "count\nthe stars"
+
+
+# -- Recovery -----------------------------------------------------------------------------------
+
+def killing_the_agent(world: World) -> None:
+    os.kill(world.log("pid")[-1], signal.SIGKILL)
+
+
+def killing_the_session(world: World) -> None:
+    world.tmux("new-session", "-d", "-s", "another", "sleep", "1000")
+    world.tmux("kill-session", "-t", "=gt-claude-loop")
+
+
+def killing_the_server(world: World) -> None:
+    os.kill(int(world.tmux("display-message", "-p", "#{pid}")), signal.SIGKILL)
+
+
+ACCIDENTS = pytest.mark.parametrize(
+    "accident", [killing_the_agent, killing_the_session, killing_the_server])
+
+
+@ACCIDENTS
+def test_a_run_goes_on_after(accident, world):
+    model = world.model("echo one", "sleep 60 && echo two", "echo three", "TASK_COMPLETE")
+    run = world.start("--task", "survive")
+    assert world.taken("sleep 60 && echo two"), run.stdout
+    accident(world)
+    done = run.end()
+    assert (done.status, done.stderr) == (0, "")
+    assert world.log("took") == ["echo one", "sleep 60 && echo two", "echo three"]
+    assert len(set(world.log("pid"))) == 2
+    assert "started again" in model.last_message(2) and "three" in model.last_message(3)
+    recovery, = world.events("recovery")
+    assert (recovery["iteration"], recovery["resumed"]) == (2, False)
+    assert "started again" in done.stdout
+
+
+@ACCIDENTS
+def test_a_chat_goes_on_after(accident, world):
+    run = world.start("--chat", stdin="echo one\nsleep 60\necho three\n/quit\n")
+    assert world.taken("sleep 60"), run.stdout
+    accident(world)
+    done = run.end()
+    assert (done.status, done.stderr) == (0, "")
+    assert world.log("took") == ["echo one", "sleep 60", "echo three"]
+    assert "\nthree\n" in done.stdout and "started again" in done.stdout
+    assert len(world.events("recovery")) == 1
+
+
+@ACCIDENTS
+def test_a_message_that_was_not_taken_yet_is_said_to_the_new_agent_after(accident, world):
+    gate = Gate()
+    model = world.model("echo one", gate.reply("echo two"), "TASK_COMPLETE")
+    run = world.start("--task", "survive")
+    assert poll(lambda: len(model.requests) == 2, 30), run.stdout
+    accident(world)
+    gate.set()
+    assert run.end().status == 0
+    assert world.log("took") == ["echo one", "echo two"]
+    assert "started again" in model.last_message() and "\ntwo\n" in model.last_message() + "\n"
+
+
+def test_an_agent_that_ends_by_itself_is_started_again_and_its_last_words_are_told(world):
+    model = world.model("echo goodbye && die 7", "echo back", "TASK_COMPLETE")
+    assert world.run("--task", "survive").status == 0
+    assert "goodbye" in model.last_message(1) and "status 7" in model.last_message(1)
+    assert world.log("took") == ["echo goodbye && die 7", "echo back"]
+
+
+def test_an_agent_that_ends_again_and_again_ends_the_run(world):
+    world.model(*["die 7"] * 9)
+    done = world.run("--task", "survive")
+    assert done.status == 5
+    assert_one_complaint(done, "restarted 3 times", "status 7")
+    assert world.log("took") == ["die 7"] * 4
+    assert world.events()[-1]["outcome"] == "agent"
+
+
+@pytest.mark.parametrize("moment", ["the agent works", "the model thinks"])
+def test_a_run_is_resumed_after_a_kill_while(moment, world):
+    gate = Gate()
+    second = "sleep 3 && echo two" if moment == "the agent works" else gate.reply("echo two")
+    model = world.model("MEMORY_SAVE: kills happen\necho one", second, "echo three",
+                        "TASK_COMPLETE")
+    run = world.start("--task", "survive")
+    busy = {"the agent works": lambda: "sleep 3 && echo two" in world.log("took"),
+            "the model thinks": lambda: len(model.requests) == 2}
+    assert poll(busy[moment], 30), run.stdout
+    run.end(by=signal.SIGKILL)
+    done = world.run("--resume")
+    gate.set()
+    assert (done.status, done.stderr) == (0, "")
+    two = ["sleep 3 && echo two"] * (moment == "the agent works")
+    assert world.log("took") == ["echo one", *two, "echo three"]
+    heard = json.dumps(model.requests[2].body["messages"])
+    assert "survive" in heard and "echo one" in heard and "You were stopped" in heard
+    assert "three" in model.last_message()
+    assert json.loads((world.work / "memory.json").read_text()) == ["kills happen"]
+    journal, = world.journals()
+    events = world.events()
+    assert [event["id"] for event in events] == list(range(1, len(events) + 1))
+    assert events[0]["task"] == "survive" and events[-1]["outcome"] == "complete"
+
+
+def test_what_the_agent_does_while_nobody_looks_is_shown_after_the_run_is_resumed(world):
+    model = world.model("sleep 3 && echo two", "echo three", "TASK_COMPLETE")
+    run = world.start("--task", "survive")
+    assert world.taken("sleep 3 && echo two"), run.stdout
+    run.end(by=signal.SIGKILL)
+    assert world.run("--resume").status == 0
+    shown = "\n".join(model.last_message(number) for number in (1, 2))
+    assert "\ntwo\n" in shown and "\nthree\n" in shown + "\n"
+
+
+# -- Secrets ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("source", ["environment", ".env"])
+def test_the_key_reaches_the_model_and_nothing_else_from(source, world):
+    model = world.model("printenv | sort", "TASK_COMPLETE")
+    settings = {"CLAUDE_CMD": "bash --norc"}
+    if source == ".env":
+        (world.work / ".env").write_text(f"export OPENROUTER_API_KEY='{KEY}' # mine\n")
+        settings["OPENROUTER_API_KEY"] = ""
+    assert world.run("--task", "look around", **settings).status == 0
+    assert model.requests[0].headers["Authorization"] == f"Bearer {KEY}"
+    assert f"HOME={world.home}" in model.last_message()
+    assert "OPENROUTER_API_KEY" not in model.last_message()
+    seen = [world.everything(), world.tmux("show-environment", "-g"),
+            json.dumps([request.body for request in model.requests])]
+    assert [KEY in text for text in seen] == [False] * 3
+
+
+def test_a_key_that_the_agent_prints_is_masked(world):
+    world.model(f"echo {KEY}", "TASK_COMPLETE")
+    assert world.run("--task", "leak").status == 0
+    assert KEY not in world.everything()
+
+
+# -- Wrong settings, arguments and surroundings -------------------------------------------------
+
+@pytest.mark.parametrize("name, value", [
+    ("CLAUDE_TMUX_SESSION", "my session"), ("CLAUDE_TMUX_SESSION", "a:b"),
+    ("CLAUDE_TMUX_SOCKET", "a/b"), ("DEFAULT_MODEL", "two words"), ("TERMINATE_WHEN_QUIT", "maybe"),
+    ("AUTONOMOUS_MODE", "2"), ("OPENROUTER_MODEL", "two words"), ("OPENROUTER_BASE_URL", "ftp://x"),
+    ("OPENROUTER_BASE_URL", "openrouter.ai"), ("MAX_ITERATIONS", "ten"), ("MAX_ITERATIONS", "1.5"),
+    ("MAX_ITERATIONS", "-1"), ("MAX_COST", "cheap"), ("MAX_COST", "-0.5"), ("MAX_COST", "nan"),
+    ("MAX_MINUTES", "1h"), ("TURN_TIMEOUT", "0"), ("TURN_TIMEOUT", "soon"),
+    ("HISTORY_MAX_TOKENS", "many"), ("MEMORY_MAX_FACTS", "0"), ("MEMORY_MAX_FACTS", "few"),
+    ("DASHBOARD_ENABLED", "oui"), ("DASHBOARD_HOST", "my host"), ("DASHBOARD_PORT", "web"),
+    ("DASHBOARD_PORT", "65536"), ("DASHBOARD_OPEN", "perhaps")])
+def test_a_wrong_setting_is_named_in_one_line(name, value, world):
+    assert_refused(world.run("--task", "x", **{name: value}), 2, f"{name}={value!r}", "expected")
+    assert not world.journals()
+
+
+def test_a_wrong_setting_in_the_env_file_is_named_too(world):
+    (world.work / ".env").write_text("MAX_COST=cheap\n")
+    assert_refused(world.run("--task", "x"), 2, "MAX_COST='cheap'", "expected a number")
+    assert_refused(world.run("--task", "x", MAX_COST="1", OPENROUTER_API_KEY=""), 2,
+                   "OPENROUTER_API_KEY")
+
+
+def test_a_wrong_key_is_not_shown(world):
+    done = world.run("--task", "x", OPENROUTER_API_KEY=f"{KEY} {KEY}")
+    assert_refused(done, 2, "OPENROUTER_API_KEY", "expected one word")
+    assert KEY not in done.stderr
+
+
+@pytest.mark.parametrize("line", ["no equals sign", "A B=1", "KEY='open", "=1", "1A=2"])
+def test_a_malformed_line_of_the_env_file_is_named_but_not_shown(line, world):
+    (world.work / ".env").write_text(f"# fine\n{line}\n")
+    done = world.run("--task", "x")
+    assert_refused(done, 2, ".env line 2")
+    assert line not in done.stderr
+
+
+def test_settings_that_run_or_redirect_are_announced_when_they_come_from_the_env_file(world):
+    model = world.model("TASK_COMPLETE")
+    lines = {"CLAUDE_CMD": "bash --norc", "VERIFY_CMD": "true", "OPENROUTER_BASE_URL": model.url}
+    (world.work / ".env").write_text(
+        "".join(f'{name}="{value}"\n' for name, value in lines.items()))
+    done = world.run("--task", "x", CLAUDE_CMD="", OPENROUTER_BASE_URL="")
+    assert done.status == 0
+    assert len(done.stderr.splitlines()) == 3
+    for line, (name, value) in zip(done.stderr.splitlines(), lines.items()):
+        assert name in line and value in line and ".env" in line
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["missing"], ["missing", "no such directory"]), (["file"], ["file", "not a directory"]),
+    (["--frobnicate"], ["--frobnicate"]), ([".", "."], ["unrecognized arguments"]),
+    (["--task"], ["--task"]), (["--chat", "--task", "x"], ["--task", "--chat"]),
+    (["--resume", "--task", "x"], ["--resume", "--task"]),
+    (["--demo", "--doctor"], ["--demo", "--doctor"]),
+    (["--replay", "missing"], ["missing"]), (["--resume"], ["no run to resume"]),
+    (["--task", "  "], ["no task"]), ([], ["no task"])])
+def test_wrong_arguments_are_told_in_one_line(arguments, words, world):
+    (world.work / "file").touch()
+    assert_refused(world.run(*arguments), 2, *words)
+
+
+def test_no_key_is_told_in_one_line(world):
+    assert_refused(world.run("--task", "x", OPENROUTER_API_KEY=""), 2, "OPENROUTER_API_KEY")
+
+
+@pytest.mark.parametrize("missing, settings", [
+    ("tmux", {}), ("claude", {"CLAUDE_CMD": ""}),
+    ("codex", {"CLAUDE_CMD": "", "DEFAULT_MODEL": "gpt-5"})])
+def test_a_missing_program_is_named_with_what_to_do(missing, settings, world):
+    programs = world.directory / "programs"
+    programs.mkdir()
+    for name in {"tmux", "sh"} - {missing}:
+        (programs / name).symlink_to(shutil.which(name))
+    for mode in (["--task", "x"], ["--chat"]):
+        done = world.run(*mode, PATH=str(programs), **settings)
+        assert_refused(done, 5, missing, "install")
+
+
+def test_a_session_made_for_another_directory_is_not_typed_into(world):
+    model = world.model("echo mine", "TASK_COMPLETE")
+    assert world.run("--task", "x").status == 0
+    other = world.directory / "other"
+    other.mkdir()
+    done = world.run("--task", "x", cwd=other)
+    assert done.status == 2
+    assert_one_complaint(done, "gt-claude-loop", str(world.work), "CLAUDE_TMUX_SESSION")
+    assert world.log("took") == ["echo mine"] and len(model.requests) == 2
+
+
+def test_a_second_orchestrator_on_a_session_is_refused(world):
+    world.model("sleep 60")
+    first = world.start("--task", "x")
+    assert world.taken("sleep 60"), first.stdout
+    for mode in (["--task", "y"], ["--chat"]):
+        assert_refused(world.run(*mode), 2, str(first.process.pid), "CLAUDE_TMUX_SESSION")
+    assert first.end(by=signal.SIGTERM).status == 143
+    assert world.log("took") == ["sleep 60"]
+
+
+def test_an_agent_that_ends_at_once_leaves_its_last_words(world):
+    world.model("echo never")
+    done = world.run("--task", "x", CLAUDE_CMD="echo 'license expired'; exit 3")
+    assert done.status == 5
+    assert_one_complaint(done, "license expired", "status 3")
+
+
+# -- Ends ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("replies, settings, status, outcome, words", [
+    (["echo one", "echo two"], {"MAX_ITERATIONS": "1"}, 3, "budget", "MAX_ITERATIONS=1"),
+    (["echo one", "echo two"], {"MAX_COST": "0.01"}, 3, "budget", "MAX_COST=0.01"),
+    (["sleep 60"], {"MAX_MINUTES": "0.05"}, 3, "budget", "MAX_MINUTES=0.05"),
+    (["TASK_FAILED: there is no coffee"], {}, 4, "failed", "there is no coffee"),
+    (["echo round"] * 9, {}, 4, "stuck", "circles"),
+    ([401], {}, 6, "model", "OPENROUTER_API_KEY"),
+    ([404], {}, 6, "model", "OPENROUTER_MODEL")])
+def test_a_run_that_ends_early_says_why(replies, settings, status, outcome, words, world):
+    world.model(*replies)
+    done = world.run("--task", "x", **settings)
+    assert done.status == status
+    assert_one_complaint(done, words)
+    assert world.events()[-1]["type"] == "complete"
+    assert world.events()[-1]["outcome"] == outcome
+
+
+@pytest.mark.parametrize("replies", [
+    [f"echo step {number}" for number in range(1, 8)], ["count the files that are done"] * 7])
+def test_a_run_that_gets_on_is_not_taken_for_one_that_goes_in_circles(replies, world):
+    model = world.model(*replies, "TASK_COMPLETE")
+    done = world.run("--task", "x")
+    assert (done.status, done.stderr) == (0, "")
+    assert re.search(r"\n(7 of 99|step 7)\b", model.last_message())
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("moment", ["agent", "model"])
+def test_a_signal_ends_a_run_in_order_while_it_waits_for_the(moment, number, status, world):
+    gate = Gate()
+    model = world.model("sleep 60" if moment == "agent" else gate.reply("echo late"))
+    run = world.start("--task", "x", TERMINATE_WHEN_QUIT="true")
+    waits = {"agent": lambda: world.log("took"), "model": lambda: model.requests}
+    assert poll(waits[moment], 30), run.stdout
+    done = run.end(10, by=number)
+    gate.set()
+    assert done.status == status and "Traceback" not in done.stderr
+    assert world.events("complete")[-1]["outcome"] == "interrupted"
+    assert poll(lambda: not world.tmux("list-sessions"), 5)
+
+
+def test_a_busy_model_is_asked_again(world):
+    model = world.model((429, {"Retry-After": "1"}), 503, "TASK_COMPLETE")
+    done = world.run("--task", "x", MAX_ITERATIONS="1")
+    assert done.status == 0 and len(model.requests) == 3
+    assert [("429" in e["error"], "503" in e["error"]) for e in world.events("error")] == [
+        (True, False), (False, True)]
+
+
+def test_a_long_turn_is_reported_and_waited_for(world):
+    model = world.model("sleep 5 && echo finished", "WAIT: 2m", "KEYS: e c h o Space x Enter",
+                        "TASK_COMPLETE")
+    assert world.run("--task", "x", TURN_TIMEOUT="2").status == 0
+    shown = [model.last_message(number) for number in (1, 2, 3)]
+    assert ["still working" in text for text in shown] == [True, False, False]
+    assert ["\nfinished" in text for text in shown] == [False, True, False]
+    assert world.log("took") == ["sleep 5 && echo finished", "echo x"]
+
+
+def test_the_check_has_to_pass_before_the_task_is_complete(world):
+    check = "test -e proof || { echo no proof yet; exit 9; }"
+    model = world.model("TASK_COMPLETE", "touch proof", "TASK_COMPLETE")
+    assert world.run("--task", "x", VERIFY_CMD=check, CLAUDE_CMD="bash --norc").status == 0
+    assert "no proof yet" in model.last_message(1) and "status 9" in model.last_message(1)
+    assert [(e["command"], e["status"]) for e in world.events("verify")] == [(check, 9), (check, 0)]
+
+
+@pytest.mark.parametrize("mode", ["autonomous", "chat"])
+@pytest.mark.parametrize("terminate", ["true", "false"])
+def test_the_session_is_kept_for_the_next_run_unless_it_is_to_be_terminated(
+        terminate, mode, world):
+    for word in ("one", "two"):
+        world.model(f"echo {word}", "TASK_COMPLETE")
+        arguments = ["--task", "x"] if mode == "autonomous" else ["--chat"]
+        done = world.run(*arguments, stdin=f"echo {word}\n/quit\n", TERMINATE_WHEN_QUIT=terminate)
+        assert (done.status, done.stderr) == (0, "")
+        sessions = world.tmux("list-sessions", "-F", "#{session_name}")
+        assert sessions == ("" if terminate == "true" else "gt-claude-loop")
+    assert world.log("took") == ["echo one", "echo two"]
+    assert len(set(world.log("pid"))) == (2 if terminate == "true" else 1)
+
+
+# -- Memory -------------------------------------------------------------------------------------
+
+def test_facts_of_one_run_are_told_to_the_next(world):
+    world.model("MEMORY_SAVE: tea at five",
+                "MEMORY_SAVE: tea at five\nMEMORY_SAVE: no milk\necho x", "TASK_COMPLETE")
+    assert world.run("--task", "x").status == 0
+    assert world.log("took") == ["echo x"]
+    assert json.loads((world.work / "memory.json").read_text()) == ["tea at five", "no milk"]
+    model = world.model("TASK_COMPLETE")
+    assert world.run("--task", "y").status == 0
+    system = text_of(model.requests[0].body["messages"][0]["content"])
+    told = system.split("## Memory from previous sessions\n")[1]
+    assert "tea at five" in told and "no milk" in told
+
+
+# -- Options ------------------------------------------------------------------------------------
+
+def test_json_prints_the_events_and_nothing_else(world):
+    world.model("echo one", "TASK_COMPLETE")
+    done = world.run("--json", "--task", "x")
+    assert done.status == 0
+    assert [json.loads(line) for line in done.stdout.splitlines()] == world.events()
+    assert kinds(world.events())[::len(world.events()) - 1] == ["task_info", "complete"]
+
+
+def test_options_and_the_directory_may_come_in_any_order(world):
+    other = world.directory / "other"
+    other.mkdir()
+    for arguments in (["--task", "x", "--json", str(other)], [str(other), "--json", "--task", "x"]):
+        world.model("TASK_COMPLETE")
+        assert world.run(*arguments).status == 0
+        assert world.events()[0]["workdir"] == str(other)
+
+
+def test_a_finished_run_is_shown_again_by_replay(world):
+    world.model("echo one", "TASK_COMPLETE")
+    assert world.run("--task", "x").status == 0
+    run = world.start("--replay", str(world.journals()[0]))
+    shown = run.site().events(lambda event: event["type"] == "complete")
+    assert [event.pop("stream id") for event in shown] == [str(event["id"]) for event in shown]
+    assert shown == world.events()
+    assert run.end(by=signal.SIGTERM).status == 143
+
+
+def test_the_doctor_says_what_a_run_needs(world):
+    world.model()
+    done = world.run("--doctor")
+    assert done.status == 0 and "FAILED" not in done.stdout, done
+    for word in ("tmux", "agent", "model"):
+        assert re.search(rf"^{word}\s+ok", done.stdout, re.M)
+    done = world.run("--doctor", OPENROUTER_API_KEY="", CLAUDE_CMD="", PATH=str(world.home))
+    assert done.status == 1 and done.stderr == ""
+    for line in (r"tmux\s+FAILED.*install", r"agent\s+FAILED.*claude.*install",
+                 r"model\s+FAILED.*OPENROUTER_API_KEY"):
+        assert re.search(f"^{line}", done.stdout, re.M), done.stdout
+
+
+# -- Pythons ------------------------------------------------------------------------------------
+
+@pytest.fixture(params=["3.9", "3.10", "3.11", "3.12", "3.13", "3.14"])
+def python(request) -> str:
+    """The program itself, not a shim that needs its own home."""
+    found = shutil.which(f"python{request.param}")
+    asked = found and subprocess.run([found, "-c", "import sys; print(sys.executable)"],
+                                     capture_output=True, text=True)
+    if not asked or asked.returncode:
+        pytest.skip(f"Python {request.param} is not installed")
+    return asked.stdout.strip()
+
+
+def test_the_manual_and_the_version_are_printed_by(python, world):
+    done = world.run("--version", python=python)
+    assert (done.status, done.stderr) == (0, "")
+    assert re.fullmatch(r"orchestrator \d+\.\d+\.\d+\n", done.stdout)
+    done = world.run("--help", python=python)
+    assert (done.status, done.stderr) == (0, "")
+    for word in ("--task TEXT", "--chat", "--resume", "--json", "--replay FILE", "--demo",
+                 "--doctor", "CLAUDE_TMUX_SESSION", "DASHBOARD_OPEN", "Exit status"):
+        assert word in done.stdout
+
+
+def test_an_import_prints_nothing_and_starts_nothing_in(python, world):
+    code = "import orchestrator, sys, threading; sys.exit(threading.active_count() - 1)"
+    done = subprocess.run(
+        [python, "-B", "-W", "error", "-c", code], cwd=world.work, capture_output=True, text=True,
+        env={**world.env, "PYTHONPATH": str(TOOL.parent)}, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert [*world.work.iterdir(), *world.home.iterdir(), *world.tmp.iterdir()] == []
+
+
+def test_the_unit_tests_pass_with(python, world):
+    ask = [python, "-B", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    if subprocess.run([*ask, "--version"], capture_output=True).returncode:
+        pytest.skip(f"{python} has no pytest")
+    done = subprocess.run([*ask, str(TOOL.with_name("test_orchestrator.py"))], env=world.env,
+                          cwd=world.work, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_the_demo_completes_with(python, world):
+    done = world.run("--demo", python=python)
+    assert (done.status, done.stderr) == (0, "")
+    assert_nothing_is_left(world)
+
+
+# -- Dashboard ----------------------------------------------------------------------------------
+
+def test_the_dashboard_serves_only_those_who_have_the_token(world):
+    gate = Gate()
+    world.model(gate.reply("TASK_COMPLETE"))
+    run = world.start("--task", "x")
+    site = run.site()
+    page = site.ask(site.entrance, cookie="")
+    assert page.status == 200 and page.headers["Content-Type"] == "text/html; charset=utf-8"
+    cookie = page.headers["Set-Cookie"]
+    assert "HttpOnly" in cookie and "SameSite=Strict" in cookie
+    assert page.headers["Content-Security-Policy"].startswith("default-src 'none'")
+    assert not [name for name in page.headers if name.lower().startswith("access-control")]
+    assert site.ask("/").status == 200
+
+    order = {"action": "pause"}
+    for case, expected in [
+            (site.ask("/", cookie=""), 403), (site.ask("/?token=wrong", cookie=""), 403),
+            (site.ask("/events", cookie=""), 403), (site.ask("/control", order, cookie=""), 403),
+            (site.ask("/", Host="evil.example"), 403), (site.ask("/", Host="127.0.0.1:1"), 403),
+            (site.ask(site.entrance, Host=f"evil.example:{site.host.split(':')[1]}"), 403),
+            (site.ask("/", Origin="http://evil.example"), 403),
+            (site.ask("/control", order, Origin="http://evil.example"), 403),
+            (site.ask("/control", order, Origin="null"), 403),
+            (site.ask("/nothing"), 404), (site.ask("/nothing", order), 404),
+            (site.ask("/control"), 405), (site.ask("/", order), 405),
+            (site.ask("/control", {"action": "x"}), 400)]:
+        assert case.status == expected, case
+    gate.set()
+    assert run.end().status == 0
+    assert "paused" not in [event["state"] for event in world.events("state")]
+
+
+def test_a_late_client_gets_the_whole_run_and_a_returning_one_what_it_missed(world):
+    gate = Gate()
+    world.model("echo one", "echo two", "echo three", gate.reply("TASK_COMPLETE"))
+    run = world.start("--task", "x")
+    site = run.site()
+    whole = site.events(lambda event: event.get("iteration") == 4)
+    so_far = world.events()
+    assert [event.pop("stream id") for event in whole] == [str(event["id"]) for event in whole]
+    assert whole == so_far and kinds(whole).count("iteration_end") == 3
+    missed = site.events(lambda event: event["id"] == len(so_far), Last_Event_ID="5")
+    assert [event["id"] for event in missed] == list(range(6, len(so_far) + 1))
+    gate.set()
+    rest = site.events(lambda e: e["type"] == "complete", Last_Event_ID=str(len(so_far)))
+    assert run.end().status == 0
+    assert [event["id"] for event in so_far + rest] == [event["id"] for event in world.events()]
+
+
+def test_a_person_pauses_leaves_a_note_and_resumes(world):
+    model = world.model("sleep 2", "echo two", "TASK_COMPLETE")
+    run = world.start("--task", "x")
+    site = run.site()
+    assert world.taken("sleep 2"), run.stdout
+    assert site.control("pause") == 204
+    site.events(lambda event: event["type"] == "iteration_end")
+    assert site.control("note", "mind the gap") == 204
+    assert site.control("resume") == 204
+    assert run.end().status == 0
+    assert ["mind the gap" in model.last_message(number) for number in range(3)] == [
+        False, True, False]
+    happened = [event.get("state") or event["type"] for event in world.events()]
+    assert happened[:8] == ["task_info", "iteration_start", "reply", "paused", "iteration_end",
+                            "note", "resumed", "iteration_start"]
+
+
+def test_a_person_stops_the_run(world):
+    world.model("sleep 60")
+    run = world.start("--task", "x")
+    site = run.site()
+    assert world.taken("sleep 60"), run.stdout
+    assert site.control("stop") == 204
+    assert run.end(20).status == 130
+    assert world.events()[-1]["outcome"] == "interrupted"
+
+
+def test_a_port_that_is_taken_costs_the_dashboard_only(world):
+    model = world.model("TASK_COMPLETE")
+    done = world.run("--task", "x", DASHBOARD_PORT=str(model.port))
+    assert done.status == 0 and "Dashboard:" not in done.stdout
+    assert_one_complaint(done, "dashboard", str(model.port))
+
+
+def test_no_dashboard_is_served_where_it_is_not_wanted(world):
+    world.model("TASK_COMPLETE")
+    done = world.run("--task", "x", DASHBOARD_ENABLED="off")
+    assert done.status == 0 and "Dashboard" not in done.stdout
+
+
+# -- The page in a browser ----------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with Browser() as browser:
+        yield browser
+
+
+def visible(browser: Browser) -> str:
+    """Return the text of the page, with all that is folded away unfolded."""
+    browser.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
+    return browser.evaluate("document.body.innerText")
+
+
+def sees(browser: Browser, *words: str) -> bool:
+    """Whether all these words are on the page, within some seconds."""
+    return poll(lambda: all(word in visible(browser) for word in words), 15)
+
+
+def fits(browser: Browser) -> bool:
+    """Whether the page needs no scrolling to the side."""
+    return browser.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_a_browser_sees_the_whole_run_however_late_it_comes(width, world, browser):
+    gates = Gate(), Gate()
+    world.model(gates[0].reply("MEMORY_SAVE: the sky is blue\necho uno"), "echo due", "echo tre",
+                gates[1].reply("TASK_COMPLETE"))
+    run = world.start("--task", "count in Italian", MAX_ITERATIONS="8")
+    site = run.site()
+    browser.size(width, 900)
+    browser.open(site.url)
+    assert sees(browser, "count in Italian", "anthropic/claude-opus-4.6"), visible(browser)
+    gates[0].set()
+    whole = ["count in Italian", "echo uno", "\nuno", "echo due", "\ndue", "echo tre", "\ntre",
+             "the sky is blue"]
+    assert sees(browser, *whole), visible(browser)
+    assert fits(browser)
+    browser.open("about:blank")
+    browser.open(site.url)
+    assert sees(browser, *whole), visible(browser)
+    assert fits(browser)
+    gates[1].set()
+    assert run.end().status == 0
+    assert sees(browser, "omplete"), visible(browser)
+    assert browser.console == []
+
+
+def test_hostile_text_is_shown_as_text(world, browser):
+    image = "<img src=x onerror=\"window.broken = 1\">"
+    script = "</pre></script><script>window.broken = 1</script><b>"
+    gate = Gate()
+    world.model(f"MEMORY_SAVE: fact {image}\necho reply {image} {script}",
+                f"echo \x1b[31m{script}", gate.reply("TASK_COMPLETE"))
+    run = world.start("--task", f"task {image} {script}")
+    site = run.site()
+    browser.size(1280, 900)
+    browser.open(site.url)
+    assert sees(browser, f"task {image} {script}", f"reply {image} {script}", f"fact {image}"), \
+        visible(browser)
+    assert browser.evaluate("document.querySelectorAll('[onerror], b > *').length") == 0
+    assert site.control("note", f"note {image}") == 204
+    assert sees(browser, f"note {image}"), visible(browser)
+    gate.set()
+    assert run.end().status == 0
+    assert sees(browser, "omplete"), visible(browser)
+    assert browser.evaluate("window.broken") is None
+    assert browser.console == []
+
+
+# -- Benchmark ----------------------------------------------------------------------------------
+
+class TimedModel(ScriptedModel):
+    """A model that notes when it was asked, and when it had answered."""
+
+    def __init__(self, replies: Sequence[Any]) -> None:
+        super().__init__(replies)
+        self.asked: list[float] = []
+        self.answered: list[float] = []
+
+    def answer(self, exchange: Exchange) -> None:
+        self.asked.append(time.time())
+        super().answer(exchange)
+        self.answered.append(time.time())
+
+
+def processor_seconds(pid: int) -> float:
+    """Return the processor time of a process and of the children it has waited for."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+
+
+@pytest.fixture
+def asked_for() -> None:
+    if not os.environ.get("BENCHMARK"):
+        pytest.skip("BENCHMARK=1 is not set")
+
+
+@pytest.mark.parametrize("agent", ["with a busy sign", "bash"])
+def test_benchmark_of_the_tools_own_time_and_of_the_prompt(agent, world, asked_for):
+    orders = [f"echo turn-{number}; seq 1 30" for number in range(25)]
+    settings = {}
+    if agent == "bash":
+        # Without a process of its own, which would be a busy sign.
+        (world.home / ".bashrc").write_text(
+            "trap '[ $idle ] && { idle=; echo $EPOCHREALTIME >> taken; }' DEBUG\n"
+            "PROMPT_COMMAND='echo $EPOCHREALTIME >> finished; idle=1'\n")
+        settings["CLAUDE_CMD"] = "bash"
+    with TimedModel([*orders, "TASK_COMPLETE"]) as model:
+        world.env["OPENROUTER_BASE_URL"] = model.url
+        assert world.start("--task", "x", **settings).end(200).status == 0
+    if agent == "bash":
+        taken, finished = ([float(at) for at in (world.work / name).read_text().split()]
+                           for name in ("taken", "finished"))
+        finished = finished[1:]
+    else:
+        entries = list(map(json.loads, (world.work / "agent.log").read_text().splitlines()))
+        taken, finished = ([entry["at"] for entry in entries if name in entry]
+                           for name in ("took", "done"))
+    own = [took - answered + asked - done for answered, took, done, asked in
+           zip(model.answered, taken, finished, model.asked[1:])]
+    characters = [sum(len(text_of(message["content"])) for message in request.body["messages"])
+                  for request in model.requests]
+    print(f"\n{agent}: own time of {len(own)} turns: median {statistics.median(own):.2f} s, "
+          f"worst {max(own):.2f} s; prompts: {sum(characters):,} characters, "
+          f"the last {characters[-1]:,}")
+
+
+def test_benchmark_of_the_processor_time_of_a_minute(world, asked_for):
+    gate = Gate()
+    world.model("sleep 60", gate.reply("TASK_COMPLETE"))
+    run = world.start("--task", "x")
+    assert world.taken("sleep 60")
+    before = processor_seconds(run.process.pid)
+    assert poll(lambda: world.log("done"), 90)
+    used = processor_seconds(run.process.pid) - before
+    gate.set()
+    assert run.end().status == 0
+    print(f"\na turn of 60 s: {used:.2f} s of processor time, {used / 60:.1%} of a core")
+
+
+def test_benchmark_of_the_start(world, asked_for):
+    with TimedModel(["TASK_COMPLETE"]) as model:
+        began = time.time()
+        done = world.run("--task", "x", OPENROUTER_BASE_URL=model.url, AGENT_STARTS_IN="0.15")
+        assert done.status == 0
+    ready = json.loads((world.work / "agent.log").read_text())["at"]
+    print(f"\nfrom start to the first call of the model: {model.asked[0] - began:.2f} s, "
+          f"the agent was ready after {ready - began:.2f} s")
