@@ -50,9 +50,7 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
-import errno
 import fcntl
-import functools
 import hashlib
 import http.client
 import http.server
@@ -79,7 +77,6 @@ import tty
 import urllib.error
 import urllib.parse
 import urllib.request
-import uuid
 import webbrowser
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, Mapping, NamedTuple, Sequence, TextIO
@@ -169,22 +166,21 @@ class Interrupted(KeyboardInterrupt):
         self.status = 128 + number
 
 
-Guard = Callable[[], contextlib.AbstractContextManager]     # holds Interrupted back meanwhile
-
-
 # -- 2. Configuration -----------------------------------------------------------------------
 # The environment and .env, read once into a frozen Config.  May use: Errors.
 
-_NAME = (r"[A-Za-z0-9_-]+", "letters, digits, _ and -")
+_NAME = (r"[A-Za-z0-9_-]{1,64}", "at most 64 letters, digits, _ and -")
 _WORD = (r"[^\s\"\\]+", "one word without quotes")
-_URL = (r"https?://[^\s/?#]+[^\s?#]*", "an http:// or https:// address")
-_TEXT = (r"(?s).*", "text")
+_SECRET = (r"[!#-\[\]-~]+", "one word of ASCII characters without quotes")
+_TEXT = (r"[^\0]*", "text")
 _BOOL = (r"(?i)true|1|yes|on|false|0|no|off", "true/1/yes/on or false/0/no/off")
 _COUNT = (r"[0-9]{1,9}", "a whole number, 0 or more")
 _ONE_UP = (r"0*[1-9][0-9]{0,8}", "a whole number, 1 or more")
 _AMOUNT = (r"[0-9]{1,9}(\.[0-9]*)?|\.[0-9]+", "a number, 0 or more")
 _PORT = (r"[0-5]?\d{1,4}|6[0-4]\d{3}|65[0-4]\d\d|655[0-2]\d|6553[0-5]",
          "a whole number, 0 to 65535")
+_URL = (rf"https?://([\w.-]+|\[[\da-fA-F:.]+\])(:({_PORT[0]}))?(/[^\s?#]*)?",
+        "an http:// or https:// address")
 
 
 def _setting(default: object, accept: tuple[str, str], meaning: str) -> Any:
@@ -205,7 +201,7 @@ class Config:
     claude_cmd: str = _setting("", _TEXT, "shell command to run in the pane instead")
     terminate_when_quit: bool = _setting(False, _BOOL, "kill the tmux session at the end")
     autonomous_mode: bool = _setting(True, _BOOL, "false: chat")
-    openrouter_api_key: str = _setting("", _WORD, "required when autonomous")
+    openrouter_api_key: str = _setting("", _SECRET, "required when autonomous")
     openrouter_model: str = _setting("anthropic/claude-opus-4.6", _WORD, "the orchestrating model")
     openrouter_base_url: str = _setting(
         "https://openrouter.ai/api/v1", _URL, "any OpenAI-compatible server")
@@ -272,6 +268,8 @@ def parse_env(text: str) -> dict[str, str]:
 def read_env_file(path: Path) -> dict[str, str]:
     """Return what a .env file sets, nothing where there is none."""
     try:
+        if path.exists() and not path.is_file():
+            raise OSError(0, "not a regular file")
         return parse_env(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         return {}
@@ -416,13 +414,13 @@ class Question(NamedTuple):
 def known_question(screen: Sequence[str]) -> Question | None:
     """Return the start-up question on a screen, if it is one of the agents' known ones."""
     text = "\n".join(screen)
+    cursors = [row for row, line in enumerate(screen) if re.match(r"\s*[❯›]\s*\S", line)]
     for phrase, label in _QUESTIONS:
         rows = [row for row, line in enumerate(screen) if label in line]
-        cursors = [row for row, line in enumerate(screen) if re.match(r"\s*[❯›]\s*\S", line)]
         if phrase in text and rows and cursors:
             answer = re.sub(r"^[\s❯›]*(?:\d+\.\s*)?", "", screen[rows[-1]]).strip()
-            return Question(answer, "Enter" if cursors[-1] == rows[-1] else
-                            "Down" if cursors[-1] < rows[-1] else "Up")
+            way = cursors[-1] - rows[-1]
+            return Question(answer, "Up" if way > 0 else "Down" if way < 0 else "Enter")
     return None
 
 
@@ -439,9 +437,8 @@ class Instruction(NamedTuple):
 _FENCED = re.compile(r"\s*```[^`\n]*\n((?:(?!```).)*?)\n?\s*```\s*", re.S)
 _MARKER = re.compile(r"(?:[-*+•]\s+|\d+[.)]\s+)?[*_`]*TASK_COMPLETE[*_`]*\.?[*_`]*")
 _UNITS = {"s": 1, "m": 60, "h": 3600}
-_KEYS = {"Up", "Down", "Left", "Right", "Enter", "Escape", "Tab", "BTab", "Space", "BSpace", "Home",
-         "End", "PageUp", "PageDown", "PPage", "NPage", "PgUp", "PgDn", "IC", "DC", "Insert",
-         "Delete", *(f"F{number}" for number in range(1, 13))}
+_KEY = re.compile(r"(?:[CMS]-)*(?:.|Up|Down|Left|Right|Enter|Escape|Tab|BTab|Space|BSpace|Home|End|"
+                  r"PageUp|PageDown|PPage|NPage|PgUp|PgDn|IC|DC|Insert|Delete|F[1-9]|F1[0-2])")
 
 
 def _parse_order(text: str) -> Instruction:
@@ -454,11 +451,10 @@ def _parse_order(text: str) -> Instruction:
         return Instruction("failed", failed[1].strip().rstrip("*_`") or "no reason given")
     if all(line.startswith("KEYS:") for line in lines):
         keys = tuple(key for line in lines for key in line[len("KEYS:"):].split())
-        bare = {key: re.sub(r"^(?:[CMS]-)*(?=.)", "", key) for key in keys}
-        unknown = [key for key in keys if bare[key] not in _KEYS and len(bare[key]) > 1]
+        unknown = " ".join(key for key in keys if not _KEY.fullmatch(key))
         if unknown or not keys:
             return Instruction("nothing", "Nothing was pressed. These are no tmux key names: "
-                               + (" ".join(unknown) or "(none given)"))
+                               + (unknown or "(none given)"))
         return Instruction("keys", text, keys=keys)
     if len(lines) == 1 and lines[0].startswith("WAIT:"):
         amount = re.fullmatch(r"WAIT:\s*(\d{1,6}(?:\.\d+)?)\s*([smh])", lines[0])
@@ -483,9 +479,8 @@ def parse_reply(reply: str) -> Instruction:
         else:
             kept.append(line)
     text = "\n".join(kept).strip("\n").rstrip()
-    if complete:
-        return Instruction("complete", text, facts=tuple(filter(None, facts)))
-    return _parse_order(text)._replace(facts=tuple(filter(None, facts)))
+    instruction = Instruction("complete", text) if complete else _parse_order(text)
+    return instruction._replace(facts=tuple(filter(None, facts)))
 
 
 _TIMES = re.compile(r"(?m)^\W*\w+ for <?\d.*$|\d+(:\d\d)+|\d[\d.,]*k?\s*(ms|s|m|h|tokens)\b")
@@ -564,8 +559,7 @@ class Tmux:
     def version(self) -> str:
         """Return the version of the tmux program; raise AgentError if it is missing or too old."""
         text = self._run("-V").strip()
-        number = re.search(r"(\d+)\.\d+", text)
-        if number and int(number[1]) < 3:
+        if re.match(r"\D*[12]\.", text):
             raise AgentError(f"{text} is too old: version 3.0 or later is needed")
         return text
 
@@ -573,8 +567,8 @@ class Tmux:
         """Return the session of our name, None if there is none."""
         wanted = ("#{pane_id}", "#{@orchestrator}", "#{session_path}", "#{pane_start_command}")
         try:
-            self._run("has-session", "-t", f"={self.session}")
-            answer = self._run(*self._each(f"={self.session}:", wanted))
+            answer = self._run(*self._each(f"={self.session}:", wanted),
+                               "has-session", "-t", f"={self.session}")
         except TmuxGone:
             return None
         return Session(*answer.split("\n")[:4])
@@ -608,7 +602,7 @@ class Tmux:
         facts = ("#{pane_id}:#{pid}:#{pane_pid}:#{pane_dead}:#{pane_in_mode}:#{pane_input_off}:"
                  "#{alternate_on}:#{cursor_y}:#{pane_dead_status}:#{pane_dead_signal}")
         formats = (facts, "#{pane_current_command}", "#{pane_title}")
-        answer = self._run(*self._each(pane_id, formats), ";", "capture-pane", "-p", "-t", pane_id)
+        answer = self._run(*self._each(pane_id, formats), "capture-pane", "-p", "-t", pane_id)
         first, command, title, screen = (answer + "\n\n\n").split("\n", 3)
         if not first.startswith(pane_id + ":"):     # since tmux 3.2 a wrong target is no error
             raise TmuxGone(f"can't find pane: {pane_id}")
@@ -631,7 +625,7 @@ class Tmux:
 
         Never send-keys for text: it loses a trailing `;` and fails above 16 KB.
         """
-        buffer = f"orchestrator-{uuid.uuid4().hex}"
+        buffer = f"orchestrator-{secrets.token_hex(16)}"
         return self._guarded(pane, f"paste-buffer -p -r -d -b {buffer} -t {pane.id}",
                              f"delete-buffer -b {buffer} ; ", text=text,
                              before=("load-buffer", "-b", buffer, "-", ";"))
@@ -645,8 +639,6 @@ class Tmux:
         """End copy mode or another mode, in which keys would go to tmux."""
         try:
             self._run("copy-mode", "-q", "-t", pane_id)
-        except TmuxGone:
-            raise
         except TmuxError:       # before tmux 3.1
             self._run("send-keys", "-X", "-t", pane_id, "cancel")
 
@@ -683,18 +675,16 @@ class Tmux:
 
     @staticmethod
     def _each(target: str, formats: Iterable[str]) -> list[str]:
-        """Return the commands that print each format on a line of its own."""
-        commands: list[str] = []
-        for wanted in formats:
-            commands += [";"] * bool(commands) + ["display-message", "-p", "-t", target, wanted]
-        return commands
+        """Return commands that print each format on a line of its own; one more has to follow."""
+        commands = [("display-message", "-p", "-t", target, wanted, ";") for wanted in formats]
+        return list(itertools.chain(*commands))
 
     def _run(self, *args: str, text: str = "") -> str:
         try:
             done = subprocess.run(
-                ["tmux", "-u", "-L", self.socket_name, "-f", os.devnull, *args],
-                input=text.encode("utf-8"), capture_output=True, timeout=_CALL_LIMIT,
-                env=self._environ)
+                ["tmux", "-u", "-L", self.socket_name, "-f", os.devnull, *args], input=text,
+                capture_output=True, encoding="utf-8", errors="replace", env=self._environ,
+                timeout=_CALL_LIMIT)
         except FileNotFoundError:
             raise AgentError("tmux is not installed: apt install tmux, brew install tmux") from None
         except subprocess.TimeoutExpired:
@@ -703,8 +693,8 @@ class Tmux:
         except OSError as error:
             raise TmuxError(f"tmux can't be run: {error.strerror}") from None
         if done.returncode == 0:
-            return done.stdout.decode("utf-8", "replace")
-        said = done.stderr.decode("utf-8", "replace").strip() or f"status {done.returncode}"
+            return done.stdout
+        said = done.stderr.strip() or f"status {done.returncode}"
         kind = TmuxGone if any(phrase in said for phrase in _GONE) else TmuxError
         raise kind(f"tmux {args[0]}: {said}")
 
@@ -729,8 +719,11 @@ def choose_program(default_model: str, command: str = "") -> Program:
     ('codex', '--model', 'gpt-5')
     """
     if command:
-        words = [word for word in command.split() if "=" not in word]
-        return Program(Path(words[0]).name if words else "sh", ("/bin/sh", "-c", command))
+        words = tuple(command.split())
+        if re.fullmatch(r"[\w@%+:,./-]+( [\w@%+:,./= -]*)?", command):      # nothing for a shell
+            return Program(Path(words[0]).name, words)
+        named = [word for word in words if "=" not in word]
+        return Program(Path(named[0]).name if named else "sh", ("/bin/sh", "-c", command))
     model = () if default_model.lower() in ("claude", "gpt") else ("--model", default_model)
     if default_model.lower().startswith("gpt"):
         flags = (*model, "--no-alt-screen", "--ask-for-approval", "never",
@@ -844,11 +837,22 @@ class Agent:
         """Return where the agent's program is; raise AgentError if it or its directory is not."""
         found = shutil.which(self._program.start[0])
         if not found:
-            raise AgentError(f"{self.name}: there is no {self._program.start[0]} on the PATH: "
-                             f"{self._program.install}, or set CLAUDE_CMD")
+            how = self._program.install or "check CLAUDE_CMD"
+            program = self._program.start[0]
+            raise AgentError(f"{self.name}: there is no {program} on the PATH: {how}")
         if not os.path.isdir(self._directory):
             raise AgentError(f"the working directory is gone: {self._directory}")
         return f"{self.name}: {found}"
+
+    def find(self) -> Session | None:
+        """Return the session to join, if there is one; raise ConfigError if it is not ours."""
+        session = self._tmux.find()
+        if session and session.mark != self._mark:
+            raise ConfigError(
+                f"session {self._tmux.session} runs {session.command or 'another command'} in "
+                f"{session.directory}: set CLAUDE_TMUX_SESSION to another name, or end it with "
+                f"tmux -L {self._tmux.socket_name} kill-session -t {self._tmux.session}")
+        return session
 
     def start(self) -> Turn:
         """Join the session or make it, wait until the agent is ready, and return its screen.
@@ -856,22 +860,15 @@ class Agent:
         Raises ConfigError for a session that was made for something else, AgentError if the
         program is missing or ends at once.
         """
-        session, notes = self._tmux.find(), ()
-        if session and session.mark != self._mark:
-            raise ConfigError(
-                f"session {self._tmux.session} runs {session.command or 'another command'} in "
-                f"{session.directory}: set CLAUDE_TMUX_SESSION to another name, or end it with "
-                f"tmux -L {self._tmux.socket_name} kill-session -t {self._tmux.session}")
-        try:
-            if session:
-                self._pane_id, self._talked = session.pane_id, True
+        session, notes = self.find(), ()
+        if not session:
+            self._run(self._program.start)
+        else:
+            self._pane_id, self._talked = session.pane_id, True
+            try:
                 self._until_ready()
-            else:
-                self._run(self._program.start)
-        except (TmuxGone, AgentExited) as trouble:
-            if not session:
-                raise
-            notes = (self._restart(trouble),)
+            except (TmuxGone, AgentExited) as trouble:
+                notes = (self._restart(trouble),)
         self._seen = tidy(self._tmux.history(self._pane_id))
         return Turn(self._look().text, notes=notes)
 
@@ -927,21 +924,18 @@ class Agent:
 
     # looking
 
-    def _look(self) -> Pane:
+    def _look(self, again: int = 2) -> Pane:
         """Look at the pane; raise AgentExited if its program has ended.
 
-        A call that fails for another reason than a missing pane says nothing: look again.
+        A call that fails for another reason than a missing pane says nothing: look `again`.
         """
-        for attempt in range(3):
-            try:
-                pane = self._tmux.look(self._pane_id)
-                break
-            except TmuxGone:
+        try:
+            pane = self._tmux.look(self._pane_id)
+        except TmuxError as error:
+            if isinstance(error, TmuxGone) or not again:
                 raise
-            except TmuxError:
-                if attempt == 2:
-                    raise
-                self._sleep(0.2)
+            self._sleep(0.2)
+            return self._look(again - 1)
         if pane.dead:
             raise self._exited(pane)
         now = self._clock()
@@ -1083,9 +1077,8 @@ class Agent:
 
     def _still_enough(self, pane: Pane) -> float:
         """Return how long a first screen has to stand still before it is taken as the last."""
-        if not self._program.install:
-            return self.READY_STILL if pane.text else self.READY_LIMIT / 4
-        known = self._is_ready(pane) or known_question(pane.screen)
+        known = (self._is_ready(pane) or known_question(pane.screen)) if self._program.install \
+            else pane.text
         return self.READY_STILL if known else self.READY_LIMIT / 6
 
     def _restart(self, trouble: AgentError) -> str:
@@ -1141,12 +1134,26 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 def _object(data: bytes) -> dict:
     found = parse_object(data)
     if found is None:
-        raise TransientError(f"the model's server sent no JSON object, but {data[:80]!r}", tries=3)
+        raise TransientError(f"the model's server sent no JSON object, but "
+                             f"{data[:80].decode('utf-8', 'replace')!r}: check OPENROUTER_BASE_URL",
+                             tries=3)
     return found
 
 
 def _reason(error: BaseException) -> str:
     return str(getattr(error, "reason", None) or error) or type(error).__name__
+
+
+def _part(holder: Mapping, name: str) -> dict:
+    """Return an object inside another, an empty one where there is none."""
+    found = holder.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def _number(holder: Mapping, name: str) -> float | None:
+    """Return a count or an amount, None where there is none, or one that can't be."""
+    found = holder.get(name)
+    return found if type(found) in (int, float) and 0 <= found < 1e15 else None
 
 
 def _content(message: Mapping) -> str:
@@ -1155,17 +1162,12 @@ def _content(message: Mapping) -> str:
         part.get("text") or "" for part in content)
 
 
-def _usage(usage: object) -> tuple[Tokens, float | None]:
+def _usage(usage: Mapping) -> tuple[Tokens, float | None]:
     """Return tokens and cost of an answer, where any part of it may be missing or null."""
-    def number(holder: object, name: str) -> float | None:
-        value = holder.get(name) if isinstance(holder, dict) else None
-        return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
-
-    prompt, completion = (int(number(usage, f"{kind}_tokens") or 0)
+    prompt, completion = (int(_number(usage, f"{kind}_tokens") or 0)
                           for kind in ("prompt", "completion"))
-    details = usage.get("prompt_tokens_details") if isinstance(usage, dict) else None
-    cached = int(number(details, "cached_tokens") or 0)
-    return Tokens(prompt, completion, prompt + completion, cached), number(usage, "cost")
+    cached = int(_number(_part(usage, "prompt_tokens_details"), "cached_tokens") or 0)
+    return Tokens(prompt, completion, prompt + completion, cached), _number(usage, "cost")
 
 
 _OVERFLOW = re.compile(r"context[ _]length|maximum context|prompt is too long|too many tokens|"
@@ -1182,16 +1184,15 @@ def classify(status: int, body: object, headers: Mapping[str, str]) -> ModelErro
     come with status 200, its code may be a number, a string or missing, and the provider's own
     words may be in metadata.raw.
     """
-    error = body.get("error") if isinstance(body, dict) else None
+    error = body.get("error") if isinstance(body, dict) else body
     error = error if isinstance(error, dict) else {"message": error or body}
-    metadata, availability = ({**part} if isinstance(part, dict) else {} for part in (
-        error.get("metadata"), error.get("availability")))
+    metadata, availability = _part(error, "metadata"), _part(error, "availability")
     code = str(error.get("code") or error.get("http_status") or "")
     code = int(code) if re.fullmatch(r"[1-5]\d\d", code) else status if status >= 300 else 502
     message = str(error.get("message") or "")
     if metadata.get("raw") and message in ("", "Provider returned error"):
         message = f"{message}: {metadata['raw']}"
-    message = clip(" ".join(re.sub(r"<[^>]*>", " ", sanitize(message)).split()), 300)
+    message = " ".join(re.sub(r"<[^>]*>", " ", sanitize(message)).split())[:300]
     said = f"the model's server answered {code}" + f": {message}" * bool(message)
     if code in (400, 413) and _OVERFLOW.search(f"{metadata.get('error_type')} {message}"):
         return ContextOverflow(said)
@@ -1199,7 +1200,8 @@ def classify(status: int, body: object, headers: Mapping[str, str]) -> ModelErro
         hint = availability.get("retry_after") or headers.get("Retry-After")
         seconds = re.fullmatch(r"\d+(\.\d+)?", str(hint))
         return TransientError(said, retry_after=float(seconds[0]) if seconds else None)
-    return ModelError(f"{said} ({_ADVICE.get(code, 'OPENROUTER_MODEL may not take this request')})")
+    otherwise = "OPENROUTER_MODEL may not take this request" if code >= 400 else _ADVICE[404]
+    return ModelError(f"{said} ({_ADVICE.get(code, otherwise)})")
 
 
 class OpenRouter:
@@ -1218,7 +1220,7 @@ class OpenRouter:
         self.model = model
         self._base = re.sub(r"/+(chat/completions/*)?$", "", base_url)
         self._key, self._publish, self._clock, self._sleep = key, publish, clock, sleep
-        self._session_id = uuid.uuid4().hex
+        self._session_id = secrets.token_hex(16)
         self._is_openrouter = urllib.parse.urlsplit(self._base).hostname == "openrouter.ai"
         self._opener = urllib.request.build_opener(_NoRedirect)
 
@@ -1232,7 +1234,7 @@ class OpenRouter:
         models = {each.get("id"): each for each in self._get("/models").get("data") or []}
         if models and self.model not in models:
             raise ModelError(f"OPENROUTER_MODEL={self.model!r}: the server has no such model")
-        price = (models.get(self.model) or {}).get("pricing") or {}
+        price = _part(models.get(self.model) or {}, "pricing")
         return self.model + "".join(f", ${float(price[kind]) * 1e6:g} per million {kind} tokens"
                                     for kind in ("prompt", "completion") if price.get(kind))
 
@@ -1275,6 +1277,7 @@ class OpenRouter:
     def _call(self, messages: Sequence[Mapping[str, str]], on_text: Callable) -> Reply:
         began, text, finish, usage = self._clock(), "", "", {}
         with self._open("/chat/completions", self.body(messages)) as answer:
+            streamed = "text/event-stream" in answer.headers.get("Content-Type", "")
             try:
                 for chunk in self._chunks(answer):
                     choices = chunk.get("choices")
@@ -1283,22 +1286,21 @@ class OpenRouter:
                         raise classify(200, chunk if chunk.get("error") else choice, {})
                     text += _content(choice.get("delta") or choice.get("message") or {})
                     finish = choice.get("finish_reason") or finish
-                    usage = chunk.get("usage") or usage
+                    usage = _part(chunk, "usage") or usage
                     on_text(text)
-            except (OSError, http.client.HTTPException) as error:
-                raise TransientError(f"the model's answer broke off: {_reason(error)}") from None
             except (AttributeError, TypeError):     # some part is of another type than it should
                 raise TransientError("the model's server sent an answer of another form",
                                      tries=3) from None
-        if not finish or finish == "error":
-            raise TransientError("the model's answer broke off")
+        if not finish or finish == "error":     # with no text, or whole: the server may be at fault
+            raise TransientError("the model's answer broke off, without a finish_reason",
+                                 tries=0 if text and streamed else 3)
         if not text.strip():
             raise TransientError(f"the model's answer was empty ({finish})", tries=3)
         return Reply(text, *_usage(usage), round((self._clock() - began) * 1000))
 
     def _get(self, path: str) -> dict:
         with self._open(path) as answer:
-            return next(self._chunks(answer))
+            return next(self._chunks(answer), {})
 
     def _open(self, path: str, body: dict | None = None) -> http.client.HTTPResponse:
         """Open a path of the API; every failure leaves as an error of ours, without the key."""
@@ -1329,19 +1331,22 @@ class OpenRouter:
 
     def _chunks(self, answer: http.client.HTTPResponse) -> Iterator[dict]:
         """Yield the JSON objects of an answer, streamed or whole."""
-        if "text/event-stream" not in answer.headers.get("Content-Type", ""):
-            yield _object(self._masked(answer.read()))
-            return
         began = progress = self._clock()
-        for line in answer:
-            now = self._clock()
-            if now - progress > self.PROGRESS or now - began > self.CALL:
-                raise TransientError(f"the model's answer stalled after {now - began:.0f} s")
-            if line.startswith(b"data:"):
-                progress, data = now, self._masked(line[len(b"data:"):].strip())
-                if data == b"[DONE]":
-                    return
-                yield _object(data)
+        try:
+            if "text/event-stream" not in answer.headers.get("Content-Type", ""):
+                yield _object(self._masked(answer.read()))
+                return
+            for line in answer:
+                now = self._clock()
+                if now - progress > self.PROGRESS or now - began > self.CALL:
+                    raise TransientError(f"the model's answer stalled after {now - began:.0f} s")
+                if line.startswith(b"data:"):
+                    progress, data = now, self._masked(line[len(b"data:"):].strip())
+                    if data == b"[DONE]":
+                        return
+                    yield _object(data)
+        except (OSError, http.client.HTTPException) as error:
+            raise TransientError(f"the model's answer broke off: {_reason(error)}") from None
 
 
 # -- 7. Memory ------------------------------------------------------------------------------
@@ -1352,21 +1357,22 @@ class Memory:
 
     FACT_LIMIT = 2_000      # characters
 
-    def __init__(self, path: Path, limit: int, *, guard: Guard = contextlib.nullcontext) -> None:
+    def __init__(self, path: Path, limit: int) -> None:
         self.facts: list[str] = []
-        self.limit, self._path, self._guard = limit, path, guard
+        self.limit, self._path = limit, path
 
     def load(self) -> str:
         """Read the file; return a complaint if it had to be set aside, else nothing."""
-        with self._locked():
-            try:
-                self.facts = self._read()
-            except OSError as error:
-                raise ConfigError(f"{self._path}: can't be read: {error.strerror}") from None
-            except (ValueError, RecursionError):
-                aside = f"{self._path}.bad-{time.strftime('%Y%m%dT%H%M%S')}"
-                os.replace(self._path, aside)
-                return f"{self._path} was not a JSON array of strings; it is now {aside}"
+        try:
+            with self._locked():
+                try:
+                    self.facts = self._read()
+                except (ValueError, RecursionError):
+                    aside = f"{self._path}.bad-{time.strftime('%Y%m%dT%H%M%S')}"
+                    os.replace(self._path, aside)
+                    return f"{self._path} was not a JSON array of strings; it is now {aside}"
+        except OSError as error:
+            raise ConfigError(f"{self._path}: can't be read: {error.strerror}") from None
         return ""
 
     def add(self, facts: Iterable[str]) -> list[str]:
@@ -1411,7 +1417,9 @@ class Memory:
     def _read(self) -> list[str]:
         if not self._path.exists():
             return []
-        facts = json.loads(self._path.read_text(encoding="utf-8"))
+        if not self._path.is_file():
+            raise OSError(0, "not a regular file")
+        facts = json.loads(self._path.read_text(encoding="utf-8-sig"))
         if not isinstance(facts, list) or not all(isinstance(fact, str) for fact in facts):
             raise ValueError("not an array of strings")
         return facts
@@ -1438,8 +1446,7 @@ class Memory:
         handle = os.open(self._path.parent, os.O_RDONLY)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
-            with self._guard():
-                yield
+            yield
         finally:
             os.close(handle)
 
@@ -1485,14 +1492,15 @@ class Batch(NamedTuple):
 class Journal:
     """The run's events: published once, kept in a file, told to listeners and to readers.
 
-    They are in memory only where they can't be written; `complaint` then says why.  `secret` is
-    masked wherever it appears.  Threads may publish and read at once.  Raises ConfigError if
-    `read_only` and there is no such file.
+    They are in memory only where they can't be written; `complaint` then says why, and an event
+    does so once.  `secret` is masked wherever it appears.  Threads may publish and read at once.
+    `guard()` holds Interrupted back while an event is added.  Raises ConfigError if `read_only`
+    and there is no such file.
     """
 
     def __init__(self, path: Path | None = None, *, secret: str = "", read_only: bool = False,
-                 guard: Guard = contextlib.nullcontext) -> None:
-        self.path, self.complaint = path, ""
+                 guard: Callable[[], Any] = contextlib.nullcontext) -> None:
+        self.path, self.complaint, self._unsaid = path, "", ""
         self._secret = secret if len(secret) >= 8 else ""
         self._guard, self._changed = guard, threading.Condition()
         self._places: list[tuple[int, int] | bytes] = []    # offset and length, or the line
@@ -1534,7 +1542,17 @@ class Journal:
 
     def publish(self, kind: str, **fields: object) -> None:
         """Add an event; it is in the file when this returns."""
-        with self._guard(), self._changed:
+        with self._guard():
+            event = self._add(kind, fields)
+        for listener in self._listeners:
+            listener(event)
+        if self._unsaid:
+            trouble, self._unsaid = self._unsaid, ""
+            self.publish("error", error=trouble)
+
+    def _add(self, kind: str, fields: dict[str, Any]) -> Event:
+        """Add an event; return it as it is kept."""
+        with self._changed:
             if kind == "iteration_start":
                 self._iteration = fields["iteration"]
             elif kind in _IN_ITERATION:
@@ -1552,25 +1570,24 @@ class Journal:
             else:
                 self._places.append(self._write(line))
             self._changed.notify_all()
-            for listener in self._listeners:
-                listener(event)
+        return event
 
     def _write(self, line: bytes) -> tuple[int, int] | bytes:
         """Write a line; return where it is, or the line itself if there is no place for it."""
-        place = (self._size, len(line))
+        if self._file < 0 or self.complaint:
+            return line
         try:
-            if self._file < 0 or self.complaint:
-                return line
             if os.write(self._file, line) < len(line):
-                raise OSError(errno.ENOSPC, "no space left on device")
+                raise OSError(0, "no space left on device")
         except OSError as error:
             self._complain(error)
             return line
         self._size += len(line)
-        return place
+        return self._size - len(line), len(line)
 
     def _complain(self, error: OSError) -> None:
         self.complaint = f"the journal can't be written: {self.path}: {error.strerror}"
+        self._unsaid = self.complaint
 
     def _line(self, number: int) -> bytes:
         place = self._places[number]
@@ -1594,16 +1611,14 @@ class Journal:
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
         """Count as a reader while this lasts; live events are worth their making only then."""
-        self._count(1)
+        with self._changed:
+            self._readers += 1
         try:
             yield
         finally:
-            self._count(-1)
-
-    def _count(self, change: int) -> None:
-        with self._changed:
-            self._readers += change
-            self._changed.notify_all()
+            with self._changed:
+                self._readers -= 1
+                self._changed.notify_all()
 
     def watched(self) -> bool:
         """Whether anybody reads."""
@@ -1627,32 +1642,17 @@ _BODY_LIMIT = 65_536
 _ACTIONS = ("pause", "resume", "stop", "note")
 
 
-class _Server(http.server.ThreadingHTTPServer):
-    daemon_threads, request_queue_size = True, 128
-
-    def __init__(self, address: tuple[str, int], handler: Callable) -> None:
-        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        self.name = f"[{address[0]}]" if ":" in address[0] else address[0]
-        super().__init__(address, handler)
-
-    def server_bind(self) -> None:
-        """Bind without the base class's look-up of our own name, which may take seconds."""
-        socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[:2]
-
-
 class _Handler(http.server.BaseHTTPRequestHandler):
     """Answers one connection of a browser."""
 
+    server: Any         # the Dashboard
     timeout = 20        # seconds for any read or write: a client that can't keep up is dropped
     server_version, sys_version = "orchestrator", ""
 
-    def __init__(self, journal: Journal, page: str, token: str, visited: threading.Event,
-                 control: Callable[[str, str], object] | None, *request: object) -> None:
-        self._journal, self._page, self._token = journal, page, token
-        self._visited, self._control = visited, control
-        with contextlib.suppress(OSError):      # the browser went away
-            super().__init__(*request)          # answers the request before it returns
+    def handle(self) -> None:
+        """Answer, unless the browser goes away."""
+        with contextlib.suppress(OSError):
+            super().handle()
 
     def log_message(self, *args: object) -> None:
         """Say nothing: the terminal belongs to the narration."""
@@ -1663,17 +1663,16 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if self._refused(urllib.parse.parse_qs(url.query).get("token", [""])[0]):
             return
         if url.path == "/":
-            self._visited.set()
-            nonce = secrets.token_urlsafe(16)
-            self._answer(200, self._page.replace("NONCE", nonce), {
+            self.server.visited.set()
+            nonce, token = secrets.token_urlsafe(16), self.server.token
+            self._answer(200, self.server.page.replace("NONCE", nonce), {
                 "Content-Type": "text/html; charset=utf-8",
                 "Content-Security-Policy": _POLICY.replace("NONCE", nonce),
-                "Set-Cookie": f"{self._cookie}={self._token}; Path=/; HttpOnly; SameSite=Strict"})
+                "Set-Cookie": f"{self._cookie}={token}; Path=/; HttpOnly; SameSite=Strict"})
         elif url.path == "/events":
             self._stream()
         else:
-            known = url.path == "/control"
-            self._answer(405 if known else 404, "POST only" if known else "no such page")
+            self._answer(405 if url.path == "/control" else 404, "GET goes to / and /events")
 
     def do_POST(self) -> None:
         """Pause, resume, stop, or take a note."""
@@ -1692,10 +1691,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             fits = isinstance(text, str) and (text.strip() or action != "note")
             if action not in _ACTIONS or not fits:
                 self._answer(400, f"expected an action ({', '.join(_ACTIONS)}), a note with text")
-            elif not self._control:
+            elif not self.server.control:
                 self._answer(409, "this is a recording")
             else:
-                self._control(action, text)
+                self.server.control(action, text)
                 self._answer(204, "")
 
     def _wrong_method(self) -> None:
@@ -1724,7 +1723,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if host not in [f"{name}:{self.server.server_port}" for name in names] \
                 or origin not in origins:
             self._answer(403, "this address does not belong to the dashboard")
-        elif not secrets.compare_digest(given, self._token.encode()):
+        elif not secrets.compare_digest(given, self.server.token.encode()):
             self._answer(403, "open the address that the orchestrator printed: it has the token")
         else:
             return False
@@ -1732,61 +1731,68 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _answer(self, status: int, text: str, headers: Mapping[str, str] = {}) -> None:
         body = text.encode()
+        self._begin(status, {"Content-Type": "text/plain; charset=utf-8",
+                             "Content-Length": str(len(body)), **headers})
+        self.wfile.write(body)
+
+    def _begin(self, status: int, headers: Mapping[str, str]) -> None:
         self.send_response(status)
-        for name, value in {"Content-Type": "text/plain; charset=utf-8",
-                            "Content-Length": str(len(body)), "Cache-Control": "no-store",
-                            "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
-                            **headers}.items():
+        for name, value in {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
+                            "Referrer-Policy": "no-referrer", **headers}.items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(body)
 
     def _stream(self) -> None:
         """Send the run so far, or what was missed, and go on with what comes."""
         last = self.headers.get("Last-Event-ID", "")
         after, live_seen, closed = int(last) if last.isdigit() else 0, 0, False
-        self.send_response(200)
-        for name, value in {"Content-Type": "text/event-stream", "Cache-Control": "no-store",
-                            "X-Accel-Buffering": "no"}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        with self._journal.reading():
+        journal = self.server.journal
+        self._begin(200, {"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"})
+        with journal.reading():
             while not closed:
-                kept, live, live_seen, closed = self._journal.read(after, live_seen, 15.0)
+                kept, live, live_seen, closed = journal.read(after, live_seen, 15.0)
                 chunks = [b"id: %d\ndata: %s\n" % (number, line) for number, line in kept]
                 chunks += [b"data: %s\n" % line for line in live]
                 self.wfile.write(b"".join(chunks) or b": still here\n\n")
                 after = kept[-1][0] if kept else after
 
 
-class Dashboard:
+class Dashboard(http.server.ThreadingHTTPServer):
     """A server of the page, its events and its controls, in threads of its own.
 
     `control(action, text)` is called for pause, resume, stop and note; None: it is a recording.
     Enter it with `with`; raises ConfigError if it can't listen.
     """
 
+    daemon_threads, request_queue_size = True, 128
+
     def __init__(self, journal: Journal, page: str, host: str, port: int,
                  control: Callable[[str, str], object] | None) -> None:
-        self._journal, self.visited = journal, threading.Event()    # somebody opened the page
-        token = secrets.token_urlsafe(24)
+        self.journal, self.page, self.control = journal, page, control
+        self.token, self.visited = secrets.token_urlsafe(24), threading.Event()     # page opened
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self.name = f"[{host}]" if ":" in host else host
         try:
-            self._server = _Server((host, port), functools.partial(
-                _Handler, journal, page, token, self.visited, control))
+            super().__init__((host, port), _Handler)
         except (OSError, UnicodeError) as error:
             raise ConfigError(f"DASHBOARD_HOST={host!r}, DASHBOARD_PORT={port}: can't listen: "
                               f"{getattr(error, 'strerror', None) or error}") from None
-        shown = self._server.name.replace("0.0.0.0", "127.0.0.1")
-        self.url = f"http://{shown}:{self._server.server_port}/?token={token}"
+        shown = self.name.replace("0.0.0.0", "127.0.0.1")
+        self.url = f"http://{shown}:{self.server_port}/?token={self.token}"
+
+    def server_bind(self) -> None:
+        """Bind without the base class's look-up of our own name, which may take seconds."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]
 
     def __enter__(self) -> Dashboard:
-        threading.Thread(target=self._server.serve_forever, args=(0.1,), daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.1,), daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._journal.close()
-        self._server.shutdown()
-        self._server.server_close()
+        self.journal.close()
+        self.shutdown()
+        self.server_close()
 
 
 # -- 10. Loops ------------------------------------------------------------------------------
@@ -1991,11 +1997,10 @@ def run_check(command: str, directory: Path, environ: Mapping[str, str],
         process = subprocess.Popen(command, shell=True, cwd=directory, env=dict(environ),
                                    stdin=subprocess.DEVNULL, stdout=output,
                                    stderr=subprocess.STDOUT, start_new_session=True)
-        status = 124
         try:
             status = process.wait(limit)
         except subprocess.TimeoutExpired:
-            pass
+            status = 124
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -2068,6 +2073,7 @@ class Autopilot:
                 self._conversation.append(_NOTE + event["text"])
             elif event["type"] == "reply":
                 if said is not None:
+                    self._remember(parse_reply(said).facts)
                     self._conversation.add(said, "[You were stopped before this was done.]")
                 said = event["text"]
 
@@ -2166,44 +2172,46 @@ class Autopilot:
         spent: dict[str, object] = {}
 
         def rewrite(known: list[str]) -> list[str] | None:
-            system = _COMPACT.format(limit=self._memory.limit // 2 + 1)
-            try:
-                reply = self._model.complete([
-                    {"role": "system", "content": system},
-                    {"role": "user", "content": json.dumps({"facts": known}, ensure_ascii=False)}])
-            except ModelError:
-                return None
-            spent.update(self._totals.add(reply.tokens, reply.cost))
-            found = parse_object(reply.text[reply.text.find("{"):reply.text.rfind("}") + 1]) or {}
+            nonlocal spent
+            answer, spent = self._consult(_COMPACT.format(limit=self._memory.limit // 2 + 1),
+                                          json.dumps({"facts": known}, ensure_ascii=False))
+            found = parse_object(answer[answer.find("{"):answer.rfind("}") + 1]) or {}
             shorter = found.get("facts")
             fits = isinstance(shorter, list) and all(isinstance(fact, str) for fact in shorter)
             return shorter if fits else None
 
+        if not facts:
+            return
         try:
-            if facts:
-                saved = self._memory.add(facts)
-                self._journal.publish("memory", saved=saved, total=len(self._memory.facts))
-            lengths = self._memory.compact(rewrite) if facts else None
-            if lengths:
-                self._journal.publish("memory", total=lengths[1], compacted={
-                    "before": lengths[0], "after": lengths[1]}, **spent)
+            saved = self._memory.add(facts)
+            self._journal.publish("memory", saved=saved, total=len(self._memory.facts))
+            before, after = self._memory.compact(rewrite) or (0, 0)
+            if before:
+                self._journal.publish("memory", total=after, **spent,
+                                      compacted={"before": before, "after": after})
         except OSError as error:
             self._journal.publish("error", error=f"memory.json can't be written: {error.strerror}")
 
     def _summarise(self) -> bool:
         """Replace the older part of the conversation by a summary, if there is one."""
-        older, spent = self._conversation.older(), {}
+        older = self._conversation.older()
         if not older:
             return False
-        try:
-            reply = self._model.complete([{"role": "system", "content": _SUMMARISE},
-                                          {"role": "user", "content": clip(older, 200_000)}])
-            spent, summary = self._totals.add(reply.tokens, reply.cost), clip(reply.text)
-        except ModelError:
-            summary = clip("\n".join(textwrap.shorten(part, 200) for part in older.split("\n\n")))
+        answer, spent = self._consult(_SUMMARISE, clip(older, 200_000))
+        summary = clip(answer or "\n".join(textwrap.shorten(part, 200)
+                                           for part in older.split("\n\n")))
         count = self._conversation.summarise(summary)
         self._journal.publish("history", summarised=count, summary=summary, **spent)
         return True
+
+    def _consult(self, system: str, text: str) -> tuple[str, dict[str, object]]:
+        """Return what the model says about a text, and what that used; nothing if it can't."""
+        try:
+            reply = self._model.complete([{"role": "system", "content": system},
+                                          {"role": "user", "content": text}])
+        except ModelError:
+            return "", {}
+        return reply.text, self._totals.add(reply.tokens, reply.cost)
 
     # limits
 
@@ -2370,7 +2378,7 @@ PAGE = r"""<!doctype html>
   history.replaceState(null, "", location.pathname);      // the cookie is enough: hide the token
   const OUTCOMES = {
     __proto__: null, complete: ["good", "Task complete"], budget: ["warn", "Stopped at its limit"],
-    failed: ["bad", "The model gave up"], stuck: ["bad", "Stuck: it went in circles"],
+    failed: ["bad", "Failed"], stuck: ["bad", "Stuck: it went in circles"],
     agent: ["bad", "The agent cannot be kept alive"], interrupted: ["warn", "Interrupted"],
     model: ["bad", "The model cannot be reached"],
   };
@@ -2489,10 +2497,9 @@ PAGE = r"""<!doctype html>
     },
     memory(event) {
       const saved = list(event.saved).map(text), {before, after} = event.compacted ?? {};
-      const size = value => Array.isArray(value) ? value.length : text(value);
-      run.facts = Array.isArray(after) ? after.map(text) : [...new Set([...run.facts, ...saved])];
+      run.facts = [...new Set([...run.facts, ...saved])];
       if (saved.length) enter(event, "remembered", saved.join("\n"), "good");
-      if (event.compacted) enter(event, "memory", `${size(before)} facts became ${size(after)}`);
+      if (before) enter(event, "memory", `${text(before)} facts became ${text(after)}`);
     },
     verify(event) {
       const [label, level] = event.status === 0 ? ["verified", "good"] : ["not verified", "bad"];
@@ -2500,9 +2507,9 @@ PAGE = r"""<!doctype html>
       enter(event, label, `$ ${command}\n${output}\nstatus ${status}`, level);
     },
     history(event) {
-      const [summarised, summary] = [event.summarised, event.summary].map(text);
+      const summary = text(event.summary);
       run.summaries = [...run.summaries, summary];
-      enter(event, "summary", `of ${summarised} messages\n${summary}`, "quiet");
+      enter(event, "summary", `of ${text(event.summarised)} exchanges\n${summary}`, "quiet");
     },
     note(event) {
       enter(event, `note (${firstLine(event.source)})`, event.text, "going");
@@ -2543,7 +2550,8 @@ PAGE = r"""<!doctype html>
 
   function glance() {
     const [level, headline] = OUTCOMES[run.outcome?.outcome] ?? ["warn", "Ended"];
-    const hint = level === "good" ? "" : " (--resume goes on with it)";
+    const over = ["complete", "failed", "stuck"].includes(run.outcome?.outcome);
+    const hint = over ? "" : " (--resume goes on with it)";
     if (run.outcome) return {level, headline, advice: firstLine(run.outcome.reason) + hint};
     if (run.lost) return {level: "bad", headline: "Connection lost", advice: run.lost};
     if (run.paused == null) return run.now;
@@ -2908,16 +2916,14 @@ class Place(NamedTuple):
 class Signals:
     """SIGINT, SIGTERM and SIGHUP as Interrupted, raised in the main thread.
 
-    They are held back inside `held()`, so that a journal line or a file is never cut in two.
+    They are held back inside `held()`, so that the journal never loses count of its lines.
     """
 
-    def __init__(self) -> None:
-        self._before: dict[int, Any] = {}
-        self._depth = self._pending = 0
+    _depth = _pending = 0       # how many times held; the number of the last signal meanwhile
 
     def __enter__(self) -> Signals:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            self._before[number] = signal.signal(number, self._handle)
+        self._before = {number: signal.signal(number, self._handle)
+                        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -2926,14 +2932,16 @@ class Signals:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Hold signals back while this lasts; they reach only the main thread anyway."""
-        here = threading.current_thread() is threading.main_thread()
-        self._depth += here
+        """Hold signals back while this lasts; other threads than the main one get none anyway."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        self._depth += 1
         try:
             yield
         finally:
-            self._depth -= here
-            if here and self._pending and not self._depth:
+            self._depth -= 1
+            if self._pending and not self._depth:
                 number, self._pending = self._pending, 0
                 raise Interrupted(number)
 
@@ -2943,41 +2951,40 @@ class Signals:
         self._pending = number
 
 
+FINISHED = ("complete", "failed", "stuck")      # outcomes that leave nothing to resume
+_SAID = {       # what the terminal says about an event, and the field that it shows below that
+    "task_info": ("Task:  {task}\nModel: {model}\nAgent: {agent} in {workdir}\n"
+                  "Watch: {attach}", ""),
+    "reply": ("\n[{iteration}] model, {seconds:.1f} s, {tokens[total]:,} tokens{dollars}", "text"),
+    "iteration_end": ("[{iteration}] agent, {seconds:.1f} s", "agent_output"),
+    "error": ("! {error}{again}", ""),
+    "recovery": ("! {what}{kept}", ""),
+    "memory": ("* remembered:", "saved"),
+    "compacted": ("* memory: {compacted[before]} facts are now {compacted[after]}", ""),
+    "verify": ("* {command}: status {status}", "output"),
+    "history": ("* the {summarised} oldest exchanges were summarised", ""),
+    "note": ("* {source}: {text}", ""),
+    "state": ("* {state}{why}", ""),
+    "complete": ("\n{how}: {iterations} iterations, {tokens[total]:,} tokens{dollars}, {time}", "")}
+
+
 def narrate(event: Event) -> str:
     """Return what the terminal says about an event of an autonomous run, nothing for some."""
-    kind, number = event["type"], event.get("iteration")
-    seconds, total = event.get("duration_ms", 0) / 1000, (event.get("tokens") or {}).get("total")
-    cost = f", ${event['cost']:.4f}" if event.get("cost") is not None else ""
-    if kind == "task_info":
-        head, body = ("Task:  {task}\nModel: {model}\nAgent: {agent} in {workdir}\n"
-                      "Watch: {attach}".format(**event)), ""
-    elif kind == "reply":
-        head, body = f"\n[{number}] model, {seconds:.1f} s, {total:,} tokens{cost}", event["text"]
-    elif kind == "iteration_end":
-        head, body = f"[{number}] agent, {seconds:.1f} s", event["agent_output"]
-    elif kind == "error":
-        again = f"; trying again in {event['retry_in']:g} s" if "retry_in" in event else ""
-        head, body = f"! {event['error']}{again}", ""
-    elif kind == "recovery":
-        head, body = f"! {event['what']}" + ", with its conversation" * event["resumed"], ""
-    elif kind == "memory":
-        head, body = (("* remembered:", "\n".join(event["saved"])) if "saved" in event else
-                      ("* memory: {before} facts are now {after}".format(**event["compacted"]), ""))
-    elif kind == "verify":
-        head, body = "* {command}: status {status}".format(**event), event["output"]
-    elif kind == "history":
-        head, body = f"* the {event['summarised']} oldest exchanges were summarised", ""
-    elif kind == "note":
-        head, body = f"* {event['source']}: {event['text']}", ""
-    elif kind == "state":
-        head, body = f"* {event['state']}" + f": {event.get('reason')}" * ("reason" in event), ""
-    elif kind == "complete":
-        how = "Task complete" if event["outcome"] == "complete" else f"Ended ({event['outcome']})"
-        head, body = (f"\n{how}: {event['iterations']} iterations, {total:,} tokens{cost}, "
-                      f"{seconds // 60:.0f} min {seconds % 60:.0f} s"), ""
-    else:
+    kind, seconds = event["type"], event.get("duration_ms", 0) / 1000
+    head, below = _SAID.get("compacted" if "compacted" in event else kind, ("", ""))
+    outcome, body = event.get("outcome"), event.get(below) or event.get("error", "") * bool(below)
+    if kind == "iteration_end" and not body:        # the task was ended, the agent not asked
         return ""
-    return head + "\n" * bool(body) + textwrap.indent(sanitize(body), "    ")
+    words = {"seconds": seconds, "time": f"{seconds // 60:.0f} min {seconds % 60:.0f} s",
+             "how": "Task complete" if outcome == "complete" else f"Ended ({outcome})" + (
+                 ", --resume goes on with it" * (outcome not in FINISHED)),
+             "dollars": f", ${event['cost']:.4f}" if event.get("cost") is not None else "",
+             "again": f"; trying again in {event['retry_in']:g} s" if "retry_in" in event else "",
+             "kept": ", with its conversation" if event.get("resumed") else "",
+             "why": f": {event['reason']}" if "reason" in event else ""}
+    body = textwrap.indent(body if isinstance(body, str) else "\n".join(body), "    ")
+    said = head.format(**{**event, **words})
+    return f"{said}\n{body}" if body else said
 
 
 def narrate_chat(event: Event) -> str:
@@ -2986,7 +2993,7 @@ def narrate_chat(event: Event) -> str:
         return f"{event['agent']} in {event['workdir']}; /quit leaves\nWatch: {event['attach']}"
     if event["type"] == "iteration_end":
         return event["agent_output"]
-    return narrate(event) if event["type"] in ("error", "recovery", "note") else ""
+    return narrate(event) if event["type"] in ("error", "note") else ""
 
 
 def narrate_json(event: Event) -> str:
@@ -3004,23 +3011,17 @@ def say(text: str, stream: TextIO | None = None) -> None:
 
 
 def complain(text: object) -> None:
-    """Say on standard error what is wrong, in one line."""
-    say(f"orchestrator: {text}", sys.stderr)
-
-
-def default_text(field: dataclasses.Field) -> str:
-    """Return a setting's default as it would stand in a .env file."""
-    default = field.default
-    if isinstance(default, float):
-        return f"{default:g}"
-    return str(default).lower() if isinstance(default, bool) else str(default)
+    """Say on standard error what is wrong, if anything, in one line."""
+    say(f"orchestrator: {text}" if text else "", sys.stderr)
 
 
 def manual() -> str:
     """Return what --help prints: the module's docstring and the settings."""
     lines = ["Settings, from the environment or a .env file in the current directory"]
     for name, field in Config.settings().items():
-        lines += textwrap.wrap(f"{field.metadata['meaning']} ({default_text(field) or 'none'})", 96,
+        default = f"{field.default:g}" if type(field.default) is float else str(field.default)
+        default = default.lower() if type(field.default) is bool else default or "none"
+        lines += textwrap.wrap(f"{field.metadata['meaning']} ({default})", 96,
                                initial_indent=f"    {name:<21} ", subsequent_indent=" " * 26)
     return f"{(__doc__ or '').rstrip()}\n\n" + "\n".join(lines)
 
@@ -3033,58 +3034,57 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         raise ConfigError(f"{message}; see --help")
 
     parser.error = refuse       # type: ignore[method-assign, assignment]
-    parser.add_argument("directory", nargs="?", default=".")
+    parser.add_argument("directory", nargs="?")
     parser.add_argument("--task")
     parser.add_argument("--replay")
     for flag in ("--chat", "--resume", "--json", "--demo", "--doctor", "--version"):
         parser.add_argument(flag, action="store_true")
     parser.add_argument("-h", "--help", action="store_true")
     options = parser.parse_args(argv)
-    chosen = [f"--{name}" for name in ("task", "chat", "resume", "replay", "demo", "doctor")
+    chosen = [name for name in ("task", "chat", "resume", "replay", "demo", "doctor")
               if getattr(options, name) not in (None, False)]
     if len(chosen) > 1:
-        refuse(f"{chosen[0]} and {chosen[1]} do not go together")
+        refuse("--{} and --{} do not go together".format(*chosen))
+    if options.directory and chosen[:1] in (["demo"], ["replay"]):
+        refuse(f"--{chosen[0]} takes no directory")
     return options
 
 
 @contextlib.contextmanager
 def sole_driver(config: Config, place: Place) -> Iterator[None]:
     """Hold the lock of a session; raise ConfigError with the process that has it."""
-    name = f"{config.claude_tmux_socket}-{config.claude_tmux_session}"
-    with contextlib.ExitStack() as stack:
+    path = place.state / "locks" / f"{config.claude_tmux_socket}-{config.claude_tmux_session}"
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        file = open(path, "a+", encoding="ascii")
+    except OSError:         # the journal will say that nothing can be written there
+        yield
+        return
+    with file:
         try:
-            (place.state / "locks").mkdir(mode=0o700, parents=True, exist_ok=True)
-            file = stack.enter_context(open(place.state / "locks" / name, "a+", encoding="ascii"))
-        except OSError:         # the journal will say that nothing can be written there
-            file = None
-        if file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                file.seek(0)
-                raise ConfigError(
-                    f"session {config.claude_tmux_session} is driven by another orchestrator, "
-                    f"process {file.read().strip()}: set CLAUDE_TMUX_SESSION to another name"
-                ) from None
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            driver = path.read_text(encoding="ascii")
+            raise ConfigError(
+                f"session {config.claude_tmux_session} is driven by another orchestrator, "
+                f"process {driver}: set CLAUDE_TMUX_SESSION to another name") from None
+        with contextlib.suppress(OSError):      # a full disk
+            path.write_text(str(os.getpid()), encoding="ascii")
         yield
 
 
 @contextlib.contextmanager
 def served(config: Config, journal: Journal, control: Callable[[str, str], object] | None,
-           stream: TextIO | None = None) -> Iterator[None]:
-    """Serve the dashboard, if it is wanted and can be, and say where.
+           stream: TextIO) -> Iterator[None]:
+    """Serve the dashboard and say where; a run goes on without, a recording has nothing else.
 
     On a terminal it stays open at the end, for a person who has opened it, until Enter.
     """
-    if not config.dashboard_enabled:
-        yield
-        return
     try:
         dashboard = Dashboard(journal, PAGE, config.dashboard_host, config.dashboard_port, control)
     except ConfigError as error:
+        if not control:
+            raise
         complain(f"no dashboard: {error}")
         yield
         return
@@ -3109,7 +3109,11 @@ def read_line(prompt: str) -> str | None:
             import readline     # noqa: F401  line editing and history for input()
     try:
         return input(prompt if sys.stdin.isatty() else "")
-    except EOFError:
+    except (EOFError, KeyboardInterrupt) as end:
+        if sys.stdin.isatty():
+            say("\n")
+        if isinstance(end, KeyboardInterrupt):
+            raise
         return None
 
 
@@ -3128,20 +3132,36 @@ def last_unfinished(place: Place) -> Path:
         first = (read_events(path, 1) or [{}])[0]
         if first.get("workdir") == str(place.directory) and first.get("mode") != "chat":
             outcome = read_events(path)[-1].get("outcome")
-            if outcome in ("complete", "failed", "stuck"):
+            if outcome in FINISHED:
                 raise ConfigError(f"the last run here has ended ({outcome}): {path}")
             return path
     raise ConfigError(f"there is no run to resume in {place.directory}")
 
 
-def first_event(config: Config, place: Place, program: Program, tmux: Tmux, task: str,
-              chat: bool) -> dict[str, object]:
+def first_event(config: Config, place: Place, tmux: Tmux, agent: Agent, task: str,
+                chat: bool) -> dict[str, object]:
     """Return the fields of a run's first event."""
-    return {"task": task, "mode": "chat" if chat else "autonomous", "agent": program.name,
+    return {"task": task, "mode": "chat" if chat else "autonomous", "agent": agent.name,
             "model": "" if chat else config.openrouter_model, "workdir": str(place.directory),
             "session": tmux.session, "attach": tmux.attach_command,
             "max_iter": config.max_iterations, "max_cost": config.max_cost,
             "max_minutes": config.max_minutes}
+
+
+def autopilot(config: Config, place: Place, agent: Agent, journal: Journal, stream: TextIO,
+              task_info: Mapping[str, object], past: Sequence[Event]) -> None:
+    """Let the model drive the agent, with the dashboard; `stream` is told where that is."""
+    memory = Memory(place.directory / "memory.json", config.memory_max_facts)
+    complain(memory.load())
+    model = OpenRouter(config.openrouter_base_url, config.openrouter_api_key,
+                       config.openrouter_model, publish=journal.publish)
+    control = Control(journal, lambda: signal.pthread_kill(
+        threading.main_thread().ident or 0, signal.SIGINT))
+    pilot = Autopilot(config, agent, model, memory, journal, control, place.directory,
+                      environ=place.environ)
+    with served(config, journal, control.act, stream) if config.dashboard_enabled \
+            else contextlib.nullcontext():
+        pilot.run({**task_info, "memories": memory.facts}, past)
 
 
 def run(config: Config, place: Place, *, task: Callable[[], str] = lambda: "", chat: bool = False,
@@ -3163,8 +3183,6 @@ def run(config: Config, place: Place, *, task: Callable[[], str] = lambda: "", c
         name = f"{datetime.datetime.now():%Y%m%dT%H%M%S.%f}-{config.claude_tmux_session}.jsonl"
         journal = Journal(resumed or place.state / "runs" / name, guard=signals.held,
                           secret=config.openrouter_api_key)
-        if journal.complaint:
-            complain(journal.complaint)
         show = narrate_json if as_json else narrate_chat if chat else narrate
         journal.listen(lambda event: say(show(event)))
         agent = Agent(tmux, program, place.directory, publish=journal.publish,
@@ -3172,23 +3190,13 @@ def run(config: Config, place: Place, *, task: Callable[[], str] = lambda: "", c
         if config.terminate_when_quit:
             stack.callback(agent.stop)
         past = journal.events() if resumed else []
-        info = past[0] if past else first_event(config, place, program, tmux, wanted, chat)
+        info = past[0] if past else first_event(config, place, tmux, agent, wanted, chat)
         if chat:
             Chat(config, agent, journal, lambda: read_line("> "),
                  at_prompt=sys.stdin.isatty()).run(info)
-            return 0
-        memory = Memory(place.directory / "memory.json", config.memory_max_facts,
-                        guard=signals.held)
-        complaint = memory.load()
-        if complaint:
-            complain(complaint)
-        model = OpenRouter(config.openrouter_base_url, config.openrouter_api_key,
-                           config.openrouter_model, publish=journal.publish)
-        control = Control(journal, lambda: signal.pthread_kill(
-            threading.main_thread().ident or 0, signal.SIGINT))
-        stack.enter_context(served(config, journal, control.act, sys.stderr if as_json else None))
-        Autopilot(config, agent, model, memory, journal, control, place.directory,
-                  environ=place.environ).run({**info, "memories": memory.facts}, past)
+        else:
+            stream = sys.stderr if as_json else sys.stdout
+            autopilot(config, place, agent, journal, stream, info, past)
     return 0
 
 
@@ -3197,19 +3205,20 @@ def replay(path: Path, config: Config) -> int:
     if not read_events(path, 1):
         raise ConfigError(f"{path}: there are no events in it")
     journal = Journal(path, read_only=True)
-    with Signals(), served(config, journal, None):
+    with Signals(), served(config, journal, None, sys.stdout):
+        say("Ctrl-C ends it.")
         while True:
             time.sleep(0.5)
             journal.follow()
 
 
-def demo(config: Config, environ: Mapping[str, str]) -> int:
+def demo(config: Config, environ: Mapping[str, str], as_json: bool) -> int:
     """Run the whole loop in a scratch directory, with the built-in model and agent."""
     scratch = Path(tempfile.mkdtemp(prefix="orchestrator-demo-")).resolve()
     place = Place(scratch / "work", scratch / "state", environ)
     place.directory.mkdir()
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), DemoModel)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
     code = f"import runpy; runpy.run_path({str(Path(__file__).resolve())!r})['demo_agent']()"
     shown = {name: value for name, value in vars(config).items() if name.startswith("dashboard")}
     config = Config(
@@ -3218,8 +3227,9 @@ def demo(config: Config, environ: Mapping[str, str]) -> int:
         openrouter_api_key="the-key-of-the-demo", openrouter_model="built-in demo",
         verify_cmd=DEMO_CHECK, terminate_when_quit=True, **shown)
     try:
-        return run(config, place, task=lambda: DEMO_TASK)
+        return run(config, place, task=lambda: DEMO_TASK, as_json=as_json)
     finally:
+        server.shutdown()
         server.server_close()
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -3227,7 +3237,7 @@ def demo(config: Config, environ: Mapping[str, str]) -> int:
 def doctor(config: Config, place: Place) -> int:
     """Check what a run needs, a line for each; return 0 if a run could start, else 1."""
     tmux = Tmux(config.claude_tmux_socket, config.claude_tmux_session, place.environ)
-    program = choose_program(config.default_model, config.claude_cmd)
+    agent = Agent(tmux, choose_program(config.default_model, config.claude_cmd), place.directory)
 
     def model() -> str:
         if not config.openrouter_api_key:
@@ -3237,8 +3247,8 @@ def doctor(config: Config, place: Place) -> int:
 
     def session() -> str:
         with sole_driver(config, place):
-            found = tmux.find()
-        return f"{tmux.session}: " + (f"joins what runs in {found.directory}" if found else "free")
+            found = agent.find()
+        return f"{tmux.session}: " + ("runs already, and is joined" if found else "free")
 
     def journal() -> str:
         (place.state / "runs").mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -3246,13 +3256,13 @@ def doctor(config: Config, place: Place) -> int:
         return f"{place.state} can be written"
 
     checks = {"python": lambda: ".".join(map(str, sys.version_info[:3])), "tmux": tmux.version,
-              "agent": Agent(tmux, program, place.directory).check, "model": model,
+              "agent": agent.check, "model": model,
               "session": session, "journal": journal}
     failed = 0
     for name, check in checks.items():
         try:
             say(f"{name:<8} ok      {check()}")
-        except (OrchestratorError, OSError) as error:
+        except (OrchestratorError, OSError, ValueError) as error:
             failed = 1
             say(f"{name:<8} FAILED  {error}")
     return failed
@@ -3272,12 +3282,16 @@ def dispatch(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     if options.replay:
         return replay(Path(options.replay), config)
     if options.demo:
-        return demo(config, children)
-    directory = Path(options.directory).expanduser().resolve()
+        return demo(config, children, options.json)
+    try:
+        directory = Path(options.directory or ".").expanduser().resolve()
+        home = environ.get("XDG_STATE_HOME", "")
+        state = Path(home if os.path.isabs(home) else Path.home() / ".local/state", "orchestrator")
+    except (OSError, RuntimeError) as error:        # deleted under us, or no home
+        raise ConfigError(f"{options.directory or '.'}: {error}") from None
     if not directory.is_dir():
         raise ConfigError(f"{directory}: " + ("not a directory" if directory.exists()
                                               else "there is no such directory"))
-    state = Path(environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "orchestrator"
     place = Place(directory, state, children)
     if options.doctor:
         return doctor(config, place)
@@ -3288,16 +3302,18 @@ def dispatch(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; return the exit status that the manual lists."""
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:      # it was closed
+            setattr(sys, name, open(os.devnull, mode))
+        elif isinstance(getattr(sys, name), io.TextIOWrapper):
+            getattr(sys, name).reconfigure(errors="replace")
     try:
         return dispatch(parse_arguments(argv), os.environ)
     except OrchestratorError as error:
         complain(error)
         return error.status
-    except Interrupted as interrupt:
-        return interrupt.status
+    except KeyboardInterrupt as interrupt:      # Interrupted, or Ctrl-C before Signals are entered
+        return getattr(interrupt, "status", 130)
 
 
 if __name__ == "__main__":

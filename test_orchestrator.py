@@ -33,7 +33,8 @@ from orchestrator import (
     Signals, Stuck, Tmux, TmuxError, TmuxGone, Tokens, TransientError, Turn, Watch,
     child_environment, choose_program, clip, fingerprint, holds_draft, known_question,
     last_unfinished, main, narrate, narrate_chat, new_lines, parse_env, parse_object, parse_reply,
-    read_env_file, run_check, sanitize, say, says_busy, shows_input, sole_driver, tidy)
+    read_env_file, read_events, run_check, sanitize, say, says_busy, shows_input, sole_driver,
+    tidy)
 
 SOURCE = Path(orchestrator.__file__).read_text(encoding="utf-8")
 KEY = "sk-or-v1-0123456789abcdef"
@@ -774,7 +775,7 @@ def test_a_reply_that_asks_for_nothing_says_why(reply, facts, hint):
 
 def test_fingerprints_differ_in_more_than_times_and_tokens():
     assert fingerprint("failed after 12 s (09:00)") == fingerprint("failed after 7.5s (9:01:30)")
-    assert fingerprint("✻ Thinking (3s · 1.2k tokens)") == fingerprint("✻ Thinking (12s · 90 tokens)")
+    assert fingerprint("✻ Writing (3s · 1.2k tokens)") == fingerprint("✻ Writing (12s · 90 tokens)")
     assert fingerprint("3 of 5 done") != fingerprint("4 of 5 done")
     assert fingerprint("failed after 12 s") != fingerprint("passed after 12 s")
     assert fingerprint("done\n✻ Brewed for 4s") == fingerprint("done\n✻ Churned for 1m 2s")
@@ -1512,12 +1513,33 @@ def test_live_events_are_seen_but_not_kept(tmp_path):
     assert journal.events() == [] and (tmp_path / "run.jsonl").read_bytes() == b""
 
 
-def test_a_journal_that_cannot_be_written_goes_on_in_memory(tmp_path):
+def test_a_journal_that_cannot_be_written_goes_on_in_memory_and_says_so_once(tmp_path):
     (tmp_path / "file").write_text("")
     journal = Journal(tmp_path / "file" / "runs" / "run.jsonl")
     assert "run.jsonl" in journal.complaint and "\n" not in journal.complaint
     journal.publish("note", text="a")
-    assert ids(journal) == [1] and journal.read(0, 0, 0).kept[0][0] == 1
+    journal.publish("note", text="b")
+    assert [event["type"] for event in journal.events()] == ["note", "error", "note"]
+    assert journal.events()[1]["error"] == journal.complaint
+    assert ids(journal) == [1, 2, 3] and journal.read(0, 0, 0).kept[0][0] == 1
+
+
+def test_a_disk_that_is_full_is_said_once_and_what_came_before_is_kept(tmp_path):
+    journal = Journal(tmp_path / "run.jsonl")
+    journal.publish("note", text="a")
+    room = (tmp_path / "run.jsonl").stat().st_size + 20
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))     # a line is cut in two here
+    try:
+        journal.publish("note", text="b")
+        journal.publish("note", text="c")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [event["type"] for event in journal.events()] == ["note", "note", "error", "note"]
+    assert len(read_events(tmp_path / "run.jsonl")) == 1
+    again = Journal(tmp_path / "run.jsonl")
+    again.publish("note", text="d")
+    assert [event["text"] for event in again.events()] == ["a", "d"]
 
 
 def test_a_recorded_run_is_followed_while_it_is_written(tmp_path):
