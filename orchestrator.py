@@ -919,8 +919,10 @@ class Agent:
                 notes += (self._restart(trouble),)
                 if not self._asks and again():
                     continue
-                screen = [f"{self.name} now shows:\n{self._look().text}"] * self._asks
-                return Turn("\n".join([clip(trouble.words), *screen]).strip("\n"), "exited", notes)
+                shown = clip(trouble.words)
+                if self._asks:
+                    shown += f"\n{self.name} now shows:\n{self._look().text}"
+                return Turn(shown.strip("\n"), "exited", notes)
 
     # looking
 
