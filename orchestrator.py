@@ -79,7 +79,7 @@ import urllib.parse
 import urllib.request
 import webbrowser
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, Mapping, NamedTuple, Sequence, TextIO
+from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Sequence, TextIO
 
 __version__ = "1.0.0"
 __all__ = ["Agent", "Autopilot", "Chat", "Config", "Dashboard", "Journal", "Memory", "OpenRouter",
@@ -1367,15 +1367,10 @@ class Memory:
         """Read the file; return a complaint if it had to be set aside, else nothing."""
         try:
             with self._locked():
-                try:
-                    self.facts = self._read()
-                except (ValueError, RecursionError):
-                    aside = f"{self._path}.bad-{time.strftime('%Y%m%dT%H%M%S')}"
-                    os.replace(self._path, aside)
-                    return f"{self._path} was not a JSON array of strings; it is now {aside}"
+                self.facts, complaint = self._known()
         except OSError as error:
             raise ConfigError(f"{self._path}: can't be read: {error.strerror}") from None
-        return ""
+        return complaint
 
     def add(self, facts: Iterable[str]) -> list[str]:
         """Remember facts, on disk before this returns; return those that are new."""
@@ -1407,24 +1402,27 @@ class Memory:
     def _change(self, change: Callable[[list[str]], list[str]]) -> list[str]:
         """Apply a change to what is on disk now; return what it added."""
         with self._locked():
-            try:
-                known = self._read()
-            except (OSError, ValueError, RecursionError):
-                known = self.facts
+            known, _ = self._known()
             self.facts = change(known)
             if self.facts != known:
                 self._write()
         return [fact for fact in self.facts if fact not in known]
 
-    def _read(self) -> list[str]:
+    def _known(self) -> tuple[list[str], str]:
+        """Return the facts on disk; set a file of another form aside, and say so."""
         if not self._path.exists():
-            return []
+            return self.facts, ""
         if not self._path.is_file():
             raise OSError(0, "not a regular file")
-        facts = json.loads(self._path.read_text(encoding="utf-8-sig"))
-        if not isinstance(facts, list) or not all(isinstance(fact, str) for fact in facts):
-            raise ValueError("not an array of strings")
-        return facts
+        try:
+            facts = json.loads(self._path.read_text(encoding="utf-8-sig"))
+            if not isinstance(facts, list) or not all(isinstance(fact, str) for fact in facts):
+                raise ValueError("not an array of strings")
+            return facts, ""
+        except (ValueError, RecursionError):
+            aside = f"{self._path}.bad-{time.strftime('%Y%m%dT%H%M%S')}"
+            os.replace(self._path, aside)
+            return self.facts, f"{self._path} was not a JSON array of strings; it is now {aside}"
 
     def _write(self) -> None:
         """Replace the file in one step, so that a crash leaves the old one."""
@@ -1456,7 +1454,7 @@ class Memory:
 # -- 8. Journal -----------------------------------------------------------------------------
 # All that a run does, as one list of events: for terminal, browser, file.  May use: Errors, Text.
 
-Event = Dict[str, Any]
+Event = dict[str, Any]
 LIVE = ("screen", "reply_part")         # for who watches now; not kept
 _IN_ITERATION = ("reply", "iteration_end", "error", "recovery")
 

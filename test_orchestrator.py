@@ -1400,6 +1400,14 @@ def test_a_file_of_another_shape_is_set_aside_unchanged(memory, tmp_path, conten
     assert stored(tmp_path) == ["a"]
 
 
+def test_a_file_that_is_broken_meanwhile_is_set_aside_and_no_fact_is_lost(memory, tmp_path):
+    memory.add(["a"])
+    (tmp_path / "memory.json").write_text("by hand, not yet done")
+    memory.add(["b"])
+    (aside,) = tmp_path.glob("memory.json.bad-*")
+    assert aside.read_text() == "by hand, not yet done" and stored(tmp_path) == ["a", "b"]
+
+
 def test_two_runs_in_one_directory_lose_no_facts_of_each_other(memory, tmp_path):
     other = Memory(tmp_path / "memory.json", 3)
     memory.add(["a"])
