@@ -1646,7 +1646,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     """Answers one connection of a browser."""
 
     server: Any         # the Dashboard
-    timeout = 20        # seconds for any read or write: a client that can't keep up is dropped
+    timeout = 5         # seconds for a read or write; for a write to a stream, PATIENCE
+    PATIENCE = 20       # a client that can't keep up is dropped, and comes back
     server_version, sys_version = "orchestrator", ""
 
     def handle(self) -> None:
@@ -1719,7 +1720,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         cookies = dict(pair.strip().partition("=")[::2]
                        for pair in self.headers.get("Cookie", "").split(";"))
         given = (token or cookies.get(self._cookie, "")).encode("utf-8", "replace")
-        origins = [f"http://{host}"] + [None] * (self.command == "GET")
+        origins = [f"http://{host}"] + [None] * (self.command != "POST")
         if host not in [f"{name}:{self.server.server_port}" for name in names] \
                 or origin not in origins:
             self._answer(403, "this address does not belong to the dashboard")
@@ -1747,6 +1748,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         last = self.headers.get("Last-Event-ID", "")
         after, live_seen, closed = int(last) if last.isdigit() else 0, 0, False
         journal = self.server.journal
+        self.connection.settimeout(self.PATIENCE)
         self._begin(200, {"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"})
         with journal.reading():
             while not closed:
@@ -1765,10 +1767,12 @@ class Dashboard(http.server.ThreadingHTTPServer):
     """
 
     daemon_threads, request_queue_size = True, 128
+    CONNECTIONS = 256       # at once; more are closed, so that a flood leaves the run its files
 
     def __init__(self, journal: Journal, page: str, host: str, port: int,
                  control: Callable[[str, str], object] | None) -> None:
         self.journal, self.page, self.control = journal, page, control
+        self._free = threading.Semaphore(self.CONNECTIONS)
         self.token, self.visited = secrets.token_urlsafe(24), threading.Event()     # page opened
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.name = f"[{host}]" if ":" in host else host
@@ -1784,6 +1788,20 @@ class Dashboard(http.server.ThreadingHTTPServer):
         """Bind without the base class's look-up of our own name, which may take seconds."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer in a thread, unless too many are at it."""
+        if self._free.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Answer, and make room for the next."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
 
     def __enter__(self) -> Dashboard:
         threading.Thread(target=self.serve_forever, args=(0.1,), daemon=True).start()

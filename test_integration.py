@@ -10,6 +10,7 @@ the models, the agents, a browser, a person's terminal.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import fcntl
 import http.client
 import http.server
@@ -20,6 +21,7 @@ import select
 import shlex
 import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -657,6 +659,14 @@ class Site:
     def events(self, until: Callable[[Event], Any], **headers: str) -> list[Event]:
         """Read the stream up to an event; return what was kept of it, each with its stream id."""
         found: list[Event] = []
+        for event in self.each(**headers):
+            found.append(event)
+            if until(event):
+                return found
+        raise AssertionError(f"the stream has ended after {len(found)} events")
+
+    def each(self, **headers: str) -> Iterator[Event]:
+        """Yield the kept events of the stream, each with its stream id, until it ends."""
         with self._open("/events", None, None, headers) as answer:
             assert answer.headers["Content-Type"] == "text/event-stream"
             for line in answer:
@@ -664,10 +674,7 @@ class Site:
                 if field == "id":
                     number = value
                 elif field == "data" and "id" in json.loads(value):
-                    found.append({**json.loads(value), "stream id": number})
-                    if until(found[-1]):
-                        return found
-        raise AssertionError(f"the stream has ended after {len(found)} events")
+                    yield {**json.loads(value), "stream id": number}
 
     @contextlib.contextmanager
     def _open(self, path: str, body: Any, cookie: str | None,
@@ -1451,6 +1458,73 @@ def test_the_dashboard_serves_only_those_who_have_the_token(world):
     assert "paused" not in [event["state"] for event in world.events("state")]
 
 
+def knock(site: Site, request: str) -> tuple[int, str]:
+    """Send bytes of our own making; return the status and all of the answer."""
+    host, port = site.host.split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        with contextlib.suppress(ConnectionError):      # refused before all was sent
+            connection.sendall(request.encode().replace(b"\n", b"\r\n"))
+        answer = b""
+        with contextlib.suppress(ConnectionError):
+            while piece := connection.recv(65536):
+                answer += piece
+    status = re.match(rb"HTTP/1.\d (\d+)", answer)
+    return int(status[1]) if status else 0, answer.decode("utf-8", "replace")
+
+
+def test_requests_of_odd_forms_are_refused_and_change_nothing(world):
+    gate = Gate()
+    world.model(gate.reply("TASK_COMPLETE"))
+    run = world.start("--task", "x")
+    site = run.site()
+    ours = f"Host: {site.host}\nCookie: {site.cookie}\n"
+    post = f"POST /control HTTP/1.1\n{ours}Origin: http://{site.host}\n"
+    kind, order = "Content-Type: application/json\n", '{"action": "stop"}'
+    port = site.host.split(":")[1]
+    for request, expected in [
+            (f"GET / HTTP/1.1\n{ours}\n", 200), ("GET / HTTP/1.1\n\n", 403),
+            (f"GET / HTTP/1.1\nHost: localhost:{port}\nCookie: {site.cookie}\n\n", 200),
+            (f"GET / HTTP/1.1\nHost: [::1]:{port}\nCookie: {site.cookie}\n\n", 200),
+            (f"GET / HTTP/1.1\nHost: 127.0.0.1.evil.example:{port}\nCookie: {site.cookie}\n\n",
+             403),
+            (f"GET /../../../../etc/passwd HTTP/1.1\n{ours}\n", 404),
+            (f"GET //evil.example/events HTTP/1.1\n{ours}\n", 404),
+            (f"GET /%2e%2e/etc/passwd HTTP/1.1\n{ours}\n", 404),
+            (f"GET /{'x' * 100_000} HTTP/1.1\n{ours}\n", 414),
+            (f"GET / HTTP/1.1\n{ours}X: {'x' * 1_000_000}\n\n", 431),
+            (f"GET / HTTP/1.1\n{ours}" + "X: x\n" * 200 + "\n", 431),
+            (f"PUT /control HTTP/1.1\n{ours}\n", 405), (f"DELETE / HTTP/1.1\n{ours}\n", 405),
+            (f"PUT /control HTTP/1.1\nHost: {site.host}\n\n", 403),
+            (f"{post}Content-Type: text/plain\nContent-Length: 18\n\n{order}", 415),
+            (f"{post}Content-Length: 18\n\n{order}", 415),
+            (f"{post}{kind}Transfer-Encoding: chunked\n\n12\n{order}\n0\n\n", 413),
+            (f"{post}{kind}Content-Length: 70000\n\n{'x' * 70_000}", 413),
+            (f"{post}{kind}Content-Length: -1\n\n{order}", 413),
+            (f"{post}{kind}Content-Length: 200000\n\n{'[' * 200_000}", 413),
+            (f"{post}{kind}Content-Length: 60000\n\n{'[' * 60_000}", 400),
+            (f"{post}{kind}Content-Length: 2\n\n[]", 400)]:
+        status, answer = knock(site, request)
+        assert status == expected, (request[:300], answer[:300])
+        assert "root:" not in answer and "Traceback" not in answer
+    gate.set()
+    assert run.end().status == 0 and world.events("state") == []
+
+
+def test_a_thousand_silent_connections_leave_the_run_and_its_user_alone(world):
+    gate = Gate()
+    world.model("echo one", gate.reply("echo two"), "TASK_COMPLETE")
+    run = world.start("--task", "x")
+    site = run.site()
+    host, port = site.host.split(":")
+    with contextlib.ExitStack() as stack:
+        for _ in range(1000):
+            with contextlib.suppress(OSError):      # closed as one too many
+                stack.enter_context(socket.create_connection((host, int(port)), timeout=5))
+        gate.set()
+        assert run.end().status == 0
+        assert world.taken("echo two")
+
+
 def test_a_late_client_gets_the_whole_run_and_a_returning_one_what_it_missed(world):
     gate = Gate()
     world.model("echo one", "echo two", "echo three", gate.reply("TASK_COMPLETE"))
@@ -1658,3 +1732,43 @@ def test_benchmark_of_the_start(world, asked_for):
     ready = json.loads((world.work / "agent.log").read_text())["at"]
     print(f"\nfrom start to the first call of the model: {model.asked[0] - began:.2f} s, "
           f"the agent was ready after {ready - began:.2f} s")
+
+
+def test_benchmark_of_a_hundred_clients(world, asked_for):
+    """Each notes when each event reached it; five more open the stream and never read."""
+    gate, notes = Gate(), 50
+    world.model(gate.reply("TASK_COMPLETE"))
+    run = world.start("--task", "x")
+    site = run.site()
+    delays: list[float] = []
+    told: list[list[int]] = []
+
+    def watch() -> None:
+        ids = []
+        for event in site.each():
+            ids.append(event["id"])
+            if event["type"] == "note" and event["source"] == "dashboard":
+                sent = datetime.datetime.fromisoformat(event["time"].replace("Z", "+00:00"))
+                delays.append(time.time() - sent.timestamp())
+        told.append(ids)
+
+    with contextlib.ExitStack() as stack:
+        for _ in range(5):
+            host, port = site.host.split(":")
+            deaf = stack.enter_context(socket.create_connection((host, int(port))))
+            deaf.sendall(f"GET /events HTTP/1.1\r\nHost: {site.host}\r\n"
+                         f"Cookie: {site.cookie}\r\n\r\n".encode())
+        clients = [threading.Thread(target=watch) for _ in range(100)]
+        for client in clients:
+            client.start()
+        for number in range(notes):
+            assert site.control("note", f"note {number} {'x' * 10_000}") == 204
+        gate.set()
+        assert run.end().status == 0
+        for client in clients:
+            client.join(30)
+    everything = [event["id"] for event in world.events()]
+    print(f"\n{len(clients)} clients and 5 that never read, {notes} events of 10 KB: "
+          f"{sum(ids == everything for ids in told)} got all in order; delay median "
+          f"{1000 * statistics.median(delays):.0f} ms, worst {1000 * max(delays):.0f} ms")
+    assert told == [everything] * len(clients)
