@@ -2382,13 +2382,13 @@ PAGE = r"""<!doctype html>
 <details id="terminal" class="card" open hidden><summary>Terminal</summary>
   <div id="screen-box"><pre id="screen" aria-label="The agent's screen"></pre></div></details>
 <main id="board">
+  <section class="card"><h2>Iterations</h2><div id="iterations"></div></section>
   <aside>
     <section id="charts" class="card" aria-label="Charts" hidden></section>
     <details class="card" open><summary>Task</summary><ul id="task"></ul></details>
     <details class="card" open><summary>Facts remembered</summary><ul id="facts"></ul></details>
     <details class="card" open><summary>Summaries</summary><ul id="summaries"></ul></details>
   </aside>
-  <section class="card"><h2>Iterations</h2><div id="iterations"></div></section>
 </main>
 <script nonce="NONCE">
   "use strict";
