@@ -1569,6 +1569,7 @@ class Journal:
                 self._live[kind] = (self._live_count, line)
             else:
                 self._places.append(self._write(line))
+                self._live.pop("reply_part", None)      # its whole is kept by now
             self._changed.notify_all()
         return event
 

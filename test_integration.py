@@ -164,8 +164,8 @@ class Request(NamedTuple):
 class ScriptedModel(Loopback):
     """An OpenRouter API whose nth chat completion is the nth reply of a script.
 
-    A reply is a text; or the status of an error, or that and its headers; or a function that
-    returns one of these.
+    A reply is a text, or a list of its pieces, each a text or a function that returns one; or the
+    status of an error, or that and its headers; or a function that returns one of these.
     """
 
     NAME, COST = "anthropic/claude-opus-4.6", 0.01
@@ -196,14 +196,16 @@ class ScriptedModel(Loopback):
         reply = "TASK_FAILED: script ended" if ended else self.replies[number]
         if callable(reply):
             reply = reply()
-        if isinstance(reply, str):
+        if isinstance(reply, (str, list)):
             self._complete(exchange, number, reply)
             return
         status, headers = reply if isinstance(reply, tuple) else (reply, {})
         exchange.send({"error": {"code": status, "message": "as scripted"}}, status, headers)
 
-    def _complete(self, exchange: Exchange, number: int, text: str) -> None:
-        prompt, completion = len(json.dumps(exchange.body["messages"])) // 4, len(text) // 4 + 1
+    def _complete(self, exchange: Exchange, number: int, reply: Any) -> None:
+        parts = [reply] if isinstance(reply, str) else reply
+        prompt = len(json.dumps(exchange.body["messages"])) // 4
+        completion = len(str(reply)) // 4 + 1
         usage = {"prompt_tokens": prompt, "completion_tokens": completion, "cost": self.COST,
                  "total_tokens": prompt + completion,
                  "prompt_tokens_details": {"cached_tokens": prompt // 2 if number else 0}}
@@ -214,12 +216,14 @@ class ScriptedModel(Loopback):
             delta = {"role": "assistant", "content": content}
             return {**head, "choices": [{"index": 0, "delta": delta, "finish_reason": reason}]}
 
-        chunks = [*map(chunk, re.findall(r"(?s).{1,24}", text)), chunk("", "stop")]
         exchange.start_stream()
         exchange.stream(": OPENROUTER PROCESSING\n\n")
-        for line in (*map(json.dumps, chunks), json.dumps({**head, "choices": [], "usage": usage}),
-                     "[DONE]"):
-            exchange.stream(f"data: {line}\n\n")
+        for part in parts:
+            for text in re.findall(r"(?s).{1,24}", part() if callable(part) else part):
+                exchange.stream(f"data: {json.dumps(chunk(text))}\n\n")
+        for end in (chunk("", "stop"), {**head, "choices": [], "usage": usage}):
+            exchange.stream(f"data: {json.dumps(end)}\n\n")
+        exchange.stream("data: [DONE]\n\n")
         exchange.stream("")
 
 
@@ -435,6 +439,18 @@ class Browser:
         """Make the window as large as this."""
         self._call("Emulation.setDeviceMetricsOverride", width=width, height=height,
                    deviceScaleFactor=1, mobile=False)
+
+    def press(self, key: str) -> None:
+        """Press Tab or Enter."""
+        code, text = {"Tab": (9, ""), "Enter": (13, "\r")}[key]
+        for kind in ("keyDown", "keyUp"):
+            self._call("Input.dispatchKeyEvent", type=kind, key=key, code=key, text=text,
+                       windowsVirtualKeyCode=code)
+
+    def type(self, text: str) -> None:
+        """Type into what has the focus."""
+        for letter in text:
+            self._call("Input.dispatchKeyEvent", type="char", text=letter)
 
     def _start(self, home: Path, stack: contextlib.ExitStack) -> None:
         its_in, self._out = os.pipe()
@@ -1585,9 +1601,17 @@ def test_no_dashboard_is_served_where_it_is_not_wanted(world):
 # -- The page in a browser ----------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
+def chromium() -> Iterator[Browser]:
     with Browser() as browser:
         yield browser
+
+
+@pytest.fixture
+def browser(chromium) -> Browser:
+    """With nothing open: a page whose server is gone asks for it again and again."""
+    chromium.open("about:blank")
+    chromium.console.clear()
+    return chromium
 
 
 def visible(browser: Browser) -> str:
@@ -1650,6 +1674,302 @@ def test_hostile_text_is_shown_as_text(world, browser):
     assert run.end().status == 0
     assert sees(browser, "omplete"), visible(browser)
     assert browser.evaluate("window.broken") is None
+    assert browser.console == []
+
+
+def shows(browser: Browser, headline: str) -> str:
+    """Return the icon once the page and its title say this of the run, "" if they never do."""
+    look = ("[document.getElementById('status').innerText, document.title.split(' · ')[0],"
+            "document.getElementById('icon').href]")
+    seen = poll(lambda: (found := browser.evaluate(look))[:2] == [headline] * 2 and found, 15)
+    return seen[2] if seen else ""
+
+
+def iterations(browser: Browser) -> list[str]:
+    """Return the texts of the iterations, oldest first; also of those that are out of view."""
+    visible(browser)
+    return browser.evaluate(
+        "[...document.querySelectorAll('.iteration')].reverse().map(each => [...each"
+        ".querySelectorAll('b, .excerpt, .flag, .figure, .label, pre')].map("
+        "part => part.textContent).join('\\n'))")
+
+
+def figures(browser: Browser) -> list[str]:
+    """Return the totals: iterations, cost and tokens."""
+    return browser.evaluate("['iterations-done', 'cost', 'tokens'].map("
+                            "id => document.getElementById(id).innerText)")
+
+
+def tab_to(browser: Browser, selector: str) -> None:
+    """Press Tab until this has the focus."""
+    for _ in range(40):
+        browser.press("Tab")
+        if browser.evaluate(f"document.activeElement.matches({selector!r})"):
+            return
+    pytest.fail(f"no Tab leads to {selector}")
+
+
+class Cable:
+    """The way from a port of 127.0.0.1 to the same port of 127.0.0.2, which can be cut."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self.mend()
+
+    def mend(self) -> None:
+        """Let connections through from now on."""
+        self._ends = [socket.create_server(("127.0.0.1", self._port))]
+        threading.Thread(target=self._accept, args=(self._ends,), daemon=True).start()
+
+    def cut(self) -> None:
+        """End all connections; new ones are refused."""
+        for end in self._ends:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        self._ends[0].close()
+
+    def _accept(self, ends: list[socket.socket]) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                pair = ends[0].accept()[0], socket.create_connection(("127.0.0.2", self._port))
+                ends += pair
+                for way in (pair, pair[::-1]):
+                    threading.Thread(target=self._carry, args=way, daemon=True).start()
+
+    @staticmethod
+    def _carry(source: socket.socket, goal: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                goal.sendall(data)
+            goal.shutdown(socket.SHUT_RDWR)
+
+
+def written(world: World, *events: Event) -> Path:
+    """Write a journal by hand; return its file."""
+    path = world.directory / "written.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for number, event in enumerate(events, 1):
+            at = f"2026-01-31T{number // 3600:02}:{number // 60 % 60:02}:{number % 60:02}.000Z"
+            file.write(json.dumps({"id": number, "time": at, **event}) + "\n")
+    return path
+
+
+def test_a_person_sees_at_a_glance_what_the_run_does_and_in_which_colours(world, browser):
+    (world.work / "colours").write_text(
+        "\x1b[31mred\x1b[0m \x1b[1mbold\x1b[0m \x1b[7mturned\x1b[0m \x1b[38;5;208morange\x1b[0m "
+        "\x1b[38;2;1;2;3mnight\x1b[0m plain\n日本\n", encoding="utf-8")
+    gates = [Gate() for _ in range(4)]
+    world.model([gates[0].reply("MEMORY_SAVE: a fact\ncat"),
+                 gates[1].reply(" colours; until [ -e go ]; do sleep 0.1; done; echo gone")],
+                "WAIT: 2m", "kill -9 $$", "TASK_COMPLETE", "touch proof",
+                gates[2].reply("echo last"), gates[3].reply("TASK_COMPLETE"))
+    run = world.start("--task", "look", MAX_ITERATIONS="9", MAX_COST="0.5", MAX_MINUTES="9",
+                      CLAUDE_CMD="bash --norc", TURN_TIMEOUT="4",
+                      VERIFY_CMD="test -e proof || { echo no proof yet; exit 9; }")
+    site = run.site()
+    browser.size(1280, 900)
+    browser.open(site.url)
+    assert shows(browser, "Model is thinking")
+    gates[0].set()
+    assert poll(lambda: "MEMORY_SAVE: a fact\ncat" in "".join(iterations(browser)), 15)
+    assert shows(browser, "Model is thinking") and not world.events("reply")
+    gates[1].set()
+    assert shows(browser, "Agent is working")
+    assert poll(lambda: re.fullmatch(r"[1-9][\d.]* s", browser.evaluate(
+        "document.getElementById('elapsed').innerText")), 5)
+    assert shows(browser, "Waiting")
+    assert sees(browser, "up to 120 s", "日本")
+    style = ("(word => { const found = [...document.querySelectorAll('#screen span')].find(each =>"
+             "each.innerText.trim().startsWith(word)), look = getComputedStyle(found); return [look"
+             ".color, look.backgroundColor, look.fontWeight, found.offsetWidth]; })")
+    red, bold, turned, orange, night, plain = (browser.evaluate(f"{style}({word!r})") for word in (
+        "red", "bold", "turned", "orange", "night", "plain"))
+    levels = list(map(int, re.findall(r"\d+", red[0])))
+    assert levels[0] > 1.5 * max(levels[1:]), red
+    assert int(bold[2]) >= 600 > int(plain[2]) and turned[1] == plain[0] != turned[0]
+    assert (orange[0], night[0]) == ("rgb(255, 135, 0)", "rgb(1, 2, 3)")
+    wide = "[...document.querySelectorAll('#screen .wide')].map(each => each.offsetWidth)"
+    assert browser.evaluate(wide) == [pytest.approx(2 * night[3] / len("night"), abs=1)] * 2
+    (world.work / "go").touch()
+    assert poll(lambda: len(world.events("iteration_start")) == 6, 60), run.stdout
+    browser.evaluate("document.getElementById('pause').click()")
+    gates[2].set()
+    assert poll(lambda: len(world.events("iteration_end")) == 6, 30), run.stdout
+    paused = shows(browser, "Paused")
+    browser.evaluate("document.getElementById('pause').click()")
+    thinking = shows(browser, "Model is thinking")
+    gates[3].set()
+    assert run.end().status == 0
+    assert len({"", thinking, paused, shows(browser, "Task complete")}) == 4, visible(browser)
+    marks = ["remembered\na fact", "gone", "restarted", "no proof yet\nstatus 9", "touch proof",
+             "\nlast", "status 0"]
+    assert poll(lambda: all(mark in row for mark, row in zip(marks, iterations(browser))), 15), \
+        iterations(browser)
+    assert len(iterations(browser)) == len(marks)
+    bars = browser.evaluate("[...document.querySelectorAll('#figures progress')].map("
+                            "each => each.checkVisibility() && [each.value, each.max])")
+    minutes = world.events("complete")[0]["duration_ms"] / 60000
+    assert bars == [[7, 9], [pytest.approx(minutes, abs=0.05), 9], [pytest.approx(0.07), 0.5]]
+    assert browser.console == []
+
+
+def test_a_page_that_was_cut_off_shows_what_it_missed_once(world, browser):
+    gates = Gate(), Gate(), Gate()
+    world.model("echo one", gates[0].reply("MEMORY_SAVE: a fact\necho two"), "echo three",
+                gates[1].reply("echo four"), gates[2].reply("TASK_COMPLETE"))
+    run = world.start("--task", "count", MAX_COST="1", DASHBOARD_HOST="127.0.0.2")
+    url = run.site().url.replace("127.0.0.2", "127.0.0.1")
+    cable = Cable(urllib.parse.urlsplit(url).port)
+    browser.open(url)
+    assert sees(browser, "\none"), visible(browser)
+    cable.cut()
+    assert shows(browser, "Connection lost"), visible(browser)
+    gates[0].set()
+    assert poll(lambda: len(world.events("iteration_start")) == 4, 30), run.stdout
+    assert "two" not in visible(browser)
+    cable.mend()
+    assert shows(browser, "Model is thinking"), visible(browser)
+    assert sees(browser, "\ntwo", "\nthree"), visible(browser)
+    gates[1].set()
+    assert sees(browser, "\nfour"), visible(browser)
+    assert poll(lambda: len(iterations(browser)) == 5, 15)
+    shown, facts = iterations(browser), "document.getElementById('facts').innerText"
+    totals, used = figures(browser), sum(e["tokens"]["total"] for e in world.events("reply"))
+    assert totals[:2] == ["5", "$0.0400"] and browser.evaluate(facts) == "a fact"
+    assert float(totals[2].rstrip("k")) == pytest.approx(used / 1000, rel=0.01)
+    browser.open(url)
+    assert poll(lambda: iterations(browser) == shown, 15), (iterations(browser), shown)
+    assert figures(browser) == totals and browser.evaluate(facts) == "a fact"
+    gates[2].set()
+    assert run.end().status == 0
+    assert shows(browser, "Task complete")
+    assert [line for line in browser.console if "net::ERR_" not in line] == []
+
+
+def test_a_replay_shows_what_the_live_page_showed_even_of_a_torn_journal(world, browser):
+    gate = Gate()
+    world.model("echo one", "MEMORY_SAVE: a fact\necho two", gate.reply("TASK_COMPLETE"))
+    run = world.start("--task", "count")
+    browser.open(run.site().url)
+    assert sees(browser, "\none", "\ntwo"), visible(browser)
+    assert poll(lambda: len(iterations(browser)) == 3, 15)
+    live = iterations(browser)
+    gate.set()
+    assert run.end().status == 0
+    whole = world.journals()[0].read_bytes()
+    torn = world.directory / "torn.jsonl"
+    torn.write_bytes(whole[:whole.index(b'"type": "complete"')])
+    controls = "document.getElementById('controls').checkVisibility()"
+    for path, headline in [(world.journals()[0], "Task complete"), (torn, "Between two turns")]:
+        replay = world.start("--replay", str(path))
+        browser.open(replay.site().url)
+        assert shows(browser, headline), visible(browser)
+        assert poll(lambda: iterations(browser)[:2] == live[:2], 15), (iterations(browser), live)
+        assert len(iterations(browser)) == 3
+        assert browser.evaluate(controls) == (path == torn)
+        if path == torn:
+            browser.evaluate("document.getElementById('pause').click()")
+            assert sees(browser, "Not done", "recording"), visible(browser)
+        assert [line for line in browser.console if "409" not in line] == []
+        browser.open("about:blank")
+        assert replay.end(by=signal.SIGTERM).status == 143
+
+
+def test_a_person_steps_in_with_the_keyboard_alone(world, browser):
+    gates = Gate(), Gate()
+    model = world.model(gates[0].reply("echo one"), gates[1].reply("echo two"))
+    run = world.start("--task", "x")
+    browser.open(run.site().url)
+    assert shows(browser, "Model is thinking"), visible(browser)
+    tab_to(browser, "#pause")
+    browser.press("Enter")
+    assert sees(browser, "Resume"), visible(browser)
+    tab_to(browser, "#note")
+    browser.type("mind the gäp")
+    browser.press("Enter")
+    assert sees(browser, "Noted", "mind the gäp"), visible(browser)
+    assert browser.evaluate("document.getElementById('note').value") == ""
+    gates[0].set()
+    assert sees(browser, "\none"), visible(browser)
+    assert shows(browser, "Paused") and len(model.requests) == 1
+    tab_to(browser, "#pause")
+    browser.press("Enter")
+    assert shows(browser, "Model is thinking"), visible(browser)
+    assert poll(lambda: "mind the gäp" in model.last_message(1), 15)
+    browser.evaluate("document.getElementById('stop').open = false")   # `visible` has opened it
+    tab_to(browser, "#stop summary")
+    browser.press("Enter")
+    tab_to(browser, "#stop-now")
+    browser.press("Enter")
+    assert run.end(20).status == 130
+    assert shows(browser, "Interrupted") and sees(browser, "--resume"), visible(browser)
+    assert [e.get("state", e["type"]) for e in world.events("state", "note", "complete")] == [
+        "paused", "note", "resumed", "complete"]
+    assert browser.console == []
+
+
+def test_hostile_text_in_every_field_of_a_journal_is_text_and_the_page_stays_quick(world, browser):
+    evil = "<img src=x onerror=window.hit=1></script><script>window.hit=1</script>"
+    used = {"tokens": {"prompt": evil, "completion": evil}, "cost": evil, "duration_ms": evil}
+    bomb = "\x1b[7mx\x1b[38;5;9my\x1b[0m日" * 12000
+    path = written(
+        world, {"type": "task_info", "max_iter": evil, "max_cost": evil, "max_minutes": evil, **{
+            name: f"{name} {evil}" for name in ("task", "model", "agent", "workdir", "attach")},
+            "memories": [f"memory {evil}"]},
+        {"type": "iteration_start", "iteration": 1, "max_iter": evil},
+        {"type": "reply", "text": f"reply {evil}", **used}, {"type": evil, "text": evil},
+        {"type": "memory", "saved": [f"fact {evil}"], "total": evil},
+        {"type": "error", "error": f"error {evil}", "retry_in": evil},
+        {"type": "recovery", "what": f"what {evil}", "resumed": evil},
+        {"type": "verify", "command": f"check {evil}", "status": evil, "output": f"out {evil}"},
+        {"type": "history", "summarised": evil, "summary": f"summary {evil}", **used},
+        {"type": "note", "text": f"note {evil}", "source": evil},
+        {"type": "state", "state": evil, "reason": evil},
+        {"type": "screen", "text": f"screen {evil}\n{bomb}"},
+        {"type": "iteration_end", "orchestrator": f"typed {evil}", "error": f"trouble {evil}",
+         "agent_output": f"output {evil}\n\x1b[31m\0" + "x" * 10_000_000, **used},
+        {"type": "complete", "outcome": evil, "reason": f"reason {evil}", **used})
+    replay = world.start("--replay", str(path))
+    browser.size(1280, 900)
+    browser.open(replay.site().url)
+    names = ["task", "model", "agent", "workdir", "attach", "memory", "reply", "fact", "error",
+             "what", "check", "out", "summary", "note", "screen", "typed", "trouble", "output",
+             "reason"]
+    assert sees(browser, *(f"{name} {evil}" for name in names)), visible(browser)[:9000]
+    began = time.monotonic()
+    assert "more characters" in visible(browser) and time.monotonic() - began < 5
+    assert browser.evaluate("[typeof hit, document.images.length, document.scripts.length]") == [
+        "undefined", 1, 1]
+    assert fits(browser)
+    assert browser.console == []
+
+
+def test_a_run_of_2000_iterations_stays_light(world, browser):
+    events: list[Event] = [{"type": "task_info", "task": "long", "max_iter": 4000}]
+    for number in range(1, 2001):
+        used = {"tokens": {"prompt": 900, "completion": 100, "total": 1000}, "cost": 0.01}
+        events += [{"type": "iteration_start", "iteration": number},
+                   {"type": "reply", "iteration": number, "text": f"echo {number}", **used},
+                   {"type": "iteration_end", "iteration": number, "orchestrator": f"echo {number}",
+                    "agent_output": f"output of {number}\n" + "0123456 é\n" * 1600}]
+    replay = world.start("--replay", str(written(world, *events)))
+    site, slowest, heaps = replay.site(), 0.0, []
+    for _ in range(2):                  # at first, and loaded again
+        browser.open(site.url)
+        deadline, rows = time.monotonic() + 60, 0
+        while rows < 2000 and time.monotonic() < deadline:
+            asked = time.monotonic()
+            rows = browser.evaluate("document.querySelectorAll('.iteration').length")
+            slowest = max(slowest, time.monotonic() - asked)
+            time.sleep(0.05)
+        assert (rows, slowest < 10) == (2000, True), slowest
+        assert figures(browser)[:3] == ["2000", "$20.00", "2M"]
+        assert browser.evaluate("document.querySelectorAll('.iteration pre').length") < 20
+        browser.evaluate("[...document.querySelectorAll('.iteration summary')].pop().click()")
+        oldest = "[...document.querySelectorAll('.iteration')].pop().innerText"
+        assert poll(lambda: "output of 1\n0123456 é" in browser.evaluate(oldest), 5)
+        heaps.append(browser.evaluate("performance.memory.usedJSHeapSize"))
+    assert max(heaps) < 250e6, heaps
     assert browser.console == []
 
 
