@@ -1555,6 +1555,7 @@ class Journal:
         with self._changed:
             if kind == "iteration_start":
                 self._iteration = fields["iteration"]
+                self._live.pop("reply_part", None)      # it was of the reply before
             elif kind in _IN_ITERATION:
                 fields = {"iteration": self._iteration, **fields}
             number = {} if kind in LIVE else {"id": len(self._places) + 1}
@@ -1569,7 +1570,6 @@ class Journal:
                 self._live[kind] = (self._live_count, line)
             else:
                 self._places.append(self._write(line))
-                self._live.pop("reply_part", None)      # its whole is kept by now
             self._changed.notify_all()
         return event
 
@@ -1604,7 +1604,8 @@ class Journal:
             self._changed.wait_for(lambda: self._closed or len(self._places) > after
                                    or self._live_count > live_seen, timeout)
             last = min(len(self._places), after + 200)
-            live = sorted(each for each in self._live.values() if each[0] > live_seen)
+            live = sorted(each for each in self._live.values() if each[0] > live_seen
+                          and last == len(self._places))        # never before what is kept
             closed = self._closed and last == len(self._places)
         kept = [(number + 1, self._line(number)) for number in range(after, last)]
         return Batch(kept, [line for _, line in live], live[-1][0] if live else live_seen, closed)
@@ -1667,7 +1668,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if url.path == "/":
             self.server.visited.set()
             nonce, token = secrets.token_urlsafe(16), self.server.token
-            self._answer(200, self.server.page.replace("NONCE", nonce), {
+            recording = "no" if self.server.control else "yes"
+            page = self.server.page.replace("NONCE", nonce).replace("RECORDING", recording)
+            self._answer(200, page, {
                 "Content-Type": "text/html; charset=utf-8",
                 "Content-Security-Policy": _POLICY.replace("NONCE", nonce),
                 "Set-Cookie": f"{self._cookie}={token}; Path=/; HttpOnly; SameSite=Strict"})
@@ -2270,7 +2273,7 @@ class Autopilot:
 # The browser's side.  May use: nothing.
 
 PAGE = r"""<!doctype html>
-<html lang="en">
+<html lang="en" data-recording="RECORDING">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>orchestrator</title>
@@ -2393,6 +2396,7 @@ PAGE = r"""<!doctype html>
 </main>
 <script nonce="NONCE">
   "use strict";
+  const RECORDED = document.documentElement.dataset.recording === "yes";
   const CLIP = 20000;                     // characters of one text that are shown until asked for
   history.replaceState(null, "", location.pathname);      // the cookie is enough: hide the token
   const OUTCOMES = {
@@ -2475,7 +2479,7 @@ PAGE = r"""<!doctype html>
       doing(event, "Starting", "The agent is being started.");
     },
     iteration_start(event) {
-      Object.assign(run, {current: iterationOf(event), outcome: null});
+      Object.assign(run, {current: iterationOf(event), outcome: null, busy: true});
       run.current.started = moment(event);
       doing(event, "Model is thinking", "It reads what the agent showed.", {thinking: true});
     },
@@ -2503,6 +2507,7 @@ PAGE = r"""<!doctype html>
       if (event.error) enter(event, "error", event.error, "bad");
       iteration.excerpt ||= firstLine(typed);
       iteration.agent = moment(event) - iteration.replied || amount(event.duration_ms);
+      run.busy = false;
       doing(event, "Between two turns", "");
     },
     error(event) {
@@ -2574,6 +2579,7 @@ PAGE = r"""<!doctype html>
     if (run.outcome) return {level, headline, advice: firstLine(run.outcome.reason) + hint};
     if (run.lost) return {level: "bad", headline: "Connection lost", advice: run.lost};
     if (run.paused == null) return run.now;
+    if (run.busy) return {...run.now, advice: "It pauses after this turn."};
     return {level: "warn", headline: "Paused", since: run.paused,
             advice: "It waits for you: resume it, leave a note, or stop it."};
   }
@@ -2583,15 +2589,16 @@ PAGE = r"""<!doctype html>
     const image = "data:image/svg+xml," + encodeURIComponent(
       '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><circle cx="8" cy="8" r="8" ' +
       `fill="${colour}"/><path fill="#fff" d="${path}"/></svg>`);
-    const spent = run.spent + (run.outcome || !run.latest ? 0 : Date.now() - run.latest);
+    const over = run.outcome || RECORDED;
+    const spent = run.spent + (over || !run.latest ? 0 : Date.now() - run.latest);
     if (byId("mark").src !== image) byId("mark").src = byId("icon").href = image;
     document.title = [headline, firstLine(run.info.task)].filter(Boolean).join(" · ");
     show("status", headline);
-    show("elapsed", since ? duration(Date.now() - since) : "");
+    show("elapsed", since && !over ? duration(Date.now() - since) : "");
     show("advice", until > Date.now() ? `in ${duration(until - Date.now())}: ${advice}` : advice);
     show("pause", run.paused == null ? "Pause" : "Resume");
     byId("status").className = level;
-    byId("controls").hidden = !run.lastId || run.outcome != null;
+    byId("controls").hidden = !run.lastId || over;
     byId("terminal").classList.toggle("stale", run.outcome != null || run.lost !== "");
     drawFigure("time", duration(spent), spent / 60000, run.info.max_minutes,
                limit => `${limit} min`);
