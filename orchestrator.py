@@ -940,12 +940,16 @@ class Agent:
             return self._look(again - 1)
         if pane.dead:
             raise self._exited(pane)
+        self._show(pane, 0.5)
+        return pane
+
+    def _show(self, pane: Pane, pause: float) -> None:
+        """Publish a new screen for who watches, `pause` seconds after the last one."""
         now = self._clock()
-        if now - self._shown[0] >= 0.5 and pane.screen != self._shown[1] and self._watched():
+        if now - self._shown[0] >= pause and pane.screen != self._shown[1] and self._watched():
             self._shown = (now, pane.screen)
             with contextlib.suppress(TmuxError):
                 self._publish("screen", text=self._tmux.picture(pane.id))
-        return pane
 
     def _exited(self, pane: Pane) -> AgentExited:
         if not pane.status:         # some builds of tmux lose the signal that a child has ended
@@ -1014,6 +1018,7 @@ class Agent:
 
     def _turn(self, pane: Pane, state: str) -> Turn:
         """Return what is new since the last report."""
+        self._show(pane, 0.0)
         notes: list[str] = []
         if state == "done":
             self._restarts.clear()
@@ -1456,6 +1461,7 @@ class Memory:
 
 Event = dict[str, Any]
 LIVE = ("screen", "reply_part")         # for who watches now; not kept
+_BATCH = 1_000_000      # bytes, and one event
 _IN_ITERATION = ("reply", "iteration_end", "error", "recovery")
 
 
@@ -1603,11 +1609,15 @@ class Journal:
         with self._changed:
             self._changed.wait_for(lambda: self._closed or len(self._places) > after
                                    or self._live_count > live_seen, timeout)
-            last = min(len(self._places), after + 200)
-            live = sorted(each for each in self._live.values() if each[0] > live_seen
-                          and last == len(self._places))        # never before what is kept
-            closed = self._closed and last == len(self._places)
-        kept = [(number + 1, self._line(number)) for number in range(after, last)]
+            known, closed = len(self._places), self._closed
+            live = sorted(each for each in self._live.values() if each[0] > live_seen)
+        kept: list[tuple[int, bytes]] = []
+        size = 0
+        while after + len(kept) < known and size < _BATCH:
+            kept.append((after + len(kept) + 1, self._line(after + len(kept))))
+            size += len(kept[-1][1])
+        if after + len(kept) < known:       # live events never come before what is kept
+            return Batch(kept, [], live_seen, False)
         return Batch(kept, [line for _, line in live], live[-1][0] if live else live_seen, closed)
 
     @contextlib.contextmanager
