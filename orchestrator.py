@@ -370,7 +370,7 @@ def new_lines(before: list[str], after: list[str]) -> list[str] | None:
 
 
 SPINNER = re.compile("[\u2801-\u28ff\u25d0-\u25d3]")      # Braille, or a turning half-moon
-_FOOTER = re.compile(r"\b(?:esc|ctrl\+c) to interrupt\b", re.I)
+_FOOTER = re.compile(r"\b(?:esc|ctrl\+c) to interrupt\b|^\s*Waiting for startup\b", re.I)
 _STATUS_LINE = re.compile(r"\([^()]*\d+s\b[^()]*\b(?:esc|ctrl\+c) to interrupt\b[^()]*\)", re.I)
 _PASTE_CHIP = re.compile(r"\[Pasted (?:text|Content)\b[^\]]*\]")
 _CURSOR_ROW = re.compile(r"\s*[│|]?\s*[❯›>](?:\s|$)")
@@ -384,7 +384,8 @@ _QUESTIONS = (("trust this folder", "Yes, I trust"),
 def says_busy(screen: Iterable[str]) -> bool:
     """Whether the bottom of a screen says that the agent works.
 
-    Claude Code says so in its footer, Codex in a status line like (12s • esc to interrupt).
+    Claude Code says so in its footer, Codex in a status line like (12s • esc to interrupt), and
+    while it starts and keeps what was typed, in its footer too.
     """
     lines = [line for line in screen if line.strip()][-12:]
     return any(map(_FOOTER.search, lines[-3:])) or any(map(_STATUS_LINE.search, lines))
@@ -751,7 +752,7 @@ class Watch:
     """Decide, look by look, whether a turn is over.
 
     A turn is over when a busy sign has gone and the screen stands still for STILL seconds or,
-    for a program that gives none, when the screen has changed and stands still for UNSIGNED.
+    for a program that gives none, when the screen has changed and stands still for `unsigned`.
     A sign counts only while something is redrawn: one that stands for STALE is a quotation, or
     was left behind.  (Measured on Claude Code 2.1 and Codex 0.169, which redraw twice a second.)
     """
@@ -760,10 +761,11 @@ class Watch:
     REPEAT = (0.5, 1.0, 2.0)        # when to press Enter again, in seconds after the last time
 
     def __init__(self, before: Pane, now: float, homes: Iterable[str], *, titled: bool = False,
-                 draft: str = "", patience: float = STALE) -> None:
+                 draft: str = "", patience: float = STALE, unsigned: float = UNSIGNED) -> None:
         self.titled = titled        # the title has shown a spinner: words are not asked any more
         self._homes = frozenset(homes)      # programs that have waited for us
         self._draft, self._patience = draft, patience       # seconds without any change
+        self._unsigned = unsigned
         self._picture = (before.title, before.screen)
         self._started = self._changed = self._pressed_at = now
         self._moved = self._was_busy = self._busy = False
@@ -786,14 +788,13 @@ class Watch:
             return "quiet"
         if self._was_busy:
             return "done" if still >= self.STILL else "wait"
-        if self._draft and self._pressed < len(self.REPEAT) \
-                and holds_draft(pane.cursor_line, self._draft):
-            if now - max(self._pressed_at, self._changed) < self.REPEAT[self._pressed]:
-                return "wait"
-            self._pressed, self._pressed_at = self._pressed + 1, now
-            return "enter"
-        if self._moved:
-            return "done" if still >= self.UNSIGNED else "wait"
+        if self._draft and holds_draft(pane.cursor_line, self._draft):      # not taken yet
+            waits = self.REPEAT[self._pressed:self._pressed + 1]
+            if waits and now - max(self._pressed_at, self._changed) >= waits[0]:
+                self._pressed, self._pressed_at = self._pressed + 1, now
+                return "enter"
+        elif self._moved:
+            return "done" if still >= self._unsigned else "wait"
         return "quiet" if still >= self._patience else "wait"
 
     def pause(self, now: float) -> float:
@@ -813,6 +814,7 @@ class Agent:
     """
 
     READY_LIMIT, READY_STILL = 60.0, 0.4        # seconds
+    SIGN_LATE = 5.0     # until when the sign of an agent that gives one may come: a busy machine
     RESTARTS, RESTART_SPAN = 3, 600.0
 
     def __init__(self, tmux: Tmux, program: Program, directory: Path, *,
@@ -1003,7 +1005,8 @@ class Agent:
         """Watch the pane until the turn is over; return what is new."""
         started = self._clock()
         watch = Watch(before, started, self._homes, titled=self._titled, draft=draft,
-                      patience=patience)
+                      patience=patience, unsigned=self.SIGN_LATE if self._program.install and draft
+                      else Watch.UNSIGNED)
         while True:
             pane, now = self._look(), self._clock()
             verdict = watch.see(pane, now)

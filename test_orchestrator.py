@@ -972,6 +972,12 @@ def test_where_nothing_changes_the_turn_is_quiet():
     assert verdicts((2, "❯", ""), patience=2.0) == ["quiet"]
 
 
+def test_a_message_that_still_stands_in_the_input_line_is_no_end_of_a_turn():
+    said = verdicts(*[(0.5 * number, "❯ fix it", "") for number in range(1, 40)], draft="fix it")
+    assert "done" not in said and said.count("enter") == 3
+    assert (said.index("quiet") + 1) * 0.5 == 15.5
+
+
 def test_enter_is_pressed_again_three_times_while_the_draft_stands():
     looks = [(number / 10, "❯ fix it", "") for number in range(1, 100)]
     said_so = verdicts(*looks, draft="fix it")
