@@ -514,7 +514,6 @@ class Pane(NamedTuple):
     dead: bool
     status: str             # of a dead pane: how the program ended, where tmux knows
     in_mode: bool           # a person scrolls: keys would go to tmux
-    input_off: bool
     alternate: bool         # full-screen program: there is no history
     cursor_row: int
     command: str            # the program in the foreground
@@ -600,17 +599,17 @@ class Tmux:
 
     def look(self, pane_id: str) -> Pane:
         """Return the state and the screen of a pane, in one call to tmux."""
-        facts = ("#{pane_id}:#{pid}:#{pane_pid}:#{pane_dead}:#{pane_in_mode}:#{pane_input_off}:"
+        facts = ("#{pane_id}:#{pid}:#{pane_pid}:#{pane_dead}:#{pane_in_mode}:"
                  "#{alternate_on}:#{cursor_y}:#{pane_dead_status}:#{pane_dead_signal}")
         formats = (facts, "#{pane_current_command}", "#{pane_title}")
         answer = self._run(*self._each(pane_id, formats), "capture-pane", "-p", "-t", pane_id)
         first, command, title, screen = (answer + "\n\n\n").split("\n", 3)
         if not first.startswith(pane_id + ":"):     # since tmux 3.2 a wrong target is no error
             raise TmuxGone(f"can't find pane: {pane_id}")
-        _, server, pid, dead, mode, off, alternate, row, status, ended_by = first.split(":")
+        _, server, pid, dead, mode, alternate, row, status, ended_by = first.split(":")
         return Pane(pane_id, int(server), int(pid or 0), dead == "1",
                     f"signal {ended_by}" if ended_by else f"status {status}" if status else "",
-                    mode not in ("", "0"), off == "1", alternate == "1", int(row or 0),
+                    mode not in ("", "0"), alternate == "1", int(row or 0),
                     command, title, tuple(line.rstrip() for line in screen.split("\n")))
 
     def history(self, pane_id: str) -> str:
@@ -1150,6 +1149,10 @@ def _object(data: bytes) -> dict:
     return found
 
 
+def _is_stream(answer: http.client.HTTPResponse) -> bool:
+    return "text/event-stream" in answer.headers.get("Content-Type", "")
+
+
 def _reason(error: BaseException) -> str:
     return str(getattr(error, "reason", None) or error) or type(error).__name__
 
@@ -1287,7 +1290,7 @@ class OpenRouter:
     def _call(self, messages: Sequence[Mapping[str, str]], on_text: Callable) -> Reply:
         began, text, finish, usage = self._clock(), "", "", {}
         with self._open("/chat/completions", self.body(messages)) as answer:
-            streamed = "text/event-stream" in answer.headers.get("Content-Type", "")
+            streamed = _is_stream(answer)
             try:
                 for chunk in self._chunks(answer):
                     choices = chunk.get("choices")
@@ -1302,7 +1305,7 @@ class OpenRouter:
                 raise TransientError("the model's server sent an answer of another form",
                                      tries=3) from None
         if not finish or finish == "error":     # with no text, or whole: the server may be at fault
-            raise TransientError("the model's answer broke off, without a finish_reason",
+            raise TransientError(f"the model's answer broke off ({finish or 'no finish_reason'})",
                                  tries=0 if text and streamed else 3)
         if not text.strip():
             raise TransientError(f"the model's answer was empty ({finish})", tries=3)
@@ -1343,7 +1346,7 @@ class OpenRouter:
         """Yield the JSON objects of an answer, streamed or whole."""
         began = progress = self._clock()
         try:
-            if "text/event-stream" not in answer.headers.get("Content-Type", ""):
+            if not _is_stream(answer):
                 yield _object(self._masked(answer.read()))
                 return
             for line in answer:

@@ -162,7 +162,7 @@ class Terminal:
         drawn = self._drawn()
         row = len(drawn) - 3 if self.box else len(drawn) - 1
         hidden = max(0, len(drawn) - 50)
-        return Pane("%1", 1, 2, bool(self.status), self.status, self.in_mode, False,
+        return Pane("%1", 1, 2, bool(self.status), self.status, self.in_mode,
                     self.alternate, row - hidden, self.command, self.title, tuple(drawn[hidden:]))
 
     def history(self, pane_id):
@@ -823,7 +823,7 @@ def fake(tmp_path):
     return FakeTmux(tmp_path)
 
 
-PANE = Pane("%1", 10, 20, False, "", False, False, False, 0, "claude", "", ())
+PANE = Pane("%1", 10, 20, False, "", False, False, 0, "claude", "", ())
 
 
 @pytest.mark.parametrize("stderr, kind", [
@@ -884,14 +884,14 @@ def test_text_goes_by_standard_input_and_never_as_an_argument(fake, text):
 
 
 def test_a_look_returns_the_facts_and_the_screen(fake):
-    fake.says("%1:10:20:1:0:0:1:2:3:\nbash\n⠂ title: x\nfirst  \n\nthird\n\n")
+    fake.says("%1:10:20:1:0:1:2:3:\nbash\n⠂ title: x\nfirst  \n\nthird\n\n")
     pane = fake.tmux.look("%1")
-    assert pane[:9] == ("%1", 10, 20, True, "status 3", False, False, True, 2)
+    assert pane[:8] == ("%1", 10, 20, True, "status 3", False, True, 2)
     assert (pane.command, pane.title, pane.cursor_line) == ("bash", "⠂ title: x", "third")
     assert pane.text == "first\n\nthird"
-    fake.says("%1:10:20:1:1:1:0:0::9\nbash\n\n\n")
-    assert fake.tmux.look("%1")[4:8] == ("signal 9", True, True, False)
-    fake.says("::::::::::\n\n\n")
+    fake.says("%1:10:20:1:1:0:0::9\nbash\n\n\n")
+    assert fake.tmux.look("%1")[4:7] == ("signal 9", True, False)
+    fake.says(":::::::::\n\n\n")
     with pytest.raises(TmuxGone):
         fake.tmux.look("%1")
 
