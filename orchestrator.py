@@ -405,6 +405,21 @@ def holds_draft(line: str, message: str) -> bool:
         shown.endswith(end[-20:].strip()) or end.endswith(shown))
 
 
+def draft_in_box(lines: Sequence[str], column: int) -> str:
+    """Return what stands in an input box before the cursor, which is on the last of the lines.
+
+    The box begins with a prompt mark; behind the cursor there may be a placeholder.
+    """
+    for top in range(len(lines) - 1, -1, -1):
+        mark, below = _CURSOR_ROW.match(lines[top]), lines[top + 1:]
+        if mark:
+            first = lines[top][mark.end():] if below or column > mark.end() else ""
+            return "\n".join([first, *map(str.strip, below)])
+        if lines[top].strip() and not lines[top].startswith("  "):
+            break
+    return ""
+
+
 class Question(NamedTuple):
     """A start-up question: its known answer, and the next key on the way to choose that."""
 
@@ -516,6 +531,7 @@ class Pane(NamedTuple):
     in_mode: bool           # a person scrolls: keys would go to tmux
     alternate: bool         # full-screen program: there is no history
     cursor_row: int
+    cursor_column: int
     command: str            # the program in the foreground
     title: str
     screen: tuple[str, ...]
@@ -567,8 +583,8 @@ class Tmux:
         """Return the session of our name, None if there is none."""
         wanted = ("#{pane_id}", "#{@orchestrator}", "#{session_path}", "#{pane_start_command}")
         try:
-            answer = self._run(*self._each(f"={self.session}:", wanted),
-                               "has-session", "-t", f"={self.session}")
+            answer = self._read(*self._each(f"={self.session}:", wanted),
+                                "has-session", "-t", f"={self.session}")
         except TmuxGone:
             return None
         return Session(*answer.split("\n")[:4])
@@ -581,7 +597,7 @@ class Tmux:
         resize-window: a global window-size manual kills the server on tmux 3.3a to 3.6.
         """
         target = f"={self.session}:"
-        return self._run(
+        return self._read(
             "start-server", ";", "set-option", "-g", "history-limit", str(_HISTORY_LIMIT), ";",
             "set-option", "-g", "remain-on-exit", "on", ";",
             "set-option", "-s", "focus-events", "on", ";",
@@ -599,26 +615,26 @@ class Tmux:
 
     def look(self, pane_id: str) -> Pane:
         """Return the state and the screen of a pane, in one call to tmux."""
-        facts = ("#{pane_id}:#{pid}:#{pane_pid}:#{pane_dead}:#{pane_in_mode}:"
-                 "#{alternate_on}:#{cursor_y}:#{pane_dead_status}:#{pane_dead_signal}")
+        facts = ("#{pane_id}:#{pid}:#{pane_pid}:#{pane_dead}:#{pane_in_mode}:#{alternate_on}:"
+                 "#{cursor_y}:#{cursor_x}:#{pane_dead_status}:#{pane_dead_signal}")
         formats = (facts, "#{pane_current_command}", "#{pane_title}")
-        answer = self._run(*self._each(pane_id, formats), "capture-pane", "-p", "-t", pane_id)
+        answer = self._read(*self._each(pane_id, formats), "capture-pane", "-p", "-t", pane_id)
         first, command, title, screen = (answer + "\n\n\n").split("\n", 3)
         if not first.startswith(pane_id + ":"):     # since tmux 3.2 a wrong target is no error
             raise TmuxGone(f"can't find pane: {pane_id}")
-        _, server, pid, dead, mode, alternate, row, status, ended_by = first.split(":")
+        _, server, pid, dead, mode, alternate, row, column, status, ended_by = first.split(":")
         return Pane(pane_id, int(server), int(pid or 0), dead == "1",
                     f"signal {ended_by}" if ended_by else f"status {status}" if status else "",
-                    mode not in ("", "0"), alternate == "1", int(row or 0),
+                    mode not in ("", "0"), alternate == "1", int(row or 0), int(column or 0),
                     command, title, tuple(line.rstrip() for line in screen.split("\n")))
 
     def history(self, pane_id: str) -> str:
         """Return all lines of a pane, wrapped ones joined, those that scrolled off included."""
-        return self._run("capture-pane", "-p", "-J", "-S", "-", "-t", pane_id)
+        return self._read("capture-pane", "-p", "-J", "-S", "-", "-t", pane_id)
 
     def picture(self, pane_id: str) -> str:
         """Return the visible screen with its colours as SGR sequences."""
-        return self._run("capture-pane", "-p", "-e", "-t", pane_id)
+        return self._read("capture-pane", "-p", "-e", "-t", pane_id)
 
     def paste(self, pane: Pane, text: str) -> bool:
         """Paste text as one message; False if the pane would not take it now.
@@ -659,9 +675,9 @@ class Tmux:
         """
         state = (f"#{{==:#{{pid}}/#{{pane_id}}/#{{pane_pid}}/#{{pane_dead}}/#{{pane_in_mode}}/"
                  f"#{{pane_input_off}},{pane.server_pid}/{pane.id}/{pane.pid}/0/0/0}}")
-        answer = self._run(*before, "if-shell", "-F", "-t", pane.id, state,
-                           f"{command} ; display-message -p TAKEN",
-                           f"{otherwise}display-message -p REFUSED", text=text)
+        answer = self._read(*before, "if-shell", "-F", "-t", pane.id, state,
+                            f"{command} ; display-message -p TAKEN",
+                            f"{otherwise}display-message -p REFUSED", text=text)
         return answer.strip() == "TAKEN"
 
     @staticmethod
@@ -679,6 +695,16 @@ class Tmux:
         commands = [("display-message", "-p", "-t", target, wanted, ";") for wanted in formats]
         return list(itertools.chain(*commands))
 
+    def _read(self, *args: str, text: str = "") -> str:
+        answer = self._run(*args, text=text)
+        if not answer:
+            raise TmuxError(f"tmux {args[0]} gave an empty answer: {self._doubt}")
+        return answer
+
+    @property
+    def _doubt(self) -> str:
+        return f"is the server on socket {self.socket_name} of another version, or stopped?"
+
     def _run(self, *args: str, text: str = "") -> str:
         try:
             done = subprocess.run(
@@ -688,8 +714,8 @@ class Tmux:
         except FileNotFoundError:
             raise AgentError("tmux is not installed: apt install tmux, brew install tmux") from None
         except subprocess.TimeoutExpired:
-            raise TmuxError(f"tmux {args[0]} gave no answer in {_CALL_LIMIT:g} s: is the server on "
-                            f"socket {self.socket_name} of another version, or stopped?") from None
+            raise TmuxError(f"tmux {args[0]} gave no answer in {_CALL_LIMIT:g} s: "
+                            f"{self._doubt}") from None
         except OSError as error:
             raise TmuxError(f"tmux can't be run: {error.strerror}") from None
         if done.returncode == 0:
@@ -815,6 +841,7 @@ class Agent:
     READY_LIMIT, READY_STILL = 60.0, 0.4        # seconds
     SIGN_LATE = 5.0     # until when the sign of an agent that gives one may come: a busy machine
     RESTARTS, RESTART_SPAN = 3, 600.0
+    QUESTIONS = 6       # to a tmux that does not answer, before the run is given up
 
     def __init__(self, tmux: Tmux, program: Program, directory: Path, *,
                  publish: Callable[..., object] = lambda kind, **fields: None,
@@ -826,7 +853,7 @@ class Agent:
         self._publish, self._watched, self._clock, self._sleep = publish, watched, clock, sleep
         made_for = json.dumps([self._directory, *program.start])
         self._mark = hashlib.sha256(made_for.encode()).hexdigest()[:16]
-        self._pane_id = ""
+        self._pane_id, self._pid = "", 0        # the pane, and the program in it when last seen
         self._seen: list[str] = []              # the last capture that was reported
         self._homes: set[str] = set()
         self._titled = self._talked = False
@@ -870,7 +897,7 @@ class Agent:
                 self._until_ready()
             except (TmuxGone, AgentExited) as trouble:
                 notes = (self._restart(trouble),)
-        self._seen = tidy(self._tmux.history(self._pane_id))
+        self._seen = self._capture()
         return Turn(self._look().text, notes=notes)
 
     def ask(self, message: str, limit: float = 1800) -> Turn:
@@ -878,18 +905,24 @@ class Agent:
 
         A turn of more than `limit` seconds is returned as still working.
         """
-        text, handed_over = sanitize(message), False
+        text, submitted = sanitize(message), False
+
+        def enter(pane: Pane) -> bool:
+            nonlocal submitted
+            submitted = True        # if the server dies in this call, the Enter may have arrived
+            submitted = self._tmux.press(pane, "Enter")
+            return submitted
 
         def act(before: Pane) -> Turn:
-            nonlocal handed_over
             self._homes.add(before.command)
+            notes = self._clear_box(before)
             self._paste(before, text)
-            handed_over = True      # if the server dies now, the Enter may still have arrived
-            self._write(lambda pane: self._tmux.press(pane, "Enter"))
+            self._write(enter)
             self._talked = True
-            return self._follow(before, limit, draft=text)
+            turn = self._follow(before, limit, draft=text)
+            return turn._replace(notes=notes + turn.notes)
 
-        return self._survive(act, lambda: not handed_over)
+        return self._survive(act, lambda: not submitted)
 
     def press(self, keys: Sequence[str], limit: float = 1800) -> Turn:
         """Press keys by their tmux names, and return what is new once the screen stands still."""
@@ -927,22 +960,28 @@ class Agent:
 
     # looking
 
-    def _look(self, again: int = 2) -> Pane:
-        """Look at the pane; raise AgentExited if its program has ended.
-
-        A call that fails for another reason than a missing pane says nothing: look `again`.
-        """
-        try:
-            pane = self._tmux.look(self._pane_id)
-        except TmuxError as error:
-            if isinstance(error, TmuxGone) or not again:
-                raise
-            self._sleep(0.2)
-            return self._look(again - 1)
+    def _look(self) -> Pane:
+        """Look at the pane; raise AgentExited if its program has ended."""
+        pane = self._ask_tmux(self._tmux.look)
+        self._pid = pane.pid
         if pane.dead:
             raise self._exited(pane)
         self._show(pane, 0.5)
         return pane
+
+    def _capture(self) -> list[str]:
+        return tidy(self._ask_tmux(self._tmux.history))
+
+    def _ask_tmux(self, question: Callable[[str], Any]) -> Any:
+        """Ask about the pane; a call that fails while the pane is there says nothing: ask again."""
+        for _ in range(self.QUESTIONS - 1):
+            try:
+                return question(self._pane_id)
+            except TmuxGone:
+                raise
+            except TmuxError:
+                self._sleep(0.2)
+        return question(self._pane_id)
 
     def _show(self, pane: Pane, pause: float) -> None:
         """Publish a new screen for who watches, `pause` seconds after the last one."""
@@ -967,7 +1006,7 @@ class Agent:
 
     def _news(self, pane: Pane) -> tuple[list[str], bool]:
         """Return what is new since the last report, and whether that could be told apart."""
-        capture = tidy(self._tmux.history(pane.id))
+        capture = self._capture()
         lines = None if pane.alternate else new_lines(self._seen, capture)
         if not pane.alternate:      # what is below a full-screen program will be there again
             self._seen = capture
@@ -975,24 +1014,54 @@ class Agent:
 
     # writing
 
+    def _clear_box(self, pane: Pane) -> tuple[str, ...]:
+        """Empty the input box of what somebody left in it, which a message would be glued to."""
+        def draft() -> str:
+            return draft_in_box(pane.screen[:pane.cursor_row + 1], pane.cursor_column)
+
+        left = draft() if self._program.install and shows_input(pane.screen) else ""
+        for _ in range(10 * bool(left)):
+            self._write(lambda now: self._tmux.press(now, "C-e", *["C-u"] * 20))
+            pane = self._look_until(lambda now: now.screen != pane.screen)
+            if not draft():
+                break
+        return (f"The input line held a draft, which was removed: {clip(left.strip(), 400)!r}",
+                ) * bool(left)
+
     def _paste(self, before: Pane, text: str) -> None:
         """Paste text and give it half a second to show in the line of the cursor."""
-        self._write(lambda pane: self._tmux.paste(pane, text))
-        until = self._clock() + 0.5
-        while self._clock() < until:
-            pane = self._look()
-            if pane.screen != before.screen and holds_draft(pane.cursor_line, text):
-                break
-            self._sleep(0.02)
+        def shown(pane: Pane) -> bool:
+            return pane.screen != before.screen and holds_draft(pane.cursor_line, text)
 
-    def _write(self, write: Callable[[Pane], bool]) -> None:
-        """Write to the pane, out of copy mode if a person scrolls there."""
+        for _ in range(2):      # once more only if tmux gave no answer and nothing was pasted
+            known = self._write(lambda pane: self._tmux.paste(pane, text))
+            if shown(self._look_until(shown)) or known:
+                return
+        raise AgentError(f"{self.name} can't be typed to: tmux gives no answer")
+
+    def _look_until(self, seen: Callable[[Pane], bool]) -> Pane:
+        """Look until something is seen, half a second at most; return the last look."""
+        until = self._clock() + 0.5
+        while not seen(pane := self._look()) and self._clock() < until:
+            self._sleep(0.02)
+        return pane
+
+    def _write(self, write: Callable[[Pane], bool]) -> bool:
+        """Write to the pane, out of copy mode if a person scrolls there.
+
+        Returns False if tmux gave no answer, so that nobody knows whether it was written.
+        """
         for _ in range(20):
             pane = self._look()
-            if pane.in_mode:
-                self._tmux.leave_mode(pane.id)
-            elif write(pane):
-                return
+            try:
+                if pane.in_mode:
+                    self._tmux.leave_mode(pane.id)
+                elif write(pane):
+                    return True
+            except TmuxGone:
+                raise
+            except TmuxError:
+                return False
             self._sleep(0.1)
         raise AgentError(f"the pane of {self.name} takes no input: is it turned off "
                          "(select-pane -d), or does somebody keep it in copy mode?")
@@ -1011,7 +1080,8 @@ class Agent:
             verdict = watch.see(pane, now)
             self._titled = watch.titled
             if verdict == "enter":
-                self._tmux.press(pane, "Enter")
+                self._write(lambda now: not holds_draft(now.cursor_line, draft)
+                            or self._tmux.press(now, "Enter"))
             elif verdict != "wait":
                 return self._turn(pane, verdict)
             elif now - started >= limit:
@@ -1093,6 +1163,8 @@ class Agent:
     def _restart(self, trouble: AgentError) -> str:
         """Start the agent again, with its conversation if it can; return what to say about it."""
         remembers, latest = bool(self._talked and self._program.resume), trouble
+        if isinstance(trouble, TmuxGone):
+            self._end_orphan()
         while True:
             now = self._clock()
             self._restarts = [at for at in self._restarts if now - at < self.RESTART_SPAN] + [now]
@@ -1103,13 +1175,30 @@ class Agent:
                 self._run(self._program.resume if remembers else self._program.start)
                 break
             except (TmuxGone, AgentExited) as error:
+                if remembers:       # the other way to start it is no restart more
+                    self._restarts.pop()
                 latest, remembers = error, False
-        self._seen = tidy(self._tmux.history(self._pane_id))
+        self._seen = self._capture()
         gone = isinstance(trouble, TmuxGone)
         what = f"{f'the session is gone ({trouble})' if gone else trouble}; it was started again"
         self._publish("recovery", what=what, resumed=remembers)
         return f"{what} and " + ("remembers the conversation." if remembers
                                  else "remembers nothing of what was said before.")
+
+
+    def _end_orphan(self) -> None:
+        """End a program that outlives its pane, two seconds later: a new one would work beside it.
+
+        It leads a session of its own, as tmux had it; it was told by SIGHUP that the pane is gone.
+        """
+        for again in range(25):
+            try:
+                if os.getsid(self._pid or os.getpid()) != self._pid:
+                    return
+                os.killpg(self._pid, signal.SIGKILL if again >= 20 else 0)
+            except OSError:
+                return
+            self._sleep(0.1)
 
 
 # -- 6. OpenRouter --------------------------------------------------------------------------

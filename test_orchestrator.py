@@ -31,7 +31,7 @@ from orchestrator import (
     ContextOverflow, Control, Conversation, Dashboard, GaveUp, Interrupted, Journal, Memory,
     ModelError, OpenRouter, OrchestratorError, Pane, Place, Program, Question, Reply, Session,
     Signals, Stuck, Tmux, TmuxError, TmuxGone, Tokens, TransientError, Turn, Watch,
-    child_environment, choose_program, clip, fingerprint, holds_draft, known_question,
+    child_environment, choose_program, clip, draft_in_box, fingerprint, holds_draft, known_question,
     last_unfinished, main, narrate, narrate_chat, new_lines, parse_env, parse_object, parse_reply,
     read_env_file, read_events, run_check, sanitize, say, says_busy, shows_input, sole_driver,
     tidy)
@@ -162,8 +162,9 @@ class Terminal:
         drawn = self._drawn()
         row = len(drawn) - 3 if self.box else len(drawn) - 1
         hidden = max(0, len(drawn) - 50)
-        return Pane("%1", 1, 2, bool(self.status), self.status, self.in_mode,
-                    self.alternate, row - hidden, self.command, self.title, tuple(drawn[hidden:]))
+        return Pane("%1", 1, 0, bool(self.status), self.status, self.in_mode,
+                    self.alternate, row - hidden, len(drawn[row]), self.command, self.title,
+                    tuple(drawn[hidden:]))
 
     def history(self, pane_id):
         return "\n".join(self._drawn())
@@ -186,6 +187,9 @@ class Terminal:
             return False
         for key in keys:
             self.pressed.append(key)
+            if key == "C-u":        # the line, or its beginning if it is empty
+                line = self.draft.rpartition("\n")[2]
+                self.draft = self.draft[:-max(1, len(line))]
             if self.keyed:
                 self.keyed(key)
             elif key == "Enter" and self.lost_enters:
@@ -700,6 +704,19 @@ BYPASS = ["  WARNING: Claude Code running in Bypass Permissions mode"]
 YES, ACCEPT = "Yes, I trust this folder", "Yes, I accept"
 
 
+RULE = "─" * 20
+
+
+@pytest.mark.parametrize("lines, column, draft", [
+    ([RULE, "❯"], 2, ""), ([RULE, "❯\u00a0"], 2, ""), (["› Ask Codex to do anything"], 2, ""),
+    (['❯ Try "fix it"'], 2, ""), (["│ >                │"], 4, ""), ([], 0, ""), (["$ ls"], 4, ""),
+    (["❯ rm -rf x"], 10, "rm -rf x"), (["› über"], 6, "über"), (["❯ one", "  two"], 5, "one\ntwo"),
+    (["❯ one", "", "  two"], 5, "one\n\ntwo"), (["❯", ""], 2, "\n"), (["❯ one", "● two"], 3, ""),
+    (["❯ one", RULE, "  ? for help"], 12, "")])
+def test_what_stands_in_an_input_box(lines, column, draft):
+    assert draft_in_box(lines, column) == draft
+
+
 @pytest.mark.parametrize("screen, question", [
     ([*TRUST, f" ❯ 1. {YES}", "   2. No, exit"], Question(YES, "Enter")),
     ([*TRUST, f"   1. {YES}", " ❯ 2. No, exit"], Question(YES, "Up")),
@@ -823,7 +840,7 @@ def fake(tmp_path):
     return FakeTmux(tmp_path)
 
 
-PANE = Pane("%1", 10, 20, False, "", False, False, 0, "claude", "", ())
+PANE = Pane("%1", 10, 20, False, "", False, False, 0, 0, "claude", "", ())
 
 
 @pytest.mark.parametrize("stderr, kind", [
@@ -838,6 +855,14 @@ def test_what_is_gone_is_told_apart_from_what_went_wrong(fake, stderr, kind):
         fake.tmux.history("%1")
     assert type(caught.value) is kind and "\n" not in str(caught.value)
     assert (stderr or "status 1") in str(caught.value)
+
+
+def test_an_empty_answer_is_doubted(fake):
+    for ask in (fake.tmux.find, lambda: fake.tmux.look("%1"), lambda: fake.tmux.history("%1"),
+                lambda: fake.tmux.paste(PANE, "x")):
+        with pytest.raises(TmuxError, match="server on socket private of another version") as caught:
+            ask()
+        assert type(caught.value) is TmuxError
 
 
 @pytest.mark.parametrize("text, accepted", [
@@ -869,7 +894,7 @@ def test_a_command_and_its_directory_reach_the_program_as_they_are(fake):
 
 
 def test_neither_tmux_nor_what_it_starts_sees_the_key(fake):
-    fake.tmux.history("%1")
+    fake.tmux.leave_mode("%1")
     assert KEY not in fake.given("environ") and "TMUX=" not in fake.given("environ")
 
 
@@ -884,14 +909,14 @@ def test_text_goes_by_standard_input_and_never_as_an_argument(fake, text):
 
 
 def test_a_look_returns_the_facts_and_the_screen(fake):
-    fake.says("%1:10:20:1:0:1:2:3:\nbash\n⠂ title: x\nfirst  \n\nthird\n\n")
+    fake.says("%1:10:20:1:0:1:2:7:3:\nbash\n⠂ title: x\nfirst  \n\nthird\n\n")
     pane = fake.tmux.look("%1")
-    assert pane[:8] == ("%1", 10, 20, True, "status 3", False, True, 2)
+    assert pane[:9] == ("%1", 10, 20, True, "status 3", False, True, 2, 7)
     assert (pane.command, pane.title, pane.cursor_line) == ("bash", "⠂ title: x", "third")
     assert pane.text == "first\n\nthird"
-    fake.says("%1:10:20:1:1:0:0::9\nbash\n\n\n")
+    fake.says("%1:10:20:1:1:0:0:0::9\nbash\n\n\n")
     assert fake.tmux.look("%1")[4:7] == ("signal 9", True, False)
-    fake.says(":::::::::\n\n\n")
+    fake.says("::::::::::\n\n\n")
     with pytest.raises(TmuxGone):
         fake.tmux.look("%1")
 
@@ -1030,6 +1055,46 @@ def test_a_refused_paste_is_tried_again():
         desk.agent.ask("two")
 
 
+@pytest.mark.parametrize("draft", ["rm -rf ", "one\ntwo\n\nthree", "\n"])
+def test_a_draft_that_somebody_left_is_removed_and_told(draft):
+    desk = Desk(claude())
+    desk.terminal.draft = draft
+    turn = desk.agent.ask("one")
+    assert desk.terminal.taken == ["one"] and turn.output == "> one\n● Done: one"
+    assert f"held a draft, which was removed: {draft.strip()!r}" in turn.report()
+    assert desk.terminal.pressed.count("Enter") == 1
+
+
+def test_a_draft_is_left_alone_in_a_program_that_we_know_nothing_of():
+    desk = Desk(claude(), program=choose_program("", "sh"))
+    desk.terminal.draft = "half "
+    assert desk.agent.ask("one").notes == () and desk.terminal.taken == ["half one"]
+
+
+@pytest.mark.parametrize("call", ["paste", "press"])
+@pytest.mark.parametrize("arrives", [True, False])
+def test_a_write_that_tmux_does_not_answer_is_repeated_only_if_it_did_not_arrive(call, arrives):
+    desk = Desk(claude())
+    write, failures = getattr(desk.terminal, call), [TmuxError("no answer")]
+
+    def flaky(pane, *what):
+        done = write(pane, *what) if arrives or not failures else False
+        if failures:
+            raise failures.pop()
+        return done
+
+    setattr(desk.terminal, call, flaky)
+    assert desk.agent.ask("one") == Turn("> one\n● Done: one")
+    assert desk.terminal.pasted == desk.terminal.taken == ["one"]
+
+
+def test_a_tmux_that_answers_no_more_ends_it():
+    desk = Desk(claude())
+    desk.terminal.look = lambda pane_id: play([], TmuxError("no answer"))
+    with pytest.raises(TmuxError, match="no answer"):
+        desk.agent.ask("one")
+
+
 @pytest.mark.parametrize("lost, taken", [(1, ["one"]), (3, ["one"]), (9, [])])
 def test_a_lost_enter_is_pressed_again_but_nothing_is_pasted_twice(lost, taken):
     desk = Desk(claude())
@@ -1089,6 +1154,15 @@ def test_a_message_lost_before_its_enter_is_delivered_once():
     desk = Desk(fragile, claude())
     turn = desk.agent.ask("one")
     assert turn.output == "> one\n● Done: one" and "started again" in turn.report()
+    assert desk.terminal.taken == ["one"]
+
+
+def test_a_message_is_delivered_if_the_server_ends_between_its_text_and_its_enter():
+    desk = Desk(claude())
+    look, ends = desk.terminal.look, [desk.terminal.vanish]
+    desk.terminal.look = lambda pane_id: (
+        ends and desk.terminal.pasted and ends.pop()()) or look(pane_id)
+    assert "started again" in desk.agent.ask("one").report()
     assert desk.terminal.taken == ["one"]
 
 
