@@ -6,6 +6,7 @@ is real on loopback.  There is no tmux here and no network; test_integration.py 
 from __future__ import annotations
 
 import ast
+import datetime
 import doctest
 import functools
 import http.client
@@ -29,12 +30,12 @@ import orchestrator
 from orchestrator import (
     Agent, AgentError, AgentExited, Autopilot, BudgetReached, Chat, Config, ConfigError,
     ContextOverflow, Control, Conversation, Dashboard, GaveUp, Interrupted, Journal, Memory,
-    ModelError, OpenRouter, OrchestratorError, Pane, Place, Program, Question, Reply, Session,
+    Menu, ModelError, OpenRouter, OrchestratorError, Pane, Place, Program, Question, Reply, Session,
     Signals, Stuck, Tmux, TmuxError, TmuxGone, Tokens, TransientError, Turn, Watch,
-    child_environment, choose_program, clip, draft_in_box, fingerprint, holds_draft, known_question,
-    last_unfinished, main, narrate, narrate_chat, new_lines, parse_env, parse_object, parse_reply,
+    above_box, child_environment, choose_program, clip, draft_in_box, fingerprint, holds_draft, known_question,
+    last_unfinished, main, menu_on, narrate, narrate_chat, new_lines, parse_env, parse_object, parse_reply,
     read_env_file, read_events, run_check, sanitize, say, says_busy, shows_input, sole_driver,
-    tidy)
+    tidy, usage_limit)
 
 SOURCE = Path(orchestrator.__file__).read_text(encoding="utf-8")
 KEY = "sk-or-v1-0123456789abcdef"
@@ -705,6 +706,30 @@ YES, ACCEPT = "Yes, I trust this folder", "Yes, I accept"
 
 
 RULE = "─" * 20
+ASKED = [" Do you want to proceed?", " ❯ 1. Yes", "   2. No", " Esc to cancel · Tab to amend"]
+
+
+@pytest.mark.parametrize("screen, menu", [
+    (ASKED, Menu("Do you want to proceed?", "1. Yes")),
+    ([*ASKED[:1], "   1. Yes", " ❯ 2. No", "", ASKED[3]], Menu("Do you want to proceed?", "2. No")),
+    (["Allow command?", "› 1. Yes, proceed", "  2. No", "", "  Press enter to confirm"],
+     Menu("Allow command?", "1. Yes, proceed")),
+    (["Help", "  ←/→ to switch · Esc to close"], Menu("Help", "")),
+    ([*ASKED, RULE, "❯", RULE, "  ? for shortcuts"], None),
+    (["press esc to cancel", "› Ask Codex", "  gpt-5", "  ? for shortcuts"], None), ([], None)])
+def test_which_screens_ask_for_keys(screen, menu):
+    assert menu_on(screen) == menu
+
+
+@pytest.mark.parametrize("lines, above", [
+    (["● done", "", RULE, "❯", RULE, "  ⏵⏵ bypass permissions on"], ["● done"]),
+    (["● done", "", RULE, "❯ one", "", "  two", RULE, "", "  footer", "  more"], ["● done"]),
+    (["• done", "", "", "› Ask Codex to do anything", "", "  gpt-5 default"], ["• done"]),
+    (["❯ echo", "", "● done", RULE, "❯", RULE], ["❯ echo", "", "● done"]),
+    (["● ❯ is a prompt", "❯ this", "● done"], ["● ❯ is a prompt", "❯ this", "● done"]),
+    (ASKED, ASKED), ([RULE, "❯", RULE], []), ([], [])])
+def test_the_input_box_and_the_footer_are_left_out(lines, above):
+    assert above_box(lines) == above
 
 
 @pytest.mark.parametrize("lines, column, draft", [
@@ -795,7 +820,30 @@ def test_fingerprints_differ_in_more_than_times_and_tokens():
     assert fingerprint("✻ Writing (3s · 1.2k tokens)") == fingerprint("✻ Writing (12s · 90 tokens)")
     assert fingerprint("3 of 5 done") != fingerprint("4 of 5 done")
     assert fingerprint("failed after 12 s") != fingerprint("passed after 12 s")
+    assert fingerprint("Attempt 3, 2026-11-22 10:15: pid 77") == fingerprint(
+        "Attempt 4, 2026-11-23 11:16: pid 8")
+    assert fingerprint("3 failed, 17 passed") != fingerprint("2 failed, 18 passed")
     assert fingerprint("done\n✻ Brewed for 4s") == fingerprint("done\n✻ Churned for 1m 2s")
+
+
+@pytest.mark.parametrize("output, hours", [
+    ("● ok\n  ⎿  You've hit your limit · resets 6pm", 3), ("You've hit your limit · resets 3am", 12),
+    ("You've hit your session limit · resets 3:30pm", 0.5), ("■ You've hit your usage limit. Upgrade "
+     "to Pro, or try again in 3 hours 12 minutes.", 3.2),
+    ("You've reached your weekly limit\n  resets Nov 25 at 9:00 (Nowhere/Land)", 66),
+    ("Claude usage limit reached. Your limit will reset at 4pm", 1),
+    ("Try again at Nov 22nd, 2026 7:54 PM.\n" * 9, None), ("API Error: Rate limit reached", 0),
+    ("You're out of extra usage", 0), ("You've hit your limit · resets 99pm", 0),
+    ("print(\"You've hit your limit · resets 3am\")", None), ("\"You've hit your limit\"", None),
+    ("You've hit your limit · resets 3am\n" + "● and then\n" * 8, None)])
+def test_a_usage_limit_is_read_at_the_end_of_an_output(output, hours):
+    said, seconds = usage_limit(output, datetime.datetime(2026, 11, 22, 15, 0))
+    assert (bool(said), seconds) == (hours is not None, (hours or 0) * 3600)
+
+
+def test_a_usage_limit_may_name_its_time_zone():
+    now = datetime.datetime(2026, 11, 22, 15, 0, tzinfo=datetime.timezone.utc)
+    assert usage_limit("You've hit your limit · resets 5pm (UTC)", now)[1] == 7200
 
 
 # -- 4. Tmux --------------------------------------------------------------------------------
@@ -1053,6 +1101,26 @@ def test_a_refused_paste_is_tried_again():
     desk.terminal.refusals = 1000
     with pytest.raises(AgentError, match="takes no input"):
         desk.agent.ask("two")
+
+
+def test_nothing_is_typed_into_a_question_and_the_model_is_told_what_it_is():
+    desk = Desk(claude())
+    desk.terminal.box, desk.terminal.lines = False, list(ASKED)
+    turn = desk.agent.ask("one")
+    assert desk.terminal.pasted == [] and "Nothing was typed" in turn.report()
+    assert "'Do you want to proceed?'" in turn.report() and "'1. Yes'" in turn.report()
+    desk.terminal.keyed = lambda key: setattr(desk.terminal, "box", True)
+    assert "takes keys" not in desk.agent.press(["Enter"]).report()
+    desk.terminal.keyed = None
+    assert desk.agent.ask("one").output == "> one\n● Done: one"
+
+
+def test_a_usage_limit_is_told_with_the_time_until_its_end():
+    desk = Desk(claude(answer="You've hit your limit, try again in 5 hours"))
+    turn = desk.agent.ask("one")
+    assert turn.limited == 18000 and "usage limit of Claude Code" in turn.report()
+    assert Desk(shell("You've hit your limit, try again in 5 hours"), program=choose_program(
+        "", "sh")).agent.ask("one").limited == 0
 
 
 @pytest.mark.parametrize("draft", ["rm -rf ", "one\ntwo\n\nthree", "\n"])
@@ -1937,6 +2005,39 @@ def test_the_task_is_complete_only_once_its_check_passes(fly, tmp_path):
     assert [(event["status"], event["output"]) for event in flight.of("verify")] == [
         (3, "missing"), (0, "there")]
     assert "status 3" in flight.shown(1) and "missing" in flight.shown(1)
+
+
+def test_a_check_that_fails_five_times_alike_is_stuck(fly):
+    replies = [reply for number in range(5) for reply in ("TASK_COMPLETE", f"try {number}")]
+    flight = fly(*replies, verify_cmd="echo bad in 0.$$ s; exit 3")
+    assert flight.run() == "stuck" and "VERIFY_CMD failed 5 times" in str(flight.error)
+    assert len(flight.of("verify")) == 5 and len(flight.agent.told) == 4
+    flight = fly(*replies, "TASK_FAILED: no", verify_cmd="echo x >> tries; wc -l < tries; exit 3")
+    assert flight.run() == "failed" and len(flight.agent.told) == 5
+
+
+LIMITED = Turn("You've hit your limit", limited=7200.0)
+
+
+def test_a_usage_limit_is_waited_out(fly):
+    flight = fly("go on", "TASK_COMPLETE")
+    flight.agent._turns = [LIMITED, *[lambda: flight.clock.sleep(4000) or Turn("")] * 2]
+    assert flight.run() == "complete" and flight.clock.now == 9000
+    assert flight.agent.told == ["go on", 7320.0, 3320.0]
+    assert "You've hit your limit" in flight.shown(1) and "waited for" in flight.shown(1)
+    (waiting,) = flight.of("state")
+    assert waiting["state"] == "waiting" and "usage limit" in waiting["reason"]
+
+
+def test_an_agent_that_goes_on_before_its_usage_limit_ends_is_not_waited_for(fly):
+    flight = fly("go on", "TASK_COMPLETE", turns=[LIMITED, "somebody typed"])
+    assert flight.run() == "complete" and "somebody typed" in flight.shown(1)
+
+
+def test_a_usage_limit_that_outlasts_the_time_of_the_run_ends_it(fly):
+    flight = fly("go on", max_minutes=10.0)
+    flight.agent._turns = [LIMITED, lambda: flight.clock.sleep(600) or Turn("")]
+    assert flight.run() == "budget" and flight.agent.told == ["go on", 600.0]
 
 
 def test_a_run_in_circles_is_warned_once_and_then_ended(fly):
