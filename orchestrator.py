@@ -402,20 +402,25 @@ class Menu(NamedTuple):
     chosen: str
 
     def __str__(self) -> str:
-        return (f"The screen asks {self.question!r}, and the cursor is on {self.chosen!r}; "
-                "it takes keys, not text.")
+        cursor = f", and the cursor is on {self.chosen!r}" * bool(self.chosen)
+        return f"The screen asks {self.question!r}{cursor}; it takes keys, not text."
 
 
 def menu_on(screen: Iterable[str]) -> Menu | None:
-    """Return the question at the bottom of a screen of Claude Code or Codex, if there is one."""
-    lines = [line for line in screen if line.strip()]
+    """Return the question at the bottom of a screen of Claude Code or Codex, if there is one.
+
+    Claude Code draws a rule above its questions.
+    """
+    lines = [line for line in screen if line.strip()][-40:]
     if not any(map(_CHOOSE.search, lines[-3:])):
         return None
-    rows = [row for row, line in enumerate(lines) if _CHOSEN.match(line)][-1:]
-    above = lines[max(0, rows[0] - 12):rows[0]] if rows else lines[-12:-1]
-    asked = [line for line in above if line.rstrip().endswith("?")] or above
-    return Menu(asked[-1].strip() if asked else "",
-                _CHOSEN.match(lines[rows[0]])[1].strip() if rows else "")
+    start = max((row + 1 for row, line in enumerate(lines) if line.startswith("─" * 10)),
+                default=max(0, len(lines) - 16))
+    rows = [row for row in range(start, len(lines)) if _CHOSEN.match(lines[row])]
+    above = lines[start:rows[-1] if rows else -1]
+    asked = [line for line in above if line.endswith("?")][-1:] or above[:1]
+    return Menu(asked[0].strip() if asked else "",
+                _CHOSEN.match(lines[rows[-1]])[1].strip() if rows else "")
 
 
 def shows_input(screen: Sequence[str]) -> bool:
@@ -980,7 +985,11 @@ class Agent:
         """
         session, notes = self.find(), ()
         if not session:
-            self._run(self._program.start)
+            try:
+                self._run(self._program.start)
+            except AgentExited:         # its words are told; a dead session is in the way
+                self._tmux.kill()
+                raise
         else:
             self._pane_id, self._talked = session.pane_id, True
             try:
@@ -1201,7 +1210,9 @@ class Agent:
         output = "\n".join(lines).strip("\n")
         limit, seconds = usage_limit(output, datetime.datetime.now())
         if limit and self._program.install:
-            notes.append(f"This is a usage limit of {self.name}. Never choose to pay for more.")
+            notes.append(f"This is a usage limit of {self.name}"
+                         + f", over in {seconds / 60:.0f} minutes" * bool(seconds)
+                         + ". Never choose to pay for more.")
         return Turn(clip(output), state, (*notes, *self._menu_note(pane)),
                     seconds if self._program.install else 0.0)
 
@@ -2249,7 +2260,7 @@ class Autopilot:
 
     VERIFY_LIMIT = 600.0        # seconds
     SAME_FAILURES = 5           # of VERIFY_CMD, until the run is stuck
-    LIMIT_MARGIN = 120.0        # seconds to wait after a usage limit's stated end
+    LIMIT_WAIT, LIMIT_MARGIN = 86400.0, 120.0   # seconds: to a usage limit's end, and after it
 
     def __init__(self, config: Config, agent: Agent, model: OpenRouter, memory: Memory,
                  journal: Journal, control: Control, directory: Path, *,
@@ -2395,7 +2406,7 @@ class Autopilot:
 
     def _outlast(self, turn: Turn) -> Turn:
         """Wait for the end of a usage limit that says when that is, or until the agent goes on."""
-        if not turn.limited:
+        if not 0 < turn.limited <= self.LIMIT_WAIT:      # the model may decide to wait for longer
             return turn
         end, later = self._clock() + turn.limited + self.LIMIT_MARGIN, Turn("")
         at = datetime.datetime.now() + datetime.timedelta(seconds=end - self._clock())

@@ -213,6 +213,8 @@ class Terminal:
         """End the whole server."""
         self.existing, self.lines = None, []
 
+    kill = vanish
+
     def _drawn(self):
         if not self.existing:
             raise TmuxGone("tmux: no server running on /tmp/tmux-1000/private")
