@@ -51,7 +51,6 @@ import contextlib
 import dataclasses
 import datetime
 import fcntl
-import hashlib
 import http.client
 import http.server
 import io
@@ -643,8 +642,6 @@ class Session(NamedTuple):
 
     pane_id: str
     mark: str
-    directory: str
-    command: str
 
 
 class Tmux:
@@ -672,13 +669,12 @@ class Tmux:
 
     def find(self) -> Session | None:
         """Return the session of our name, None if there is none."""
-        wanted = ("#{pane_id}", "#{@orchestrator}", "#{session_path}", "#{pane_start_command}")
+        wanted = self._each(f"={self.session}:", ("#{pane_id}", "#{@orchestrator}"))
         try:
-            answer = self._read(*self._each(f"={self.session}:", wanted),
-                                "has-session", "-t", f"={self.session}")
+            answer = self._read(*wanted, "has-session", "-t", f"={self.session}")
         except TmuxGone:
             return None
-        return Session(*answer.split("\n")[:4])
+        return Session(*answer.split("\n")[:2])
 
     def create(self, command: Sequence[str], directory: str, mark: str) -> str:
         """Make the session, and the server if need be; return the id of its pane.
@@ -946,8 +942,7 @@ class Agent:
         self.name = program.name
         self._tmux, self._program, self._directory = tmux, program, str(directory)
         self._publish, self._watched, self._clock, self._sleep = publish, watched, clock, sleep
-        made_for = json.dumps([self._directory, *program.start])
-        self._mark = hashlib.sha256(made_for.encode()).hexdigest()[:16]
+        self._mark = f"{shlex.join(program.start)!r} in {self._directory!r}"
         self._pane_id, self._pid = "", 0        # the pane, and the program in it when last seen
         self._seen: list[str] = []              # the last capture that was reported
         self._homes: set[str] = set()
@@ -972,8 +967,8 @@ class Agent:
         session = self._tmux.find()
         if session and session.mark != self._mark:
             raise ConfigError(
-                f"session {self._tmux.session} runs {session.command or 'another command'} in "
-                f"{session.directory}: set CLAUDE_TMUX_SESSION to another name, or end it with "
+                f"session {self._tmux.session} runs {session.mark or 'something else'}: "
+                "set CLAUDE_TMUX_SESSION to another name, or end it with "
                 f"tmux -L {self._tmux.socket_name} kill-session -t {self._tmux.session}")
         return session
 

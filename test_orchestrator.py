@@ -147,7 +147,7 @@ class Terminal:
         return self.existing
 
     def create(self, command, directory, mark):
-        self.existing = Session("%1", mark, directory, " ".join(command))
+        self.existing = Session("%1", mark)
         self.respawn("%1", command, directory)
         return "%1"
 
@@ -972,8 +972,8 @@ def test_a_look_returns_the_facts_and_the_screen(fake):
 
 
 def test_a_session_is_found_by_its_name_or_is_none(fake):
-    fake.says("%1\nmark\n/home/me\nclaude --continue\n")
-    assert fake.tmux.find() == Session("%1", "mark", "/home/me", "claude --continue")
+    fake.says("%1\nmark\n")
+    assert fake.tmux.find() == Session("%1", "mark")
     fake.says("", "no server running on /tmp/x", 1)
     assert fake.tmux.find() is None
 
@@ -1292,8 +1292,8 @@ def test_a_session_of_the_same_directory_and_command_is_joined():
 
 def test_a_session_that_was_made_for_something_else_is_left_alone():
     desk = Desk(claude(), start=False)
-    desk.terminal.create(("vim", "secret.txt"), "/home/me", "another mark")
-    with pytest.raises(ConfigError, match="work runs vim secret.txt in /home/me.*CLAUDE_TMUX_SESS"):
+    desk.terminal.create(("vim", "secret.txt"), "/home/me", "'vim secret.txt' in '/home/me'")
+    with pytest.raises(ConfigError, match="work runs 'vim secret.txt' in '/home/me'.*CLAUDE_TMUX"):
         desk.agent.start()
     assert not desk.terminal.pasted and not desk.terminal.pressed
 
