@@ -808,6 +808,10 @@ class Tmux:
         if done.returncode == 0:
             return done.stdout
         said = done.stderr.strip() or f"status {done.returncode}"
+        if "server exited unexpectedly" in said:    # it died, or it is of another version
+            if args == ("list-sessions",):
+                raise TmuxError(f"tmux: {said}: {self._doubt}")
+            self._run("list-sessions")
         kind = TmuxGone if any(phrase in said for phrase in _GONE) else TmuxError
         raise kind(f"tmux {args[0]}: {said}")
 

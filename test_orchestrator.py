@@ -857,7 +857,7 @@ class FakeTmux:
         cd "$FAKE"
         printf '%s\\037' "$@" >> calls; printf '\\036' >> calls
         export -p > environ
-        cat > stdin; cat stdout; [ -s stderr ] && cat stderr >&2
+        cat > stdin; cat stdout; [ -s stderr ] && cat stderr >&2; [ -e then ] && mv then stderr
         read status < status; exit "$status"
         """
 
@@ -870,10 +870,12 @@ class FakeTmux:
         self.tmux = Tmux("private", "work", self.environ)
         self.says("")
 
-    def says(self, stdout, stderr="", status=0):
-        """Have the program answer so from now on."""
-        for name, text in (("stdout", stdout), ("stderr", stderr), ("status", f"{status}\n")):
-            (self._directory / name).write_text(text)
+    def says(self, stdout, stderr="", status=0, then=None):
+        """Have the program answer so from now on, or once and `then` complain of something else."""
+        said = {"stdout": stdout, "stderr": stderr, "status": f"{status}\n", "then": then}
+        for name, text in said.items():
+            if text is not None:
+                (self._directory / name).write_text(text)
 
     def given(self, name):
         """Return the text that the program was given as stdin or environ."""
@@ -895,7 +897,7 @@ PANE = Pane("%1", 10, 20, False, "", False, False, 0, 0, "claude", "", ())
 
 @pytest.mark.parametrize("stderr, kind", [
     ("no server running on /tmp/tmux-0/x", TmuxGone), ("error connecting to /tmp/x", TmuxGone),
-    ("server exited unexpectedly", TmuxGone), ("lost server", TmuxGone),
+    ("server exited unexpectedly", TmuxError), ("lost server", TmuxGone),
     ("can't find session: work", TmuxGone), ("can't find window: 1", TmuxGone),
     ("can't find pane: %1", TmuxGone), ("unknown command: frobnicate", TmuxError),
     ("", TmuxError)])
@@ -913,6 +915,14 @@ def test_an_empty_answer_is_doubted(fake):
         with pytest.raises(TmuxError, match="server on socket private of another version") as caught:
             ask()
         assert type(caught.value) is TmuxError
+
+
+def test_a_server_that_died_is_told_apart_from_one_of_another_version(fake):
+    fake.says("", "server exited unexpectedly", status=1)
+    with pytest.raises(TmuxError, match="is the server on socket private of another version"):
+        fake.tmux.find()
+    fake.says("", "server exited unexpectedly", status=1, then="no server running on /tmp/x")
+    assert fake.tmux.find() is None
 
 
 @pytest.mark.parametrize("text, accepted", [
