@@ -375,8 +375,8 @@ _STATUS_LINE = re.compile(r"\([^()]*\d+s\b[^()]*\b(?:esc|ctrl\+c) to interrupt\b
 _PASTE_CHIP = re.compile(r"\[Pasted (?:text|Content)\b[^\]]*\]")
 _RULE = re.compile(r"\s*[─╌╭╰][─╌╮╯\s]+")
 _CURSOR_ROW = re.compile(r"\s*[│|]?\s*[❯›>](?:\s|$)")
-_CHOOSE = re.compile(r"enter to (?:confirm|select|continue)|enter continue|"
-                     r"esc to (?:cancel|close|exit|go back)", re.I)
+_CHOOSE = re.compile(r"\benter (?:to )?(?:confirm|select|continue)\b|"
+                     r"\besc (?:to )?(?:cancel|close|exit|(?:go )?back)\b", re.I)
 _CHOSEN = re.compile(r"\s*[│|]?\s*[❯›]\s*(\S.*)")
 _QUESTIONS = (("trust this folder", "Yes, I trust"),
               ("Trust this folder?", "Trust and continue"),
@@ -881,10 +881,11 @@ class Watch:
     REPEAT = (0.5, 1.0, 2.0)        # when to press Enter again, in seconds after the last time
 
     def __init__(self, before: Pane, now: float, homes: Iterable[str], *, titled: bool = False,
-                 draft: str = "", patience: float = STALE, unsigned: float = UNSIGNED) -> None:
+                 untaken: Callable[[Pane], bool] = lambda pane: False, patience: float = STALE,
+                 unsigned: float = UNSIGNED) -> None:
         self.titled = titled        # the title has shown a spinner: words are not asked any more
         self._homes = frozenset(homes)      # programs that have waited for us
-        self._draft, self._patience = draft, patience       # seconds without any change
+        self._untaken, self._patience = untaken, patience   # seconds without any change
         self._unsigned = unsigned
         self._picture = (before.title, before.screen)
         self._started = self._changed = self._pressed_at = now
@@ -908,7 +909,7 @@ class Watch:
             return "quiet"
         if self._was_busy:
             return "done" if still >= self.STILL else "wait"
-        if self._draft and holds_draft(pane.cursor_line, self._draft):      # not taken yet
+        if self._untaken(pane):
             waits = self.REPEAT[self._pressed:self._pressed + 1]
             if waits and now - max(self._pressed_at, self._changed) >= waits[0]:
                 self._pressed, self._pressed_at = self._pressed + 1, now
@@ -1017,10 +1018,10 @@ class Agent:
                 return Turn("", "quiet", ("Nothing was typed.", *asks))
             self._homes.add(before.command)
             notes = self._clear_box(before)
-            self._paste(before, text)
+            untaken = self._paste(before, text)
             self._write(enter)
             self._talked = True
-            turn = self._follow(before, limit, draft=text)
+            turn = self._follow(before, limit, untaken=untaken, late=bool(self._program.install))
             return turn._replace(notes=notes + turn.notes)
 
         return self._survive(act, lambda: not submitted)
@@ -1116,30 +1117,43 @@ class Agent:
 
     # writing
 
+    def _box(self, pane: Pane) -> str:
+        """Return what stands in the input box, nothing for a program whose box we do not know."""
+        if not (self._program.install and shows_input(pane.screen)):
+            return ""
+        return draft_in_box(pane.screen[:pane.cursor_row + 1], pane.cursor_column)
+
     def _clear_box(self, pane: Pane) -> tuple[str, ...]:
         """Empty the input box of what somebody left in it, which a message would be glued to."""
-        def draft() -> str:
-            return draft_in_box(pane.screen[:pane.cursor_row + 1], pane.cursor_column)
-
-        left = draft() if self._program.install and shows_input(pane.screen) else ""
-        for _ in range(10 * bool(left)):
+        left = self._box(pane)
+        for _ in range(10):
+            if not self._box(pane):
+                break
             self._write(lambda now: self._tmux.press(now, "C-e", *["C-u"] * 20))
             pane = self._look_until(lambda now: now.screen != pane.screen)
-            if not draft():
-                break
         return (f"The input line held a draft, which was removed: {clip(left.strip(), 400)!r}",
                 ) * bool(left)
 
-    def _paste(self, before: Pane, text: str) -> None:
-        """Paste text and give it half a second to show in the line of the cursor."""
+    def _paste(self, before: Pane, text: str) -> Callable[[Pane], bool]:
+        """Paste text and give it half a second to show; return what tells whether it still stands.
+
+        That is known by the box, or by the line that the cursor is on with it, or by the text.
+        """
         def shown(pane: Pane) -> bool:
             return pane.screen != before.screen and holds_draft(pane.cursor_line, text)
 
         for _ in range(2):      # once more only if tmux gave no answer and nothing was pasted
             known = self._write(lambda pane: self._tmux.paste(pane, text))
-            if shown(self._look_until(shown)) or known:
-                return
-        raise AgentError(f"{self.name} can't be typed to: tmux gives no answer")
+            pasted = self._look_until(shown)
+            if known or self._box(pasted) or shown(pasted):
+                break
+        else:
+            raise AgentError(f"{self.name} can't be typed to: tmux gives no answer")
+        if self._program.install and shows_input(before.screen):
+            return lambda pane: bool(self._box(pane))
+        if shown(pasted):
+            return lambda pane: pane.cursor_line.startswith(pasted.cursor_line)
+        return lambda pane: holds_draft(pane.cursor_line, text)
 
     def _look_until(self, seen: Callable[[Pane], bool]) -> Pane:
         """Look until something is seen, half a second at most; return the last look."""
@@ -1170,20 +1184,19 @@ class Agent:
 
     # waiting
 
-    def _follow(self, before: Pane, limit: float, *, draft: str = "",
+    def _follow(self, before: Pane, limit: float, *, late: bool = False,
+                untaken: Callable[[Pane], bool] = lambda pane: False,
                 patience: float = Watch.STALE) -> Turn:
-        """Watch the pane until the turn is over; return what is new."""
+        """Watch the pane until the turn is over, whose sign may come `late`; return what is new."""
         started = self._clock()
-        watch = Watch(before, started, self._homes, titled=self._titled, draft=draft,
-                      patience=patience, unsigned=self.SIGN_LATE if self._program.install and draft
-                      else Watch.UNSIGNED)
+        watch = Watch(before, started, self._homes, titled=self._titled, untaken=untaken,
+                      patience=patience, unsigned=self.SIGN_LATE if late else Watch.UNSIGNED)
         while True:
             pane, now = self._look(), self._clock()
             verdict = watch.see(pane, now)
             self._titled = watch.titled
             if verdict == "enter":
-                self._write(lambda now: not holds_draft(now.cursor_line, draft)
-                            or self._tmux.press(now, "Enter"))
+                self._write(lambda now: not untaken(now) or self._tmux.press(now, "Enter"))
             elif verdict != "wait":
                 return self._turn(pane, verdict)
             elif now - started >= limit:

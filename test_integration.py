@@ -964,6 +964,28 @@ def test_a_killed_agent_goes_on_with_its_conversation_if_it_is_the_real(
     assert "gamma three" in model.last_message(3)
 
 
+@pytest.mark.parametrize("command, opening", [
+    ("claude --setting-sources user --permission-mode default", "RUN[touch made] SAY[it is made]"),
+    ("codex --no-alt-screen --ask-for-approval never --sandbox workspace-write", "/model")])
+def test_a_question_takes_keys_and_no_text_on_the_real(
+        command, opening, world, agent_api, with_real_agents):
+    def reply() -> str:     # the key again if it came too early: a question is deaf at first
+        shown = model.last_message()
+        if "beta two" in shown:
+            return "TASK_COMPLETE"
+        if "takes keys" not in shown:
+            return "SAY[beta two]"
+        on_yes = re.search(r"is on '(1\. )?Yes", shown)
+        return "KEYS: " + ("Escape" if opening == "/model" else "Enter" if on_yes else "Down Enter")
+
+    model = world.model(opening, "prose", *[reply] * 9)
+    done = world.run("--task", "answer it", CLAUDE_CMD=command)
+    assert (done.status, done.stderr) == (0, "")
+    assert "takes keys" in model.last_message(1) and "Nothing was typed" in model.last_message(2)
+    assert agent_api.messages == [opening] * (opening != "/model") + ["SAY[beta two]"]
+    assert (world.work / "made").exists() == (opening != "/model")
+
+
 # -- Chat ---------------------------------------------------------------------------------------
 
 def test_a_person_chats_in_a_terminal(world):

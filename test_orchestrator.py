@@ -1006,8 +1006,8 @@ def test_the_program_follows_from_the_settings():
 
 def verdicts(*looks, draft="", titled=False, patience=15.0):
     """Return what a Watch says to (second, screen, title, command) after a quiet first look."""
-    watch = Watch(PANE._replace(screen=("❯",)), 0.0, ["claude"], draft=draft, titled=titled,
-                  patience=patience)
+    watch = Watch(PANE._replace(screen=("❯",)), 0.0, ["claude"], titled=titled, patience=patience,
+                  untaken=lambda pane: bool(draft) and holds_draft(pane.cursor_line, draft))
     return [watch.see(PANE._replace(screen=tuple(screen.split("\n")), title=title,
                                     cursor_row=screen.count("\n"),
                                     command=(*command, "claude")[0]), now)
@@ -1182,6 +1182,33 @@ def test_a_lost_enter_is_pressed_again_but_nothing_is_pasted_twice(lost, taken):
     desk.agent.ask("one")
     assert desk.terminal.taken == taken and desk.terminal.pasted == ["one"]
     assert desk.terminal.pressed == ["Enter"] * min(lost + 1, 4)
+
+
+@pytest.mark.parametrize("message", ["❯", "x ❯", "Yes", "> ", "one\n\n"])
+def test_a_taken_enter_is_not_doubled_by_a_message_that_looks_like_a_prompt(message):
+    def silent(terminal):
+        claude(seconds=0)(terminal)
+        terminal.take = lambda message: terminal.lines.append("● Done")
+
+    for program in (PROGRAM, choose_program("", "sh")):
+        desk = Desk(silent, program=program)
+        desk.agent.ask(message)
+        assert desk.terminal.taken == [message] and desk.terminal.pressed == ["Enter"]
+
+
+def test_an_enter_that_became_a_new_line_is_pressed_again():
+    desk = Desk(claude())
+    press, lost = desk.terminal.press, [1]
+
+    def deaf(pane, key):
+        if lost:
+            desk.terminal.draft += "\n" * lost.pop()
+            return True
+        return press(pane, key)
+
+    desk.terminal.press = deaf
+    desk.agent.ask("one")
+    assert desk.terminal.taken == ["one\n"]
 
 
 def test_a_turn_over_its_limit_is_still_working_and_can_be_waited_for():
