@@ -479,7 +479,7 @@ def known_question(screen: Sequence[str]) -> Question | None:
     for phrase, label in _QUESTIONS:
         rows = [row for row, line in enumerate(screen) if label in line]
         if phrase in text and rows and cursors:
-            answer = re.sub(r"^[\s❯›]*(?:\d+\.\s*)?", "", screen[rows[-1]]).strip()
+            answer = re.sub(r"^[\s❯›]*(?:\d+\.)?\s*|[\s✔]*$", "", screen[rows[-1]])
             way = cursors[-1] - rows[-1]
             return Question(answer, "Up" if way > 0 else "Down" if way < 0 else "Enter")
     return None

@@ -749,6 +749,7 @@ def test_what_stands_in_an_input_box(lines, column, draft):
     ([*TRUST, f"   1. {YES}", " ❯ 2. No, exit"], Question(YES, "Up")),
     ([*TRUST, " ❯ No, exit", f"   {YES}"], Question(YES, "Down")),
     ([*TRUST, "   No, exit", f" ❯ {YES}"], Question(YES, "Enter")),
+    ([*TRUST, f" ❯ 1. {YES} ✔", "   2. No, exit"], Question(YES, "Enter")),
     ([*BYPASS, "  ❯ 1. No, exit", f"    2. {ACCEPT}"], Question(ACCEPT, "Down")),
     ([*BYPASS, "    1. No, exit", f"  ❯ 2. {ACCEPT}"], Question(ACCEPT, "Enter")),
     ([*BYPASS, "  ❯ No, exit", f"    {ACCEPT}"], Question(ACCEPT, "Down")),
