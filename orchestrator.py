@@ -681,7 +681,8 @@ class Tmux:
 
         All options are set in the one call that makes the pane, because history-limit and
         remain-on-exit are fixed, or too late, once its program runs.  The size is set by
-        resize-window: a global window-size manual kills the server on tmux 3.3a to 3.6.
+        resize-window: a global window-size manual kills the server on tmux 3.3a to 3.6.  The
+        directory is the client's own, because -c can't name every one: since tmux 3.2 not a#[b].
         """
         target = f"={self.session}:"
         return self._read(
@@ -690,15 +691,16 @@ class Tmux:
             "set-option", "-s", "focus-events", "on", ";",
             "set-option", "-g", "update-environment", "", ";",
             "new-session", "-d", "-s", self.session, "-x", str(_WIDTH), "-y", str(_HEIGHT),
-            "-P", "-F", "#{pane_id}", *self._program(command, directory), ";",
+            "-P", "-F", "#{pane_id}", "--", *map(self._word, command), ";",
             "resize-window", "-t", target, "-x", str(_WIDTH), "-y", str(_HEIGHT), ";",
             "select-pane", "-t", target, "-T", UNNAMED, ";",
-            "set-option", "-t", target, "@orchestrator", mark).strip()
+            "set-option", "-t", target, "@orchestrator", mark, cwd=directory).strip()
 
     def respawn(self, pane_id: str, command: Sequence[str], directory: str) -> None:
         """Start a command in a pane whose program has ended; its history stays."""
         self._run("select-pane", "-t", pane_id, "-T", UNNAMED, ";",
-                  "respawn-pane", "-k", "-t", pane_id, *self._program(command, directory))
+                  "respawn-pane", "-k", "-t", pane_id, "--", *map(self._word, command),
+                  cwd=directory)
 
     def look(self, pane_id: str) -> Pane:
         """Return the state and the screen of a pane, in one call to tmux."""
@@ -768,13 +770,9 @@ class Tmux:
         return answer.strip() == "TAKEN"
 
     @staticmethod
-    def _program(command: Sequence[str], directory: str) -> list[str]:
-        """Return the arguments that run a command in a directory.
-
-        tmux takes a `;` at an argument's end as its own, and expands formats in the directory.
-        """
-        return [word[:-1] + "\\;" if word.endswith(";") else word
-                for word in ("-c", directory.replace("#", "##"), "--", *command)]
+    def _word(word: str) -> str:
+        """Return a word so that tmux does not take a `;` at its end as its own."""
+        return word[:-1] + "\\;" if word.endswith(";") else word
 
     @staticmethod
     def _each(target: str, formats: Iterable[str]) -> list[str]:
@@ -782,8 +780,8 @@ class Tmux:
         commands = [("display-message", "-p", "-t", target, wanted, ";") for wanted in formats]
         return list(itertools.chain(*commands))
 
-    def _read(self, *args: str, text: str = "") -> str:
-        answer = self._run(*args, text=text)
+    def _read(self, *args: str, text: str = "", cwd: str | None = None) -> str:
+        answer = self._run(*args, text=text, cwd=cwd)
         if not answer:
             raise TmuxError(f"tmux {args[0]} gave an empty answer: {self._doubt}")
         return answer
@@ -792,12 +790,12 @@ class Tmux:
     def _doubt(self) -> str:
         return f"is the server on socket {self.socket_name} of another version, or stopped?"
 
-    def _run(self, *args: str, text: str = "") -> str:
+    def _run(self, *args: str, text: str = "", cwd: str | None = None) -> str:
         try:
             done = subprocess.run(
                 ["tmux", "-u", "-L", self.socket_name, "-f", os.devnull, *args], input=text,
                 capture_output=True, encoding="utf-8", errors="replace", env=self._environ,
-                timeout=_CALL_LIMIT)
+                cwd=cwd, timeout=_CALL_LIMIT)
         except FileNotFoundError:
             raise AgentError("tmux is not installed: apt install tmux, brew install tmux") from None
         except subprocess.TimeoutExpired:

@@ -1246,6 +1246,13 @@ def test_a_missing_program_is_named_with_what_to_do(missing, settings, world):
         assert_refused(done, 5, missing, "install")
 
 
+def test_the_agent_works_in_the_directory_whatever_that_is_called(world):
+    odd = world.directory / "a#[b] #{pid} %H;'"
+    odd.mkdir()
+    assert world.run("--chat", stdin="echo one\n/quit\n", cwd=odd).status == 0
+    assert "echo one" in (odd / "agent.log").read_text()
+
+
 def test_a_session_made_for_another_directory_is_not_typed_into(world):
     model = world.model("echo mine", "TASK_COMPLETE")
     assert world.run("--task", "x").status == 0

@@ -855,7 +855,7 @@ class FakeTmux:
     """A program called tmux that says what it is told to, and keeps what it was given."""
 
     SCRIPT = """#!/bin/sh
-        cd "$FAKE"
+        cwd=$PWD; cd "$FAKE"; echo "$cwd" > cwd
         printf '%s\\037' "$@" >> calls; printf '\\036' >> calls
         export -p > environ
         cat > stdin; cat stdout; [ -s stderr ] && cat stderr >&2; [ -e then ] && mv then stderr
@@ -943,12 +943,14 @@ def test_a_missing_tmux_says_how_to_get_it(tmp_path):
         Tmux("private", "work", {"PATH": str(tmp_path)}).version()
 
 
-def test_a_command_and_its_directory_reach_the_program_as_they_are(fake):
+def test_a_command_and_its_directory_reach_the_program_as_they_are(fake, tmp_path):
+    directory = tmp_path / "a#[x]#{pid};"
+    directory.mkdir()
     fake.says("%7\n")
-    assert fake.tmux.create(("sh", "-c", "echo hi;"), "/tmp/a#{pid};", "the mark") == "%7"
+    assert fake.tmux.create(("sh", "-c", "echo hi;"), str(directory), "the mark") == "%7"
     (arguments,) = fake.calls()
     start = arguments.index("--")
-    assert arguments[start - 2:start] == ["-c", "/tmp/a##{pid}\\;"]
+    assert fake.given("cwd") == f"{directory}\n" and "-c" not in arguments[:start]
     assert arguments[start + 1:start + 4] == ["sh", "-c", "echo hi\\;"]
     assert arguments.index("history-limit") < start and arguments.index("remain-on-exit") < start
     assert "the mark" in arguments
