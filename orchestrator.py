@@ -683,6 +683,8 @@ class Tmux:
         remain-on-exit are fixed, or too late, once its program runs.  The size is set by
         resize-window: a global window-size manual kills the server on tmux 3.3a to 3.6.  The
         directory is the client's own, because -c can't name every one: since tmux 3.2 not a#[b].
+        The pipe is for tmux up to 3.3a, which without one may note the end of a program before
+        it has read its last words.
         """
         target = f"={self.session}:"
         return self._read(
@@ -692,6 +694,7 @@ class Tmux:
             "set-option", "-g", "update-environment", "", ";",
             "new-session", "-d", "-s", self.session, "-x", str(_WIDTH), "-y", str(_HEIGHT),
             "-P", "-F", "#{pane_id}", "--", *map(self._word, command), ";",
+            "pipe-pane", "-t", target, "exec cat > /dev/null", ";",
             "resize-window", "-t", target, "-x", str(_WIDTH), "-y", str(_HEIGHT), ";",
             "select-pane", "-t", target, "-T", UNNAMED, ";",
             "set-option", "-t", target, "@orchestrator", mark, cwd=directory).strip()
