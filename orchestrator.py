@@ -133,6 +133,10 @@ class TmuxGone(TmuxError):
     """The pane, its session or the server is no longer there: make it again."""
 
 
+class TmuxDied(TmuxGone):
+    """The server ended during a call, which may have been carried out."""
+
+
 class AgentExited(AgentError):
     """The program in the pane has ended."""
 
@@ -360,7 +364,8 @@ def new_lines(before: list[str], after: list[str]) -> list[str] | None:
     ['$ ls', 'a']
     """
     start = _shared(before, after)
-    if start == 0 and len(before) > 1:
+    grown = len(before) == 1 and after[:1] and after[0].startswith(before[0])    # a prompt
+    if before and start == 0 and not grown:
         before = before[_overlap(before, after):]
         start = _shared(before, after)
         if start == 0:
@@ -603,8 +608,9 @@ def fingerprint(screen: str) -> str:
 # -- 4. Tmux --------------------------------------------------------------------------------
 # Sessions, panes, pastes and keys; no policy.  The one place that runs tmux.  May use: Errors.
 
-_GONE = ("no server running", "error connecting to", "server exited", "lost server", "no sessions",
-         "can't find session", "can't find window", "can't find pane", "no current target")
+_DIED = ("server exited", "lost server")
+_GONE = ("no server running", "error connecting to", "no sessions", "no current target",
+         "can't find session", "can't find window", "can't find pane")
 _WIDTH, _HEIGHT, _HISTORY_LIMIT = 200, 50, 50_000
 UNNAMED = "starting"    # the title of a window whose program has not given it one
 _CALL_LIMIT = 5.0       # seconds; a server of another version may never answer
@@ -799,8 +805,9 @@ class Tmux:
                 ["tmux", "-u", "-L", self.socket_name, "-f", os.devnull, *args], input=text,
                 capture_output=True, encoding="utf-8", errors="replace", env=self._environ,
                 cwd=cwd, timeout=_CALL_LIMIT)
-        except FileNotFoundError:
-            raise AgentError("tmux is not installed: apt install tmux, brew install tmux") from None
+        except FileNotFoundError as error:
+            raise AgentError(f"there is no directory {cwd}" if cwd and error.filename == cwd else
+                             "tmux is not installed: apt install tmux, brew install tmux") from None
         except subprocess.TimeoutExpired:
             raise TmuxError(f"tmux {args[0]} gave no answer in {_CALL_LIMIT:g} s: "
                             f"{self._doubt}") from None
@@ -812,8 +819,10 @@ class Tmux:
         if "server exited unexpectedly" in said:    # it died, or it is of another version
             if args == ("list-sessions",):
                 raise TmuxError(f"tmux: {said}: {self._doubt}")
-            self._run("list-sessions")
-        kind = TmuxGone if any(phrase in said for phrase in _GONE) else TmuxError
+            with contextlib.suppress(TmuxGone):
+                self._run("list-sessions")
+        kind = TmuxDied if any(phrase in said for phrase in _DIED) else \
+            TmuxGone if any(phrase in said for phrase in _GONE) else TmuxError
         raise kind(f"tmux {args[0]}: {said}")
 
 
@@ -888,8 +897,9 @@ class Watch:
         self._homes = frozenset(homes)      # programs that have waited for us
         self._untaken, self._patience = untaken, patience   # seconds without any change
         self._unsigned = unsigned
-        self._picture = (before.title, before.screen)
+        self._picture, self._title = (before.title, before.screen), before.title
         self._started = self._changed = self._pressed_at = now
+        self._busy_at = now
         self._moved = self._was_busy = self._busy = False
         self._pressed = 0
 
@@ -899,17 +909,19 @@ class Watch:
         if picture != self._picture:
             self._picture, self._changed, self._moved = picture, now, True
         still, elsewhere = now - self._changed, pane.command not in self._homes
-        spins = bool(SPINNER.match(pane.title))
+        if pane.title != self._title:       # one that stands still since before was left behind
+            self._title = ""
+        spins = bool(SPINNER.match(pane.title)) and not self._title
         self.titled |= spins
         self._busy = still < self.STALE and (
             spins or elsewhere or not self.titled and says_busy(pane.screen))
-        self._was_busy |= self._busy
         if self._busy:
+            self._was_busy, self._busy_at = True, now
             return "wait"
         if elsewhere:
             return "quiet"
         if self._was_busy:
-            return "done" if still >= self.STILL else "wait"
+            return "done" if min(still, now - self._busy_at) >= self.STILL else "wait"
         if self._untaken(pane):
             waits = self.REPEAT[self._pressed:self._pressed + 1]
             if waits and now - max(self._pressed_at, self._changed) >= waits[0]:
@@ -1009,8 +1021,11 @@ class Agent:
 
         def enter(pane: Pane) -> bool:
             nonlocal submitted
-            submitted = True        # if the server dies in this call, the Enter may have arrived
-            submitted = self._tmux.press(pane, "Enter")
+            try:
+                submitted = self._tmux.press(pane, "Enter")
+            except TmuxDied:
+                submitted = True    # nobody knows
+                raise
             return submitted
 
         def act(before: Pane) -> Turn:
@@ -1025,7 +1040,9 @@ class Agent:
             turn = self._follow(before, limit, untaken=untaken, late=bool(self._program.install))
             return turn._replace(notes=notes + turn.notes)
 
-        return self._survive(act, lambda: not submitted)
+        turn = self._survive(act, lambda: not submitted)
+        unsure = turn.state == "exited" and submitted
+        return turn._replace(notes=turn.notes + ("It may have taken the message.",) * unsure)
 
     def press(self, keys: Sequence[str], limit: float = 1800) -> Turn:
         """Press keys by their tmux names, and return what is new once the screen stands still."""
@@ -1283,9 +1300,11 @@ class Agent:
 
     def _still_enough(self, pane: Pane) -> float:
         """Return how long a first screen has to stand still before it is taken as the last."""
-        known = (self._is_ready(pane) or known_question(pane.screen)) if self._program.install \
-            else pane.text
-        return self.READY_STILL if known else self.READY_LIMIT / 6
+        if not self._program.install:
+            return self.READY_STILL if pane.text else self.READY_LIMIT / 6
+        if self._is_ready(pane) or known_question(pane.screen):
+            return self.READY_STILL
+        return self.READY_LIMIT / 6 if pane.text else self.READY_LIMIT
 
     def _restart(self, trouble: AgentError) -> str:
         """Start the agent again, with its conversation if it can; return what to say about it."""

@@ -31,7 +31,7 @@ from orchestrator import (
     Agent, AgentError, AgentExited, Autopilot, BudgetReached, Chat, Config, ConfigError,
     ContextOverflow, Control, Conversation, Dashboard, GaveUp, Interrupted, Journal, Memory,
     Menu, ModelError, OpenRouter, OrchestratorError, Pane, Place, Program, Question, Reply, Session,
-    Signals, Stuck, Tmux, TmuxError, TmuxGone, Tokens, TransientError, Turn, Watch,
+    Signals, Stuck, Tmux, TmuxDied, TmuxError, TmuxGone, Tokens, TransientError, Turn, Watch,
     above_box, child_environment, choose_program, clip, draft_in_box, fingerprint, holds_draft, known_question,
     last_unfinished, main, menu_on, narrate, narrate_chat, new_lines, parse_env, parse_object, parse_reply,
     read_env_file, read_events, run_check, sanitize, say, says_busy, shows_input, sole_driver,
@@ -665,7 +665,7 @@ BOX = ["────", "❯", "────", "  ? for help"]
     ([*OLD, *BOX], [*OLD[100:], "new", *BOX], ["new"]),
     ([*OLD, *BOX], [*OLD[100:-1], "redrawn", "new", *BOX], ["redrawn", "new"]),
     ([*OLD, *BOX], ["cleared", *BOX], None),
-    (["a", "b"], ["c", "d"], None)])
+    (["$"], ["149", "150", "$"], None), (["a", "b"], ["c", "d"], None)])
 def test_what_is_new_on_a_screen(before, after, new):
     assert new_lines(before, after) == new
 
@@ -898,7 +898,8 @@ PANE = Pane("%1", 10, 20, False, "", False, False, 0, 0, "claude", "", ())
 
 @pytest.mark.parametrize("stderr, kind", [
     ("no server running on /tmp/tmux-0/x", TmuxGone), ("error connecting to /tmp/x", TmuxGone),
-    ("server exited unexpectedly", TmuxError), ("lost server", TmuxGone),
+    ("server exited unexpectedly", TmuxError), ("lost server", TmuxDied),
+    ("server exited", TmuxDied),
     ("can't find session: work", TmuxGone), ("can't find window: 1", TmuxGone),
     ("can't find pane: %1", TmuxGone), ("unknown command: frobnicate", TmuxError),
     ("", TmuxError)])
@@ -1032,8 +1033,15 @@ def test_a_turn_is_over_when_the_sign_of_work_has_gone_and_the_screen_stands():
 def test_a_sign_that_stands_still_counts_for_fifteen_seconds(screen, title, command):
     looks = [(now, screen, title, command) for now in (0.1, 5, 10, 15)]
     assert verdicts(*looks) == ["wait"] * 4
-    assert verdicts(*looks, (15.2, screen, title, command))[-1] == (
+    assert verdicts(*looks, (15.3, screen, title, command))[-1] == (
         "quiet" if command == "sleep" else "done")
+
+
+def test_a_spinner_that_a_dead_program_left_in_the_title_is_no_sign_of_work():
+    watch = Watch(PANE._replace(title="⠂ x"), 0.0, ["claude"])
+    looks = [(0.1, "⠂ x"), (2.2, "⠂ x"), (2.3, "⠐ x"), (2.4, "⠂ x")]
+    assert [watch.see(PANE._replace(title=title, screen=("a",)), now) for now, title in looks] == [
+        "wait", "done", "wait", "wait"]
 
 
 def test_words_are_not_asked_once_a_title_has_shown_a_spinner():
@@ -1053,6 +1061,9 @@ def test_another_program_in_the_foreground_is_work():
                     (24, "b", "", "make")) == ["wait", "wait", "wait", "quiet"]
     assert verdicts((0.1, "a", "", "make"), (9, "b", ""), (9.25, "b", "")) == [
         "wait", "wait", "done"]
+    between_two = [(0.1, "a", "", "make"), (2.1, "a", "", "make"), (2.2, "a", ""),
+                   (2.3, "a", "", "cc"), (2.4, "a", ""), (2.6, "a", "")]
+    assert verdicts(*between_two) == ["wait"] * 5 + ["done"]
 
 
 def test_where_nothing_changes_the_turn_is_quiet():
