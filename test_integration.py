@@ -574,8 +574,16 @@ class Terminal:
 # -- A small agent ------------------------------------------------------------------------------
 
 AGENT = r'''
-"""A small agent: on a terminal it does what the real ones do; agent.log has what it took."""
-import itertools, json, os, sys, threading, time, tty
+"""A small agent: on a terminal it does what the real ones do; agent.log has what it took.
+
+What it is like is said by AGENT_STARTS_IN (seconds), AGENT_SIGN (title, footer or none),
+AGENT_PASTE (brackets or plain), AGENT_EATS (how many Enters it loses of each message), AGENT_DEAF
+(seconds after a paste in which an Enter is but a new line) and AGENT_SLOW (seconds for a paste).
+"""
+import itertools, json, os, re, termios, threading, time, tty
+
+def setting(name, default):
+    return type(default)(os.environ.get("AGENT_" + name, default))
 
 def show(text):
     os.write(1, text.encode())
@@ -584,50 +592,107 @@ def log(**facts):
     with open("agent.log", "a") as file:
         file.write(json.dumps({"pid": os.getpid(), "at": time.time(), **facts}) + "\n")
 
+def keyboard():
+    while True:
+        yield from os.read(0, 1 << 16)
+
 def take():
-    typed, pasting = b"", False
-    while pasting or not typed.endswith((b"\r", b"\n")):
-        typed += os.read(0, 1)
-        if typed.endswith((b"\x1b[200~", b"\x1b[201~")):
-            pasting, typed = typed.endswith(b"0~"), typed[:-6]
-            show("" if pasting else typed.decode().replace("\n", "\n  "))
-    return typed[:-1].decode()
+    read, pasting, pasted, since, eaten = bytearray(), False, 0, 0.0, 0
+    for byte in KEYS:
+        read.append(byte)
+        if byte == 0x7e and read.endswith((b"\x1b[200~", b"\x1b[201~")):
+            pasting = read.endswith(b"0~")
+            if pasting:
+                pasted = len(read)
+                continue
+            time.sleep(setting("SLOW", 0.0))
+            text, since = read[pasted:-6].decode(errors="replace"), time.monotonic()
+            show(f"[Pasted text #1 +{text.count(chr(10))} lines]" if len(text) > 5000
+                 else text.replace("\n", "\n  "))
+        elif pasting:
+            continue
+        elif byte != 0x0d:
+            os.write(1, b"" if re.search(rb"\x1b\[?\d*$", read[-6:]) else bytes([byte]))
+        elif time.monotonic() - since < setting("DEAF", 0.0):
+            show("\n  ")
+        elif eaten < setting("EATS", 0):
+            eaten += 1
+        else:
+            text = read.replace(b"\x1b[200~", b"").replace(b"\x1b[201~", b"").replace(b"\r", b"")
+            log(took=text.decode(errors="replace"), read=read.decode(errors="replace"))
+            return text.decode(errors="replace")
+
+class Sign:
+    def __init__(self):
+        kind, rows = setting("SIGN", "title"), os.get_terminal_size().lines
+        foot = f"\x1b7\x1b[{rows};1H\x1b[K%s\x1b8"
+        self.busy, self.idle = {
+            "title": ("\x1b]0;%s agent\x07", "\x1b]0;agent\x07"), "none": ("%.0s", ""),
+            "footer": (foot % "  %s · esc to interrupt", foot % "  ? for shortcuts")}[kind]
+        if kind == "footer":
+            show(f"\x1b[2J\x1b[1;{rows - 1}r\x1b[H")
+        self.frozen = False
+        show("\x1b]0;agent\x07" + self.idle)
+
+    def start(self):
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self.spin, daemon=True)
+        self.thread.start()
+
+    def spin(self):
+        for frame in itertools.cycle("⠋⠙⠹⠸⠼⠴⠦⠧"):
+            show("" if self.frozen else self.busy % frame)
+            if self.over.wait(0.1):
+                return
+
+    def stop(self):
+        self.over.set()
+        self.thread.join()
+        show(self.idle)
 
 def obey(order, turn):
     word, _, rest = order.strip().partition(" ")
     if word == "echo":
         show(rest + "\n")
+    elif word == "write":
+        show(rest.encode("latin-1", "backslashreplace").decode("unicode_escape"))
+    elif word == "lines":
+        show("".join(f"line {number} of {rest}\n" for number in range(1, int(rest) + 1)))
     elif word == "count":
         show(f"{turn} of 99\n")
     elif word == "sleep":
         time.sleep(float(rest))
+    elif word == "freeze":
+        SIGN.frozen = True
+        time.sleep(float(rest))
+        SIGN.frozen = False
+    elif word == "ask":
+        SIGN.stop()
+        show(f"Sure?\n❯ {rest}\n  No\x1b[A\r\x1b[{len(rest) + 2}C")
+        log(answered=chr(next(KEYS)))
+        show("\n\n")
+        SIGN.start()
     elif word == "die":
         os._exit(int(rest))
 
-def spin(over):
-    for frame in itertools.cycle("⠋⠙⠹⠸⠼⠴⠦⠧"):
-        show(f"\x1b]0;{frame} agent\x07")
-        if over.wait(0.1):
-            return
-
-tty.setcbreak(0)
-time.sleep(float(os.environ.get("AGENT_STARTS_IN", "0")))
-show("\x1b[?2004h\x1b]0;agent\x07A small agent.\n\n")
+tty.setraw(0)
+mode = termios.tcgetattr(0)
+mode[tty.OFLAG] |= termios.OPOST
+termios.tcsetattr(0, termios.TCSANOW, mode)
+time.sleep(setting("STARTS_IN", 0.0))
+KEYS, SIGN = keyboard(), Sign()
+show("\x1b[?2004h" if setting("PASTE", "brackets") == "brackets" else "")
+show("A small agent.\n\n")
 log(started=True)
 for turn in itertools.count(1):
     show("❯ ")
     message = take()
-    log(took=message)
-    over = threading.Event()
-    spinner = threading.Thread(target=spin, args=(over,))
-    spinner.start()
+    SIGN.start()
     show("\n")
     time.sleep(0.2)     # it thinks
     for order in message.replace("\n", "&&").split("&&"):
         obey(order, turn)
-    over.set()
-    spinner.join()
-    show("\x1b]0;agent\x07")
+    SIGN.stop()
     log(done=message)
 '''
 
@@ -829,9 +894,15 @@ class World:
 
 
 @pytest.fixture
-def world() -> Iterator[World]:
+def new_world() -> Iterator[Callable[[], World]]:
+    """More than one world, for what goes on at the same time."""
     with contextlib.ExitStack() as stack:
-        yield World(stack.enter_context(scratch_directory()), stack)
+        yield lambda: World(stack.enter_context(scratch_directory()), stack)
+
+
+@pytest.fixture
+def world(new_world) -> World:
+    return new_world()
 
 
 class Gate(threading.Event):
@@ -1012,15 +1083,126 @@ def test_a_chat_needs_no_key_and_ends_with_the_input(arguments, mode, world):
 
 # -- Sending ------------------------------------------------------------------------------------
 
-def test_every_message_arrives_as_it_was_said(world):
-    messages = [
-        "-n", "x;", "echo a && echo b \\;", "#{pane_id} #(touch sign) %1", "~/'\"`$HOME\\", "!",
-        "\ttab\n\n  blank line above", "e\u0301 漢字 🎉 \u202e", "/help", "q" * 100_000,
-        "\n".join(f"line {number}" for number in range(1000))]
-    world.model(*messages, "TASK_COMPLETE")
-    assert world.run("--task", "say much").status == 0
-    assert world.log("took") == messages
-    assert not (world.work / "sign").exists()
+CORPUS = [
+    "x", "-", "-n", "--help", ";", "x;", "a\\;", "\\", "a\nb \\", "echo a && echo b \\;", "!", "#",
+    "/help", "%1", "#{pane_id} #(touch sign) #[fg=red]#", "$HOME `touch sign` $(touch sign)",
+    "~/'\"`\\", "'", "Enter", "C-c", "\ttab", "a\tb  \t\n\n\n  trailing blanks above   \nx", "❯", ">",
+    "e\u0301 \u1112\u1161\u11ab 漢字 ｆｕｌｌ", "🎉 👩‍👩‍👧‍👦 👍🏽 🇩🇪 ❤️", "שלום \u202e عربى \u202c", "\u200b\u00a0\u3000\ufeff\U0010ffff",
+    "{ brace } [ a ] < b > | & * ?", "\n".join(f"line {number}" for number in range(1000)),
+    "\n".join("word " * 9 + "end" for _ in range(400)), "漢" * 30_000]
+UNTYPABLE = [       # what of it may press a key or end the paste is left out
+    ("a\x1b[201~\rtouch sign\r", "a[201~\ntouch sign"), ("a\x9b201~b\x1bOAc", "a201~bOAc"),
+    ("a\r\nb\rc", "a\nb\nc"), ("nul \0, bell \a, C-c \x03, C-d \x04, DEL \x7f, shift \x0e.",
+                               "nul , bell , C-c , C-d , DEL , shift ."), ("\x1b]0;⠋\x07t", "]0;⠋t"),
+    ("\x80\x85\x9b\x9f|", "|")]
+
+
+def at_once(new_world: Callable[[], World], cases: Mapping[str, Sequence[Any]], *,
+            limit: float = 120, **more: str) -> dict[str, World]:
+    """Run cases beside each other, each in a world of its own, and wait until all are complete.
+
+    A case is the replies of its model and at their end, if need be, its settings.
+    """
+    runs, worlds = {}, {}
+    for name, case in cases.items():
+        *replies, settings = case if isinstance(case[-1], dict) else (*case, {})
+        worlds[name] = world = new_world()
+        world.said = world.model(*replies, "TASK_COMPLETE")
+        runs[name] = world.start("--task", name, **{**more, **settings})
+    for name, run in runs.items():
+        done = run.end(limit)
+        assert (done.status, done.stderr) == (0, ""), (name, done)
+    return worlds
+
+
+def test_every_message_arrives_byte_for_byte_with_one_enter(new_world):
+    typed = [*CORPUS, *(text for _, text in UNTYPABLE), "q" * 1_000_000]
+    said = [*CORPUS, *(text for text, _ in UNTYPABLE), typed[-1]]
+    worlds = at_once(new_world, {
+        paste: [*said, {"AGENT_PASTE": paste}] for paste in ("brackets", "plain")},
+        HISTORY_MAX_TOKENS="9999999")
+    for paste, world in worlds.items():
+        begin, end = ("\x1b[200~", "\x1b[201~") if paste == "brackets" else ("", "")
+        expected = [f"{begin}{text}{end}\r" for text in typed]
+        assert [(read[:99], len(read)) for read in world.log("read")] == [
+            (read[:99], len(read)) for read in expected]
+        assert world.log("read") == expected and world.log("took") == typed
+        assert not (world.work / "sign").exists()
+
+
+def test_an_enter_is_repeated_until_the_message_is_taken_and_the_text_is_pasted_once(new_world):
+    messages = ["x", "two\nrows", "chip " * 2000 + ".", "wrapped " * 60 + "."]
+    cases = {"loses one": (1, messages, {"AGENT_EATS": "1"}),
+             "loses two": (2, messages[:2], {"AGENT_EATS": "2"}),
+             "loses three": (3, messages[:1], {"AGENT_EATS": "3"}),
+             "loses one, no sign": (1, messages[:2], {"AGENT_EATS": "1", "AGENT_SIGN": "none"}),
+             "slow": (0, messages, {"AGENT_SLOW": "1"}),
+             "slow, loses one": (1, messages[:2], {"AGENT_SLOW": "1", "AGENT_EATS": "1"})}
+    worlds = at_once(new_world, {name: [*said, "end", settings]
+                                 for name, (_, said, settings) in cases.items()})
+    for name, (lost, said, _) in cases.items():
+        assert worlds[name].log("read") == [
+            f"\x1b[200~{text}\x1b[201~\r" + "\r" * lost for text in [*said, "end"]], name
+
+
+def test_an_enter_that_became_a_new_line_is_repeated(new_world):
+    """Codex takes an Enter that comes within 120 ms after a paste for a part of that."""
+    messages = ["x", "two\nrows", "chip " * 2000 + ".", "end"]
+    worlds = at_once(new_world, {
+        "quick": [*messages, {"AGENT_DEAF": "0.12"}],
+        "slow": [*messages, {"AGENT_DEAF": "0.12", "AGENT_SLOW": "1"}]})
+    for name, world in worlds.items():
+        assert world.log("took") == messages, name
+        assert [re.fullmatch(r"(?s)\x1b\[200~[^\x1b]*\x1b\[201~(\r{1,2})", read) is not None
+                for read in world.log("read")] == [True] * 4, name
+
+
+@pytest.mark.parametrize("sign", ["title", "footer", "none"])
+def test_an_enter_that_was_taken_is_never_doubled(sign, world):
+    """A second one would answer the question that came up, or be an empty message."""
+    said = ["ask Yes", "echo x\nask ask x", "❯", ">", "ask ❯", "echo ❯", "end"]
+    replies = [["ask Yes"], ["KEYS: n"], [said[1]], ["KEYS: n"], said[2:5], ["KEYS: n"], said[5:]]
+    world.model(*(text for each in replies for text in each), "TASK_COMPLETE")
+    assert world.run("--task", "x", AGENT_SIGN=sign).status == 0
+    assert world.log("answered") == ["n"] * 3
+    assert world.log("read") == [f"\x1b[200~{text}\x1b[201~\r" for text in said]
+
+
+def test_a_message_is_delivered_whatever_the_pane_is_in(world):
+    pane = "=gt-claude-loop:"
+
+    def first(*words: str) -> Callable[[], str]:
+        return lambda: world.tmux(*words) or f"echo after {words[0]}"
+
+    def scrolled() -> str:
+        person.press("C-b", "[", "PageUp", "PageUp")
+        assert poll(lambda: world.tmux("display-message", "-p", "#{pane_in_mode}") == "1", 10)
+        return "echo to a person who scrolls"
+
+    def typed_beside() -> str:
+        person.press("q")
+        return "lines 30"
+
+    model = world.model(
+        "lines 200", first("copy-mode", "-t", pane), first("choose-tree", "-t", pane),
+        "write \\x1b[?1049h\\x1b[2J\\x1b[Hfull screen\\n", "echo inside", "write \\x1b[?1049l",
+        scrolled, typed_beside, "TASK_COMPLETE")
+    with contextlib.ExitStack() as stack:
+        run = world.start("--task", "x")
+        assert poll(lambda: world.log("took"), 30), run.stdout
+        person = stack.enter_context(Terminal(
+            ["tmux", "-L", "gt-claude-loop", "attach", "-t", pane], world.env, world.work))
+        person.wait_for("line 200 of 200")
+        done = run.end()
+    assert (done.status, done.stderr) == (0, "")
+    assert world.log("read") == [f"\x1b[200~{text}\x1b[201~\r" for text in world.log("took")]
+    assert [message.split()[-1] for message in world.log("took")] == [
+        "200", "copy-mode", "choose-tree", "screen\\n", "inside", "\\x1b[?1049l", "scrolls", "30"]
+    shown = [model.last_message(number) for number in range(9)]
+    assert "\nafter copy-mode" in shown[2] and "\nafter choose-tree" in shown[3]
+    assert "\nto a person who scrolls" in shown[7] and "\nline 30 of 30" in shown[8]
+    assert ["visible screen" in text for text in shown] == [
+        number in (4, 5) for number in range(9)], shown
 
 
 def test_the_task_may_come_from_standard_input(world):
