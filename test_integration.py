@@ -16,6 +16,7 @@ import http.client
 import http.server
 import json
 import os
+import random
 import re
 import select
 import shlex
@@ -578,7 +579,8 @@ AGENT = r'''
 
 What it is like is said by AGENT_STARTS_IN (seconds), AGENT_SIGN (title, footer or none),
 AGENT_PASTE (brackets or plain), AGENT_EATS (how many Enters it loses of each message), AGENT_DEAF
-(seconds after a paste in which an Enter is but a new line) and AGENT_SLOW (seconds for a paste).
+(seconds after a paste in which an Enter is but a new line) and AGENT_SLOW (seconds for a paste),
+AGENT_THINKS (seconds before it does anything).
 """
 import itertools, json, os, re, termios, threading, time, tty
 
@@ -689,7 +691,7 @@ for turn in itertools.count(1):
     message = take()
     SIGN.start()
     show("\n")
-    time.sleep(0.2)     # it thinks
+    time.sleep(setting("THINKS", 0.2))
     for order in message.replace("\n", "&&").split("&&"):
         obey(order, turn)
     SIGN.stop()
@@ -1179,20 +1181,18 @@ def test_a_message_is_delivered_whatever_the_pane_is_in(world):
         assert poll(lambda: world.tmux("display-message", "-p", "#{pane_in_mode}") == "1", 10)
         return "echo to a person who scrolls"
 
-    def typed_beside() -> str:
-        person.press("q")
-        return "lines 30"
-
     model = world.model(
         "lines 200", first("copy-mode", "-t", pane), first("choose-tree", "-t", pane),
         "write \\x1b[?1049h\\x1b[2J\\x1b[Hfull screen\\n", "echo inside", "write \\x1b[?1049l",
-        scrolled, typed_beside, "TASK_COMPLETE")
+        scrolled, "sleep 2 && lines 30", "TASK_COMPLETE")
     with contextlib.ExitStack() as stack:
         run = world.start("--task", "x")
         assert poll(lambda: world.log("took"), 30), run.stdout
         person = stack.enter_context(Terminal(
             ["tmux", "-L", "gt-claude-loop", "attach", "-t", pane], world.env, world.work))
         person.wait_for("line 200 of 200")
+        assert poll(lambda: "sleep 2 && lines 30" in world.log("took"), 60), run.stdout
+        person.press("C-b", "[", "PageUp", "PageUp")
         done = run.end()
     assert (done.status, done.stderr) == (0, "")
     assert world.log("read") == [f"\x1b[200~{text}\x1b[201~\r" for text in world.log("took")]
@@ -1322,6 +1322,61 @@ def test_what_the_agent_does_while_nobody_looks_is_shown_after_the_run_is_resume
     assert world.run("--resume").status == 0
     shown = "\n".join(model.last_message(number) for number in (1, 2))
     assert "\ntwo\n" in shown and "\nthree\n" in shown + "\n"
+
+
+# -- The end of a turn --------------------------------------------------------------------------
+
+def pauses(agent: str, seconds: Sequence[float]) -> list[str]:
+    """Return messages that have an agent pause so often, and at the end say which it was."""
+    sleep = "sleep %.2f && echo mid && sleep %.2f && echo end-%d"
+    if agent == "bash":
+        sleep = "sleep %.2f; echo mid; sleep %.2f; echo end-$((%d))"
+    return [sleep % (*pair, number) for number, pair in enumerate(zip(seconds, seconds[1:]))]
+
+
+def agent_like(kind: str) -> dict[str, str]:
+    """Return the settings for an agent with a sign, or for a shell."""
+    return {"CLAUDE_CMD": "bash --norc"} if kind == "bash" else {"AGENT_SIGN": kind}
+
+
+def early(world: World, messages: Sequence[str]) -> list[str]:
+    """Return the messages of a run whose turn was over before the agent had said so."""
+    ends = [re.sub(r".*(end-).*?(\d+)\D*", r"\1\2", message) for message in messages]
+    turns = [turn["agent_output"] for turn in world.events("iteration_end")]
+    return [message for message, end, turn in zip(messages, ends, turns)
+            if not re.search(f"(?m)^{end}$", turn)]
+
+
+def test_a_turn_is_over_when_the_agent_is_done_and_not_before(new_world):
+    """Whether its sign lives, or stands still for a while; and in spite of signs left behind."""
+    cases = {kind: [*pauses(kind, [0, 0.1, 0.5, 2.5, 4, 1]), agent_like(kind)]
+             for kind in ("title", "footer", "bash")}
+    frozen = ["freeze 10 && echo end-1", "sleep 0.2 && echo end-2"]
+    cases |= {f"{kind}, frozen": [*frozen, agent_like(kind)] for kind in ("title", "footer")}
+    quoted = r"write ✻ Thinking… (12s • esc to interrupt)\n\n  esc to interrupt\n\n"
+    cases |= {f"{kind}, quoted": [f"{quoted} && echo end-1", "echo end-2", agent_like(kind)]
+              for kind in ("title", "footer", "none")}
+    leave = "printf '\\033]0;\u2839 working\\007'; echo end-$((%d))"
+    cases["bash, left behind"] = [leave % 1, leave % 2, agent_like("bash")]
+    cases["title, at once"] = ["echo end-1", "echo end-2", {"AGENT_THINKS": "0"}]
+    worlds = at_once(new_world, cases)
+    assert {name: early(worlds[name], case[:-1]) for name, case in cases.items()} == {
+        name: [] for name in cases}
+    for name, world in worlds.items():
+        assert "still working" not in world.everything(), name
+
+
+def test_benchmark_of_200_turns_with_pauses(new_world, asked_for):
+    cases = {}
+    for number, kind in enumerate(("title", "footer", "bash") * 3):
+        draw = random.Random(number)
+        seconds = [draw.uniform(0, 10) for _ in range(24)]
+        cases[f"{kind} {number}"] = [*pauses(kind, seconds), agent_like(kind)]
+    worlds = at_once(new_world, cases, limit=900)
+    over = {name: early(worlds[name], case[:-1]) for name, case in cases.items()}
+    print(f"\n{sum(len(case) - 1 for case in cases.values())} turns with two pauses of 0 to 10 s: "
+          f"{sum(map(len, over.values()))} ended early")
+    assert not any(over.values()), over
 
 
 # -- Secrets ------------------------------------------------------------------------------------
