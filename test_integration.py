@@ -1379,6 +1379,72 @@ def test_benchmark_of_200_turns_with_pauses(new_world, asked_for):
     assert not any(over.values()), over
 
 
+# -- What is new --------------------------------------------------------------------------------
+
+VISIBLE = "[This is the visible screen; what is new on it can't be told apart.]\n"
+REDRAWN = r"write \x1b[2J\x1b[3J\x1b[HA small agent.\n\n❯ lines 2\nline 1 of 2\nline 2 of 2\n"
+SIXTY = "\n".join(map(str, range(1, 61)))
+
+
+NEWS = [
+    ("title", [("echo same", "same"), ("echo same", "same"), ("echo same && echo", "same")]),
+    ("bash", [("seq 60", SIXTY), ("clear; echo after", VISIBLE + "after\n$"), ("seq 60", SIXTY),
+              (r"printf '\033[2J\033[Hafter\n'", "after"),
+              (r"printf '\033[2J\033[3J\033[H'; seq 2", VISIBLE + "1\n2\n$"), ("seq 60", SIXTY)]),
+    ("bash", [("seq 60", SIXTY), ("reset; echo after", "after"), ("echo x", "x")]),
+    ("bash", [("seq 60", SIXTY), (r"printf '\033[?1049h'; echo in; printf '\033[?1049l'", ""),
+              (r"printf '\033[?1049h\033[2J\033[Hin\n'", VISIBLE + "in\n$"),
+              (r"echo still", VISIBLE + "in\n$ echo still\nstill\n$"), (r"tput rmcup", None),
+              ("echo x", "x")]),
+    ("title", [("lines 2", "line 1 of 2\nline 2 of 2"), (REDRAWN + r"❯ again\nnew\n", "new"),
+               (REDRAWN + r"❯ again\nnew\n❯ third\nnew\n", "new"), ("echo x", "x")]),
+    ("title", [(f"echo {text}", text) for text in (
+        "w" * 300, "漢" * 150, "a" + "漢" * 150, "e\u0301" * 300, "x" * 198 + "👍🏽" * 4)]),
+    ("title", [("lines 30000", None), ("lines 30000", None), ("echo small", "small")]),
+    ("title", [("lines 99999", VISIBLE + "\n".join(
+        f"line {number} of 99999" for number in range(99952 - 1, 100_000)) + "\n❯"),
+        ("echo same", "same"), ("echo same", "same")])]
+
+
+def test_what_is_new_is_told_exactly(new_world):
+    cases = {f"{number} {kind}": [*(message for message, _ in turns), agent_like(kind)]
+             for number, (kind, turns) in enumerate(NEWS)}
+    worlds = at_once(new_world, cases, PS1="$ ")
+    for world, (kind, turns) in zip(worlds.values(), NEWS):
+        shown = [turn["agent_output"] for turn in world.events("iteration_end")]
+        for (message, new), text in zip(turns, shown):
+            first = "$ " if kind == "bash" else "❯ "
+            first += "again" if "❯ again" in message else message
+            whole = new if not new or new.startswith(VISIBLE) else f"{first}\n{new}"
+            assert text in (whole or first, f"❯ third\n{new}") or new is None, (message, text)
+
+
+@pytest.mark.parametrize("size", [(120, 30), (260, 70)])
+def test_what_is_new_is_told_exactly_when_the_window_was_resized_in_mid_turn(size, world):
+    order = "sleep 1.5 && lines 100 && echo end"
+    world.model(f"lines 90 && echo {'w' * 180}", order, "echo x", "TASK_COMPLETE")
+    run = world.start("--task", "x")
+    assert world.taken(order), run.stdout
+    world.tmux("resize-window", "-t", "=gt-claude-loop:", "-x", str(size[0]), "-y", str(size[1]))
+    assert run.end().status == 0
+    hundred = "\n".join(f"line {number} of 100" for number in range(1, 101))
+    assert [turn["agent_output"] for turn in world.events("iteration_end")][1:3] == [
+        f"❯ {order}\n{hundred}\nend", "❯ echo x\nx"]
+
+
+def test_two_hundred_thousand_lines_are_taken_in_little_memory_and_their_loss_is_told(world):
+    gate = Gate()
+    model = world.model("seq 1 200000", "echo small", gate.reply("TASK_COMPLETE"))
+    run = world.start("--task", "x", CLAUDE_CMD="bash --norc")
+    assert poll(lambda: len(model.requests) == 3, 60), run.stdout
+    peak = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{run.process.pid}/status").read_text())
+    assert int(peak[1]) < 100_000 and processor_seconds(run.process.pid) < 10
+    gate.set()
+    assert run.end().status == 0
+    assert "visible screen" in model.last_message(1) and "\n200000\n" in model.last_message(1)
+    assert "\nsmall" in model.last_message(2) and "99\n" not in model.last_message(2)
+
+
 # -- Secrets ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("source", ["environment", ".env"])
