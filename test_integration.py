@@ -577,12 +577,12 @@ class Terminal:
 AGENT = r'''
 """A small agent: on a terminal it does what the real ones do; agent.log has what it took.
 
-What it is like is said by AGENT_STARTS_IN (seconds), AGENT_SIGN (title, footer or none),
+What it is like is said by AGENT_START (orders before it is ready), AGENT_SIGN (title, footer or none),
 AGENT_PASTE (brackets or plain), AGENT_EATS (how many Enters it loses of each message), AGENT_DEAF
 (seconds after a paste in which an Enter is but a new line) and AGENT_SLOW (seconds for a paste),
 AGENT_THINKS (seconds before it does anything).
 """
-import itertools, json, os, re, termios, threading, time, tty
+import itertools, json, os, re, select, termios, threading, time, tty
 
 def setting(name, default):
     return type(default)(os.environ.get("AGENT_" + name, default))
@@ -674,18 +674,39 @@ def obey(order, turn):
         log(answered=chr(next(KEYS)))
         show("\n\n")
         SIGN.start()
+    elif word == "choose":
+        choose(*rest.split("/"))
     elif word == "die":
         os._exit(int(rest))
+
+def choose(question, *options):
+    """Ask as Claude Code does at its start; the answer at first marked has a star."""
+    at = [option[0] for option in options].index("*")
+    options = [option.lstrip("*") for option in options]
+    rows = [question, *options, "Enter to confirm · Esc to cancel"]
+    key = ""
+    while key != "\r":
+        at = min(max(at + {"A": -1, "B": 1}.get(key, 0), 0), len(options) - 1)
+        rows[1:-1] = [f"{'❯ ' if row == at else '  '}{text}" for row, text in enumerate(options)]
+        show("\n".join(rows) + f"\x1b[{len(rows) - 1}A\r")
+        key = chr(next(KEYS))
+        show("\x1b[J")
+    log(chose=options[at])
+    if options[at].endswith("No, exit"):
+        os._exit(1)
 
 tty.setraw(0)
 mode = termios.tcgetattr(0)
 mode[tty.OFLAG] |= termios.OPOST
 termios.tcsetattr(0, termios.TCSANOW, mode)
-time.sleep(setting("STARTS_IN", 0.0))
-KEYS, SIGN = keyboard(), Sign()
+KEYS = keyboard()
+for order in setting("START", "").split("&&"):
+    obey(order, 0)
+early = select.select([0], [], [], 0)[0] and os.read(0, 999).decode()
+SIGN = Sign()
 show("\x1b[?2004h" if setting("PASTE", "brackets") == "brackets" else "")
 show("A small agent.\n\n")
-log(started=True)
+log(started=True, early=early or "")
 for turn in itertools.count(1):
     show("❯ ")
     message = take()
@@ -863,6 +884,14 @@ class World:
         """Start the tool, and wait until it has ended."""
         return self.start(*arguments, **how).end()
 
+    def program(self, name: str, script: str) -> str:
+        """Make a shell script the program of that name; return the PATH with it."""
+        programs = self.directory / "programs"
+        programs.mkdir(exist_ok=True)
+        (programs / name).write_text(f"#!/bin/sh\n{script}\n")
+        (programs / name).chmod(0o755)
+        return f"{programs}:{self.env['PATH']}"
+
     def journals(self) -> list[Path]:
         """Return the journals of all runs, the newest last."""
         return sorted(self.directory.glob("state/orchestrator/runs/*.jsonl"))
@@ -905,6 +934,27 @@ def new_world() -> Iterator[Callable[[], World]]:
 @pytest.fixture
 def world(new_world) -> World:
     return new_world()
+
+
+def at_once(new_world: Callable[[], World], cases: Mapping[str, Sequence[Any]], *,
+            limit: float = 120, prepare: Callable[[World, str], Mapping[str, str]] | None = None,
+            **more: str) -> dict[str, World]:
+    """Run cases beside each other, each in a world of its own, and wait until all are complete.
+
+    A case is the replies of its model and at their end, if need be, its settings; `prepare` may
+    return more of them.
+    """
+    runs, worlds = {}, {}
+    for name, case in cases.items():
+        *replies, settings = case if isinstance(case[-1], dict) else (*case, {})
+        worlds[name] = world = new_world()
+        world.said = world.model(*replies, "TASK_COMPLETE")
+        own = prepare(world, name) if prepare else {}
+        runs[name] = world.start("--task", name, **{**more, **settings, **own})
+    for name, run in runs.items():
+        done = run.end(limit)
+        assert (done.status, done.stderr) == (0, ""), (name, done)
+    return worlds
 
 
 class Gate(threading.Event):
@@ -1097,24 +1147,6 @@ UNTYPABLE = [       # what of it may press a key or end the paste is left out
     ("a\r\nb\rc", "a\nb\nc"), ("nul \0, bell \a, C-c \x03, C-d \x04, DEL \x7f, shift \x0e.",
                                "nul , bell , C-c , C-d , DEL , shift ."), ("\x1b]0;⠋\x07t", "]0;⠋t"),
     ("\x80\x85\x9b\x9f|", "|")]
-
-
-def at_once(new_world: Callable[[], World], cases: Mapping[str, Sequence[Any]], *,
-            limit: float = 120, **more: str) -> dict[str, World]:
-    """Run cases beside each other, each in a world of its own, and wait until all are complete.
-
-    A case is the replies of its model and at their end, if need be, its settings.
-    """
-    runs, worlds = {}, {}
-    for name, case in cases.items():
-        *replies, settings = case if isinstance(case[-1], dict) else (*case, {})
-        worlds[name] = world = new_world()
-        world.said = world.model(*replies, "TASK_COMPLETE")
-        runs[name] = world.start("--task", name, **{**more, **settings})
-    for name, run in runs.items():
-        done = run.end(limit)
-        assert (done.status, done.stderr) == (0, ""), (name, done)
-    return worlds
 
 
 def test_every_message_arrives_byte_for_byte_with_one_enter(new_world):
@@ -1443,6 +1475,163 @@ def test_two_hundred_thousand_lines_are_taken_in_little_memory_and_their_loss_is
     assert run.end().status == 0
     assert "visible screen" in model.last_message(1) and "\n200000\n" in model.last_message(1)
     assert "\nsmall" in model.last_message(2) and "99\n" not in model.last_message(2)
+
+
+# -- The start ----------------------------------------------------------------------------------
+
+TRUST = "choose Quick safety check: do you trust this folder?"
+BYPASS = "choose WARNING: Claude Code running in Bypass Permissions mode"
+STARTS = {      # what a slow Claude Code does before it is ready, and what is chosen
+    "slow": ("sleep 10", []), "slow after a word": ("echo Loading…&&sleep 3&&echo Welcome!", []),
+    "older": (f"{TRUST}/*1. Yes, I trust this folder/2. No, exit&&{BYPASS}/*1. No, exit/"
+              "2. Yes, I accept", ["1. Yes, I trust this folder", "2. Yes, I accept"]),
+    "newest": (f"{TRUST}/*No, exit/Yes, I trust this folder&&sleep 1&&{BYPASS}/*No, exit/"
+               "Yes, I accept", ["Yes, I trust this folder", "Yes, I accept"]),
+    "upside down": (f"{BYPASS}/Yes, I accept/*No, exit&&{TRUST}/Yes, I trust this folder/*No, exit",
+                    ["Yes, I accept", "Yes, I trust this folder"])}
+
+
+def as_claude(world: World, name: str = "") -> dict[str, str]:
+    """Have the small agent run as Claude Code."""
+    return {"CLAUDE_CMD": "", "PATH": world.program("claude", f'exec {world.env["CLAUDE_CMD"]}')}
+
+
+def test_a_slow_start_is_waited_for_and_known_questions_are_answered_by_their_label(new_world):
+    worlds = at_once(new_world, {name: ["echo one", {"AGENT_START": start}]
+                                 for name, (start, _) in STARTS.items()}, prepare=as_claude)
+    for name, world in worlds.items():
+        assert world.log("chose") == STARTS[name][1], name
+        assert world.log("early") == [""] and world.log("took") == ["echo one"], name
+        said = [note["text"] for note in world.events("note")]
+        assert [re.sub(r"^.*(Yes.*)$", r"\1", text) for text in said] == [
+            re.sub(r"^\d. ", "", text) for text in STARTS[name][1]], name
+
+
+def test_an_unknown_question_at_the_start_is_left_to_the_model(world):
+    model = world.model("KEYS: Down Enter", "echo one", "TASK_COMPLETE")
+    world.run("--task", "x", AGENT_START="choose Which theme?/*Dark/Light", **as_claude(world))
+    assert "Which theme?" in model.last_message(0) and "❯ Dark" in model.last_message(0)
+    assert world.log("chose") == ["Light"] and world.log("took") == ["echo one"]
+    assert world.log("early") == [""] and "\none" in model.last_message()
+
+
+def test_an_agent_that_ends_at_once_always_leaves_its_last_words(world, asked_for):
+    world.model("echo never")
+    for command in ("echo 'license expired'; exit 3", "echo 'license expired' >&2; sleep 0.01; "
+                    "exit 3", "printf 'license expired'; sleep 0.1; exit 3") * 10:
+        done = world.run("--task", "x", CLAUDE_CMD=command)
+        assert done.status == 5
+        assert_one_complaint(done, "license expired", "status 3")
+
+
+# -- Accidents at any moment --------------------------------------------------------------------
+
+TRAP = r"""
+kill_server() { kill -9 $("$real" -L gt-claude-loop display-message -p '#{pid}'); }
+unanswered() { "$real" "$@" > /dev/null; sleep 0.5; }
+lost() { echo 'server exited unexpectedly' >&2; exit 1; }
+case "$*" in *%s*) echo >> "$here/calls"
+    case "$(($(wc -l < "$here/calls")))" in %s) touch "$here/fired"; %s ;; esac ;;
+esac
+exec "$real" "$@"
+"""
+
+
+def with_trap(world: World, pattern: str, numbers: str, action: str) -> dict[str, str]:
+    """Have something happen when the tool calls tmux like this, for the nth time or times."""
+    script = f"real={shutil.which('tmux')} here={world.directory}" + TRAP % (
+        pattern, numbers, action)
+    return {"PATH": world.program("tmux", script)}
+
+
+PASTE, ENTER, LOOK = "paste-buffer", "'Enter'", "capture-pane"
+TRAPS = {
+    "killed before the paste": (PASTE, "2", "kill_server"),
+    "killed in the paste": (PASTE, "2", '"$real" "$@" > /dev/null; kill_server; lost'),
+    "killed before the Enter": (ENTER, "2", "kill_server"),
+    "killed in the Enter": (ENTER, "2", 'unanswered "$@"; kill_server; lost'),
+    "killed after the Enter": (ENTER, "2", 'unanswered "$@"; kill_server; echo TAKEN; exit'),
+    "killed in a look": (LOOK, "30", "kill_server"),
+    "stopped for 3 s": (LOOK, "30", "pid=$(\"$real\" -L gt-claude-loop display-message -p "
+                        "'#{pid}'); kill -STOP $pid; (sleep 3; kill -CONT $pid) > /dev/null 2>&1 &"),
+    "paste hangs for 3 s": (PASTE, "2", "sleep 3"), "Enter hangs for 3 s": (ENTER, "2", "sleep 3"),
+    "look hangs for 3 s": (LOOK, "30", "sleep 3"), "look never ends": (LOOK, "30", "exec sleep 99"),
+    "paste never made": (PASTE, "2", "exec sleep 99"),
+    "paste never ends": (PASTE, "2", 'unanswered "$@"; exec sleep 99'),
+    "Enter never made": (ENTER, "2", "exec sleep 99"),
+    "Enter never ends": (ENTER, "2", 'unanswered "$@"; exec sleep 99')}
+
+
+def test_a_message_is_delivered_once_whatever_becomes_of_tmux(new_world):
+    messages = ["echo one", "sleep 1 && echo two", "echo three"]
+    worlds = at_once(new_world, dict.fromkeys(TRAPS, messages),
+                     prepare=lambda world, name: with_trap(world, *TRAPS[name]))
+    took = {name: world.log("took") for name, world in worlds.items()}
+    assert took == dict.fromkeys(TRAPS, messages)
+    for name, world in worlds.items():
+        told = "".join(world.said.last_message(number) for number in (2, 3))
+        assert ("started again" in told) == name.startswith("killed"), (name, told)
+        assert "\nthree" in told and (world.directory / "fired").exists(), (name, told)
+
+
+@pytest.mark.parametrize("pattern, numbers", [(LOOK, "[3-9]?"), (PASTE, "*"), (ENTER, "*")])
+def test_a_tmux_that_never_answers_again_ends_the_run(pattern, numbers, world):
+    world.model("echo one", "echo two", "echo three")
+    done = world.start("--task", "x", **with_trap(world, pattern, numbers, "exec sleep 99")).end(90)
+    assert done.status == 5
+    assert_one_complaint(done, "no answer")
+
+
+def test_a_run_ends_in_order_when_its_directory_is_gone_and_the_agent_too(world):
+    gone = world.directory / "gone"
+    gone.mkdir()
+    model = world.model('rm -r "$PWD"', "echo still here", "exit 3")
+    done = world.run("--task", "x", cwd=gone, CLAUDE_CMD="bash --norc")
+    assert done.status == 5
+    assert_one_complaint(done, "working directory is gone", str(gone))
+    assert "\nstill here" in model.last_message(2)
+
+
+def test_claude_code_starts_afresh_where_there_is_nothing_to_continue(world):
+    agent = world.env["CLAUDE_CMD"]
+    script = ('case "$*" in *--continue*) echo No conversation found to continue; exit 1;; esac\n'
+              f"exec {agent}")
+    model = world.model("echo one", "echo two && die 9", "echo three", "TASK_COMPLETE")
+    done = world.run("--task", "x", CLAUDE_CMD="", PATH=world.program("claude", script))
+    assert (done.status, done.stderr) == (0, "")
+    assert world.log("took") == ["echo one", "echo two && die 9", "echo three"]
+    assert [event["resumed"] for event in world.events("recovery")] == [False]
+    assert "remembers nothing" in model.last_message(2) and "two" in model.last_message(2)
+
+
+# -- Sharing ------------------------------------------------------------------------------------
+
+def test_a_person_may_attach_and_type_between_two_turns(world):
+    def beside() -> str:
+        with Terminal(["tmux", "-L", "gt-claude-loop", "attach"], world.env, world.work) as person:
+            person.wait_for("one")
+            person.type("echo typed by a person")
+            person.press("Enter")
+            person.wait_for("\ntyped by a person")
+            person.press("C-b", "d")
+            person.exit_status()
+        return "echo two"
+
+    model = world.model("echo one", beside, "echo three", "TASK_COMPLETE")
+    assert world.run("--task", "x").status == 0
+    assert world.log("took") == ["echo one", "echo typed by a person", "echo two", "echo three"]
+    assert "\ntyped by a person\n❯ echo two\ntwo" in model.last_message(2)
+    assert model.last_message(3).endswith("\nthree")
+
+
+def test_a_session_that_was_made_for_another_command_is_not_typed_into(world):
+    world.model("echo mine", "TASK_COMPLETE")
+    assert world.run("--task", "x").status == 0
+    for command in ("bash --norc", ""):
+        done = world.run("--task", "x", **{**as_claude(world), "CLAUDE_CMD": command})
+        assert done.status == 2
+        assert_one_complaint(done, "agent.py", str(world.work), "CLAUDE_TMUX_SESSION")
+    assert world.log("took") == ["echo mine"]
 
 
 # -- Secrets ------------------------------------------------------------------------------------
@@ -2377,7 +2566,7 @@ def test_benchmark_of_the_processor_time_of_a_minute(world, asked_for):
 def test_benchmark_of_the_start(world, asked_for):
     with TimedModel(["TASK_COMPLETE"]) as model:
         began = time.time()
-        done = world.run("--task", "x", OPENROUTER_BASE_URL=model.url, AGENT_STARTS_IN="0.15")
+        done = world.run("--task", "x", OPENROUTER_BASE_URL=model.url, AGENT_START="sleep 0.15")
         assert done.status == 0
     ready = json.loads((world.work / "agent.log").read_text())["at"]
     print(f"\nfrom start to the first call of the model: {model.asked[0] - began:.2f} s, "
