@@ -379,7 +379,7 @@ _FOOTER = re.compile(r"\b(?:esc|ctrl\+c) to interrupt\b|^\s*Waiting for startup\
 _STATUS_LINE = re.compile(r"\([^()]*\d+s\b[^()]*\b(?:esc|ctrl\+c) to interrupt\b[^()]*\)", re.I)
 _PASTE_CHIP = re.compile(r"\[Pasted (?:text|Content)\b[^\]]*\]")
 _RULE = re.compile(r"\s*[─╌╭╰][─╌╮╯\s]+")
-_CURSOR_ROW = re.compile(r"\s*[│|]?\s*[❯›>](?:\s|$)")
+_CURSOR_ROW = re.compile(r"\s*[│|]?\s*[❯›>!](?:\s|$)")
 _CHOOSE = re.compile(r"\benter (?:to )?(?:confirm|select|continue)\b|"
                      r"\besc (?:to )?(?:cancel|close|exit|(?:go )?back)\b", re.I)
 _CHOSEN = re.compile(r"\s*[│|]?\s*[❯›]\s*(\S.*)")
@@ -455,17 +455,21 @@ def holds_draft(line: str, message: str) -> bool:
         shown.endswith(end[-20:].strip()) or end.endswith(shown))
 
 
-def draft_in_box(lines: Sequence[str], column: int) -> str:
-    """Return what stands in an input box before the cursor, which is on the last of the lines.
+def draft_in_box(screen: Sequence[str], row: int, column: int) -> str:
+    """Return what stands in the input box that the cursor is in, nothing if it is in none.
 
-    The box begins with a prompt mark; behind the cursor there may be a placeholder.
+    The box begins with a prompt mark; `!` is that of Claude Code's shell mode, and a draft.  Behind
+    the cursor in an empty box there may be a placeholder.
     """
-    for top in range(len(lines) - 1, -1, -1):
-        mark, below = _CURSOR_ROW.match(lines[top]), lines[top + 1:]
+    below = itertools.takewhile(lambda line: line.startswith("  "), screen[row + 1:])
+    for top in range(min(row, len(screen) - 1), -1, -1):
+        mark = _CURSOR_ROW.match(screen[top])
         if mark:
-            first = lines[top][mark.end():] if below or column > mark.end() else ""
-            return "\n".join([first, *map(str.strip, below)])
-        if lines[top].strip() and not lines[top].startswith("  "):
+            rest = [*screen[top + 1:row + 1], *below]
+            shell = "!" * ("!" in mark[0])
+            first = screen[top][mark.end():] if rest or shell or column > mark.end() else ""
+            return "\n".join([shell + first, *map(str.strip, rest)])
+        if screen[top].strip() and not screen[top].startswith("  "):
             break
     return ""
 
@@ -967,6 +971,7 @@ class Agent:
         self._titled = self._talked = False
         self._asks = False                      # it shows no input box, but something unknown
         self._restarts: list[float] = []
+        self._unanswered = 0                    # writes in a row
         self._shown: tuple[float, tuple[str, ...]] = (0.0, ())
 
     def check(self) -> str:
@@ -1139,7 +1144,7 @@ class Agent:
         """Return what stands in the input box, nothing for a program whose box we do not know."""
         if not (self._program.install and shows_input(pane.screen)):
             return ""
-        return draft_in_box(pane.screen[:pane.cursor_row + 1], pane.cursor_column)
+        return draft_in_box(pane.screen, pane.cursor_row, pane.cursor_column)
 
     def _clear_box(self, pane: Pane) -> tuple[str, ...]:
         """Empty the input box of what somebody left in it, which a message would be glued to."""
@@ -1147,7 +1152,8 @@ class Agent:
         for _ in range(10):
             if not self._box(pane):
                 break
-            self._write(lambda now: self._tmux.press(now, "C-e", *["C-u"] * 20))
+            keys = ("C-e", *["C-u"] * 20, *["C-k"] * 20, "BSpace")     # BSpace: out of shell mode
+            self._write(lambda now: self._tmux.press(now, *keys))
             pane = self._look_until(lambda now: now.screen != pane.screen)
         return (f"The input line held a draft, which was removed: {clip(left.strip(), 400)!r}",
                 ) * bool(left)
@@ -1160,13 +1166,10 @@ class Agent:
         def shown(pane: Pane) -> bool:
             return pane.screen != before.screen and holds_draft(pane.cursor_line, text)
 
-        for _ in range(2):      # once more only if tmux gave no answer and nothing was pasted
-            known = self._write(lambda pane: self._tmux.paste(pane, text))
-            pasted = self._look_until(shown)
-            if known or self._box(pasted) or shown(pasted):
-                break
-        else:
-            raise AgentError(f"{self.name} can't be typed to: tmux gives no answer")
+        known = self._write(lambda pane: self._tmux.paste(pane, text))
+        pasted = self._look_until(shown)
+        if not (known or self._box(pasted) or shown(pasted)):       # it never got there
+            return self._paste(before, text)
         if self._program.install and shows_input(before.screen):
             return lambda pane: bool(self._box(pane))
         if shown(pasted):
@@ -1183,7 +1186,8 @@ class Agent:
     def _write(self, write: Callable[[Pane], bool]) -> bool:
         """Write to the pane, out of copy mode if a person scrolls there.
 
-        Returns False if tmux gave no answer, so that nobody knows whether it was written.
+        Returns False if tmux gave no answer, so that nobody knows whether it was written; raises
+        TmuxError if that comes twice in a row.
         """
         for _ in range(20):
             pane = self._look()
@@ -1191,10 +1195,12 @@ class Agent:
                 if pane.in_mode:
                     self._tmux.leave_mode(pane.id)
                 elif write(pane):
+                    self._unanswered = 0
                     return True
-            except TmuxGone:
-                raise
-            except TmuxError:
+            except TmuxError as error:
+                self._unanswered += 1
+                if isinstance(error, TmuxGone) or self._unanswered > 1:
+                    raise
                 return False
             self._sleep(0.1)
         raise AgentError(f"the pane of {self.name} takes no input: is it turned off "

@@ -739,9 +739,16 @@ def test_the_input_box_and_the_footer_are_left_out(lines, above):
     (['❯ Try "fix it"'], 2, ""), (["│ >                │"], 4, ""), ([], 0, ""), (["$ ls"], 4, ""),
     (["❯ rm -rf x"], 10, "rm -rf x"), (["› über"], 6, "über"), (["❯ one", "  two"], 5, "one\ntwo"),
     (["❯ one", "", "  two"], 5, "one\n\ntwo"), (["❯", ""], 2, "\n"), (["❯ one", "● two"], 3, ""),
-    (["❯ one", RULE, "  ? for help"], 12, "")])
+    (["❯ one", RULE, "  ? for help"], 12, ""), ([RULE, "!"], 2, "!"), ([RULE, "! ls"], 4, "!ls")])
 def test_what_stands_in_an_input_box(lines, column, draft):
-    assert draft_in_box(lines, column) == draft
+    row = len(lines) - 1
+    assert draft_in_box(lines, row, column) == draft
+    assert draft_in_box([*lines, RULE, "  ? for help"], row, column) == draft
+    assert draft_in_box([*lines, "", "  gpt-5 default"], row, column) == draft
+
+
+def test_a_draft_may_stand_below_the_cursor():
+    assert draft_in_box([RULE, "❯", "  two", RULE, "  ? for help"], 1, 2) == "\ntwo"
 
 
 @pytest.mark.parametrize("screen, question", [
