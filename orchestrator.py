@@ -375,7 +375,8 @@ def new_lines(before: list[str], after: list[str]) -> list[str] | None:
 
 
 SPINNER = re.compile("[\u2801-\u28ff\u25d0-\u25d3]")      # Braille, or a turning half-moon
-_FOOTER = re.compile(r"\b(?:esc|ctrl\+c) to interrupt\b|^\s*Waiting for startup\b", re.I)
+_FOOTER = re.compile(r"\b(?:esc|ctrl\+c) to interrupt\b", re.I)
+_STARTING = re.compile(r"\s*Waiting for startup\b")
 _STATUS_LINE = re.compile(r"\([^()]*\d+s\b[^()]*\b(?:esc|ctrl\+c) to interrupt\b[^()]*\)", re.I)
 _PASTE_CHIP = re.compile(r"\[Pasted (?:text|Content)\b[^\]]*\]")
 _RULE = re.compile(r"\s*[─╌╭╰][─╌╮╯\s]+")
@@ -392,11 +393,15 @@ _QUESTIONS = (("trust this folder", "Yes, I trust"),
 def says_busy(screen: Iterable[str]) -> bool:
     """Whether the bottom of a screen says that the agent works.
 
-    Claude Code says so in its footer, Codex in a status line like (12s • esc to interrupt), and
-    while it starts and keeps what was typed, in its footer too.
+    Claude Code says so in its footer, Codex in a status line like (12s • esc to interrupt).
     """
     lines = [line for line in screen if line.strip()][-12:]
     return any(map(_FOOTER.search, lines[-3:])) or any(map(_STATUS_LINE.search, lines))
+
+
+def keeps_message(screen: Iterable[str]) -> bool:
+    """Whether a screen says that what was typed waits until the agent, Codex, has started."""
+    return any(map(_STARTING.match, [line for line in screen if line.strip()][-3:]))
 
 
 class Menu(NamedTuple):
@@ -924,6 +929,8 @@ class Watch:
             return "wait"
         if elsewhere:
             return "quiet"
+        if keeps_message(pane.screen) and still < self.STALE:
+            return "wait"
         if self._was_busy:
             return "done" if min(still, now - self._busy_at) >= self.STILL else "wait"
         if self._untaken(pane):
@@ -1310,6 +1317,8 @@ class Agent:
             return self.READY_STILL if pane.text else self.READY_LIMIT / 6
         if self._is_ready(pane) or known_question(pane.screen):
             return self.READY_STILL
+        if shows_input(pane.screen):
+            return self.READY_LIMIT / 2
         return self.READY_LIMIT / 6 if pane.text else self.READY_LIMIT
 
     def _restart(self, trouble: AgentError) -> str:

@@ -1063,6 +1063,12 @@ def test_a_program_without_a_sign_ends_after_two_seconds_of_stillness():
         "wait", "wait", "wait", "done"]
 
 
+def test_a_message_that_is_kept_until_the_agent_has_started_is_not_taken_yet():
+    kept, taken = "> hi\n❯\n  Waiting for startup · esc cancel", "> hi\n❯"
+    looks = [(0.1, kept, ""), (9, kept, ""), (9.5, taken, ""), (11.4, taken, ""), (11.5, taken, "")]
+    assert verdicts(*looks) == ["wait"] * 4 + ["done"]
+
+
 def test_another_program_in_the_foreground_is_work():
     assert verdicts((0.1, "a", "", "make"), (9, "b", "", "make"), (23, "b", "", "make"),
                     (24, "b", "", "make")) == ["wait", "wait", "wait", "quiet"]
