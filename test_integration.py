@@ -9,6 +9,7 @@ the models, the agents, a browser, a person's terminal.
 """
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import datetime
 import fcntl
@@ -16,6 +17,7 @@ import http.client
 import http.server
 import json
 import os
+import random
 import re
 import select
 import shlex
@@ -181,6 +183,10 @@ class ScriptedModel(Loopback):
         """Return the text of the last message of a request, by default the latest."""
         return text_of(self.requests[number].body["messages"][-1]["content"])
 
+    def choose(self, number: int, messages: Sequence[Any]) -> Any:
+        """Return the reply to the nth request."""
+        return self.replies[number] if number < len(self.replies) else "TASK_FAILED: script ended"
+
     def answer(self, exchange: Exchange) -> None:
         path = urllib.parse.unquote(exchange.path)
         if path == "/api/v1/models":
@@ -192,8 +198,7 @@ class ScriptedModel(Loopback):
         with self._lock:
             number = len(self.requests)
             self.requests.append(Request(exchange.headers, exchange.body))
-        ended = number >= len(self.replies)
-        reply = "TASK_FAILED: script ended" if ended else self.replies[number]
+        reply = self.choose(number, exchange.body["messages"])
         if callable(reply):
             reply = reply()
         if isinstance(reply, (str, list)):
@@ -225,6 +230,33 @@ class ScriptedModel(Loopback):
             exchange.stream(f"data: {json.dumps(end)}\n\n")
         exchange.stream("data: [DONE]\n\n")
         exchange.stream("")
+
+
+class Overseer(ScriptedModel):
+    """A model that has the agent do so many things, each once, going by what it is shown.
+
+    Where it is not shown that the last one was done, it asks before it repeats anything.
+    """
+
+    def __init__(self, count: int) -> None:
+        super().__init__([])
+        self.count = count
+
+    def choose(self, number: int, messages: Sequence[Any]) -> Any:
+        texts, done = [text_of(message["content"]) for message in messages], set()
+        shown = "\n".join(texts[index] for index in range(len(texts)) if index % 2)
+        for did, recalled in re.findall(r"(?m)^did (\d+)$|^recalled:(.*)$", shown):
+            done = done | {did} if did else set(recalled.split())
+        if "Summarise it" in texts[0]:
+            return f"Much was done.\nrecalled: {' '.join(sorted(done))}"
+        if "facts remembered" in texts[0]:
+            return "no"
+        last = re.search(r"\w+( \d+)?\Z", texts[-2])[0] if len(texts) > 2 else ""
+        if last == "recall" and "recalled:" not in texts[-1] or \
+                last.startswith("do ") and last[3:] not in done:
+            return "recall"
+        left = [n for n in range(1, self.count + 1) if str(n) not in done]
+        return f"MEMORY_SAVE: fact {left[0]}\ndo {left[0]}" if left else "TASK_COMPLETE"
 
 
 # -- The model behind the agents, and the real agents -------------------------------------------
@@ -575,7 +607,7 @@ class Terminal:
 
 AGENT = r'''
 """A small agent: on a terminal it does what the real ones do; agent.log has what it took."""
-import itertools, json, os, sys, threading, time, tty
+import itertools, json, os, random, sys, threading, time, tty
 
 def show(text):
     os.write(1, text.encode())
@@ -601,6 +633,13 @@ def obey(order, turn):
         show(f"{turn} of 99\n")
     elif word == "sleep":
         time.sleep(float(rest))
+    elif word == "do" and rest.isdigit():
+        time.sleep(random.choice((0, 0, 1)))
+        with open("did", "a") as file:
+            file.write(rest + "\n")
+        show(f"did {rest}\n")
+    elif word == "recall":
+        show(f"recalled: {' '.join(open('did').read().split()) if os.path.exists('did') else ''}\n")
     elif word == "die":
         os._exit(int(rest))
 
@@ -1118,6 +1157,92 @@ def test_what_the_agent_does_while_nobody_looks_is_shown_after_the_run_is_resume
     assert world.run("--resume").status == 0
     shown = "\n".join(model.last_message(number) for number in (1, 2))
     assert "\ntwo\n" in shown and "\nthree\n" in shown + "\n"
+
+
+def killed(run: Run, world: World) -> int:
+    run.process.kill()
+    return -signal.SIGKILL
+
+
+def killed_with_its_server(run: Run, world: World) -> int:
+    first, second = random.sample([run.process.kill, lambda: killing_the_server(world)], 2)
+    with contextlib.suppress(ValueError):       # there is no server yet
+        first()
+        second()
+    run.process.kill()
+    return -signal.SIGKILL
+
+
+def terminated(run: Run, world: World) -> int:
+    run.process.terminate()
+    return 128 + signal.SIGTERM
+
+
+def interrupted(run: Run, world: World) -> int:
+    run.process.send_signal(signal.SIGINT)
+    return 128 + signal.SIGINT
+
+
+FAULTS = [killed, killed_with_its_server, terminated, interrupted]
+Counts = Dict[str, int]
+
+
+def end_again_and_again(fault: Callable[[Run, World], int], things: int = 6) -> Counts:
+    """End a run at random moments and resume it until it completes; check what is left of it.
+
+    Each thing was done once, all facts are there, and the journal is whole.
+    """
+    with contextlib.ExitStack() as stack:
+        world = World(stack.enter_context(scratch_directory()), stack)
+        model = stack.enter_context(Overseer(things))
+        settings = {"OPENROUTER_BASE_URL": model.url, "HISTORY_MAX_TOKENS": "1100",
+                    "MEMORY_MAX_FACTS": "4", "VERIFY_CMD": "sleep 0.3",
+                    "TERMINATE_WHEN_QUIT": random.choice(["true", "false"])}
+        ends = 0
+        while True:
+            begun = bool(world.events())
+            run = world.start(*["--resume"] if begun else ["--task", "do it"], **settings)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                run.process.wait(random.uniform(0.2, 5))
+            alive = run.process.poll() is None
+            expected, done = fault(run, world) if alive else 0, run.end()
+            ends += alive
+            if done.status == 0:
+                break
+            assert done.status == expected or not world.events(), done
+            assert not begun or "Traceback" not in done.stderr, done
+            assert fault in FAULTS[:2] or not world.events() or \
+                kinds(world.events())[-1] == "complete"
+        did = (world.work / "did").read_text().split()
+        facts = json.loads((world.work / "memory.json").read_text())
+        assert did == [str(number) for number in range(1, things + 1)], (did, world.events())
+        assert facts == [f"fact {number}" for number in range(1, things + 1)], facts
+        journal, = world.journals()
+        whole = [event for event in map(parsed, journal.read_bytes().split(b"\n")) if event]
+        assert [event["id"] for event in whole] == list(range(1, len(whole) + 1))
+        assert (whole[0]["type"], whole[-1]["outcome"]) == ("task_info", "complete")
+        assert list(world.work.glob(".memory*")) == []
+        found = kinds(whole)
+        return {"runs": 1, "ends": ends, "events": len(whole), "questions": sum(
+            event.get("text") == "recall" for event in whole), **{
+                kind: found.count(kind) for kind in ("recovery", "history", "verify")}}
+
+
+def parsed(line: bytes) -> Event | None:
+    """Return the event of a line, None if it is torn."""
+    with contextlib.suppress(ValueError):
+        return json.loads(line)
+    return None
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_nothing_is_lost_or_done_twice_however_often_a_run_is(fault):
+    """A hundred times with BENCHMARK=1, eight at once."""
+    many = 100 if os.environ.get("BENCHMARK") else 1
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(end_again_and_again, [fault] * many))
+    print(f"\n{fault.__name__}:", {name: sum(each[name] for each in results)
+                                    for name in results[0]})
 
 
 # -- Secrets ------------------------------------------------------------------------------------

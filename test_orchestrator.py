@@ -108,7 +108,7 @@ class Hands:
     def __init__(self, *turns) -> None:
         self.told, self._turns = [], list(turns)
 
-    def start(self):
+    def start(self, talked=False):
         return Turn("the first screen")
 
     def ask(self, message, limit=0):
@@ -2061,7 +2061,9 @@ def scene(tmp_path, monkeypatch, capsys):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    FakeTmux(tmp_path).says("tmux 3.4\n")
+    FakeTmux(tmp_path)
+    (tmp_path / "tmux").write_text('#!/bin/sh\n[ "$6" = -V ] && exec echo tmux 3.4\n'
+                                   'echo no server running >&2; exit 1\n')
 
     def play_scene(*arguments, **environ):
         monkeypatch.setattr(sys, "stdin", io.StringIO())
@@ -2189,7 +2191,7 @@ def test_the_run_to_resume_is_found_among_more_runs_than_may_be_open(tmp_path):
     place, runs = Place(tmp_path, tmp_path / "state", {}), tmp_path / "state" / "runs"
     runs.mkdir(parents=True)
     for number in range(100):
-        event = {"id": 1, "time": "2026-01-31T09:00:00.123Z", "type": "task_info",
+        event = {"id": 1, "time": "2026-01-31T09:00:00.123Z", "type": "task_info", "task": "x",
                  "workdir": "/elsewhere" if number else str(tmp_path)}
         (runs / f"{number:03}.jsonl").write_text(json.dumps(event) + "\n")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -2197,7 +2199,7 @@ def test_the_run_to_resume_is_found_among_more_runs_than_may_be_open(tmp_path):
     os.close(last)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (last + 50, hard))
-        assert last_unfinished(place) == runs / "000.jsonl"
+        assert last_unfinished(place, "attach") == runs / "000.jsonl"
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
