@@ -1207,7 +1207,8 @@ def end_again_and_again(fault: Callable[[Run, World], int], things: int = 6) -> 
             alive = run.process.poll() is None
             expected, done = fault(run, world) if alive else 0, run.end()
             ends += alive
-            if done.status == 0:
+            if [event["outcome"] for event in world.events()[-1:] if "outcome" in event] == [
+                    "complete"]:
                 break
             assert done.status == expected or not world.events(), done
             assert not begun or "Traceback" not in done.stderr, done
@@ -1217,7 +1218,7 @@ def end_again_and_again(fault: Callable[[Run, World], int], things: int = 6) -> 
         facts = json.loads((world.work / "memory.json").read_text())
         assert did == [str(number) for number in range(1, things + 1)], (did, world.events())
         assert facts == [f"fact {number}" for number in range(1, things + 1)], facts
-        journal, = world.journals()
+        journal, = (path for path in world.journals() if path.stat().st_size)
         whole = [event for event in map(parsed, journal.read_bytes().split(b"\n")) if event]
         assert [event["id"] for event in whole] == list(range(1, len(whole) + 1))
         assert (whole[0]["type"], whole[-1]["outcome"]) == ("task_info", "complete")
@@ -1235,14 +1236,16 @@ def parsed(line: bytes) -> Event | None:
     return None
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_nothing_is_lost_or_done_twice_however_often_a_run_is(fault):
-    """A hundred times with BENCHMARK=1, eight at once."""
-    many = 100 if os.environ.get("BENCHMARK") else 1
+def test_nothing_is_lost_or_done_twice_however_often_a_run_is_ended():
+    """A hundred runs for each way to end them with BENCHMARK=1, eight at once."""
+    many, things = (100, 6) if os.environ.get("BENCHMARK") else (1, 3)
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        results = list(pool.map(end_again_and_again, [fault] * many))
-    print(f"\n{fault.__name__}:", {name: sum(each[name] for each in results)
-                                    for name in results[0]})
+        results = {fault: pool.map(end_again_and_again, [fault] * many, [things] * many)
+                   for fault in FAULTS}
+    for fault, each_run in results.items():
+        counts = list(each_run)
+        print(f"\n{fault.__name__}:", {name: sum(each[name] for each in counts)
+                                        for name in counts[0]})
 
 
 # -- Secrets ------------------------------------------------------------------------------------
@@ -1405,19 +1408,141 @@ def test_a_run_that_gets_on_is_not_taken_for_one_that_goes_in_circles(replies, w
     assert re.search(r"\n(7 of 99|step 7)\b", model.last_message())
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("moment", ["agent", "model"])
-def test_a_signal_ends_a_run_in_order_while_it_waits_for_the(moment, number, status, world):
+@pytest.mark.parametrize("moment, number, terminate", [
+    ("agent", signal.SIGINT, "false"), ("agent", signal.SIGTERM, "true"),
+    ("model", signal.SIGINT, "true"), ("check", signal.SIGHUP, "false"),
+    ("summary", signal.SIGTERM, "false"), ("person", signal.SIGHUP, "true")])
+def test_a_signal_ends_a_run_in_order_while_it_waits_for_the(moment, number, terminate, world):
     gate = Gate()
-    model = world.model("sleep 60" if moment == "agent" else gate.reply("echo late"))
-    run = world.start("--task", "x", TERMINATE_WHEN_QUIT="true")
-    waits = {"agent": lambda: world.log("took"), "model": lambda: model.requests}
+    late = gate.reply("echo late")
+    script = {"agent": ["echo one", "sleep 60"], "model": [late], "check": ["TASK_COMPLETE"],
+              "summary": ["echo one", "echo two", "echo three", "echo four", late],
+              "person": ["sleep 1", "echo late"]}[moment]
+    model = world.model(*([late] if moment == "model" else [f"MEMORY_SAVE: a\n{script[0]}"]),
+                        *script[1:])
+    run = world.start("--task", "x", TERMINATE_WHEN_QUIT=terminate, VERIFY_CMD="exec sleep 54321",
+                      HISTORY_MAX_TOKENS="1" if moment == "summary" else "60000")
+    site, stream = run.site(), []
+    reader = threading.Thread(target=lambda: stream.extend(site.each()))
+    reader.start()
+    if moment == "person":
+        assert world.taken("sleep 1") and site.control("pause") == 204
+    waits = {"agent": lambda: "sleep 60" in world.log("took"),
+             "model": lambda: model.requests, "summary": lambda: len(model.requests) == 5,
+             "check": lambda: "sleep\00054321" in "".join(
+                 Path(f"/proc/{pid}/cmdline").read_text() for pid in processes_of(world.directory)),
+             "person": lambda: world.events("iteration_end")}
     assert poll(waits[moment], 30), run.stdout
-    done = run.end(10, by=number)
+    assert poll(lambda: stream, 30)
+    done = run.end(30, by=number)
     gate.set()
-    assert done.status == status and "Traceback" not in done.stderr
-    assert world.events("complete")[-1]["outcome"] == "interrupted"
-    assert poll(lambda: not world.tmux("list-sessions"), 5)
+    reader.join(30)
+    assert (done.status, done.stderr) == (128 + number, "")
+    end = world.events()[-1]
+    assert (end["type"], end["outcome"], end["reason"]) == ("complete", "interrupted", number.name)
+    assert [event["id"] for event in stream] == [event["id"] for event in world.events()]
+    assert (world.work / "memory.json").exists() == (moment != "model")
+    session = "" if terminate == "true" else "gt-claude-loop"
+    assert world.tmux("list-sessions", "-F", "#{session_name}") == session
+
+
+def test_a_second_signal_leaves_at_once_while_the_first_is_dealt_with(world):
+    world.model("sleep 60")
+    run = world.start("--task", "x", TERMINATE_WHEN_QUIT="true")
+    assert world.taken("sleep 60"), run.stdout
+    server = int(world.tmux("display-message", "-p", "#{pid}"))
+    os.kill(server, signal.SIGSTOP)
+    try:        # to end its session takes as long as tmux is given for an answer
+        run.process.send_signal(signal.SIGINT)
+        assert poll(lambda: world.events("complete"), 30)
+        done = run.end(4, by=signal.SIGINT)
+    finally:
+        os.kill(server, signal.SIGCONT)
+    assert (done.status, done.stderr) == (130, "")
+    assert kinds(world.events()).count("complete") == 1
+
+
+def test_a_hangup_that_is_ignored_ends_nothing(world):
+    world.model("sleep 2")
+    tool = shlex.join([sys.executable, str(TOOL), "--task", "x", "--json"])
+    with Terminal(["sh", "-c", f"nohup {tool} > out 2>&1 & echo $! > pid; sleep 1000"],
+                  world.env, world.work) as terminal:
+        assert world.taken("sleep 2"), terminal.screen()
+        os.kill(int((world.work / "pid").read_text()), signal.SIGHUP)
+    assert poll(lambda: world.events("complete"), 30)
+    assert world.events()[-1]["reason"].endswith("script ended")
+
+
+IN_BASH = ["bash", "-c", 'stty -a > before; trap : INT; "$@"; echo "status $?"; stty -a > after; '
+           "cmp before after && echo sane; exec sleep 1000", "bash", sys.executable, str(TOOL)]
+
+
+def test_ctrl_c_in_a_chat_gives_the_prompt_back_and_at_the_prompt_leaves_a_sane_terminal(world):
+    with Terminal([*IN_BASH, "--chat"], world.env, world.work) as terminal:
+        terminal.wait_for("\n>", 30)
+        terminal.type("sleep 3 && echo finished")
+        terminal.press("Enter")
+        assert world.taken("sleep 3 && echo finished")
+        terminal.press("C-c")
+        terminal.wait_for("goes on")
+        assert poll(lambda: world.log("done"), 30)
+        terminal.type("echo two")
+        terminal.press("Enter")
+        assert "finished" in terminal.wait_for("\ntwo\n")
+        assert poll(lambda: terminal.screen().endswith("\n>"), 15), terminal.screen()
+        terminal.type("half a li")
+        terminal.press("C-c")
+        terminal.wait_for("sane")
+        assert "status 130" in terminal.screen() and "Traceback" not in terminal.screen()
+    assert world.events()[-1]["reason"] == "SIGINT"
+
+
+@pytest.mark.parametrize("key", ["Enter", "C-c"])
+def test_the_dashboard_stays_for_a_person_who_has_opened_it_until(key, world):
+    gate = Gate()
+    world.model(gate.reply("TASK_COMPLETE"))
+    with Terminal([*IN_BASH, "--task", "x"], world.env, world.work) as terminal:
+        terminal.wait_for("Dashboard:", 30)
+        site = Site(re.search(r"Dashboard: (\S+)", terminal.screen())[1])
+        terminal.press("Enter")         # too early to be an answer
+        gate.set()
+        terminal.wait_for("until you press Enter or Ctrl-C")
+        assert site.ask("/").status == 200 and site.control("note", "too late") == 204
+        assert kinds(site.events(lambda event: event["type"] == "complete"))[0] == "task_info"
+        terminal.press(key)
+        terminal.wait_for("sane")
+        assert "status 0" in terminal.screen()
+    assert world.events()[-1]["outcome"] == "complete"
+
+
+def test_the_prompt_comes_back_at_once_where_nobody_has_opened_the_dashboard(world):
+    world.model("TASK_COMPLETE")
+    with Terminal([*IN_BASH, "--task", "x"], world.env, world.work) as terminal:
+        assert "stays open" not in terminal.wait_for("status 0", 30)
+
+
+def test_a_page_that_was_fetched_at_the_last_moment_still_gets_the_events(world):
+    gate = Gate()
+    world.model(gate.reply("TASK_COMPLETE"))
+    run = world.start("--task", "x")
+    site = run.site()
+    gate.set()
+    assert poll(lambda: world.events("complete"), 30)
+    assert kinds(site.events(lambda event: event["type"] == "complete"))[0] == "task_info"
+    assert run.end().status == 0
+
+
+@pytest.mark.parametrize("arguments, redirected, said", [
+    ("", "| head -n 1 > first", ""), ("--json", "| head -n 1 > first", ""),
+    ("", "<&- >&- 2>&-", ""), ("--json", "> /dev/full", "No space left")])
+def test_a_run_goes_on_when_nobody_can_hear_it(arguments, redirected, said, world):
+    world.model("echo one", "echo two", "TASK_COMPLETE")
+    tool = shlex.join([sys.executable, str(TOOL), "--task", "x"])
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {tool} {arguments} {redirected}"], cwd=world.work,
+        env={**world.env, "DASHBOARD_ENABLED": "off"}, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0 and world.log("took") == ["echo one", "echo two"]
+    assert said in done.stderr and len(done.stderr.splitlines()) == bool(said), done.stderr
 
 
 def test_a_busy_model_is_asked_again(world):
