@@ -1414,13 +1414,13 @@ class Memory:
     def compact(self, rewrite: Callable[[list[str]], list[str] | None]) -> tuple[int, int] | None:
         """Let `rewrite` shorten a list that is too long; return the lengths before and after.
 
-        What it returns counts only if it is shorter and not empty, and nothing was taken out of
-        the file meanwhile.  Facts that another run adds meanwhile are kept.
+        What it returns counts only if it is shorter, not empty and without overlong facts, and if
+        nothing was taken out of the file meanwhile.  What another run adds meanwhile is kept.
         """
         before = list(self.facts)
         rewritten = (rewrite(before) or []) if len(before) > self.limit else []
         shorter = list(filter(None, map(self._normal, rewritten)))
-        if not 0 < len(shorter) < len(before):
+        if not 0 < len(shorter) < len(before) or max(map(len, rewritten)) > self.FACT_LIMIT:
             return None
 
         def replace(known: list[str]) -> list[str]:
@@ -1565,21 +1565,20 @@ class Journal:
         self._live_count = self._iteration = self._readers = self._size = self._written = 0
         self._listeners: list[Callable[[Event], object]] = []
         self._ended = self._closed = self._was_read = False
-        self._file = -1
+        self._file: Any = None
         try:
             if path and not read_only:
                 path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
-                size = os.fstat(self._file).st_size
-                if size and os.pread(self._file, 1, size - 1) != b"\n":     # a torn line
-                    os.write(self._file, b"\n")
+                file = open(path, "ab+", 0, opener=lambda *how: os.open(*how, 0o600))
+                size = file.tell()
+                if size and os.pread(file.fileno(), 1, size - 1) != b"\n":      # a torn line
+                    file.write(b"\n")
+                self._file = file
         except OSError as error:
             self._complain(error)
-            self._file = -1
         try:
-            if path and self._file < 0:
-                self._file = os.open(path, os.O_RDONLY)
             if path:
+                self._file = self._file or open(path, "rb", 0)
                 self.follow()
         except OSError as error:
             if read_only:
@@ -1587,7 +1586,7 @@ class Journal:
 
     def follow(self) -> None:
         """Take in what has been added to the file, but for a torn last line."""
-        with self._changed, open(os.dup(self._file), "rb") as file:
+        with self._changed, open(os.dup(self._file.fileno()), "rb") as file:
             file.seek(self._size)
             for line in file:
                 event = parse_event(line)
@@ -1648,17 +1647,17 @@ class Journal:
 
     def _write(self) -> None:
         """Write the lines that are not in the file yet, and remember where they are."""
-        for number in range(self._written, len(self._places)):
-            line = self._places[number]
+        for number in range(self._written, len(self._places) if self._file else 0):
+            line = rest = self._places[number]
             try:
-                if os.write(self._file, line) < len(line):
-                    raise OSError(0, "no space left on device")
+                while rest:
+                    rest = rest[self._file.write(rest):]
             except OSError as error:
                 with contextlib.suppress(OSError):
-                    os.ftruncate(self._file, self._size)        # no half line
-                if not self.path or self.complaint:
-                    return
-                return self._complain(error)
+                    self._file.truncate(self._size)     # no half line
+                if not self.complaint:
+                    self._complain(error)
+                return
             self._places[number] = (self._size, len(line))
             self._size, self._written = self._size + len(line), number + 1
 
@@ -1668,7 +1667,8 @@ class Journal:
 
     def _line(self, number: int) -> bytes:
         place = self._places[number]
-        return place if isinstance(place, bytes) else os.pread(self._file, place[1], place[0])
+        return place if isinstance(place, bytes) else os.pread(
+            self._file.fileno(), place[1], place[0])
 
     def events(self) -> list[Event]:
         """Return all events so far."""

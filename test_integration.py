@@ -822,11 +822,15 @@ class World:
         return model
 
     def start(self, *arguments: str, stdin: str | None = None, cwd: Path | None = None,
-              python: str = sys.executable, **settings: str) -> Run:
-        """Start the tool in the work directory, with these arguments and settings."""
+              python: str = sys.executable, within: Sequence[str] = (), **settings: str) -> Run:
+        """Start the tool in the work directory, with these arguments and settings.
+
+        `within` is a command that runs the tool, where it shall not be ours to do so.
+        """
         self._runs += 1
-        run = Run([python, str(TOOL), *arguments], stdin, self.directory / f"run-{self._runs}",
-                  cwd or self.work, {**self.env, **settings})
+        command = [*within, python, str(TOOL), *arguments]
+        run = Run(command, stdin, self.directory / f"run-{self._runs}", cwd or self.work,
+                  {**self.env, **settings})
         self._stack.callback(run.process.wait)
         self._stack.callback(run.process.kill)
         return run
@@ -1200,8 +1204,8 @@ def end_again_and_again(fault: Callable[[Run, World], int], things: int = 6) -> 
                     "TERMINATE_WHEN_QUIT": random.choice(["true", "false"])}
         ends = 0
         while True:
-            begun = bool(world.events())
-            run = world.start(*["--resume"] if begun else ["--task", "do it"], **settings)
+            before = len(world.events())
+            run = world.start(*["--resume"] if before else ["--task", "do it"], **settings)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 run.process.wait(random.uniform(0.2, 5))
             alive = run.process.poll() is None
@@ -1210,10 +1214,9 @@ def end_again_and_again(fault: Callable[[Run, World], int], things: int = 6) -> 
             if [event["outcome"] for event in world.events()[-1:] if "outcome" in event] == [
                     "complete"]:
                 break
-            assert done.status == expected or not world.events(), done
-            assert not begun or "Traceback" not in done.stderr, done
-            assert fault in FAULTS[:2] or not world.events() or \
-                kinds(world.events())[-1] == "complete"
+            if len(world.events()) > before:        # else it had no time to begin
+                assert done.status == expected and "Traceback" not in done.stderr, done
+                assert fault in FAULTS[:2] or kinds(world.events())[-1] == "complete"
         did = (world.work / "did").read_text().split()
         facts = json.loads((world.work / "memory.json").read_text())
         assert did == [str(number) for number in range(1, things + 1)], (did, world.events())
@@ -1533,14 +1536,15 @@ def test_a_page_that_was_fetched_at_the_last_moment_still_gets_the_events(world)
 
 
 @pytest.mark.parametrize("arguments, redirected, said", [
-    ("", "| head -n 1 > first", ""), ("--json", "| head -n 1 > first", ""),
+    ("", "| head -n 1 > first", ""),
     ("", "<&- >&- 2>&-", ""), ("--json", "> /dev/full", "No space left")])
 def test_a_run_goes_on_when_nobody_can_hear_it(arguments, redirected, said, world):
     world.model("echo one", "echo two", "TASK_COMPLETE")
     tool = shlex.join([sys.executable, str(TOOL), "--task", "x"])
     done = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {tool} {arguments} {redirected}"], cwd=world.work,
-        env={**world.env, "DASHBOARD_ENABLED": "off"}, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+        env={**world.env, "DASHBOARD_ENABLED": "off"}, capture_output=True, text=True, timeout=60,
+        stdin=subprocess.DEVNULL)
     assert done.returncode == 0 and world.log("took") == ["echo one", "echo two"]
     assert said in done.stderr and len(done.stderr.splitlines()) == bool(said), done.stderr
 
@@ -1599,6 +1603,97 @@ def test_facts_of_one_run_are_told_to_the_next(world):
     system = text_of(model.requests[0].body["messages"][0]["content"])
     told = system.split("## Memory from previous sessions\n")[1]
     assert "tea at five" in told and "no milk" in told
+
+
+class Archivist(ScriptedModel):
+    """A model that saves facts and nothing else, and merges them where it is asked to."""
+
+    def choose(self, number: int, messages: Sequence[Any]) -> Any:
+        if "facts remembered" not in text_of(messages[0]["content"]):
+            return self.replies.pop(0)
+        words = " ".join(json.loads(text_of(messages[-1]["content"]))["facts"]).split()
+        return json.dumps({"facts": [" ".join(words[part::30]) for part in range(30)]})
+
+
+def test_two_runs_that_save_a_thousand_facts_at_once_lose_none_while_one_compacts(world):
+    runs = []
+    with contextlib.ExitStack() as stack:
+        for name, most in (("one", "60"), ("two", "9999")):
+            replies = ["\n".join(f"MEMORY_SAVE: {name}-{batch * 20 + number}" for number in range(20))
+                       for batch in range(25)]
+            model = stack.enter_context(Archivist([*replies, "TASK_COMPLETE"]))
+            runs.append(world.start("--task", "x", OPENROUTER_BASE_URL=model.url,
+                                    CLAUDE_TMUX_SESSION=name, MEMORY_MAX_FACTS=most))
+        assert [run.end()[::2] for run in runs] == [(0, "")] * 2
+    known = " ".join(json.loads((world.work / "memory.json").read_text())).split()
+    assert sorted(known) == sorted(f"{name}-{number}" for name in ("one", "two")
+                                   for number in range(500))
+    compacted = sum("compacted" in line for path in world.journals()
+                    for line in path.read_text().splitlines())
+    print(f"\n{len(known)} facts of two runs, {compacted} compactions")
+    assert compacted
+
+
+# -- A world that fails -------------------------------------------------------------------------
+
+def in_its_own_mounts(*mounts: str) -> list[str]:
+    """Return a command that runs another one where these were mounted, for its eyes only.
+
+    What is in the state directory then is copied to `kept`.
+    """
+    script = "; ".join(["set -e", *mounts, "cd .", "set +e", '"$@"', "status=$?",
+                        'cp -r "$XDG_STATE_HOME" ../kept', "exit $status"])
+    within = ["unshare", "--mount", "sh", "-c", script, "sh"]
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
+        pytest.skip("mount namespaces need to be root here")
+    return within
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["full", "read-only"])
+def test_a_run_goes_on_and_says_so_once_where_nothing_can_be_written(full, world):
+    state = Path(world.env["XDG_STATE_HOME"])
+    state.mkdir()
+    model = world.model("MEMORY_SAVE: a", f"echo b {'x' * 4000}", "TASK_COMPLETE")
+    kind, fill = ("size=8k", "head -c 8192 /dev/zero > big") if full else ("ro", "true")
+    done = world.run("--task", "x", CLAUDE_CMD="bash --norc", VERIFY_CMD="true",
+                     within=in_its_own_mounts(
+                         f"mount -t tmpfs -o {kind} tmpfs {state}; cd {world.home}",
+                         f"mount -t tmpfs -o {kind} tmpfs {world.work}; cd {world.work}; {fill}"))
+    assert (done.status, done.stderr) == (0, ""), done
+    for what in ("the journal", "memory.json"):
+        said = [line for line in done.stdout.splitlines() if f"{what} can't be written" in line]
+        assert len(said) == 1, done.stdout
+        assert ("No space left" if full else "Read-only file system") in said[0]
+    assert "b xxx" in model.last_message()
+    kept = [line for path in (world.directory / "kept").glob("*/runs/*")
+            for line in path.read_bytes().splitlines()]
+    assert all(map(parsed, kept)) and bool(kept) == full
+    assert list(world.work.iterdir()) == []
+
+
+def test_a_run_goes_on_and_says_so_when_its_directory_is_deleted_under_it(world):
+    gate = Gate()
+    model = world.model("echo one", gate.reply("MEMORY_SAVE: a\necho two"), "TASK_COMPLETE",
+                        "TASK_FAILED: no more")
+    run = world.start("--task", "x", CLAUDE_CMD="bash --norc", VERIFY_CMD="true")
+    assert poll(lambda: len(model.requests) == 2, 30), run.stdout
+    world.work.rmdir()
+    gate.set()
+    done = run.end()
+    world.work.mkdir()
+    assert done.status == 4
+    assert_one_complaint(done, "no more")
+    assert "\ntwo" in model.last_message(2) and "it can't be run" in model.last_message(3)
+    assert "memory.json can't be written" in done.stdout
+    assert world.events()[-1]["outcome"] == "failed"
+
+
+@pytest.mark.parametrize("limit", ["-n 9", "-n 12"])
+def test_too_few_files_for_a_run_are_one_line(limit, world):
+    world.model("echo one", "TASK_COMPLETE")
+    done = world.run("--task", "x", within=["bash", "-c", f'ulimit {limit}; "$@"', "bash"])
+    assert done.status == 5
+    assert_one_complaint(done, "Too many open files")
 
 
 # -- Options ------------------------------------------------------------------------------------
