@@ -1007,6 +1007,22 @@ def test_a_killed_agent_goes_on_with_its_conversation_if_it_is_the_real(
     assert "gamma three" in model.last_message(3)
 
 
+@REAL_AGENTS
+def test_a_resumed_run_has_its_conversation_after_a_reboot_if_it_is_the_real(
+        name, agent, world, agent_api, with_real_agents):
+    model = world.model("SAY[alpha one]", "RUN[sleep 60]", "SAY[gamma three]", "TASK_COMPLETE")
+    run = world.start("--task", "survive", DEFAULT_MODEL=name)
+    assert poll(lambda: "RUN[sleep 60]" in agent_api.messages, 60), run.stdout
+    killing_the_server(world)
+    run.end(by=signal.SIGKILL)
+    done = world.run("--resume", DEFAULT_MODEL=name)
+    assert (done.status, done.stderr) == (0, "") and "Task:  survive" in done.stdout
+    assert agent_api.messages == ["SAY[alpha one]", "RUN[sleep 60]", "SAY[gamma three]"]
+    assert "alpha one" in agent_api.conversation
+    assert [event["resumed"] for event in world.events("recovery")] == [True]
+    assert "remembers the conversation" in model.last_message(2)
+
+
 # -- Chat ---------------------------------------------------------------------------------------
 
 def test_a_person_chats_in_a_terminal(world):
@@ -1273,6 +1289,29 @@ def test_a_key_that_the_agent_prints_is_masked(world):
     world.model(f"echo {KEY}", "TASK_COMPLETE")
     assert world.run("--task", "leak").status == 0
     assert KEY not in world.everything()
+
+
+@pytest.mark.parametrize("option", ["--task=x", "--json"])
+def test_a_key_that_the_screen_wraps_and_colours_is_masked_in_all_that_leaves(option, world):
+    gate, key = Gate(), "sk-or-v1-" + "0123456789abcdef" * 4
+    model = world.model(
+        f"MEMORY_SAVE: the key is {key}\nclear; printf '%180s\\033[31m%s\\033[32m%s\\033[0m\\n' "
+        f"'' {key[:40]} {key[40:]}; cat; exit 3", "KEYS: C-d", gate.reply("TASK_COMPLETE"))
+    run = world.start(option, stdin="x", CLAUDE_CMD="bash --norc", OPENROUTER_API_KEY=key,
+                      TURN_TIMEOUT="2")
+    run.process.stdin.close()
+    site, streamed = run.site(), []
+    reader = threading.Thread(target=lambda: streamed.append(site.ask("/events").text))
+    reader.start()
+    assert poll(lambda: len(model.requests) == 3, 30), run.stdout
+    gate.set()
+    run.process.wait(30)
+    reader.join(30)
+    told = "".join(model.last_message(number) for number in range(3))
+    assert "[key]" in told and '"type": "screen"' in streamed[0]
+    for text in (told, streamed[0], world.everything(), (world.work / "memory.json").read_text()):
+        letters = re.sub(r"\\u001b\[[\d;]*m|\\n|\s", "", text)
+        assert key[:36] not in letters and key[36:] not in letters and "[key]" in text
 
 
 # -- Wrong settings, arguments and surroundings -------------------------------------------------
@@ -1619,8 +1658,8 @@ def test_two_runs_that_save_a_thousand_facts_at_once_lose_none_while_one_compact
     runs = []
     with contextlib.ExitStack() as stack:
         for name, most in (("one", "60"), ("two", "9999")):
-            replies = ["\n".join(f"MEMORY_SAVE: {name}-{batch * 20 + number}" for number in range(20))
-                       for batch in range(25)]
+            replies = ["\n".join(f"MEMORY_SAVE: {name}-{number}" for number in range(at, at + 20))
+                       for at in range(0, 500, 20)]
             model = stack.enter_context(Archivist([*replies, "TASK_COMPLETE"]))
             runs.append(world.start("--task", "x", OPENROUTER_BASE_URL=model.url,
                                     CLAUDE_TMUX_SESSION=name, MEMORY_MAX_FACTS=most))
@@ -2435,3 +2474,23 @@ def test_benchmark_of_a_hundred_clients(world, asked_for):
           f"{sum(ids == everything for ids in told)} got all in order; delay median "
           f"{1000 * statistics.median(delays):.0f} ms, worst {1000 * max(delays):.0f} ms")
     assert told == [everything] * len(clients)
+
+
+def test_benchmark_of_a_replay_of_5000_events(world, browser, asked_for):
+    events: list[Event] = [{"type": "task_info", "task": "long"}]
+    for number in range(1, 1667):
+        events += [{"type": "iteration_start", "iteration": number},
+                   {"type": "reply", "iteration": number, "text": "x" * 200,
+                    "tokens": {"prompt": 900, "completion": 100, "total": 1000}, "cost": 0.01},
+                   {"type": "iteration_end", "iteration": number, "orchestrator": "x" * 200,
+                    "agent_output": "a line of output\n" * 50}]
+    path = written(world, *events, {"type": "complete", "outcome": "complete"})
+    began = time.monotonic()
+    replay = world.start("--replay", str(path))
+    site = replay.site()
+    opened = time.monotonic()
+    browser.open(site.url)
+    rows = "document.querySelectorAll('.iteration').length"
+    assert poll(lambda: browser.evaluate(rows) == 1666 and shows(browser, "Task complete"), 30)
+    print(f"\na replay of {len(events) + 1} events, {path.stat().st_size / 1e6:.1f} MB: served "
+          f"after {opened - began:.2f} s, whole in Chromium {time.monotonic() - opened:.2f} s later")
