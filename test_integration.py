@@ -1169,6 +1169,32 @@ def test_a_run_is_resumed_after_a_kill_while(moment, world):
     assert events[0]["task"] == "survive" and events[-1]["outcome"] == "complete"
 
 
+def test_who_may_resume_a_run_and_with_which_settings(world):
+    gate = Gate()
+    model = world.model("sleep 2 && echo one", gate.reply("lost reply"), "echo two", "echo three",
+                        "TASK_COMPLETE")
+    run = world.start("--task", "survive", MAX_ITERATIONS="2")
+    site = run.site()
+    assert poll(lambda: len(model.requests) == 2, 30), run.stdout
+    assert_refused(world.run("--resume"), 2, "driven by another", str(run.process.pid))
+    assert site.control("note", "mind the gap") == 204 and site.control("pause") == 204
+    run.end(by=signal.SIGKILL)
+    gate.set()
+    assert_refused(world.run("--resume", CLAUDE_TMUX_SESSION="b"), 2, "another session", "attach")
+    assert_refused(world.run("--resume", CLAUDE_CMD="cat"), 2, "CLAUDE_TMUX_SESSION", "agent.py")
+    done = world.run("--resume", AUTONOMOUS_MODE="no", MAX_ITERATIONS="2")
+    assert done.status == 3 and done.stdout.startswith("Task:  survive\n")
+    assert_one_complaint(done, "MAX_ITERATIONS=2")
+    assert "mind the gap" in model.last_message(2)
+    assert "lost reply" not in str(model.requests[2].body)
+    assert world.run("--resume", MAX_ITERATIONS="4").status == 0
+    assert world.log("took") == ["sleep 2 && echo one", "echo two", "echo three"]
+    assert [event["iteration"] for event in world.events("reply")] == [1, 2, 3, 4]
+    used = [event["iterations"] for event in world.events("complete")]
+    assert used == [2, 4] and world.events()[-1]["cost"] == 4 * model.COST
+    assert_refused(world.run("--resume"), 2, "has ended (complete)", world.journals()[0].name)
+
+
 def test_what_the_agent_does_while_nobody_looks_is_shown_after_the_run_is_resumed(world):
     model = world.model("sleep 3 && echo two", "echo three", "TASK_COMPLETE")
     run = world.start("--task", "survive")
