@@ -1404,12 +1404,10 @@ class Memory:
                 merged.setdefault(fact.casefold(), fact)
             return list(merged.values())
 
-        waiting, self._unsaved = [*self._unsaved, *map(self._normal, facts)], []
-        try:
-            return self._change(merge)
-        except OSError:
-            self._unsaved += waiting
-            raise
+        waiting = self._unsaved = [*self._unsaved, *map(self._normal, facts)]
+        added = self._change(merge)
+        self._unsaved = self._unsaved[len(waiting):]
+        return added
 
     def compact(self, rewrite: Callable[[list[str]], list[str] | None]) -> tuple[int, int] | None:
         """Let `rewrite` shorten a list that is too long; return the lengths before and after.
@@ -1446,15 +1444,13 @@ class Memory:
     def _known(self, path: Path) -> list[str]:
         """Return the facts on disk; set a file of another form aside."""
         self.complaint = ""
-        if not path.exists():
-            return self.facts
-        if not path.is_file():
-            raise OSError(0, "not a regular file")
         try:
             facts = json.loads(path.read_text(encoding="utf-8-sig"))
-            if not isinstance(facts, list) or not all(isinstance(fact, str) for fact in facts):
-                raise ValueError("not an array of strings")
-            return facts
+            if isinstance(facts, list) and all(isinstance(fact, str) for fact in facts):
+                return facts
+            raise ValueError("not an array of strings")
+        except FileNotFoundError:
+            return self.facts
         except (ValueError, RecursionError):
             aside = f"{path}.bad-{datetime.datetime.now():%Y%m%dT%H%M%S.%f}"
             os.replace(path, aside)
@@ -1464,8 +1460,8 @@ class Memory:
     def _write(self, path: Path) -> None:
         """Replace the file in one step, so that a crash leaves the old one."""
         draft = path.with_name(f".{path.name}.new")
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(draft)        # of a run that was killed here
+        with contextlib.suppress(OSError):      # of a run that was killed here
+            os.unlink(draft)
         try:
             with open(draft, "x", encoding="utf-8", errors="replace") as file:
                 if path.exists():
@@ -1475,10 +1471,9 @@ class Memory:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(draft, path)
-        except BaseException:
+        finally:
             with contextlib.suppress(OSError):
                 os.unlink(draft)
-            raise
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[Path]:
@@ -1706,16 +1701,16 @@ class Journal:
         """Whether anybody reads."""
         return self._readers > 0
 
-    def close(self, expected: bool = False, patience: float = 2.0) -> None:
-        """Let the readers go once they have all events; wait for them, `patience` seconds.
+    def close(self, expected: bool = False) -> None:
+        """Let the readers go once they have all events; wait two seconds for them.
 
-        If one is `expected` it is waited for too.
+        If one is `expected`, who has not come yet, it is waited for too.
         """
         with self._changed:
             self._closed = True
             self._changed.notify_all()
             self._changed.wait_for(
-                lambda: not self._readers and (self._was_read or not expected), patience)
+                lambda: not self._readers and (self._was_read or not expected), 2.0)
 
 
 # -- 9. Dashboard ---------------------------------------------------------------------------
@@ -1952,7 +1947,7 @@ class Control:
     def act(self, action: str, text: str = "") -> None:
         """Pause after the current turn, resume, stop, or pass on a note."""
         if action == "note":
-            self._notes.put(sanitize(text).strip())
+            self._notes.put(self._journal.masked(sanitize(text).strip()))
             self._journal.publish("note", text=text, source="dashboard")
         elif action == "stop":
             self._stop()
@@ -2008,8 +2003,8 @@ class Totals:
         try:
             yield
         except BaseException as error:
-            world = "interrupted" if isinstance(error, OSError) else "failed"
-            outcome = getattr(error, "outcome", world)
+            by_the_world = isinstance(error, OSError)       # a run can go on from that
+            outcome = getattr(error, "outcome", "interrupted" if by_the_world else "failed")
             reason = journal.masked(str(error) or repr(error))
             error.args = (reason,)
             raise
@@ -2151,7 +2146,7 @@ class Autopilot:
                 self._journal.publish("state", state="resumed", reason=_GOES_ON)
             else:
                 self._journal.publish("task_info", **task_info)
-            self._open(str(task_info["task"]), past)
+            self._open(self._journal.masked(str(task_info["task"])), past)
             while not self._done:
                 self._step()
 
@@ -2190,8 +2185,7 @@ class Autopilot:
             elif kind == "reply" or event.get("reason") == _GOES_ON:
                 if said is not None:
                     self._conversation.add(said, "[You were stopped before this was done.]")
-                if said is not None and event is end:
-                    self._remember(parse_reply(said).facts)
+                    self._remember(parse_reply(said).facts if event is end else ())
                 said = event.get("text")
             elif "told" in event:
                 self._conversation.append(str(event["told"]))
@@ -3220,12 +3214,13 @@ def sole_driver(config: Config, place: Place) -> Iterator[None]:
 
 def linger(stream: TextIO) -> None:
     """Wait for Enter or Ctrl-C where a person is at the terminal, in the foreground."""
-    if not (sys.stdin.isatty() and stream.isatty() and os.tcgetpgrp(0) == os.getpgrp()):
-        return
-    say("The dashboard stays open until you press Enter or Ctrl-C.", stream)
     try:
-        termios.tcflush(sys.stdin, termios.TCIFLUSH)        # what was typed before is no answer
-        sys.stdin.readline()
+        if sys.stdin.isatty() and stream.isatty() and os.tcgetpgrp(0) == os.getpgrp():
+            termios.tcflush(0, termios.TCIFLUSH)        # what was typed before is no answer
+            say("The dashboard stays open until you press Enter or Ctrl-C.", stream)
+            sys.stdin.readline()
+    except (OSError, termios.error):        # it is not our terminal, or not any more
+        return
     except Interrupted as interrupt:
         if interrupt.status != 128 + signal.SIGINT:
             raise
@@ -3286,12 +3281,15 @@ def read_task(given: str | None) -> str:
     return sanitize(given).strip()
 
 
+_TEXTS = {       # what a run needs to go on from an event, besides its time
+    "task_info": ("task", "model", "agent", "workdir", "attach"), "reply": ("text",),
+    "iteration_end": ("agent_output",), "history": ("summary",), "note": ("text",)}
+
+
 def is_intact(event: Event) -> bool:
-    """Whether an event has the texts that a run needs to go on from it."""
-    needed = {"task_info": ("task", "workdir"), "reply": ("text",), "note": ("text",),
-              "iteration_end": ("agent_output",), "history": ("summary",)}
-    texts = ("time", *needed.get(event["type"], ()))
-    return all(isinstance(event.get(name), str) for name in texts)
+    """Whether a run can go on from an event: it has the texts that its type should have."""
+    return all(isinstance(event.get(name), str) for name in (
+        "time", *_TEXTS.get(event["type"], ())))
 
 
 def last_unfinished(place: Place, attach: str) -> Path:
@@ -3299,22 +3297,22 @@ def last_unfinished(place: Place, attach: str) -> Path:
 
     Raises ConfigError if it is finished, or there is none.
     """
-    other = ""
+    why = ""
     for path in sorted((place.state / "runs").glob("*.jsonl"), reverse=True):
         with contextlib.suppress(ConfigError):      # not ours to read
             first = (read_events(path, 1) or [{"type": ""}])[0]
-            if first.get("workdir") != str(place.directory) or first.get("mode") == "chat" \
-                    or first["type"] != "task_info" or not is_intact(first):
-                continue
-            if first.get("attach", attach) != attach:
-                other = other or f": the last one had another session, {first['attach']}"
+            if first["type"] != "task_info" or not is_intact(first) or \
+                    first["workdir"] != str(place.directory) or first.get("mode") == "chat":
                 continue
             outcome = read_events(path)[-1].get("outcome")
-            if outcome not in FINISHED:
+            if first["attach"] != attach:
+                why = why or f": the last one had another session, {first['attach']}"
+            elif outcome not in FINISHED:
                 return path
-            other = f": the last one has ended ({outcome}): {path}"
-            break
-    raise ConfigError(f"there is no run to resume in {place.directory}{other}")
+            else:
+                why = f": the last one has ended ({outcome}): {path}"
+                break
+    raise ConfigError(f"there is no run to resume in {place.directory}{why}")
 
 
 def first_event(config: Config, place: Place, tmux: Tmux, agent: Agent, task: str,

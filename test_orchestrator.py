@@ -1490,7 +1490,7 @@ def test_the_lock_is_where_the_file_is_and_a_missing_one_stops_nothing(tmp_path,
 
 
 @pytest.mark.parametrize("rewritten, kept", [
-    (["ab", "cd"], ["ab", "cd"]), (None, list("abcd")), ([], list("abcd")), (["  "], list("abcd")),
+    (["ab", "cd"], ["ab", "cd"]), (["a", "d"], ["a", "d"]), (None, list("abcd")), ([], list("abcd")), (["  "], list("abcd")),
     (list("abcd"), list("abcd")), (list("abcde"), list("abcd")), (["x" * 2001], list("abcd"))])
 def test_a_compaction_only_ever_shortens(memory, tmp_path, rewritten, kept):
     memory.add("abcd")
@@ -2180,7 +2180,8 @@ def test_odd_events_of_an_earlier_part_are_passed_over(fly):
            {"type": "reply", "text": "x", "tokens": 7, "cost": "much", "iteration": "one"},
            {"type": "history", "summary": "s", "summarised": [], "tokens": {"prompt": "x"}},
            {"type": "state", "told": 7}, {"type": "complete", "outcome": [], "iteration": 9}]
-    events = [{"type": "task_info", "task": "x", "workdir": "/"}, *odd]
+    events = [{"type": "task_info", "task": "x", "model": "M", "agent": "A", "attach": "attach",
+               "workdir": "/"}, *odd]
     events = [{"time": "2026-01-31" if number % 2 else "2026-01-31T09:00:00.000Z", **event}
               for number, event in enumerate(events)] + odd
     intact = list(filter(is_intact, events))
@@ -2202,8 +2203,9 @@ def test_the_agent_is_told_whether_it_was_talked_to(fly):
 def test_what_the_model_is_shown_and_what_is_remembered_has_no_secret(fly, tmp_path):
     flight = fly(f"MEMORY_SAVE: it is {KEY}\none", "TASK_COMPLETE", turns=[f"the key is {KEY}"],
                  secret=KEY)
+    flight.control.act("note", f"mind {KEY}")
     assert flight.run() == "complete" and stored(tmp_path) == ["it is [key]"]
-    assert "the key is [key]" in flight.shown(1)
+    assert "the key is [key]" in flight.shown(1) and "mind [key]" in flight.shown(0)
 
 
 def test_the_time_between_two_parts_of_a_run_does_not_count(fly):
@@ -2434,7 +2436,8 @@ def test_a_file_system_without_locks_stops_nobody(tmp_path, monkeypatch):
 
 def test_the_run_to_resume_is_the_last_of_the_directory_with_this_session(tmp_path):
     place, runs = Place(tmp_path, tmp_path / "state", {}), tmp_path / "state" / "runs"
-    first = {"type": "task_info", "task": "x", "workdir": str(tmp_path), "attach": "attach a"}
+    first = {"type": "task_info", "task": "x", "model": "M", "agent": "A", "attach": "attach a",
+             "workdir": str(tmp_path)}
     ended = {"type": "complete", "outcome": "complete"}
 
     def write(name, *events):
@@ -2466,6 +2469,7 @@ def test_the_run_to_resume_is_found_among_more_runs_than_may_be_open(tmp_path):
     runs.mkdir(parents=True)
     for number in range(100):
         event = {"id": 1, "time": "2026-01-31T09:00:00.123Z", "type": "task_info", "task": "x",
+                 "model": "M", "agent": "A", "attach": "attach",
                  "workdir": "/elsewhere" if number else str(tmp_path)}
         (runs / f"{number:03}.jsonl").write_text(json.dumps(event) + "\n")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
