@@ -3292,8 +3292,8 @@ def is_intact(event: Event) -> bool:
         "time", *_TEXTS.get(event["type"], ())))
 
 
-def last_unfinished(place: Place, attach: str) -> Path:
-    """Return the journal of the last run in the directory with the session that `attach` shows.
+def last_unfinished(place: Place, attach: str) -> tuple[Path, list[Event]]:
+    """Return journal and events of the directory's last run with the session that `attach` shows.
 
     Raises ConfigError if it is finished, or there is none.
     """
@@ -3304,11 +3304,12 @@ def last_unfinished(place: Place, attach: str) -> Path:
             if first["type"] != "task_info" or not is_intact(first) or \
                     first["workdir"] != str(place.directory) or first.get("mode") == "chat":
                 continue
-            outcome = read_events(path)[-1].get("outcome")
+            events = read_events(path)
+            outcome = events[-1].get("outcome")
             if first["attach"] != attach:
                 why = why or f": the last one had another session, {first['attach']}"
             elif outcome not in FINISHED:
-                return path
+                return path, list(filter(is_intact, events))
             else:
                 why = f": the last one has ended ({outcome}): {path}"
                 break
@@ -3354,8 +3355,9 @@ def run(config: Config, place: Place, *, task: Callable[[], str] = lambda: "", c
         stack.enter_context(sole_driver(config, place))
         tmux = Tmux(config.claude_tmux_socket, config.claude_tmux_session, place.environ)
         now = datetime.datetime.now(datetime.timezone.utc)
-        path = last_unfinished(place, tmux.attach_command) if resume else place.state / "runs" / \
-            f"{now:%Y%m%dT%H%M%S.%f}-{config.claude_tmux_session}.jsonl"
+        name = f"{now:%Y%m%dT%H%M%S.%f}-{config.claude_tmux_session}.jsonl"
+        path, past = last_unfinished(place, tmux.attach_command) if resume else (
+            place.state / "runs" / name, [])
         program = choose_program(config.default_model, config.claude_cmd)
         tmux.version()
         probe = Agent(tmux, program, place.directory)
@@ -3369,7 +3371,6 @@ def run(config: Config, place: Place, *, task: Callable[[], str] = lambda: "", c
                       watched=journal.watched)
         if config.terminate_when_quit:
             stack.callback(agent.stop)
-        past = list(filter(is_intact, journal.events())) if resume else []
         info = past[0] if past else first_event(config, place, tmux, agent, wanted, chat)
         if past and not as_json:
             say(show(info))

@@ -195,6 +195,8 @@ class ScriptedModel(Loopback):
         if path != "/api/v1/chat/completions":
             exchange.send({"error": {"code": 404, "message": "Not Found"}}, 404)
             return
+        if not exchange.body:       # whoever asks was killed in the middle of it
+            return
         with self._lock:
             number = len(self.requests)
             self.requests.append(Request(exchange.headers, exchange.body))

@@ -2454,9 +2454,11 @@ def test_the_run_to_resume_is_the_last_of_the_directory_with_this_session(tmp_pa
     write("5", {**first, "task": 7})
     (runs / "6.jsonl").mkdir()
     (runs / "7.jsonl").write_bytes(b"\0" * 5000)
-    assert last_unfinished(place, "attach a") == runs / "2.jsonl"
+    assert last_unfinished(place, "attach a")[0] == runs / "2.jsonl"
+    assert [event["type"] for event in last_unfinished(place, "attach a")[1]] == [
+        "task_info", "complete", "unknown"]
     write("8", {**first, "attach": "attach b"})
-    assert last_unfinished(place, "attach a") == runs / "2.jsonl"
+    assert last_unfinished(place, "attach a")[0] == runs / "2.jsonl"
     with pytest.raises(ConfigError, match="the last one had another session, attach b$"):
         last_unfinished(place, "attach c")
     write("9", first, ended)
@@ -2477,7 +2479,7 @@ def test_the_run_to_resume_is_found_among_more_runs_than_may_be_open(tmp_path):
     os.close(last)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (last + 50, hard))
-        assert last_unfinished(place, "attach") == runs / "000.jsonl"
+        assert last_unfinished(place, "attach")[0] == runs / "000.jsonl"
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
