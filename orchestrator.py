@@ -2166,7 +2166,7 @@ class Autopilot:
             told = (f"[You were stopped at {past[-1]['time']} and go on now, at {utc_now()}. If "
                     "the screen does not tell whether your last message arrived, find out before "
                     f"you repeat it.]\n\n{told}")
-            self._journal.publish("state", state="working", reason="the screen is read", told=told)
+            self._journal.publish("state", state="working", reason="the model is told", told=told)
         self._conversation.append(self._journal.masked(told))
 
     def _retell(self, past: Sequence[Event]) -> None:

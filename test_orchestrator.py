@@ -1995,6 +1995,16 @@ def test_facts_are_remembered_at_once_and_told_to_the_next_run(fly, tmp_path):
     assert "## Memory from previous sessions\n- paint is wet" in second.model.calls[0][0]["content"]
 
 
+def test_facts_of_a_megabyte_are_kept_but_only_told_in_part(fly, tmp_path):
+    big, said = "x " * 500_000, "y" * 1_000_000
+    (tmp_path / "memory.json").write_text(json.dumps([big, "the last fact"]))
+    flight = fly(f"MEMORY_SAVE: {said}\none", "TASK_COMPLETE")
+    flight.memory.load()
+    assert flight.run() == "complete" and stored(tmp_path) == [big, "the last fact", "y" * 2000]
+    system = flight.model.calls[0][0]["content"]
+    assert len(system) < 20_000 and "the last fact" in system
+
+
 def test_a_long_memory_is_compacted_by_the_model(fly, tmp_path):
     flight = fly("MEMORY_SAVE: a\nMEMORY_SAVE: b\nMEMORY_SAVE: c\ngo", 'Sure: {"facts": ["abc"]}',
                  "TASK_COMPLETE", memory_max_facts=2)
