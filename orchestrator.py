@@ -1545,14 +1545,15 @@ class Journal:
     """The run's events: published once, kept in a file, told to listeners and to readers.
 
     They are in memory only while they can't be written; `complaint` then says why, and an event
-    does so once.  `secret` is masked wherever it appears.  Threads may publish and read at once;
-    after `complete` nothing is taken.  `guard()` holds Interrupted back while an event is added.
-    Raises ConfigError if `read_only` and there is no such file.
+    does so once; if none could any more, it stays `unsaid`.  `secret` is masked wherever it
+    appears.  Threads may publish and read at once; after `complete` nothing is taken.  `guard()`
+    holds Interrupted back while an event is added.  Raises ConfigError if `read_only` and there is
+    no such file.
     """
 
     def __init__(self, path: Path | None = None, *, secret: str = "", read_only: bool = False,
                  guard: Callable[[], Any] = contextlib.nullcontext) -> None:
-        self.path, self.complaint, self._unsaid = path, "", ""
+        self.path, self.complaint, self.unsaid = path, "", ""
         self._secret = _pattern(secret)
         self._guard, self._changed, self._telling = guard, threading.Condition(), threading.RLock()
         self._places: list[tuple[int, int] | bytes] = []    # offset and length, or the line
@@ -1612,8 +1613,8 @@ class Journal:
                 self._ended = kind == "complete"
             for listener in self._listeners:
                 listener(event)
-            if self._unsaid:
-                trouble, self._unsaid = self._unsaid, ""
+            if self.unsaid and not self._ended:
+                trouble, self.unsaid = self.unsaid, ""
                 self.publish("error", error=trouble)
 
     def _add(self, kind: str, fields: dict[str, Any]) -> Event:
@@ -1658,7 +1659,7 @@ class Journal:
 
     def _complain(self, error: OSError) -> None:
         self.complaint = f"the journal can't be written: {self.path}: {error.strerror}"
-        self._unsaid = self.complaint
+        self.unsaid = self.complaint
 
     def _line(self, number: int) -> bytes:
         place = self._places[number]
@@ -3365,6 +3366,7 @@ def run(config: Config, place: Place, *, task: Callable[[], str] = lambda: "", c
         probe.find()
         wanted = "" if chat or resume else task()
         journal = Journal(path, guard=signals.held, secret=config.openrouter_api_key)
+        stack.callback(lambda: complain(journal.unsaid))
         show = narrate_json if as_json else narrate_chat if chat else narrate
         journal.listen(lambda event: say(show(event)))
         agent = Agent(tmux, program, place.directory, publish=journal.publish,

@@ -1646,6 +1646,19 @@ def test_a_disk_that_is_full_is_said_once_and_what_came_before_is_kept(tmp_path)
     journal.publish("note", text="d")       # there is space again
     assert read_events(tmp_path / "run.jsonl") == journal.events()
     assert [event.get("text") for event in journal.events()] == ["a", "b", None, "c", "d"]
+    assert journal.unsaid == ""
+
+
+def test_a_disk_that_is_full_in_the_end_is_said_by_whoever_has_the_journal(tmp_path):
+    journal = Journal(tmp_path / "run.jsonl")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))
+    try:
+        journal.publish("complete", outcome="complete")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [event["type"] for event in journal.events()] == ["complete"]
+    assert "File too large" in journal.unsaid
 
 
 def test_a_run_whose_journal_can_only_be_read_goes_on_from_it(tmp_path, monkeypatch):
