@@ -2000,9 +2000,10 @@ class Totals:
     @contextlib.contextmanager
     def concluded(self, journal: Journal) -> Iterator[None]:
         """Publish `complete` at the end of the block, however it ends."""
-        outcome, reason = "complete", ""
+        outcome, reason = "interrupted", ""     # a signal may come anywhere here
         try:
             yield
+            outcome = "complete"
         except BaseException as error:
             by_the_world = isinstance(error, OSError)       # a run can go on from that
             outcome = getattr(error, "outcome", "interrupted" if by_the_world else "failed")
