@@ -50,6 +50,7 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import errno
 import fcntl
 import http.client
 import http.server
@@ -69,6 +70,7 @@ import socketserver
 import subprocess
 import sys
 import tempfile
+import termios
 import textwrap
 import threading
 import time
@@ -1002,22 +1004,26 @@ class Agent:
                 f"tmux -L {self._tmux.socket_name} kill-session -t {self._tmux.session}")
         return session
 
-    def start(self) -> Turn:
+    def start(self, talked: bool = False) -> Turn:
         """Join the session or make it, wait until the agent is ready, and return its screen.
 
+        If it was `talked` to before, and the session is gone, it is started with its conversation.
         Raises ConfigError for a session that was made for something else, AgentError if the
         program is missing or ends at once.
         """
         session, notes = self.find(), ()
-        if not session:
+        self._talked = talked or bool(session)
+        if not self._talked:
             try:
                 self._run(self._program.start)
             except AgentExited:         # its words are told; a dead session is in the way
                 self._tmux.kill()
                 raise
         else:
-            self._pane_id, self._talked = session.pane_id, True
             try:
+                if not session:
+                    raise TmuxGone(f"there is no {self._tmux.session}")
+                self._pane_id = session.pane_id
                 self._until_ready()
             except (TmuxGone, AgentExited) as trouble:
                 notes = (self._restart(trouble),)
@@ -1616,98 +1622,121 @@ class OpenRouter:
 # Facts that outlive a run.  May use: Errors.
 
 class Memory:
-    """The facts in a JSON file, an array of strings, shared with other runs in the directory."""
+    """The facts in a JSON file, an array of strings, shared with other runs in the directory.
+
+    `complaint` says so if the file had to be set aside the last time that it was read.
+    """
 
     FACT_LIMIT = 2_000      # characters
 
     def __init__(self, path: Path, limit: int) -> None:
         self.facts: list[str] = []
-        self.limit, self._path = limit, path
+        self.limit, self.complaint, self._path = limit, "", path
+        self._unsaved: list[str] = []       # could not be written so far
 
     def load(self) -> str:
-        """Read the file; return a complaint if it had to be set aside, else nothing."""
+        """Read the file; return the complaint, if there is one."""
         try:
-            with self._locked():
-                self.facts, complaint = self._known()
+            with self._locked() as path:
+                self.facts = self._known(path)
         except OSError as error:
             raise ConfigError(f"{self._path}: can't be read: {error.strerror}") from None
-        return complaint
+        return self.complaint
 
     def add(self, facts: Iterable[str]) -> list[str]:
-        """Remember facts, on disk before this returns; return those that are new."""
+        """Remember facts, on disk before this returns; return those that are new.
+
+        Raises OSError where they can't be written; the next call tries that again.
+        """
         def merge(known: list[str]) -> list[str]:
-            merged = {fact.casefold(): fact for fact in known}
-            for fact in self._normal(facts):
+            merged = {self._normal(fact).casefold(): fact for fact in known}
+            for fact in filter(None, waiting):
                 merged.setdefault(fact.casefold(), fact)
             return list(merged.values())
 
-        return self._change(merge)
+        waiting = self._unsaved = [*self._unsaved, *map(self._normal, facts)]
+        added = self._change(merge)
+        self._unsaved = self._unsaved[len(waiting):]
+        return added
 
     def compact(self, rewrite: Callable[[list[str]], list[str] | None]) -> tuple[int, int] | None:
         """Let `rewrite` shorten a list that is too long; return the lengths before and after.
 
-        What it returns counts only if it is shorter and not empty.  Facts that another run adds
-        meanwhile are kept.
+        What it returns counts only if it is shorter, not empty and without overlong facts, and if
+        nothing was taken out of the file meanwhile.  What another run adds meanwhile is kept.
         """
         before = list(self.facts)
-        shorter = self._normal(rewrite(before) or []) if len(before) > self.limit else []
-        if not 0 < len(shorter) < len(before):
+        rewritten = (rewrite(before) or []) if len(before) > self.limit else []
+        shorter = list(filter(None, map(self._normal, rewritten)))
+        if not 0 < len(shorter) < len(before) or max(map(len, rewritten)) > self.FACT_LIMIT:
             return None
-        self._change(lambda known: shorter + [fact for fact in known if fact not in before])
-        return len(before), len(self.facts)
 
-    def _normal(self, facts: Iterable[str]) -> list[str]:
-        short = (" ".join(fact.split())[:self.FACT_LIMIT] for fact in facts)
-        return [fact for fact in short if fact]
+        def replace(known: list[str]) -> list[str]:
+            added = [fact for fact in known if fact not in before]
+            return shorter + added if len(known) - len(added) == len(before) else known
+
+        self._change(replace)
+        return (len(before), len(self.facts)) if self.facts[:len(shorter)] == shorter else None
+
+    def _normal(self, fact: str) -> str:
+        return " ".join(fact.split())[:self.FACT_LIMIT]
 
     def _change(self, change: Callable[[list[str]], list[str]]) -> list[str]:
         """Apply a change to what is on disk now; return what it added."""
-        with self._locked():
-            known, _ = self._known()
+        with self._locked() as path:
+            known = self._known(path)
             self.facts = change(known)
             if self.facts != known:
-                self._write()
-        return [fact for fact in self.facts if fact not in known]
+                self._write(path)
+        old = set(known)
+        return [fact for fact in self.facts if fact not in old]
 
-    def _known(self) -> tuple[list[str], str]:
-        """Return the facts on disk; set a file of another form aside, and say so."""
-        if not self._path.exists():
-            return self.facts, ""
-        if not self._path.is_file():
-            raise OSError(0, "not a regular file")
+    def _known(self, path: Path) -> list[str]:
+        """Return the facts on disk; set a file of another form aside."""
+        self.complaint = ""
         try:
-            facts = json.loads(self._path.read_text(encoding="utf-8-sig"))
-            if not isinstance(facts, list) or not all(isinstance(fact, str) for fact in facts):
-                raise ValueError("not an array of strings")
-            return facts, ""
+            facts = json.loads(path.read_text(encoding="utf-8-sig"))
+            if isinstance(facts, list) and all(isinstance(fact, str) for fact in facts):
+                return facts
+            raise ValueError("not an array of strings")
+        except FileNotFoundError:
+            return self.facts
         except (ValueError, RecursionError):
-            aside = f"{self._path}.bad-{time.strftime('%Y%m%dT%H%M%S')}"
-            os.replace(self._path, aside)
-            return self.facts, f"{self._path} was not a JSON array of strings; it is now {aside}"
+            aside = f"{path}.bad-{datetime.datetime.now():%Y%m%dT%H%M%S.%f}"
+            os.replace(path, aside)
+            self.complaint = f"{path} was not a JSON array of strings; it is now {aside}"
+            return self.facts
 
-    def _write(self) -> None:
+    def _write(self, path: Path) -> None:
         """Replace the file in one step, so that a crash leaves the old one."""
-        path = self._path.resolve()     # of a symbolic link, what it points to
-        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        draft = path.with_name(f".{path.name}.new")
+        with contextlib.suppress(OSError):      # of a run that was killed here
+            os.unlink(draft)
         try:
-            with open(handle, "w", encoding="utf-8", errors="replace") as file:
+            with open(draft, "x", encoding="utf-8", errors="replace") as file:
+                if path.exists():
+                    os.fchmod(file.fileno(), path.stat().st_mode & 0o777)
                 json.dump(self.facts, file, ensure_ascii=False, indent=2)
                 file.write("\n")
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(draft, path.stat().st_mode & 0o777 if path.exists() else 0o644)
             os.replace(draft, path)
-        except BaseException:
-            os.unlink(draft)
-            raise
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(draft)
 
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Keep other runs out of the file; the directory is the lock, so none is left behind."""
-        handle = os.open(self._path.parent, os.O_RDONLY)
+    def _locked(self) -> Iterator[Path]:
+        """Keep other runs out of the file that the path leads to, and yield that.
+
+        Its directory is the lock, so none is left behind.  NFS can't lock directories.
+        """
+        path = Path(os.path.realpath(self._path))
+        handle = os.open(path.parent, os.O_RDONLY)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            yield
+            with contextlib.suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            yield path
         finally:
             os.close(handle)
 
@@ -1742,6 +1771,17 @@ def read_events(path: Path, most: int = sys.maxsize) -> list[Event]:
         raise ConfigError(f"{path}: can't be read: {error.strerror}") from None
 
 
+def _pattern(secret: str) -> re.Pattern[str]:
+    """Return what finds a secret, and each half of a long one, where lines break and colours too.
+
+    It fits to a text, and to the JSON of one.  What is shorter than 8 characters is no secret.
+    """
+    gap = r"(?:(?:\\u001b|\x1b)\[[\d;]*m|\\n|[\n │|])*"
+    half = len(secret) // 2 if len(secret) >= 32 else len(secret)
+    parts = [gap.join(map(re.escape, part)) for part in (secret[:half], secret[half:]) if part]
+    return re.compile("|".join([gap.join(parts), *parts]) if len(secret) >= 8 else "(?!)")
+
+
 class Batch(NamedTuple):
     """What a reader of the journal gets: lines of JSON, and where to go on from."""
 
@@ -1754,63 +1794,78 @@ class Batch(NamedTuple):
 class Journal:
     """The run's events: published once, kept in a file, told to listeners and to readers.
 
-    They are in memory only where they can't be written; `complaint` then says why, and an event
-    does so once.  `secret` is masked wherever it appears.  Threads may publish and read at once.
-    `guard()` holds Interrupted back while an event is added.  Raises ConfigError if `read_only`
-    and there is no such file.
+    They are in memory only while they can't be written; `complaint` then says why, and an event
+    does so once; if none could any more, it stays `unsaid`.  `secret` is masked wherever it
+    appears.  Threads may publish and read at once; after `complete` nothing is taken.  `guard()`
+    holds Interrupted back while an event is added.  Raises ConfigError if `read_only` and there is
+    no such file.
     """
 
     def __init__(self, path: Path | None = None, *, secret: str = "", read_only: bool = False,
                  guard: Callable[[], Any] = contextlib.nullcontext) -> None:
-        self.path, self.complaint, self._unsaid = path, "", ""
-        self._secret = secret if len(secret) >= 8 else ""
-        self._guard, self._changed = guard, threading.Condition()
+        self.path, self.complaint, self.unsaid = path, "", ""
+        self._secret = _pattern(secret)
+        self._guard, self._changed, self._telling = guard, threading.Condition(), threading.RLock()
         self._places: list[tuple[int, int] | bytes] = []    # offset and length, or the line
         self._live: dict[str, tuple[int, bytes]] = {}
-        self._live_count = self._iteration = self._readers = self._size = 0
+        self._live_count = self._iteration = self._readers = self._size = self._written = 0
         self._listeners: list[Callable[[Event], object]] = []
-        self._closed, self._file = False, -1
+        self._ended = self._closed = self._was_read = False
+        self._file: Any = None
         try:
-            if path and read_only:
-                self._file = os.open(path, os.O_RDONLY)
-                self.follow()
-            elif path:
+            if path and not read_only:
                 path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
-                if self.follow() < os.fstat(self._file).st_size:    # a torn line: close it off
-                    os.write(self._file, b"\n")
-                    self.follow()
+                file = open(path, "ab+", 0, opener=lambda *how: os.open(*how, 0o600))
+                size = file.tell()
+                if size and os.pread(file.fileno(), 1, size - 1) != b"\n":      # a torn line
+                    file.write(b"\n")
+                self._file = file
         except OSError as error:
             self._complain(error)
+        try:
+            if path:
+                self._file = self._file or open(path, "rb", 0)
+                self.follow()
+        except OSError as error:
             if read_only:
                 raise ConfigError(f"{path}: can't be read: {error.strerror}") from None
 
-    def follow(self) -> int:
-        """Take in what has been added to the file, but for a torn last line; return the offset."""
-        with self._changed, open(os.dup(self._file), "rb") as file:
+    def follow(self) -> None:
+        """Take in what has been added to the file, but for a torn last line."""
+        with self._changed, open(os.dup(self._file.fileno()), "rb") as file:
             file.seek(self._size)
             for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                if parse_event(line):
+                event = parse_event(line)
+                if event:
                     self._places.append((self._size, len(line)))
+                    self._iteration = event.get("iteration", self._iteration)
+                elif not line.endswith(b"\n"):
+                    break
                 self._size += len(line)
+            self._written = len(self._places)
             self._changed.notify_all()
-        return self._size
 
     def listen(self, listener: Callable[[Event], object]) -> None:
         """Call a function with each event published from now on, in the publisher's thread."""
         self._listeners.append(listener)
 
+    def masked(self, text: str) -> str:
+        """Return a text without the secret."""
+        return self._secret.sub("[key]", text)
+
     def publish(self, kind: str, **fields: object) -> None:
         """Add an event; it is in the file when this returns."""
-        with self._guard():
-            event = self._add(kind, fields)
-        for listener in self._listeners:
-            listener(event)
-        if self._unsaid:
-            trouble, self._unsaid = self._unsaid, ""
-            self.publish("error", error=trouble)
+        with self._telling:         # so that listeners hear of them in their order
+            if self._ended:
+                return
+            with self._guard():
+                event = self._add(kind, fields)
+                self._ended = kind == "complete"
+            for listener in self._listeners:
+                listener(event)
+            if self.unsaid and not self._ended:
+                trouble, self.unsaid = self.unsaid, ""
+                self.publish("error", error=trouble)
 
     def _add(self, kind: str, fields: dict[str, Any]) -> Event:
         """Add an event; return it as it is kept."""
@@ -1823,38 +1878,43 @@ class Journal:
             number = {} if kind in LIVE else {"id": len(self._places) + 1}
             event = {**number, "time": utc_now(), "type": kind, **fields}
             text = json.dumps(event, ensure_ascii=False)
-            if self._secret and self._secret in text:
-                text = text.replace(self._secret, "[key]")
+            if self._secret.search(text):
+                text = self.masked(text)
                 event = json.loads(text)
             line = text.encode("utf-8", "replace") + b"\n"
             if kind in LIVE:
                 self._live_count += 1
                 self._live[kind] = (self._live_count, line)
             else:
-                self._places.append(self._write(line))
+                self._places.append(line)
+                self._write()
             self._changed.notify_all()
         return event
 
-    def _write(self, line: bytes) -> tuple[int, int] | bytes:
-        """Write a line; return where it is, or the line itself if there is no place for it."""
-        if self._file < 0 or self.complaint:
-            return line
-        try:
-            if os.write(self._file, line) < len(line):
-                raise OSError(0, "no space left on device")
-        except OSError as error:
-            self._complain(error)
-            return line
-        self._size += len(line)
-        return self._size - len(line), len(line)
+    def _write(self) -> None:
+        """Write the lines that are not in the file yet, and remember where they are."""
+        for number in range(self._written, len(self._places) if self._file else 0):
+            line = rest = self._places[number]
+            try:
+                while rest:
+                    rest = rest[self._file.write(rest):]
+            except OSError as error:
+                with contextlib.suppress(OSError):
+                    self._file.truncate(self._size)     # no half line
+                if not self.complaint:
+                    self._complain(error)
+                return
+            self._places[number] = (self._size, len(line))
+            self._size, self._written = self._size + len(line), number + 1
 
     def _complain(self, error: OSError) -> None:
         self.complaint = f"the journal can't be written: {self.path}: {error.strerror}"
-        self._unsaid = self.complaint
+        self.unsaid = self.complaint
 
     def _line(self, number: int) -> bytes:
         place = self._places[number]
-        return place if isinstance(place, bytes) else os.pread(self._file, place[1], place[0])
+        return place if isinstance(place, bytes) else os.pread(
+            self._file.fileno(), place[1], place[0])
 
     def events(self) -> list[Event]:
         """Return all events so far."""
@@ -1880,7 +1940,7 @@ class Journal:
     def reading(self) -> Iterator[None]:
         """Count as a reader while this lasts; live events are worth their making only then."""
         with self._changed:
-            self._readers += 1
+            self._readers, self._was_read = self._readers + 1, True
         try:
             yield
         finally:
@@ -1892,12 +1952,16 @@ class Journal:
         """Whether anybody reads."""
         return self._readers > 0
 
-    def close(self, patience: float = 2.0) -> None:
-        """Let the readers go once they have all events; wait for them, `patience` seconds."""
+    def close(self, expected: bool = False) -> None:
+        """Let the readers go once they have all events; wait two seconds for them.
+
+        If one is `expected`, who has not come yet, it is waited for too.
+        """
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-            self._changed.wait_for(lambda: not self._readers, patience)
+            self._changed.wait_for(
+                lambda: not self._readers and (self._was_read or not expected), 2.0)
 
 
 # -- 9. Dashboard ---------------------------------------------------------------------------
@@ -2078,7 +2142,7 @@ class Dashboard(http.server.ThreadingHTTPServer):
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.journal.close()
+        self.journal.close(expected=self.visited.is_set())
         self.shutdown()
         self.server_close()
 
@@ -2138,7 +2202,7 @@ class Control:
     def act(self, action: str, text: str = "") -> None:
         """Pause after the current turn, resume, stop, or pass on a note."""
         if action == "note":
-            self._notes.put(sanitize(text).strip())
+            self._notes.put(self._journal.masked(sanitize(text).strip()))
             self._journal.publish("note", text=text, source="dashboard")
         elif action == "stop":
             self._stop()
@@ -2170,27 +2234,35 @@ class Totals:
         return {"tokens": Tokens(*tokens)._asdict(), "cost": cost}
 
     def recount(self, past: Sequence[Event]) -> None:
-        """Count what earlier parts of a run have used, without the times between them."""
+        """Count what earlier parts of a run have used, without the times between them.
+
+        An iteration that had no reply yet is begun again.
+        """
         previous = None
         for event in past:
-            if event["type"] in ("reply", "history", "memory") and event.get("tokens"):
-                self.add([event["tokens"].get(name, 0) for name in Tokens._fields],
-                         event.get("cost"))
-            self.iterations = max(self.iterations, event.get("iteration") or 0)
-            with contextlib.suppress(KeyError, ValueError):
+            if event["type"] in ("reply", "history", "memory"):
+                used = [_number(_part(event, "tokens"), name) for name in Tokens._fields]
+                self.add([int(count or 0) for count in used], _number(event, "cost"))
+            if event["type"] == "reply":
+                self.iterations = max(self.iterations, int(_number(event, "iteration") or 0))
+            with contextlib.suppress(TypeError, ValueError):        # no time, or of another form
                 at = datetime.datetime.fromisoformat(event["time"].replace("Z", "+00:00"))
                 if previous and event.get("reason") != _GOES_ON:
-                    self.earlier += (at - previous).total_seconds()
+                    self.earlier += max(0.0, (at - previous).total_seconds())
                 previous = at
 
     @contextlib.contextmanager
     def concluded(self, journal: Journal) -> Iterator[None]:
         """Publish `complete` at the end of the block, however it ends."""
-        outcome, reason = "complete", ""
+        outcome, reason = "interrupted", ""     # a signal may come anywhere here
         try:
             yield
+            outcome = "complete"
         except BaseException as error:
-            outcome, reason = getattr(error, "outcome", "failed"), str(error) or repr(error)
+            by_the_world = isinstance(error, OSError)       # a run can go on from that
+            outcome = getattr(error, "outcome", "interrupted" if by_the_world else "failed")
+            reason = journal.masked(str(error) or repr(error))
+            error.args = (reason,)
             raise
         finally:
             journal.publish("complete", outcome=outcome, reason=reason, iterations=self.iterations,
@@ -2333,7 +2405,7 @@ class Autopilot:
                 self._journal.publish("state", state="resumed", reason=_GOES_ON)
             else:
                 self._journal.publish("task_info", **task_info)
-            self._open(str(task_info["task"]), past)
+            self._open(self._journal.masked(str(task_info["task"])), past)
             while not self._done:
                 self._step()
 
@@ -2341,36 +2413,45 @@ class Autopilot:
 
     def _open(self, task: str, past: Sequence[Event]) -> None:
         """Start the agent and the conversation, or go on with one."""
-        name, screen = self._agent.name, self._agent.start().report()
-        facts = "".join(f"- {fact}\n" for fact in self._memory.facts)
+        name, talked = self._agent.name, any(event["type"] == "reply" for event in past)
+        told = f"The screen of {name} now:\n{self._agent.start(talked).report()}"
+        facts = clip("".join(f"- {fact}\n" for fact in self._memory.facts))
         system = _SYSTEM.format(agent=name) + (
             f"\n## Memory from previous sessions\n{facts}" if facts else "")
         self._conversation = Conversation(
             system, f"Task:\n{task}\n\n{name} works in {self._directory}.")
         if past:
             self._retell(past)
-            self._conversation.append(
-                f"[You were stopped at {past[-1]['time']} and go on now, at {utc_now()}. If the "
-                "screen does not tell whether your last message arrived, find out before you "
-                "repeat it.]")
-        self._conversation.append(f"The screen of {name} now:\n{screen}")
+            told = (f"[You were stopped at {past[-1]['time']} and go on now, at {utc_now()}. If "
+                    "the screen does not tell whether your last message arrived, find out before "
+                    f"you repeat it.]\n\n{told}")
+            self._journal.publish("state", state="working", reason="the model is told", told=told)
+        self._conversation.append(self._journal.masked(told))
 
     def _retell(self, past: Sequence[Event]) -> None:
-        """Rebuild the conversation from the events of the earlier part."""
-        said = None
-        for event in [*past, {"type": "reply", "text": None}]:
-            if event["type"] == "history":
-                self._conversation.summarise(event["summary"], event["summarised"])
-            elif event["type"] == "iteration_end" and said is not None:
-                self._tell(said, event["agent_output"] or event.get("error", ""))
+        """Rebuild the conversation from the events of the earlier parts."""
+        said, notes, end = None, [], {"type": "iteration_start", "reason": _GOES_ON}
+        for event in [*past, end]:
+            kind = event["type"]
+            if kind == "history":
+                count = int(_number(event, "summarised") or 0)
+                self._conversation.summarise(event["summary"], count)
+            elif kind == "iteration_end" and said is not None:
+                self._tell(said, event["agent_output"] or str(event.get("error", "")))
                 said = None
-            elif event["type"] == "note" and event.get("source") == "dashboard":
-                self._conversation.append(_NOTE + event["text"])
-            elif event["type"] == "reply":
+            elif kind == "note" and event.get("source") == "dashboard":
+                notes.append(_NOTE + event["text"])
+            elif kind == "reply" or event.get("reason") == _GOES_ON:
                 if said is not None:
-                    self._remember(parse_reply(said).facts)
                     self._conversation.add(said, "[You were stopped before this was done.]")
-                said = event["text"]
+                    self._remember(parse_reply(said).facts if event is end else ())
+                said = event.get("text")
+            elif "told" in event:
+                self._conversation.append(str(event["told"]))
+            if kind == "iteration_start":       # they are told with the next prompt
+                for note in notes:
+                    self._conversation.append(note)
+                notes = []
 
     def _tell(self, reply: str, outcome: str) -> None:
         """Add a reply and what came of it to the conversation."""
@@ -2397,7 +2478,7 @@ class Autopilot:
         outcome, trouble = "", None
         try:
             turn = self._outlast(self._act(instruction))
-            outcome = turn.report()
+            outcome = self._journal.masked(turn.report())
             note = self._circling(reply.text.strip(), turn)
             outcome += f"\n\n{note}" * bool(note)
         except OrchestratorError as error:
@@ -2470,7 +2551,11 @@ class Autopilot:
         command, status, output = self._config.verify_cmd, 0, ""
         if command:
             self._journal.publish("state", state="working", reason=f"checking: {command}")
-            status, output = run_check(command, self._directory, self._environ, self.VERIFY_LIMIT)
+            try:
+                status, output = run_check(command, self._directory, self._environ,
+                                           self.VERIFY_LIMIT)
+            except OSError as error:
+                status, output = 126, f"it can't be run: {error}"
             self._journal.publish("verify", command=command, status=status, output=output)
         self._done = status == 0
         self._failures = [*self._failures[1 - self.SAME_FAILURES:], fingerprint(output)]
@@ -2495,7 +2580,9 @@ class Autopilot:
         if not facts:
             return
         try:
-            saved = self._memory.add(facts)
+            saved = self._memory.add(map(self._journal.masked, facts))
+            if self._memory.complaint:
+                self._journal.publish("error", error=self._memory.complaint)
             self._journal.publish("memory", saved=saved, total=len(self._memory.facts))
             before, after = self._memory.compact(rewrite) or (0, 0)
             if before:
@@ -3233,16 +3320,21 @@ class Signals:
     """SIGINT, SIGTERM and SIGHUP as Interrupted, raised in the main thread.
 
     They are held back inside `held()`, so that the journal never loses count of its lines.
+    What comes while one is being dealt with leaves HURRY seconds for that.
     """
 
+    HURRY = 0.5
     _depth = _pending = 0       # how many times held; the number of the last signal meanwhile
 
     def __enter__(self) -> Signals:
-        self._before = {number: signal.signal(number, self._handle)
-                        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        wanted = {number: self._handle for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+                  if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN}  # nohup
+        wanted[signal.SIGALRM] = lambda number, frame: os._exit(128 + signal.SIGINT)
+        self._before = {number: signal.signal(number, wanted[number]) for number in wanted}
         return self
 
     def __exit__(self, *error: object) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -3262,9 +3354,12 @@ class Signals:
                 raise Interrupted(number)
 
     def _handle(self, number: int, frame: object) -> None:
-        if not self._depth:
+        if isinstance(sys.exc_info()[1], Interrupted):
+            signal.setitimer(signal.ITIMER_REAL, self.HURRY)
+        elif self._depth:
+            self._pending = number
+        else:
             raise Interrupted(number)
-        self._pending = number
 
 
 FINISHED = ("complete", "failed", "stuck")      # outcomes that leave nothing to resume
@@ -3322,8 +3417,10 @@ def say(text: str, stream: TextIO | None = None) -> None:
     try:
         if text:
             print(sanitize(text), file=stream or sys.stdout, flush=True)
-    except OSError:     # `| head`, or the terminal was closed: go on without narration
+    except OSError as error:    # `| head`, or the terminal was closed: go on without narration
         os.dup2(os.open(os.devnull, os.O_WRONLY), (stream or sys.stdout).fileno())
+        if error.errno == errno.ENOSPC and stream is not sys.stderr:
+            say(f"orchestrator: the output can't be written: {error.strerror}", sys.stderr)
 
 
 def complain(text: object) -> None:
@@ -3369,24 +3466,40 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 @contextlib.contextmanager
 def sole_driver(config: Config, place: Place) -> Iterator[None]:
     """Hold the lock of a session; raise ConfigError with the process that has it."""
-    path = place.state / "locks" / f"{config.claude_tmux_socket}-{config.claude_tmux_session}"
+    path = place.state / "locks" / f"{config.claude_tmux_socket}.{config.claude_tmux_session}"
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        file = open(path, "a+", encoding="ascii")
+        file = open(path, "a+", encoding="ascii", errors="replace")
     except OSError:         # the journal will say that nothing can be written there
         yield
         return
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            driver = path.read_text(encoding="ascii")
+        except BlockingIOError:
+            file.seek(0)
             raise ConfigError(
                 f"session {config.claude_tmux_session} is driven by another orchestrator, "
-                f"process {driver}: set CLAUDE_TMUX_SESSION to another name") from None
+                f"process {file.read()}: set CLAUDE_TMUX_SESSION to another name") from None
+        except OSError:         # no locks on this file system
+            pass
         with contextlib.suppress(OSError):      # a full disk
             path.write_text(str(os.getpid()), encoding="ascii")
         yield
+
+
+def linger(stream: TextIO) -> None:
+    """Wait for Enter or Ctrl-C where a person is at the terminal, in the foreground."""
+    try:
+        if sys.stdin.isatty() and stream.isatty() and os.tcgetpgrp(0) == os.getpgrp():
+            termios.tcflush(0, termios.TCIFLUSH)        # what was typed before is no answer
+            say("The dashboard stays open until you press Enter or Ctrl-C.", stream)
+            sys.stdin.readline()
+    except (OSError, termios.error):        # it is not our terminal, or not any more
+        return
+    except Interrupted as interrupt:
+        if interrupt.status != 128 + signal.SIGINT:
+            raise
 
 
 @contextlib.contextmanager
@@ -3394,7 +3507,8 @@ def served(config: Config, journal: Journal, control: Callable[[str, str], objec
            stream: TextIO) -> Iterator[None]:
     """Serve the dashboard and say where; a run goes on without, a recording has nothing else.
 
-    On a terminal it stays open at the end, for a person who has opened it, until Enter.
+    At a run's end a browser that was just opened gets time to come, and on a terminal it stays
+    for a person who has opened it.
     """
     try:
         dashboard = Dashboard(journal, PAGE, config.dashboard_host, config.dashboard_port, control)
@@ -3407,15 +3521,16 @@ def served(config: Config, journal: Journal, control: Callable[[str, str], objec
     with dashboard:
         say(f"Dashboard: {dashboard.url}", stream)
         has_screen = any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY")))
-        if config.dashboard_open and (has_screen or sys.platform == "darwin"):
+        opened = config.dashboard_open and (has_screen or sys.platform == "darwin")
+        if opened:
             threading.Thread(target=webbrowser.open, args=(dashboard.url,), daemon=True).start()
         try:
             yield
         finally:
-            if dashboard.visited.is_set() and sys.stdin.isatty() and sys.stdout.isatty() \
-                    and not isinstance(sys.exc_info()[1], KeyboardInterrupt):
-                say("The dashboard stays open until you press Enter.")
-                sys.stdin.readline()
+            if not isinstance(sys.exc_info()[1], KeyboardInterrupt):
+                dashboard.visited.wait(5.0 if opened else 0)
+                if dashboard.visited.is_set():
+                    linger(stream)
 
 
 def read_line(prompt: str) -> str | None:
@@ -3442,16 +3557,39 @@ def read_task(given: str | None) -> str:
     return sanitize(given).strip()
 
 
-def last_unfinished(place: Place) -> Path:
-    """Return the journal of the directory's last run; raise ConfigError if that is finished."""
+_TEXTS = {       # what a run needs to go on from an event, besides its time
+    "task_info": ("task", "model", "agent", "workdir", "attach"), "reply": ("text",),
+    "iteration_end": ("agent_output",), "history": ("summary",), "note": ("text",)}
+
+
+def is_intact(event: Event) -> bool:
+    """Whether a run can go on from an event: it has the texts that its type should have."""
+    return all(isinstance(event.get(name), str) for name in (
+        "time", *_TEXTS.get(event["type"], ())))
+
+
+def last_unfinished(place: Place, attach: str) -> tuple[Path, list[Event]]:
+    """Return journal and events of the directory's last run with the session that `attach` shows.
+
+    Raises ConfigError if it is finished, or there is none.
+    """
+    why = ""
     for path in sorted((place.state / "runs").glob("*.jsonl"), reverse=True):
-        first = (read_events(path, 1) or [{}])[0]
-        if first.get("workdir") == str(place.directory) and first.get("mode") != "chat":
-            outcome = read_events(path)[-1].get("outcome")
-            if outcome in FINISHED:
-                raise ConfigError(f"the last run here has ended ({outcome}): {path}")
-            return path
-    raise ConfigError(f"there is no run to resume in {place.directory}")
+        with contextlib.suppress(ConfigError):      # not ours to read
+            first = (read_events(path, 1) or [{"type": ""}])[0]
+            if first["type"] != "task_info" or not is_intact(first) or \
+                    first["workdir"] != str(place.directory) or first.get("mode") == "chat":
+                continue
+            events = read_events(path)
+            outcome = events[-1].get("outcome")
+            if first["attach"] != attach:
+                why = why or f": the last one had another session, {first['attach']}"
+            elif outcome not in FINISHED:
+                return path, list(filter(is_intact, events))
+            else:
+                why = f": the last one has ended ({outcome}): {path}"
+                break
+    raise ConfigError(f"there is no run to resume in {place.directory}{why}")
 
 
 def first_event(config: Config, place: Place, tmux: Tmux, agent: Agent, task: str,
@@ -3481,7 +3619,7 @@ def autopilot(config: Config, place: Place, agent: Agent, journal: Journal, stre
 
 
 def run(config: Config, place: Place, *, task: Callable[[], str] = lambda: "", chat: bool = False,
-        as_json: bool = False, resumed: Path | None = None) -> int:
+        as_json: bool = False, resume: bool = False) -> int:
     """Wire the parts together and let a person or the model drive the agent; return 0.
 
     Raises OrchestratorError or Interrupted if it ends otherwise than by success.
@@ -3492,21 +3630,27 @@ def run(config: Config, place: Place, *, task: Callable[[], str] = lambda: "", c
         signals = stack.enter_context(Signals())
         stack.enter_context(sole_driver(config, place))
         tmux = Tmux(config.claude_tmux_socket, config.claude_tmux_session, place.environ)
+        now = datetime.datetime.now(datetime.timezone.utc)
+        name = f"{now:%Y%m%dT%H%M%S.%f}-{config.claude_tmux_session}.jsonl"
+        path, past = last_unfinished(place, tmux.attach_command) if resume else (
+            place.state / "runs" / name, [])
         program = choose_program(config.default_model, config.claude_cmd)
         tmux.version()
-        Agent(tmux, program, place.directory).check()
-        wanted = "" if chat or resumed else task()
-        name = f"{datetime.datetime.now():%Y%m%dT%H%M%S.%f}-{config.claude_tmux_session}.jsonl"
-        journal = Journal(resumed or place.state / "runs" / name, guard=signals.held,
-                          secret=config.openrouter_api_key)
+        probe = Agent(tmux, program, place.directory)
+        probe.check()
+        probe.find()
+        wanted = "" if chat or resume else task()
+        journal = Journal(path, guard=signals.held, secret=config.openrouter_api_key)
+        stack.callback(lambda: complain(journal.unsaid))
         show = narrate_json if as_json else narrate_chat if chat else narrate
         journal.listen(lambda event: say(show(event)))
         agent = Agent(tmux, program, place.directory, publish=journal.publish,
                       watched=journal.watched)
         if config.terminate_when_quit:
             stack.callback(agent.stop)
-        past = journal.events() if resumed else []
         info = past[0] if past else first_event(config, place, tmux, agent, wanted, chat)
+        if past and not as_json:
+            say(show(info))
         if chat:
             Chat(config, agent, journal, lambda: read_line("> "),
                  at_prompt=sys.stdin.isatty()).run(info)
@@ -3603,17 +3747,17 @@ def dispatch(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         directory = Path(options.directory or ".").expanduser().resolve()
         home = environ.get("XDG_STATE_HOME", "")
         state = Path(home if os.path.isabs(home) else Path.home() / ".local/state", "orchestrator")
+        if not directory.is_dir():
+            raise ConfigError(f"{directory}: " + ("not a directory" if directory.exists()
+                                                  else "there is no such directory"))
     except (OSError, RuntimeError) as error:        # deleted under us, or no home
         raise ConfigError(f"{options.directory or '.'}: {error}") from None
-    if not directory.is_dir():
-        raise ConfigError(f"{directory}: " + ("not a directory" if directory.exists()
-                                              else "there is no such directory"))
     place = Place(directory, state, children)
     if options.doctor:
         return doctor(config, place)
-    chat = options.chat or not config.autonomous_mode
+    chat = options.chat or not (config.autonomous_mode or options.resume)
     return run(config, place, task=lambda: read_task(options.task), chat=chat, as_json=options.json,
-               resumed=last_unfinished(place) if options.resume else None)
+               resume=options.resume)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -3628,6 +3772,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OrchestratorError as error:
         complain(error)
         return error.status
+    except OSError as error:        # the world's: no space, no processes, no files left
+        complain(error)
+        return 1
     except KeyboardInterrupt as interrupt:      # Interrupted, or Ctrl-C before Signals are entered
         return getattr(interrupt, "status", 130)
 

@@ -9,6 +9,7 @@ the models, the agents, a browser, a person's terminal.
 """
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import datetime
 import fcntl
@@ -182,6 +183,10 @@ class ScriptedModel(Loopback):
         """Return the text of the last message of a request, by default the latest."""
         return text_of(self.requests[number].body["messages"][-1]["content"])
 
+    def choose(self, number: int, messages: Sequence[Any]) -> Any:
+        """Return the reply to the nth request."""
+        return self.replies[number] if number < len(self.replies) else "TASK_FAILED: script ended"
+
     def answer(self, exchange: Exchange) -> None:
         path = urllib.parse.unquote(exchange.path)
         if path == "/api/v1/models":
@@ -190,11 +195,12 @@ class ScriptedModel(Loopback):
         if path != "/api/v1/chat/completions":
             exchange.send({"error": {"code": 404, "message": "Not Found"}}, 404)
             return
+        if not exchange.body:       # whoever asks was killed in the middle of it
+            return
         with self._lock:
             number = len(self.requests)
             self.requests.append(Request(exchange.headers, exchange.body))
-        ended = number >= len(self.replies)
-        reply = "TASK_FAILED: script ended" if ended else self.replies[number]
+        reply = self.choose(number, exchange.body["messages"])
         if callable(reply):
             reply = reply()
         if isinstance(reply, (str, list)):
@@ -226,6 +232,33 @@ class ScriptedModel(Loopback):
             exchange.stream(f"data: {json.dumps(end)}\n\n")
         exchange.stream("data: [DONE]\n\n")
         exchange.stream("")
+
+
+class Overseer(ScriptedModel):
+    """A model that has the agent do so many things, each once, going by what it is shown.
+
+    Where it is not shown that the last one was done, it asks before it repeats anything.
+    """
+
+    def __init__(self, count: int) -> None:
+        super().__init__([])
+        self.count = count
+
+    def choose(self, number: int, messages: Sequence[Any]) -> Any:
+        texts, done = [text_of(message["content"]) for message in messages], set()
+        shown = "\n".join(texts[index] for index in range(len(texts)) if index % 2)
+        for did, recalled in re.findall(r"(?m)^did (\d+)$|^recalled:(.*)$", shown):
+            done = done | {did} if did else set(recalled.split())
+        if "Summarise it" in texts[0]:
+            return f"Much was done.\nrecalled: {' '.join(sorted(done))}"
+        if "facts remembered" in texts[0]:
+            return "no"
+        last = re.search(r"\w+( \d+)?\Z", texts[-2])[0] if len(texts) > 2 else ""
+        if last == "recall" and "recalled:" not in texts[-1] or \
+                last.startswith("do ") and last[3:] not in done:
+            return "recall"
+        left = [n for n in range(1, self.count + 1) if str(n) not in done]
+        return f"MEMORY_SAVE: fact {left[0]}\ndo {left[0]}" if left else "TASK_COMPLETE"
 
 
 # -- The model behind the agents, and the real agents -------------------------------------------
@@ -582,7 +615,7 @@ AGENT_PASTE (brackets or plain), AGENT_EATS (how many Enters it loses of each me
 (seconds after a paste in which an Enter is but a new line) and AGENT_SLOW (seconds for a paste),
 AGENT_THINKS (seconds before it does anything).
 """
-import itertools, json, os, re, select, termios, threading, time, tty
+import itertools, json, os, random, re, select, termios, threading, time, tty
 
 def setting(name, default):
     return type(default)(os.environ.get("AGENT_" + name, default))
@@ -676,6 +709,13 @@ def obey(order, turn):
         SIGN.start()
     elif word == "choose":
         choose(*rest.split("/"))
+    elif word == "do" and rest.isdigit():
+        time.sleep(random.choice((0, 0, 1)))
+        with open("did", "a") as file:
+            file.write(rest + "\n")
+        show(f"did {rest}\n")
+    elif word == "recall":
+        show(f"recalled: {' '.join(open('did').read().split()) if os.path.exists('did') else ''}\n")
     elif word == "die":
         os._exit(int(rest))
 
@@ -871,11 +911,15 @@ class World:
         return model
 
     def start(self, *arguments: str, stdin: str | None = None, cwd: Path | None = None,
-              python: str = sys.executable, **settings: str) -> Run:
-        """Start the tool in the work directory, with these arguments and settings."""
+              python: str = sys.executable, within: Sequence[str] = (), **settings: str) -> Run:
+        """Start the tool in the work directory, with these arguments and settings.
+
+        `within` is a command that runs the tool, where it shall not be ours to do so.
+        """
         self._runs += 1
-        run = Run([python, str(TOOL), *arguments], stdin, self.directory / f"run-{self._runs}",
-                  cwd or self.work, {**self.env, **settings})
+        command = [*within, python, str(TOOL), *arguments]
+        run = Run(command, stdin, self.directory / f"run-{self._runs}", cwd or self.work,
+                  {**self.env, **settings})
         self._stack.callback(run.process.wait)
         self._stack.callback(run.process.kill)
         return run
@@ -1107,6 +1151,22 @@ def test_a_question_takes_keys_and_no_text_on_the_real(
     assert "takes keys" in model.last_message(1) and "Nothing was typed" in model.last_message(2)
     assert agent_api.messages == [opening] * (opening != "/model") + ["SAY[beta two]"]
     assert (world.work / "made").exists() == (opening != "/model")
+
+
+@REAL_AGENTS
+def test_a_resumed_run_has_its_conversation_after_a_reboot_if_it_is_the_real(
+        name, agent, world, agent_api, with_real_agents):
+    model = world.model("SAY[alpha one]", "RUN[sleep 60]", "SAY[gamma three]", "TASK_COMPLETE")
+    run = world.start("--task", "survive", DEFAULT_MODEL=name)
+    assert poll(lambda: "RUN[sleep 60]" in agent_api.messages, 60), run.stdout
+    killing_the_server(world)
+    run.end(by=signal.SIGKILL)
+    done = world.run("--resume", DEFAULT_MODEL=name)
+    assert (done.status, done.stderr) == (0, "") and "Task:  survive" in done.stdout
+    assert agent_api.messages == ["SAY[alpha one]", "RUN[sleep 60]", "SAY[gamma three]"]
+    assert "alpha one" in agent_api.conversation
+    assert [event["resumed"] for event in world.events("recovery")] == [True]
+    assert "remembers the conversation" in model.last_message(2)
 
 
 # -- Chat ---------------------------------------------------------------------------------------
@@ -1346,6 +1406,32 @@ def test_a_run_is_resumed_after_a_kill_while(moment, world):
     assert events[0]["task"] == "survive" and events[-1]["outcome"] == "complete"
 
 
+def test_who_may_resume_a_run_and_with_which_settings(world):
+    gate = Gate()
+    model = world.model("sleep 2 && echo one", gate.reply("lost reply"), "echo two", "echo three",
+                        "TASK_COMPLETE")
+    run = world.start("--task", "survive", MAX_ITERATIONS="2")
+    site = run.site()
+    assert poll(lambda: len(model.requests) == 2, 30), run.stdout
+    assert_refused(world.run("--resume"), 2, "driven by another", str(run.process.pid))
+    assert site.control("note", "mind the gap") == 204 and site.control("pause") == 204
+    run.end(by=signal.SIGKILL)
+    gate.set()
+    assert_refused(world.run("--resume", CLAUDE_TMUX_SESSION="b"), 2, "another session", "attach")
+    assert_refused(world.run("--resume", CLAUDE_CMD="cat"), 2, "CLAUDE_TMUX_SESSION", "agent.py")
+    done = world.run("--resume", AUTONOMOUS_MODE="no", MAX_ITERATIONS="2")
+    assert done.status == 3 and done.stdout.startswith("Task:  survive\n")
+    assert_one_complaint(done, "MAX_ITERATIONS=2")
+    assert "mind the gap" in model.last_message(2)
+    assert "lost reply" not in str(model.requests[2].body)
+    assert world.run("--resume", MAX_ITERATIONS="4").status == 0
+    assert world.log("took") == ["sleep 2 && echo one", "echo two", "echo three"]
+    assert [event["iteration"] for event in world.events("reply")] == [1, 2, 3, 4]
+    used = [event["iterations"] for event in world.events("complete")]
+    assert used == [2, 4] and world.events()[-1]["cost"] == 4 * model.COST
+    assert_refused(world.run("--resume"), 2, "has ended (complete)", world.journals()[0].name)
+
+
 def test_what_the_agent_does_while_nobody_looks_is_shown_after_the_run_is_resumed(world):
     model = world.model("sleep 3 && echo two", "echo three", "TASK_COMPLETE")
     run = world.start("--task", "survive")
@@ -1356,6 +1442,92 @@ def test_what_the_agent_does_while_nobody_looks_is_shown_after_the_run_is_resume
     assert "\ntwo\n" in shown and "\nthree\n" in shown + "\n"
 
 
+def killed(run: Run, world: World) -> int:
+    run.process.kill()
+    return -signal.SIGKILL
+
+
+def killed_with_its_server(run: Run, world: World) -> int:
+    first, second = random.sample([run.process.kill, lambda: killing_the_server(world)], 2)
+    with contextlib.suppress(ValueError):       # there is no server yet
+        first()
+        second()
+    run.process.kill()
+    return -signal.SIGKILL
+
+
+def terminated(run: Run, world: World) -> int:
+    run.process.terminate()
+    return 128 + signal.SIGTERM
+
+
+def interrupted(run: Run, world: World) -> int:
+    run.process.send_signal(signal.SIGINT)
+    return 128 + signal.SIGINT
+
+
+FAULTS = [killed, killed_with_its_server, terminated, interrupted]
+Counts = Dict[str, int]
+
+
+def end_again_and_again(fault: Callable[[Run, World], int], things: int = 6) -> Counts:
+    """End a run at random moments and resume it until it completes; check what is left of it.
+
+    Each thing was done once, all facts are there, and the journal is whole.
+    """
+    with contextlib.ExitStack() as stack:
+        world = World(stack.enter_context(scratch_directory()), stack)
+        model = stack.enter_context(Overseer(things))
+        settings = {"OPENROUTER_BASE_URL": model.url, "HISTORY_MAX_TOKENS": "1100",
+                    "MEMORY_MAX_FACTS": "4", "VERIFY_CMD": "sleep 0.3",
+                    "TERMINATE_WHEN_QUIT": random.choice(["true", "false"])}
+        ends = 0
+        while True:
+            before = len(world.events())
+            run = world.start(*["--resume"] if before else ["--task", "do it"], **settings)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                run.process.wait(random.uniform(0.2, 5))
+            alive = run.process.poll() is None
+            expected, done = fault(run, world) if alive else 0, run.end()
+            ends += alive
+            if [event["outcome"] for event in world.events()[-1:] if "outcome" in event] == [
+                    "complete"]:
+                break
+            if len(world.events()) > before:        # else it had no time to begin
+                assert done.status == expected and "Traceback" not in done.stderr, done
+                assert fault in FAULTS[:2] or kinds(world.events())[-1] == "complete"
+        did = (world.work / "did").read_text().split()
+        facts = json.loads((world.work / "memory.json").read_text())
+        assert did == [str(number) for number in range(1, things + 1)], (did, world.events())
+        assert facts == [f"fact {number}" for number in range(1, things + 1)], facts
+        journal, = (path for path in world.journals() if path.stat().st_size)
+        whole = [event for event in map(parsed, journal.read_bytes().split(b"\n")) if event]
+        assert [event["id"] for event in whole] == list(range(1, len(whole) + 1))
+        assert (whole[0]["type"], whole[-1]["outcome"]) == ("task_info", "complete")
+        assert list(world.work.glob(".memory*")) == []
+        found = kinds(whole)
+        return {"runs": 1, "ends": ends, "events": len(whole), "questions": sum(
+            event.get("text") == "recall" for event in whole), **{
+                kind: found.count(kind) for kind in ("recovery", "history", "verify")}}
+
+
+def parsed(line: bytes) -> Event | None:
+    """Return the event of a line, None if it is torn."""
+    with contextlib.suppress(ValueError):
+        return json.loads(line)
+    return None
+
+
+def test_nothing_is_lost_or_done_twice_however_often_a_run_is_ended():
+    """A hundred runs for each way to end them with BENCHMARK=1, eight at once."""
+    many, things = (100, 6) if os.environ.get("BENCHMARK") else (1, 3)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        results = {fault: pool.map(end_again_and_again, [fault] * many, [things] * many)
+                   for fault in FAULTS}
+    for fault, each_run in results.items():
+        counts = list(each_run)
+        print(f"\n{fault.__name__}:", {name: sum(each[name] for each in counts)
+                                        for name in counts[0]})
 # -- The end of a turn --------------------------------------------------------------------------
 
 def pauses(agent: str, seconds: Sequence[float]) -> list[str]:
@@ -1658,6 +1830,27 @@ def test_a_key_that_the_agent_prints_is_masked(world):
     assert KEY not in world.everything()
 
 
+def test_a_key_that_the_screen_wraps_and_colours_is_masked_in_all_that_leaves(world):
+    gate, key = Gate(), "sk-or-v1-" + "0123456789abcdef" * 4
+    model = world.model(
+        f"MEMORY_SAVE: the key is {key}\nclear; printf '%180s\\033[31m%s\\033[32m%s\\033[0m\\n' "
+        f"'' {key[:40]} {key[40:]}; cat; exit 3", "KEYS: C-d", gate.reply("TASK_COMPLETE"))
+    run = world.start("--json", "--task", "x", CLAUDE_CMD="bash --norc", OPENROUTER_API_KEY=key,
+                      TURN_TIMEOUT="2")
+    site, streamed = run.site(), []
+    reader = threading.Thread(target=lambda: streamed.append(site.ask("/events").text))
+    reader.start()
+    assert poll(lambda: len(model.requests) == 3, 30), run.stdout
+    gate.set()
+    run.process.wait(30)
+    reader.join(30)
+    told = "".join(model.last_message(number) for number in range(3))
+    assert "[key]" in told and '"type": "screen"' in streamed[0]
+    for text in (told, streamed[0], world.everything(), (world.work / "memory.json").read_text()):
+        letters = re.sub(r"\\u001b\[[\d;]*m|\\n|\s", "", text)
+        assert key[:36] not in letters and key[36:] not in letters and "[key]" in text
+
+
 # -- Wrong settings, arguments and surroundings -------------------------------------------------
 
 @pytest.mark.parametrize("name, value", [
@@ -1801,19 +1994,142 @@ def test_a_run_that_gets_on_is_not_taken_for_one_that_goes_in_circles(replies, w
     assert re.search(r"\n(7 of 99|step 7)\b", model.last_message())
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("moment", ["agent", "model"])
-def test_a_signal_ends_a_run_in_order_while_it_waits_for_the(moment, number, status, world):
+@pytest.mark.parametrize("moment, number, terminate", [
+    ("agent", signal.SIGINT, "false"), ("agent", signal.SIGTERM, "true"),
+    ("model", signal.SIGINT, "true"), ("check", signal.SIGHUP, "false"),
+    ("summary", signal.SIGTERM, "false"), ("person", signal.SIGHUP, "true")])
+def test_a_signal_ends_a_run_in_order_while_it_waits_for_the(moment, number, terminate, world):
     gate = Gate()
-    model = world.model("sleep 60" if moment == "agent" else gate.reply("echo late"))
-    run = world.start("--task", "x", TERMINATE_WHEN_QUIT="true")
-    waits = {"agent": lambda: world.log("took"), "model": lambda: model.requests}
+    late = gate.reply("echo late")
+    script = {"agent": ["echo one", "sleep 60"], "model": [late], "check": ["TASK_COMPLETE"],
+              "summary": ["echo one", "echo two", "echo three", "echo four", late],
+              "person": ["sleep 1", "echo late"]}[moment]
+    model = world.model(*([late] if moment == "model" else [f"MEMORY_SAVE: a\n{script[0]}"]),
+                        *script[1:])
+    run = world.start("--task", "x", TERMINATE_WHEN_QUIT=terminate, VERIFY_CMD="exec sleep 54321",
+                      HISTORY_MAX_TOKENS="1" if moment == "summary" else "60000")
+    site, stream = run.site(), []
+    reader = threading.Thread(target=lambda: stream.extend(site.each()))
+    reader.start()
+    if moment == "person":
+        assert world.taken("sleep 1") and site.control("pause") == 204
+    waits = {"agent": lambda: "sleep 60" in world.log("took"),
+             "model": lambda: model.requests, "summary": lambda: len(model.requests) == 5,
+             "check": lambda: "sleep\00054321" in "".join(
+                 Path(f"/proc/{pid}/cmdline").read_text() for pid in processes_of(world.directory)),
+             "person": lambda: world.events("iteration_end")}
     assert poll(waits[moment], 30), run.stdout
-    done = run.end(10, by=number)
+    assert poll(lambda: stream, 30)
+    done = run.end(30, by=number)
     gate.set()
-    assert done.status == status and "Traceback" not in done.stderr
-    assert world.events("complete")[-1]["outcome"] == "interrupted"
-    assert poll(lambda: not world.tmux("list-sessions"), 5)
+    reader.join(30)
+    assert (done.status, done.stderr) == (128 + number, "")
+    end = world.events()[-1]
+    assert (end["type"], end["outcome"], end["reason"]) == ("complete", "interrupted", number.name)
+    assert [event["id"] for event in stream] == [event["id"] for event in world.events()]
+    assert (world.work / "memory.json").exists() == (moment != "model")
+    session = "" if terminate == "true" else "gt-claude-loop"
+    assert world.tmux("list-sessions", "-F", "#{session_name}") == session
+
+
+def test_a_second_signal_leaves_at_once_while_the_first_is_dealt_with(world):
+    world.model("sleep 60")
+    run = world.start("--task", "x", TERMINATE_WHEN_QUIT="true")
+    assert world.taken("sleep 60"), run.stdout
+    server = int(world.tmux("display-message", "-p", "#{pid}"))
+    os.kill(server, signal.SIGSTOP)
+    try:        # to end its session takes as long as tmux is given for an answer
+        run.process.send_signal(signal.SIGINT)
+        assert poll(lambda: world.events("complete"), 30)
+        done = run.end(4, by=signal.SIGINT)
+    finally:
+        os.kill(server, signal.SIGCONT)
+    assert (done.status, done.stderr) == (130, "")
+    assert kinds(world.events()).count("complete") == 1
+
+
+def test_a_hangup_that_is_ignored_ends_nothing(world):
+    world.model("sleep 2")
+    tool = shlex.join([sys.executable, str(TOOL), "--task", "x", "--json"])
+    with Terminal(["sh", "-c", f"nohup {tool} > out 2>&1 & echo $! > pid; sleep 1000"],
+                  world.env, world.work) as terminal:
+        assert world.taken("sleep 2"), terminal.screen()
+        os.kill(int((world.work / "pid").read_text()), signal.SIGHUP)
+    assert poll(lambda: world.events("complete"), 30)
+    assert world.events()[-1]["reason"].endswith("script ended")
+
+
+IN_BASH = ["bash", "-c", 'stty -a > before; trap : INT; "$@"; echo "status $?"; stty -a > after; '
+           "cmp before after && echo sane; exec sleep 1000", "bash", sys.executable, str(TOOL)]
+
+
+def test_ctrl_c_in_a_chat_gives_the_prompt_back_and_at_the_prompt_leaves_a_sane_terminal(world):
+    with Terminal([*IN_BASH, "--chat"], world.env, world.work) as terminal:
+        terminal.wait_for("\n>", 30)
+        terminal.type("sleep 3 && echo finished")
+        terminal.press("Enter")
+        assert world.taken("sleep 3 && echo finished")
+        terminal.press("C-c")
+        terminal.wait_for("goes on")
+        assert poll(lambda: world.log("done"), 30)
+        terminal.type("echo two")
+        terminal.press("Enter")
+        assert "finished" in terminal.wait_for("\ntwo\n")
+        assert poll(lambda: terminal.screen().endswith("\n>"), 15), terminal.screen()
+        terminal.type("half a li")
+        terminal.press("C-c")
+        terminal.wait_for("sane")
+        assert "status 130" in terminal.screen() and "Traceback" not in terminal.screen()
+    assert world.events()[-1]["reason"] == "SIGINT"
+
+
+@pytest.mark.parametrize("key", ["Enter", "C-c"])
+def test_the_dashboard_stays_for_a_person_who_has_opened_it_until(key, world):
+    gate = Gate()
+    world.model(gate.reply("TASK_COMPLETE"))
+    with Terminal([*IN_BASH, "--task", "x"], world.env, world.work) as terminal:
+        terminal.wait_for("Dashboard:", 30)
+        site = Site(re.search(r"Dashboard: (\S+)", terminal.screen())[1])
+        terminal.press("Enter")         # too early to be an answer
+        gate.set()
+        terminal.wait_for("until you press Enter or Ctrl-C")
+        assert site.ask("/").status == 200 and site.control("note", "too late") == 204
+        assert kinds(site.events(lambda event: event["type"] == "complete"))[0] == "task_info"
+        terminal.press(key)
+        terminal.wait_for("sane")
+        assert "status 0" in terminal.screen()
+    assert world.events()[-1]["outcome"] == "complete"
+
+
+def test_the_prompt_comes_back_at_once_where_nobody_has_opened_the_dashboard(world):
+    world.model("TASK_COMPLETE")
+    with Terminal([*IN_BASH, "--task", "x"], world.env, world.work) as terminal:
+        assert "stays open" not in terminal.wait_for("status 0", 30)
+
+
+def test_a_page_that_was_fetched_at_the_last_moment_still_gets_the_events(world):
+    gate = Gate()
+    world.model(gate.reply("TASK_COMPLETE"))
+    run = world.start("--task", "x")
+    site = run.site()
+    gate.set()
+    assert poll(lambda: world.events("complete"), 30)
+    assert kinds(site.events(lambda event: event["type"] == "complete"))[0] == "task_info"
+    assert run.end().status == 0
+
+
+@pytest.mark.parametrize("arguments, redirected, said", [
+    ("", "| head -n 1 > first", ""),
+    ("", "<&- >&- 2>&-", ""), ("--json", "> /dev/full", "No space left")])
+def test_a_run_goes_on_when_nobody_can_hear_it(arguments, redirected, said, world):
+    world.model("echo one", "echo two", "TASK_COMPLETE")
+    tool = shlex.join([sys.executable, str(TOOL), "--task", "x"])
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {tool} {arguments} {redirected}"], cwd=world.work,
+        env={**world.env, "DASHBOARD_ENABLED": "off"}, capture_output=True, text=True, timeout=60,
+        stdin=subprocess.DEVNULL)
+    assert done.returncode == 0 and world.log("took") == ["echo one", "echo two"]
+    assert said in done.stderr and len(done.stderr.splitlines()) == bool(said), done.stderr
 
 
 def test_a_busy_model_is_asked_again(world):
@@ -1870,6 +2186,96 @@ def test_facts_of_one_run_are_told_to_the_next(world):
     system = text_of(model.requests[0].body["messages"][0]["content"])
     told = system.split("## Memory from previous sessions\n")[1]
     assert "tea at five" in told and "no milk" in told
+
+
+class Archivist(ScriptedModel):
+    """A model that saves facts and nothing else, and merges them where it is asked to."""
+
+    def choose(self, number: int, messages: Sequence[Any]) -> Any:
+        if "facts remembered" not in text_of(messages[0]["content"]):
+            return self.replies.pop(0)
+        words = " ".join(json.loads(text_of(messages[-1]["content"]))["facts"]).split()
+        return json.dumps({"facts": [" ".join(words[part::30]) for part in range(30)]})
+
+
+def test_two_runs_that_save_a_thousand_facts_at_once_lose_none_while_one_compacts(world):
+    runs = []
+    with contextlib.ExitStack() as stack:
+        for name, most in (("one", "60"), ("two", "9999")):
+            replies = ["\n".join(f"MEMORY_SAVE: {name}-{number}" for number in range(at, at + 20))
+                       for at in range(0, 500, 20)]
+            model = stack.enter_context(Archivist([*replies, "TASK_COMPLETE"]))
+            runs.append(world.start("--task", "x", OPENROUTER_BASE_URL=model.url,
+                                    CLAUDE_TMUX_SESSION=name, MEMORY_MAX_FACTS=most))
+        assert [run.end()[::2] for run in runs] == [(0, "")] * 2
+    known = " ".join(json.loads((world.work / "memory.json").read_text())).split()
+    assert sorted(known) == sorted(f"{name}-{number}" for name in ("one", "two")
+                                   for number in range(500))
+    compacted = sum("compacted" in line for path in world.journals()
+                    for line in path.read_text().splitlines())
+    print(f"\n{len(known)} facts of two runs, {compacted} compactions")
+    assert compacted
+
+
+# -- A world that fails -------------------------------------------------------------------------
+
+def in_its_own_mounts(*mounts: str) -> list[str]:
+    """Return a command that runs another one where these were mounted, for its eyes only.
+
+    What is in the state directory then is copied to `kept`.
+    """
+    script = "; ".join(["set -e", *mounts, "cd .", "set +e", '"$@"', "status=$?",
+                        'cp -r "$XDG_STATE_HOME" ../kept', "exit $status"])
+    within = ["unshare", "--mount", "sh", "-c", script, "sh"]
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
+        pytest.skip("mount namespaces need to be root here")
+    return within
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["full", "read-only"])
+def test_a_run_goes_on_and_says_so_once_where_nothing_can_be_written(full, world):
+    state = Path(world.env["XDG_STATE_HOME"])
+    state.mkdir()
+    model = world.model("MEMORY_SAVE: a", f"echo b {'x' * 4000}", "TASK_COMPLETE")
+    kind, fill = ("size=8k", "head -c 8192 /dev/zero > big") if full else ("ro", "true")
+    done = world.run("--task", "x", CLAUDE_CMD="bash --norc", VERIFY_CMD="true",
+                     within=in_its_own_mounts(
+                         f"mount -t tmpfs -o {kind} tmpfs {state}; cd {world.home}",
+                         f"mount -t tmpfs -o {kind} tmpfs {world.work}; cd {world.work}; {fill}"))
+    assert (done.status, done.stderr) == (0, ""), done
+    for what in ("the journal", "memory.json"):
+        said = [line for line in done.stdout.splitlines() if f"{what} can't be written" in line]
+        assert len(said) == 1, done.stdout
+        assert ("No space left" if full else "Read-only file system") in said[0]
+    assert "b xxx" in model.last_message()
+    kept = [line for path in (world.directory / "kept").glob("*/runs/*")
+            for line in path.read_bytes().splitlines()]
+    assert all(map(parsed, kept)) and bool(kept) == full
+    assert list(world.work.iterdir()) == []
+
+
+def test_a_run_goes_on_and_says_so_when_its_directory_is_deleted_under_it(world):
+    gate = Gate()
+    model = world.model("echo one", gate.reply("MEMORY_SAVE: a\necho two"), "TASK_COMPLETE",
+                        "TASK_FAILED: no more")
+    run = world.start("--task", "x", CLAUDE_CMD="bash --norc", VERIFY_CMD="true")
+    assert poll(lambda: len(model.requests) == 2, 30), run.stdout
+    world.work.rmdir()
+    gate.set()
+    done = run.end()
+    world.work.mkdir()
+    assert done.status == 4
+    assert_one_complaint(done, "no more")
+    assert "\ntwo" in model.last_message(2) and "it can't be run" in model.last_message(3)
+    assert "memory.json can't be written" in done.stdout
+    assert world.events()[-1]["outcome"] == "failed"
+
+
+def test_too_few_files_for_a_run_are_one_line(world):
+    world.model("echo one", "TASK_COMPLETE")
+    done = world.run("--task", "x", within=["bash", "-c", 'ulimit -n 12; "$@"', "bash"])
+    assert done.status == 5
+    assert_one_complaint(done, "Too many open files")
 
 
 # -- Options ------------------------------------------------------------------------------------
@@ -2611,3 +3017,23 @@ def test_benchmark_of_a_hundred_clients(world, asked_for):
           f"{sum(ids == everything for ids in told)} got all in order; delay median "
           f"{1000 * statistics.median(delays):.0f} ms, worst {1000 * max(delays):.0f} ms")
     assert told == [everything] * len(clients)
+
+
+def test_benchmark_of_a_replay_of_5000_events(world, browser, asked_for):
+    events: list[Event] = [{"type": "task_info", "task": "long"}]
+    for number in range(1, 1667):
+        events += [{"type": "iteration_start", "iteration": number},
+                   {"type": "reply", "iteration": number, "text": "x" * 200,
+                    "tokens": {"prompt": 900, "completion": 100, "total": 1000}, "cost": 0.01},
+                   {"type": "iteration_end", "iteration": number, "orchestrator": "x" * 200,
+                    "agent_output": "a line of output\n" * 50}]
+    path = written(world, *events, {"type": "complete", "outcome": "complete"})
+    began = time.monotonic()
+    replay = world.start("--replay", str(path))
+    site = replay.site()
+    opened = time.monotonic()
+    browser.open(site.url)
+    rows = "document.querySelectorAll('.iteration').length"
+    assert poll(lambda: browser.evaluate(rows) == 1666 and shows(browser, "Task complete"), 30)
+    print(f"\na replay of {len(events) + 1} events, {path.stat().st_size / 1e6:.1f} MB: served "
+          f"after {opened - began:.2f} s, whole in Chromium {time.monotonic() - opened:.2f} s later")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import datetime
 import doctest
+import errno
 import functools
 import http.client
 import http.server
@@ -29,13 +30,13 @@ import pytest
 import orchestrator
 from orchestrator import (
     Agent, AgentError, AgentExited, Autopilot, BudgetReached, Chat, Config, ConfigError,
-    ContextOverflow, Control, Conversation, Dashboard, GaveUp, Interrupted, Journal, Memory,
-    Menu, ModelError, OpenRouter, OrchestratorError, Pane, Place, Program, Question, Reply, Session,
+    ContextOverflow, Control, Conversation, Dashboard, GaveUp, Interrupted, Journal, Memory, Menu,
+    ModelError, OpenRouter, OrchestratorError, Pane, Place, Program, Question, Reply, Session,
     Signals, Stuck, Tmux, TmuxDied, TmuxError, TmuxGone, Tokens, TransientError, Turn, Watch,
-    above_box, child_environment, choose_program, clip, draft_in_box, fingerprint, holds_draft, known_question,
-    last_unfinished, main, menu_on, narrate, narrate_chat, new_lines, parse_env, parse_object, parse_reply,
-    read_env_file, read_events, run_check, sanitize, say, says_busy, shows_input, sole_driver,
-    tidy, usage_limit)
+    above_box, child_environment, choose_program, clip, draft_in_box, fingerprint, holds_draft,
+    is_intact, known_question, last_unfinished, main, menu_on, narrate, narrate_chat, new_lines,
+    parse_env, parse_object, parse_reply, read_env_file, read_events, run_check, sanitize, say,
+    says_busy, shows_input, sole_driver, tidy, usage_limit)
 
 SOURCE = Path(orchestrator.__file__).read_text(encoding="utf-8")
 KEY = "sk-or-v1-0123456789abcdef"
@@ -109,7 +110,7 @@ class Hands:
     def __init__(self, *turns) -> None:
         self.told, self._turns = [], list(turns)
 
-    def start(self):
+    def start(self, talked=False):
         return Turn("the first screen")
 
     def ask(self, message, limit=0):
@@ -374,9 +375,9 @@ class Client(OpenRouter):
 class Flight:
     """An Autopilot with a scripted model and agent on a fake clock; memory and journal are real."""
 
-    def __init__(self, directory, *replies, turns=(), **settings) -> None:
+    def __init__(self, directory, *replies, turns=(), secret="", **settings) -> None:
         self.clock, self.model, self.agent = Clock(), ScriptedModel(*replies), Hands(*turns)
-        self.journal, self.error = Journal(directory / "run.jsonl"), None
+        self.journal, self.error = Journal(directory / "run.jsonl", secret=secret), None
         self.memory = Memory(directory / "memory.json", settings.get("memory_max_facts", 50))
         self.control = Control(self.journal, lambda: None)
         self.pilot = Autopilot(
@@ -1354,6 +1355,15 @@ def test_a_session_of_the_same_directory_and_command_is_joined():
     assert "remembers the conversation" in third.ask("three").report()
 
 
+def test_a_session_that_is_gone_is_made_again_with_the_conversation_if_there_was_one():
+    desk = Desk(claude(), start=False)
+    assert "remembers the conversation" in desk.agent.start(talked=True).report()
+    assert desk.terminal.started == [PROGRAM.resume] and desk.told[0][0] == "recovery"
+    desk = Desk(lambda terminal: terminal.die("No conversation found"), claude(), start=False)
+    assert "remembers nothing" in desk.agent.start(talked=True).report()
+    assert desk.terminal.started == [PROGRAM.resume, PROGRAM.start]
+
+
 def test_a_session_that_was_made_for_something_else_is_left_alone():
     desk = Desk(claude(), start=False)
     desk.terminal.create(("vim", "secret.txt"), "/home/me", "'vim secret.txt' in '/home/me'")
@@ -1590,6 +1600,8 @@ def test_facts_are_on_disk_at_once_in_their_order_and_without_doubles(memory, tm
     assert memory.add(["TESTS run with  tox", "ä", "", "  "]) == ["ä"]
     assert stored(tmp_path) == ["Tests run with tox", "the port is 80", "ä"] == memory.facts
     assert memory.add(["ä"]) == []
+    (tmp_path / "memory.json").write_text('["by  hand", "b"]')
+    assert memory.add(["By hand", "c"]) == ["c"] and stored(tmp_path) == ["by  hand", "b", "c"]
 
 
 def test_no_file_is_made_while_there_are_no_facts(memory, tmp_path):
@@ -1620,6 +1632,30 @@ def test_a_file_that_is_broken_meanwhile_is_set_aside_and_no_fact_is_lost(memory
     memory.add(["b"])
     (aside,) = tmp_path.glob("memory.json.bad-*")
     assert aside.read_text() == "by hand, not yet done" and stored(tmp_path) == ["a", "b"]
+    assert aside.name in memory.complaint
+    memory.add(["c"])
+    assert memory.complaint == "" and stored(tmp_path) == ["a", "b", "c"]
+
+
+def test_facts_that_cannot_be_written_are_with_the_next_that_can(memory, tmp_path, monkeypatch):
+    memory.add(["a"])
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "fsync", lambda handle: os.write(-1, b"no space"))
+        with pytest.raises(OSError):
+            memory.add(["b"])
+        assert stored(tmp_path) == ["a"] and memory.facts == ["a", "b"]
+        assert [path.name for path in tmp_path.iterdir()] == ["memory.json"]
+    Memory(tmp_path / "memory.json", 3).add(["of another run"])
+    assert memory.add(["c"]) == ["b", "c"]
+    assert stored(tmp_path) == ["a", "of another run", "b", "c"]
+
+
+def test_a_draft_that_a_killed_run_left_is_overwritten_whatever_it_is(memory, tmp_path):
+    (tmp_path / "other").write_text("mine")
+    (tmp_path / ".memory.json.new").symlink_to(tmp_path / "other")
+    memory.add(["a"])
+    assert stored(tmp_path) == ["a"] and (tmp_path / "other").read_text() == "mine"
+    assert not os.path.lexists(tmp_path / ".memory.json.new")
 
 
 def test_two_runs_in_one_directory_lose_no_facts_of_each_other(memory, tmp_path):
@@ -1641,12 +1677,29 @@ def test_the_file_keeps_its_mode_and_a_link_stays_a_link(memory, tmp_path):
     memory.add(["a"])
     assert (tmp_path / "memory.json").is_symlink() and target.stat().st_mode & 0o777 == 0o640
     assert json.loads(target.read_text()) == ["a"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere.json", "memory.json"]
+    target.write_text("broken")
+    memory.add(["b"])
+    assert (tmp_path / "memory.json").is_symlink() and json.loads(target.read_text()) == ["a", "b"]
+    (aside,) = tmp_path.glob("elsewhere.json.bad-*")
+    assert aside.read_text() == "broken"
+    assert sorted(tmp_path.iterdir()) == sorted([aside, target, tmp_path / "memory.json"])
+
+
+def test_the_lock_is_where_the_file_is_and_a_missing_one_stops_nothing(tmp_path, monkeypatch):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "memory.json").symlink_to(tmp_path / "shared.json")
+    runs = [Memory(tmp_path / name / "memory.json", 3) for name in ("one", "two")]
+    at_once(*[functools.partial(run.add, [f"{number}"]) for run, numbers in
+              zip(runs, (range(20), range(20, 40))) for number in numbers])
+    assert len(json.loads((tmp_path / "shared.json").read_text())) == 40
+    monkeypatch.setattr(orchestrator.fcntl, "flock", lambda *_: os.write(-1, b"NFS can't"))
+    assert runs[0].load() == "" and runs[0].add(["x"]) == ["x"]
 
 
 @pytest.mark.parametrize("rewritten, kept", [
-    (["ab", "cd"], ["ab", "cd"]), (None, list("abcd")), ([], list("abcd")), (["  "], list("abcd")),
-    (list("abcd"), list("abcd")), (list("abcde"), list("abcd"))])
+    (["ab", "cd"], ["ab", "cd"]), (["a", "d"], ["a", "d"]), (None, list("abcd")), ([], list("abcd")), (["  "], list("abcd")),
+    (list("abcd"), list("abcd")), (list("abcde"), list("abcd")), (["x" * 2001], list("abcd"))])
 def test_a_compaction_only_ever_shortens(memory, tmp_path, rewritten, kept):
     memory.add("abcd")
     lengths = memory.compact(lambda facts: rewritten)
@@ -1667,7 +1720,25 @@ def test_a_short_memory_is_not_compacted_and_facts_of_another_run_survive(memory
     assert stored(tmp_path) == ["x", "meanwhile"]
 
 
+def test_a_compaction_that_another_run_has_overtaken_is_given_up(memory, tmp_path):
+    memory.add("abcd")
+    other = Memory(tmp_path / "memory.json", 3)
+    other.load()
+
+    def rewrite(facts):
+        assert other.compact(lambda facts: ["ab", "cd"]) == (4, 2)
+        return ["abcd"]
+
+    assert memory.compact(rewrite) is None and stored(tmp_path) == ["ab", "cd"] == memory.facts
+
+
 # -- 8. Journal -----------------------------------------------------------------------------
+
+@pytest.fixture
+def fly(tmp_path):
+    """Return a function that makes a Flight."""
+    return lambda *replies, **options: Flight(tmp_path, *replies, **options)
+
 
 def ids(journal):
     return [event["id"] for event in journal.events()]
@@ -1695,6 +1766,27 @@ def test_a_secret_never_enters_an_event(tmp_path):
     journal.publish("screen", text=KEY)
     assert heard[0]["text"] == "the key is [key]." and KEY not in path.read_text()
     assert KEY not in str(heard) and KEY.encode() not in journal.read(0, 0, 0).live[0]
+
+
+LONG_KEY = "sk-or-v1-" + "0123456789abcdef" * 4
+
+
+@pytest.mark.parametrize("text, masked", [
+    (LONG_KEY, "[key]"), (f"key={LONG_KEY}.\nmore", "key=[key].\nmore"),
+    (f"\x1b[31m{LONG_KEY[:20]}\x1b[39m\n\x1b[31m{LONG_KEY[20:]}\x1b[0m x",
+     "\x1b[31m[key]\x1b[0m x"),
+    (f"│ {LONG_KEY[:30]} │\n│ {LONG_KEY[30:]} │", "│ [key] │"),
+    (f"{LONG_KEY[:60]} (cut off", f"[key]{LONG_KEY[36:60]} (cut off"), (f"...{LONG_KEY[30:]}", None),
+    ("sk-or-v1-0123 is how they begin", "sk-or-v1-0123 is how they begin"),
+    ("a long text\n\n" * 2000 + "s" * 9000, "a long text\n\n" * 2000 + "s" * 9000)],
+    ids=lambda text: text and text[:20])
+def test_a_long_secret_is_masked_wherever_it_is_wrapped_cut_or_coloured(tmp_path, text, masked):
+    journal = Journal(tmp_path / "run.jsonl", secret=LONG_KEY)
+    journal.publish("note", text=text)
+    kept = journal.events()[0]["text"]
+    assert kept == journal.masked(text) and LONG_KEY[36:] not in kept and LONG_KEY[:36] not in kept
+    assert kept == masked or masked is None
+    assert Journal(secret="short").masked("a short word") == "a short word"
 
 
 @pytest.mark.parametrize("end", [b'{"id": 3, "type": "no', b"\xff\xfe\n", b"[]\nnull\n\n", b"{}\n",
@@ -1759,9 +1851,90 @@ def test_a_disk_that_is_full_is_said_once_and_what_came_before_is_kept(tmp_path)
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [event["type"] for event in journal.events()] == ["note", "note", "error", "note"]
     assert len(read_events(tmp_path / "run.jsonl")) == 1
+    journal.publish("note", text="d")       # there is space again
+    assert read_events(tmp_path / "run.jsonl") == journal.events()
+    assert [event.get("text") for event in journal.events()] == ["a", "b", None, "c", "d"]
+    assert journal.unsaid == ""
+
+
+def test_a_disk_that_is_full_in_the_end_is_said_by_whoever_has_the_journal(tmp_path):
+    journal = Journal(tmp_path / "run.jsonl")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))
+    try:
+        journal.publish("complete", outcome="complete")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [event["type"] for event in journal.events()] == ["complete"]
+    assert "File too large" in journal.unsaid
+
+
+def test_a_run_whose_journal_can_only_be_read_goes_on_from_it(tmp_path, monkeypatch):
+    path = tmp_path / "run.jsonl"
+    Journal(path).publish("note", text="a")
+    path.write_bytes(path.read_bytes() + b'{"torn')
+    before = path.read_bytes()
+
+    def refuse(*how):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as read_only:
+        read_only.setattr(os, "open", refuse)
+        journal = Journal(path)
+    journal.publish("note", text="b")
+    assert [event.get("text") for event in journal.events()] == ["a", "b", None]
+    assert "Read-only" in journal.complaint and path.read_bytes() == before
+
+
+def test_nothing_is_taken_after_the_last_event(tmp_path):
+    journal = Journal(tmp_path / "run.jsonl")
+    journal.publish("complete", outcome="complete")
+    Control(journal, lambda: None).act("note", "too late")
+    journal.publish("screen", text="x")
+    assert [event["type"] for event in read_events(tmp_path / "run.jsonl")] == ["complete"]
+    assert not journal.read(0, 0, 0).live
     again = Journal(tmp_path / "run.jsonl")
-    again.publish("note", text="d")
-    assert [event["text"] for event in again.events()] == ["a", "d"]
+    again.publish("state", state="resumed")
+    assert ids(again) == [1, 2]
+
+
+def test_listeners_hear_of_events_in_their_order_one_by_one(tmp_path):
+    journal, heard, inside = Journal(tmp_path / "run.jsonl"), [], []
+
+    def listener(event):
+        inside.append(event)
+        heard.append((event["id"], len(inside)))
+        inside.pop()
+
+    journal.listen(listener)
+    at_once(*[lambda: [journal.publish("note", text="x") for _ in range(50)]] * 4)
+    assert heard == [(number, 1) for number in range(1, 201)]
+
+
+def test_a_journal_cut_anywhere_at_its_end_is_read_resumed_and_replayed(fly, tmp_path):
+    """At every byte of its last 2 KB with BENCHMARK=1, else at every seventh."""
+    first = fly("one", "two", "TASK_COMPLETE", Reply("ä\nMEMORY_SAVE: a", Tokens(5000), 0.0, 1),
+                "in short", "five", verify_cmd="exit 1", history_max_tokens=1000,
+                turns=["did one", "did two", "did four", Interrupted(signal.SIGINT)])
+    with pytest.raises(Interrupted):
+        first.run()
+    whole, path, resumed = (tmp_path / "run.jsonl").read_bytes(), tmp_path / "cut.jsonl", set()
+    assert len(whole) > 2048
+    for cut in range(len(whole), len(whole) - 2049, -1 if os.environ.get("BENCHMARK") else -7):
+        path.write_bytes(whole[:cut])
+        events = read_events(path)
+        assert events == Journal(path, read_only=True).events() == first.journal.events()[
+            :len(events)]
+        journal = Journal(path)
+        journal.publish("note", text="ü")
+        assert ids(journal) == list(range(1, len(events) + 2))
+        assert [*events, journal.events()[-1]] == read_events(path)
+        if len(events) not in resumed:
+            resumed.add(len(events))
+            (tmp_path / str(cut)).mkdir()
+            again = Flight(tmp_path / str(cut), "TASK_COMPLETE")
+            assert again.run([*filter(is_intact, events)]) == "complete"
+    assert len(resumed) > 10
 
 
 def test_a_recorded_run_is_followed_while_it_is_written(tmp_path):
@@ -1824,6 +1997,7 @@ def visitor():
     with visitor.dashboard:
         yield visitor
         visitor.leave()
+        visitor.dashboard.visited.clear()       # it is not waited for
 
 
 def events_of(response, count):
@@ -1948,12 +2122,6 @@ def test_an_address_that_cannot_be_listened_on_is_named():
 
 # -- 10. Loops ------------------------------------------------------------------------------
 
-@pytest.fixture
-def fly(tmp_path):
-    """Return a function that makes a Flight."""
-    return lambda *replies, **options: Flight(tmp_path, *replies, **options)
-
-
 def test_a_conversation_grows_at_its_end_only_until_it_is_summarised():
     talk, seen = Conversation("system", "opening"), [[]]
     for number in range(5):
@@ -2048,6 +2216,16 @@ def test_facts_are_remembered_at_once_and_told_to_the_next_run(fly, tmp_path):
     assert "## Memory from previous sessions\n- paint is wet" in second.model.calls[0][0]["content"]
 
 
+def test_facts_of_a_megabyte_are_kept_but_only_told_in_part(fly, tmp_path):
+    big, said = "x " * 500_000, "y" * 1_000_000
+    (tmp_path / "memory.json").write_text(json.dumps([big, "the last fact"]))
+    flight = fly(f"MEMORY_SAVE: {said}\none", "TASK_COMPLETE")
+    flight.memory.load()
+    assert flight.run() == "complete" and stored(tmp_path) == [big, "the last fact", "y" * 2000]
+    system = flight.model.calls[0][0]["content"]
+    assert len(system) < 20_000 and "the last fact" in system
+
+
 def test_a_long_memory_is_compacted_by_the_model(fly, tmp_path):
     flight = fly("MEMORY_SAVE: a\nMEMORY_SAVE: b\nMEMORY_SAVE: c\ngo", 'Sure: {"facts": ["abc"]}',
                  "TASK_COMPLETE", memory_max_facts=2)
@@ -2104,6 +2282,21 @@ def test_a_usage_limit_that_outlasts_the_time_of_the_run_ends_it(fly):
     flight = fly("go on", max_minutes=10.0)
     flight.agent._turns = [LIMITED, lambda: flight.clock.sleep(600) or Turn("")]
     assert flight.run() == "budget" and flight.agent.told == ["go on", 600.0]
+
+
+def test_a_check_that_cannot_be_run_has_not_passed(fly, monkeypatch, tmp_path):
+    flight = fly("TASK_COMPLETE", "TASK_FAILED: so be it", verify_cmd="true")
+    monkeypatch.setattr(orchestrator.tempfile, "tempdir", str(tmp_path / "missing"))
+    assert flight.run() == "failed" and flight.of("verify")[0]["status"] == 126
+    assert "can't be run" in flight.shown(1) and "No such file" in flight.shown(1)
+
+
+def test_what_the_world_does_to_a_run_leaves_it_to_be_resumed(fly):
+    flight = fly("one", turns=[OSError(errno.ENOSPC, "No space left on device")])
+    with pytest.raises(OSError):
+        flight.run()
+    assert flight.of("complete")[0]["outcome"] == "interrupted"
+    assert "No space" in flight.of("complete")[0]["reason"]
 
 
 def test_a_run_in_circles_is_warned_once_and_then_ended(fly):
@@ -2211,6 +2404,74 @@ def test_a_resumed_run_goes_on_with_conversation_and_totals(fly):
     assert len(second.of("task_info")) == 1
 
 
+def test_a_run_that_is_stopped_twice_knows_what_it_was_told_in_between(fly):
+    """What the model was told when it went on, and notes, stand where they stood for it."""
+    def noting(text, *rest):
+        return lambda: first.control.act("note", text) or (rest[0] if rest else "did it")
+
+    first = fly("one", "two", turns=[noting("mind the gap"), Interrupted(signal.SIGINT)])
+    with pytest.raises(Interrupted):
+        first.run()
+    second = fly("three", Interrupted(signal.SIGTERM))
+    second.control.act("note", "not told yet")
+    with pytest.raises(Interrupted):
+        second.run(first.journal.events())
+    third = fly("TASK_COMPLETE")
+    third.run(second.journal.events())
+    told, again = second.model.calls[1], third.model.calls[0]
+    assert again[:len(told) - 1] == told[:-1] and "mind the gap" in told[3]["content"]
+    assert again[-1]["content"].startswith(told[-1]["content"])
+    texts = [message["content"] for message in again]
+    assert texts[4:6] == ["two", texts[5]] and texts[5].count("[You were stopped") == 2
+    assert "the first screen" in texts[5] and texts[5].endswith("not told yet")
+    assert [texts[6], texts[7].count("[You were stopped at")] == ["three", 1]
+    assert third.of("complete")[-1]["iterations"] == 4      # the fourth had no reply: begun again
+
+
+def test_facts_of_a_reply_that_was_broken_off_are_saved_and_only_then(fly, tmp_path):
+    past = [{"type": "task_info", "time": "2026-01-31T09:00:00.000Z"},
+            {"type": "reply", "time": "2026-01-31T09:00:01.000Z", "text": "MEMORY_SAVE: a\none"}]
+    going_on = {"type": "state", "time": "2026-01-31T09:00:02.000Z", "reason": "the run goes on"}
+    assert fly("TASK_COMPLETE").run(past) == "complete" and stored(tmp_path) == ["a"]
+    (tmp_path / "memory.json").write_text("[]")
+    fly("TASK_COMPLETE").run([*past, going_on, {**past[1], "text": "two"}])
+    assert stored(tmp_path) == []
+
+
+def test_odd_events_of_an_earlier_part_are_passed_over(fly):
+    odd = [{"type": "reply"}, {"type": "reply", "text": 7}, {"type": "history"}, {"type": "note"},
+           {"type": "iteration_end", "agent_output": None}, {"type": "of the future", "text": []},
+           {"type": "reply", "text": "x", "tokens": 7, "cost": "much", "iteration": "one"},
+           {"type": "history", "summary": "s", "summarised": [], "tokens": {"prompt": "x"}},
+           {"type": "state", "told": 7}, {"type": "complete", "outcome": [], "iteration": 9}]
+    events = [{"type": "task_info", "task": "x", "model": "M", "agent": "A", "attach": "attach",
+               "workdir": "/"}, *odd]
+    events = [{"time": "2026-01-31" if number % 2 else "2026-01-31T09:00:00.000Z", **event}
+              for number, event in enumerate(events)] + odd
+    intact = list(filter(is_intact, events))
+    assert len(intact) == 6 and [is_intact(event) for event in odd] == [False] * len(odd)
+    flight = fly("TASK_COMPLETE")
+    assert flight.run(intact) == "complete" and flight.of("complete")[0]["iterations"] == 1
+
+
+def test_the_agent_is_told_whether_it_was_talked_to(fly):
+    for past, talked in (([], False), ([{"type": "task_info", "time": ""}], False),
+                         ([{"type": "reply", "time": "", "text": "x"}], True)):
+        flight = fly("TASK_COMPLETE")
+        flight.agent.start = lambda given: asked.append(given) or Turn("")
+        asked = []
+        flight.run(past)
+        assert asked == [talked]
+
+
+def test_what_the_model_is_shown_and_what_is_remembered_has_no_secret(fly, tmp_path):
+    flight = fly(f"MEMORY_SAVE: it is {KEY}\none", "TASK_COMPLETE", turns=[f"the key is {KEY}"],
+                 secret=KEY)
+    flight.control.act("note", f"mind {KEY}")
+    assert flight.run() == "complete" and stored(tmp_path) == ["it is [key]"]
+    assert "the key is [key]" in flight.shown(1) and "mind [key]" in flight.shown(0)
+
+
 def test_the_time_between_two_parts_of_a_run_does_not_count(fly):
     times = [("task_info", "09:00:00", ""), ("complete", "09:01:00", ""),
              ("state", "11:00:00", "the run goes on"), ("complete", "11:00:30", "")]
@@ -2302,7 +2563,9 @@ def scene(tmp_path, monkeypatch, capsys):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    FakeTmux(tmp_path).says("tmux 3.4\n")
+    FakeTmux(tmp_path)
+    (tmp_path / "tmux").write_text('#!/bin/sh\n[ "$6" = -V ] && exec echo tmux 3.4\n'
+                                   'echo no server running >&2; exit 1\n')
 
     def play_scene(*arguments, **environ):
         monkeypatch.setattr(sys, "stdin", io.StringIO())
@@ -2422,15 +2685,57 @@ def test_one_orchestrator_drives_a_session_at_a_time(tmp_path):
                 pass
         with sole_driver(Config(claude_tmux_session="other"), place):
             pass
+    with sole_driver(Config(claude_tmux_socket="a-b", claude_tmux_session="c"), place):
+        with sole_driver(Config(claude_tmux_socket="a", claude_tmux_session="b-c"), place):
+            pass
     with sole_driver(Config(), place):
         pass
+
+
+def test_a_file_system_without_locks_stops_nobody(tmp_path, monkeypatch):
+    monkeypatch.setattr(orchestrator.fcntl, "flock", lambda *_: os.write(-1, b"no locks"))
+    with sole_driver(Config(), Place(tmp_path, tmp_path / "state", {})):
+        pass
+
+
+def test_the_run_to_resume_is_the_last_of_the_directory_with_this_session(tmp_path):
+    place, runs = Place(tmp_path, tmp_path / "state", {}), tmp_path / "state" / "runs"
+    first = {"type": "task_info", "task": "x", "model": "M", "agent": "A", "attach": "attach a",
+             "workdir": str(tmp_path)}
+    ended = {"type": "complete", "outcome": "complete"}
+
+    def write(name, *events):
+        (runs / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"time": "", **event}) + "\n" for event in events) + '{"torn')
+
+    runs.mkdir(parents=True)
+    with pytest.raises(ConfigError, match="there is no run to resume in [^:]+$"):
+        last_unfinished(place, "attach a")
+    write("1", {**first, "workdir": "/elsewhere"})
+    write("2", first, {**ended, "outcome": "budget"}, {"type": "unknown"})
+    write("3", {**first, "mode": "chat"})
+    write("4", {"type": "note"}, first)
+    write("5", {**first, "task": 7})
+    (runs / "6.jsonl").mkdir()
+    (runs / "7.jsonl").write_bytes(b"\0" * 5000)
+    assert last_unfinished(place, "attach a")[0] == runs / "2.jsonl"
+    assert [event["type"] for event in last_unfinished(place, "attach a")[1]] == [
+        "task_info", "complete", "unknown"]
+    write("8", {**first, "attach": "attach b"})
+    assert last_unfinished(place, "attach a")[0] == runs / "2.jsonl"
+    with pytest.raises(ConfigError, match="the last one had another session, attach b$"):
+        last_unfinished(place, "attach c")
+    write("9", first, ended)
+    with pytest.raises(ConfigError, match=r"has ended \(complete\): .*9.jsonl$"):
+        last_unfinished(place, "attach a")
 
 
 def test_the_run_to_resume_is_found_among_more_runs_than_may_be_open(tmp_path):
     place, runs = Place(tmp_path, tmp_path / "state", {}), tmp_path / "state" / "runs"
     runs.mkdir(parents=True)
     for number in range(100):
-        event = {"id": 1, "time": "2026-01-31T09:00:00.123Z", "type": "task_info",
+        event = {"id": 1, "time": "2026-01-31T09:00:00.123Z", "type": "task_info", "task": "x",
+                 "model": "M", "agent": "A", "attach": "attach",
                  "workdir": "/elsewhere" if number else str(tmp_path)}
         (runs / f"{number:03}.jsonl").write_text(json.dumps(event) + "\n")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -2438,7 +2743,7 @@ def test_the_run_to_resume_is_found_among_more_runs_than_may_be_open(tmp_path):
     os.close(last)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (last + 50, hard))
-        assert last_unfinished(place) == runs / "000.jsonl"
+        assert last_unfinished(place, "attach")[0] == runs / "000.jsonl"
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
@@ -2456,3 +2761,38 @@ def test_signals_are_held_back_where_nothing_may_be_cut_in_two():
                 signal.raise_signal(number)
             assert caught.value.status == status
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_second_signal_hurries_what_the_first_has_begun(monkeypatch):
+    timers = []
+    monkeypatch.setattr(signal, "setitimer", lambda which, seconds: timers.append(seconds))
+    monkeypatch.setattr(os, "_exit", timers.append)
+    with Signals() as signals:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except Interrupted:
+            signal.raise_signal(signal.SIGINT)
+            with signals.held():
+                signal.raise_signal(signal.SIGINT)
+        assert timers == [0.5, 0.5]
+        signal.raise_signal(signal.SIGALRM)
+        with pytest.raises(Interrupted):        # it was dealt with: this is a first one again
+            signal.raise_signal(signal.SIGINT)
+    assert timers == [0.5, 0.5, 130, 0]
+
+
+def test_a_hangup_that_was_to_be_ignored_is_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Signals():
+            signal.raise_signal(signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_trouble_of_the_world_is_one_line(scene, monkeypatch):
+    monkeypatch.setattr(orchestrator.tempfile, "tempdir", "/nowhere")
+    status, out, err = scene("--demo")
+    assert (status, out) == (1, "") and "No such file" in err
+    assert err.startswith("orchestrator: ") and err.count("\n") == 1
