@@ -3348,7 +3348,7 @@ def read_line(prompt: str, as_json: bool = False) -> str | None:
         put("\n" if sys.stdin.isatty() else "", asks)
         if isinstance(end, KeyboardInterrupt):
             raise
-    return "\n".join(lines) if lines else None
+    return "\n".join(lines).rstrip("\n") if lines else None
 
 
 def read_task(given: str | None, as_json: bool = False) -> str:
