@@ -3128,35 +3128,31 @@ _SAID = {       # what the terminal says about an event, and the field that it s
     "history": ("* the {summarised} oldest exchanges were summarised", ""),
     "note": ("* {source}: {text}", ""),
     "state": ("* {state}{why}", ""),
-    "complete": ("\n{how}: {iterations} iterations, {tokens[total]:,} tokens{dollars}, {time}", "")}
+    "complete": ("\n{how}: {iterations}, {tokens[total]:,} tokens{dollars}, {time}", "")}
 
 
 def span(seconds: float) -> str:
-    """Return a time as people say it: 4.2 s, 9 min 12 s, 3 h 5 min."""
-    minutes = int(seconds // 60)
-    if not minutes:
-        return f"{seconds:.3g} s"
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else \
-        f"{minutes} min {int(seconds % 60)} s"
+    """Return a time as people say it: 4.2 s, 9 min 12 s."""
+    return f"{seconds:.3g} s" if seconds < 60 else f"{seconds // 60:.0f} min {int(seconds % 60)} s"
 
 
 def narrate(event: Event) -> str:
     """Return what the terminal says about an event of an autonomous run, nothing for some."""
-    kind, seconds = event["type"], event.get("duration_ms", 0) / 1000
-    head, below = _SAID.get("compacted" if "compacted" in event else kind, ("", ""))
-    outcome, body = event.get("outcome"), event.get(below) or event.get("error", "") * bool(below)
-    if kind == "iteration_end" and not body:        # the task was ended, the agent not asked
+    head, below = _SAID.get("compacted" if "compacted" in event else event["type"], ("", ""))
+    outcome, body, count = event.get("outcome"), event.get(below), event.get("iterations")
+    if event["type"] == "iteration_end" and not body:       # it ended the run, who says why
         return ""
-    words = {"time": span(round(seconds, 1)),
+    words = {"time": span(round(event.get("duration_ms", 0) / 1000, 1)),
+             "iterations": f"{count} iteration" + "s" * (count != 1),
              "how": "Task complete" if outcome == "complete" else f"Ended ({outcome})" + (
                  ", --resume goes on with it" * (outcome not in FINISHED)),
              "dollars": f", ${event['cost']:.4f}" if event.get("cost") is not None else "",
              "again": f"; trying again in {event['retry_in']:g} s" if "retry_in" in event else "",
              "kept": ", with its conversation" if event.get("resumed") else "",
              "why": f": {event['reason']}" if "reason" in event else ""}
-    body = textwrap.indent(body if isinstance(body, str) else "\n".join(body), "    ")
     said = head.format(**{**event, **words})
-    return f"{said}\n{body}" if body else said
+    body = body if isinstance(body, str) else "\n".join(body or ())
+    return f"{said}\n{textwrap.indent(body, '    ')}" if body else said
 
 
 def narrate_chat(event: Event) -> str:
@@ -3324,38 +3320,40 @@ def served(config: Config, journal: Journal, control: Callable[[str, str], objec
                 sys.stdin.readline()
 
 
-def read_line(prompt: str, as_json: bool = False) -> str | None:
+def read_line(prompt: str) -> str | None:
     """Return what a person types, or a line of another standard input; None at its end.
 
     A pasted block is one message.  GNU readline takes it whole; elsewhere the lines that come at
     once with the first belong to it, unless they were typed ahead.
     """
-    def waiting(seconds: float) -> bool:
-        return sys.stdin.isatty() and bool(select.select([sys.stdin], [], [], seconds)[0])
+    if not sys.stdin.isatty():
+        line = sys.stdin.readline()
+        return line.rstrip("\n") if line else None
+    with contextlib.suppress(ImportError):
+        import readline     # line editing and history for input()
+        readline.parse_and_bind("set enable-bracketed-paste on")
 
-    if sys.stdin.isatty():
-        with contextlib.suppress(ImportError):
-            import readline     # line editing and history for input()
-            readline.parse_and_bind("set enable-bracketed-paste on")
+    def waiting(seconds: float) -> bool:
+        return bool(select.select([sys.stdin], [], [], seconds)[0])
+
+    asks = sys.stdout if sys.stdout.isatty() else sys.stderr
     lines: list[str] = []
-    asks = sys.stderr if as_json or not sys.stdout.isatty() else sys.stdout
     typed_ahead = waiting(0)
     try:
         with contextlib.redirect_stdout(asks):
             while not lines or not typed_ahead and waiting(0.05):
-                lines.append(input(prompt if sys.stdin.isatty() and not lines else ""))
+                lines.append(input("" if lines else prompt))
     except (EOFError, KeyboardInterrupt) as end:
-        put("\n" if sys.stdin.isatty() else "", asks)
+        put("\n", asks)
         if isinstance(end, KeyboardInterrupt):
             raise
     return "\n".join(lines).rstrip("\n") if lines else None
 
 
-def read_task(given: str | None, as_json: bool = False) -> str:
+def read_task(given: str | None) -> str:
     """Return the task: as given, as typed at the prompt, or all of standard input."""
     if given is None:
-        given = read_line("Enter task description: ", as_json) if sys.stdin.isatty() \
-            else sys.stdin.read()
+        given = read_line("Enter task description: ") if sys.stdin.isatty() else sys.stdin.read()
     if not given or not given.strip():
         raise ConfigError("there is no task: give it by --task, at the prompt or on standard input")
     return sanitize(given).strip()
@@ -3433,8 +3431,7 @@ def run(config: Config, place: Place, *, task: Callable[[], str] = lambda: "", c
         past = journal.events() if resumed else []
         info = past[0] if past else first_event(config, place, tmux, agent, wanted, chat)
         if chat:
-            Chat(config, agent, journal, lambda prompt: read_line(prompt, as_json),
-                 at_prompt=sys.stdin.isatty()).run(info)
+            Chat(config, agent, journal, read_line, at_prompt=sys.stdin.isatty()).run(info)
         else:
             stream = sys.stderr if as_json else sys.stdout
             autopilot(config, place, agent, journal, stream, info, past)
@@ -3513,15 +3510,13 @@ def doctor(config: Config, place: Place) -> int:
         return f"{place.state} can be written"
 
     def dashboard() -> str:
-        if not config.dashboard_enabled:
-            return "not wanted"
         host, port = config.dashboard_host, config.dashboard_port
         Dashboard(Journal(), PAGE, host, port, None).server_close()
         return f"can listen on {host}, port {port or 'any'}"
 
     checks = {"python": lambda: ".".join(map(str, sys.version_info[:3])), "tmux": tmux.version,
               "agent": version, "model": model, "session": session, "state": state,
-              "dashboard": dashboard}
+              **({"dashboard": dashboard} if config.dashboard_enabled else {})}
     failed = 0
     for name, check in checks.items():
         try:
@@ -3552,7 +3547,8 @@ def dispatch(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         home = environ.get("XDG_STATE_HOME", "")
         state = Path(home if os.path.isabs(home) else Path.home() / ".local/state", "orchestrator")
     except (OSError, RuntimeError) as error:        # deleted under us, or no home
-        raise ConfigError(f"{options.directory or '.'}: {error}") from None
+        advice = " Set HOME and XDG_STATE_HOME" * isinstance(error, RuntimeError)
+        raise ConfigError(f"{options.directory or '.'}: {error}{advice}") from None
     if not directory.is_dir():
         raise ConfigError(f"{directory}: " + ("not a directory" if directory.exists()
                                               else "there is no such directory"))
@@ -3560,8 +3556,8 @@ def dispatch(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     if options.doctor:
         return doctor(config, place)
     chat = options.chat or not config.autonomous_mode
-    return run(config, place, task=lambda: read_task(options.task, options.json), chat=chat,
-               as_json=options.json, resumed=last_unfinished(place) if options.resume else None)
+    return run(config, place, task=lambda: read_task(options.task), chat=chat, as_json=options.json,
+               resumed=last_unfinished(place) if options.resume else None)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
