@@ -3192,10 +3192,14 @@ class Narrator:
 
     def __init__(self, tell: Callable[[Event], str], waits: Mapping[str, str], *, live: bool,
                  clock: Callable[[], float] = time.monotonic) -> None:
-        self.live, self._tell, self._clock = live, tell, clock
+        self._live, self._tell, self._clock = live, tell, clock
         self._waits = waits     # what is waited for after an event, by its state or its type
         self._now = self._words = self._drawn = ""
-        self._since = 0.0
+        self._since = self._looked = 0.0
+
+    def watches(self) -> bool:
+        """Whether a screen is wanted; each costs a call of tmux, so once a second is enough."""
+        return self._live and self._clock() - self._looked >= 1.0
 
     def hear(self, event: Event) -> None:
         """Say what there is to say about an event, and show what is waited for now."""
@@ -3203,8 +3207,8 @@ class Narrator:
         if told:
             self._draw("")
             say(told)
-        if kind == "screen" and self.live:
-            self._words = last_words(event["text"])
+        if kind == "screen":
+            self._words, self._looked = last_words(event["text"]), self._clock()
         elif kind in self._waits:
             self._now, self._words, self._since = self._waits[kind], "", self._clock()
         self._show()
@@ -3223,7 +3227,7 @@ class Narrator:
     def _draw(self, line: str) -> None:
         """Put a line in the place of the last; the terminal cuts what is wider than it, too."""
         line = line[:shutil.get_terminal_size().columns - 1]
-        if self.live and line != self._drawn:
+        if self._live and line != self._drawn:
             self._drawn = line
             put(f"\r\x1b[K\x1b[?7l{line}\x1b[?7h" if line else "\r\x1b[K")
 
@@ -3425,7 +3429,7 @@ def run(config: Config, place: Place, *, task: Callable[[], str] = lambda: "", c
             live=sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb" and not as_json)
         journal.listen(narrator.hear)
         agent = Agent(tmux, program, place.directory, publish=journal.publish,
-                      watched=lambda: narrator.live or journal.watched(), sleep=narrator.sleep)
+                      watched=lambda: narrator.watches() or journal.watched(), sleep=narrator.sleep)
         if config.terminate_when_quit:
             stack.callback(agent.stop)
         past = journal.events() if resumed else []

@@ -2323,9 +2323,11 @@ def test_a_line_shows_what_is_waited_for_and_goes_before_anything_else_is_printe
     assert stage.drawn() == ""
     stage.clock.sleep(61)
     assert stage.drawn() == line("waiting for Agent, 1 min 1 s")
+    assert stage.narrator.watches()
     screen = "\x1b[1m\x1b]0;x\x07● Bash(make)\x1b[0m\n  running \t" + "x" * 40
     assert stage.drawn("screen", text=screen) == line(
         "waiting for Agent, 1 min 1 s: running xxxxxxxxx"[:39])
+    assert not stage.narrator.watches()
     assert stage.drawn("note", source="A", text="hi").startswith("\r\x1b[K* A: hi\n\r\x1b[K\x1b[?7lw")
     assert stage.drawn("iteration_end", agent_output="done") == "\r\x1b[Kdone\n"
     stage.clock.sleep(5)
@@ -2334,6 +2336,7 @@ def test_a_line_shows_what_is_waited_for_and_goes_before_anything_else_is_printe
 
 def test_no_line_is_drawn_where_there_is_no_terminal(monkeypatch, capsys):
     stage = Stage(monkeypatch, capsys, live=False)
+    assert not stage.narrator.watches()
     assert stage.drawn("iteration_start", iteration=1) == ""
     stage.clock.sleep(2)
     assert stage.drawn() + stage.drawn("screen", text="x") == ""
