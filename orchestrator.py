@@ -62,6 +62,7 @@ import queue
 import random
 import re
 import secrets
+import select
 import shlex
 import shutil
 import signal
@@ -381,6 +382,7 @@ _FOOTER = re.compile(r"\b(?:esc|ctrl\+c) to interrupt\b", re.I)
 _STARTING = re.compile(r"\s*Waiting for startup\b")
 _STATUS_LINE = re.compile(r"\([^()]*\d+s\b[^()]*\b(?:esc|ctrl\+c) to interrupt\b[^()]*\)", re.I)
 _PASTE_CHIP = re.compile(r"\[Pasted (?:text|Content)\b[^\]]*\]")
+_COLOURS = re.compile(r"\x1b\[[\d;:]*m")
 _RULE = re.compile(r"\s*[─╌╭╰][─╌╮╯\s]+")
 _CURSOR_ROW = re.compile(r"\s*[│|]?\s*[❯›>!](?:\s|$)")
 _CHOOSE = re.compile(r"\benter (?:to )?(?:confirm|select|continue)\b|"
@@ -452,6 +454,12 @@ def above_box(lines: list[str]) -> list[str]:
         if lines[top] and not lines[top].startswith("  ") and not _RULE.fullmatch(lines[top]):
             break
     return lines
+
+
+def last_words(picture: str) -> str:
+    """Return the last line of text on a screen with colours, above the agents' input box."""
+    lines = above_box(tidy(sanitize(_COLOURS.sub("", picture))))
+    return next((" ".join(line.split()) for line in lines[::-1] if re.search(r"\w", line)), "")
 
 
 def holds_draft(line: str, message: str) -> bool:
@@ -1073,6 +1081,10 @@ class Agent:
     def wait(self, seconds: float) -> Turn:
         """Wait until the screen changes and the agent is done, or the time is over."""
         return self._survive(lambda before: self._follow(before, seconds, patience=seconds))
+
+    def look(self) -> Turn:
+        """Return the visible screen as it is."""
+        return self._survive(lambda pane: Turn(pane.text))
 
     def stop(self) -> None:
         """End the session, unless it was never ours."""
@@ -2271,29 +2283,47 @@ class Totals:
 
 
 class Chat:
-    """A person types, the agent answers.  `read` returns the next line, None at the end.
+    """A person types, the agent answers.  `read(prompt)` returns what was typed, None at the end.
 
     Ctrl-C in a turn gives the prompt back, if there is one; the agent goes on.
     """
 
     def __init__(self, config: Config, agent: Agent, journal: Journal,
-                 read: Callable[[], str | None], *, at_prompt: bool = True,
+                 read: Callable[[str], str | None], *, at_prompt: bool = True,
                  clock: Callable[[], float] = time.monotonic) -> None:
         self._agent, self._journal, self._read, self._at_prompt = agent, journal, read, at_prompt
         self._limit, self._clock, self._totals = config.turn_timeout, clock, Totals(clock)
 
     def run(self, task_info: Mapping[str, object]) -> None:
-        """Take lines until /quit or the end of input."""
+        """Take messages until /quit or the end of input."""
         with self._totals.concluded(self._journal):
             self._journal.publish("task_info", **task_info)
             self._say("", self._agent.start)
-            while True:
-                line = self._read()
-                if line is None or line.strip() == "/quit":
-                    return
-                if sanitize(line).strip():
+            while (message := self._message()) is not None \
+                    and message.strip() not in ("/quit", "/exit"):
+                if message:
                     self._totals.iterations += 1
-                    self._say(line, lambda: self._agent.ask(line, self._limit))
+                    self._say(message, lambda: self._act(message))
+
+    def _message(self) -> str | None:
+        """Return a line, a pasted block, or what stands between triple quotes."""
+        text = self._read("> ")
+        if text and text.startswith('"""') and ("\n" not in text or text.rstrip().endswith('"""')):
+            while len(text.strip()) < 6 or not text.rstrip().endswith('"""'):
+                line = self._read("... ")
+                text += '"""' if line is None else f"\n{line}"
+            text = text.rstrip()[3:-3].strip("\n")
+        return text if text is None or sanitize(text).strip() else ""
+
+    def _act(self, message: str) -> Turn:
+        """Do what a slash word of ours asks for; all else goes to the agent."""
+        word, *keys = message.split()
+        if word == "/screen":
+            return self._agent.look()
+        if word == "/keys":
+            order = parse_reply(f"KEYS: {' '.join(keys)}")
+            return self._agent.press(order.keys, self._limit) if order.keys else Turn(order.text)
+        return self._agent.ask(message, self._limit)
 
     def _say(self, line: str, act: Callable[[], Turn]) -> None:
         self._journal.publish("iteration_start", iteration=self._totals.iterations, max_iter=0)
@@ -3366,8 +3396,8 @@ FINISHED = ("complete", "failed", "stuck")      # outcomes that leave nothing to
 _SAID = {       # what the terminal says about an event, and the field that it shows below that
     "task_info": ("Task:  {task}\nModel: {model}\nAgent: {agent} in {workdir}\n"
                   "Watch: {attach}", ""),
-    "reply": ("\n[{iteration}] model, {seconds:.1f} s, {tokens[total]:,} tokens{dollars}", "text"),
-    "iteration_end": ("[{iteration}] agent, {seconds:.1f} s", "agent_output"),
+    "reply": ("\n[{iteration}] model, {time}, {tokens[total]:,} tokens{dollars}", "text"),
+    "iteration_end": ("[{iteration}] agent, {time}", "agent_output"),
     "error": ("! {error}{again}", ""),
     "recovery": ("! {what}{kept}", ""),
     "memory": ("* remembered:", "saved"),
@@ -3376,32 +3406,38 @@ _SAID = {       # what the terminal says about an event, and the field that it s
     "history": ("* the {summarised} oldest exchanges were summarised", ""),
     "note": ("* {source}: {text}", ""),
     "state": ("* {state}{why}", ""),
-    "complete": ("\n{how}: {iterations} iterations, {tokens[total]:,} tokens{dollars}, {time}", "")}
+    "complete": ("\n{how}: {iterations}, {tokens[total]:,} tokens{dollars}, {time}", "")}
+
+
+def span(seconds: float) -> str:
+    """Return a time as people say it: 4.2 s, 9 min 12 s."""
+    return f"{seconds:.3g} s" if seconds < 60 else f"{seconds // 60:.0f} min {int(seconds % 60)} s"
 
 
 def narrate(event: Event) -> str:
     """Return what the terminal says about an event of an autonomous run, nothing for some."""
-    kind, seconds = event["type"], event.get("duration_ms", 0) / 1000
-    head, below = _SAID.get("compacted" if "compacted" in event else kind, ("", ""))
-    outcome, body = event.get("outcome"), event.get(below) or event.get("error", "") * bool(below)
-    if kind == "iteration_end" and not body:        # the task was ended, the agent not asked
+    head, below = _SAID.get("compacted" if "compacted" in event else event["type"], ("", ""))
+    outcome, body, count = event.get("outcome"), event.get(below), event.get("iterations")
+    if event["type"] == "iteration_end" and not body:       # it ended the run, who says why
         return ""
-    words = {"seconds": seconds, "time": f"{seconds // 60:.0f} min {seconds % 60:.0f} s",
+    words = {"time": span(round(event.get("duration_ms", 0) / 1000, 1)),
+             "iterations": f"{count} iteration" + "s" * (count != 1),
              "how": "Task complete" if outcome == "complete" else f"Ended ({outcome})" + (
                  ", --resume goes on with it" * (outcome not in FINISHED)),
              "dollars": f", ${event['cost']:.4f}" if event.get("cost") is not None else "",
              "again": f"; trying again in {event['retry_in']:g} s" if "retry_in" in event else "",
              "kept": ", with its conversation" if event.get("resumed") else "",
              "why": f": {event['reason']}" if "reason" in event else ""}
-    body = textwrap.indent(body if isinstance(body, str) else "\n".join(body), "    ")
     said = head.format(**{**event, **words})
-    return f"{said}\n{body}" if body else said
+    body = body if isinstance(body, str) else "\n".join(body or ())
+    return f"{said}\n{textwrap.indent(body, '    ')}" if body else said
 
 
 def narrate_chat(event: Event) -> str:
     """Return what the terminal says about an event of a chat: what the agent said, and troubles."""
     if event["type"] == "task_info":
-        return f"{event['agent']} in {event['workdir']}; /quit leaves\nWatch: {event['attach']}"
+        return (f"{event['agent']} in {event['workdir']}\nWatch: {event['attach']}\n"
+                "/quit leaves, /screen shows its screen, /keys Down Enter presses keys")
     if event["type"] == "iteration_end":
         return event["agent_output"]
     return narrate(event) if event["type"] in ("error", "note") else ""
@@ -3412,15 +3448,68 @@ def narrate_json(event: Event) -> str:
     return "" if event["type"] in LIVE else json.dumps(event)
 
 
-def say(text: str, stream: TextIO | None = None) -> None:
-    """Print a line, if there is something in it and somebody still reads."""
+def put(text: str, stream: TextIO | None = None) -> None:
+    """Print text as it is, if somebody still reads."""
     try:
-        if text:
-            print(sanitize(text), file=stream or sys.stdout, flush=True)
+        print(text, end="", file=stream or sys.stdout, flush=True)
     except OSError as error:    # `| head`, or the terminal was closed: go on without narration
         os.dup2(os.open(os.devnull, os.O_WRONLY), (stream or sys.stdout).fileno())
         if error.errno == errno.ENOSPC and stream is not sys.stderr:
-            say(f"orchestrator: the output can't be written: {error.strerror}", sys.stderr)
+            put(f"orchestrator: the output can't be written: {error.strerror}\n", sys.stderr)
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Print a line, if there is something in it."""
+    put(f"{sanitize(text)}\n" if text else "", stream)
+
+
+class Narrator:
+    """Tells events on standard output; if that is `live`, its last line shows what is waited for.
+
+    It says for how long, and what came last on the agent's screen.  It is drawn while the agent
+    is waited for, so that it takes no thread, and erased before anything else is printed.
+    """
+
+    def __init__(self, tell: Callable[[Event], str], waits: Mapping[str, str], *, live: bool,
+                 clock: Callable[[], float] = time.monotonic) -> None:
+        self._live, self._tell, self._clock = live, tell, clock
+        self._waits = waits     # what is waited for after an event, by its state or its type
+        self._now = self._words = self._drawn = ""
+        self._since = self._looked = 0.0
+
+    def watches(self) -> bool:
+        """Whether a screen is wanted; each costs a call of tmux, so once a second is enough."""
+        return self._live and self._clock() - self._looked >= 1.0
+
+    def hear(self, event: Event) -> None:
+        """Say what there is to say about an event, and show what is waited for now."""
+        told, kind = self._tell(event), event.get("state", event["type"])
+        if told:
+            self._draw("")
+            say(told)
+        if kind == "screen":
+            self._words, self._looked = last_words(event["text"]), self._clock()
+        elif kind in self._waits:
+            self._now, self._words, self._since = self._waits[kind], "", self._clock()
+        self._show()
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep, with the line drawn."""
+        self._show()
+        time.sleep(seconds)
+
+    def _show(self) -> None:
+        seconds = int(self._clock() - self._since)
+        line = f"waiting for {self._now}" + f", {span(seconds)}" * bool(seconds) + (
+            f": {self._words}" * bool(self._words))
+        self._draw(line if self._now else "")
+
+    def _draw(self, line: str) -> None:
+        """Put a line in the place of the last; the terminal cuts what is wider than it, too."""
+        line = line[:shutil.get_terminal_size().columns - 1]
+        if self._live and line != self._drawn:
+            self._drawn = line
+            put(f"\r\x1b[K\x1b[?7l{line}\x1b[?7h" if line else "\r\x1b[K")
 
 
 def complain(text: object) -> None:
@@ -3534,18 +3623,33 @@ def served(config: Config, journal: Journal, control: Callable[[str, str], objec
 
 
 def read_line(prompt: str) -> str | None:
-    """Return a line that a person types, None at the end of input."""
-    if sys.stdin.isatty():
-        with contextlib.suppress(ImportError):
-            import readline     # noqa: F401  line editing and history for input()
+    """Return what a person types, or a line of another standard input; None at its end.
+
+    A pasted block is one message.  GNU readline takes it whole; elsewhere the lines that come at
+    once with the first belong to it, unless they were typed ahead.
+    """
+    if not sys.stdin.isatty():
+        line = sys.stdin.readline()
+        return line.rstrip("\n") if line else None
+    with contextlib.suppress(ImportError):
+        import readline     # line editing and history for input()
+        readline.parse_and_bind("set enable-bracketed-paste on")
+
+    def waiting(seconds: float) -> bool:
+        return bool(select.select([sys.stdin], [], [], seconds)[0])
+
+    asks = sys.stdout if sys.stdout.isatty() else sys.stderr
+    lines: list[str] = []
+    typed_ahead = waiting(0)
     try:
-        return input(prompt if sys.stdin.isatty() else "")
+        with contextlib.redirect_stdout(asks):
+            while not lines or not typed_ahead and waiting(0.05):
+                lines.append(input("" if lines else prompt))
     except (EOFError, KeyboardInterrupt) as end:
-        if sys.stdin.isatty():
-            say("\n")
+        put("\n", asks)
         if isinstance(end, KeyboardInterrupt):
             raise
-        return None
+    return "\n".join(lines).rstrip("\n") if lines else None
 
 
 def read_task(given: str | None) -> str:
@@ -3642,18 +3746,22 @@ def run(config: Config, place: Place, *, task: Callable[[], str] = lambda: "", c
         wanted = "" if chat or resume else task()
         journal = Journal(path, guard=signals.held, secret=config.openrouter_api_key)
         stack.callback(lambda: complain(journal.unsaid))
-        show = narrate_json if as_json else narrate_chat if chat else narrate
-        journal.listen(lambda event: say(show(event)))
+        narrator = Narrator(
+            narrate_json if as_json else narrate_chat if chat else narrate,
+            {**dict.fromkeys(("task_info", "reply", "waiting"), probe.name),
+             "iteration_start": probe.name if chat else "the model", "working": "the check",
+             "iteration_end": "", "complete": ""},
+            live=sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb" and not as_json)
+        journal.listen(narrator.hear)
         agent = Agent(tmux, program, place.directory, publish=journal.publish,
-                      watched=journal.watched)
+                      watched=lambda: narrator.watches() or journal.watched(), sleep=narrator.sleep)
         if config.terminate_when_quit:
             stack.callback(agent.stop)
         info = past[0] if past else first_event(config, place, tmux, agent, wanted, chat)
         if past and not as_json:
-            say(show(info))
+            say(narrate(info))
         if chat:
-            Chat(config, agent, journal, lambda: read_line("> "),
-                 at_prompt=sys.stdin.isatty()).run(info)
+            Chat(config, agent, journal, read_line, at_prompt=sys.stdin.isatty()).run(info)
         else:
             stream = sys.stderr if as_json else sys.stdout
             autopilot(config, place, agent, journal, stream, info, past)
@@ -3697,11 +3805,23 @@ def demo(config: Config, environ: Mapping[str, str], as_json: bool) -> int:
 def doctor(config: Config, place: Place) -> int:
     """Check what a run needs, a line for each; return 0 if a run could start, else 1."""
     tmux = Tmux(config.claude_tmux_socket, config.claude_tmux_session, place.environ)
-    agent = Agent(tmux, choose_program(config.default_model, config.claude_cmd), place.directory)
+    program = choose_program(config.default_model, config.claude_cmd)
+    agent = Agent(tmux, program, place.directory)
+
+    def version() -> str:
+        found, command = agent.check(), f"{program.start[0]} --version"
+        if not program.install:         # a command of the user's may take --version for a task
+            return found
+        status, text = run_check(command, place.directory, place.environ, 20)
+        if status or not text:
+            raise AgentError(f"{command}: status {status}, {text[-200:]}: {program.install}")
+        return f"{found}, {text.splitlines()[-1]}"
 
     def model() -> str:
+        if not config.autonomous_mode:
+            return "none is needed for chat"
         if not config.openrouter_api_key:
-            raise ConfigError("OPENROUTER_API_KEY is not set")
+            raise ConfigError("OPENROUTER_API_KEY is not set: export it, or put it into .env")
         return OpenRouter(config.openrouter_base_url, config.openrouter_api_key,
                           config.openrouter_model).check()
 
@@ -3710,21 +3830,30 @@ def doctor(config: Config, place: Place) -> int:
             found = agent.find()
         return f"{tmux.session}: " + ("runs already, and is joined" if found else "free")
 
-    def journal() -> str:
-        (place.state / "runs").mkdir(mode=0o700, parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=place.state / "runs").close()
+    def state() -> str:
+        try:
+            (place.state / "runs").mkdir(mode=0o700, parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=place.state / "runs").close()
+        except OSError as error:
+            raise ConfigError(f"{place.state}: {error.strerror}: set XDG_STATE_HOME to a directory "
+                              "that can be written") from None
         return f"{place.state} can be written"
 
+    def dashboard() -> str:
+        host, port = config.dashboard_host, config.dashboard_port
+        Dashboard(Journal(), PAGE, host, port, None).server_close()
+        return f"can listen on {host}, port {port or 'any'}"
+
     checks = {"python": lambda: ".".join(map(str, sys.version_info[:3])), "tmux": tmux.version,
-              "agent": agent.check, "model": model,
-              "session": session, "journal": journal}
+              "agent": version, "model": model, "session": session, "state": state,
+              **({"dashboard": dashboard} if config.dashboard_enabled else {})}
     failed = 0
     for name, check in checks.items():
         try:
-            say(f"{name:<8} ok      {check()}")
+            say(f"{name:<9} ok      {check()}")
         except (OrchestratorError, OSError, ValueError) as error:
             failed = 1
-            say(f"{name:<8} FAILED  {error}")
+            say(f"{name:<9} FAILED  {error}")
     return failed
 
 
@@ -3751,7 +3880,8 @@ def dispatch(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
             raise ConfigError(f"{directory}: " + ("not a directory" if directory.exists()
                                                   else "there is no such directory"))
     except (OSError, RuntimeError) as error:        # deleted under us, or no home
-        raise ConfigError(f"{options.directory or '.'}: {error}") from None
+        advice = " Set HOME and XDG_STATE_HOME" * isinstance(error, RuntimeError)
+        raise ConfigError(f"{options.directory or '.'}: {error}{advice}") from None
     place = Place(directory, state, children)
     if options.doctor:
         return doctor(config, place)
@@ -3769,12 +3899,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             getattr(sys, name).reconfigure(errors="replace")
     try:
         return dispatch(parse_arguments(argv), os.environ)
-    except OrchestratorError as error:
+    except (OrchestratorError, OSError) as error:
         complain(error)
-        return error.status
-    except OSError as error:        # the world's: no space, no processes, no files left
-        complain(error)
-        return 1
+        return getattr(error, "status", 1)
     except KeyboardInterrupt as interrupt:      # Interrupted, or Ctrl-C before Signals are entered
         return getattr(interrupt, "status", 130)
 

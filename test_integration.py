@@ -567,7 +567,19 @@ class Terminal:
 
     def type(self, text: str) -> None:
         """Type it, without an Enter."""
-        self._tmux("send-keys", "-l", "--", re.sub(r";\Z", r"\;", text))
+        if text:
+            self._tmux("send-keys", "-l", "--", re.sub(r";\Z", r"\;", text))
+
+    def enter(self, text: str) -> None:
+        """Type a line."""
+        self.type(text)
+        self.press("Enter")
+
+    def paste(self, text: str, *, brackets: bool) -> None:
+        """Paste text, with brackets around it if the program wants them."""
+        file = self._directory / "pasted"
+        file.write_text(text, encoding="utf-8")
+        self._tmux("load-buffer", str(file), ";", "paste-buffer", *["-p"] * brackets)
 
     def press(self, *keys: str) -> None:
         """Press keys, by the names that tmux gives them."""
@@ -1171,17 +1183,110 @@ def test_a_resumed_run_has_its_conversation_after_a_reboot_if_it_is_the_real(
 
 # -- Chat ---------------------------------------------------------------------------------------
 
-def test_a_person_chats_in_a_terminal(world):
-    command = [sys.executable, TOOL, "--chat"]
+def at_prompt(terminal: Terminal) -> None:
+    assert poll(lambda: f"\n{terminal.screen()}".endswith("\n>"), 30), terminal.screen()
+
+
+@contextlib.contextmanager
+def chatting(world: World, *arguments: str) -> Iterator[Terminal]:
+    """A person's terminal with a chat in it, at its first prompt."""
+    command = [*arguments, sys.executable, TOOL, "--chat"]
     with Terminal(command, world.env, world.work) as terminal:
-        terminal.wait_for("\n>", 30)
-        terminal.type("echo it's; here;")
-        terminal.press("Enter")
+        at_prompt(terminal)
+        yield terminal
+
+
+def test_a_person_chats_in_a_terminal(world):
+    with chatting(world) as terminal:
+        terminal.enter("echo it's; here;")
         terminal.wait_for("\nit's; here;\n")
-        terminal.type("/quit")
-        terminal.press("Enter")
+        terminal.wait_for("\n> echo it's; here;\n")
+        terminal.press("Up", "Up", "Up", "BSpace", "Enter")
+        terminal.wait_for("\nit's; here\n")
+        terminal.enter("/keys Nokey Enter")
+        terminal.wait_for("no tmux key names: Nokey")
+        terminal.enter("/keys e c h o Space x Enter")
+        terminal.wait_for("\nx\n❯\n>")
+        terminal.enter("/screen")
+        assert poll(lambda: terminal.screen().count("A small agent.") == 2, 15)
+        at_prompt(terminal)
+        for line, then in (('"""echo one', "one\n..."), ("", "...\n..."), ('  x y"""', "\none\n>")):
+            terminal.enter(line)
+            terminal.wait_for(then)
+        assert world.taken("echo one\n\n  x y")
+        terminal.enter("/exit")
         assert terminal.exit_status() == 0
-    assert world.log("took") == ["echo it's; here;"]
+        assert "waiting for" not in terminal.screen()
+    assert world.log("took") == ["echo it's; here;", "echo it's; here", "echo x",
+                                 "echo one\n\n  x y"]
+
+
+@pytest.mark.parametrize("how", ["with brackets", "without", "without readline"])
+def test_a_pasted_block_is_one_message_and_lines_typed_ahead_are_messages_of_their_own(how, world):
+    if how == "without readline":
+        (world.home / "readline.py").write_text("raise ImportError\n")
+        world.env["PYTHONPATH"] = str(world.home)
+    block = "echo one\n\n\techo ä\n" + "".join(f"{number}: {'x' * 70}\n" for number in range(100))
+    with chatting(world) as terminal:
+        terminal.paste(block, brackets=how == "with brackets")
+        if how == "with brackets":
+            terminal.wait_for("99: xxx")
+            assert world.log("took") == []
+            terminal.press("Enter")
+        assert world.taken(block.rstrip()), world.log("took")
+        terminal.wait_for("\none\n")
+        terminal.enter("sleep 2")
+        assert world.taken("sleep 2")
+        terminal.enter("echo two")
+        terminal.enter("echo three")
+        assert world.taken("echo three")
+        terminal.wait_for("\nthree\n")
+        at_prompt(terminal)
+        terminal.press("C-d")
+        assert terminal.exit_status() == 0
+    assert world.log("took") == [block.rstrip(), "sleep 2", "echo two", "echo three"]
+
+
+def test_ctrl_c_gives_the_prompt_back_and_leaves_at_the_prompt(world):
+    with chatting(world) as terminal:
+        terminal.enter("echo begun && sleep 3 && echo over")
+        terminal.wait_for(", 1 s: begun")
+        terminal.press("C-c")
+        screen = terminal.wait_for("goes on; the next answer")
+        assert "waiting for" not in screen and not world.log("done")
+        assert poll(lambda: world.log("done"), 15)
+        terminal.enter("echo next")
+        assert "\nover\n" in terminal.wait_for("\nnext\n")
+        at_prompt(terminal)
+        terminal.press("C-c")
+        assert terminal.exit_status() == 130
+
+
+def test_a_run_in_a_terminal_shows_what_it_waits_for_while_it_does(world):
+    gate = Gate()
+    world.model(gate.reply("echo begun && sleep 3"), "TASK_COMPLETE")
+    command = [sys.executable, TOOL, "--task", "x"]
+    with Terminal(command, world.env, world.work) as terminal:
+        terminal.wait_for("waiting for the model")
+        gate.set()
+        assert "the model" not in terminal.wait_for(", 1 s: begun").rsplit("\n", 1)[-1]
+        assert terminal.exit_status() == 0
+        assert "waiting for" not in terminal.screen()
+
+
+@pytest.mark.parametrize("surroundings", ["TERM=dumb", "out.jsonl"])
+def test_nothing_moves_and_nothing_but_events_is_in_the_output_where_that_is_no(surroundings, world):
+    shell = ["sh", "-c", f'exec "$@" --json > {surroundings}', "sh"]
+    with chatting(world, *(["env", surroundings] if "TERM" in surroundings else shell)) as terminal:
+        terminal.enter("echo begun && sleep 1 && echo over")
+        assert poll(lambda: "waiting for" in terminal.screen() or world.log("done"), 20) == [
+            "echo begun && sleep 1 && echo over"]
+        at_prompt(terminal)
+        terminal.press("C-d")
+        assert terminal.exit_status() == 0
+    if surroundings == "out.jsonl":
+        lines = (world.work / "out.jsonl").read_text().splitlines()
+        assert list(map(json.loads, lines)) == world.events()
 
 
 @pytest.mark.parametrize("arguments, mode", [(["--chat"], "true"), ([], "no")])
@@ -1191,6 +1296,7 @@ def test_a_chat_needs_no_key_and_ends_with_the_input(arguments, mode, world):
     assert (done.status, done.stderr) == (0, "")
     assert world.log("took") == ["echo one", "echo two"]
     assert "\none\n" in done.stdout and "\ntwo\n" in done.stdout
+    assert not re.search("[\x1b\r]|waiting for|^>", done.stdout, re.M)
 
 
 # -- Sending ------------------------------------------------------------------------------------
@@ -1968,21 +2074,80 @@ def test_an_agent_that_ends_at_once_leaves_its_last_words(world):
 
 # -- Ends ---------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("replies, settings, status, outcome, words", [
-    (["echo one", "echo two"], {"MAX_ITERATIONS": "1"}, 3, "budget", "MAX_ITERATIONS=1"),
-    (["echo one", "echo two"], {"MAX_COST": "0.01"}, 3, "budget", "MAX_COST=0.01"),
-    (["sleep 60"], {"MAX_MINUTES": "0.05"}, 3, "budget", "MAX_MINUTES=0.05"),
-    (["TASK_FAILED: there is no coffee"], {}, 4, "failed", "there is no coffee"),
-    (["echo round"] * 9, {}, 4, "stuck", "circles"),
-    ([401], {}, 6, "model", "OPENROUTER_API_KEY"),
-    ([404], {}, 6, "model", "OPENROUTER_MODEL")])
-def test_a_run_that_ends_early_says_why(replies, settings, status, outcome, words, world):
-    world.model(*replies)
-    done = world.run("--task", "x", **settings)
-    assert done.status == status
-    assert_one_complaint(done, words)
-    assert world.events()[-1]["type"] == "complete"
-    assert world.events()[-1]["outcome"] == outcome
+@pytest.mark.parametrize("status, outcome, replies, settings, words", [
+    (0, "complete", ["TASK_COMPLETE"], {}, ""),
+    (1, "failed", ["cd / && rm -r \"$OLDPWD\"", "TASK_COMPLETE"],
+     {"VERIFY_CMD": "true", "CLAUDE_CMD": "bash --norc"}, "No such file or directory"),
+    (2, None, [], {"MAX_COST": "much"}, "MAX_COST"),
+    (3, "budget", ["echo one", "echo two"], {"MAX_ITERATIONS": "1"}, "MAX_ITERATIONS=1"),
+    (3, "budget", ["echo one", "echo two"], {"MAX_COST": "0.01"}, "MAX_COST=0.01"),
+    (3, "budget", ["sleep 60"], {"MAX_MINUTES": "0.05"}, "MAX_MINUTES=0.05"),
+    (4, "failed", ["TASK_FAILED: there is no coffee"], {}, "there is no coffee"),
+    (4, "stuck", ["echo round"] * 9, {}, "circles"),
+    (5, "agent", [], {"CLAUDE_CMD": "echo 'license expired'; exit 3"}, "license expired"),
+    (6, "model", [401], {}, "OPENROUTER_API_KEY"),
+    (6, "model", [404], {}, "OPENROUTER_MODEL"),
+    (130, "interrupted", [signal.SIGINT], {}, ""), (143, "interrupted", [signal.SIGTERM], {}, ""),
+    (129, "interrupted", [signal.SIGHUP], {}, "")])
+def test_a_shell_sees_how_a_run_has_ended_and_its_events_say_why(
+        status, outcome, replies, settings, words, world):
+    locks = world.directory / "state/orchestrator/locks"
+    world.model(*(  # a signal comes while the model thinks, to the process that holds the lock
+        (lambda: os.kill(int(next(locks.iterdir()).read_text()), reply) or "echo late")
+        if isinstance(reply, signal.Signals) else reply for reply in replies))
+    done = subprocess.run(
+        ["sh", "-c", '"$@"; echo "status $?" >&2', "sh", sys.executable, TOOL, "--json", "--task",
+         "x"], cwd=world.work, env={**world.env, **settings}, capture_output=True, text=True,
+        timeout=90)
+    *said, ended = done.stderr.splitlines()
+    said = [line for line in said if not line.startswith("Dashboard: ")]
+    assert ended == f"status {status}" and len(said) == bool(words), done.stderr
+    assert all(line.startswith("orchestrator: ") and words in line for line in said), said
+    events = list(map(json.loads, done.stdout.splitlines()))
+    assert events == world.events()
+    assert [event["outcome"] for event in events[-1:] if event["type"] == "complete"] == (
+        [outcome] if outcome else [])
+
+
+class ModelOfMany(ScriptedModel):
+    """A model that gives each of several runs its first reply, its second and so on."""
+
+    def answer(self, exchange: Exchange) -> None:
+        turn = sum(each["role"] == "assistant" for each in exchange.body.get("messages", []))
+        self._complete(exchange, turn, self.replies[turn])
+
+
+def test_four_runs_at_once_each_complete_in_their_own_directory_and_session(world):
+    """The command is the one of the README, as it stands there."""
+    command, = re.findall(r"```sh\n(ls -d tasks[^`]*)```", TOOL.with_name("README.md").read_text())
+    (world.work / "orchestrator.py").symlink_to(TOOL)
+    (world.home / "python3").symlink_to(sys.executable)
+    places = [world.work / "tasks" / name for name in ("ant", "bee", "cat", "dog")]
+    for place in places:
+        place.mkdir(parents=True)
+        (place / "TASK").write_text(f"Be a {place.name}.\n")
+    with ModelOfMany(["echo one", "echo two", "TASK_COMPLETE"]) as model:
+        done = subprocess.run(["sh", "-c", command], cwd=world.work, capture_output=True, timeout=90,
+                              env={**world.env, "OPENROUTER_BASE_URL": model.url,
+                                   "PATH": f"{world.home}:{world.env['PATH']}"})
+    assert (done.returncode, done.stdout) == (0, b"")
+    for place in places:
+        events = list(map(json.loads, (place / "events.jsonl").read_text().splitlines()))
+        assert (events[0]["task"], events[0]["session"]) == (f"Be a {place.name}.", place.name)
+        assert (events[-1]["outcome"], events[-1]["iterations"]) == ("complete", 3)
+        log = list(map(json.loads, (place / "agent.log").read_text().splitlines()))
+        assert [entry["took"] for entry in log if "took" in entry] == ["echo one", "echo two"]
+
+
+def test_a_run_needs_no_terminal_no_home_and_no_locale(world):
+    model = world.model("echo ä", "TASK_COMPLETE")
+    kept = ("TMUX_TMPDIR", "XDG_STATE_HOME", "OPENROUTER_API_KEY", "OPENROUTER_BASE_URL",
+            "CLAUDE_CMD")
+    done = subprocess.run([sys.executable, TOOL, "--task", "ü"], cwd=world.work, timeout=60,
+                          env={name: world.env[name] for name in kept}, stdin=subprocess.DEVNULL,
+                          capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b""), done
+    assert "\nä" in model.last_message() and b"\x1b" not in done.stdout
 
 
 @pytest.mark.parametrize("replies", [
@@ -2311,7 +2476,7 @@ def test_the_doctor_says_what_a_run_needs(world):
     world.model()
     done = world.run("--doctor")
     assert done.status == 0 and "FAILED" not in done.stdout, done
-    for word in ("tmux", "agent", "model"):
+    for word in ("python", "tmux", "agent", "model", "session", "state", "dashboard"):
         assert re.search(rf"^{word}\s+ok", done.stdout, re.M)
     done = world.run("--doctor", OPENROUTER_API_KEY="", CLAUDE_CMD="", PATH=str(world.home))
     assert done.status == 1 and done.stderr == ""
@@ -2956,17 +3121,22 @@ def test_benchmark_of_the_tools_own_time_and_of_the_prompt(agent, world, asked_f
           f"the last {characters[-1]:,}")
 
 
-def test_benchmark_of_the_processor_time_of_a_minute(world, asked_for):
-    gate = Gate()
-    world.model("sleep 60", gate.reply("TASK_COMPLETE"))
-    run = world.start("--task", "x")
-    assert world.taken("sleep 60")
-    before = processor_seconds(run.process.pid)
-    assert poll(lambda: world.log("done"), 90)
-    used = processor_seconds(run.process.pid) - before
-    gate.set()
-    assert run.end().status == 0
-    print(f"\na turn of 60 s: {used:.2f} s of processor time, {used / 60:.1%} of a core")
+@pytest.mark.parametrize("where", ["where there is no terminal", "in a terminal"])
+def test_benchmark_of_the_processor_time_of_a_minute(where, world, asked_for):
+    gate, order = Gate(), " && ".join(f"echo {number} && sleep 0.5" for number in range(120))
+    world.model(order, gate.reply("TASK_COMPLETE"))
+    command = [sys.executable, TOOL, "--task", "x"]
+    with Terminal(command, world.env, world.work) if where == "in a terminal" else \
+            contextlib.nullcontext(world.start("--task", "x")) as run:
+        assert world.taken(order)
+        pid = int(next((world.directory / "state/orchestrator/locks").iterdir()).read_text())
+        before = processor_seconds(pid)
+        assert poll(lambda: world.log("done"), 90)
+        used = processor_seconds(pid) - before
+        gate.set()
+        assert (run.exit_status() if where == "in a terminal" else run.end().status) == 0
+    print(f"\na turn of 60 s {where}, a new line on the screen twice a second: "
+          f"{used:.2f} s of processor time, {used / 60:.1%} of a core")
 
 
 def test_benchmark_of_the_start(world, asked_for):

@@ -31,12 +31,12 @@ import orchestrator
 from orchestrator import (
     Agent, AgentError, AgentExited, Autopilot, BudgetReached, Chat, Config, ConfigError,
     ContextOverflow, Control, Conversation, Dashboard, GaveUp, Interrupted, Journal, Memory, Menu,
-    ModelError, OpenRouter, OrchestratorError, Pane, Place, Program, Question, Reply, Session,
-    Signals, Stuck, Tmux, TmuxDied, TmuxError, TmuxGone, Tokens, TransientError, Turn, Watch,
-    above_box, child_environment, choose_program, clip, draft_in_box, fingerprint, holds_draft,
-    is_intact, known_question, last_unfinished, main, menu_on, narrate, narrate_chat, new_lines,
-    parse_env, parse_object, parse_reply, read_env_file, read_events, run_check, sanitize, say,
-    says_busy, shows_input, sole_driver, tidy, usage_limit)
+    ModelError, Narrator, OpenRouter, OrchestratorError, Pane, Place, Program, Question, Reply,
+    Session, Signals, Stuck, Tmux, TmuxDied, TmuxError, TmuxGone, Tokens, TransientError, Turn,
+    Watch, above_box, child_environment, choose_program, clip, draft_in_box, fingerprint,
+    holds_draft, is_intact, known_question, last_unfinished, last_words, main, menu_on, narrate,
+    narrate_chat, new_lines, parse_env, parse_object, parse_reply, read_env_file, read_events,
+    run_check, sanitize, say, says_busy, shows_input, sole_driver, span, tidy, usage_limit)
 
 SOURCE = Path(orchestrator.__file__).read_text(encoding="utf-8")
 KEY = "sk-or-v1-0123456789abcdef"
@@ -112,6 +112,9 @@ class Hands:
 
     def start(self, talked=False):
         return Turn("the first screen")
+
+    def look(self):
+        return Turn("the screen")
 
     def ask(self, message, limit=0):
         return self._next(message)
@@ -690,6 +693,17 @@ def test_which_screens_say_that_the_agent_works(screen, busy):
     (["❯", *map(str, range(16))], False), (["a > b"], False)])
 def test_which_screens_show_an_input_box(screen, shows):
     assert shows_input(screen) is shows
+
+
+@pytest.mark.parametrize("screen, words", [
+    (["● Bash(make)", "\x1b[2m  ⎿  Running…  12 s", "", "─" * 40, "❯ a draft", "─" * 40, "  ? help"],
+     "⎿ Running… 12 s"),
+    (["› earlier", "", "• Working (3s)", "", "› Ask", "", "  gpt-5"], "• Working (3s)"),
+    (["text", "╭" + "─" * 40, "│ > ", "╰" + "─" * 40, "  ? help"], "text"),
+    (["$ make", "\x1b[38;5;2mcc x.c\x1b[0m", "", "", ""], "cc x.c"), (["❯ make", "cc x.c"], "cc x.c"),
+    (["", "───", ""], ""), ([], "")])
+def test_the_last_words_on_a_screen(screen, words):
+    assert last_words("\n".join(screen)) == words
 
 
 @pytest.mark.parametrize("line, message, holds", [
@@ -2495,37 +2509,66 @@ def test_a_resumed_run_knows_of_its_summary_and_of_a_broken_off_turn(fly):
     assert texts[-2] == "five" and "stopped" in texts[-1]
 
 
-def test_a_chat_passes_lines_on_until_quit(tmp_path):
-    for end in ("/quit", " /quit ", None):
-        agent, lines = Hands(), ["hello", "", " \t", "/status", end, "never"]
-        journal = Journal()
-        Chat(Config(), agent, journal, lambda: lines.pop(0)).run({"agent": "Agent"})
-        assert agent.told == ["hello", "/status"] and lines == ["never"]
-        outputs = [event["agent_output"] for event in journal.events()
-                   if event["type"] == "iteration_end"]
-        assert outputs == ["the first screen", "did hello", "did /status"]
-        assert journal.events()[-1]["type"] == "complete"
-        assert journal.events()[-1]["outcome"] == "complete"
+class Talk:
+    """A chat of a person who types these lines; `journal` has what came of it."""
+
+    def __init__(self, *lines, agent=None, **options) -> None:
+        self.left, self.prompts, self.journal = list(lines), [], Journal()
+        self.agent = agent or Hands()
+        self.chat = Chat(Config(), self.agent, self.journal, self._read, **options)
+
+    def _read(self, prompt):
+        self.prompts.append(prompt)
+        return self.left.pop(0) if self.left else None
+
+    def run(self):
+        """Chat to the end; return what the agent answered, its first screen left out."""
+        self.chat.run({"agent": "Agent"})
+        return [event["agent_output"] for event in self.journal.events()
+                if event["type"] == "iteration_end"][1:]
+
+
+def test_a_chat_passes_lines_on_until_quit():
+    for end in ("/quit", " /quit ", "/exit", None):
+        talk = Talk("hello", "", " \t", "/status", "\x1b", "  a\n\nblock", end, "never")
+        assert talk.run() == ["did hello", "did /status", "did   a\n\nblock"]
+        assert talk.left == ["never"] and set(talk.prompts) == {"> "}
+        assert talk.journal.events()[-1]["type"] == "complete"
+        assert talk.journal.events()[-1]["outcome"] == "complete"
+
+
+@pytest.mark.parametrize("lines, message", [
+    (['"""', "one", "", "  two", '"""'], "one\n\n  two"), (['"""one', 'two"""  '], "one\ntwo"),
+    (['"""one"""'], "one"), (['"""one', "two", None], "one\ntwo"), (['"""', '"""'], None),
+    (['"""', ' "quoted"', "/quit", '"""'], ' "quoted"\n/quit'),
+    (['"""\none\n\ntwo\n"""'], "one\n\ntwo"), (['"""Doc."""\nimport os'], '"""Doc."""\nimport os')])
+def test_triple_quotes_hold_a_message_of_several_lines(lines, message):
+    talk = Talk(*lines)
+    assert talk.run() == ([f"did {message}"] if message else []) and not talk.left
+    assert talk.prompts == ["> ", *["... "] * (len(lines) - 1), "> "]
+
+
+def test_a_person_presses_keys_and_looks_at_the_screen():
+    talk = Talk("/keys Down  C-c", "/keys Foo Down", "/keys", " /screen", "/keyboard")
+    pressed, foo, none, screen, other = talk.run()
+    assert talk.agent.told == [("Down", "C-c"), "/keyboard"] and screen == "the screen"
+    assert "no tmux key names: Foo" in foo and "none given" in none
 
 
 def test_an_interrupted_turn_gives_the_prompt_back():
-    agent, lines, journal = Hands(Interrupted(signal.SIGINT)), ["hello", "again", None], Journal()
-    Chat(Config(), agent, journal, lambda: lines.pop(0)).run({})
-    assert agent.told == ["hello", "again"]
-    assert "goes on" in [event["agent_output"] for event in journal.events()
-                         if event["type"] == "iteration_end"][1]
+    talk = Talk("hello", "again", agent=Hands(Interrupted(signal.SIGINT)))
+    assert "goes on" in talk.run()[0] and talk.agent.told == ["hello", "again"]
     with pytest.raises(Interrupted):        # no prompt to give back
-        Chat(Config(), Hands(Interrupted(signal.SIGINT)), journal, lambda: "x",
-             at_prompt=False).run({})
+        Talk("x", agent=Hands(Interrupted(signal.SIGINT)), at_prompt=False).run()
 
 
 @pytest.mark.parametrize("error, outcome", [
     (Interrupted(signal.SIGTERM), "interrupted"), (AgentError("gone"), "agent")])
 def test_what_ends_a_chat_is_its_outcome(error, outcome):
-    journal = Journal()
+    talk = Talk("hello", agent=Hands(error))
     with pytest.raises(type(error)):
-        Chat(Config(), Hands(error), journal, lambda: "hello").run({})
-    assert journal.events()[-1]["outcome"] == outcome
+        talk.run()
+    assert talk.journal.events()[-1]["outcome"] == outcome
 
 
 def test_a_check_returns_its_status_and_its_output(tmp_path):
@@ -2619,13 +2662,115 @@ def test_settings_that_run_something_are_announced_when_they_come_from_a_file(sc
     assert status == 2 and ".env line 2" in err and "sk-secret" not in err
 
 
-def test_the_doctor_has_a_line_for_each_thing_and_says_what_is_wrong(scene):
-    status, out, err = scene("--doctor", CLAUDE_CMD="cat", PATH="/nowhere")
-    assert (status, err) == (1, "")
-    lines = {line.split()[0]: line for line in out.splitlines()}
-    assert "ok" in lines["python"] and "ok" in lines["journal"]
-    assert "FAILED" in lines["tmux"] and "not installed" in lines["tmux"]
-    assert "OPENROUTER_API_KEY is not set" in lines["model"]
+@pytest.fixture
+def doctor(scene, tmp_path):
+    """Return a function that calls the doctor: settings in, status and the line of each thing."""
+    def call(**environ):
+        status, out, err = scene("--doctor", **environ)
+        assert err == ""
+        return status, {line.split()[0]: line.split(None, 1)[1] for line in out.splitlines()}
+
+    (tmp_path / "tmux").write_text(
+        """#!/bin/sh\n[ "$6" = -V ] && echo tmux 3.4 || ! echo "can't find session: x" >&2\n""")
+    (tmp_path / "codex").write_text(
+        "#!/bin/sh\necho warning >&2; echo codex 0.1 $1 $OPENROUTER_API_KEY\n")
+    (tmp_path / "codex").chmod(0o755)
+    return call
+
+
+def test_the_doctor_has_a_line_for_each_thing_and_says_what_is_wrong(doctor):
+    status, lines = doctor(CLAUDE_CMD="cat", PATH="/nowhere")
+    assert status == 1 and list(lines) == ["python", "tmux", "agent", "model", "session", "state",
+                                           "dashboard"]
+    for name, words in {"python": "ok", "tmux": "FAILED  tmux is not installed: apt",
+                        "agent": "FAILED  cat: there is no cat on the PATH: check CLAUDE_CMD",
+                        "model": "FAILED  OPENROUTER_API_KEY is not set: export it",
+                        "session": "FAILED  tmux is not", "state": "ok", "dashboard": "ok"}.items():
+        assert lines[name].startswith(words)
+
+
+def test_the_doctor_is_content_where_a_chat_could_start(doctor):
+    status, lines = doctor(AUTONOMOUS_MODE="no", CLAUDE_CMD="cat", DASHBOARD_ENABLED="no")
+    assert status == 0, lines
+    assert lines["session"] == "ok      gt-claude-loop: free" and "chat" in lines["model"]
+
+
+def test_the_doctor_asks_known_agents_for_their_version_without_the_key(doctor, tmp_path):
+    ask = {"DEFAULT_MODEL": "gpt", "AUTONOMOUS_MODE": "no", "OPENROUTER_API_KEY": KEY}
+    assert doctor(**ask)[1]["agent"] == f"ok      Codex: {tmp_path}/codex, codex 0.1 --version"
+    (tmp_path / "codex").write_text("#!/bin/sh\necho no licence; exit 3\n")
+    status, lines = doctor(**ask)
+    assert status == 1
+    assert lines["agent"] == ("FAILED  codex --version: status 3, no licence: "
+                              "npm install -g @openai/codex")
+
+
+def test_the_doctor_says_who_has_the_session_the_port_and_the_state_directory(doctor, tmp_path):
+    place = Place(tmp_path, tmp_path / "state" / "orchestrator", {})
+    with sole_driver(Config(), place), socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        lines = doctor(DASHBOARD_PORT=str(taken.getsockname()[1]))[1]
+    assert f"process {os.getpid()}: set CLAUDE_TMUX_SESSION" in lines["session"]
+    assert "FAILED" in lines["dashboard"] and "DASHBOARD_PORT=" in lines["dashboard"]
+    (tmp_path / "file").touch()
+    status, lines = doctor(XDG_STATE_HOME=str(tmp_path / "file"))
+    assert status == 1 and lines["state"].startswith(f"FAILED  {tmp_path}/file/orchestrator: ")
+    assert "XDG_STATE_HOME" in lines["state"]
+
+
+@pytest.mark.parametrize("seconds, words", [
+    (0, "0 s"), (1.5, "1.5 s"), (12, "12 s"), (48.2, "48.2 s"), (59.9, "59.9 s"),
+    (60, "1 min 0 s"), (119.9, "1 min 59 s"), (552, "9 min 12 s")])
+def test_how_a_time_is_said(seconds, words):
+    assert span(seconds) == words
+
+
+class Stage:
+    """A narrator of a chat on a terminal of 40 columns, or on none."""
+
+    def __init__(self, monkeypatch, capsys, live=True) -> None:
+        monkeypatch.setenv("COLUMNS", "40")
+        self.clock, self._capsys = Clock(), capsys
+        self.narrator = Narrator(narrate_chat, {"iteration_start": "Agent", "iteration_end": ""},
+                                 live=live, clock=self.clock)
+
+    def drawn(self, kind="", **fields):
+        """Hear an event, or look again; return what was printed."""
+        if kind:
+            self.narrator.hear({"type": kind, **fields})
+        else:
+            self.narrator.sleep(0)
+        return self._capsys.readouterr().out
+
+
+def test_a_line_shows_what_is_waited_for_and_goes_before_anything_else_is_printed(
+        monkeypatch, capsys):
+    stage = Stage(monkeypatch, capsys)
+    line = "\r\x1b[K\x1b[?7l{}\x1b[?7h".format
+    assert stage.drawn("note", source="A", text="hi") == "* A: hi\n" and stage.drawn() == ""
+    assert stage.drawn("iteration_start", iteration=1) == line("waiting for Agent")
+    stage.clock.sleep(0.9)
+    assert stage.drawn() == ""
+    stage.clock.sleep(61)
+    assert stage.drawn() == line("waiting for Agent, 1 min 1 s")
+    assert stage.narrator.watches()
+    screen = "\x1b[1m\x1b]0;x\x07● Bash(make)\x1b[0m\n  running \t" + "x" * 40
+    assert stage.drawn("screen", text=screen) == line(
+        "waiting for Agent, 1 min 1 s: running xxxxxxxxx"[:39])
+    assert not stage.narrator.watches()
+    assert stage.drawn("note", source="A", text="hi").startswith("\r\x1b[K* A: hi\n\r\x1b[K\x1b[?7lw")
+    assert stage.drawn("iteration_end", agent_output="done") == "\r\x1b[Kdone\n"
+    stage.clock.sleep(5)
+    assert stage.drawn() == "" and stage.drawn("screen", text="late") == ""
+
+
+def test_no_line_is_drawn_where_there_is_no_terminal(monkeypatch, capsys):
+    stage = Stage(monkeypatch, capsys, live=False)
+    assert not stage.narrator.watches()
+    assert stage.drawn("iteration_start", iteration=1) == ""
+    stage.clock.sleep(2)
+    assert stage.drawn() + stage.drawn("screen", text="x") == ""
+    assert stage.drawn("iteration_end", agent_output="done\x1b[2J") == "done[2J\n"
 
 
 TOKENS = {"prompt": 1000, "completion": 200, "total": 1200, "cached": 0}
@@ -2642,6 +2787,8 @@ TOKENS = {"prompt": 1000, "completion": 200, "total": 1200, "cached": 0}
       "duration_ms": 1}, ["say"]),
     ({"type": "iteration_end", "iteration": 1, "orchestrator": "say", "agent_output": "a\x07\n\tb",
       "duration_ms": 9, "tokens": TOKENS, "cost": None}, ["[1]", "a\n", "b"]),
+    ({"type": "iteration_end", "iteration": 1, "agent_output": "", "error": "main says it",
+      "duration_ms": 9}, None),
     ({"type": "error", "iteration": 1, "error": "429", "retry_in": 2.5}, ["429", "2.5 s"]),
     ({"type": "error", "iteration": 1, "error": "full"}, ["full"]),
     ({"type": "recovery", "iteration": 1, "what": "it ended", "resumed": True}, ["it ended"]),
@@ -2654,7 +2801,9 @@ TOKENS = {"prompt": 1000, "completion": 200, "total": 1200, "cached": 0}
     ({"type": "state", "state": "waiting", "reason": "up to 60 s"}, ["waiting", "60 s"]),
     ({"type": "screen", "text": "\x1b[1mx"}, None), ({"type": "reply_part", "text": "x"}, None),
     ({"type": "complete", "outcome": "complete", "reason": "", "iterations": 3, "tokens": TOKENS,
-      "cost": 0.5, "duration_ms": 61_000}, ["complete", "3", "1,200", "$0.5", "1 min"]),
+      "cost": 0.5, "duration_ms": 61_000}, ["complete: 3 iterations", "1,200", "$0.5", "1 min"]),
+    ({"type": "complete", "outcome": "budget", "reason": "", "iterations": 1, "tokens": TOKENS,
+      "cost": 0.5, "duration_ms": 1}, [": 1 iteration,", "--resume"]),
     ({"type": "complete", "outcome": "stuck", "reason": "circles", "iterations": 3,
       "tokens": TOKENS, "cost": 0.5, "duration_ms": 1}, ["stuck"])],
     ids=lambda case: case and case["type"] if isinstance(case, dict) else "")
