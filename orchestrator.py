@@ -1299,15 +1299,15 @@ class OpenRouter:
         self._key, self._publish, self._clock, self._sleep = key, publish, clock, sleep
         self._prices: dict[str, float] = {}     # US dollars a token, by prompt and completion
         self._estimates = False
-        host = urllib.parse.urlsplit(self._base).hostname or ""
-        self._is_openrouter = host == "openrouter.ai"
+        self._is_openrouter = self._base.startswith("https://openrouter.ai/")
         self._options: dict[str, Any] = {"max_tokens": self.MAX_TOKENS, "stream": True,
                                          "stream_options": {"include_usage": True}}
         if self._is_openrouter:     # only it knows them; the id keeps a run on one provider's cache
             marks = {"cache_control": {"type": "ephemeral"}} if "claude" in model else {}
             self._options.update(marks, session_id=secrets.token_hex(16))
-        no_proxy = [urllib.request.ProxyHandler({})] * (host in ("localhost", "127.0.0.1", "::1"))
-        self._opener = urllib.request.build_opener(_NoRedirect, *no_proxy)
+        near = re.match(r"https?://(localhost|127\.0\.0\.1|\[::1\])[:/]", f"{self._base}/")
+        self._opener = urllib.request.build_opener(
+            _NoRedirect, *[urllib.request.ProxyHandler({})] * bool(near))
 
     def check(self) -> str:
         """Ask for the key and the model by free calls; return what is known of the model.
@@ -1536,11 +1536,11 @@ class OpenRouter:
     def _open(self, path: str, body: dict | None) -> http.client.HTTPResponse:
         """Open a path of the API; every failure leaves as an error of ours, without the key."""
         data = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace") if body else None
-        request = urllib.request.Request(self._base + path, data, {
-            "Content-Type": "application/json", "User-Agent": f"orchestrator/{__version__}",
-            "X-Title": "orchestrator"})
-        request.add_unredirected_header("Authorization", f"Bearer {self._key}")
+        headers = {"Content-Type": "application/json", "X-Title": "orchestrator",
+                   "User-Agent": f"orchestrator/{__version__}"}
         try:
+            request = urllib.request.Request(self._base + path, data, headers)
+            request.add_unredirected_header("Authorization", f"Bearer {self._key}")
             return self._opener.open(request, timeout=self.IDLE)
         except urllib.error.HTTPError as error:
             text = ""

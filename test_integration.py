@@ -1479,8 +1479,8 @@ def test_a_run_completes_through_a_night_of_failures(turns, world, request):
           f"{len(world.events('error'))} retries and repairs, {model.summaries} summaries; prompts "
           f"of {max(model.characters):,} characters at most (bound {4 * bound:,}); "
           f"{end['tokens']['total']:,} tokens, ${end['cost']:.2f}, "
-          f"{end['duration_ms'] / 1000:.0f} s; memory {sizes[len(sizes) // 4]:,} KB after a quarter, "
-          f"{sizes[-1]:,} KB at the end, {most:,} KB at most")
+          f"{end['duration_ms'] / 1000:.0f} s; memory {sizes[len(sizes) // 4]:,} KB after a "
+          f"quarter, {sizes[-1]:,} KB at the end, {most:,} KB at most")
     assert most < 60_000
 
 

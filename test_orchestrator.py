@@ -1638,6 +1638,12 @@ def test_it_gives_up_after_an_hour(api):
         assert 3000 < sum(client.time.slept) <= 3600 and max(client.time.slept) <= longest
 
 
+def test_an_address_that_makes_no_sense_is_named():
+    for url in ("http://[1.2]/v1", "http://a..b/v1", f"http://{'a' * 300}/v1"):
+        with pytest.raises(ModelError, match="OPENROUTER_BASE_URL"):
+            Client(url).say()
+
+
 def test_a_server_that_is_not_there_is_waited_for():
     with socket.socket() as unheard:
         unheard.bind(("127.0.0.1", 0))
