@@ -1124,6 +1124,9 @@ class Agent:
 # -- 6. OpenRouter --------------------------------------------------------------------------
 # The one place that opens a URL.  May use: Errors, Text.
 
+Messages = Sequence[Mapping[str, str]]
+
+
 class Tokens(NamedTuple):
     """What calls used, as the API counts; of `prompt` what its cache had, and what was put in."""
 
@@ -1284,7 +1287,7 @@ class OpenRouter:
     before the run, HINT for what a server may ask us to wait.
     """
 
-    IDLE, PROGRESS, CALL, PATIENCE, CHECK, HINT = 120.0, 300.0, 1200.0, 3600.0, 10.0, 900.0
+    IDLE, PROGRESS, CALL, PATIENCE, CHECK, HINT = 120.0, 300.0, 1200.0, 3600.0, 5.0, 900.0
     MAX_TOKENS = 16_000     # always sent: without it the credit check assumes the model's maximum
     MAX_LINE = 100_000_000  # bytes
     PARTS = 4               # of an answer that is cut at its length again and again
@@ -1339,7 +1342,7 @@ class OpenRouter:
                                     for kind, dollars in self._prices.items()) + (
             "" if models else ", which is not checked: the server does not list its models")
 
-    def complete(self, messages: Sequence[Mapping[str, str]], *,
+    def complete(self, messages: Messages, *,
                  on_text: Callable[[str], object] = lambda text: None,
                  on_use: Callable[[Tokens, float | None], object] = lambda tokens, cost: None,
                  left: Callable[[], float] = lambda: math.inf) -> Reply:
@@ -1372,8 +1375,7 @@ class OpenRouter:
                 raise
         return Reply(whole, tokens, cost, round((self._clock() - began) * 1000))
 
-    def _insist(self, messages: Sequence[Mapping[str, str]], on_text: Callable[[str], object],
-                on_use: Callable[[Tokens, float | None], object],
+    def _insist(self, messages: Messages, on_text: Callable, on_use: Callable,
                 left: Callable[[], float]) -> tuple[str, str]:
         """Return text and finish reason of one answer, after all the tries that it takes."""
         began, failures, limited, lower = self._clock(), 0, 0, dict[str, int]()
@@ -1408,7 +1410,7 @@ class OpenRouter:
                 return f"with {name}={value}"
         return ""
 
-    def body(self, messages: Sequence[Mapping[str, str]], lower: Mapping[str, int] = {}) -> dict:
+    def body(self, messages: Messages, lower: Mapping[str, int] = {}) -> dict:
         """Return the request; system prompt and newest message are marked for Claude's cache."""
         sent: list[dict] = [dict(message) for message in messages]
         options = {**self._options, **lower}
@@ -1418,9 +1420,8 @@ class OpenRouter:
                                    "cache_control": mark}]
         return {"model": self.model, "messages": sent, **options}
 
-    def _call(self, messages: Sequence[Mapping[str, str]], lower: Mapping[str, int],
-              on_text: Callable[[str], object], on_use: Callable[[Tokens, float | None], object],
-              left: Callable[[], float]) -> tuple[str, str]:
+    def _call(self, messages: Messages, lower: Mapping[str, int], on_text: Callable,
+              on_use: Callable, left: Callable[[], float]) -> tuple[str, str]:
         """Return text and finish reason of one try."""
         text, finish, refusal, usage = "", "", "", {}
         answer = self._ask("/chat/completions", left, self.body(messages, lower))
@@ -1504,10 +1505,11 @@ class OpenRouter:
                     raise found
                 if found is None:
                     return
-                progress, parsed = self._clock(), parse_object(self._masked(found))
+                progress, data = self._clock(), self._masked(found)
+                parsed = parse_object(data)
                 if parsed is None:
                     raise TransientError("the model's server sent no JSON object, but "
-                                         f"{found[:80].decode('utf-8', 'replace')!r}: "
+                                         f"{data[:80].decode('utf-8', 'replace')!r}: "
                                          "check OPENROUTER_BASE_URL", tries=5)
                 yield parsed
         finally:
@@ -2469,22 +2471,22 @@ class Autopilot:
             return "", {}
         return reply.text, {"tokens": reply.tokens._asdict(), "cost": reply.cost}
 
-    def _ask(self, messages: Sequence[Mapping[str, str]],
+    def _ask(self, messages: Messages,
              on_text: Callable[[str], object] = lambda text: None) -> Reply:
-        """Ask the model within the budgets, and count what that uses."""
-        self._check_budgets()
+        """Ask the model within the budgets, which end it too, and count what that uses."""
         return self._model.complete(messages, on_text=on_text, on_use=self._totals.add,
-                                    left=self._seconds_left)
+                                    left=self._check_budgets)
 
     # limits
 
-    def _check_budgets(self, iterations: int = 0) -> None:
+    def _check_budgets(self, iterations: int = 0) -> float:
+        """Raise BudgetReached if one is used up, else return how long the run may go on."""
         config, totals = self._config, self._totals
         if config.max_iterations and iterations >= config.max_iterations:
             raise BudgetReached(f"MAX_ITERATIONS={config.max_iterations} reached")
         if config.max_cost and totals.cost >= config.max_cost:
             raise BudgetReached(f"MAX_COST={config.max_cost:g} reached: ${totals.cost:.4f} spent")
-        self._seconds_left()
+        return self._seconds_left()
 
     def _seconds_left(self) -> float:
         """Return how long the run may go on; raise BudgetReached once that is over."""

@@ -1424,6 +1424,7 @@ CASES = {
                            "OPENROUTER_MODEL"),
     "401": final(answer(refusal(401, "User not found."), 401), "check OPENROUTER_API_KEY"),
     "401 as a text": final(answer(refusal("401", "User not found.")), "check OPENROUTER_API_KEY"),
+    "a page that repeats the key": passing(answer(f"<p>{KEY}"), "no JSON"),
     "401 that repeats the key": final(answer(refusal(401, f"wrong key {KEY}"), 401), "wrong key"),
     "402": final(answer(refusal(402, "no money"), 402), "add credit"),
     "402 in a stream": final(streamed(refusal(402, "no money")), "add credit"),
@@ -1651,6 +1652,19 @@ def test_a_server_that_is_not_there_is_waited_for():
         with pytest.raises(ModelError, match="gave up after an hour.*can't be reached"):
             client.say()
     assert len(client.told) > 50
+
+
+def test_each_try_has_to_be_within_the_budgets(api):
+    api.answers, client, spent = [streamed(said("x", "error"), USAGE)], Client(api.url), []
+
+    def left():
+        if len(spent) == 2:
+            raise BudgetReached("no money")
+        return 1e9
+
+    with pytest.raises(BudgetReached):
+        client.complete(TASK, on_use=lambda *used: spent.append(used), left=left)
+    assert len(api.requests) == 2 and sum(cost for _, cost in spent) == 1.0
 
 
 def test_no_wait_outlasts_the_time_that_is_left(api):
