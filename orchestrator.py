@@ -1378,11 +1378,13 @@ class OpenRouter:
     def _insist(self, messages: Messages, on_text: Callable, on_use: Callable,
                 left: Callable[[], float]) -> tuple[str, str]:
         """Return text and finish reason of one answer, after all the tries that it takes."""
-        began, failures, limited, lower = self._clock(), 0, 0, dict[str, int]()
+        began, failures, limited = self._clock(), 0, 0
+        if "max_tokens" in self._options:       # was perhaps lowered for the last answer
+            self._options["max_tokens"] = self.MAX_TOKENS
         while True:
             left()
             try:
-                return self._call(messages, lower, on_text, on_use, left)
+                return self._call(messages, on_text, on_use, left)
             except TransientError as error:
                 failures, limited = failures + 1, limited + bool(error.tries)
                 delay = min(60.0, 2.0 ** min(failures, 6)) * random.uniform(0.75, 1.25)
@@ -1395,36 +1397,36 @@ class OpenRouter:
                 self._publish("error", error=str(error), retry_in=round(delay, 1))
                 self._sleep(min(delay, left()))
             except ModelError as error:
-                mended = self._mend(error.change, lower)
+                mended = self._mend(error.change)
                 if not mended:
                     raise
                 self._publish("error", error=f"{error}; asking again {mended}")
 
-    def _mend(self, change: Mapping[str, int | None], lower: dict[str, int]) -> str:
-        """Lower an option for this call, or drop it for good; return what was done, if anything."""
+    def _mend(self, change: Mapping[str, int | None]) -> str:
+        """Lower an option, or drop it; return what was done, if anything."""
         for name, value in change.items():
             if value is None and self._options.pop(name, None):
                 return f"without {name}"
-            if value and value < {**self._options, **lower}.get(name, 0):
-                lower[name] = value
+            if value and value < self._options.get(name, 0):
+                self._options[name] = value
                 return f"with {name}={value}"
         return ""
 
-    def body(self, messages: Messages, lower: Mapping[str, int] = {}) -> dict:
+    def body(self, messages: Messages) -> dict:
         """Return the request; system prompt and newest message are marked for Claude's cache."""
         sent: list[dict] = [dict(message) for message in messages]
-        options = {**self._options, **lower}
+        options = dict(self._options)
         mark = options.pop("cache_control", None)
         for message in sent[:1] + sent[-1:] if mark else []:
             message["content"] = [{"type": "text", "text": message["content"],
                                    "cache_control": mark}]
         return {"model": self.model, "messages": sent, **options}
 
-    def _call(self, messages: Messages, lower: Mapping[str, int], on_text: Callable,
-              on_use: Callable, left: Callable[[], float]) -> tuple[str, str]:
+    def _call(self, messages: Messages, on_text: Callable, on_use: Callable,
+              left: Callable[[], float]) -> tuple[str, str]:
         """Return text and finish reason of one try."""
         text, finish, refusal, usage = "", "", "", {}
-        answer = self._ask("/chat/completions", left, self.body(messages, lower))
+        answer = self._ask("/chat/completions", left, self.body(messages))
         try:
             for chunk in answer:
                 usage = _part(chunk, "usage") or usage
@@ -1467,7 +1469,7 @@ class OpenRouter:
         if estimated and not self._estimates:
             self._estimates = True
             self._publish("note", source="orchestrator", text="the model's server does not tell "
-                          f"{' and '.join(estimated)}: estimated from text lengths and list prices")
+                          f"{' and '.join(estimated)}: estimated from here on")
         prompt, completion = (int(count or 0) for count in counts.values())
         details = _part(usage, "prompt_tokens_details")
         cached, written = (int(_number(details, f"{kind}_tokens") or 0)
