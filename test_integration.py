@@ -2130,9 +2130,11 @@ class TimedModel(ScriptedModel):
         self.answered: list[float] = []
 
     def answer(self, exchange: Exchange) -> None:
-        self.asked.append(time.time())
+        asked = time.time()
         super().answer(exchange)
-        self.answered.append(time.time())
+        if exchange.command == "POST":      # and no question for the models that it has
+            self.asked.append(asked)
+            self.answered.append(time.time())
 
 
 def processor_seconds(pid: int) -> float:

@@ -1639,10 +1639,12 @@ def test_it_gives_up_after_an_hour(api):
         assert 3000 < sum(client.time.slept) <= 3600 and max(client.time.slept) <= longest
 
 
-def test_an_address_that_makes_no_sense_is_named():
-    for url in ("http://[1.2]/v1", "http://a..b/v1", f"http://{'a' * 300}/v1"):
-        with pytest.raises(ModelError, match="OPENROUTER_BASE_URL|can't be reached"):   # by version
+def test_an_address_that_makes_no_sense_is_named(monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    for url in ("http://a..b/v1", f"http://{'a' * 300}/v1", "nowhere"):
+        with pytest.raises(ModelError, match="OPENROUTER_BASE_URL"):
             Client(url).say()
+    Client("http://[1.2]/v1")       # some versions of Python can't even take that apart
 
 
 def test_a_server_that_is_not_there_is_waited_for():
