@@ -2275,7 +2275,8 @@ class Autopilot:
         self._conversation, self._totals = Conversation("", ""), Totals(clock)
         self._history: list[tuple[str, str]] = []       # replies, fingerprints of what came
         self._warned = self._done = False
-        self._part_shown, self._bound = 0.0, math.inf   # characters that the model has taken
+        self._part_shown = 0.0
+        self._bound = math.inf      # characters, less than what the model called too long
 
     def run(self, task_info: Mapping[str, object], past: Sequence[Event] = ()) -> None:
         """Drive the agent until the task is done; `past` are the events of a run to go on with.
@@ -3456,10 +3457,10 @@ def run(config: Config, place: Place, *, task: Callable[[], str] = lambda: "", c
         program = choose_program(config.default_model, config.claude_cmd)
         tmux.version()
         Agent(tmux, program, place.directory).check()
-        model = OpenRouter(config.openrouter_base_url, config.openrouter_api_key,
-                           config.openrouter_model,     # the journal is opened once there is a task
-                           publish=lambda kind, **fields: journal.publish(kind, **fields))
         if not chat:
+            model = OpenRouter(
+                config.openrouter_base_url, config.openrouter_api_key, config.openrouter_model,
+                publish=lambda kind, **fields: journal.publish(kind, **fields))     # made below
             with contextlib.suppress(TransientError):   # an outage may be over by the first call
                 model.check()
         wanted = "" if chat or resumed else task()
