@@ -189,6 +189,9 @@ class ScriptedModel(Loopback):
 
     def answer(self, exchange: Exchange) -> None:
         path = urllib.parse.unquote(exchange.path)
+        if "somebody-else" in exchange.headers.get("Authorization", ""):
+            exchange.send({"error": {"code": 401, "message": "User not found."}}, 401)
+            return
         if path == "/api/v1/models":
             exchange.send({"data": [{"id": self.NAME}]})
             return
@@ -1916,7 +1919,14 @@ def test_a_session_that_was_made_for_another_command_is_not_typed_into(world):
 
 @pytest.mark.parametrize("source", ["environment", ".env"])
 def test_the_key_reaches_the_model_and_nothing_else_from(source, world):
-    model = world.model("printenv | sort", "TASK_COMPLETE")
+    arguments: list[bytes] = []
+
+    def last() -> str:
+        arguments.extend(Path(f"/proc/{pid}/cmdline").read_bytes()
+                         for pid in processes_of(world.directory))
+        return "TASK_COMPLETE"
+
+    model = world.model("printenv | sort", last)
     settings = {"CLAUDE_CMD": "bash --norc"}
     if source == ".env":
         (world.work / ".env").write_text(f"export OPENROUTER_API_KEY='{KEY}' # mine\n")
@@ -1926,8 +1936,8 @@ def test_the_key_reaches_the_model_and_nothing_else_from(source, world):
     assert f"HOME={world.home}" in model.last_message()
     assert "OPENROUTER_API_KEY" not in model.last_message()
     seen = [world.everything(), world.tmux("show-environment", "-g"),
-            json.dumps([request.body for request in model.requests])]
-    assert [KEY in text for text in seen] == [False] * 3
+            json.dumps([request.body for request in model.requests]), str(arguments)]
+    assert [KEY in text for text in seen] == [False] * 4 and "orchestrator.py" in seen[3]
 
 
 def test_a_key_that_the_agent_prints_is_masked(world):
@@ -2018,6 +2028,28 @@ def test_settings_that_run_or_redirect_are_announced_when_they_come_from_the_env
 def test_wrong_arguments_are_told_in_one_line(arguments, words, world):
     (world.work / "file").touch()
     assert_refused(world.run(*arguments), 2, *words)
+
+
+@pytest.mark.parametrize("settings, words", [
+    ({"OPENROUTER_MODEL": "anthropic/claude-opus-4.7"}, ["4.7", "no such model", "4.6"]),
+    ({"OPENROUTER_API_KEY": "sk-or-v1-of-somebody-else"}, ["401", "check OPENROUTER_API_KEY"])])
+def test_a_wrong_key_or_model_is_told_before_the_task_is_asked_for(settings, words, world):
+    world.model()
+    with Terminal([sys.executable, TOOL], {**world.env, **settings}, world.work) as person:
+        shown = person.wait_for("orchestrator: ")
+        assert person.exit_status() == 6 and "Enter task" not in shown
+        assert [word for word in words if word not in shown.replace("\n", "")] == []
+    assert_refused(world.run("--task", "x", **settings), 6, *words)
+    assert not world.log("pid") and not world.journals() and not world.tmux("list-sessions")
+
+
+def test_a_server_that_is_not_there_is_waited_for_as_long_as_the_run_may_take(world):
+    began = time.monotonic()
+    done = world.run("--task", "x", MAX_MINUTES="0.1")
+    assert done.status == 3 and "can't be reached" in done.stdout
+    assert_one_complaint(done, "MAX_MINUTES=0.1")
+    (end,) = world.events("complete")
+    assert 6_000 <= end["duration_ms"] < 7_500 and time.monotonic() - began > 6
 
 
 def test_no_key_is_told_in_one_line(world):
@@ -2336,6 +2368,121 @@ def test_the_session_is_kept_for_the_next_run_unless_it_is_to_be_terminated(
         assert sessions == ("" if terminate == "true" else "gt-claude-loop")
     assert world.log("took") == ["echo one", "echo two"]
     assert len(set(world.log("pid"))) == (2 if terminate == "true" else 1)
+
+
+# -- A rough night ------------------------------------------------------------------------------
+
+def piece(text: str, finish: str | None = None, **more: Any) -> str:
+    """Return a piece of a streamed answer."""
+    choice = {"index": 0, "delta": {"content": text}, "finish_reason": finish}
+    return f"data: {json.dumps({'choices': [choice], **more})}\n\n"
+
+
+def fault(code: Any, message: str = "as it happens", **more: Any) -> dict[str, Any]:
+    """Return the body of an error."""
+    return {"error": {"code": code, "message": message, **more}}
+
+
+def streams(*pieces: Any, ended: bool = True) -> Callable[[Exchange], None]:
+    """Return what sends pieces of a stream, each a text or a pause, and ends it or just stops."""
+    def send(exchange: Exchange) -> None:
+        exchange.start_stream()
+        for each in [*pieces, *["data: [DONE]\n\n", ""][:2 * ended]]:
+            time.sleep(each) if isinstance(each, float) else exchange.stream(each)
+        exchange.close_connection = True
+
+    return send
+
+
+WRONG = [       # ways in which an answer can be none
+    lambda exchange: exchange.send(fault(429), 429, {"Retry-After": "1"}),
+    lambda exchange: exchange.send(fault(502, metadata={"raw": "upstream"}), 502),
+    streams(piece("ec"), ended=False), lambda exchange: exchange.send(fault(503, "busy")),
+    lambda exchange: exchange.connection.shutdown(socket.SHUT_RDWR),
+    streams(piece("", "stop")), lambda exchange: exchange.send("<html>Bad gateway</html>", 502),
+    streams(piece("ec"), piece("", "error", **fault(502, "provider disconnected"))),
+    lambda exchange: exchange.send({"choices": []}), streams(piece("ec"), "data: {", ended=False),
+    streams(": OPENROUTER PROCESSING\n\n", 0.5, ": OPENROUTER PROCESSING\n\n", 0.5),
+    lambda exchange: exchange.send(fault(403, "flagged", metadata={"reasons": ["x"]}), 403),
+    lambda exchange: exchange.send(fault("rate_limit_exceeded", availability={"retry_after": 1})),
+    lambda exchange: exchange.send(fault(400, "stream_options: unknown"), 400)
+    if "stream_options" in exchange.body else exchange.send(fault(529), 529),
+    lambda exchange: exchange.send(fault(402, "You can only afford 9000"), 402)
+    if exchange.body["max_tokens"] > 9000 else exchange.send(fault(524), 524),
+    lambda exchange: exchange.send(fault(400, "prompt is too long"), 400)
+    if len(exchange.body["messages"]) > 14 else exchange.send(fault(500), 500)]
+
+
+class RoughModel(ScriptedModel):
+    """A model that says its replies in turn, but answers one call in five in another way.
+
+    Never more than two in a row, so that no run ends by bad luck.  One reply in ten comes in two
+    parts, and after a pause.
+    """
+
+    def __init__(self, replies: Sequence[str]) -> None:
+        super().__init__(replies)
+        self.rest = ""                          # of a reply that was cut at its length
+        self.wrong = self.summaries = self._row = 0
+        self.characters: list[int] = []         # of the prompts
+        self._chance = random.Random(1)
+
+    def answer(self, exchange: Exchange) -> None:
+        if exchange.command == "GET":
+            super().answer(exchange)
+            return
+        texts = [text_of(message["content"]) for message in exchange.body["messages"]]
+        self.requests.append(Request(exchange.headers, {}))
+        self.characters.append(sum(map(len, texts)))
+        self._row = self._row + 1 if self._chance.random() < 0.2 and self._row < 2 else 0
+        if self._row:
+            self.wrong += 1
+            WRONG[self.wrong % len(WRONG)](exchange)
+        elif "Summarise it" in texts[0]:
+            self.summaries += 1
+            self._complete(exchange, 1, "All went well so far.")
+        elif "Go on exactly where it stopped" in texts[-1]:
+            self._complete(exchange, 1, self.rest)
+        elif self._chance.random() < 0.1 and len(self.replies[0]) > 20:
+            reply, (self.rest, self.replies[:1]) = self.replies[0], (self.replies[0][9:], [])
+            streams(": OPENROUTER PROCESSING\n\n", 0.5, piece(reply[:9], "length"))(exchange)
+        else:
+            self._complete(exchange, 1, self.replies.pop(0))
+
+
+def memory_of(pid: int) -> dict[str, int]:
+    """Return what a process has in memory now and has had at most, in KB."""
+    status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+    return {name: int(size) for name, size in re.findall(r"Vm(RSS|HWM):\s+(\d+) kB", status)}
+
+
+@pytest.mark.parametrize("turns", [15, pytest.param(300, id="300 for a benchmark")])
+def test_a_run_completes_through_a_night_of_failures(turns, world, request):
+    if turns > 15:
+        request.getfixturevalue("asked_for")
+    bound = 12_000      # tokens
+    orders = [f"echo {number} {'y' * (100 + 37 * number % 1900)}" for number in range(turns)]
+    with RoughModel([*orders, "TASK_COMPLETE"]) as model:
+        run = world.start("--task", "x", OPENROUTER_BASE_URL=model.url,
+                          HISTORY_MAX_TOKENS=str(bound), TERMINATE_WHEN_QUIT="true")
+        memory = []
+        while run.process.poll() is None:
+            with contextlib.suppress(OSError):
+                memory += filter(None, [memory_of(run.process.pid)])
+            time.sleep(0.5)
+        done = run.end(5)
+    assert (done.status, done.stderr) == (0, "")
+    assert world.log("took") == orders
+    assert max(model.characters) <= 4 * bound
+    end = world.events("complete")[0]
+    sizes, most = [each["RSS"] for each in memory], max(each["HWM"] for each in memory)
+    print(f"\n{turns} turns: {len(model.characters)} calls, {model.wrong} went wrong, "
+          f"{len(world.events('error'))} retries and repairs, {model.summaries} summaries; prompts "
+          f"of {max(model.characters):,} characters at most (bound {4 * bound:,}); "
+          f"{end['tokens']['total']:,} tokens, ${end['cost']:.2f}, "
+          f"{end['duration_ms'] / 1000:.0f} s; memory {sizes[len(sizes) // 4]:,} KB after a "
+          f"quarter, {sizes[-1]:,} KB at the end, {most:,} KB at most")
+    assert most < 60_000
 
 
 # -- Memory -------------------------------------------------------------------------------------
@@ -3074,9 +3221,11 @@ class TimedModel(ScriptedModel):
         self.answered: list[float] = []
 
     def answer(self, exchange: Exchange) -> None:
-        self.asked.append(time.time())
+        asked = time.time()
         super().answer(exchange)
-        self.answered.append(time.time())
+        if exchange.command == "POST":      # and no question for the models that it has
+            self.asked.append(asked)
+            self.answered.append(time.time())
 
 
 def processor_seconds(pid: int) -> float:
@@ -3117,8 +3266,8 @@ def test_benchmark_of_the_tools_own_time_and_of_the_prompt(agent, world, asked_f
     characters = [sum(len(text_of(message["content"])) for message in request.body["messages"])
                   for request in model.requests]
     print(f"\n{agent}: own time of {len(own)} turns: median {statistics.median(own):.2f} s, "
-          f"worst {max(own):.2f} s; prompts: {sum(characters):,} characters, "
-          f"the last {characters[-1]:,}")
+          f"worst {max(own):.2f} s; prompts: {sum(characters):,} characters (451,436 in the Go "
+          f"tool), the last {characters[-1]:,}")
 
 
 @pytest.mark.parametrize("where", ["where there is no terminal", "in a terminal"])
