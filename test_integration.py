@@ -957,6 +957,11 @@ def at_once(new_world: Callable[[], World], cases: Mapping[str, Sequence[Any]], 
     return worlds
 
 
+def as_claude(world: World, name: str = "") -> dict[str, str]:
+    """Have the small agent run as Claude Code."""
+    return {"CLAUDE_CMD": "", "PATH": world.program("claude", f'exec {world.env["CLAUDE_CMD"]}')}
+
+
 class Gate(threading.Event):
     """A reply that the model gives only once the test lets it."""
 
@@ -1184,22 +1189,22 @@ def test_an_enter_that_became_a_new_line_is_repeated(new_world):
     messages = ["x", "two\nrows", "chip " * 2000 + ".", "end"]
     worlds = at_once(new_world, {
         "quick": [*messages, {"AGENT_DEAF": "0.12"}],
-        "slow": [*messages, {"AGENT_DEAF": "0.12", "AGENT_SLOW": "1"}]})
+        "slow": [*messages, {"AGENT_DEAF": "0.12", "AGENT_SLOW": "1"}]}, prepare=as_claude)
     for name, world in worlds.items():
         assert world.log("took") == messages, name
         assert [re.fullmatch(r"(?s)\x1b\[200~[^\x1b]*\x1b\[201~(\r{1,2})", read) is not None
                 for read in world.log("read")] == [True] * 4, name
 
 
-@pytest.mark.parametrize("sign", ["title", "footer", "none"])
-def test_an_enter_that_was_taken_is_never_doubled(sign, world):
+def test_an_enter_that_was_taken_is_never_doubled(new_world):
     """A second one would answer the question that came up, or be an empty message."""
     said = ["ask Yes", "echo x\nask ask x", "❯", ">", "ask ❯", "echo ❯", "end"]
-    replies = [["ask Yes"], ["KEYS: n"], [said[1]], ["KEYS: n"], said[2:5], ["KEYS: n"], said[5:]]
-    world.model(*(text for each in replies for text in each), "TASK_COMPLETE")
-    assert world.run("--task", "x", AGENT_SIGN=sign).status == 0
-    assert world.log("answered") == ["n"] * 3
-    assert world.log("read") == [f"\x1b[200~{text}\x1b[201~\r" for text in said]
+    replies = [text for each in said for text in [each, "KEYS: n"][:1 + ("ask " in each)]]
+    worlds = at_once(new_world, {sign: [*replies, {"AGENT_SIGN": sign}]
+                                 for sign in ("title", "footer", "none")})
+    for sign, world in worlds.items():
+        assert world.log("answered") == ["n"] * 3, sign
+        assert world.log("read") == [f"\x1b[200~{text}\x1b[201~\r" for text in said], sign
 
 
 def test_a_message_is_delivered_whatever_the_pane_is_in(world):
@@ -1491,11 +1496,6 @@ STARTS = {      # what a slow Claude Code does before it is ready, and what is c
                     ["Yes, I accept", "Yes, I trust this folder"])}
 
 
-def as_claude(world: World, name: str = "") -> dict[str, str]:
-    """Have the small agent run as Claude Code."""
-    return {"CLAUDE_CMD": "", "PATH": world.program("claude", f'exec {world.env["CLAUDE_CMD"]}')}
-
-
 def test_a_slow_start_is_waited_for_and_known_questions_are_answered_by_their_label(new_world):
     worlds = at_once(new_world, {name: ["echo one", {"AGENT_START": start}]
                                  for name, (start, _) in STARTS.items()}, prepare=as_claude)
@@ -1574,12 +1574,18 @@ def test_a_message_is_delivered_once_whatever_becomes_of_tmux(new_world):
         assert "\nthree" in told and (world.directory / "fired").exists(), (name, told)
 
 
-@pytest.mark.parametrize("pattern, numbers", [(LOOK, "[3-9]?"), (PASTE, "*"), (ENTER, "*")])
-def test_a_tmux_that_never_answers_again_ends_the_run(pattern, numbers, world):
-    world.model("echo one", "echo two", "echo three")
-    done = world.start("--task", "x", **with_trap(world, pattern, numbers, "exec sleep 99")).end(90)
+def test_a_tmux_that_never_answers_again_ends_the_run(world, asked_for):
+    world.model("sleep 60")
+    run = world.start("--task", "x")
+    assert world.taken("sleep 60"), run.stdout
+    server = int(world.tmux("display-message", "-p", "#{pid}"))
+    os.kill(server, signal.SIGSTOP)
+    try:
+        done = run.end(90)
+    finally:
+        os.kill(server, signal.SIGCONT)
     assert done.status == 5
-    assert_one_complaint(done, "no answer")
+    assert_one_complaint(done, "no answer", "stopped")
 
 
 def test_a_run_ends_in_order_when_its_directory_is_gone_and_the_agent_too(world):
