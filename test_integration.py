@@ -240,14 +240,16 @@ class Step(NamedTuple):
 def next_step(message: str, results: int) -> Step:
     """Read the step from the message, given how many commands were run for it.
 
-    First RUN[command], then SAY[text] or LINES[number].
+    First each RUN[command], then SAY[text] or LINES[number].
     """
-    asked = dict(re.findall(r"(?s)\b(RUN|SAY|LINES)\[(.*?)\]", message))
-    if "RUN" in asked and not results:
-        return Step(asked["RUN"])
-    count = int(asked.get("LINES", 0))
+    asked = re.findall(r"(?s)\b(RUN|SAY|LINES)\[(.*?)\]", message)
+    commands = [text for word, text in asked if word == "RUN"]
+    if results < len(commands):
+        return Step(commands[results])
+    said = dict(asked)
+    count = int(said.get("LINES", 0))
     lines = "\n".join(f"line {number} of {count}" for number in range(1, count + 1))
-    return Step("", lines or asked.get("SAY", "done: " + message[-60:]))
+    return Step("", lines or said.get("SAY", "done: " + message[-60:]))
 
 
 class AgentApi(Loopback):
@@ -324,7 +326,7 @@ class AgentApi(Loopback):
         response = {"id": f"resp_{time.time_ns()}"}
         exchange.event("response.created", response=response)
         if step.command:
-            wish = json.dumps({self.SHELLS[shell]: step.command})
+            wish = json.dumps({self.SHELLS[shell]: step.command, "yield_time_ms": 70_000})
             item = {"type": "function_call", "id": "fc_1", "call_id": f"call_{time.time_ns()}",
                     "name": shell, "arguments": wish}
         else:
@@ -987,6 +989,12 @@ def assert_one_complaint(done: Done, *words: str) -> None:
     assert [word for word in words if word not in done.stderr] == [], done.stderr
 
 
+@pytest.fixture
+def asked_for() -> None:
+    if not os.environ.get("BENCHMARK"):
+        pytest.skip("BENCHMARK=1 is not set")
+
+
 # -- The demo -----------------------------------------------------------------------------------
 
 def assert_nothing_is_left(world: World) -> None:
@@ -1112,6 +1120,38 @@ def test_a_question_takes_keys_and_no_text_on_the_real(
     assert "takes keys" in model.last_message(1) and "Nothing was typed" in model.last_message(2)
     assert agent_api.messages == [opening] * (opening != "/model") + ["SAY[beta two]"]
     assert (world.work / "made").exists() == (opening != "/model")
+
+
+@REAL_AGENTS
+def test_long_messages_slash_commands_and_many_tool_calls_in_a_new_directory_of_the_real(
+        name, agent, world, agent_api, with_real_agents):
+    slash = {"claude": "/clear", "gpt": "/status"}[name]
+    commands = " ".join(f"RUN[sleep 0.{number}; echo step {number}]" for number in range(1, 9))
+    messages = ["word " * 24_000 + "SAY[alpha one]", slash, f"{commands} SAY[beta two]",
+                "SAY[gamma three]"]
+    model = world.model(*messages, "TASK_COMPLETE")
+    done = world.run("--task", "much", DEFAULT_MODEL=name)
+    assert (done.status, done.stderr) == (0, "")
+    del messages[1]         # Claude Code puts a word about it in front of what comes after it
+    assert [heard.endswith(said) for heard, said in zip(agent_api.messages, messages)] == [True] * 3
+    assert agent_api.messages[0] == messages[0] and len(agent_api.messages) == 3
+    shown = [model.last_message(number) for number in range(5)]
+    for answer, own in (("alpha one", 1), ("beta two", 3), ("gamma three", 4)):
+        assert [bool(re.search(rf"(?m)^\W*{answer}\s*$", text)) for text in shown] == [
+            number == own for number in range(5)], shown
+    answered = [note["text"] for note in world.events("note") if "answered" in note["text"]]
+    assert [re.sub(".*: ", "", text) for text in answered] == [
+        "Yes, I trust this folder", "Yes, I accept"] * (name == "claude")
+
+
+@REAL_AGENTS
+def test_a_command_of_a_minute_is_one_turn_of_the_real(
+        name, agent, world, agent_api, with_real_agents, asked_for):
+    minute = "RUN[python3 -c 'import time; time.sleep(60)'; date >> made] SAY[alpha one]"
+    model = world.model(minute, "TASK_COMPLETE")
+    assert world.run("--task", "sleep", DEFAULT_MODEL=name, TURN_TIMEOUT="90").status == 0
+    assert re.search(r"(?m)^\W*alpha one$", model.last_message(1)) and len(model.requests) == 2
+    assert (world.work / "made").exists() and world.events("iteration_end")[0]["duration_ms"] > 6e4
 
 
 # -- Chat ---------------------------------------------------------------------------------------
@@ -2518,12 +2558,6 @@ def processor_seconds(pid: int) -> float:
     """Return the processor time of a process and of the children it has waited for."""
     fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
-
-
-@pytest.fixture
-def asked_for() -> None:
-    if not os.environ.get("BENCHMARK"):
-        pytest.skip("BENCHMARK=1 is not set")
 
 
 @pytest.mark.parametrize("agent", ["with a busy sign", "bash"])
