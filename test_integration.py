@@ -326,7 +326,7 @@ class AgentApi(Loopback):
         response = {"id": f"resp_{time.time_ns()}"}
         exchange.event("response.created", response=response)
         if step.command:
-            wish = json.dumps({self.SHELLS[shell]: step.command, "yield_time_ms": 70_000})
+            wish = json.dumps({self.SHELLS[shell]: step.command, "yield_time_ms": 30_000})
             item = {"type": "function_call", "id": "fc_1", "call_id": f"call_{time.time_ns()}",
                     "name": shell, "arguments": wish}
         else:
@@ -1145,13 +1145,14 @@ def test_long_messages_slash_commands_and_many_tool_calls_in_a_new_directory_of_
 
 
 @REAL_AGENTS
-def test_a_command_of_a_minute_is_one_turn_of_the_real(
+def test_a_long_command_is_one_turn_of_the_real(
         name, agent, world, agent_api, with_real_agents, asked_for):
-    minute = "RUN[python3 -c 'import time; time.sleep(60)'; date >> made] SAY[alpha one]"
-    model = world.model(minute, "TASK_COMPLETE")
-    assert world.run("--task", "sleep", DEFAULT_MODEL=name, TURN_TIMEOUT="90").status == 0
-    assert re.search(r"(?m)^\W*alpha one$", model.last_message(1)) and len(model.requests) == 2
-    assert (world.work / "made").exists() and world.events("iteration_end")[0]["duration_ms"] > 6e4
+    """Codex waits 30 s for a command at most, then it goes on without it."""
+    seconds = {"claude": 60, "gpt": 25}[name]
+    message = f"RUN[python3 -c 'import time; time.sleep({seconds})'; date > made] SAY[alpha one]"
+    model = world.model(message, "TASK_COMPLETE")
+    assert world.run("--task", "sleep", DEFAULT_MODEL=name).status == 0
+    assert re.search(r"(?m)^\W*alpha one$", model.last_message(1)) and (world.work / "made").exists()
 
 
 # -- Chat ---------------------------------------------------------------------------------------
