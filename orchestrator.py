@@ -672,10 +672,10 @@ class Pane(NamedTuple):
 
 
 class Session(NamedTuple):
-    """A session that exists already: its pane, and the mark it was made with."""
+    """A session that exists already: the pane that was made with a mark, or its first one."""
 
-    pane_id: str
     mark: str
+    pane_id: str
 
 
 class Tmux:
@@ -686,8 +686,8 @@ class Tmux:
     """
 
     def __init__(self, socket_name: str, session: str, environ: Mapping[str, str]) -> None:
-        self.socket_name, self.session = socket_name, session
-        self._environ = dict(environ)
+        self.socket_name, self.session, self._environ = socket_name, session, dict(environ)
+        self._doubt = f"is the server on socket {socket_name} of another version, or stopped?"
 
     @property
     def attach_command(self) -> str:
@@ -702,13 +702,16 @@ class Tmux:
         return text
 
     def find(self) -> Session | None:
-        """Return the session of our name, None if there is none."""
-        wanted = self._each(f"={self.session}:", ("#{pane_id}", "#{@orchestrator}"))
+        """Return the session of our name, None if there is none.
+
+        A person may have made panes beside ours, and look at one of them.
+        """
         try:
-            answer = self._read(*wanted, "has-session", "-t", f"={self.session}")
+            panes = self._read("list-panes", "-s", "-t", f"={self.session}:",
+                               "-F", "#{@orchestrator}\t#{pane_id}").splitlines()
         except TmuxGone:
             return None
-        return Session(*answer.split("\n")[:2])
+        return Session(*max(panes).split("\t"))        # those without a mark sort below
 
     def create(self, command: Sequence[str], directory: str, mark: str) -> str:
         """Make the session, and the server if need be; return the id of its pane.
@@ -731,7 +734,7 @@ class Tmux:
             "pipe-pane", "-t", target, "exec cat > /dev/null", ";",
             "resize-window", "-t", target, "-x", str(_WIDTH), "-y", str(_HEIGHT), ";",
             "select-pane", "-t", target, "-T", UNNAMED, ";",
-            "set-option", "-t", target, "@orchestrator", mark, cwd=directory).strip()
+            "set-option", "-p", "-t", target, "@orchestrator", mark, cwd=directory).strip()
 
     def respawn(self, pane_id: str, command: Sequence[str], directory: str) -> None:
         """Start a command in a pane whose program has ended; its history stays."""
@@ -743,8 +746,9 @@ class Tmux:
         """Return the state and the screen of a pane, in one call to tmux."""
         facts = ("#{pane_id}:#{pid}:#{pane_pid}:#{pane_dead}:#{pane_in_mode}:#{alternate_on}:"
                  "#{cursor_y}:#{cursor_x}:#{pane_dead_status}:#{pane_dead_signal}")
-        formats = (facts, "#{pane_current_command}", "#{pane_title}")
-        answer = self._read(*self._each(pane_id, formats), "capture-pane", "-p", "-t", pane_id)
+        lines = [("display-message", "-p", "-t", pane_id, wanted, ";")
+                 for wanted in (facts, "#{pane_current_command}", "#{pane_title}")]
+        answer = self._read(*itertools.chain(*lines), "capture-pane", "-p", "-t", pane_id)
         first, command, title, screen = (answer + "\n\n\n").split("\n", 3)
         if not first.startswith(pane_id + ":"):     # since tmux 3.2 a wrong target is no error
             raise TmuxGone(f"can't find pane: {pane_id}")
@@ -811,21 +815,11 @@ class Tmux:
         """Return a word so that tmux does not take a `;` at its end as its own."""
         return word[:-1] + "\\;" if word.endswith(";") else word
 
-    @staticmethod
-    def _each(target: str, formats: Iterable[str]) -> list[str]:
-        """Return commands that print each format on a line of its own; one more has to follow."""
-        commands = [("display-message", "-p", "-t", target, wanted, ";") for wanted in formats]
-        return list(itertools.chain(*commands))
-
     def _read(self, *args: str, text: str = "", cwd: str | None = None) -> str:
         answer = self._run(*args, text=text, cwd=cwd)
         if not answer:
             raise TmuxError(f"tmux {args[0]} gave an empty answer: {self._doubt}")
         return answer
-
-    @property
-    def _doubt(self) -> str:
-        return f"is the server on socket {self.socket_name} of another version, or stopped?"
 
     def _run(self, *args: str, text: str = "", cwd: str | None = None) -> str:
         try:
@@ -991,7 +985,8 @@ class Agent:
         self._tmux, self._program, self._directory = tmux, program, str(directory)
         self._publish, self._watched, self._clock, self._sleep = publish, watched, clock, sleep
         self._mark = f"{shlex.join(program.start)!r} in {self._directory!r}"
-        self._pane_id, self._pid = "", 0        # the pane, and the program in it when last seen
+        self._pane_id, self._server = "", 0     # a new server counts its panes from %0 again
+        self._pid = 0                           # of the program in the pane when last seen
         self._seen: list[str] = []              # the last capture that was reported
         self._homes: set[str] = set()
         self._titled = self._talked = False
@@ -1030,20 +1025,19 @@ class Agent:
         """
         session, notes = self.find(), ()
         self._talked = talked or bool(session)
-        if not self._talked:
-            try:
-                self._run(self._program.start)
-            except AgentExited:         # its words are told; a dead session is in the way
-                self._tmux.kill()
-                raise
-        else:
-            try:
-                if not session:
-                    raise TmuxGone(f"there is no {self._tmux.session}")
+        try:
+            if session:
                 self._pane_id = session.pane_id
                 self._until_ready()
-            except (TmuxGone, AgentExited) as trouble:
-                notes = (self._restart(trouble),)
+            elif talked:
+                raise TmuxGone(f"there is no {self._tmux.session}")
+            else:
+                self._run(self._program.start)
+        except (TmuxGone, AgentExited) as trouble:
+            if not self._talked:        # its words are told; a dead session is in the way
+                self.stop()
+                raise
+            notes = (self._restart(trouble),)
         self._seen, pane = self._capture(), self._look()
         return Turn(pane.text, notes=notes + self._menu_note(pane))
 
@@ -1096,9 +1090,10 @@ class Agent:
         return self._survive(lambda pane: Turn(pane.text))
 
     def stop(self) -> None:
-        """End the session, unless it was never ours."""
-        if self._pane_id:
-            self._tmux.kill()
+        """End the session, if it is ours."""
+        with contextlib.suppress(OrchestratorError):
+            if self.find():
+                self._tmux.kill()
 
     def _survive(self, act: Callable[[Pane], Turn],
                  again: Callable[[], bool] = lambda: False) -> Turn:
@@ -1122,6 +1117,9 @@ class Agent:
     def _look(self) -> Pane:
         """Look at the pane; raise AgentExited if its program has ended."""
         pane = self._ask_tmux(self._tmux.look)
+        self._server = self._server or pane.server_pid
+        if pane.server_pid != self._server:
+            raise TmuxGone("there is another tmux server now")
         self._pid = pane.pid
         if pane.dead:
             raise self._exited(pane)
@@ -1295,8 +1293,8 @@ class Agent:
     def _run(self, command: Sequence[str]) -> None:
         """Run a command in the pane, or in a new session, and wait until it is ready."""
         self.check()
-        session = self._tmux.find()
-        if session and session.mark == self._mark:
+        session, self._server = self.find(), 0
+        if session:
             self._pane_id = session.pane_id
             self._tmux.respawn(session.pane_id, command, self._directory)
         else:
@@ -1372,7 +1370,6 @@ class Agent:
         self._publish("recovery", what=what, resumed=remembers)
         return f"{what} and " + ("remembers the conversation." if remembers
                                  else "remembers nothing of what was said before.")
-
 
     def _end_orphan(self) -> None:
         """End a program that outlives its pane, two seconds later: a new one would work beside it.

@@ -1968,6 +1968,29 @@ def test_a_session_that_was_made_for_another_command_is_not_typed_into(world):
     assert world.log("took") == ["echo mine"]
 
 
+def test_a_window_that_a_person_opened_in_the_session_is_not_typed_into(world):
+    for word in ("one", "two"):
+        world.model(f"echo {word}", "TASK_COMPLETE")
+        assert world.run("--task", "x").status == 0
+        world.tmux("new-window", "-t", "=gt-claude-loop:", "cat")
+    assert world.log("took") == ["echo one", "echo two"]
+    assert "echo" not in world.tmux("capture-pane", "-p", "-t", "=gt-claude-loop:1")
+
+
+def test_a_session_that_took_the_place_of_ours_is_neither_typed_into_nor_ended(world):
+    def replaced() -> str:
+        world.tmux("kill-server")
+        assert poll(lambda: world.tmux("new-session", "-d", "-P", "-s", "gt-claude-loop", "cat"), 9)
+        return "echo two"
+
+    world.model("echo one", replaced)
+    done = world.run("--task", "x", TERMINATE_WHEN_QUIT="true")
+    assert done.status == 2
+    assert_one_complaint(done, "gt-claude-loop", "CLAUDE_TMUX_SESSION")
+    assert world.tmux("list-panes", "-a", "-F", "#{pane_current_command}") == "cat"
+    assert "echo" not in world.tmux("capture-pane", "-p")
+
+
 # -- Secrets ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("source", ["environment", ".env"])

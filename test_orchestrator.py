@@ -162,7 +162,7 @@ class Terminal:
         return self.existing
 
     def create(self, command, directory, mark):
-        self.existing = Session("%1", mark)
+        self.existing = Session(mark, "%1")
         self.respawn("%1", command, directory)
         return "%1"
 
@@ -1034,8 +1034,10 @@ def test_a_look_returns_the_facts_and_the_screen(fake):
 
 
 def test_a_session_is_found_by_its_name_or_is_none(fake):
-    fake.says("%1\nmark\n")
-    assert fake.tmux.find() == Session("%1", "mark")
+    fake.says("\t%0\n'mark'\t%1\n\t%12\n")
+    assert fake.tmux.find() == Session("'mark'", "%1")
+    fake.says("\t%3\n")
+    assert fake.tmux.find() == Session("", "%3")
     fake.says("", "no server running on /tmp/x", 1)
     assert fake.tmux.find() is None
 
@@ -1409,6 +1411,18 @@ def test_a_session_that_was_made_for_something_else_is_left_alone():
     desk.terminal.create(("vim", "secret.txt"), "/home/me", "'vim secret.txt' in '/home/me'")
     with pytest.raises(ConfigError, match="work runs 'vim secret.txt' in '/home/me'.*CLAUDE_TMUX"):
         desk.agent.start()
+    assert not desk.terminal.pasted and not desk.terminal.pressed
+
+
+def test_a_session_that_took_the_place_of_ours_is_neither_typed_into_nor_ended():
+    desk = Desk(claude())
+    look, other = desk.terminal.look, Session("'vim' in '/'", "%1")
+    desk.terminal.existing, desk.terminal.pressed = other, []
+    desk.terminal.look = lambda pane_id: look(pane_id)._replace(server_pid=2)
+    with pytest.raises(ConfigError, match="work runs 'vim'"):
+        desk.agent.ask("one")
+    desk.agent.stop()
+    assert desk.terminal.existing is other
     assert not desk.terminal.pasted and not desk.terminal.pressed
 
 
