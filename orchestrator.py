@@ -636,9 +636,9 @@ def fingerprint(screen: str) -> str:
 # -- 4. Tmux --------------------------------------------------------------------------------
 # Sessions, panes, pastes and keys; no policy.  The one place that runs tmux.  May use: Errors.
 
-_DIED = ("server exited", "lost server")
-_GONE = ("no server running", "error connecting to", "no sessions", "no current target",
-         "can't find session", "can't find window", "can't find pane")
+_DIED = re.compile("server exited|lost server")
+_GONE = re.compile("no server running|error connecting to|no sessions|no current target|"
+                   "can't find (session|window|pane)")
 _WIDTH, _HEIGHT, _HISTORY_LIMIT = 200, 50, 50_000
 UNNAMED = "starting"    # the title of a window whose program has not given it one
 _CALL_LIMIT = 5.0       # seconds; a server of another version may never answer
@@ -778,8 +778,7 @@ class Tmux:
 
     def press(self, pane: Pane, *keys: str) -> bool:
         """Press keys by their tmux names; False if the pane would not take them now."""
-        names = " ".join("'" + key.replace("'", "'\\''") + "'" for key in keys)
-        return self._guarded(pane, f"send-keys -t {pane.id} {names}")
+        return self._guarded(pane, f"send-keys -t {pane.id} {shlex.join(keys)}")
 
     def leave_mode(self, pane_id: str) -> None:
         """End copy mode or another mode, in which keys would go to tmux."""
@@ -843,8 +842,7 @@ class Tmux:
                 raise TmuxError(f"tmux: {said}: {self._doubt}")
             with contextlib.suppress(TmuxGone):
                 self._run("list-sessions")
-        kind = TmuxDied if any(phrase in said for phrase in _DIED) else \
-            TmuxGone if any(phrase in said for phrase in _GONE) else TmuxError
+        kind = TmuxDied if _DIED.search(said) else TmuxGone if _GONE.search(said) else TmuxError
         raise kind(f"tmux {args[0]}: {said}")
 
 
@@ -920,8 +918,7 @@ class Watch:
         self._untaken, self._patience = untaken, patience   # seconds without any change
         self._unsigned = unsigned
         self._picture, self._title = (before.title, before.screen), before.title
-        self._started = self._changed = self._pressed_at = now
-        self._busy_at = now
+        self._started = self._changed = self._pressed_at = self._busy_at = now
         self._moved = self._was_busy = self._busy = False
         self._pressed = 0
 
@@ -997,10 +994,9 @@ class Agent:
 
     def check(self) -> str:
         """Return where the agent's program is; raise AgentError if it or its directory is not."""
-        found = shutil.which(self._program.start[0])
+        program, how = self._program.start[0], self._program.install or "check CLAUDE_CMD"
+        found = shutil.which(program)
         if not found:
-            how = self._program.install or "check CLAUDE_CMD"
-            program = self._program.start[0]
             raise AgentError(f"{self.name}: there is no {program} on the PATH: {how}")
         if not os.path.isdir(self._directory):
             raise AgentError(f"the working directory is gone: {self._directory}")
@@ -1898,7 +1894,7 @@ class Memory:
         with self._locked() as path:
             known = self._known(path)
             self.facts = change(known)
-            if self.facts != known:
+            if self.facts != known or self.facts and not path.exists():     # it was set aside
                 self._write(path)
         old = set(known)
         return [fact for fact in self.facts if fact not in old]
@@ -1922,8 +1918,7 @@ class Memory:
     def _write(self, path: Path) -> None:
         """Replace the file in one step, so that a crash leaves the old one."""
         draft = path.with_name(f".{path.name}.new")
-        with contextlib.suppress(OSError):      # of a run that was killed here
-            os.unlink(draft)
+        draft.unlink(missing_ok=True)       # of a run that was killed here
         try:
             with open(draft, "x", encoding="utf-8", errors="replace") as file:
                 if path.exists():
@@ -1934,8 +1929,7 @@ class Memory:
                 os.fsync(file.fileno())
             os.replace(draft, path)
         finally:
-            with contextlib.suppress(OSError):
-                os.unlink(draft)
+            draft.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[Path]:
@@ -3705,6 +3699,7 @@ class Narrator:
     def __init__(self, tell: Callable[[Event], str], waits: Mapping[str, str], *, live: bool,
                  clock: Callable[[], float] = time.monotonic) -> None:
         self._live, self._tell, self._clock = live, tell, clock
+        self._drawing = threading.RLock()       # a person's note is heard in another thread
         self._waits = waits     # what is waited for after an event, by its state or its type
         self._now = self._words = self._drawn = ""
         self._since = self._looked = 0.0
@@ -3716,18 +3711,20 @@ class Narrator:
     def hear(self, event: Event) -> None:
         """Say what there is to say about an event, and show what is waited for now."""
         told, kind = self._tell(event), event.get("state", event["type"])
-        if told:
-            self._draw("")
-            say(told)
-        if kind == "screen":
-            self._words, self._looked = last_words(event["text"]), self._clock()
-        elif kind in self._waits:
-            self._now, self._words, self._since = self._waits[kind], "", self._clock()
-        self._show()
+        with self._drawing:
+            if told:
+                self._draw("")
+                say(told)
+            if kind == "screen":
+                self._words, self._looked = last_words(event["text"]), self._clock()
+            elif kind in self._waits:
+                self._now, self._words, self._since = self._waits[kind], "", self._clock()
+            self._show()
 
     def sleep(self, seconds: float) -> None:
         """Sleep, with the line drawn."""
-        self._show()
+        with self._drawing:
+            self._show()
         time.sleep(seconds)
 
     def _show(self) -> None:
@@ -3769,18 +3766,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
     parser.error = refuse       # type: ignore[method-assign, assignment]
     parser.add_argument("directory", nargs="?")
-    parser.add_argument("--task")
-    parser.add_argument("--replay")
-    for flag in ("--chat", "--resume", "--json", "--demo", "--doctor", "--version"):
-        parser.add_argument(flag, action="store_true")
-    parser.add_argument("-h", "--help", action="store_true")
+    for flags in (["--json"], ["--version"], ["-h", "--help"]):
+        parser.add_argument(*flags, action="store_true")
+    one_of = parser.add_mutually_exclusive_group()
+    for option in ("--task", "--replay"):
+        one_of.add_argument(option)
+    for flag in ("--chat", "--resume", "--demo", "--doctor"):
+        one_of.add_argument(flag, action="store_true")
     options = parser.parse_args(argv)
-    chosen = [name for name in ("task", "chat", "resume", "replay", "demo", "doctor")
-              if getattr(options, name) not in (None, False)]
-    if len(chosen) > 1:
-        refuse("--{} and --{} do not go together".format(*chosen))
-    if options.directory and chosen[:1] in (["demo"], ["replay"]):
-        refuse(f"--{chosen[0]} takes no directory")
+    if options.directory and (options.demo or options.replay):
+        refuse("--demo and --replay take no directory")
     return options
 
 
@@ -3788,24 +3783,19 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def sole_driver(config: Config, place: Place) -> Iterator[None]:
     """Hold the lock of a session; raise ConfigError with the process that has it."""
     path = place.state / "locks" / f"{config.claude_tmux_socket}.{config.claude_tmux_session}"
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        file = open(path, "a+", encoding="ascii", errors="replace")
-    except OSError:         # the journal will say that nothing can be written there
-        yield
-        return
-    with file:
+    with contextlib.ExitStack() as stack:
         try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            file = stack.enter_context(open(path, "a", encoding="ascii"))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise ConfigError(
-                f"session {config.claude_tmux_session} is driven by another orchestrator, "
-                f"process {file.read()}: set CLAUDE_TMUX_SESSION to another name") from None
-        except OSError:         # no locks on this file system
-            pass
-        with contextlib.suppress(OSError):      # a full disk
             path.write_text(str(os.getpid()), encoding="ascii")
+        except BlockingIOError:
+            raise ConfigError(
+                f"session {config.claude_tmux_session} is driven by another orchestrator, process "
+                f"{path.read_text('ascii', 'replace')}: set CLAUDE_TMUX_SESSION to another name"
+            ) from None
+        except OSError:     # no locks on this file system, or the journal says what is wrong
+            pass
         yield
 
 
@@ -3928,16 +3918,6 @@ def last_unfinished(place: Place, attach: str) -> tuple[Path, list[Event]]:
     raise ConfigError(f"there is no run to resume in {place.directory}{why}")
 
 
-def first_event(config: Config, place: Place, tmux: Tmux, agent: Agent, task: str,
-                chat: bool) -> dict[str, object]:
-    """Return the fields of a run's first event."""
-    return {"task": task, "mode": "chat" if chat else "autonomous", "agent": agent.name,
-            "model": "" if chat else config.openrouter_model, "workdir": str(place.directory),
-            "session": tmux.session, "attach": tmux.attach_command,
-            "max_iter": config.max_iterations, "max_cost": config.max_cost,
-            "max_minutes": config.max_minutes}
-
-
 def autopilot(config: Config, place: Place, agent: Agent, model: OpenRouter, journal: Journal,
               stream: TextIO, task_info: Mapping[str, object], past: Sequence[Event]) -> None:
     """Let the model drive the agent, with the dashboard; `stream` is told where that is."""
@@ -3969,31 +3949,37 @@ def run(config: Config, place: Place, *, task: Callable[[], str] = lambda: "", c
         path, past = last_unfinished(place, tmux.attach_command) if resume else (
             place.state / "runs" / name, [])
         program = choose_program(config.default_model, config.claude_cmd)
-        tmux.version()
-        probe = Agent(tmux, program, place.directory)
-        probe.check()
-        probe.find()
-        if not chat:
-            model = OpenRouter(
-                config.openrouter_base_url, config.openrouter_api_key, config.openrouter_model,
-                publish=lambda kind, **fields: journal.publish(kind, **fields))     # made below
-            with contextlib.suppress(TransientError):   # an outage may be over by the first call
-                model.check()
-        wanted = "" if chat or resume else task()
-        journal = Journal(path, guard=signals.held, secret=config.openrouter_api_key)
-        stack.callback(lambda: complain(journal.unsaid))
         narrator = Narrator(
             narrate_json if as_json else narrate_chat if chat else narrate,
-            {**dict.fromkeys(("task_info", "reply", "waiting"), probe.name),
-             "iteration_start": probe.name if chat else "the model", "working": "the check",
+            {**dict.fromkeys(("task_info", "reply", "waiting"), program.name),
+             "iteration_start": program.name if chat else "the model", "working": "the check",
              "iteration_end": "", "complete": ""},
             live=sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb" and not as_json)
+
+        def publish(kind: str, **fields: object) -> None:
+            journal.publish(kind, **fields)     # which is made once a run can start
+
+        agent = Agent(tmux, program, place.directory, publish=publish, sleep=narrator.sleep,
+                      watched=lambda: narrator.watches() or journal.watched())
+        tmux.version()
+        agent.check()
+        agent.find()
+        if not chat:
+            model = OpenRouter(config.openrouter_base_url, config.openrouter_api_key,
+                               config.openrouter_model, publish=publish)
+            with contextlib.suppress(TransientError):   # an outage may be over by the first call
+                model.check()
+        info = past[0] if past else {
+            "task": "" if chat else task(), "mode": "chat" if chat else "autonomous",
+            "agent": agent.name, "model": "" if chat else config.openrouter_model,
+            "workdir": str(place.directory), "session": tmux.session,
+            "attach": tmux.attach_command, "max_iter": config.max_iterations,
+            "max_cost": config.max_cost, "max_minutes": config.max_minutes}
+        journal = Journal(path, guard=signals.held, secret=config.openrouter_api_key)
+        stack.callback(lambda: complain(journal.unsaid))
         journal.listen(narrator.hear)
-        agent = Agent(tmux, program, place.directory, publish=journal.publish,
-                      watched=lambda: narrator.watches() or journal.watched(), sleep=narrator.sleep)
         if config.terminate_when_quit:
             stack.callback(agent.stop)
-        info = past[0] if past else first_event(config, place, tmux, agent, wanted, chat)
         if past and not as_json:
             say(narrate(info))
         if chat:

@@ -2101,6 +2101,12 @@ def test_a_file_that_is_broken_meanwhile_is_set_aside_and_no_fact_is_lost(memory
     assert memory.complaint == "" and stored(tmp_path) == ["a", "b", "c"]
 
 
+def test_a_file_that_was_set_aside_is_written_anew_even_if_nothing_is_new(memory, tmp_path):
+    memory.add(["a"])
+    (tmp_path / "memory.json").write_text("broken")
+    assert memory.add(["A"]) == [] and stored(tmp_path) == ["a"]
+
+
 def test_facts_that_cannot_be_written_are_with_the_next_that_can(memory, tmp_path, monkeypatch):
     memory.add(["a"])
     with monkeypatch.context() as broken:
@@ -3139,8 +3145,8 @@ def scene(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("arguments, environ, status, words", [
     (["--nonsense"], {}, 2, "--nonsense"), (["a", "b"], {}, 2, "see --help"),
     (["--task"], {}, 2, "--task"), (["--ta", "x"], {}, 2, "--ta"),
-    (["--chat", "--demo"], {}, 2, "--chat and --demo do not go together"),
-    (["--resume", "--task", "x"], {}, 2, "do not go together"),
+    (["--chat", "--demo"], {}, 2, "not allowed with argument --chat"),
+    (["--resume", "--task", "x"], {}, 2, "not allowed with"),
     (["nowhere"], {}, 2, "there is no such directory"), (["/dev/null"], {}, 2, "not a directory"),
     ([], {}, 2, "OPENROUTER_API_KEY is not set"),
     ([], {"MAX_COST": "much"}, 2, "MAX_COST='much': expected"),
@@ -3278,6 +3284,25 @@ def test_a_line_shows_what_is_waited_for_and_goes_before_anything_else_is_printe
     assert stage.drawn("iteration_end", agent_output="done") == "\r\x1b[Kdone\n"
     stage.clock.sleep(5)
     assert stage.drawn() == "" and stage.drawn("screen", text="late") == ""
+
+
+def test_the_line_is_not_drawn_between_its_erasure_and_what_is_said_in_another_thread(
+        monkeypatch, capsys):
+    stage, shown = Stage(monkeypatch, capsys), []
+    draws = threading.Thread(target=stage.narrator.sleep, args=(0,))
+
+    def put(text, stream=None):
+        shown.append(text)
+        if text == "\r\x1b[K":
+            stage.clock.sleep(5)
+            draws.start()
+            draws.join(0.05)
+
+    stage.drawn("iteration_start", iteration=1)
+    monkeypatch.setattr(orchestrator, "put", put)
+    stage.drawn("note", source="A", text="hi")
+    draws.join()
+    assert shown == ["\r\x1b[K", "* A: hi\n", "\r\x1b[K\x1b[?7lwaiting for Agent, 5 s\x1b[?7h"]
 
 
 def test_no_line_is_drawn_where_there_is_no_terminal(monkeypatch, capsys):
