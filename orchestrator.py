@@ -3345,7 +3345,7 @@ def read_line(prompt: str) -> str | None:
     typed_ahead = waiting(0)
     try:
         with contextlib.redirect_stdout(asks):
-            while not lines or not typed_ahead and waiting(0.05):
+            while not lines or not typed_ahead and waiting(0.1):
                 lines.append(input("" if lines else prompt))
     except (EOFError, KeyboardInterrupt) as end:
         put("\n", asks)
@@ -3415,16 +3415,15 @@ def run(config: Config, place: Place, *, task: Callable[[], str] = lambda: "", c
         tmux = Tmux(config.claude_tmux_socket, config.claude_tmux_session, place.environ)
         program = choose_program(config.default_model, config.claude_cmd)
         tmux.version()
-        agent = Agent(tmux, program, place.directory)
-        agent.check()
+        Agent(tmux, program, place.directory).check()
         wanted = "" if chat or resumed else task()
         name = f"{datetime.datetime.now():%Y%m%dT%H%M%S.%f}-{config.claude_tmux_session}.jsonl"
         journal = Journal(resumed or place.state / "runs" / name, guard=signals.held,
                           secret=config.openrouter_api_key)
         narrator = Narrator(
             narrate_json if as_json else narrate_chat if chat else narrate,
-            {**dict.fromkeys(("task_info", "reply", "waiting"), agent.name),
-             "iteration_start": agent.name if chat else "the model", "working": "the check",
+            {**dict.fromkeys(("task_info", "reply", "waiting"), program.name),
+             "iteration_start": program.name if chat else "the model", "working": "the check",
              "iteration_end": "", "complete": ""},
             live=sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb" and not as_json)
         journal.listen(narrator.hear)
@@ -3483,13 +3482,12 @@ def doctor(config: Config, place: Place) -> int:
     agent = Agent(tmux, program, place.directory)
 
     def version() -> str:
-        found, command = agent.check(), f"{program.start[0]} --version"
-        if not program.install:         # a command of the user's may take --version for a task
-            return found
-        status, text = run_check(command, place.directory, place.environ, 20)
-        if status or not text:
+        found, command, status, text = agent.check(), f"{program.start[0]} --version", 0, ""
+        if program.install:     # another program may take --version for a task
+            status, text = run_check(command, place.directory, place.environ, 20)
+        if status:
             raise AgentError(f"{command}: status {status}, {text[-200:]}: {program.install}")
-        return f"{found}, {text.splitlines()[-1]}"
+        return ", ".join([found, *text.splitlines()[-1:]])
 
     def model() -> str:
         if not config.autonomous_mode:
