@@ -9,6 +9,7 @@ the models, the agents, a browser, a person's terminal.
 """
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import datetime
 import fcntl
@@ -16,6 +17,7 @@ import http.client
 import http.server
 import json
 import os
+import random
 import re
 import select
 import shlex
@@ -181,6 +183,10 @@ class ScriptedModel(Loopback):
         """Return the text of the last message of a request, by default the latest."""
         return text_of(self.requests[number].body["messages"][-1]["content"])
 
+    def choose(self, number: int, messages: Sequence[Any]) -> Any:
+        """Return the reply to the nth request."""
+        return self.replies[number] if number < len(self.replies) else "TASK_FAILED: script ended"
+
     def answer(self, exchange: Exchange) -> None:
         path = urllib.parse.unquote(exchange.path)
         if path == "/api/v1/models":
@@ -189,11 +195,12 @@ class ScriptedModel(Loopback):
         if path != "/api/v1/chat/completions":
             exchange.send({"error": {"code": 404, "message": "Not Found"}}, 404)
             return
+        if not exchange.body:       # whoever asks was killed in the middle of it
+            return
         with self._lock:
             number = len(self.requests)
             self.requests.append(Request(exchange.headers, exchange.body))
-        ended = number >= len(self.replies)
-        reply = "TASK_FAILED: script ended" if ended else self.replies[number]
+        reply = self.choose(number, exchange.body["messages"])
         if callable(reply):
             reply = reply()
         if isinstance(reply, (str, list)):
@@ -225,6 +232,33 @@ class ScriptedModel(Loopback):
             exchange.stream(f"data: {json.dumps(end)}\n\n")
         exchange.stream("data: [DONE]\n\n")
         exchange.stream("")
+
+
+class Overseer(ScriptedModel):
+    """A model that has the agent do so many things, each once, going by what it is shown.
+
+    Where it is not shown that the last one was done, it asks before it repeats anything.
+    """
+
+    def __init__(self, count: int) -> None:
+        super().__init__([])
+        self.count = count
+
+    def choose(self, number: int, messages: Sequence[Any]) -> Any:
+        texts, done = [text_of(message["content"]) for message in messages], set()
+        shown = "\n".join(texts[index] for index in range(len(texts)) if index % 2)
+        for did, recalled in re.findall(r"(?m)^did (\d+)$|^recalled:(.*)$", shown):
+            done = done | {did} if did else set(recalled.split())
+        if "Summarise it" in texts[0]:
+            return f"Much was done.\nrecalled: {' '.join(sorted(done))}"
+        if "facts remembered" in texts[0]:
+            return "no"
+        last = re.search(r"\w+( \d+)?\Z", texts[-2])[0] if len(texts) > 2 else ""
+        if last == "recall" and "recalled:" not in texts[-1] or \
+                last.startswith("do ") and last[3:] not in done:
+            return "recall"
+        left = [n for n in range(1, self.count + 1) if str(n) not in done]
+        return f"MEMORY_SAVE: fact {left[0]}\ndo {left[0]}" if left else "TASK_COMPLETE"
 
 
 # -- The model behind the agents, and the real agents -------------------------------------------
@@ -586,8 +620,17 @@ class Terminal:
 # -- A small agent ------------------------------------------------------------------------------
 
 AGENT = r'''
-"""A small agent: on a terminal it does what the real ones do; agent.log has what it took."""
-import itertools, json, os, sys, threading, time, tty
+"""A small agent: on a terminal it does what the real ones do; agent.log has what it took.
+
+What it is like is said by AGENT_START (orders before it is ready), AGENT_SIGN (title, footer or none),
+AGENT_PASTE (brackets or plain), AGENT_EATS (how many Enters it loses of each message), AGENT_DEAF
+(seconds after a paste in which an Enter is but a new line) and AGENT_SLOW (seconds for a paste),
+AGENT_THINKS (seconds before it does anything).
+"""
+import itertools, json, os, random, re, select, termios, threading, time, tty
+
+def setting(name, default):
+    return type(default)(os.environ.get("AGENT_" + name, default))
 
 def show(text):
     os.write(1, text.encode())
@@ -596,50 +639,135 @@ def log(**facts):
     with open("agent.log", "a") as file:
         file.write(json.dumps({"pid": os.getpid(), "at": time.time(), **facts}) + "\n")
 
+def keyboard():
+    while True:
+        yield from os.read(0, 1 << 16)
+
 def take():
-    typed, pasting = b"", False
-    while pasting or not typed.endswith((b"\r", b"\n")):
-        typed += os.read(0, 1)
-        if typed.endswith((b"\x1b[200~", b"\x1b[201~")):
-            pasting, typed = typed.endswith(b"0~"), typed[:-6]
-            show("" if pasting else typed.decode().replace("\n", "\n  "))
-    return typed[:-1].decode()
+    read, pasting, pasted, since, eaten = bytearray(), False, 0, 0.0, 0
+    for byte in KEYS:
+        read.append(byte)
+        if byte == 0x7e and read.endswith((b"\x1b[200~", b"\x1b[201~")):
+            pasting = read.endswith(b"0~")
+            if pasting:
+                pasted = len(read)
+                continue
+            time.sleep(setting("SLOW", 0.0))
+            text, since = read[pasted:-6].decode(errors="replace"), time.monotonic()
+            show(f"[Pasted text #1 +{text.count(chr(10))} lines]" if len(text) > 5000
+                 else text.replace("\n", "\n  "))
+        elif pasting:
+            continue
+        elif byte != 0x0d:
+            os.write(1, b"" if re.search(rb"\x1b\[?\d*$", read[-6:]) else bytes([byte]))
+        elif time.monotonic() - since < setting("DEAF", 0.0):
+            show("\n  ")
+        elif eaten < setting("EATS", 0):
+            eaten += 1
+        else:
+            text = read.replace(b"\x1b[200~", b"").replace(b"\x1b[201~", b"").replace(b"\r", b"")
+            log(took=text.decode(errors="replace"), read=read.decode(errors="replace"))
+            return text.decode(errors="replace")
+
+class Sign:
+    def __init__(self):
+        kind, rows = setting("SIGN", "title"), os.get_terminal_size().lines
+        foot = f"\x1b7\x1b[{rows};1H\x1b[K%s\x1b8"
+        self.busy, self.idle = {
+            "title": ("\x1b]0;%s agent\x07", "\x1b]0;agent\x07"), "none": ("%.0s", ""),
+            "footer": (foot % "  %s · esc to interrupt", foot % "  ? for shortcuts")}[kind]
+        if kind == "footer":
+            show(f"\x1b[2J\x1b[1;{rows - 1}r\x1b[H")
+        self.frozen = False
+        show("\x1b]0;agent\x07" + self.idle)
+
+    def start(self):
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self.spin, daemon=True)
+        self.thread.start()
+
+    def spin(self):
+        for frame in itertools.cycle("⠋⠙⠹⠸⠼⠴⠦⠧"):
+            show("" if self.frozen else self.busy % frame)
+            if self.over.wait(0.1):
+                return
+
+    def stop(self):
+        self.over.set()
+        self.thread.join()
+        show(self.idle)
 
 def obey(order, turn):
     word, _, rest = order.strip().partition(" ")
     if word == "echo":
         show(rest + "\n")
+    elif word == "write":
+        show(rest.encode("latin-1", "backslashreplace").decode("unicode_escape"))
+    elif word == "lines":
+        show("".join(f"line {number} of {rest}\n" for number in range(1, int(rest) + 1)))
     elif word == "count":
         show(f"{turn} of 99\n")
     elif word == "sleep":
         time.sleep(float(rest))
+    elif word == "freeze":
+        SIGN.frozen = True
+        time.sleep(float(rest))
+        SIGN.frozen = False
+    elif word == "ask":
+        SIGN.stop()
+        show(f"Sure?\n❯ {rest}\n  No\x1b[A\r\x1b[{len(rest) + 2}C")
+        log(answered=chr(next(KEYS)))
+        show("\n\n")
+        SIGN.start()
+    elif word == "choose":
+        choose(*rest.split("/"))
+    elif word == "do" and rest.isdigit():
+        time.sleep(random.choice((0, 0, 1)))
+        with open("did", "a") as file:
+            file.write(rest + "\n")
+        show(f"did {rest}\n")
+    elif word == "recall":
+        show(f"recalled: {' '.join(open('did').read().split()) if os.path.exists('did') else ''}\n")
     elif word == "die":
         os._exit(int(rest))
 
-def spin(over):
-    for frame in itertools.cycle("⠋⠙⠹⠸⠼⠴⠦⠧"):
-        show(f"\x1b]0;{frame} agent\x07")
-        if over.wait(0.1):
-            return
+def choose(question, *options):
+    """Ask as Claude Code does at its start; the answer at first marked has a star."""
+    at = [option[0] for option in options].index("*")
+    options = [option.lstrip("*") for option in options]
+    rows = [question, *options, "Enter to confirm · Esc to cancel"]
+    key = ""
+    while key != "\r":
+        at = min(max(at + {"A": -1, "B": 1}.get(key, 0), 0), len(options) - 1)
+        rows[1:-1] = [f"{'❯ ' if row == at else '  '}{text}" for row, text in enumerate(options)]
+        show("\n".join(rows) + f"\x1b[{len(rows) - 1}A\r")
+        key = chr(next(KEYS))
+        show("\x1b[J")
+    log(chose=options[at])
+    if options[at].endswith("No, exit"):
+        os._exit(1)
 
-tty.setcbreak(0)
-time.sleep(float(os.environ.get("AGENT_STARTS_IN", "0")))
-show("\x1b[?2004h\x1b]0;agent\x07A small agent.\n\n")
-log(started=True)
+tty.setraw(0)
+mode = termios.tcgetattr(0)
+mode[tty.OFLAG] |= termios.OPOST
+termios.tcsetattr(0, termios.TCSANOW, mode)
+KEYS = keyboard()
+for order in setting("START", "").split("&&"):
+    obey(order, 0)
+early = select.select([0], [], [], 0)[0] and os.read(0, 999).decode()
+SIGN = Sign()
+show("\x1b[?2004h" if setting("PASTE", "brackets") == "brackets" else "")
+show("A small agent.\n\n")
+log(started=True, early=early or "")
 for turn in itertools.count(1):
     show("❯ ")
     message = take()
-    log(took=message)
-    over = threading.Event()
-    spinner = threading.Thread(target=spin, args=(over,))
-    spinner.start()
+    SIGN.start()
     show("\n")
-    time.sleep(0.2)     # it thinks
+    time.sleep(setting("THINKS", 0.2))
     for order in message.replace("\n", "&&").split("&&"):
         obey(order, turn)
-    over.set()
-    spinner.join()
-    show("\x1b]0;agent\x07")
+    SIGN.stop()
     log(done=message)
 '''
 
@@ -795,11 +923,15 @@ class World:
         return model
 
     def start(self, *arguments: str, stdin: str | None = None, cwd: Path | None = None,
-              python: str = sys.executable, **settings: str) -> Run:
-        """Start the tool in the work directory, with these arguments and settings."""
+              python: str = sys.executable, within: Sequence[str] = (), **settings: str) -> Run:
+        """Start the tool in the work directory, with these arguments and settings.
+
+        `within` is a command that runs the tool, where it shall not be ours to do so.
+        """
         self._runs += 1
-        run = Run([python, str(TOOL), *arguments], stdin, self.directory / f"run-{self._runs}",
-                  cwd or self.work, {**self.env, **settings})
+        command = [*within, python, str(TOOL), *arguments]
+        run = Run(command, stdin, self.directory / f"run-{self._runs}", cwd or self.work,
+                  {**self.env, **settings})
         self._stack.callback(run.process.wait)
         self._stack.callback(run.process.kill)
         return run
@@ -807,6 +939,14 @@ class World:
     def run(self, *arguments: str, **how: Any) -> Done:
         """Start the tool, and wait until it has ended."""
         return self.start(*arguments, **how).end()
+
+    def program(self, name: str, script: str) -> str:
+        """Make a shell script the program of that name; return the PATH with it."""
+        programs = self.directory / "programs"
+        programs.mkdir(exist_ok=True)
+        (programs / name).write_text(f"#!/bin/sh\n{script}\n")
+        (programs / name).chmod(0o755)
+        return f"{programs}:{self.env['PATH']}"
 
     def journals(self) -> list[Path]:
         """Return the journals of all runs, the newest last."""
@@ -841,9 +981,36 @@ class World:
 
 
 @pytest.fixture
-def world() -> Iterator[World]:
+def new_world() -> Iterator[Callable[[], World]]:
+    """More than one world, for what goes on at the same time."""
     with contextlib.ExitStack() as stack:
-        yield World(stack.enter_context(scratch_directory()), stack)
+        yield lambda: World(stack.enter_context(scratch_directory()), stack)
+
+
+@pytest.fixture
+def world(new_world) -> World:
+    return new_world()
+
+
+def at_once(new_world: Callable[[], World], cases: Mapping[str, Sequence[Any]], *,
+            limit: float = 120, prepare: Callable[[World, str], Mapping[str, str]] | None = None,
+            **more: str) -> dict[str, World]:
+    """Run cases beside each other, each in a world of its own, and wait until all are complete.
+
+    A case is the replies of its model and at their end, if need be, its settings; `prepare` may
+    return more of them.
+    """
+    runs, worlds = {}, {}
+    for name, case in cases.items():
+        *replies, settings = case if isinstance(case[-1], dict) else (*case, {})
+        worlds[name] = world = new_world()
+        world.said = world.model(*replies, "TASK_COMPLETE")
+        own = prepare(world, name) if prepare else {}
+        runs[name] = world.start("--task", name, **{**more, **settings, **own})
+    for name, run in runs.items():
+        done = run.end(limit)
+        assert (done.status, done.stderr) == (0, ""), (name, done)
+    return worlds
 
 
 class Gate(threading.Event):
@@ -976,6 +1143,44 @@ def test_a_killed_agent_goes_on_with_its_conversation_if_it_is_the_real(
     assert "gamma three" in model.last_message(3)
 
 
+@pytest.mark.parametrize("command, opening", [
+    ("claude --setting-sources user --permission-mode default", "RUN[touch made] SAY[it is made]"),
+    ("codex --no-alt-screen --ask-for-approval never --sandbox workspace-write", "/model")])
+def test_a_question_takes_keys_and_no_text_on_the_real(
+        command, opening, world, agent_api, with_real_agents):
+    def reply() -> str:     # the key again if it came too early: a question is deaf at first
+        shown = model.last_message()
+        if "beta two" in shown:
+            return "TASK_COMPLETE"
+        if "takes keys" not in shown:
+            return "SAY[beta two]"
+        on_yes = re.search(r"is on '(1\. )?Yes", shown)
+        return "KEYS: " + ("Escape" if opening == "/model" else "Enter" if on_yes else "Down Enter")
+
+    model = world.model(opening, "prose", *[reply] * 9)
+    done = world.run("--task", "answer it", CLAUDE_CMD=command)
+    assert (done.status, done.stderr) == (0, "")
+    assert "takes keys" in model.last_message(1) and "Nothing was typed" in model.last_message(2)
+    assert agent_api.messages == [opening] * (opening != "/model") + ["SAY[beta two]"]
+    assert (world.work / "made").exists() == (opening != "/model")
+
+
+@REAL_AGENTS
+def test_a_resumed_run_has_its_conversation_after_a_reboot_if_it_is_the_real(
+        name, agent, world, agent_api, with_real_agents):
+    model = world.model("SAY[alpha one]", "RUN[sleep 60]", "SAY[gamma three]", "TASK_COMPLETE")
+    run = world.start("--task", "survive", DEFAULT_MODEL=name)
+    assert poll(lambda: "RUN[sleep 60]" in agent_api.messages, 60), run.stdout
+    killing_the_server(world)
+    run.end(by=signal.SIGKILL)
+    done = world.run("--resume", DEFAULT_MODEL=name)
+    assert (done.status, done.stderr) == (0, "") and "Task:  survive" in done.stdout
+    assert agent_api.messages == ["SAY[alpha one]", "RUN[sleep 60]", "SAY[gamma three]"]
+    assert "alpha one" in agent_api.conversation
+    assert [event["resumed"] for event in world.events("recovery")] == [True]
+    assert "remembers the conversation" in model.last_message(2)
+
+
 # -- Chat ---------------------------------------------------------------------------------------
 
 def at_prompt(terminal: Terminal) -> None:
@@ -1098,15 +1303,106 @@ def test_a_chat_needs_no_key_and_ends_with_the_input(arguments, mode, world):
 
 # -- Sending ------------------------------------------------------------------------------------
 
-def test_every_message_arrives_as_it_was_said(world):
-    messages = [
-        "-n", "x;", "echo a && echo b \\;", "#{pane_id} #(touch sign) %1", "~/'\"`$HOME\\", "!",
-        "\ttab\n\n  blank line above", "e\u0301 漢字 🎉 \u202e", "/help", "q" * 100_000,
-        "\n".join(f"line {number}" for number in range(1000))]
-    world.model(*messages, "TASK_COMPLETE")
-    assert world.run("--task", "say much").status == 0
-    assert world.log("took") == messages
-    assert not (world.work / "sign").exists()
+CORPUS = [
+    "x", "-", "-n", "--help", ";", "x;", "a\\;", "\\", "a\nb \\", "echo a && echo b \\;", "!", "#",
+    "/help", "%1", "#{pane_id} #(touch sign) #[fg=red]#", "$HOME `touch sign` $(touch sign)",
+    "~/'\"`\\", "'", "Enter", "C-c", "\ttab", "a\tb  \t\n\n\n  trailing blanks above   \nx", "❯", ">",
+    "e\u0301 \u1112\u1161\u11ab 漢字 ｆｕｌｌ", "🎉 👩‍👩‍👧‍👦 👍🏽 🇩🇪 ❤️", "שלום \u202e عربى \u202c", "\u200b\u00a0\u3000\ufeff\U0010ffff",
+    "{ brace } [ a ] < b > | & * ?", "\n".join(f"line {number}" for number in range(1000)),
+    "\n".join("word " * 9 + "end" for _ in range(400)), "漢" * 30_000]
+UNTYPABLE = [       # what of it may press a key or end the paste is left out
+    ("a\x1b[201~\rtouch sign\r", "a[201~\ntouch sign"), ("a\x9b201~b\x1bOAc", "a201~bOAc"),
+    ("a\r\nb\rc", "a\nb\nc"), ("nul \0, bell \a, C-c \x03, C-d \x04, DEL \x7f, shift \x0e.",
+                               "nul , bell , C-c , C-d , DEL , shift ."), ("\x1b]0;⠋\x07t", "]0;⠋t"),
+    ("\x80\x85\x9b\x9f|", "|")]
+
+
+def test_every_message_arrives_byte_for_byte_with_one_enter(new_world):
+    typed = [*CORPUS, *(text for _, text in UNTYPABLE), "q" * 1_000_000]
+    said = [*CORPUS, *(text for text, _ in UNTYPABLE), typed[-1]]
+    worlds = at_once(new_world, {
+        paste: [*said, {"AGENT_PASTE": paste}] for paste in ("brackets", "plain")},
+        HISTORY_MAX_TOKENS="9999999")
+    for paste, world in worlds.items():
+        begin, end = ("\x1b[200~", "\x1b[201~") if paste == "brackets" else ("", "")
+        expected = [f"{begin}{text}{end}\r" for text in typed]
+        assert [(read[:99], len(read)) for read in world.log("read")] == [
+            (read[:99], len(read)) for read in expected]
+        assert world.log("read") == expected and world.log("took") == typed
+        assert not (world.work / "sign").exists()
+
+
+def test_an_enter_is_repeated_until_the_message_is_taken_and_the_text_is_pasted_once(new_world):
+    messages = ["x", "two\nrows", "chip " * 2000 + ".", "wrapped " * 60 + "."]
+    cases = {"loses one": (1, messages, {"AGENT_EATS": "1"}),
+             "loses two": (2, messages[:2], {"AGENT_EATS": "2"}),
+             "loses three": (3, messages[:1], {"AGENT_EATS": "3"}),
+             "loses one, no sign": (1, messages[:2], {"AGENT_EATS": "1", "AGENT_SIGN": "none"}),
+             "slow": (0, messages, {"AGENT_SLOW": "1"}),
+             "slow, loses one": (1, messages[:2], {"AGENT_SLOW": "1", "AGENT_EATS": "1"})}
+    worlds = at_once(new_world, {name: [*said, "end", settings]
+                                 for name, (_, said, settings) in cases.items()})
+    for name, (lost, said, _) in cases.items():
+        assert worlds[name].log("read") == [
+            f"\x1b[200~{text}\x1b[201~\r" + "\r" * lost for text in [*said, "end"]], name
+
+
+def test_an_enter_that_became_a_new_line_is_repeated(new_world):
+    """Codex takes an Enter that comes within 120 ms after a paste for a part of that."""
+    messages = ["x", "two\nrows", "chip " * 2000 + ".", "end"]
+    worlds = at_once(new_world, {
+        "quick": [*messages, {"AGENT_DEAF": "0.12"}],
+        "slow": [*messages, {"AGENT_DEAF": "0.12", "AGENT_SLOW": "1"}]})
+    for name, world in worlds.items():
+        assert world.log("took") == messages, name
+        assert [re.fullmatch(r"(?s)\x1b\[200~[^\x1b]*\x1b\[201~(\r{1,2})", read) is not None
+                for read in world.log("read")] == [True] * 4, name
+
+
+@pytest.mark.parametrize("sign", ["title", "footer", "none"])
+def test_an_enter_that_was_taken_is_never_doubled(sign, world):
+    """A second one would answer the question that came up, or be an empty message."""
+    said = ["ask Yes", "echo x\nask ask x", "❯", ">", "ask ❯", "echo ❯", "end"]
+    replies = [["ask Yes"], ["KEYS: n"], [said[1]], ["KEYS: n"], said[2:5], ["KEYS: n"], said[5:]]
+    world.model(*(text for each in replies for text in each), "TASK_COMPLETE")
+    assert world.run("--task", "x", AGENT_SIGN=sign).status == 0
+    assert world.log("answered") == ["n"] * 3
+    assert world.log("read") == [f"\x1b[200~{text}\x1b[201~\r" for text in said]
+
+
+def test_a_message_is_delivered_whatever_the_pane_is_in(world):
+    pane = "=gt-claude-loop:"
+
+    def first(*words: str) -> Callable[[], str]:
+        return lambda: world.tmux(*words) or f"echo after {words[0]}"
+
+    def scrolled() -> str:
+        person.press("C-b", "[", "PageUp", "PageUp")
+        assert poll(lambda: world.tmux("display-message", "-p", "#{pane_in_mode}") == "1", 10)
+        return "echo to a person who scrolls"
+
+    model = world.model(
+        "lines 200", first("copy-mode", "-t", pane), first("choose-tree", "-t", pane),
+        "write \\x1b[?1049h\\x1b[2J\\x1b[Hfull screen\\n", "echo inside", "write \\x1b[?1049l",
+        scrolled, "sleep 2 && lines 30", "TASK_COMPLETE")
+    with contextlib.ExitStack() as stack:
+        run = world.start("--task", "x")
+        assert poll(lambda: world.log("took"), 30), run.stdout
+        person = stack.enter_context(Terminal(
+            ["tmux", "-L", "gt-claude-loop", "attach", "-t", pane], world.env, world.work))
+        person.wait_for("line 200 of 200")
+        assert poll(lambda: "sleep 2 && lines 30" in world.log("took"), 60), run.stdout
+        person.press("C-b", "[", "PageUp", "PageUp")
+        done = run.end()
+    assert (done.status, done.stderr) == (0, "")
+    assert world.log("read") == [f"\x1b[200~{text}\x1b[201~\r" for text in world.log("took")]
+    assert [message.split()[-1] for message in world.log("took")] == [
+        "200", "copy-mode", "choose-tree", "screen\\n", "inside", "\\x1b[?1049l", "scrolls", "30"]
+    shown = [model.last_message(number) for number in range(9)]
+    assert "\nafter copy-mode" in shown[2] and "\nafter choose-tree" in shown[3]
+    assert "\nto a person who scrolls" in shown[7] and "\nline 30 of 30" in shown[8]
+    assert ["visible screen" in text for text in shown] == [
+        number in (4, 5) for number in range(9)], shown
 
 
 def test_the_task_may_come_from_standard_input(world):
@@ -1218,6 +1514,32 @@ def test_a_run_is_resumed_after_a_kill_while(moment, world):
     assert events[0]["task"] == "survive" and events[-1]["outcome"] == "complete"
 
 
+def test_who_may_resume_a_run_and_with_which_settings(world):
+    gate = Gate()
+    model = world.model("sleep 2 && echo one", gate.reply("lost reply"), "echo two", "echo three",
+                        "TASK_COMPLETE")
+    run = world.start("--task", "survive", MAX_ITERATIONS="2")
+    site = run.site()
+    assert poll(lambda: len(model.requests) == 2, 30), run.stdout
+    assert_refused(world.run("--resume"), 2, "driven by another", str(run.process.pid))
+    assert site.control("note", "mind the gap") == 204 and site.control("pause") == 204
+    run.end(by=signal.SIGKILL)
+    gate.set()
+    assert_refused(world.run("--resume", CLAUDE_TMUX_SESSION="b"), 2, "another session", "attach")
+    assert_refused(world.run("--resume", CLAUDE_CMD="cat"), 2, "CLAUDE_TMUX_SESSION", "agent.py")
+    done = world.run("--resume", AUTONOMOUS_MODE="no", MAX_ITERATIONS="2")
+    assert done.status == 3 and done.stdout.startswith("Task:  survive\n")
+    assert_one_complaint(done, "MAX_ITERATIONS=2")
+    assert "mind the gap" in model.last_message(2)
+    assert "lost reply" not in str(model.requests[2].body)
+    assert world.run("--resume", MAX_ITERATIONS="4").status == 0
+    assert world.log("took") == ["sleep 2 && echo one", "echo two", "echo three"]
+    assert [event["iteration"] for event in world.events("reply")] == [1, 2, 3, 4]
+    used = [event["iterations"] for event in world.events("complete")]
+    assert used == [2, 4] and world.events()[-1]["cost"] == 4 * model.COST
+    assert_refused(world.run("--resume"), 2, "has ended (complete)", world.journals()[0].name)
+
+
 def test_what_the_agent_does_while_nobody_looks_is_shown_after_the_run_is_resumed(world):
     model = world.model("sleep 3 && echo two", "echo three", "TASK_COMPLETE")
     run = world.start("--task", "survive")
@@ -1226,6 +1548,370 @@ def test_what_the_agent_does_while_nobody_looks_is_shown_after_the_run_is_resume
     assert world.run("--resume").status == 0
     shown = "\n".join(model.last_message(number) for number in (1, 2))
     assert "\ntwo\n" in shown and "\nthree\n" in shown + "\n"
+
+
+def killed(run: Run, world: World) -> int:
+    run.process.kill()
+    return -signal.SIGKILL
+
+
+def killed_with_its_server(run: Run, world: World) -> int:
+    first, second = random.sample([run.process.kill, lambda: killing_the_server(world)], 2)
+    with contextlib.suppress(ValueError):       # there is no server yet
+        first()
+        second()
+    run.process.kill()
+    return -signal.SIGKILL
+
+
+def terminated(run: Run, world: World) -> int:
+    run.process.terminate()
+    return 128 + signal.SIGTERM
+
+
+def interrupted(run: Run, world: World) -> int:
+    run.process.send_signal(signal.SIGINT)
+    return 128 + signal.SIGINT
+
+
+FAULTS = [killed, killed_with_its_server, terminated, interrupted]
+Counts = Dict[str, int]
+
+
+def end_again_and_again(fault: Callable[[Run, World], int], things: int = 6) -> Counts:
+    """End a run at random moments and resume it until it completes; check what is left of it.
+
+    Each thing was done once, all facts are there, and the journal is whole.
+    """
+    with contextlib.ExitStack() as stack:
+        world = World(stack.enter_context(scratch_directory()), stack)
+        model = stack.enter_context(Overseer(things))
+        settings = {"OPENROUTER_BASE_URL": model.url, "HISTORY_MAX_TOKENS": "1100",
+                    "MEMORY_MAX_FACTS": "4", "VERIFY_CMD": "sleep 0.3",
+                    "TERMINATE_WHEN_QUIT": random.choice(["true", "false"])}
+        ends = 0
+        while True:
+            before = len(world.events())
+            run = world.start(*["--resume"] if before else ["--task", "do it"], **settings)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                run.process.wait(random.uniform(0.2, 5))
+            alive = run.process.poll() is None
+            expected, done = fault(run, world) if alive else 0, run.end()
+            ends += alive
+            if [event["outcome"] for event in world.events()[-1:] if "outcome" in event] == [
+                    "complete"]:
+                break
+            if len(world.events()) > before:        # else it had no time to begin
+                assert done.status == expected and "Traceback" not in done.stderr, done
+                assert fault in FAULTS[:2] or kinds(world.events())[-1] == "complete"
+        did = (world.work / "did").read_text().split()
+        facts = json.loads((world.work / "memory.json").read_text())
+        assert did == [str(number) for number in range(1, things + 1)], (did, world.events())
+        assert facts == [f"fact {number}" for number in range(1, things + 1)], facts
+        journal, = (path for path in world.journals() if path.stat().st_size)
+        whole = [event for event in map(parsed, journal.read_bytes().split(b"\n")) if event]
+        assert [event["id"] for event in whole] == list(range(1, len(whole) + 1))
+        assert (whole[0]["type"], whole[-1]["outcome"]) == ("task_info", "complete")
+        assert list(world.work.glob(".memory*")) == []
+        found = kinds(whole)
+        return {"runs": 1, "ends": ends, "events": len(whole), "questions": sum(
+            event.get("text") == "recall" for event in whole), **{
+                kind: found.count(kind) for kind in ("recovery", "history", "verify")}}
+
+
+def parsed(line: bytes) -> Event | None:
+    """Return the event of a line, None if it is torn."""
+    with contextlib.suppress(ValueError):
+        return json.loads(line)
+    return None
+
+
+def test_nothing_is_lost_or_done_twice_however_often_a_run_is_ended():
+    """A hundred runs for each way to end them with BENCHMARK=1, eight at once."""
+    many, things = (100, 6) if os.environ.get("BENCHMARK") else (1, 3)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        results = {fault: pool.map(end_again_and_again, [fault] * many, [things] * many)
+                   for fault in FAULTS}
+    for fault, each_run in results.items():
+        counts = list(each_run)
+        print(f"\n{fault.__name__}:", {name: sum(each[name] for each in counts)
+                                        for name in counts[0]})
+# -- The end of a turn --------------------------------------------------------------------------
+
+def pauses(agent: str, seconds: Sequence[float]) -> list[str]:
+    """Return messages that have an agent pause so often, and at the end say which it was."""
+    sleep = "sleep %.2f && echo mid && sleep %.2f && echo end-%d"
+    if agent == "bash":
+        sleep = "sleep %.2f; echo mid; sleep %.2f; echo end-$((%d))"
+    return [sleep % (*pair, number) for number, pair in enumerate(zip(seconds, seconds[1:]))]
+
+
+def agent_like(kind: str) -> dict[str, str]:
+    """Return the settings for an agent with a sign, or for a shell."""
+    return {"CLAUDE_CMD": "bash --norc"} if kind == "bash" else {"AGENT_SIGN": kind}
+
+
+def early(world: World, messages: Sequence[str]) -> list[str]:
+    """Return the messages of a run whose turn was over before the agent had said so."""
+    ends = [re.sub(r".*(end-).*?(\d+)\D*", r"\1\2", message) for message in messages]
+    turns = [turn["agent_output"] for turn in world.events("iteration_end")]
+    return [message for message, end, turn in zip(messages, ends, turns)
+            if not re.search(f"(?m)^{end}$", turn)]
+
+
+def test_a_turn_is_over_when_the_agent_is_done_and_not_before(new_world):
+    """Whether its sign lives, or stands still for a while; and in spite of signs left behind."""
+    cases = {kind: [*pauses(kind, [0, 0.1, 0.5, 2.5, 4, 1]), agent_like(kind)]
+             for kind in ("title", "footer", "bash")}
+    frozen = ["freeze 10 && echo end-1", "sleep 0.2 && echo end-2"]
+    cases |= {f"{kind}, frozen": [*frozen, agent_like(kind)] for kind in ("title", "footer")}
+    quoted = r"write ✻ Thinking… (12s • esc to interrupt)\n\n  esc to interrupt\n\n"
+    cases |= {f"{kind}, quoted": [f"{quoted} && echo end-1", "echo end-2", agent_like(kind)]
+              for kind in ("title", "footer", "none")}
+    leave = "printf '\\033]0;\u2839 working\\007'; echo end-$((%d))"
+    cases["bash, left behind"] = [leave % 1, leave % 2, agent_like("bash")]
+    cases["title, at once"] = ["echo end-1", "echo end-2", {"AGENT_THINKS": "0"}]
+    worlds = at_once(new_world, cases)
+    assert {name: early(worlds[name], case[:-1]) for name, case in cases.items()} == {
+        name: [] for name in cases}
+    for name, world in worlds.items():
+        assert "still working" not in world.everything(), name
+
+
+def test_benchmark_of_200_turns_with_pauses(new_world, asked_for):
+    cases = {}
+    for number, kind in enumerate(("title", "footer", "bash") * 3):
+        draw = random.Random(number)
+        seconds = [draw.uniform(0, 10) for _ in range(24)]
+        cases[f"{kind} {number}"] = [*pauses(kind, seconds), agent_like(kind)]
+    worlds = at_once(new_world, cases, limit=900)
+    over = {name: early(worlds[name], case[:-1]) for name, case in cases.items()}
+    print(f"\n{sum(len(case) - 1 for case in cases.values())} turns with two pauses of 0 to 10 s: "
+          f"{sum(map(len, over.values()))} ended early")
+    assert not any(over.values()), over
+
+
+# -- What is new --------------------------------------------------------------------------------
+
+VISIBLE = "[This is the visible screen; what is new on it can't be told apart.]\n"
+REDRAWN = r"write \x1b[2J\x1b[3J\x1b[HA small agent.\n\n❯ lines 2\nline 1 of 2\nline 2 of 2\n"
+SIXTY = "\n".join(map(str, range(1, 61)))
+
+
+NEWS = [
+    ("title", [("echo same", "same"), ("echo same", "same"), ("echo same && echo", "same")]),
+    ("bash", [("seq 60", SIXTY), ("clear; echo after", VISIBLE + "after\n$"), ("seq 60", SIXTY),
+              (r"printf '\033[2J\033[Hafter\n'", "after"),
+              (r"printf '\033[2J\033[3J\033[H'; seq 2", VISIBLE + "1\n2\n$"), ("seq 60", SIXTY)]),
+    ("bash", [("seq 60", SIXTY), ("reset; echo after", "after"), ("echo x", "x")]),
+    ("bash", [("seq 60", SIXTY), (r"printf '\033[?1049h'; echo in; printf '\033[?1049l'", ""),
+              (r"printf '\033[?1049h\033[2J\033[Hin\n'", VISIBLE + "in\n$"),
+              (r"echo still", VISIBLE + "in\n$ echo still\nstill\n$"), (r"tput rmcup", None),
+              ("echo x", "x")]),
+    ("title", [("lines 2", "line 1 of 2\nline 2 of 2"), (REDRAWN + r"❯ again\nnew\n", "new"),
+               (REDRAWN + r"❯ again\nnew\n❯ third\nnew\n", "new"), ("echo x", "x")]),
+    ("title", [(f"echo {text}", text) for text in (
+        "w" * 300, "漢" * 150, "a" + "漢" * 150, "e\u0301" * 300, "x" * 198 + "👍🏽" * 4)]),
+    ("title", [("lines 30000", None), ("lines 30000", None), ("echo small", "small")]),
+    ("title", [("lines 99999", VISIBLE + "\n".join(
+        f"line {number} of 99999" for number in range(99952 - 1, 100_000)) + "\n❯"),
+        ("echo same", "same"), ("echo same", "same")])]
+
+
+def test_what_is_new_is_told_exactly(new_world):
+    cases = {f"{number} {kind}": [*(message for message, _ in turns), agent_like(kind)]
+             for number, (kind, turns) in enumerate(NEWS)}
+    worlds = at_once(new_world, cases, PS1="$ ")
+    for world, (kind, turns) in zip(worlds.values(), NEWS):
+        shown = [turn["agent_output"] for turn in world.events("iteration_end")]
+        for (message, new), text in zip(turns, shown):
+            first = "$ " if kind == "bash" else "❯ "
+            first += "again" if "❯ again" in message else message
+            whole = new if not new or new.startswith(VISIBLE) else f"{first}\n{new}"
+            assert text in (whole or first, f"❯ third\n{new}") or new is None, (message, text)
+
+
+@pytest.mark.parametrize("size", [(120, 30), (260, 70)])
+def test_what_is_new_is_told_exactly_when_the_window_was_resized_in_mid_turn(size, world):
+    order = "sleep 1.5 && lines 100 && echo end"
+    world.model(f"lines 90 && echo {'w' * 180}", order, "echo x", "TASK_COMPLETE")
+    run = world.start("--task", "x")
+    assert world.taken(order), run.stdout
+    world.tmux("resize-window", "-t", "=gt-claude-loop:", "-x", str(size[0]), "-y", str(size[1]))
+    assert run.end().status == 0
+    hundred = "\n".join(f"line {number} of 100" for number in range(1, 101))
+    assert [turn["agent_output"] for turn in world.events("iteration_end")][1:3] == [
+        f"❯ {order}\n{hundred}\nend", "❯ echo x\nx"]
+
+
+def test_two_hundred_thousand_lines_are_taken_in_little_memory_and_their_loss_is_told(world):
+    gate = Gate()
+    model = world.model("seq 1 200000", "echo small", gate.reply("TASK_COMPLETE"))
+    run = world.start("--task", "x", CLAUDE_CMD="bash --norc")
+    assert poll(lambda: len(model.requests) == 3, 60), run.stdout
+    peak = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{run.process.pid}/status").read_text())
+    assert int(peak[1]) < 100_000 and processor_seconds(run.process.pid) < 10
+    gate.set()
+    assert run.end().status == 0
+    assert "visible screen" in model.last_message(1) and "\n200000\n" in model.last_message(1)
+    assert "\nsmall" in model.last_message(2) and "99\n" not in model.last_message(2)
+
+
+# -- The start ----------------------------------------------------------------------------------
+
+TRUST = "choose Quick safety check: do you trust this folder?"
+BYPASS = "choose WARNING: Claude Code running in Bypass Permissions mode"
+STARTS = {      # what a slow Claude Code does before it is ready, and what is chosen
+    "slow": ("sleep 10", []), "slow after a word": ("echo Loading…&&sleep 3&&echo Welcome!", []),
+    "older": (f"{TRUST}/*1. Yes, I trust this folder/2. No, exit&&{BYPASS}/*1. No, exit/"
+              "2. Yes, I accept", ["1. Yes, I trust this folder", "2. Yes, I accept"]),
+    "newest": (f"{TRUST}/*No, exit/Yes, I trust this folder&&sleep 1&&{BYPASS}/*No, exit/"
+               "Yes, I accept", ["Yes, I trust this folder", "Yes, I accept"]),
+    "upside down": (f"{BYPASS}/Yes, I accept/*No, exit&&{TRUST}/Yes, I trust this folder/*No, exit",
+                    ["Yes, I accept", "Yes, I trust this folder"])}
+
+
+def as_claude(world: World, name: str = "") -> dict[str, str]:
+    """Have the small agent run as Claude Code."""
+    return {"CLAUDE_CMD": "", "PATH": world.program("claude", f'exec {world.env["CLAUDE_CMD"]}')}
+
+
+def test_a_slow_start_is_waited_for_and_known_questions_are_answered_by_their_label(new_world):
+    worlds = at_once(new_world, {name: ["echo one", {"AGENT_START": start}]
+                                 for name, (start, _) in STARTS.items()}, prepare=as_claude)
+    for name, world in worlds.items():
+        assert world.log("chose") == STARTS[name][1], name
+        assert world.log("early") == [""] and world.log("took") == ["echo one"], name
+        said = [note["text"] for note in world.events("note")]
+        assert [re.sub(r"^.*(Yes.*)$", r"\1", text) for text in said] == [
+            re.sub(r"^\d. ", "", text) for text in STARTS[name][1]], name
+
+
+def test_an_unknown_question_at_the_start_is_left_to_the_model(world):
+    model = world.model("KEYS: Down Enter", "echo one", "TASK_COMPLETE")
+    world.run("--task", "x", AGENT_START="choose Which theme?/*Dark/Light", **as_claude(world))
+    assert "Which theme?" in model.last_message(0) and "❯ Dark" in model.last_message(0)
+    assert world.log("chose") == ["Light"] and world.log("took") == ["echo one"]
+    assert world.log("early") == [""] and "\none" in model.last_message()
+
+
+def test_an_agent_that_ends_at_once_always_leaves_its_last_words(world, asked_for):
+    world.model("echo never")
+    for command in ("echo 'license expired'; exit 3", "echo 'license expired' >&2; sleep 0.01; "
+                    "exit 3", "printf 'license expired'; sleep 0.1; exit 3") * 10:
+        done = world.run("--task", "x", CLAUDE_CMD=command)
+        assert done.status == 5
+        assert_one_complaint(done, "license expired", "status 3")
+
+
+# -- Accidents at any moment --------------------------------------------------------------------
+
+TRAP = r"""
+kill_server() { kill -9 $("$real" -L gt-claude-loop display-message -p '#{pid}'); }
+unanswered() { "$real" "$@" > /dev/null; sleep 0.5; }
+lost() { echo 'server exited unexpectedly' >&2; exit 1; }
+case "$*" in *%s*) echo >> "$here/calls"
+    case "$(($(wc -l < "$here/calls")))" in %s) touch "$here/fired"; %s ;; esac ;;
+esac
+exec "$real" "$@"
+"""
+
+
+def with_trap(world: World, pattern: str, numbers: str, action: str) -> dict[str, str]:
+    """Have something happen when the tool calls tmux like this, for the nth time or times."""
+    script = f"real={shutil.which('tmux')} here={world.directory}" + TRAP % (
+        pattern, numbers, action)
+    return {"PATH": world.program("tmux", script)}
+
+
+PASTE, ENTER, LOOK = "paste-buffer", "'Enter'", "capture-pane"
+TRAPS = {
+    "killed before the paste": (PASTE, "2", "kill_server"),
+    "killed in the paste": (PASTE, "2", '"$real" "$@" > /dev/null; kill_server; lost'),
+    "killed before the Enter": (ENTER, "2", "kill_server"),
+    "killed in the Enter": (ENTER, "2", 'unanswered "$@"; kill_server; lost'),
+    "killed after the Enter": (ENTER, "2", 'unanswered "$@"; kill_server; echo TAKEN; exit'),
+    "killed in a look": (LOOK, "30", "kill_server"),
+    "stopped for 3 s": (LOOK, "30", "pid=$(\"$real\" -L gt-claude-loop display-message -p "
+                        "'#{pid}'); kill -STOP $pid; (sleep 3; kill -CONT $pid) > /dev/null 2>&1 &"),
+    "paste hangs for 3 s": (PASTE, "2", "sleep 3"), "Enter hangs for 3 s": (ENTER, "2", "sleep 3"),
+    "look hangs for 3 s": (LOOK, "30", "sleep 3"), "look never ends": (LOOK, "30", "exec sleep 99"),
+    "paste never made": (PASTE, "2", "exec sleep 99"),
+    "paste never ends": (PASTE, "2", 'unanswered "$@"; exec sleep 99'),
+    "Enter never made": (ENTER, "2", "exec sleep 99"),
+    "Enter never ends": (ENTER, "2", 'unanswered "$@"; exec sleep 99')}
+
+
+def test_a_message_is_delivered_once_whatever_becomes_of_tmux(new_world):
+    messages = ["echo one", "sleep 1 && echo two", "echo three"]
+    worlds = at_once(new_world, dict.fromkeys(TRAPS, messages),
+                     prepare=lambda world, name: with_trap(world, *TRAPS[name]))
+    took = {name: world.log("took") for name, world in worlds.items()}
+    assert took == dict.fromkeys(TRAPS, messages)
+    for name, world in worlds.items():
+        told = "".join(world.said.last_message(number) for number in (2, 3))
+        assert ("started again" in told) == name.startswith("killed"), (name, told)
+        assert "\nthree" in told and (world.directory / "fired").exists(), (name, told)
+
+
+@pytest.mark.parametrize("pattern, numbers", [(LOOK, "[3-9]?"), (PASTE, "*"), (ENTER, "*")])
+def test_a_tmux_that_never_answers_again_ends_the_run(pattern, numbers, world):
+    world.model("echo one", "echo two", "echo three")
+    done = world.start("--task", "x", **with_trap(world, pattern, numbers, "exec sleep 99")).end(90)
+    assert done.status == 5
+    assert_one_complaint(done, "no answer")
+
+
+def test_a_run_ends_in_order_when_its_directory_is_gone_and_the_agent_too(world):
+    gone = world.directory / "gone"
+    gone.mkdir()
+    model = world.model('rm -r "$PWD"', "echo still here", "exit 3")
+    done = world.run("--task", "x", cwd=gone, CLAUDE_CMD="bash --norc")
+    assert done.status == 5
+    assert_one_complaint(done, "working directory is gone", str(gone))
+    assert "\nstill here" in model.last_message(2)
+
+
+def test_claude_code_starts_afresh_where_there_is_nothing_to_continue(world):
+    agent = world.env["CLAUDE_CMD"]
+    script = ('case "$*" in *--continue*) echo No conversation found to continue; exit 1;; esac\n'
+              f"exec {agent}")
+    model = world.model("echo one", "echo two && die 9", "echo three", "TASK_COMPLETE")
+    done = world.run("--task", "x", CLAUDE_CMD="", PATH=world.program("claude", script))
+    assert (done.status, done.stderr) == (0, "")
+    assert world.log("took") == ["echo one", "echo two && die 9", "echo three"]
+    assert [event["resumed"] for event in world.events("recovery")] == [False]
+    assert "remembers nothing" in model.last_message(2) and "two" in model.last_message(2)
+
+
+# -- Sharing ------------------------------------------------------------------------------------
+
+def test_a_person_may_attach_and_type_between_two_turns(world):
+    def beside() -> str:
+        with Terminal(["tmux", "-L", "gt-claude-loop", "attach"], world.env, world.work) as person:
+            person.wait_for("one")
+            person.type("echo typed by a person")
+            person.press("Enter")
+            person.wait_for("\ntyped by a person")
+            person.press("C-b", "d")
+            person.exit_status()
+        return "echo two"
+
+    model = world.model("echo one", beside, "echo three", "TASK_COMPLETE")
+    assert world.run("--task", "x").status == 0
+    assert world.log("took") == ["echo one", "echo typed by a person", "echo two", "echo three"]
+    assert "\ntyped by a person\n❯ echo two\ntwo" in model.last_message(2)
+    assert model.last_message(3).endswith("\nthree")
+
+
+def test_a_session_that_was_made_for_another_command_is_not_typed_into(world):
+    world.model("echo mine", "TASK_COMPLETE")
+    assert world.run("--task", "x").status == 0
+    for command in ("bash --norc", ""):
+        done = world.run("--task", "x", **{**as_claude(world), "CLAUDE_CMD": command})
+        assert done.status == 2
+        assert_one_complaint(done, "agent.py", str(world.work), "CLAUDE_TMUX_SESSION")
+    assert world.log("took") == ["echo mine"]
 
 
 # -- Secrets ------------------------------------------------------------------------------------
@@ -1250,6 +1936,27 @@ def test_a_key_that_the_agent_prints_is_masked(world):
     world.model(f"echo {KEY}", "TASK_COMPLETE")
     assert world.run("--task", "leak").status == 0
     assert KEY not in world.everything()
+
+
+def test_a_key_that_the_screen_wraps_and_colours_is_masked_in_all_that_leaves(world):
+    gate, key = Gate(), "sk-or-v1-" + "0123456789abcdef" * 4
+    model = world.model(
+        f"MEMORY_SAVE: the key is {key}\nclear; printf '%180s\\033[31m%s\\033[32m%s\\033[0m\\n' "
+        f"'' {key[:40]} {key[40:]}; cat; exit 3", "KEYS: C-d", gate.reply("TASK_COMPLETE"))
+    run = world.start("--json", "--task", "x", CLAUDE_CMD="bash --norc", OPENROUTER_API_KEY=key,
+                      TURN_TIMEOUT="2")
+    site, streamed = run.site(), []
+    reader = threading.Thread(target=lambda: streamed.append(site.ask("/events").text))
+    reader.start()
+    assert poll(lambda: len(model.requests) == 3, 30), run.stdout
+    gate.set()
+    run.process.wait(30)
+    reader.join(30)
+    told = "".join(model.last_message(number) for number in range(3))
+    assert "[key]" in told and '"type": "screen"' in streamed[0]
+    for text in (told, streamed[0], world.everything(), (world.work / "memory.json").read_text()):
+        letters = re.sub(r"\\u001b\[[\d;]*m|\\n|\s", "", text)
+        assert key[:36] not in letters and key[36:] not in letters and "[key]" in text
 
 
 # -- Wrong settings, arguments and surroundings -------------------------------------------------
@@ -1330,6 +2037,13 @@ def test_a_missing_program_is_named_with_what_to_do(missing, settings, world):
     for mode in (["--task", "x"], ["--chat"]):
         done = world.run(*mode, PATH=str(programs), **settings)
         assert_refused(done, 5, missing, "install")
+
+
+def test_the_agent_works_in_the_directory_whatever_that_is_called(world):
+    odd = world.directory / "a#[b] #{pid} %H;'"
+    odd.mkdir()
+    assert world.run("--chat", stdin="echo one\n/quit\n", cwd=odd).status == 0
+    assert "echo one" in (odd / "agent.log").read_text()
 
 
 def test_a_session_made_for_another_directory_is_not_typed_into(world):
@@ -1447,19 +2161,142 @@ def test_a_run_that_gets_on_is_not_taken_for_one_that_goes_in_circles(replies, w
     assert re.search(r"\n(7 of 99|step 7)\b", model.last_message())
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("moment", ["agent", "model"])
-def test_a_signal_ends_a_run_in_order_while_it_waits_for_the(moment, number, status, world):
+@pytest.mark.parametrize("moment, number, terminate", [
+    ("agent", signal.SIGINT, "false"), ("agent", signal.SIGTERM, "true"),
+    ("model", signal.SIGINT, "true"), ("check", signal.SIGHUP, "false"),
+    ("summary", signal.SIGTERM, "false"), ("person", signal.SIGHUP, "true")])
+def test_a_signal_ends_a_run_in_order_while_it_waits_for_the(moment, number, terminate, world):
     gate = Gate()
-    model = world.model("sleep 60" if moment == "agent" else gate.reply("echo late"))
-    run = world.start("--task", "x", TERMINATE_WHEN_QUIT="true")
-    waits = {"agent": lambda: world.log("took"), "model": lambda: model.requests}
+    late = gate.reply("echo late")
+    script = {"agent": ["echo one", "sleep 60"], "model": [late], "check": ["TASK_COMPLETE"],
+              "summary": ["echo one", "echo two", "echo three", "echo four", late],
+              "person": ["sleep 1", "echo late"]}[moment]
+    model = world.model(*([late] if moment == "model" else [f"MEMORY_SAVE: a\n{script[0]}"]),
+                        *script[1:])
+    run = world.start("--task", "x", TERMINATE_WHEN_QUIT=terminate, VERIFY_CMD="exec sleep 54321",
+                      HISTORY_MAX_TOKENS="1" if moment == "summary" else "60000")
+    site, stream = run.site(), []
+    reader = threading.Thread(target=lambda: stream.extend(site.each()))
+    reader.start()
+    if moment == "person":
+        assert world.taken("sleep 1") and site.control("pause") == 204
+    waits = {"agent": lambda: "sleep 60" in world.log("took"),
+             "model": lambda: model.requests, "summary": lambda: len(model.requests) == 5,
+             "check": lambda: "sleep\00054321" in "".join(
+                 Path(f"/proc/{pid}/cmdline").read_text() for pid in processes_of(world.directory)),
+             "person": lambda: world.events("iteration_end")}
     assert poll(waits[moment], 30), run.stdout
-    done = run.end(10, by=number)
+    assert poll(lambda: stream, 30)
+    done = run.end(30, by=number)
     gate.set()
-    assert done.status == status and "Traceback" not in done.stderr
-    assert world.events("complete")[-1]["outcome"] == "interrupted"
-    assert poll(lambda: not world.tmux("list-sessions"), 5)
+    reader.join(30)
+    assert (done.status, done.stderr) == (128 + number, "")
+    end = world.events()[-1]
+    assert (end["type"], end["outcome"], end["reason"]) == ("complete", "interrupted", number.name)
+    assert [event["id"] for event in stream] == [event["id"] for event in world.events()]
+    assert (world.work / "memory.json").exists() == (moment != "model")
+    session = "" if terminate == "true" else "gt-claude-loop"
+    assert world.tmux("list-sessions", "-F", "#{session_name}") == session
+
+
+def test_a_second_signal_leaves_at_once_while_the_first_is_dealt_with(world):
+    world.model("sleep 60")
+    run = world.start("--task", "x", TERMINATE_WHEN_QUIT="true")
+    assert world.taken("sleep 60"), run.stdout
+    server = int(world.tmux("display-message", "-p", "#{pid}"))
+    os.kill(server, signal.SIGSTOP)
+    try:        # to end its session takes as long as tmux is given for an answer
+        run.process.send_signal(signal.SIGINT)
+        assert poll(lambda: world.events("complete"), 30)
+        done = run.end(4, by=signal.SIGINT)
+    finally:
+        os.kill(server, signal.SIGCONT)
+    assert (done.status, done.stderr) == (130, "")
+    assert kinds(world.events()).count("complete") == 1
+
+
+def test_a_hangup_that_is_ignored_ends_nothing(world):
+    world.model("sleep 2")
+    tool = shlex.join([sys.executable, str(TOOL), "--task", "x", "--json"])
+    with Terminal(["sh", "-c", f"nohup {tool} > out 2>&1 & echo $! > pid; sleep 1000"],
+                  world.env, world.work) as terminal:
+        assert world.taken("sleep 2"), terminal.screen()
+        os.kill(int((world.work / "pid").read_text()), signal.SIGHUP)
+    assert poll(lambda: world.events("complete"), 30)
+    assert world.events()[-1]["reason"].endswith("script ended")
+
+
+IN_BASH = ["bash", "-c", 'stty -a > before; trap : INT; "$@"; echo "status $?"; stty -a > after; '
+           "cmp before after && echo sane; exec sleep 1000", "bash", sys.executable, str(TOOL)]
+
+
+def test_ctrl_c_in_a_chat_gives_the_prompt_back_and_at_the_prompt_leaves_a_sane_terminal(world):
+    with Terminal([*IN_BASH, "--chat"], world.env, world.work) as terminal:
+        terminal.wait_for("\n>", 30)
+        terminal.type("sleep 3 && echo finished")
+        terminal.press("Enter")
+        assert world.taken("sleep 3 && echo finished")
+        terminal.press("C-c")
+        terminal.wait_for("goes on")
+        assert poll(lambda: world.log("done"), 30)
+        terminal.type("echo two")
+        terminal.press("Enter")
+        assert "finished" in terminal.wait_for("\ntwo\n")
+        assert poll(lambda: terminal.screen().endswith("\n>"), 15), terminal.screen()
+        terminal.type("half a li")
+        terminal.press("C-c")
+        terminal.wait_for("sane")
+        assert "status 130" in terminal.screen() and "Traceback" not in terminal.screen()
+    assert world.events()[-1]["reason"] == "SIGINT"
+
+
+@pytest.mark.parametrize("key", ["Enter", "C-c"])
+def test_the_dashboard_stays_for_a_person_who_has_opened_it_until(key, world):
+    gate = Gate()
+    world.model(gate.reply("TASK_COMPLETE"))
+    with Terminal([*IN_BASH, "--task", "x"], world.env, world.work) as terminal:
+        terminal.wait_for("Dashboard:", 30)
+        site = Site(re.search(r"Dashboard: (\S+)", terminal.screen())[1])
+        terminal.press("Enter")         # too early to be an answer
+        gate.set()
+        terminal.wait_for("until you press Enter or Ctrl-C")
+        assert site.ask("/").status == 200 and site.control("note", "too late") == 204
+        assert kinds(site.events(lambda event: event["type"] == "complete"))[0] == "task_info"
+        terminal.press(key)
+        terminal.wait_for("sane")
+        assert "status 0" in terminal.screen()
+    assert world.events()[-1]["outcome"] == "complete"
+
+
+def test_the_prompt_comes_back_at_once_where_nobody_has_opened_the_dashboard(world):
+    world.model("TASK_COMPLETE")
+    with Terminal([*IN_BASH, "--task", "x"], world.env, world.work) as terminal:
+        assert "stays open" not in terminal.wait_for("status 0", 30)
+
+
+def test_a_page_that_was_fetched_at_the_last_moment_still_gets_the_events(world):
+    gate = Gate()
+    world.model(gate.reply("TASK_COMPLETE"))
+    run = world.start("--task", "x")
+    site = run.site()
+    gate.set()
+    assert poll(lambda: world.events("complete"), 30)
+    assert kinds(site.events(lambda event: event["type"] == "complete"))[0] == "task_info"
+    assert run.end().status == 0
+
+
+@pytest.mark.parametrize("arguments, redirected, said", [
+    ("", "| head -n 1 > first", ""),
+    ("", "<&- >&- 2>&-", ""), ("--json", "> /dev/full", "No space left")])
+def test_a_run_goes_on_when_nobody_can_hear_it(arguments, redirected, said, world):
+    world.model("echo one", "echo two", "TASK_COMPLETE")
+    tool = shlex.join([sys.executable, str(TOOL), "--task", "x"])
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {tool} {arguments} {redirected}"], cwd=world.work,
+        env={**world.env, "DASHBOARD_ENABLED": "off"}, capture_output=True, text=True, timeout=60,
+        stdin=subprocess.DEVNULL)
+    assert done.returncode == 0 and world.log("took") == ["echo one", "echo two"]
+    assert said in done.stderr and len(done.stderr.splitlines()) == bool(said), done.stderr
 
 
 def test_a_busy_model_is_asked_again(world):
@@ -1516,6 +2353,96 @@ def test_facts_of_one_run_are_told_to_the_next(world):
     system = text_of(model.requests[0].body["messages"][0]["content"])
     told = system.split("## Memory from previous sessions\n")[1]
     assert "tea at five" in told and "no milk" in told
+
+
+class Archivist(ScriptedModel):
+    """A model that saves facts and nothing else, and merges them where it is asked to."""
+
+    def choose(self, number: int, messages: Sequence[Any]) -> Any:
+        if "facts remembered" not in text_of(messages[0]["content"]):
+            return self.replies.pop(0)
+        words = " ".join(json.loads(text_of(messages[-1]["content"]))["facts"]).split()
+        return json.dumps({"facts": [" ".join(words[part::30]) for part in range(30)]})
+
+
+def test_two_runs_that_save_a_thousand_facts_at_once_lose_none_while_one_compacts(world):
+    runs = []
+    with contextlib.ExitStack() as stack:
+        for name, most in (("one", "60"), ("two", "9999")):
+            replies = ["\n".join(f"MEMORY_SAVE: {name}-{number}" for number in range(at, at + 20))
+                       for at in range(0, 500, 20)]
+            model = stack.enter_context(Archivist([*replies, "TASK_COMPLETE"]))
+            runs.append(world.start("--task", "x", OPENROUTER_BASE_URL=model.url,
+                                    CLAUDE_TMUX_SESSION=name, MEMORY_MAX_FACTS=most))
+        assert [run.end()[::2] for run in runs] == [(0, "")] * 2
+    known = " ".join(json.loads((world.work / "memory.json").read_text())).split()
+    assert sorted(known) == sorted(f"{name}-{number}" for name in ("one", "two")
+                                   for number in range(500))
+    compacted = sum("compacted" in line for path in world.journals()
+                    for line in path.read_text().splitlines())
+    print(f"\n{len(known)} facts of two runs, {compacted} compactions")
+    assert compacted
+
+
+# -- A world that fails -------------------------------------------------------------------------
+
+def in_its_own_mounts(*mounts: str) -> list[str]:
+    """Return a command that runs another one where these were mounted, for its eyes only.
+
+    What is in the state directory then is copied to `kept`.
+    """
+    script = "; ".join(["set -e", *mounts, "cd .", "set +e", '"$@"', "status=$?",
+                        'cp -r "$XDG_STATE_HOME" ../kept', "exit $status"])
+    within = ["unshare", "--mount", "sh", "-c", script, "sh"]
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
+        pytest.skip("mount namespaces need to be root here")
+    return within
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["full", "read-only"])
+def test_a_run_goes_on_and_says_so_once_where_nothing_can_be_written(full, world):
+    state = Path(world.env["XDG_STATE_HOME"])
+    state.mkdir()
+    model = world.model("MEMORY_SAVE: a", f"echo b {'x' * 4000}", "TASK_COMPLETE")
+    kind, fill = ("size=8k", "head -c 8192 /dev/zero > big") if full else ("ro", "true")
+    done = world.run("--task", "x", CLAUDE_CMD="bash --norc", VERIFY_CMD="true",
+                     within=in_its_own_mounts(
+                         f"mount -t tmpfs -o {kind} tmpfs {state}; cd {world.home}",
+                         f"mount -t tmpfs -o {kind} tmpfs {world.work}; cd {world.work}; {fill}"))
+    assert (done.status, done.stderr) == (0, ""), done
+    for what in ("the journal", "memory.json"):
+        said = [line for line in done.stdout.splitlines() if f"{what} can't be written" in line]
+        assert len(said) == 1, done.stdout
+        assert ("No space left" if full else "Read-only file system") in said[0]
+    assert "b xxx" in model.last_message()
+    kept = [line for path in (world.directory / "kept").glob("*/runs/*")
+            for line in path.read_bytes().splitlines()]
+    assert all(map(parsed, kept)) and bool(kept) == full
+    assert list(world.work.iterdir()) == []
+
+
+def test_a_run_goes_on_and_says_so_when_its_directory_is_deleted_under_it(world):
+    gate = Gate()
+    model = world.model("echo one", gate.reply("MEMORY_SAVE: a\necho two"), "TASK_COMPLETE",
+                        "TASK_FAILED: no more")
+    run = world.start("--task", "x", CLAUDE_CMD="bash --norc", VERIFY_CMD="true")
+    assert poll(lambda: len(model.requests) == 2, 30), run.stdout
+    world.work.rmdir()
+    gate.set()
+    done = run.end()
+    world.work.mkdir()
+    assert done.status == 4
+    assert_one_complaint(done, "no more")
+    assert "\ntwo" in model.last_message(2) and "it can't be run" in model.last_message(3)
+    assert "memory.json can't be written" in done.stdout
+    assert world.events()[-1]["outcome"] == "failed"
+
+
+def test_too_few_files_for_a_run_are_one_line(world):
+    world.model("echo one", "TASK_COMPLETE")
+    done = world.run("--task", "x", within=["bash", "-c", 'ulimit -n 12; "$@"', "bash"])
+    assert done.status == 5
+    assert_one_complaint(done, "Too many open files")
 
 
 # -- Options ------------------------------------------------------------------------------------
@@ -2217,7 +3144,7 @@ def test_benchmark_of_the_processor_time_of_a_minute(where, world, asked_for):
 def test_benchmark_of_the_start(world, asked_for):
     with TimedModel(["TASK_COMPLETE"]) as model:
         began = time.time()
-        done = world.run("--task", "x", OPENROUTER_BASE_URL=model.url, AGENT_STARTS_IN="0.15")
+        done = world.run("--task", "x", OPENROUTER_BASE_URL=model.url, AGENT_START="sleep 0.15")
         assert done.status == 0
     ready = json.loads((world.work / "agent.log").read_text())["at"]
     print(f"\nfrom start to the first call of the model: {model.asked[0] - began:.2f} s, "
@@ -2262,3 +3189,23 @@ def test_benchmark_of_a_hundred_clients(world, asked_for):
           f"{sum(ids == everything for ids in told)} got all in order; delay median "
           f"{1000 * statistics.median(delays):.0f} ms, worst {1000 * max(delays):.0f} ms")
     assert told == [everything] * len(clients)
+
+
+def test_benchmark_of_a_replay_of_5000_events(world, browser, asked_for):
+    events: list[Event] = [{"type": "task_info", "task": "long"}]
+    for number in range(1, 1667):
+        events += [{"type": "iteration_start", "iteration": number},
+                   {"type": "reply", "iteration": number, "text": "x" * 200,
+                    "tokens": {"prompt": 900, "completion": 100, "total": 1000}, "cost": 0.01},
+                   {"type": "iteration_end", "iteration": number, "orchestrator": "x" * 200,
+                    "agent_output": "a line of output\n" * 50}]
+    path = written(world, *events, {"type": "complete", "outcome": "complete"})
+    began = time.monotonic()
+    replay = world.start("--replay", str(path))
+    site = replay.site()
+    opened = time.monotonic()
+    browser.open(site.url)
+    rows = "document.querySelectorAll('.iteration').length"
+    assert poll(lambda: browser.evaluate(rows) == 1666 and shows(browser, "Task complete"), 30)
+    print(f"\na replay of {len(events) + 1} events, {path.stat().st_size / 1e6:.1f} MB: served "
+          f"after {opened - began:.2f} s, whole in Chromium {time.monotonic() - opened:.2f} s later")

@@ -6,7 +6,9 @@ is real on loopback.  There is no tmux here and no network; test_integration.py 
 from __future__ import annotations
 
 import ast
+import datetime
 import doctest
+import errno
 import functools
 import http.client
 import http.server
@@ -28,13 +30,13 @@ import pytest
 import orchestrator
 from orchestrator import (
     Agent, AgentError, AgentExited, Autopilot, BudgetReached, Chat, Config, ConfigError,
-    ContextOverflow, Control, Conversation, Dashboard, GaveUp, Interrupted, Journal, Memory,
+    ContextOverflow, Control, Conversation, Dashboard, GaveUp, Interrupted, Journal, Memory, Menu,
     ModelError, Narrator, OpenRouter, OrchestratorError, Pane, Place, Program, Question, Reply,
-    Session, Signals, Stuck, Tmux, TmuxError, TmuxGone, Tokens, TransientError, Turn, Watch,
-    child_environment, choose_program, clip, draft_in_box, fingerprint, holds_draft, known_question,
-    last_unfinished, last_words, main, narrate, narrate_chat, new_lines, parse_env, parse_object,
-    parse_reply, read_env_file, read_events, run_check, sanitize, say, says_busy, shows_input,
-    sole_driver, span, tidy)
+    Session, Signals, Stuck, Tmux, TmuxDied, TmuxError, TmuxGone, Tokens, TransientError, Turn,
+    Watch, above_box, child_environment, choose_program, clip, draft_in_box, fingerprint,
+    holds_draft, is_intact, known_question, last_unfinished, last_words, main, menu_on, narrate,
+    narrate_chat, new_lines, parse_env, parse_object, parse_reply, read_env_file, read_events,
+    run_check, sanitize, say, says_busy, shows_input, sole_driver, span, tidy, usage_limit)
 
 SOURCE = Path(orchestrator.__file__).read_text(encoding="utf-8")
 KEY = "sk-or-v1-0123456789abcdef"
@@ -108,7 +110,7 @@ class Hands:
     def __init__(self, *turns) -> None:
         self.told, self._turns = [], list(turns)
 
-    def start(self):
+    def start(self, talked=False):
         return Turn("the first screen")
 
     def look(self):
@@ -149,7 +151,7 @@ class Terminal:
         return self.existing
 
     def create(self, command, directory, mark):
-        self.existing = Session("%1", mark, directory, " ".join(command))
+        self.existing = Session("%1", mark)
         self.respawn("%1", command, directory)
         return "%1"
 
@@ -214,6 +216,8 @@ class Terminal:
     def vanish(self):
         """End the whole server."""
         self.existing, self.lines = None, []
+
+    kill = vanish
 
     def _drawn(self):
         if not self.existing:
@@ -374,9 +378,9 @@ class Client(OpenRouter):
 class Flight:
     """An Autopilot with a scripted model and agent on a fake clock; memory and journal are real."""
 
-    def __init__(self, directory, *replies, turns=(), **settings) -> None:
+    def __init__(self, directory, *replies, turns=(), secret="", **settings) -> None:
         self.clock, self.model, self.agent = Clock(), ScriptedModel(*replies), Hands(*turns)
-        self.journal, self.error = Journal(directory / "run.jsonl"), None
+        self.journal, self.error = Journal(directory / "run.jsonl", secret=secret), None
         self.memory = Memory(directory / "memory.json", settings.get("memory_max_facts", 50))
         self.control = Control(self.journal, lambda: None)
         self.pilot = Autopilot(
@@ -665,7 +669,7 @@ BOX = ["────", "❯", "────", "  ? for help"]
     ([*OLD, *BOX], [*OLD[100:], "new", *BOX], ["new"]),
     ([*OLD, *BOX], [*OLD[100:-1], "redrawn", "new", *BOX], ["redrawn", "new"]),
     ([*OLD, *BOX], ["cleared", *BOX], None),
-    (["a", "b"], ["c", "d"], None)])
+    (["$"], ["149", "150", "$"], None), (["a", "b"], ["c", "d"], None)])
 def test_what_is_new_on_a_screen(before, after, new):
     assert new_lines(before, after) == new
 
@@ -719,6 +723,30 @@ YES, ACCEPT = "Yes, I trust this folder", "Yes, I accept"
 
 
 RULE = "─" * 20
+ASKED = [" Do you want to proceed?", " ❯ 1. Yes", "   2. No", " Esc to cancel · Tab to amend"]
+
+
+@pytest.mark.parametrize("screen, menu", [
+    (ASKED, Menu("Do you want to proceed?", "1. Yes")),
+    ([*ASKED[:1], "   1. Yes", " ❯ 2. No", "", ASKED[3]], Menu("Do you want to proceed?", "2. No")),
+    (["Allow command?", "› 1. Yes, proceed", "  2. No", "", "  Press enter to confirm"],
+     Menu("Allow command?", "1. Yes, proceed")),
+    (["Help", "  ←/→ to switch · Esc to close"], Menu("Help", "")),
+    ([*ASKED, RULE, "❯", RULE, "  ? for shortcuts"], None),
+    (["press esc to cancel", "› Ask Codex", "  gpt-5", "  ? for shortcuts"], None), ([], None)])
+def test_which_screens_ask_for_keys(screen, menu):
+    assert menu_on(screen) == menu
+
+
+@pytest.mark.parametrize("lines, above", [
+    (["● done", "", RULE, "❯", RULE, "  ⏵⏵ bypass permissions on"], ["● done"]),
+    (["● done", "", RULE, "❯ one", "", "  two", RULE, "", "  footer", "  more"], ["● done"]),
+    (["• done", "", "", "› Ask Codex to do anything", "", "  gpt-5 default"], ["• done"]),
+    (["❯ echo", "", "● done", RULE, "❯", RULE], ["❯ echo", "", "● done"]),
+    (["● ❯ is a prompt", "❯ this", "● done"], ["● ❯ is a prompt", "❯ this", "● done"]),
+    (ASKED, ASKED), ([RULE, "❯", RULE], []), ([], [])])
+def test_the_input_box_and_the_footer_are_left_out(lines, above):
+    assert above_box(lines) == above
 
 
 @pytest.mark.parametrize("lines, column, draft", [
@@ -726,9 +754,16 @@ RULE = "─" * 20
     (['❯ Try "fix it"'], 2, ""), (["│ >                │"], 4, ""), ([], 0, ""), (["$ ls"], 4, ""),
     (["❯ rm -rf x"], 10, "rm -rf x"), (["› über"], 6, "über"), (["❯ one", "  two"], 5, "one\ntwo"),
     (["❯ one", "", "  two"], 5, "one\n\ntwo"), (["❯", ""], 2, "\n"), (["❯ one", "● two"], 3, ""),
-    (["❯ one", RULE, "  ? for help"], 12, "")])
+    (["❯ one", RULE, "  ? for help"], 12, ""), ([RULE, "!"], 2, "!"), ([RULE, "! ls"], 4, "!ls")])
 def test_what_stands_in_an_input_box(lines, column, draft):
-    assert draft_in_box(lines, column) == draft
+    row = len(lines) - 1
+    assert draft_in_box(lines, row, column) == draft
+    assert draft_in_box([*lines, RULE, "  ? for help"], row, column) == draft
+    assert draft_in_box([*lines, "", "  gpt-5 default"], row, column) == draft
+
+
+def test_a_draft_may_stand_below_the_cursor():
+    assert draft_in_box([RULE, "❯", "  two", RULE, "  ? for help"], 1, 2) == "\ntwo"
 
 
 @pytest.mark.parametrize("screen, question", [
@@ -736,6 +771,7 @@ def test_what_stands_in_an_input_box(lines, column, draft):
     ([*TRUST, f"   1. {YES}", " ❯ 2. No, exit"], Question(YES, "Up")),
     ([*TRUST, " ❯ No, exit", f"   {YES}"], Question(YES, "Down")),
     ([*TRUST, "   No, exit", f" ❯ {YES}"], Question(YES, "Enter")),
+    ([*TRUST, f" ❯ 1. {YES} ✔", "   2. No, exit"], Question(YES, "Enter")),
     ([*BYPASS, "  ❯ 1. No, exit", f"    2. {ACCEPT}"], Question(ACCEPT, "Down")),
     ([*BYPASS, "    1. No, exit", f"  ❯ 2. {ACCEPT}"], Question(ACCEPT, "Enter")),
     ([*BYPASS, "  ❯ No, exit", f"    {ACCEPT}"], Question(ACCEPT, "Down")),
@@ -809,7 +845,30 @@ def test_fingerprints_differ_in_more_than_times_and_tokens():
     assert fingerprint("✻ Writing (3s · 1.2k tokens)") == fingerprint("✻ Writing (12s · 90 tokens)")
     assert fingerprint("3 of 5 done") != fingerprint("4 of 5 done")
     assert fingerprint("failed after 12 s") != fingerprint("passed after 12 s")
+    assert fingerprint("Attempt 3, 2026-11-22 10:15: pid 77") == fingerprint(
+        "Attempt 4, 2026-11-23 11:16: pid 8")
+    assert fingerprint("3 failed, 17 passed") != fingerprint("2 failed, 18 passed")
     assert fingerprint("done\n✻ Brewed for 4s") == fingerprint("done\n✻ Churned for 1m 2s")
+
+
+@pytest.mark.parametrize("output, hours", [
+    ("● ok\n  ⎿  You've hit your limit · resets 6pm", 3), ("You've hit your limit · resets 3am", 12),
+    ("You've hit your session limit · resets 3:30pm", 0.5), ("■ You've hit your usage limit. Upgrade "
+     "to Pro, or try again in 3 hours 12 minutes.", 3.2),
+    ("You've reached your weekly limit\n  resets Nov 25 at 9:00 (Nowhere/Land)", 66),
+    ("Claude usage limit reached. Your limit will reset at 4pm", 1),
+    ("Try again at Nov 22nd, 2026 7:54 PM.\n" * 9, None), ("API Error: Rate limit reached", 0),
+    ("You're out of extra usage", 0), ("You've hit your limit · resets 99pm", 0),
+    ("print(\"You've hit your limit · resets 3am\")", None), ("\"You've hit your limit\"", None),
+    ("You've hit your limit · resets 3am\n" + "● and then\n" * 8, None)])
+def test_a_usage_limit_is_read_at_the_end_of_an_output(output, hours):
+    said, seconds = usage_limit(output, datetime.datetime(2026, 11, 22, 15, 0))
+    assert (bool(said), seconds) == (hours is not None, (hours or 0) * 3600)
+
+
+def test_a_usage_limit_may_name_its_time_zone():
+    now = datetime.datetime(2026, 11, 22, 15, 0, tzinfo=datetime.timezone.utc)
+    assert usage_limit("You've hit your limit · resets 5pm (UTC)", now)[1] == 7200
 
 
 # -- 4. Tmux --------------------------------------------------------------------------------
@@ -818,10 +877,10 @@ class FakeTmux:
     """A program called tmux that says what it is told to, and keeps what it was given."""
 
     SCRIPT = """#!/bin/sh
-        cd "$FAKE"
+        cwd=$PWD; cd "$FAKE"; echo "$cwd" > cwd
         printf '%s\\037' "$@" >> calls; printf '\\036' >> calls
         export -p > environ
-        cat > stdin; cat stdout; [ -s stderr ] && cat stderr >&2
+        cat > stdin; cat stdout; [ -s stderr ] && cat stderr >&2; [ -e then ] && mv then stderr
         read status < status; exit "$status"
         """
 
@@ -834,10 +893,12 @@ class FakeTmux:
         self.tmux = Tmux("private", "work", self.environ)
         self.says("")
 
-    def says(self, stdout, stderr="", status=0):
-        """Have the program answer so from now on."""
-        for name, text in (("stdout", stdout), ("stderr", stderr), ("status", f"{status}\n")):
-            (self._directory / name).write_text(text)
+    def says(self, stdout, stderr="", status=0, then=None):
+        """Have the program answer so from now on, or once and `then` complain of something else."""
+        said = {"stdout": stdout, "stderr": stderr, "status": f"{status}\n", "then": then}
+        for name, text in said.items():
+            if text is not None:
+                (self._directory / name).write_text(text)
 
     def given(self, name):
         """Return the text that the program was given as stdin or environ."""
@@ -859,7 +920,8 @@ PANE = Pane("%1", 10, 20, False, "", False, False, 0, 0, "claude", "", ())
 
 @pytest.mark.parametrize("stderr, kind", [
     ("no server running on /tmp/tmux-0/x", TmuxGone), ("error connecting to /tmp/x", TmuxGone),
-    ("server exited unexpectedly", TmuxGone), ("lost server", TmuxGone),
+    ("server exited unexpectedly", TmuxError), ("lost server", TmuxDied),
+    ("server exited", TmuxDied),
     ("can't find session: work", TmuxGone), ("can't find window: 1", TmuxGone),
     ("can't find pane: %1", TmuxGone), ("unknown command: frobnicate", TmuxError),
     ("", TmuxError)])
@@ -879,6 +941,14 @@ def test_an_empty_answer_is_doubted(fake):
         assert type(caught.value) is TmuxError
 
 
+def test_a_server_that_died_is_told_apart_from_one_of_another_version(fake):
+    fake.says("", "server exited unexpectedly", status=1)
+    with pytest.raises(TmuxError, match="is the server on socket private of another version"):
+        fake.tmux.find()
+    fake.says("", "server exited unexpectedly", status=1, then="no server running on /tmp/x")
+    assert fake.tmux.find() is None
+
+
 @pytest.mark.parametrize("text, accepted", [
     ("tmux 3.0a", True), ("tmux 3.7", True), ("tmux next-3.4", True), ("tmux 10.1", True),
     ("tmux master", True), ("tmux 2.9a", False), ("tmux 1.8", False)])
@@ -896,12 +966,14 @@ def test_a_missing_tmux_says_how_to_get_it(tmp_path):
         Tmux("private", "work", {"PATH": str(tmp_path)}).version()
 
 
-def test_a_command_and_its_directory_reach_the_program_as_they_are(fake):
+def test_a_command_and_its_directory_reach_the_program_as_they_are(fake, tmp_path):
+    directory = tmp_path / "a#[x]#{pid};"
+    directory.mkdir()
     fake.says("%7\n")
-    assert fake.tmux.create(("sh", "-c", "echo hi;"), "/tmp/a#{pid};", "the mark") == "%7"
+    assert fake.tmux.create(("sh", "-c", "echo hi;"), str(directory), "the mark") == "%7"
     (arguments,) = fake.calls()
     start = arguments.index("--")
-    assert arguments[start - 2:start] == ["-c", "/tmp/a##{pid}\\;"]
+    assert fake.given("cwd") == f"{directory}\n" and "-c" not in arguments[:start]
     assert arguments[start + 1:start + 4] == ["sh", "-c", "echo hi\\;"]
     assert arguments.index("history-limit") < start and arguments.index("remain-on-exit") < start
     assert "the mark" in arguments
@@ -936,8 +1008,8 @@ def test_a_look_returns_the_facts_and_the_screen(fake):
 
 
 def test_a_session_is_found_by_its_name_or_is_none(fake):
-    fake.says("%1\nmark\n/home/me\nclaude --continue\n")
-    assert fake.tmux.find() == Session("%1", "mark", "/home/me", "claude --continue")
+    fake.says("%1\nmark\n")
+    assert fake.tmux.find() == Session("%1", "mark")
     fake.says("", "no server running on /tmp/x", 1)
     assert fake.tmux.find() is None
 
@@ -960,8 +1032,8 @@ def test_the_program_follows_from_the_settings():
 
 def verdicts(*looks, draft="", titled=False, patience=15.0):
     """Return what a Watch says to (second, screen, title, command) after a quiet first look."""
-    watch = Watch(PANE._replace(screen=("❯",)), 0.0, ["claude"], draft=draft, titled=titled,
-                  patience=patience)
+    watch = Watch(PANE._replace(screen=("❯",)), 0.0, ["claude"], titled=titled, patience=patience,
+                  untaken=lambda pane: bool(draft) and holds_draft(pane.cursor_line, draft))
     return [watch.see(PANE._replace(screen=tuple(screen.split("\n")), title=title,
                                     cursor_row=screen.count("\n"),
                                     command=(*command, "claude")[0]), now)
@@ -983,8 +1055,15 @@ def test_a_turn_is_over_when_the_sign_of_work_has_gone_and_the_screen_stands():
 def test_a_sign_that_stands_still_counts_for_fifteen_seconds(screen, title, command):
     looks = [(now, screen, title, command) for now in (0.1, 5, 10, 15)]
     assert verdicts(*looks) == ["wait"] * 4
-    assert verdicts(*looks, (15.2, screen, title, command))[-1] == (
+    assert verdicts(*looks, (15.3, screen, title, command))[-1] == (
         "quiet" if command == "sleep" else "done")
+
+
+def test_a_spinner_that_a_dead_program_left_in_the_title_is_no_sign_of_work():
+    watch = Watch(PANE._replace(title="⠂ x"), 0.0, ["claude"])
+    looks = [(0.1, "⠂ x"), (2.2, "⠂ x"), (2.3, "⠐ x"), (2.4, "⠂ x")]
+    assert [watch.see(PANE._replace(title=title, screen=("a",)), now) for now, title in looks] == [
+        "wait", "done", "wait", "wait"]
 
 
 def test_words_are_not_asked_once_a_title_has_shown_a_spinner():
@@ -999,11 +1078,20 @@ def test_a_program_without_a_sign_ends_after_two_seconds_of_stillness():
         "wait", "wait", "wait", "done"]
 
 
+def test_a_message_that_is_kept_until_the_agent_has_started_is_not_taken_yet():
+    kept, taken = "> hi\n❯\n  Waiting for startup · esc cancel", "> hi\n❯"
+    looks = [(0.1, kept, ""), (9, kept, ""), (9.5, taken, ""), (11.4, taken, ""), (11.5, taken, "")]
+    assert verdicts(*looks) == ["wait"] * 4 + ["done"]
+
+
 def test_another_program_in_the_foreground_is_work():
     assert verdicts((0.1, "a", "", "make"), (9, "b", "", "make"), (23, "b", "", "make"),
                     (24, "b", "", "make")) == ["wait", "wait", "wait", "quiet"]
     assert verdicts((0.1, "a", "", "make"), (9, "b", ""), (9.25, "b", "")) == [
         "wait", "wait", "done"]
+    between_two = [(0.1, "a", "", "make"), (2.1, "a", "", "make"), (2.2, "a", ""),
+                   (2.3, "a", "", "cc"), (2.4, "a", ""), (2.6, "a", "")]
+    assert verdicts(*between_two) == ["wait"] * 5 + ["done"]
 
 
 def test_where_nothing_changes_the_turn_is_quiet():
@@ -1069,6 +1157,26 @@ def test_a_refused_paste_is_tried_again():
         desk.agent.ask("two")
 
 
+def test_nothing_is_typed_into_a_question_and_the_model_is_told_what_it_is():
+    desk = Desk(claude())
+    desk.terminal.box, desk.terminal.lines = False, list(ASKED)
+    turn = desk.agent.ask("one")
+    assert desk.terminal.pasted == [] and "Nothing was typed" in turn.report()
+    assert "'Do you want to proceed?'" in turn.report() and "'1. Yes'" in turn.report()
+    desk.terminal.keyed = lambda key: setattr(desk.terminal, "box", True)
+    assert "takes keys" not in desk.agent.press(["Enter"]).report()
+    desk.terminal.keyed = None
+    assert desk.agent.ask("one").output == "> one\n● Done: one"
+
+
+def test_a_usage_limit_is_told_with_the_time_until_its_end():
+    desk = Desk(claude(answer="You've hit your limit, try again in 5 hours"))
+    turn = desk.agent.ask("one")
+    assert turn.limited == 18000 and "usage limit of Claude Code" in turn.report()
+    assert Desk(shell("You've hit your limit, try again in 5 hours"), program=choose_program(
+        "", "sh")).agent.ask("one").limited == 0
+
+
 @pytest.mark.parametrize("draft", ["rm -rf ", "one\ntwo\n\nthree", "\n"])
 def test_a_draft_that_somebody_left_is_removed_and_told(draft):
     desk = Desk(claude())
@@ -1116,6 +1224,33 @@ def test_a_lost_enter_is_pressed_again_but_nothing_is_pasted_twice(lost, taken):
     desk.agent.ask("one")
     assert desk.terminal.taken == taken and desk.terminal.pasted == ["one"]
     assert desk.terminal.pressed == ["Enter"] * min(lost + 1, 4)
+
+
+@pytest.mark.parametrize("message", ["❯", "x ❯", "Yes", "> ", "one\n\n"])
+def test_a_taken_enter_is_not_doubled_by_a_message_that_looks_like_a_prompt(message):
+    def silent(terminal):
+        claude(seconds=0)(terminal)
+        terminal.take = lambda message: terminal.lines.append("● Done")
+
+    for program in (PROGRAM, choose_program("", "sh")):
+        desk = Desk(silent, program=program)
+        desk.agent.ask(message)
+        assert desk.terminal.taken == [message] and desk.terminal.pressed == ["Enter"]
+
+
+def test_an_enter_that_became_a_new_line_is_pressed_again():
+    desk = Desk(claude())
+    press, lost = desk.terminal.press, [1]
+
+    def deaf(pane, key):
+        if lost:
+            desk.terminal.draft += "\n" * lost.pop()
+            return True
+        return press(pane, key)
+
+    desk.terminal.press = deaf
+    desk.agent.ask("one")
+    assert desk.terminal.taken == ["one\n"]
 
 
 def test_a_turn_over_its_limit_is_still_working_and_can_be_waited_for():
@@ -1234,10 +1369,19 @@ def test_a_session_of_the_same_directory_and_command_is_joined():
     assert "remembers the conversation" in third.ask("three").report()
 
 
+def test_a_session_that_is_gone_is_made_again_with_the_conversation_if_there_was_one():
+    desk = Desk(claude(), start=False)
+    assert "remembers the conversation" in desk.agent.start(talked=True).report()
+    assert desk.terminal.started == [PROGRAM.resume] and desk.told[0][0] == "recovery"
+    desk = Desk(lambda terminal: terminal.die("No conversation found"), claude(), start=False)
+    assert "remembers nothing" in desk.agent.start(talked=True).report()
+    assert desk.terminal.started == [PROGRAM.resume, PROGRAM.start]
+
+
 def test_a_session_that_was_made_for_something_else_is_left_alone():
     desk = Desk(claude(), start=False)
-    desk.terminal.create(("vim", "secret.txt"), "/home/me", "another mark")
-    with pytest.raises(ConfigError, match="work runs vim secret.txt in /home/me.*CLAUDE_TMUX_SESS"):
+    desk.terminal.create(("vim", "secret.txt"), "/home/me", "'vim secret.txt' in '/home/me'")
+    with pytest.raises(ConfigError, match="work runs 'vim secret.txt' in '/home/me'.*CLAUDE_TMUX"):
         desk.agent.start()
     assert not desk.terminal.pasted and not desk.terminal.pressed
 
@@ -1470,6 +1614,8 @@ def test_facts_are_on_disk_at_once_in_their_order_and_without_doubles(memory, tm
     assert memory.add(["TESTS run with  tox", "ä", "", "  "]) == ["ä"]
     assert stored(tmp_path) == ["Tests run with tox", "the port is 80", "ä"] == memory.facts
     assert memory.add(["ä"]) == []
+    (tmp_path / "memory.json").write_text('["by  hand", "b"]')
+    assert memory.add(["By hand", "c"]) == ["c"] and stored(tmp_path) == ["by  hand", "b", "c"]
 
 
 def test_no_file_is_made_while_there_are_no_facts(memory, tmp_path):
@@ -1500,6 +1646,30 @@ def test_a_file_that_is_broken_meanwhile_is_set_aside_and_no_fact_is_lost(memory
     memory.add(["b"])
     (aside,) = tmp_path.glob("memory.json.bad-*")
     assert aside.read_text() == "by hand, not yet done" and stored(tmp_path) == ["a", "b"]
+    assert aside.name in memory.complaint
+    memory.add(["c"])
+    assert memory.complaint == "" and stored(tmp_path) == ["a", "b", "c"]
+
+
+def test_facts_that_cannot_be_written_are_with_the_next_that_can(memory, tmp_path, monkeypatch):
+    memory.add(["a"])
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "fsync", lambda handle: os.write(-1, b"no space"))
+        with pytest.raises(OSError):
+            memory.add(["b"])
+        assert stored(tmp_path) == ["a"] and memory.facts == ["a", "b"]
+        assert [path.name for path in tmp_path.iterdir()] == ["memory.json"]
+    Memory(tmp_path / "memory.json", 3).add(["of another run"])
+    assert memory.add(["c"]) == ["b", "c"]
+    assert stored(tmp_path) == ["a", "of another run", "b", "c"]
+
+
+def test_a_draft_that_a_killed_run_left_is_overwritten_whatever_it_is(memory, tmp_path):
+    (tmp_path / "other").write_text("mine")
+    (tmp_path / ".memory.json.new").symlink_to(tmp_path / "other")
+    memory.add(["a"])
+    assert stored(tmp_path) == ["a"] and (tmp_path / "other").read_text() == "mine"
+    assert not os.path.lexists(tmp_path / ".memory.json.new")
 
 
 def test_two_runs_in_one_directory_lose_no_facts_of_each_other(memory, tmp_path):
@@ -1521,12 +1691,29 @@ def test_the_file_keeps_its_mode_and_a_link_stays_a_link(memory, tmp_path):
     memory.add(["a"])
     assert (tmp_path / "memory.json").is_symlink() and target.stat().st_mode & 0o777 == 0o640
     assert json.loads(target.read_text()) == ["a"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere.json", "memory.json"]
+    target.write_text("broken")
+    memory.add(["b"])
+    assert (tmp_path / "memory.json").is_symlink() and json.loads(target.read_text()) == ["a", "b"]
+    (aside,) = tmp_path.glob("elsewhere.json.bad-*")
+    assert aside.read_text() == "broken"
+    assert sorted(tmp_path.iterdir()) == sorted([aside, target, tmp_path / "memory.json"])
+
+
+def test_the_lock_is_where_the_file_is_and_a_missing_one_stops_nothing(tmp_path, monkeypatch):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "memory.json").symlink_to(tmp_path / "shared.json")
+    runs = [Memory(tmp_path / name / "memory.json", 3) for name in ("one", "two")]
+    at_once(*[functools.partial(run.add, [f"{number}"]) for run, numbers in
+              zip(runs, (range(20), range(20, 40))) for number in numbers])
+    assert len(json.loads((tmp_path / "shared.json").read_text())) == 40
+    monkeypatch.setattr(orchestrator.fcntl, "flock", lambda *_: os.write(-1, b"NFS can't"))
+    assert runs[0].load() == "" and runs[0].add(["x"]) == ["x"]
 
 
 @pytest.mark.parametrize("rewritten, kept", [
-    (["ab", "cd"], ["ab", "cd"]), (None, list("abcd")), ([], list("abcd")), (["  "], list("abcd")),
-    (list("abcd"), list("abcd")), (list("abcde"), list("abcd"))])
+    (["ab", "cd"], ["ab", "cd"]), (["a", "d"], ["a", "d"]), (None, list("abcd")), ([], list("abcd")), (["  "], list("abcd")),
+    (list("abcd"), list("abcd")), (list("abcde"), list("abcd")), (["x" * 2001], list("abcd"))])
 def test_a_compaction_only_ever_shortens(memory, tmp_path, rewritten, kept):
     memory.add("abcd")
     lengths = memory.compact(lambda facts: rewritten)
@@ -1547,7 +1734,25 @@ def test_a_short_memory_is_not_compacted_and_facts_of_another_run_survive(memory
     assert stored(tmp_path) == ["x", "meanwhile"]
 
 
+def test_a_compaction_that_another_run_has_overtaken_is_given_up(memory, tmp_path):
+    memory.add("abcd")
+    other = Memory(tmp_path / "memory.json", 3)
+    other.load()
+
+    def rewrite(facts):
+        assert other.compact(lambda facts: ["ab", "cd"]) == (4, 2)
+        return ["abcd"]
+
+    assert memory.compact(rewrite) is None and stored(tmp_path) == ["ab", "cd"] == memory.facts
+
+
 # -- 8. Journal -----------------------------------------------------------------------------
+
+@pytest.fixture
+def fly(tmp_path):
+    """Return a function that makes a Flight."""
+    return lambda *replies, **options: Flight(tmp_path, *replies, **options)
+
 
 def ids(journal):
     return [event["id"] for event in journal.events()]
@@ -1575,6 +1780,27 @@ def test_a_secret_never_enters_an_event(tmp_path):
     journal.publish("screen", text=KEY)
     assert heard[0]["text"] == "the key is [key]." and KEY not in path.read_text()
     assert KEY not in str(heard) and KEY.encode() not in journal.read(0, 0, 0).live[0]
+
+
+LONG_KEY = "sk-or-v1-" + "0123456789abcdef" * 4
+
+
+@pytest.mark.parametrize("text, masked", [
+    (LONG_KEY, "[key]"), (f"key={LONG_KEY}.\nmore", "key=[key].\nmore"),
+    (f"\x1b[31m{LONG_KEY[:20]}\x1b[39m\n\x1b[31m{LONG_KEY[20:]}\x1b[0m x",
+     "\x1b[31m[key]\x1b[0m x"),
+    (f"│ {LONG_KEY[:30]} │\n│ {LONG_KEY[30:]} │", "│ [key] │"),
+    (f"{LONG_KEY[:60]} (cut off", f"[key]{LONG_KEY[36:60]} (cut off"), (f"...{LONG_KEY[30:]}", None),
+    ("sk-or-v1-0123 is how they begin", "sk-or-v1-0123 is how they begin"),
+    ("a long text\n\n" * 2000 + "s" * 9000, "a long text\n\n" * 2000 + "s" * 9000)],
+    ids=lambda text: text and text[:20])
+def test_a_long_secret_is_masked_wherever_it_is_wrapped_cut_or_coloured(tmp_path, text, masked):
+    journal = Journal(tmp_path / "run.jsonl", secret=LONG_KEY)
+    journal.publish("note", text=text)
+    kept = journal.events()[0]["text"]
+    assert kept == journal.masked(text) and LONG_KEY[36:] not in kept and LONG_KEY[:36] not in kept
+    assert kept == masked or masked is None
+    assert Journal(secret="short").masked("a short word") == "a short word"
 
 
 @pytest.mark.parametrize("end", [b'{"id": 3, "type": "no', b"\xff\xfe\n", b"[]\nnull\n\n", b"{}\n",
@@ -1639,9 +1865,90 @@ def test_a_disk_that_is_full_is_said_once_and_what_came_before_is_kept(tmp_path)
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [event["type"] for event in journal.events()] == ["note", "note", "error", "note"]
     assert len(read_events(tmp_path / "run.jsonl")) == 1
+    journal.publish("note", text="d")       # there is space again
+    assert read_events(tmp_path / "run.jsonl") == journal.events()
+    assert [event.get("text") for event in journal.events()] == ["a", "b", None, "c", "d"]
+    assert journal.unsaid == ""
+
+
+def test_a_disk_that_is_full_in_the_end_is_said_by_whoever_has_the_journal(tmp_path):
+    journal = Journal(tmp_path / "run.jsonl")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))
+    try:
+        journal.publish("complete", outcome="complete")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [event["type"] for event in journal.events()] == ["complete"]
+    assert "File too large" in journal.unsaid
+
+
+def test_a_run_whose_journal_can_only_be_read_goes_on_from_it(tmp_path, monkeypatch):
+    path = tmp_path / "run.jsonl"
+    Journal(path).publish("note", text="a")
+    path.write_bytes(path.read_bytes() + b'{"torn')
+    before = path.read_bytes()
+
+    def refuse(*how):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as read_only:
+        read_only.setattr(os, "open", refuse)
+        journal = Journal(path)
+    journal.publish("note", text="b")
+    assert [event.get("text") for event in journal.events()] == ["a", "b", None]
+    assert "Read-only" in journal.complaint and path.read_bytes() == before
+
+
+def test_nothing_is_taken_after_the_last_event(tmp_path):
+    journal = Journal(tmp_path / "run.jsonl")
+    journal.publish("complete", outcome="complete")
+    Control(journal, lambda: None).act("note", "too late")
+    journal.publish("screen", text="x")
+    assert [event["type"] for event in read_events(tmp_path / "run.jsonl")] == ["complete"]
+    assert not journal.read(0, 0, 0).live
     again = Journal(tmp_path / "run.jsonl")
-    again.publish("note", text="d")
-    assert [event["text"] for event in again.events()] == ["a", "d"]
+    again.publish("state", state="resumed")
+    assert ids(again) == [1, 2]
+
+
+def test_listeners_hear_of_events_in_their_order_one_by_one(tmp_path):
+    journal, heard, inside = Journal(tmp_path / "run.jsonl"), [], []
+
+    def listener(event):
+        inside.append(event)
+        heard.append((event["id"], len(inside)))
+        inside.pop()
+
+    journal.listen(listener)
+    at_once(*[lambda: [journal.publish("note", text="x") for _ in range(50)]] * 4)
+    assert heard == [(number, 1) for number in range(1, 201)]
+
+
+def test_a_journal_cut_anywhere_at_its_end_is_read_resumed_and_replayed(fly, tmp_path):
+    """At every byte of its last 2 KB with BENCHMARK=1, else at every seventh."""
+    first = fly("one", "two", "TASK_COMPLETE", Reply("ä\nMEMORY_SAVE: a", Tokens(5000), 0.0, 1),
+                "in short", "five", verify_cmd="exit 1", history_max_tokens=1000,
+                turns=["did one", "did two", "did four", Interrupted(signal.SIGINT)])
+    with pytest.raises(Interrupted):
+        first.run()
+    whole, path, resumed = (tmp_path / "run.jsonl").read_bytes(), tmp_path / "cut.jsonl", set()
+    assert len(whole) > 2048
+    for cut in range(len(whole), len(whole) - 2049, -1 if os.environ.get("BENCHMARK") else -7):
+        path.write_bytes(whole[:cut])
+        events = read_events(path)
+        assert events == Journal(path, read_only=True).events() == first.journal.events()[
+            :len(events)]
+        journal = Journal(path)
+        journal.publish("note", text="ü")
+        assert ids(journal) == list(range(1, len(events) + 2))
+        assert [*events, journal.events()[-1]] == read_events(path)
+        if len(events) not in resumed:
+            resumed.add(len(events))
+            (tmp_path / str(cut)).mkdir()
+            again = Flight(tmp_path / str(cut), "TASK_COMPLETE")
+            assert again.run([*filter(is_intact, events)]) == "complete"
+    assert len(resumed) > 10
 
 
 def test_a_recorded_run_is_followed_while_it_is_written(tmp_path):
@@ -1704,6 +2011,7 @@ def visitor():
     with visitor.dashboard:
         yield visitor
         visitor.leave()
+        visitor.dashboard.visited.clear()       # it is not waited for
 
 
 def events_of(response, count):
@@ -1828,12 +2136,6 @@ def test_an_address_that_cannot_be_listened_on_is_named():
 
 # -- 10. Loops ------------------------------------------------------------------------------
 
-@pytest.fixture
-def fly(tmp_path):
-    """Return a function that makes a Flight."""
-    return lambda *replies, **options: Flight(tmp_path, *replies, **options)
-
-
 def test_a_conversation_grows_at_its_end_only_until_it_is_summarised():
     talk, seen = Conversation("system", "opening"), [[]]
     for number in range(5):
@@ -1928,6 +2230,16 @@ def test_facts_are_remembered_at_once_and_told_to_the_next_run(fly, tmp_path):
     assert "## Memory from previous sessions\n- paint is wet" in second.model.calls[0][0]["content"]
 
 
+def test_facts_of_a_megabyte_are_kept_but_only_told_in_part(fly, tmp_path):
+    big, said = "x " * 500_000, "y" * 1_000_000
+    (tmp_path / "memory.json").write_text(json.dumps([big, "the last fact"]))
+    flight = fly(f"MEMORY_SAVE: {said}\none", "TASK_COMPLETE")
+    flight.memory.load()
+    assert flight.run() == "complete" and stored(tmp_path) == [big, "the last fact", "y" * 2000]
+    system = flight.model.calls[0][0]["content"]
+    assert len(system) < 20_000 and "the last fact" in system
+
+
 def test_a_long_memory_is_compacted_by_the_model(fly, tmp_path):
     flight = fly("MEMORY_SAVE: a\nMEMORY_SAVE: b\nMEMORY_SAVE: c\ngo", 'Sure: {"facts": ["abc"]}',
                  "TASK_COMPLETE", memory_max_facts=2)
@@ -1951,6 +2263,54 @@ def test_the_task_is_complete_only_once_its_check_passes(fly, tmp_path):
     assert [(event["status"], event["output"]) for event in flight.of("verify")] == [
         (3, "missing"), (0, "there")]
     assert "status 3" in flight.shown(1) and "missing" in flight.shown(1)
+
+
+def test_a_check_that_fails_five_times_alike_is_stuck(fly):
+    replies = [reply for number in range(5) for reply in ("TASK_COMPLETE", f"try {number}")]
+    flight = fly(*replies, verify_cmd="echo bad in 0.$$ s; exit 3")
+    assert flight.run() == "stuck" and "VERIFY_CMD failed 5 times" in str(flight.error)
+    assert len(flight.of("verify")) == 5 and len(flight.agent.told) == 4
+    flight = fly(*replies, "TASK_FAILED: no", verify_cmd="echo x >> tries; wc -l < tries; exit 3")
+    assert flight.run() == "failed" and len(flight.agent.told) == 5
+
+
+LIMITED = Turn("You've hit your limit", limited=7200.0)
+
+
+def test_a_usage_limit_is_waited_out(fly):
+    flight = fly("go on", "TASK_COMPLETE")
+    flight.agent._turns = [LIMITED, *[lambda: flight.clock.sleep(4000) or Turn("")] * 2]
+    assert flight.run() == "complete" and flight.clock.now == 9000
+    assert flight.agent.told == ["go on", 7320.0, 3320.0]
+    assert "You've hit your limit" in flight.shown(1) and "waited for" in flight.shown(1)
+    (waiting,) = flight.of("state")
+    assert waiting["state"] == "waiting" and "usage limit" in waiting["reason"]
+
+
+def test_an_agent_that_goes_on_before_its_usage_limit_ends_is_not_waited_for(fly):
+    flight = fly("go on", "TASK_COMPLETE", turns=[LIMITED, "somebody typed"])
+    assert flight.run() == "complete" and "somebody typed" in flight.shown(1)
+
+
+def test_a_usage_limit_that_outlasts_the_time_of_the_run_ends_it(fly):
+    flight = fly("go on", max_minutes=10.0)
+    flight.agent._turns = [LIMITED, lambda: flight.clock.sleep(600) or Turn("")]
+    assert flight.run() == "budget" and flight.agent.told == ["go on", 600.0]
+
+
+def test_a_check_that_cannot_be_run_has_not_passed(fly, monkeypatch, tmp_path):
+    flight = fly("TASK_COMPLETE", "TASK_FAILED: so be it", verify_cmd="true")
+    monkeypatch.setattr(orchestrator.tempfile, "tempdir", str(tmp_path / "missing"))
+    assert flight.run() == "failed" and flight.of("verify")[0]["status"] == 126
+    assert "can't be run" in flight.shown(1) and "No such file" in flight.shown(1)
+
+
+def test_what_the_world_does_to_a_run_leaves_it_to_be_resumed(fly):
+    flight = fly("one", turns=[OSError(errno.ENOSPC, "No space left on device")])
+    with pytest.raises(OSError):
+        flight.run()
+    assert flight.of("complete")[0]["outcome"] == "interrupted"
+    assert "No space" in flight.of("complete")[0]["reason"]
 
 
 def test_a_run_in_circles_is_warned_once_and_then_ended(fly):
@@ -2056,6 +2416,74 @@ def test_a_resumed_run_goes_on_with_conversation_and_totals(fly):
     end = second.of("complete")[-1]
     assert (end["iterations"], end["cost"], end["tokens"]["total"]) == (4, 1.0, 440)
     assert len(second.of("task_info")) == 1
+
+
+def test_a_run_that_is_stopped_twice_knows_what_it_was_told_in_between(fly):
+    """What the model was told when it went on, and notes, stand where they stood for it."""
+    def noting(text, *rest):
+        return lambda: first.control.act("note", text) or (rest[0] if rest else "did it")
+
+    first = fly("one", "two", turns=[noting("mind the gap"), Interrupted(signal.SIGINT)])
+    with pytest.raises(Interrupted):
+        first.run()
+    second = fly("three", Interrupted(signal.SIGTERM))
+    second.control.act("note", "not told yet")
+    with pytest.raises(Interrupted):
+        second.run(first.journal.events())
+    third = fly("TASK_COMPLETE")
+    third.run(second.journal.events())
+    told, again = second.model.calls[1], third.model.calls[0]
+    assert again[:len(told) - 1] == told[:-1] and "mind the gap" in told[3]["content"]
+    assert again[-1]["content"].startswith(told[-1]["content"])
+    texts = [message["content"] for message in again]
+    assert texts[4:6] == ["two", texts[5]] and texts[5].count("[You were stopped") == 2
+    assert "the first screen" in texts[5] and texts[5].endswith("not told yet")
+    assert [texts[6], texts[7].count("[You were stopped at")] == ["three", 1]
+    assert third.of("complete")[-1]["iterations"] == 4      # the fourth had no reply: begun again
+
+
+def test_facts_of_a_reply_that_was_broken_off_are_saved_and_only_then(fly, tmp_path):
+    past = [{"type": "task_info", "time": "2026-01-31T09:00:00.000Z"},
+            {"type": "reply", "time": "2026-01-31T09:00:01.000Z", "text": "MEMORY_SAVE: a\none"}]
+    going_on = {"type": "state", "time": "2026-01-31T09:00:02.000Z", "reason": "the run goes on"}
+    assert fly("TASK_COMPLETE").run(past) == "complete" and stored(tmp_path) == ["a"]
+    (tmp_path / "memory.json").write_text("[]")
+    fly("TASK_COMPLETE").run([*past, going_on, {**past[1], "text": "two"}])
+    assert stored(tmp_path) == []
+
+
+def test_odd_events_of_an_earlier_part_are_passed_over(fly):
+    odd = [{"type": "reply"}, {"type": "reply", "text": 7}, {"type": "history"}, {"type": "note"},
+           {"type": "iteration_end", "agent_output": None}, {"type": "of the future", "text": []},
+           {"type": "reply", "text": "x", "tokens": 7, "cost": "much", "iteration": "one"},
+           {"type": "history", "summary": "s", "summarised": [], "tokens": {"prompt": "x"}},
+           {"type": "state", "told": 7}, {"type": "complete", "outcome": [], "iteration": 9}]
+    events = [{"type": "task_info", "task": "x", "model": "M", "agent": "A", "attach": "attach",
+               "workdir": "/"}, *odd]
+    events = [{"time": "2026-01-31" if number % 2 else "2026-01-31T09:00:00.000Z", **event}
+              for number, event in enumerate(events)] + odd
+    intact = list(filter(is_intact, events))
+    assert len(intact) == 6 and [is_intact(event) for event in odd] == [False] * len(odd)
+    flight = fly("TASK_COMPLETE")
+    assert flight.run(intact) == "complete" and flight.of("complete")[0]["iterations"] == 1
+
+
+def test_the_agent_is_told_whether_it_was_talked_to(fly):
+    for past, talked in (([], False), ([{"type": "task_info", "time": ""}], False),
+                         ([{"type": "reply", "time": "", "text": "x"}], True)):
+        flight = fly("TASK_COMPLETE")
+        flight.agent.start = lambda given: asked.append(given) or Turn("")
+        asked = []
+        flight.run(past)
+        assert asked == [talked]
+
+
+def test_what_the_model_is_shown_and_what_is_remembered_has_no_secret(fly, tmp_path):
+    flight = fly(f"MEMORY_SAVE: it is {KEY}\none", "TASK_COMPLETE", turns=[f"the key is {KEY}"],
+                 secret=KEY)
+    flight.control.act("note", f"mind {KEY}")
+    assert flight.run() == "complete" and stored(tmp_path) == ["it is [key]"]
+    assert "the key is [key]" in flight.shown(1) and "mind [key]" in flight.shown(0)
 
 
 def test_the_time_between_two_parts_of_a_run_does_not_count(fly):
@@ -2178,7 +2606,9 @@ def scene(tmp_path, monkeypatch, capsys):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    FakeTmux(tmp_path).says("tmux 3.4\n")
+    FakeTmux(tmp_path)
+    (tmp_path / "tmux").write_text('#!/bin/sh\n[ "$6" = -V ] && exec echo tmux 3.4\n'
+                                   'echo no server running >&2; exit 1\n')
 
     def play_scene(*arguments, **environ):
         monkeypatch.setattr(sys, "stdin", io.StringIO())
@@ -2404,15 +2834,57 @@ def test_one_orchestrator_drives_a_session_at_a_time(tmp_path):
                 pass
         with sole_driver(Config(claude_tmux_session="other"), place):
             pass
+    with sole_driver(Config(claude_tmux_socket="a-b", claude_tmux_session="c"), place):
+        with sole_driver(Config(claude_tmux_socket="a", claude_tmux_session="b-c"), place):
+            pass
     with sole_driver(Config(), place):
         pass
+
+
+def test_a_file_system_without_locks_stops_nobody(tmp_path, monkeypatch):
+    monkeypatch.setattr(orchestrator.fcntl, "flock", lambda *_: os.write(-1, b"no locks"))
+    with sole_driver(Config(), Place(tmp_path, tmp_path / "state", {})):
+        pass
+
+
+def test_the_run_to_resume_is_the_last_of_the_directory_with_this_session(tmp_path):
+    place, runs = Place(tmp_path, tmp_path / "state", {}), tmp_path / "state" / "runs"
+    first = {"type": "task_info", "task": "x", "model": "M", "agent": "A", "attach": "attach a",
+             "workdir": str(tmp_path)}
+    ended = {"type": "complete", "outcome": "complete"}
+
+    def write(name, *events):
+        (runs / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"time": "", **event}) + "\n" for event in events) + '{"torn')
+
+    runs.mkdir(parents=True)
+    with pytest.raises(ConfigError, match="there is no run to resume in [^:]+$"):
+        last_unfinished(place, "attach a")
+    write("1", {**first, "workdir": "/elsewhere"})
+    write("2", first, {**ended, "outcome": "budget"}, {"type": "unknown"})
+    write("3", {**first, "mode": "chat"})
+    write("4", {"type": "note"}, first)
+    write("5", {**first, "task": 7})
+    (runs / "6.jsonl").mkdir()
+    (runs / "7.jsonl").write_bytes(b"\0" * 5000)
+    assert last_unfinished(place, "attach a")[0] == runs / "2.jsonl"
+    assert [event["type"] for event in last_unfinished(place, "attach a")[1]] == [
+        "task_info", "complete", "unknown"]
+    write("8", {**first, "attach": "attach b"})
+    assert last_unfinished(place, "attach a")[0] == runs / "2.jsonl"
+    with pytest.raises(ConfigError, match="the last one had another session, attach b$"):
+        last_unfinished(place, "attach c")
+    write("9", first, ended)
+    with pytest.raises(ConfigError, match=r"has ended \(complete\): .*9.jsonl$"):
+        last_unfinished(place, "attach a")
 
 
 def test_the_run_to_resume_is_found_among_more_runs_than_may_be_open(tmp_path):
     place, runs = Place(tmp_path, tmp_path / "state", {}), tmp_path / "state" / "runs"
     runs.mkdir(parents=True)
     for number in range(100):
-        event = {"id": 1, "time": "2026-01-31T09:00:00.123Z", "type": "task_info",
+        event = {"id": 1, "time": "2026-01-31T09:00:00.123Z", "type": "task_info", "task": "x",
+                 "model": "M", "agent": "A", "attach": "attach",
                  "workdir": "/elsewhere" if number else str(tmp_path)}
         (runs / f"{number:03}.jsonl").write_text(json.dumps(event) + "\n")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -2420,7 +2892,7 @@ def test_the_run_to_resume_is_found_among_more_runs_than_may_be_open(tmp_path):
     os.close(last)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (last + 50, hard))
-        assert last_unfinished(place) == runs / "000.jsonl"
+        assert last_unfinished(place, "attach")[0] == runs / "000.jsonl"
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
@@ -2438,3 +2910,38 @@ def test_signals_are_held_back_where_nothing_may_be_cut_in_two():
                 signal.raise_signal(number)
             assert caught.value.status == status
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_second_signal_hurries_what_the_first_has_begun(monkeypatch):
+    timers = []
+    monkeypatch.setattr(signal, "setitimer", lambda which, seconds: timers.append(seconds))
+    monkeypatch.setattr(os, "_exit", timers.append)
+    with Signals() as signals:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except Interrupted:
+            signal.raise_signal(signal.SIGINT)
+            with signals.held():
+                signal.raise_signal(signal.SIGINT)
+        assert timers == [0.5, 0.5]
+        signal.raise_signal(signal.SIGALRM)
+        with pytest.raises(Interrupted):        # it was dealt with: this is a first one again
+            signal.raise_signal(signal.SIGINT)
+    assert timers == [0.5, 0.5, 130, 0]
+
+
+def test_a_hangup_that_was_to_be_ignored_is_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Signals():
+            signal.raise_signal(signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_trouble_of_the_world_is_one_line(scene, monkeypatch):
+    monkeypatch.setattr(orchestrator.tempfile, "tempdir", "/nowhere")
+    status, out, err = scene("--demo")
+    assert (status, out) == (1, "") and "No such file" in err
+    assert err.startswith("orchestrator: ") and err.count("\n") == 1
