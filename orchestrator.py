@@ -50,6 +50,8 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import difflib
+import email.utils
 import errno
 import fcntl
 import http.client
@@ -57,6 +59,7 @@ import http.server
 import io
 import itertools
 import json
+import math
 import os
 import queue
 import random
@@ -82,7 +85,8 @@ import urllib.request
 import webbrowser
 import zoneinfo
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Sequence, TextIO
+from typing import (
+    Any, Callable, Generator, Iterable, Iterator, Mapping, NamedTuple, Sequence, TextIO)
 
 __version__ = "1.0.0"
 __all__ = ["Agent", "Autopilot", "Chat", "Config", "Dashboard", "Journal", "Memory", "OpenRouter",
@@ -145,9 +149,14 @@ class AgentExited(AgentError):
 
 
 class ModelError(OrchestratorError):
-    """The model refused or could not be reached, and asking the same again is no use."""
+    """The model refused or could not be reached, and asking the same again is no use.
 
-    status, outcome = 6, "model"
+    `code` is the HTTP status, if there was one; `change` has options of the request that would
+    have to be lower, or None where one would have to go.
+    """
+
+    status, outcome, code = 6, "model", 0
+    change: Mapping[str, int | None] = {}
 
 
 class ContextOverflow(ModelError):
@@ -1383,17 +1392,21 @@ class Agent:
 # -- 6. OpenRouter --------------------------------------------------------------------------
 # The one place that opens a URL.  May use: Errors, Text.
 
+Messages = Sequence[Mapping[str, str]]
+
+
 class Tokens(NamedTuple):
-    """What calls used, as the API counts; `cached` is a part of `prompt`."""
+    """What calls used, as the API counts; of `prompt` what its cache had, and what was put in."""
 
     prompt: int = 0
     completion: int = 0
     total: int = 0
     cached: int = 0
+    written: int = 0
 
 
 class Reply(NamedTuple):
-    """A whole answer of the model."""
+    """A whole answer of the model, and what all the tries for it used."""
 
     text: str
     tokens: Tokens
@@ -1408,189 +1421,398 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def _object(data: bytes) -> dict:
-    found = parse_object(data)
-    if found is None:
-        raise TransientError(f"the model's server sent no JSON object, but "
-                             f"{data[:80].decode('utf-8', 'replace')!r}: check OPENROUTER_BASE_URL",
-                             tries=3)
-    return found
-
-
-def _is_stream(answer: http.client.HTTPResponse) -> bool:
-    return "text/event-stream" in answer.headers.get("Content-Type", "")
-
-
 def _reason(error: BaseException) -> str:
-    return str(getattr(error, "reason", None) or error) or type(error).__name__
+    said = str(getattr(error, "reason", None) or error)     # may repeat what the server sent
+    return " ".join(sanitize(said).split()) or type(error).__name__
 
 
 def _part(holder: Mapping, name: str) -> dict:
-    """Return an object inside another, an empty one where there is none."""
+    """Return an object inside another, or in a list there; an empty one where there is none."""
     found = holder.get(name)
+    found = found[0] if isinstance(found, list) and found else found
     return found if isinstance(found, dict) else {}
+
+
+def _text(message: Mapping, name: str) -> str:
+    """Return a text, which may come as a list of parts."""
+    found = message.get(name)
+    parts = found if isinstance(found, list) else [{"text": found}]
+    texts = [part.get("text") for part in parts if isinstance(part, dict)]
+    return "".join(text for text in texts if isinstance(text, str))
 
 
 def _number(holder: Mapping, name: str) -> float | None:
     """Return a count or an amount, None where there is none, or one that can't be."""
-    found = holder.get(name)
-    return found if type(found) in (int, float) and 0 <= found < 1e15 else None
+    found: Any = holder.get(name)
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        if not isinstance(found, bool) and 0 <= float(found) < 1e15:
+            return float(found)
+    return None
 
 
-def _content(message: Mapping) -> str:
-    content = message.get("content") or ""
-    return content if isinstance(content, str) else "".join(
-        part.get("text") or "" for part in content)
+def _plain(model: object) -> str:
+    """Return a model's name without its variant; OpenRouter takes dashes for dots."""
+    return re.sub(r"[:@].*", "", str(model)).replace(".", "-").lower()
 
 
-def _usage(usage: Mapping) -> tuple[Tokens, float | None]:
-    """Return tokens and cost of an answer, where any part of it may be missing or null."""
-    prompt, completion = (int(_number(usage, f"{kind}_tokens") or 0)
-                          for kind in ("prompt", "completion"))
-    cached = int(_number(_part(usage, "prompt_tokens_details"), "cached_tokens") or 0)
-    return Tokens(prompt, completion, prompt + completion, cached), _number(usage, "cost")
+_KINDS = {word: status for status, words in {     # of types and codes that are words
+    401: "authentication invalid_api_key", 402: "payment_required insufficient_quota",
+    400: "invalid_request invalid_prompt unprocessable precondition_failed",
+    403: "permission_denied", 404: "not_found model_not_found", 429: "rate_limit_exceeded",
+    413: "context_length_exceeded string_too_long token_limit_exceeded payload_too_large",
+    451: "content_policy_violation refusal", 500: "server server_error unmapped",
+    502: "provider_unavailable", 503: "provider_overloaded overloaded_error",
+    504: "timeout"}.items() for word in words.split()}
+_OVERFLOW = re.compile(r"context[ _]length|maximum context|(prompt|input) is too long|"
+                       r"too many tokens|context (window|limit)", re.I)
+_REFUSED = re.compile(r"content[ _]policy|usage polic|moderation|flagged|prompt[ _]injection", re.I)
+_ROOM = (r"can only afford (?P<room>\d{1,9})", r"at most (?P<room>\d{1,9}) completion tokens",
+         r"max_tokens: \d+ > (?P<room>\d{1,9})", r"(?P<input>\d{1,9}) \+ \d+ > (?P<room>\d{1,9})",
+         r"context length is (?P<room>\d{1,9}) tokens.*?"
+         r"(?P<input>\d{1,9}) (of text input|in the messages|input tokens)")
+_OPTIONS = ("cache_control", "stream_options", "session_id", "max_tokens", "stream")
+_ON = ("Your answer was cut off because it became too long. Go on exactly where it stopped, "
+       "without a word about that.")
+_CREDIT = "add credit, or raise the limit of the key"
+_ADVICE = {401: "check OPENROUTER_API_KEY", 402: _CREDIT,
+           403: "the key, the provider or what stands before it does not allow that",
+           404: "check OPENROUTER_MODEL and OPENROUTER_BASE_URL",
+           407: "check the proxy that the environment names",
+           429: "too long to wait for: --resume goes on later"}
 
 
-_OVERFLOW = re.compile(r"context[ _]length|maximum context|prompt is too long|too many tokens|"
-                       r"context window|token_limit_exceeded|string_too_long", re.I)
-_ADVICE = {401: "check OPENROUTER_API_KEY", 402: "add credit, or lower what a call may cost",
-           403: "the key or the provider does not allow it",
-           404: "check OPENROUTER_MODEL and OPENROUTER_BASE_URL"}
+def _hint(error: Mapping, headers: Mapping[str, str]) -> float | None:
+    """Return in how many seconds a server wants to be asked again, None if it does not say."""
+    told = {str(name).lower(): value for name, value in [
+        *headers.items(), *_part(_part(error, "metadata"), "headers").items(),
+        *_part(error, "availability").items()]}
+    for name, unit in (("retry_after", 1), ("retry-after-ms", 0.001), ("retry-after", 1)):
+        seconds = _number(told, name)
+        if seconds is not None:
+            return seconds * unit
+    reset = _number(told, "x-ratelimit-reset")      # in milliseconds
+    with contextlib.suppress(ValueError, OverflowError, TypeError, IndexError):
+        date = email.utils.parsedate_tz(str(told.get("retry-after", "")))
+        reset = email.utils.mktime_tz(date) * 1000 if date else reset
+    return None if reset is None else max(0.0, reset / 1000 - time.time())
+
+
+def _change(message: str, kind: int) -> dict[str, int | None]:
+    """Return what a refusal asks to change: a lower max_tokens, or an option that is to go."""
+    for pattern in _ROOM:
+        found = re.search(pattern, message)
+        if found:
+            room = int(found["room"]) - int(found.groupdict().get("input") or 0)
+            return {"max_tokens": int(room * 0.95)} if room >= 1000 else {}
+    return {name: None for name in _OPTIONS if kind in (400, 404, 422)
+            and re.search(rf"\b{name.replace('_', '[ _]')}(ing)?\b", message, re.I)}
 
 
 def classify(status: int, body: object, headers: Mapping[str, str]) -> ModelError:
-    """Return the error for an answer that is no success, by its code wherever that stands.
+    """Return the error for an answer that is no success, by its type or code wherever that stands.
 
     The shapes are those of the OpenRouter documentation, errors-and-debugging: the error may
-    come with status 200, its code may be a number, a string or missing, and the provider's own
+    come with status 200, its code may be a number, a word or missing, and the provider's own
     words may be in metadata.raw.
     """
     error = body.get("error") if isinstance(body, dict) else body
     error = error if isinstance(error, dict) else {"message": error or body}
-    metadata, availability = _part(error, "metadata"), _part(error, "availability")
-    code = str(error.get("code") or error.get("http_status") or "")
-    code = int(code) if re.fullmatch(r"[1-5]\d\d", code) else status if status >= 300 else 502
+    metadata, retryable = _part(error, "metadata"), _part(error, "availability").get("retryable")
+    told = [str(error.get(name)) for name in ("error_type", "code", "http_status")] + [str(status)]
+    code = next((int(each) for each in told if re.fullmatch(r"[3-5]\d\d", each)), 502)
+    kind = next((_KINDS[each] for each in [str(metadata.get("error_type")), *told]
+                 if each in _KINDS), code)
     message = str(error.get("message") or "")
     if metadata.get("raw") and message in ("", "Provider returned error"):
         message = f"{message}: {metadata['raw']}"
-    message = " ".join(re.sub(r"<[^>]*>", " ", sanitize(message)).split())[:300]
-    said = f"the model's server answered {code}" + f": {message}" * bool(message)
-    if code in (400, 413) and _OVERFLOW.search(f"{metadata.get('error_type')} {message}"):
-        return ContextOverflow(said)
-    if code in (408, 409, 425, 429) or code >= 500:
-        hint = availability.get("retry_after") or headers.get("Retry-After")
-        seconds = re.fullmatch(r"\d+(\.\d+)?", str(hint))
-        return TransientError(said, retry_after=float(seconds[0]) if seconds else None)
-    otherwise = "OPENROUTER_MODEL may not take this request" if code >= 400 else _ADVICE[404]
-    return ModelError(f"{said} ({_ADVICE.get(code, otherwise)})")
+    message = " ".join(re.sub(r"<[^>]*>", " ", sanitize(message[:2_000])).split())
+    said = f"the model's server answered {code}" + f": {message[:300]}" * bool(message)
+    refused = metadata.keys() & {"reasons", "flagged_input", "patterns"} or _REFUSED.search(message)
+    kind = 402 if kind == 403 and "limit exceeded" in message else kind
+    hint = _hint(error, headers)
+    if kind == 429 and (hint or 86_400 * bool(re.search("per.day|daily", message))) > 3600:
+        retryable = False
+
+    if kind == 413 or kind != 429 and _OVERFLOW.search(message):
+        found: ModelError = ContextOverflow(said)
+    elif kind == 451 or refused and (kind in (400, 403) or kind >= 500):
+        found = TransientError(said, tries=3)
+    elif retryable or retryable is None and (kind in (408, 409, 425, 429) or kind >= 500):
+        found = TransientError(said, retry_after=hint)
+    else:
+        otherwise = "OPENROUTER_MODEL may not take this request" if kind >= 400 else _ADVICE[404]
+        found = ModelError(f"{said} ({_ADVICE.get(kind, otherwise)})")
+    found.code = code
+    found.change = _change(message, 0 if isinstance(found, ContextOverflow) else kind)
+    return found
 
 
 class OpenRouter:
     """A client of the chat completions API of OpenRouter, or of a server that speaks the same.
 
-    `publish` is told of each failure that is waited out.  Times are in seconds.
+    `publish` is told of each failure that is survived.  Times are in seconds: IDLE without a
+    byte, PROGRESS without data, CALL for one try, PATIENCE for all of them, CHECK for a question
+    before the run, HINT for what a server may ask us to wait.
     """
 
-    IDLE, PROGRESS, CALL, PATIENCE = 120.0, 300.0, 1200.0, 3600.0
+    IDLE, PROGRESS, CALL, PATIENCE, CHECK, HINT = 120.0, 300.0, 1200.0, 3600.0, 5.0, 900.0
     MAX_TOKENS = 16_000     # always sent: without it the credit check assumes the model's maximum
+    MAX_LINE = 100_000_000  # bytes
+    PARTS = 4               # of an answer that is cut at its length again and again
 
     def __init__(self, base_url: str, key: str, model: str, *,
                  publish: Callable[..., object] = lambda kind, **fields: None,
                  clock: Callable[[], float] = time.monotonic,
                  sleep: Callable[[float], None] = time.sleep) -> None:
         self.model = model
+        self.characters_per_token = 4.0     # until the server has counted
         self._base = re.sub(r"/+(chat/completions/*)?$", "", base_url)
         self._key, self._publish, self._clock, self._sleep = key, publish, clock, sleep
-        self._session_id = secrets.token_hex(16)
-        self._is_openrouter = urllib.parse.urlsplit(self._base).hostname == "openrouter.ai"
-        self._opener = urllib.request.build_opener(_NoRedirect)
+        self._prices: dict[str, float] = {}     # US dollars a token, by prompt and completion
+        self._estimates = False
+        self._is_openrouter = self._base.startswith("https://openrouter.ai/")
+        self._options: dict[str, Any] = {"max_tokens": self.MAX_TOKENS, "stream": True,
+                                         "stream_options": {"include_usage": True}}
+        if self._is_openrouter:     # only it knows them; the id keeps a run on one provider's cache
+            marks = {"cache_control": {"type": "ephemeral"}} if "claude" in model else {}
+            self._options.update(marks, session_id=secrets.token_hex(16))
+        near = re.match(r"https?://(localhost|127\.0\.0\.1|\[::1\])[:/]", f"{self._base}/")
+        self._opener = urllib.request.build_opener(
+            _NoRedirect, *[urllib.request.ProxyHandler({})] * bool(near))
 
     def check(self) -> str:
         """Ask for the key and the model by free calls; return what is known of the model.
 
-        Raises ModelError for a key or a model that the server refuses.
+        Raises TransientError if the server can't be asked now, another ModelError for a key that
+        it refuses or that has no credit, and for a model that it does not have.
         """
-        if self._is_openrouter:
-            self._get("/key")
-        models = {each.get("id"): each for each in self._get("/models").get("data") or []}
-        if models and self.model not in models:
-            raise ModelError(f"OPENROUTER_MODEL={self.model!r}: the server has no such model")
-        price = _part(models.get(self.model) or {}, "pricing")
-        return self.model + "".join(f", ${float(price[kind]) * 1e6:g} per million {kind} tokens"
-                                    for kind in ("prompt", "completion") if price.get(kind))
+        credit = _part(self._get("/key"), "data").get("limit_remaining") \
+            if self._is_openrouter else None
+        if isinstance(credit, (int, float)) and credit <= 0:
+            raise ModelError(f"OPENROUTER_API_KEY has no credit left: {_CREDIT}")
+        try:
+            listed = self._get("/models").get("data")
+        except ModelError as error:
+            if error.code not in (400, 403, 404, 405, 501):
+                raise
+            listed = None
+        models = {str(each[name]): each for each in (listed if isinstance(listed, list) else [])
+                  for name in ("canonical_slug", "id") if isinstance(each, dict) and name in each}
+        if models and not self.model.startswith("~") and "*" not in "".join(models) \
+                and _plain(self.model) not in {"", *map(_plain, models)}:
+            near = difflib.get_close_matches(self.model, models, 1, 0)[0]
+            raise ModelError(f"OPENROUTER_MODEL={self.model!r}: the server has no such model, "
+                             f"the nearest is {near}")
+        price = _part(models.get(self.model, {}), "pricing")
+        self._prices = {kind: dollars for kind in ("prompt", "completion")
+                        for dollars in [_number(price, kind)] if dollars is not None}
+        return self.model + "".join(f", ${dollars * 1e6:g} per million {kind} tokens"
+                                    for kind, dollars in self._prices.items()) + (
+            "" if models else ", which is not checked: the server does not list its models")
 
-    def complete(self, messages: Sequence[Mapping[str, str]], *,
-                 on_text: Callable[[str], object] = lambda text: None) -> Reply:
+    def complete(self, messages: Messages, *,
+                 on_text: Callable[[str], object] = lambda text: None,
+                 on_use: Callable[[Tokens, float | None], object] = lambda tokens, cost: None,
+                 left: Callable[[], float] = lambda: math.inf) -> Reply:
         """Return the model's answer; `on_text` is given what there is of it while it comes.
 
-        Waits out failures that may pass, for up to an hour.  Raises ModelError for those that
-        will not, ContextOverflow for a conversation that is too long.
+        Waits out failures that may pass, for up to an hour; leaves out what the server does not
+        take; has an answer go on that was cut at its length.  `left` returns how many seconds
+        there are, or raises what is to end the call.  `on_use` is told what each try has used,
+        the failed ones too.  Raises ModelError for failures that will not pass, ContextOverflow
+        for a conversation that is too long.
         """
+        began, talk, whole = self._clock(), list(messages), ""
+        tokens, cost = Tokens(), None
+
+        def count(more: Tokens, dollars: float | None) -> None:
+            nonlocal tokens, cost
+            tokens = Tokens(*map(sum, zip(tokens, more)))
+            cost = cost if dollars is None else (cost or 0.0) + dollars
+            on_use(more, dollars)
+
+        try:
+            for _ in range(self.PARTS):
+                text, finish = self._insist(talk, lambda part: on_text(whole + part), count, left)
+                whole += text
+                if finish != "length":
+                    break
+                talk += [{"role": "assistant", "content": text}, {"role": "user", "content": _ON}]
+        except ModelError:
+            if not whole:
+                raise
+        return Reply(whole, tokens, cost, round((self._clock() - began) * 1000))
+
+    def _insist(self, messages: Messages, on_text: Callable, on_use: Callable,
+                left: Callable[[], float]) -> tuple[str, str]:
+        """Return text and finish reason of one answer, after all the tries that it takes."""
         began, failures, limited = self._clock(), 0, 0
+        if "max_tokens" in self._options:       # was perhaps lowered for the last answer
+            self._options["max_tokens"] = self.MAX_TOKENS
         while True:
+            left()
             try:
-                return self._call(messages, on_text)
+                return self._call(messages, on_text, on_use, left)
             except TransientError as error:
                 failures, limited = failures + 1, limited + bool(error.tries)
                 delay = min(60.0, 2.0 ** min(failures, 6)) * random.uniform(0.75, 1.25)
                 if error.retry_after is not None:       # the server's word wins, within reason
-                    delay = min(max(error.retry_after, 0.5), 900.0)
+                    delay = min(max(error.retry_after, failures / 2), self.HINT)
                 if error.tries and limited >= error.tries:
                     raise ModelError(f"{error}, {limited} times") from None
                 if self._clock() + delay - began > self.PATIENCE:
                     raise ModelError(f"gave up after an hour: {error}") from None
                 self._publish("error", error=str(error), retry_in=round(delay, 1))
-                self._sleep(delay)
+                self._sleep(min(delay, left()))
+            except ModelError as error:
+                mended = self._mend(error.change)
+                if not mended:
+                    raise
+                self._publish("error", error=f"{error}; asking again {mended}")
 
-    def body(self, messages: Sequence[Mapping[str, str]]) -> dict:
-        """Return the request; what only OpenRouter knows is sent to it alone."""
+    def _mend(self, change: Mapping[str, int | None]) -> str:
+        """Lower an option, or drop it; return what was done, if anything."""
+        for name, value in change.items():
+            if value is None and self._options.pop(name, None):
+                return f"without {name}"
+            if value and value < self._options.get(name, 0):
+                self._options[name] = value
+                return f"with {name}={value}"
+        return ""
+
+    def body(self, messages: Messages) -> dict:
+        """Return the request; system prompt and newest message are marked for Claude's cache."""
         sent: list[dict] = [dict(message) for message in messages]
-        request = {"model": self.model, "messages": sent, "max_tokens": self.MAX_TOKENS,
-                   "stream": True, "stream_options": {"include_usage": True}}
-        if self._is_openrouter:
-            request["session_id"] = self._session_id        # keeps a run on one provider's cache
-        if self._is_openrouter and "claude" in self.model:
-            for message in sent[:1] + sent[-1:]:
-                message["content"] = [{"type": "text", "text": message["content"],
-                                       "cache_control": {"type": "ephemeral"}}]
-        return request
+        options = dict(self._options)
+        mark = options.pop("cache_control", None)
+        for message in sent[:1] + sent[-1:] if mark else []:
+            message["content"] = [{"type": "text", "text": message["content"],
+                                   "cache_control": mark}]
+        return {"model": self.model, "messages": sent, **options}
 
-    def _call(self, messages: Sequence[Mapping[str, str]], on_text: Callable) -> Reply:
-        began, text, finish, usage = self._clock(), "", "", {}
-        with self._open("/chat/completions", self.body(messages)) as answer:
-            streamed = _is_stream(answer)
-            try:
-                for chunk in self._chunks(answer):
-                    choices = chunk.get("choices")
-                    choice = choices[0] if isinstance(choices, list) and choices else {}
-                    if chunk.get("error") or choice.get("error"):
-                        raise classify(200, chunk if chunk.get("error") else choice, {})
-                    text += _content(choice.get("delta") or choice.get("message") or {})
-                    finish = choice.get("finish_reason") or finish
-                    usage = _part(chunk, "usage") or usage
-                    on_text(text)
-            except (AttributeError, TypeError):     # some part is of another type than it should
-                raise TransientError("the model's server sent an answer of another form",
-                                     tries=3) from None
+    def _call(self, messages: Messages, on_text: Callable, on_use: Callable,
+              left: Callable[[], float]) -> tuple[str, str]:
+        """Return text and finish reason of one try."""
+        text, finish, refusal, usage = "", "", "", {}
+        answer = self._ask("/chat/completions", left, self.body(messages))
+        try:
+            for chunk in answer:
+                usage = _part(chunk, "usage") or usage
+                choice = _part(chunk, "choices")
+                wrong = chunk if chunk.get("error") else choice
+                if wrong.get("error"):
+                    raise classify(200, wrong, {})
+                message = _part(choice, "delta") or _part(choice, "message")
+                text += _text(message, "content")
+                refusal += _text(message, "refusal")
+                finish = str(choice.get("finish_reason") or finish)
+                on_text(text)
+        finally:
+            answer.close()
+            if usage or text and finish:
+                sent = sum(len(message["content"]) for message in messages)
+                on_use(*self._bill(usage, sent, len(text)))
         if not finish or finish == "error":     # with no text, or whole: the server may be at fault
             raise TransientError(f"the model's answer broke off ({finish or 'no finish_reason'})",
-                                 tries=0 if text and streamed else 3)
+                                 tries=5)
         if not text.strip():
-            raise TransientError(f"the model's answer was empty ({finish})", tries=3)
-        return Reply(text, *_usage(usage), round((self._clock() - began) * 1000))
+            refused = f"refused: {' '.join(refusal.split())[:300]}"
+            raise TransientError(f"the model {refused}" if refusal else
+                                 f"the model's answer was empty ({finish})", tries=3)
+        return text, finish
+
+    def _bill(self, usage: Mapping, sent: int, received: int) -> tuple[Tokens, float | None]:
+        """Return what a try has used, estimated from characters and prices where it is not told."""
+        counts = {kind: _number(usage, f"{kind}_tokens") for kind in ("prompt", "completion")}
+        cost, estimated = _number(usage, "cost"), []
+        if counts["prompt"]:
+            self.characters_per_token = min(max(sent / counts["prompt"], 0.5), 8.0)
+        elif counts["prompt"] is None:
+            estimated.append("tokens")
+            counts = {"prompt": sent / self.characters_per_token,
+                      "completion": received / self.characters_per_token}
+        if cost is None and self._prices:
+            estimated.append("cost")
+            cost = sum(price * (counts[kind] or 0) for kind, price in self._prices.items())
+        if estimated and not self._estimates:
+            self._estimates = True
+            self._publish("note", source="orchestrator", text="the model's server does not tell "
+                          f"{' and '.join(estimated)}: estimated from here on")
+        prompt, completion = (int(count or 0) for count in counts.values())
+        details = _part(usage, "prompt_tokens_details")
+        cached, written = (int(_number(details, f"{kind}_tokens") or 0)
+                           for kind in ("cached", "cache_write"))
+        return Tokens(prompt, completion, prompt + completion, cached, written), cost
 
     def _get(self, path: str) -> dict:
-        with self._open(path) as answer:
-            return next(self._chunks(answer), {})
+        with contextlib.closing(self._ask(path, lambda: self.CHECK)) as answer:
+            return next(answer, {})
 
-    def _open(self, path: str, body: dict | None = None) -> http.client.HTTPResponse:
+    def _ask(self, path: str, left: Callable[[], float],
+             body: dict | None = None) -> Generator[dict, None, None]:
+        """Yield the JSON objects of an answer, streamed or whole, while there is time `left`.
+
+        A thread reads them, so that every wait has an end: looking up a name, a body that
+        trickles and comments that go on and on have none of their own.
+        """
+        inbox: queue.SimpleQueue[bytes | Exception | None] = queue.SimpleQueue()
+        over = threading.Event()
+        threading.Thread(target=self._fetch, args=(path, body, inbox.put, over),
+                         daemon=True).start()
+        began = progress = self._clock()
+        try:
+            while True:
+                wait = min(progress + self.PROGRESS, began + self.CALL) - self._clock()
+                try:
+                    found = inbox.get(timeout=max(0.0, min(wait, left())))
+                except queue.Empty:
+                    left()
+                    wait = 0.0
+                if wait <= 0:
+                    raise TransientError("the model's server is too slow: gave up after "
+                                         f"{self._clock() - began:.0f} s")
+                if isinstance(found, Exception):
+                    raise found
+                if found is None:
+                    return
+                progress, data = self._clock(), self._masked(found)
+                parsed = parse_object(data)
+                if parsed is None:
+                    raise TransientError("the model's server sent no JSON object, but "
+                                         f"{data[:80].decode('utf-8', 'replace')!r}: "
+                                         "check OPENROUTER_BASE_URL", tries=5)
+                yield parsed
+        finally:
+            over.set()
+
+    def _fetch(self, path: str, body: dict | None, tell: Callable[[bytes | Exception | None], None],
+               over: threading.Event) -> None:
+        """Read an answer until it is over: tell each JSON text in it, then None, or what failed."""
+        try:
+            with self._open(path, body) as answer:
+                if "text/event-stream" not in answer.headers.get("Content-Type", ""):
+                    tell(answer.read(self.MAX_LINE))
+                    return tell(None)
+                while not over.is_set():
+                    line = answer.readline(self.MAX_LINE)
+                    data = line[len(b"data:"):].strip() if line.startswith(b"data:") else b""
+                    if data == b"[DONE]" or not line:
+                        return tell(None)
+                    if data:
+                        tell(data)
+        except (OSError, http.client.HTTPException) as error:
+            tell(TransientError(f"the model's answer broke off: {_reason(error)}"))
+        except Exception as error:
+            tell(error)
+
+    def _open(self, path: str, body: dict | None) -> http.client.HTTPResponse:
         """Open a path of the API; every failure leaves as an error of ours, without the key."""
         data = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace") if body else None
-        request = urllib.request.Request(self._base + path, data, {
-            "Content-Type": "application/json", "User-Agent": f"orchestrator/{__version__}",
-            "X-Title": "orchestrator"})
-        request.add_unredirected_header("Authorization", f"Bearer {self._key}")
+        headers = {"Content-Type": "application/json", "X-Title": "orchestrator",
+                   "User-Agent": f"orchestrator/{__version__}"}
         try:
+            request = urllib.request.Request(self._base + path, data, headers)
+            request.add_unredirected_header("Authorization", f"Bearer {self._key}")
             return self._opener.open(request, timeout=self.IDLE)
         except urllib.error.HTTPError as error:
             text = ""
@@ -1609,25 +1831,6 @@ class OpenRouter:
     def _masked(self, data: bytes) -> bytes:
         """Return what the server said without the key, should it repeat that."""
         return data.replace(self._key.encode(), b"[key]") if len(self._key) >= 8 else data
-
-    def _chunks(self, answer: http.client.HTTPResponse) -> Iterator[dict]:
-        """Yield the JSON objects of an answer, streamed or whole."""
-        began = progress = self._clock()
-        try:
-            if not _is_stream(answer):
-                yield _object(self._masked(answer.read()))
-                return
-            for line in answer:
-                now = self._clock()
-                if now - progress > self.PROGRESS or now - began > self.CALL:
-                    raise TransientError(f"the model's answer stalled after {now - began:.0f} s")
-                if line.startswith(b"data:"):
-                    progress, data = now, self._masked(line[len(b"data:"):].strip())
-                    if data == b"[DONE]":
-                        return
-                    yield _object(data)
-        except (OSError, http.client.HTTPException) as error:
-            raise TransientError(f"the model's answer broke off: {_reason(error)}") from None
 
 
 # -- 7. Memory ------------------------------------------------------------------------------
@@ -2239,11 +2442,10 @@ class Totals:
         """The time that the run has taken, with that of earlier parts."""
         return self.earlier + self._clock() - self._began
 
-    def add(self, tokens: Sequence[int], cost: float | None) -> dict[str, object]:
-        """Count a call to the model; return it as fields of an event."""
+    def add(self, tokens: Sequence[int], cost: float | None) -> None:
+        """Count a call to the model."""
         self.tokens = Tokens(*map(sum, zip(self.tokens, tokens)))
         self.cost += cost or 0.0
-        return {"tokens": Tokens(*tokens)._asdict(), "cost": cost}
 
     def recount(self, past: Sequence[Event]) -> None:
         """Count what earlier parts of a run have used, without the times between them.
@@ -2252,7 +2454,9 @@ class Totals:
         """
         previous = None
         for event in past:
-            if event["type"] in ("reply", "history", "memory"):
+            if event["type"] == "complete":         # has all that was used until then
+                self.tokens, self.cost = Tokens(), 0.0
+            if event["type"] in ("reply", "history", "memory", "complete"):
                 used = [_number(_part(event, "tokens"), name) for name in Tokens._fields]
                 self.add([int(count or 0) for count in used], _number(event, "cost"))
             if event["type"] == "reply":
@@ -2345,7 +2549,7 @@ class Conversation:
     stays the same from its beginning and can be cached.
     """
 
-    KEEP = 3        # pairs that are never summarised
+    KEEP = 3        # pairs that are not summarised, if they fit
 
     def __init__(self, system: str, opening: str) -> None:
         self._system, self._opening, self._summary = system, opening, ""
@@ -2370,18 +2574,26 @@ class Conversation:
         else:
             self._opening += f"\n\n{text}"
 
-    def older(self) -> str:
-        """Return the text of all that a summary would replace, nothing if that is nothing."""
-        pairs = self._pairs[:-self.KEEP]
+    def size(self) -> int:
+        """Return how many characters it has."""
+        return sum(len(message["content"]) for message in self.messages())
+
+    def older(self, room: int) -> tuple[int, str]:
+        """Return how many pairs a summary would replace, and their text.
+
+        The newest stay, as many of them as half of `room` characters can hold.
+        """
+        sizes = [len(reply) + len(outcome) for reply, outcome in self._pairs[-self.KEEP:]]
+        while len(sizes) > 1 and sum(sizes) > room // 2:
+            del sizes[0]
+        pairs = self._pairs[:len(self._pairs) - len(sizes)]
         told = [f"YOU: {reply}\n\nRESULT: {outcome}" for reply, outcome in pairs]
         earlier = [f"EARLIER SUMMARY: {self._summary}"] * bool(self._summary and pairs)
-        return "\n\n".join(earlier + told)
+        return len(pairs), "\n\n".join(earlier + told)
 
-    def summarise(self, summary: str, count: int = 0) -> int:
-        """Put a summary in the place of the older pairs; return how many there were."""
-        count = count or max(0, len(self._pairs) - self.KEEP)
+    def summarise(self, summary: str, count: int) -> None:
+        """Put a summary in the place of the `count` oldest pairs."""
         self._summary, self._pairs = summary, self._pairs[count:]
-        return count
 
 
 def run_check(command: str, directory: Path, environ: Mapping[str, str],
@@ -2423,6 +2635,7 @@ class Autopilot:
         self._failures: list[str] = []                  # of VERIFY_CMD, in a row
         self._warned = self._done = False
         self._part_shown = 0.0
+        self._bound = math.inf      # characters, less than what the model called too long
 
     def run(self, task_info: Mapping[str, object], past: Sequence[Event] = ()) -> None:
         """Drive the agent until the task is done; `past` are the events of a run to go on with.
@@ -2494,9 +2707,8 @@ class Autopilot:
     def _step(self) -> None:
         """Ask the model what to say, say it to the agent, and note what came of it."""
         while self._control.paused:
-            self._check_budgets()
-            self._sleep(0.2)
-        self._check_budgets()
+            self._sleep(min(0.2, self._seconds_left()))
+        self._check_budgets(self._totals.iterations)
         for note in self._control.notes():
             self._conversation.append(note)
         self._totals.iterations += 1
@@ -2520,19 +2732,22 @@ class Autopilot:
         if trouble:
             raise trouble
         self._tell(reply.text, outcome)
-        if reply.tokens.prompt > self._config.history_max_tokens:
-            self._summarise()
 
     def _decide(self) -> Reply:
         """Return the model's next reply; shorten the conversation if it has become too long."""
-        try:
-            reply = self._model.complete(self._conversation.messages(), on_text=self._show_part)
-        except ContextOverflow:
-            if not self._summarise():
-                raise
-            reply = self._model.complete(self._conversation.messages(), on_text=self._show_part)
-        self._journal.publish("reply", text=reply.text, duration_ms=reply.duration_ms,
-                              **self._totals.add(reply.tokens, reply.cost))
+        overflows, reply = 0, None
+        while not reply:
+            if self._conversation.size() > self._room():
+                self._summarise(self._room() // 4)      # for less it is not worth a new prefix
+            try:
+                reply = self._ask(self._conversation.messages(), self._show_part)
+            except ContextOverflow:
+                overflows += 1
+                self._bound = min(self._bound, 0.75 * self._conversation.size())
+                if overflows > 3 or not self._summarise():
+                    raise
+        self._journal.publish("reply", text=reply.text, tokens=reply.tokens._asdict(),
+                              cost=reply.cost, duration_ms=reply.duration_ms)
         if self._config.max_cost and reply.cost is None:
             raise BudgetReached("MAX_COST is set, but the model's server does not say what a call "
                                 "costs: use MAX_ITERATIONS or MAX_MINUTES")
@@ -2545,7 +2760,12 @@ class Autopilot:
 
     def _act(self, instruction: Instruction) -> Turn:
         """Do what the reply asks for; return what the model is to be shown of it."""
-        kind, left = instruction.kind, max(1.0, self._seconds_left())
+        kind = instruction.kind
+        if kind == "failed":
+            raise GaveUp(f"the model gave up: {instruction.text}")
+        if kind == "complete":
+            return self._verify()
+        left = self._seconds_left()
         limit = min(self._config.turn_timeout, left)
         if kind == "say":
             return self._agent.ask(instruction.text, limit)
@@ -2555,10 +2775,6 @@ class Autopilot:
             seconds = min(instruction.seconds, left)
             self._journal.publish("state", state="waiting", reason=f"up to {seconds:g} s")
             return self._agent.wait(seconds)
-        if kind == "failed":
-            raise GaveUp(f"the model gave up: {instruction.text}")
-        if kind == "complete":
-            return self._verify()
         saved = "The fact was saved. " if instruction.facts else ""
         return Turn(f"{saved}{instruction.text} Go on with the task, or end it with TASK_COMPLETE.")
 
@@ -2583,7 +2799,7 @@ class Autopilot:
             self._journal.publish("state", state="working", reason=f"checking: {command}")
             try:
                 status, output = run_check(command, self._directory, self._environ,
-                                           self.VERIFY_LIMIT)
+                                           min(self.VERIFY_LIMIT, self._seconds_left()))
             except OSError as error:
                 status, output = 126, f"it can't be run: {error}"
             self._journal.publish("verify", command=command, status=status, output=output)
@@ -2621,41 +2837,57 @@ class Autopilot:
         except OSError as error:
             self._journal.publish("error", error=f"memory.json can't be written: {error.strerror}")
 
-    def _summarise(self) -> bool:
-        """Replace the older part of the conversation by a summary, if there is one."""
-        older = self._conversation.older()
-        if not older:
+    def _room(self) -> int:
+        """Return how many characters the conversation may have; one answer may have 16,000."""
+        wanted = self._config.history_max_tokens * self._model.characters_per_token
+        return int(min(self._bound, max(16_000, wanted)))
+
+    def _summarise(self, worth: int = 1) -> bool:
+        """Replace the conversation's older part by a summary, if it has `worth` characters."""
+        room = self._room()
+        count, older = self._conversation.older(room)
+        if len(older) < max(1, worth):
             return False
-        answer, spent = self._consult(_SUMMARISE, clip(older, 200_000))
-        summary = clip(answer or "\n".join(textwrap.shorten(part, 200)
-                                           for part in older.split("\n\n")))
-        count = self._conversation.summarise(summary)
+        answer, spent = self._consult(_SUMMARISE, clip(older, room))
+        firsts = "\n".join(textwrap.shorten(part, 200) for part in older.split("\n\n"))
+        summary = clip(answer or firsts, min(16_000, room // 4))
+        self._conversation.summarise(summary, count)
         self._journal.publish("history", summarised=count, summary=summary, **spent)
         return True
 
     def _consult(self, system: str, text: str) -> tuple[str, dict[str, object]]:
         """Return what the model says about a text, and what that used; nothing if it can't."""
         try:
-            reply = self._model.complete([{"role": "system", "content": system},
-                                          {"role": "user", "content": text}])
-        except ModelError:
+            reply = self._ask([{"role": "system", "content": system},
+                               {"role": "user", "content": text}])
+        except (ModelError, BudgetReached):
             return "", {}
-        return reply.text, self._totals.add(reply.tokens, reply.cost)
+        return reply.text, {"tokens": reply.tokens._asdict(), "cost": reply.cost}
+
+    def _ask(self, messages: Messages,
+             on_text: Callable[[str], object] = lambda text: None) -> Reply:
+        """Ask the model within the budgets, which end it too, and count what that uses."""
+        return self._model.complete(messages, on_text=on_text, on_use=self._totals.add,
+                                    left=self._check_budgets)
 
     # limits
 
-    def _check_budgets(self) -> None:
+    def _check_budgets(self, iterations: int = 0) -> float:
+        """Raise BudgetReached if one is used up, else return how long the run may go on."""
         config, totals = self._config, self._totals
-        if config.max_iterations and totals.iterations >= config.max_iterations:
+        if config.max_iterations and iterations >= config.max_iterations:
             raise BudgetReached(f"MAX_ITERATIONS={config.max_iterations} reached")
         if config.max_cost and totals.cost >= config.max_cost:
             raise BudgetReached(f"MAX_COST={config.max_cost:g} reached: ${totals.cost:.4f} spent")
-        if self._seconds_left() <= 0:
-            raise BudgetReached(f"MAX_MINUTES={config.max_minutes:g} reached")
+        return self._seconds_left()
 
     def _seconds_left(self) -> float:
+        """Return how long the run may go on; raise BudgetReached once that is over."""
         limit = self._config.max_minutes * 60
-        return limit - self._totals.seconds if limit else float("inf")
+        left = limit - self._totals.seconds if limit else math.inf
+        if left < 0.01:
+            raise BudgetReached(f"MAX_MINUTES={self._config.max_minutes:g} reached")
+        return left
 
     def _circling(self, said: str, turn: Turn) -> str:
         """Return a note for the model if it goes in circles; raise Stuck if it was told before."""
@@ -3396,7 +3628,7 @@ FINISHED = ("complete", "failed", "stuck")      # outcomes that leave nothing to
 _SAID = {       # what the terminal says about an event, and the field that it shows below that
     "task_info": ("Task:  {task}\nModel: {model}\nAgent: {agent} in {workdir}\n"
                   "Watch: {attach}", ""),
-    "reply": ("\n[{iteration}] model, {time}, {tokens[total]:,} tokens{dollars}", "text"),
+    "reply": ("\n[{iteration}] model, {time}, {tokens[total]:,} tokens{cache}{dollars}", "text"),
     "iteration_end": ("[{iteration}] agent, {time}", "agent_output"),
     "error": ("! {error}{again}", ""),
     "recovery": ("! {what}{kept}", ""),
@@ -3406,7 +3638,7 @@ _SAID = {       # what the terminal says about an event, and the field that it s
     "history": ("* the {summarised} oldest exchanges were summarised", ""),
     "note": ("* {source}: {text}", ""),
     "state": ("* {state}{why}", ""),
-    "complete": ("\n{how}: {iterations}, {tokens[total]:,} tokens{dollars}, {time}", "")}
+    "complete": ("\n{how}: {iterations}, {tokens[total]:,} tokens{cache}{dollars}, {time}", "")}
 
 
 def span(seconds: float) -> str:
@@ -3417,6 +3649,8 @@ def span(seconds: float) -> str:
 def narrate(event: Event) -> str:
     """Return what the terminal says about an event of an autonomous run, nothing for some."""
     head, below = _SAID.get("compacted" if "compacted" in event else event["type"], ("", ""))
+    cache = [f"{event['tokens'][each]:,} {each}" for each in ("cached", "written")
+             if (event.get("tokens") or {}).get(each)]
     outcome, body, count = event.get("outcome"), event.get(below), event.get("iterations")
     if event["type"] == "iteration_end" and not body:       # it ended the run, who says why
         return ""
@@ -3424,6 +3658,7 @@ def narrate(event: Event) -> str:
              "iterations": f"{count} iteration" + "s" * (count != 1),
              "how": "Task complete" if outcome == "complete" else f"Ended ({outcome})" + (
                  ", --resume goes on with it" * (outcome not in FINISHED)),
+             "cache": f" ({', '.join(cache)})" if cache else "",
              "dollars": f", ${event['cost']:.4f}" if event.get("cost") is not None else "",
              "again": f"; trying again in {event['retry_in']:g} s" if "retry_in" in event else "",
              "kept": ", with its conversation" if event.get("resumed") else "",
@@ -3706,13 +3941,11 @@ def first_event(config: Config, place: Place, tmux: Tmux, agent: Agent, task: st
             "max_minutes": config.max_minutes}
 
 
-def autopilot(config: Config, place: Place, agent: Agent, journal: Journal, stream: TextIO,
-              task_info: Mapping[str, object], past: Sequence[Event]) -> None:
+def autopilot(config: Config, place: Place, agent: Agent, model: OpenRouter, journal: Journal,
+              stream: TextIO, task_info: Mapping[str, object], past: Sequence[Event]) -> None:
     """Let the model drive the agent, with the dashboard; `stream` is told where that is."""
     memory = Memory(place.directory / "memory.json", config.memory_max_facts)
     complain(memory.load())
-    model = OpenRouter(config.openrouter_base_url, config.openrouter_api_key,
-                       config.openrouter_model, publish=journal.publish)
     control = Control(journal, lambda: signal.pthread_kill(
         threading.main_thread().ident or 0, signal.SIGINT))
     pilot = Autopilot(config, agent, model, memory, journal, control, place.directory,
@@ -3743,6 +3976,12 @@ def run(config: Config, place: Place, *, task: Callable[[], str] = lambda: "", c
         probe = Agent(tmux, program, place.directory)
         probe.check()
         probe.find()
+        if not chat:
+            model = OpenRouter(
+                config.openrouter_base_url, config.openrouter_api_key, config.openrouter_model,
+                publish=lambda kind, **fields: journal.publish(kind, **fields))     # made below
+            with contextlib.suppress(TransientError):   # an outage may be over by the first call
+                model.check()
         wanted = "" if chat or resume else task()
         journal = Journal(path, guard=signals.held, secret=config.openrouter_api_key)
         stack.callback(lambda: complain(journal.unsaid))
@@ -3764,7 +4003,7 @@ def run(config: Config, place: Place, *, task: Callable[[], str] = lambda: "", c
             Chat(config, agent, journal, read_line, at_prompt=sys.stdin.isatty()).run(info)
         else:
             stream = sys.stderr if as_json else sys.stdout
-            autopilot(config, place, agent, journal, stream, info, past)
+            autopilot(config, place, agent, model, journal, stream, info, past)
     return 0
 
 

@@ -189,6 +189,9 @@ class ScriptedModel(Loopback):
 
     def answer(self, exchange: Exchange) -> None:
         path = urllib.parse.unquote(exchange.path)
+        if "somebody-else" in exchange.headers.get("Authorization", ""):
+            exchange.send({"error": {"code": 401, "message": "User not found."}}, 401)
+            return
         if path == "/api/v1/models":
             exchange.send({"data": [{"id": self.NAME}]})
             return
@@ -273,14 +276,16 @@ class Step(NamedTuple):
 def next_step(message: str, results: int) -> Step:
     """Read the step from the message, given how many commands were run for it.
 
-    First RUN[command], then SAY[text] or LINES[number].
+    First each RUN[command], then SAY[text] or LINES[number].
     """
-    asked = dict(re.findall(r"(?s)\b(RUN|SAY|LINES)\[(.*?)\]", message))
-    if "RUN" in asked and not results:
-        return Step(asked["RUN"])
-    count = int(asked.get("LINES", 0))
+    asked = re.findall(r"(?s)\b(RUN|SAY|LINES)\[(.*?)\]", message)
+    commands = [text for word, text in asked if word == "RUN"]
+    if results < len(commands):
+        return Step(commands[results])
+    said = dict(asked)
+    count = int(said.get("LINES", 0))
     lines = "\n".join(f"line {number} of {count}" for number in range(1, count + 1))
-    return Step("", lines or asked.get("SAY", "done: " + message[-60:]))
+    return Step("", lines or said.get("SAY", "done: " + message[-60:]))
 
 
 class AgentApi(Loopback):
@@ -357,7 +362,7 @@ class AgentApi(Loopback):
         response = {"id": f"resp_{time.time_ns()}"}
         exchange.event("response.created", response=response)
         if step.command:
-            wish = json.dumps({self.SHELLS[shell]: step.command})
+            wish = json.dumps({self.SHELLS[shell]: step.command, "yield_time_ms": 30_000})
             item = {"type": "function_call", "id": "fc_1", "call_id": f"call_{time.time_ns()}",
                     "name": shell, "arguments": wish}
         else:
@@ -622,10 +627,10 @@ class Terminal:
 AGENT = r'''
 """A small agent: on a terminal it does what the real ones do; agent.log has what it took.
 
-What it is like is said by AGENT_START (orders before it is ready), AGENT_SIGN (title, footer or none),
-AGENT_PASTE (brackets or plain), AGENT_EATS (how many Enters it loses of each message), AGENT_DEAF
-(seconds after a paste in which an Enter is but a new line) and AGENT_SLOW (seconds for a paste),
-AGENT_THINKS (seconds before it does anything).
+What it is like is said by AGENT_START (orders before it is ready), AGENT_SIGN (title, footer or
+none), AGENT_PASTE (brackets or plain), AGENT_EATS (how many Enters it loses of each message),
+AGENT_DEAF (seconds after a paste in which an Enter is but a new line), AGENT_SLOW (seconds that it
+takes for a paste) and AGENT_THINKS (seconds before it does anything).
 """
 import itertools, json, os, random, re, select, termios, threading, time, tty
 
@@ -1013,6 +1018,11 @@ def at_once(new_world: Callable[[], World], cases: Mapping[str, Sequence[Any]], 
     return worlds
 
 
+def as_claude(world: World, name: str = "") -> dict[str, str]:
+    """Have the small agent run as Claude Code."""
+    return {"CLAUDE_CMD": "", "PATH": world.program("claude", f'exec {world.env["CLAUDE_CMD"]}')}
+
+
 class Gate(threading.Event):
     """A reply that the model gives only once the test lets it."""
 
@@ -1036,6 +1046,12 @@ def assert_one_complaint(done: Done, *words: str) -> None:
     """The only line on standard error is one of ours that has all these words."""
     assert re.fullmatch(r"orchestrator: .*\n", done.stderr), done.stderr
     assert [word for word in words if word not in done.stderr] == [], done.stderr
+
+
+@pytest.fixture
+def asked_for() -> None:
+    if not os.environ.get("BENCHMARK"):
+        pytest.skip("BENCHMARK=1 is not set")
 
 
 # -- The demo -----------------------------------------------------------------------------------
@@ -1181,6 +1197,40 @@ def test_a_resumed_run_has_its_conversation_after_a_reboot_if_it_is_the_real(
     assert "remembers the conversation" in model.last_message(2)
 
 
+@REAL_AGENTS
+def test_long_messages_slash_commands_and_many_tool_calls_in_a_new_directory_of_the_real(
+        name, agent, world, agent_api, with_real_agents):
+    slash = {"claude": "/clear", "gpt": "/status"}[name]
+    commands = " ".join(f"RUN[sleep 0.{number}; echo step {number}]" for number in range(1, 9))
+    messages = ["word " * 24_000 + "SAY[alpha one]", slash, f"{commands} SAY[beta two]",
+                "SAY[gamma three]"]
+    model = world.model(*messages, "TASK_COMPLETE")
+    done = world.run("--task", "much", DEFAULT_MODEL=name)
+    assert (done.status, done.stderr) == (0, "")
+    del messages[1]         # Claude Code puts a word about it in front of what comes after it
+    assert [heard.endswith(said) for heard, said in zip(agent_api.messages, messages)] == [True] * 3
+    assert agent_api.messages[0] == messages[0] and len(agent_api.messages) == 3
+    shown = [model.last_message(number) for number in range(5)]
+    for answer, own in (("alpha one", 1), ("beta two", 3), ("gamma three", 4)):
+        assert [bool(re.search(rf"(?m)^\W*{answer}\s*$", text)) for text in shown] == [
+            number == own for number in range(5)], shown
+    answered = [note["text"] for note in world.events("note") if "answered" in note["text"]]
+    assert [re.sub(".*: ", "", text) for text in answered] == [
+        "Yes, I trust this folder", "Yes, I accept"] * (name == "claude")
+
+
+@REAL_AGENTS
+def test_a_long_command_is_one_turn_of_the_real(
+        name, agent, world, agent_api, with_real_agents, asked_for):
+    """Codex waits 30 s for a command at most, then it goes on without it."""
+    seconds = {"claude": 60, "gpt": 25}[name]
+    message = f"RUN[python3 -c 'import time; time.sleep({seconds})'; date > made] SAY[alpha one]"
+    model = world.model(message, "TASK_COMPLETE")
+    assert world.run("--task", "sleep", DEFAULT_MODEL=name).status == 0
+    assert re.search(r"(?m)^\W*alpha one$", model.last_message(1))
+    assert (world.work / "made").exists()
+
+
 # -- Chat ---------------------------------------------------------------------------------------
 
 def at_prompt(terminal: Terminal) -> None:
@@ -1306,29 +1356,32 @@ def test_a_chat_needs_no_key_and_ends_with_the_input(arguments, mode, world):
 CORPUS = [
     "x", "-", "-n", "--help", ";", "x;", "a\\;", "\\", "a\nb \\", "echo a && echo b \\;", "!", "#",
     "/help", "%1", "#{pane_id} #(touch sign) #[fg=red]#", "$HOME `touch sign` $(touch sign)",
-    "~/'\"`\\", "'", "Enter", "C-c", "\ttab", "a\tb  \t\n\n\n  trailing blanks above   \nx", "❯", ">",
-    "e\u0301 \u1112\u1161\u11ab 漢字 ｆｕｌｌ", "🎉 👩‍👩‍👧‍👦 👍🏽 🇩🇪 ❤️", "שלום \u202e عربى \u202c", "\u200b\u00a0\u3000\ufeff\U0010ffff",
+    "~/'\"`\\", "'", "Enter", "C-c", "\ttab", "a\tb  \t\n\n\n  trailing blanks above   \nx", "❯",
+    ">", "e\u0301 \u1112\u1161\u11ab 漢字 ｆｕｌｌ",
+    "🎉 👩‍👩‍👧‍👦 👍🏽 🇩🇪 ❤️", "שלום \u202e عربى \u202c",
+    "\u200b\u00a0\u3000\ufeff\U0010ffff",
     "{ brace } [ a ] < b > | & * ?", "\n".join(f"line {number}" for number in range(1000)),
     "\n".join("word " * 9 + "end" for _ in range(400)), "漢" * 30_000]
 UNTYPABLE = [       # what of it may press a key or end the paste is left out
     ("a\x1b[201~\rtouch sign\r", "a[201~\ntouch sign"), ("a\x9b201~b\x1bOAc", "a201~bOAc"),
-    ("a\r\nb\rc", "a\nb\nc"), ("nul \0, bell \a, C-c \x03, C-d \x04, DEL \x7f, shift \x0e.",
-                               "nul , bell , C-c , C-d , DEL , shift ."), ("\x1b]0;⠋\x07t", "]0;⠋t"),
-    ("\x80\x85\x9b\x9f|", "|")]
+    ("a\r\nb\rc", "a\nb\nc"), ("\x1b]0;⠋\x07t", "]0;⠋t"),
+    ("nul \0, bell \a, C-c \x03, C-d \x04, DEL \x7f, shift \x0e.",
+     "nul , bell , C-c , C-d , DEL , shift ."), ("\x80\x85\x9b\x9f|", "|")]
 
 
 def test_every_message_arrives_byte_for_byte_with_one_enter(new_world):
     typed = [*CORPUS, *(text for _, text in UNTYPABLE), "q" * 1_000_000]
     said = [*CORPUS, *(text for text, _ in UNTYPABLE), typed[-1]]
+    marks = {"brackets": "\x1b[200~%s\x1b[201~\r", "plain": "%s\r"}
     worlds = at_once(new_world, {
-        paste: [*said, {"AGENT_PASTE": paste}] for paste in ("brackets", "plain")},
-        HISTORY_MAX_TOKENS="9999999")
-    for paste, world in worlds.items():
-        begin, end = ("\x1b[200~", "\x1b[201~") if paste == "brackets" else ("", "")
-        expected = [f"{begin}{text}{end}\r" for text in typed]
+        f"{paste} {part}": [*said[part::3], {"AGENT_PASTE": paste}]
+        for paste in marks for part in range(3)}, HISTORY_MAX_TOKENS="9999999")
+    for name, world in worlds.items():
+        paste, part = name.split()
+        expected = [marks[paste].replace("%s", text) for text in typed[int(part)::3]]
         assert [(read[:99], len(read)) for read in world.log("read")] == [
-            (read[:99], len(read)) for read in expected]
-        assert world.log("read") == expected and world.log("took") == typed
+            (read[:99], len(read)) for read in expected], name
+        assert world.log("read") == expected and world.log("took") == typed[int(part)::3], name
         assert not (world.work / "sign").exists()
 
 
@@ -1352,22 +1405,22 @@ def test_an_enter_that_became_a_new_line_is_repeated(new_world):
     messages = ["x", "two\nrows", "chip " * 2000 + ".", "end"]
     worlds = at_once(new_world, {
         "quick": [*messages, {"AGENT_DEAF": "0.12"}],
-        "slow": [*messages, {"AGENT_DEAF": "0.12", "AGENT_SLOW": "1"}]})
+        "slow": [*messages, {"AGENT_DEAF": "0.12", "AGENT_SLOW": "1"}]}, prepare=as_claude)
     for name, world in worlds.items():
         assert world.log("took") == messages, name
         assert [re.fullmatch(r"(?s)\x1b\[200~[^\x1b]*\x1b\[201~(\r{1,2})", read) is not None
                 for read in world.log("read")] == [True] * 4, name
 
 
-@pytest.mark.parametrize("sign", ["title", "footer", "none"])
-def test_an_enter_that_was_taken_is_never_doubled(sign, world):
+def test_an_enter_that_was_taken_is_never_doubled(new_world):
     """A second one would answer the question that came up, or be an empty message."""
-    said = ["ask Yes", "echo x\nask ask x", "❯", ">", "ask ❯", "echo ❯", "end"]
-    replies = [["ask Yes"], ["KEYS: n"], [said[1]], ["KEYS: n"], said[2:5], ["KEYS: n"], said[5:]]
-    world.model(*(text for each in replies for text in each), "TASK_COMPLETE")
-    assert world.run("--task", "x", AGENT_SIGN=sign).status == 0
-    assert world.log("answered") == ["n"] * 3
-    assert world.log("read") == [f"\x1b[200~{text}\x1b[201~\r" for text in said]
+    said = ["echo x\nask Yes", "❯", "ask ❯", ">", "end"]
+    replies = [text for each in said for text in [each, "KEYS: n"][:1 + ("ask " in each)]]
+    worlds = at_once(new_world, {sign: [*replies, {"AGENT_SIGN": sign}]
+                                 for sign in ("title", "footer", "none")})
+    for sign, world in worlds.items():
+        assert world.log("answered") == ["n"] * 2, sign
+        assert world.log("read") == [f"\x1b[200~{text}\x1b[201~\r" for text in said], sign
 
 
 def test_a_message_is_delivered_whatever_the_pane_is_in(world):
@@ -1666,10 +1719,10 @@ def test_a_turn_is_over_when_the_agent_is_done_and_not_before(new_world):
     frozen = ["freeze 10 && echo end-1", "sleep 0.2 && echo end-2"]
     cases |= {f"{kind}, frozen": [*frozen, agent_like(kind)] for kind in ("title", "footer")}
     quoted = r"write ✻ Thinking… (12s • esc to interrupt)\n\n  esc to interrupt\n\n"
-    cases |= {f"{kind}, quoted": [f"{quoted} && echo end-1", "echo end-2", agent_like(kind)]
+    cases |= {f"{kind}, quoted": [f"{quoted} && echo end-1", agent_like(kind)]
               for kind in ("title", "footer", "none")}
     leave = "printf '\\033]0;\u2839 working\\007'; echo end-$((%d))"
-    cases["bash, left behind"] = [leave % 1, leave % 2, agent_like("bash")]
+    cases["bash, left behind"] = [leave % 1, agent_like("bash")]
     cases["title, at once"] = ["echo end-1", "echo end-2", {"AGENT_THINKS": "0"}]
     worlds = at_once(new_world, cases)
     assert {name: early(worlds[name], case[:-1]) for name, case in cases.items()} == {
@@ -1731,17 +1784,21 @@ def test_what_is_new_is_told_exactly(new_world):
             assert text in (whole or first, f"❯ third\n{new}") or new is None, (message, text)
 
 
-@pytest.mark.parametrize("size", [(120, 30), (260, 70)])
-def test_what_is_new_is_told_exactly_when_the_window_was_resized_in_mid_turn(size, world):
+def test_what_is_new_is_told_exactly_when_the_window_was_resized_in_mid_turn(new_world):
     order = "sleep 1.5 && lines 100 && echo end"
-    world.model(f"lines 90 && echo {'w' * 180}", order, "echo x", "TASK_COMPLETE")
-    run = world.start("--task", "x")
-    assert world.taken(order), run.stdout
-    world.tmux("resize-window", "-t", "=gt-claude-loop:", "-x", str(size[0]), "-y", str(size[1]))
-    assert run.end().status == 0
+    worlds = {size: new_world() for size in ((120, 30), (260, 70))}
+    runs = []
+    for world in worlds.values():
+        world.model(f"lines 90 && echo {'w' * 180}", order, "echo x", "TASK_COMPLETE")
+        runs.append(world.start("--task", "x"))
+    for (width, height), world in worlds.items():
+        assert world.taken(order)
+        world.tmux("resize-window", "-t", "=gt-claude-loop:", "-x", str(width), "-y", str(height))
+    assert [run.end().status for run in runs] == [0, 0]
     hundred = "\n".join(f"line {number} of 100" for number in range(1, 101))
-    assert [turn["agent_output"] for turn in world.events("iteration_end")][1:3] == [
-        f"❯ {order}\n{hundred}\nend", "❯ echo x\nx"]
+    for world in worlds.values():
+        assert [turn["agent_output"] for turn in world.events("iteration_end")][1:3] == [
+            f"❯ {order}\n{hundred}\nend", "❯ echo x\nx"]
 
 
 def test_two_hundred_thousand_lines_are_taken_in_little_memory_and_their_loss_is_told(world):
@@ -1761,6 +1818,7 @@ def test_two_hundred_thousand_lines_are_taken_in_little_memory_and_their_loss_is
 
 TRUST = "choose Quick safety check: do you trust this folder?"
 BYPASS = "choose WARNING: Claude Code running in Bypass Permissions mode"
+UNKNOWN = "choose Which theme?"
 STARTS = {      # what a slow Claude Code does before it is ready, and what is chosen
     "slow": ("sleep 10", []), "slow after a word": ("echo Loading…&&sleep 3&&echo Welcome!", []),
     "older": (f"{TRUST}/*1. Yes, I trust this folder/2. No, exit&&{BYPASS}/*1. No, exit/"
@@ -1771,28 +1829,19 @@ STARTS = {      # what a slow Claude Code does before it is ready, and what is c
                     ["Yes, I accept", "Yes, I trust this folder"])}
 
 
-def as_claude(world: World, name: str = "") -> dict[str, str]:
-    """Have the small agent run as Claude Code."""
-    return {"CLAUDE_CMD": "", "PATH": world.program("claude", f'exec {world.env["CLAUDE_CMD"]}')}
-
-
-def test_a_slow_start_is_waited_for_and_known_questions_are_answered_by_their_label(new_world):
-    worlds = at_once(new_world, {name: ["echo one", {"AGENT_START": start}]
-                                 for name, (start, _) in STARTS.items()}, prepare=as_claude)
+def test_a_start_is_waited_for_and_known_questions_are_answered_by_their_label(new_world):
+    cases = {name: ["echo one", {"AGENT_START": start}] for name, (start, _) in STARTS.items()}
+    cases["unknown"] = ["KEYS: Down Enter", "echo one", {"AGENT_START": f"{UNKNOWN}/*Dark/Light"}]
+    worlds = at_once(new_world, cases, prepare=as_claude)
     for name, world in worlds.items():
-        assert world.log("chose") == STARTS[name][1], name
+        chosen = STARTS[name][1] if name in STARTS else ["Light"]
+        assert world.log("chose") == chosen, name
         assert world.log("early") == [""] and world.log("took") == ["echo one"], name
-        said = [note["text"] for note in world.events("note")]
+        said = [note["text"] for note in world.events("note") if "answered" in note["text"]]
         assert [re.sub(r"^.*(Yes.*)$", r"\1", text) for text in said] == [
-            re.sub(r"^\d. ", "", text) for text in STARTS[name][1]], name
-
-
-def test_an_unknown_question_at_the_start_is_left_to_the_model(world):
-    model = world.model("KEYS: Down Enter", "echo one", "TASK_COMPLETE")
-    world.run("--task", "x", AGENT_START="choose Which theme?/*Dark/Light", **as_claude(world))
-    assert "Which theme?" in model.last_message(0) and "❯ Dark" in model.last_message(0)
-    assert world.log("chose") == ["Light"] and world.log("took") == ["echo one"]
-    assert world.log("early") == [""] and "\none" in model.last_message()
+            re.sub(r"^\d. ", "", text) for text in chosen if text != "Light"], name
+    first = worlds["unknown"].said.last_message(0)
+    assert "Which theme?" in first and "❯ Dark" in first
 
 
 def test_an_agent_that_ends_at_once_always_leaves_its_last_words(world, asked_for):
@@ -1807,7 +1856,8 @@ def test_an_agent_that_ends_at_once_always_leaves_its_last_words(world, asked_fo
 # -- Accidents at any moment --------------------------------------------------------------------
 
 TRAP = r"""
-kill_server() { kill -9 $("$real" -L gt-claude-loop display-message -p '#{pid}'); }
+server() { "$real" -L gt-claude-loop display-message -p '#{pid}' | tee "$here/pid"; }
+kill_server() { kill -9 $(server); sleep 0.3; }
 unanswered() { "$real" "$@" > /dev/null; sleep 0.5; }
 lost() { echo 'server exited unexpectedly' >&2; exit 1; }
 case "$*" in *%s*) echo >> "$here/calls"
@@ -1832,8 +1882,8 @@ TRAPS = {
     "killed in the Enter": (ENTER, "2", 'unanswered "$@"; kill_server; lost'),
     "killed after the Enter": (ENTER, "2", 'unanswered "$@"; kill_server; echo TAKEN; exit'),
     "killed in a look": (LOOK, "30", "kill_server"),
-    "stopped for 3 s": (LOOK, "30", "pid=$(\"$real\" -L gt-claude-loop display-message -p "
-                        "'#{pid}'); kill -STOP $pid; (sleep 3; kill -CONT $pid) > /dev/null 2>&1 &"),
+    "stopped for 3 s": (LOOK, "30", "kill -STOP $(server); "
+                        "(sleep 3; kill -CONT $(cat \"$here/pid\")) > /dev/null 2>&1 &"),
     "paste hangs for 3 s": (PASTE, "2", "sleep 3"), "Enter hangs for 3 s": (ENTER, "2", "sleep 3"),
     "look hangs for 3 s": (LOOK, "30", "sleep 3"), "look never ends": (LOOK, "30", "exec sleep 99"),
     "paste never made": (PASTE, "2", "exec sleep 99"),
@@ -1854,12 +1904,18 @@ def test_a_message_is_delivered_once_whatever_becomes_of_tmux(new_world):
         assert "\nthree" in told and (world.directory / "fired").exists(), (name, told)
 
 
-@pytest.mark.parametrize("pattern, numbers", [(LOOK, "[3-9]?"), (PASTE, "*"), (ENTER, "*")])
-def test_a_tmux_that_never_answers_again_ends_the_run(pattern, numbers, world):
-    world.model("echo one", "echo two", "echo three")
-    done = world.start("--task", "x", **with_trap(world, pattern, numbers, "exec sleep 99")).end(90)
+def test_a_tmux_that_never_answers_again_ends_the_run(world, asked_for):
+    world.model("sleep 60")
+    run = world.start("--task", "x")
+    assert world.taken("sleep 60"), run.stdout
+    server = int(world.tmux("display-message", "-p", "#{pid}"))
+    os.kill(server, signal.SIGSTOP)
+    try:
+        done = run.end(90)
+    finally:
+        os.kill(server, signal.SIGCONT)
     assert done.status == 5
-    assert_one_complaint(done, "no answer")
+    assert_one_complaint(done, "no answer", "stopped")
 
 
 def test_a_run_ends_in_order_when_its_directory_is_gone_and_the_agent_too(world):
@@ -1918,7 +1974,14 @@ def test_a_session_that_was_made_for_another_command_is_not_typed_into(world):
 
 @pytest.mark.parametrize("source", ["environment", ".env"])
 def test_the_key_reaches_the_model_and_nothing_else_from(source, world):
-    model = world.model("printenv | sort", "TASK_COMPLETE")
+    arguments: list[bytes] = []
+
+    def last() -> str:
+        arguments.extend(Path(f"/proc/{pid}/cmdline").read_bytes()
+                         for pid in processes_of(world.directory))
+        return "TASK_COMPLETE"
+
+    model = world.model("printenv | sort", last)
     settings = {"CLAUDE_CMD": "bash --norc"}
     if source == ".env":
         (world.work / ".env").write_text(f"export OPENROUTER_API_KEY='{KEY}' # mine\n")
@@ -1928,8 +1991,8 @@ def test_the_key_reaches_the_model_and_nothing_else_from(source, world):
     assert f"HOME={world.home}" in model.last_message()
     assert "OPENROUTER_API_KEY" not in model.last_message()
     seen = [world.everything(), world.tmux("show-environment", "-g"),
-            json.dumps([request.body for request in model.requests])]
-    assert [KEY in text for text in seen] == [False] * 3
+            json.dumps([request.body for request in model.requests]), str(arguments)]
+    assert [KEY in text for text in seen] == [False] * 4 and "orchestrator.py" in seen[3]
 
 
 def test_a_key_that_the_agent_prints_is_masked(world):
@@ -2020,6 +2083,28 @@ def test_settings_that_run_or_redirect_are_announced_when_they_come_from_the_env
 def test_wrong_arguments_are_told_in_one_line(arguments, words, world):
     (world.work / "file").touch()
     assert_refused(world.run(*arguments), 2, *words)
+
+
+@pytest.mark.parametrize("settings, words", [
+    ({"OPENROUTER_MODEL": "anthropic/claude-opus-4.7"}, ["4.7", "no such model", "4.6"]),
+    ({"OPENROUTER_API_KEY": "sk-or-v1-of-somebody-else"}, ["401", "check OPENROUTER_API_KEY"])])
+def test_a_wrong_key_or_model_is_told_before_the_task_is_asked_for(settings, words, world):
+    world.model()
+    with Terminal([sys.executable, TOOL], {**world.env, **settings}, world.work) as person:
+        shown = person.wait_for("orchestrator: ")
+        assert person.exit_status() == 6 and "Enter task" not in shown
+        assert [word for word in words if word not in shown.replace("\n", "")] == []
+    assert_refused(world.run("--task", "x", **settings), 6, *words)
+    assert not world.log("pid") and not world.journals() and not world.tmux("list-sessions")
+
+
+def test_a_server_that_is_not_there_is_waited_for_as_long_as_the_run_may_take(world):
+    began = time.monotonic()
+    done = world.run("--task", "x", MAX_MINUTES="0.1")
+    assert done.status == 3 and "can't be reached" in done.stdout
+    assert_one_complaint(done, "MAX_MINUTES=0.1")
+    (end,) = world.events("complete")
+    assert 6_000 <= end["duration_ms"] < 7_500 and time.monotonic() - began > 6
 
 
 def test_no_key_is_told_in_one_line(world):
@@ -2338,6 +2423,121 @@ def test_the_session_is_kept_for_the_next_run_unless_it_is_to_be_terminated(
         assert sessions == ("" if terminate == "true" else "gt-claude-loop")
     assert world.log("took") == ["echo one", "echo two"]
     assert len(set(world.log("pid"))) == (2 if terminate == "true" else 1)
+
+
+# -- A rough night ------------------------------------------------------------------------------
+
+def piece(text: str, finish: str | None = None, **more: Any) -> str:
+    """Return a piece of a streamed answer."""
+    choice = {"index": 0, "delta": {"content": text}, "finish_reason": finish}
+    return f"data: {json.dumps({'choices': [choice], **more})}\n\n"
+
+
+def fault(code: Any, message: str = "as it happens", **more: Any) -> dict[str, Any]:
+    """Return the body of an error."""
+    return {"error": {"code": code, "message": message, **more}}
+
+
+def streams(*pieces: Any, ended: bool = True) -> Callable[[Exchange], None]:
+    """Return what sends pieces of a stream, each a text or a pause, and ends it or just stops."""
+    def send(exchange: Exchange) -> None:
+        exchange.start_stream()
+        for each in [*pieces, *["data: [DONE]\n\n", ""][:2 * ended]]:
+            time.sleep(each) if isinstance(each, float) else exchange.stream(each)
+        exchange.close_connection = True
+
+    return send
+
+
+WRONG = [       # ways in which an answer can be none
+    lambda exchange: exchange.send(fault(429), 429, {"Retry-After": "1"}),
+    lambda exchange: exchange.send(fault(502, metadata={"raw": "upstream"}), 502),
+    streams(piece("ec"), ended=False), lambda exchange: exchange.send(fault(503, "busy")),
+    lambda exchange: exchange.connection.shutdown(socket.SHUT_RDWR),
+    streams(piece("", "stop")), lambda exchange: exchange.send("<html>Bad gateway</html>", 502),
+    streams(piece("ec"), piece("", "error", **fault(502, "provider disconnected"))),
+    lambda exchange: exchange.send({"choices": []}), streams(piece("ec"), "data: {", ended=False),
+    streams(": OPENROUTER PROCESSING\n\n", 0.5, ": OPENROUTER PROCESSING\n\n", 0.5),
+    lambda exchange: exchange.send(fault(403, "flagged", metadata={"reasons": ["x"]}), 403),
+    lambda exchange: exchange.send(fault("rate_limit_exceeded", availability={"retry_after": 1})),
+    lambda exchange: exchange.send(fault(400, "stream_options: unknown"), 400)
+    if "stream_options" in exchange.body else exchange.send(fault(529), 529),
+    lambda exchange: exchange.send(fault(402, "You can only afford 9000"), 402)
+    if exchange.body["max_tokens"] > 9000 else exchange.send(fault(524), 524),
+    lambda exchange: exchange.send(fault(400, "prompt is too long"), 400)
+    if len(exchange.body["messages"]) > 14 else exchange.send(fault(500), 500)]
+
+
+class RoughModel(ScriptedModel):
+    """A model that says its replies in turn, but answers one call in five in another way.
+
+    Never more than two in a row, so that no run ends by bad luck.  One reply in ten comes in two
+    parts, and after a pause.
+    """
+
+    def __init__(self, replies: Sequence[str]) -> None:
+        super().__init__(replies)
+        self.rest = ""                          # of a reply that was cut at its length
+        self.wrong = self.summaries = self._row = 0
+        self.characters: list[int] = []         # of the prompts
+        self._chance = random.Random(1)
+
+    def answer(self, exchange: Exchange) -> None:
+        if exchange.command == "GET":
+            super().answer(exchange)
+            return
+        texts = [text_of(message["content"]) for message in exchange.body["messages"]]
+        self.requests.append(Request(exchange.headers, {}))
+        self.characters.append(sum(map(len, texts)))
+        self._row = self._row + 1 if self._chance.random() < 0.2 and self._row < 2 else 0
+        if self._row:
+            self.wrong += 1
+            WRONG[self.wrong % len(WRONG)](exchange)
+        elif "Summarise it" in texts[0]:
+            self.summaries += 1
+            self._complete(exchange, 1, "All went well so far.")
+        elif "Go on exactly where it stopped" in texts[-1]:
+            self._complete(exchange, 1, self.rest)
+        elif self._chance.random() < 0.1 and len(self.replies[0]) > 20:
+            reply, (self.rest, self.replies[:1]) = self.replies[0], (self.replies[0][9:], [])
+            streams(": OPENROUTER PROCESSING\n\n", 0.5, piece(reply[:9], "length"))(exchange)
+        else:
+            self._complete(exchange, 1, self.replies.pop(0))
+
+
+def memory_of(pid: int) -> dict[str, int]:
+    """Return what a process has in memory now and has had at most, in KB."""
+    status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+    return {name: int(size) for name, size in re.findall(r"Vm(RSS|HWM):\s+(\d+) kB", status)}
+
+
+@pytest.mark.parametrize("turns", [15, pytest.param(300, id="300 for a benchmark")])
+def test_a_run_completes_through_a_night_of_failures(turns, world, request):
+    if turns > 15:
+        request.getfixturevalue("asked_for")
+    bound = 12_000      # tokens
+    orders = [f"echo {number} {'y' * (100 + 37 * number % 1900)}" for number in range(turns)]
+    with RoughModel([*orders, "TASK_COMPLETE"]) as model:
+        run = world.start("--task", "x", OPENROUTER_BASE_URL=model.url,
+                          HISTORY_MAX_TOKENS=str(bound), TERMINATE_WHEN_QUIT="true")
+        memory = []
+        while run.process.poll() is None:
+            with contextlib.suppress(OSError):
+                memory += filter(None, [memory_of(run.process.pid)])
+            time.sleep(0.5)
+        done = run.end(5)
+    assert (done.status, done.stderr) == (0, "")
+    assert world.log("took") == orders
+    assert max(model.characters) <= 4 * bound
+    end = world.events("complete")[0]
+    sizes, most = [each["RSS"] for each in memory], max(each["HWM"] for each in memory)
+    print(f"\n{turns} turns: {len(model.characters)} calls, {model.wrong} went wrong, "
+          f"{len(world.events('error'))} retries and repairs, {model.summaries} summaries; prompts "
+          f"of {max(model.characters):,} characters at most (bound {4 * bound:,}); "
+          f"{end['tokens']['total']:,} tokens, ${end['cost']:.2f}, "
+          f"{end['duration_ms'] / 1000:.0f} s; memory {sizes[len(sizes) // 4]:,} KB after a "
+          f"quarter, {sizes[-1]:,} KB at the end, {most:,} KB at most")
+    assert most < 60_000
 
 
 # -- Memory -------------------------------------------------------------------------------------
@@ -3076,21 +3276,17 @@ class TimedModel(ScriptedModel):
         self.answered: list[float] = []
 
     def answer(self, exchange: Exchange) -> None:
-        self.asked.append(time.time())
+        asked = time.time()
         super().answer(exchange)
-        self.answered.append(time.time())
+        if exchange.command == "POST":      # and no question for the models that it has
+            self.asked.append(asked)
+            self.answered.append(time.time())
 
 
 def processor_seconds(pid: int) -> float:
     """Return the processor time of a process and of the children it has waited for."""
     fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
-
-
-@pytest.fixture
-def asked_for() -> None:
-    if not os.environ.get("BENCHMARK"):
-        pytest.skip("BENCHMARK=1 is not set")
 
 
 @pytest.mark.parametrize("agent", ["with a busy sign", "bash"])
@@ -3119,8 +3315,8 @@ def test_benchmark_of_the_tools_own_time_and_of_the_prompt(agent, world, asked_f
     characters = [sum(len(text_of(message["content"])) for message in request.body["messages"])
                   for request in model.requests]
     print(f"\n{agent}: own time of {len(own)} turns: median {statistics.median(own):.2f} s, "
-          f"worst {max(own):.2f} s; prompts: {sum(characters):,} characters, "
-          f"the last {characters[-1]:,}")
+          f"worst {max(own):.2f} s; prompts: {sum(characters):,} characters (451,436 in the Go "
+          f"tool), the last {characters[-1]:,}")
 
 
 @pytest.mark.parametrize("where", ["where there is no terminal", "in a terminal"])

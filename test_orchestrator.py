@@ -6,8 +6,10 @@ is real on loopback.  There is no tmux here and no network; test_integration.py 
 from __future__ import annotations
 
 import ast
+import contextlib
 import datetime
 import doctest
+import email.utils
 import errno
 import functools
 import http.client
@@ -18,11 +20,15 @@ import os
 import re
 import resource
 import select
+import shutil
 import signal
 import socket
+import ssl
+import struct
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -91,15 +97,20 @@ def at_once(*actions):
 class ScriptedModel:
     """A model that gives one reply after the other, and keeps what it was sent."""
 
+    characters_per_token = 4.0
+
     def __init__(self, *replies) -> None:
         self.calls, self._replies = [], list(replies)
 
-    def complete(self, messages, *, on_text=lambda text: None):
+    def complete(self, messages, *, on_text, on_use, left):
         self.calls.append(messages)
+        assert left() > 0
         reply = play(self._replies, AssertionError("the model was asked once too often"))
         on_text(reply)
-        return reply if isinstance(reply, Reply) else Reply(
-            reply, Tokens(100, 10, 110, 50), 0.25, 5)
+        if not isinstance(reply, Reply):
+            reply = Reply(reply, Tokens(100, 10, 110, 50, 20), 0.25, 5)
+        on_use(reply.tokens, reply.cost)
+        return reply
 
 
 class Hands:
@@ -290,7 +301,10 @@ class Desk:
 
 
 class Api:
-    """A chat completions server on loopback: one scripted answer a call, the last ever after."""
+    """A chat completions server on loopback: one scripted answer a call, the last ever after.
+
+    An answer is status, headers and body, or a function that writes to the connection.
+    """
 
     def __init__(self) -> None:
         self.answers, self.requests = [], []
@@ -304,7 +318,12 @@ class Api:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 api.requests.append((self.path, dict(self.headers), json.loads(body or "{}")))
                 answers = api.answers
-                status, headers, data = answers.pop(0) if len(answers) > 1 else answers[0]
+                answer = answers.pop(0) if len(answers) > 1 else answers[0]
+                if callable(answer):
+                    with contextlib.suppress(OSError):      # the client has gone
+                        answer(self.connection)
+                    return
+                status, headers, data = answer
                 self.send_response(status)
                 for name, value in headers.items():
                     self.send_header(name, value)
@@ -314,7 +333,8 @@ class Api:
             do_GET = do_POST
 
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}/api/v1"
+        self.port = self._server.server_port
+        self.url = f"http://127.0.0.1:{self.port}/api/v1"
 
     def __enter__(self) -> Api:
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
@@ -370,9 +390,15 @@ class Client(OpenRouter):
     """An OpenRouter on a fake clock; `told` is what the user reads."""
 
     def __init__(self, url, key=KEY, model="some/model", clock=None) -> None:
-        self.time, self.told = clock or Clock(), []
+        self.time, self.told, self.used = clock or Clock(), [], []
         super().__init__(url, key, model, clock=self.time, sleep=self.time.sleep,
-                         publish=lambda kind, **fields: self.told.append(fields["error"]))
+                         publish=lambda kind, **fields: self.told.append(
+                             fields.get("error") or fields["text"]))
+
+    def say(self, messages=({"role": "system", "content": "You drive."},
+                            {"role": "user", "content": "Go — 漢字"}), **how):
+        """Return the reply to a conversation; `used` is what the tries for it took."""
+        return self.complete(messages, on_use=lambda *used: self.used.append(used), **how)
 
 
 class Flight:
@@ -1443,42 +1469,281 @@ def test_the_screen_is_published_twice_a_second_while_somebody_watches():
 # -- 6. OpenRouter --------------------------------------------------------------------------
 
 TASK = [{"role": "system", "content": "You drive."}, {"role": "user", "content": "Go — 漢字"}]
+HELLO = Tokens(7, 2, 9, 4)
+STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+CHUNKED = STREAM + b"Transfer-Encoding: chunked\r\n\r\n"
+COMMENT = ": OPENROUTER PROCESSING\n\n"
 
 
-@pytest.mark.parametrize("given, reply", [
-    (GOOD, ("Hello", Tokens(7, 2, 9, 4), 0.5)),
-    (streamed(": OPENROUTER PROCESSING\n\n", said("Hello", "stop"), USAGE),
-     ("Hello", Tokens(7, 2, 9, 4), 0.5)),
-    (streamed("event: x\r\ndata:" + json.dumps(said("Hello", "stop")) + "\r\n\r\n"),
-     ("Hello", Tokens(), None)),
-    (streamed(said("Hello", "length"), end=""), ("Hello", Tokens(), None)),
-    (answer({"choices": [{"message": {"content": "Hello"}, "finish_reason": "stop"}],
-             "usage": {"prompt_tokens": 3, "completion_tokens": 1, "prompt_tokens_details": None}}),
-     ("Hello", Tokens(3, 1, 4), None)),
-    (answer({"choices": [{"message": {"content": [{"type": "text", "text": "Hel"},
-                                                  {"type": "text", "text": "lo"}]},
-                          "finish_reason": "stop"}], "usage": {"cost": 0}}),
-     ("Hello", Tokens(), 0)),
-    (streamed(said("Hello", "stop"), {"choices": [], "usage": {
-        "prompt_tokens": None, "completion_tokens": None, "cost": None}}),
-     ("Hello", Tokens(), None)),
-    (streamed({"choices": [{"delta": {"role": "assistant", "content": None}}]},
-              said("Hello", "stop"), {"choices": [], "usage": None}), ("Hello", Tokens(), None))],
-    ids=lambda case: None)
-def test_an_answer_is_read_in_every_form(api, given, reply):
-    api.answers = [given]
-    text, tokens, cost, _ = Client(api.url).complete(TASK)
-    assert (text, tokens, cost) == reply
-    assert len(api.requests) == 1
+def wire(*pieces, end="close"):
+    """Return an answer of bytes as they are, and how the connection ends: close, reset, silence
+    until the client goes, or the last piece again and again."""
+    def send(connection):
+        for piece in pieces:
+            connection.sendall(piece)
+        while end == "again":
+            connection.sendall(pieces[-1])
+            time.sleep(0.01)
+        if end == "silence":
+            connection.recv(1)
+        if end == "reset":
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            connection.close()
+
+    return send
+
+
+def whole(content="Hello", finish="stop", **more):
+    """Return the body of an answer in one piece."""
+    return {"choices": [{"message": {"content": content}, "finish_reason": finish}], **more}
+
+
+def one(text):
+    """Return one line of a stream, as bytes."""
+    return f"data: {json.dumps(said(text), ensure_ascii=False)}\n\n".encode()
+
+
+
+
+
+OVERFLOW = ("This endpoint's maximum context length is {} tokens. However, you requested about "
+            "{} tokens ({} of text input, 16000 in the output). Please reduce either one.")
+TOO_MUCH = ("This request requires more credits, or fewer max_tokens. You requested up to 16000 "
+            "tokens, but can only afford {}.")
+
+
+class Case:
+    """What a server answers, again and again but for GOOD at the end, and what comes of it.
+
+    `outcome` is the text of the reply or a class of errors; `waits` are in seconds, each within a
+    quarter; `told` is in what the user reads.
+    """
+
+    def __init__(self, *answers, outcome="Hello", calls=0, waits=None, told="", options=None):
+        self.answers, self.outcome, self.told = answers, outcome, told
+        self.calls, self.waits, self.options = calls, waits, options
+
+
+def fine(*answers, outcome="Hello", told=""):
+    """Return the case of an answer that is understood at once."""
+    return Case(*answers, outcome=outcome, calls=1, waits=(), told=told)
+
+
+def passing(answer, told, waits=(2,)):
+    """Return the case of a failure that passes: it is waited out and said."""
+    return Case(answer, GOOD, calls=2, waits=waits, told=told)
+
+
+def final(answer, told, outcome=ModelError):
+    """Return the case of a failure that will not pass: nothing is waited for."""
+    return Case(answer, GOOD, outcome=outcome, calls=1, waits=(), told=told)
+
+
+def bounded(answer, times, told):
+    """Return the case of a failure that is taken only so many times."""
+    return Case(answer, outcome=ModelError, calls=times, told=f"{told}, {times} times",
+                waits=(2, 4, 8, 16)[:times - 1])
+
+
+def mended(answer, told, **options):
+    """Return the case of a request that is changed: at once, and what the options are then."""
+    return Case(answer, GOOD, calls=2, waits=(), told=f"asking again {told}", options=options)
+
+
+CASES = {
+    # answers, in all forms
+    "a stream": fine(GOOD),
+    "comments before it": fine(streamed(COMMENT, COMMENT, said("Hello", "stop"), USAGE)),
+    "CRLF, fields, and no space after data:": fine(streamed(
+        "event: x\r\nid: 1\r\nretry: 9\r\ndata:" + json.dumps(said("Hello", "stop")) + "\r\n\r\n")),
+    "no [DONE]": fine(streamed(said("Hello", "stop"), end="")),
+    "an empty data line": fine(streamed("data:\n\n", said("Hello", "stop"))),
+    "chunks of one byte": fine(wire(CHUNKED, *(
+        b"1\r\n%c\r\n" % byte for byte in one("Hel") + one("lo") + b"data: " + json.dumps(
+            said("", "stop")).encode() + b"\n\n"), b"0\r\n\r\n")),
+    "a character split over two pieces": fine(wire(
+        STREAM + b"\r\n", one("漢")[:40], one("漢")[40:], b"data: " + json.dumps(
+            said("字", "stop")).encode() + b"\n\ndata: [DONE]\n\n"), outcome="漢字"),
+    "no end after [DONE]": fine(wire(STREAM + b"\r\n" + GOOD[2], end="silence")),
+    "JSON to a streaming request": fine(answer(whole())),
+    "JSON after keep-alive blanks": fine(answer("\n  \n" + json.dumps(whole()))),
+    "a list of parts": fine(answer(whole([{"type": "text", "text": "Hel"}, {"text": None}, 7,
+                                          {"type": "text", "text": "lo"}]))),
+    "nulls": fine(streamed({"choices": [{"delta": {"role": "assistant", "content": None}}]},
+                           said("Hello", "stop"), {"choices": None, "usage": None})),
+    "usage in nulls": fine(streamed(said("Hello", "stop"), {"choices": [], "usage": {
+        "prompt_tokens": None, "completion_tokens": None, "cost": None}})),
+    "reasoning besides": fine(streamed({"choices": [{"delta": {"reasoning": "hm"}}]},
+                                       said("Hello", "stop"))),
+    "10 MB on one line": fine(answer(whole("x" * 10_000_000)), outcome="x" * 10_000_000),
+    "10,000 pieces": fine(streamed(*[said("x")] * 10_000, said("", "stop")),
+                          outcome="x" * 10_000),
+    "garbage in unicode": fine(answer(whole("\ud800\x00\uffff"), ), outcome="\ud800\x00\uffff"),
+    # what may pass
+    "429": passing(answer(refusal(429), 429), "429"),
+    "Retry-After": passing(answer(refusal(429), 429, Retry_After="7"), "429", (7,)),
+    "Retry-After as a date": passing(answer(refusal(503), 503, Retry_After=email.utils.formatdate(
+        time.time() + 600, usegmt=True)), "503", (600,)),
+    "Retry-After that is nonsense": passing(answer(refusal(503), 503, Retry_After="soon"), "503"),
+    "Retry-After below zero": passing(answer(refusal(503), 503, Retry_After="-7"), "503"),
+    "Retry-After without end": passing(answer(refusal(503), 503, Retry_After="9" * 400), "503"),
+    "retry-after-ms": passing(answer(refusal(429), 429, retry_after_ms="7000"), "429", (7,)),
+    "a long Retry-After": passing(answer(refusal(503), 503, Retry_After="3000"), "503", (900,)),
+    "availability": passing(answer(refusal(429, availability={"retry_after": 7}), 429), "429",
+                            (7,)),
+    "X-RateLimit-Reset": passing(answer(
+        refusal(429), 429, X_RateLimit_Reset=str(round((time.time() + 600) * 1000))), "429",
+        (600,)),
+    "X-RateLimit-Reset inside": passing(answer(refusal(429, metadata={"headers": {
+        "X-RateLimit-Reset": round((time.time() + 600) * 1000)}})), "429", (600,)),
+    "404 that is called retryable": passing(answer(refusal(404, availability={
+        "retryable": True}), 404), "404"),
+    "500": passing(answer(refusal(500, "Internal\nerror"), 500), "500: Internal error"),
+    "502 as a page": passing(answer("<html><h1>Bad gateway</h1></html>", 502), "502: Bad gateway"),
+    "503 and nothing": passing(answer("", 503), "503"),
+    "524": passing(answer(refusal(524), 524), "524"),
+    "529": passing(answer(refusal(529), 529), "529"), "408": passing(answer("slow", 408), "408"),
+    "the provider's words": passing(answer(refusal(502, "Provider returned error", metadata={
+        "raw": "overloaded"})), "overloaded"),
+    "error in a 200": passing(answer(refusal(502, "upstream")), "502: upstream"),
+    "error in the choice": passing(answer({"choices": [{"error": {
+        "code": 502, "message": "upstream"}, "message": {"content": "part"}}]}), "502: upstream"),
+    "error in the stream": passing(streamed(said("Hel"), {
+        **refusal(502, "upstream"), "choices": [{"delta": {"content": ""}}]}), "502: upstream"),
+    "error in a stream, no choices": passing(streamed(refusal(502, "upstream")), "502: upstream"),
+    "code as a word": passing(answer(refusal("rate_limit_exceeded", "slow down")), "slow down"),
+    "code as a text of digits": passing(answer(refusal("503", "busy")), "503: busy"),
+    "error_type": passing(answer(refusal(400, "hm", metadata={
+        "error_type": "provider_overloaded"}), 400), "400: hm"),
+    "no code, but http_status": passing(answer({"error": {"message": "busy", "http_status": 503}}),
+                                        "503: busy"),
+    "an error that is a text": passing(answer({"error": "busy"}), "busy"),
+    "no choices": passing(answer({"choices": []}), "broke off"),
+    "choices of another type": passing(answer({"choices": [7]}), "broke off"),
+    "no object": passing(answer("[]"), "no JSON"), "a page": passing(answer("<p>hi"), "no JSON"),
+    "blanks": passing(answer("  \n "), "no JSON"),
+    "half an object": passing(answer('{"choices": [{"mess'), "no JSON"),
+    "broken JSON in a stream": passing(streamed("data: {broken\n\n"), "no JSON"),
+    "no finish_reason": passing(streamed(said("Hel")), "broke off"),
+    "finish_reason error": passing(streamed(said("Hel", "error")), "broke off"),
+    "a stream cut between lines": passing(streamed(said("Hel"), end=""), "broke off"),
+    "a stream cut in a line": passing(streamed(said("Hel"), end='data: {"cho'), "no JSON"),
+    "a stream cut in a chunk": passing(wire(CHUNKED, b"ff\r\ndata: {"), "broke off|no JSON"),
+    "a body that is too short": passing(answer("{}", Content_Length="1000"), "broke off"),
+    "a reset": passing(wire(STREAM + b"\r\n" + one("Hel"), end="reset"), "broke off"),
+    "a reset before the answer": passing(wire(end="reset"), "can't be reached"),
+    "no answer": passing(wire(), "can't be reached"),
+    "no HTTP": passing(wire(b"SSH-2.0-OpenSSH_9.2\r\n"), "can't be reached"),
+    # what is taken three times, or five
+    "empty": bounded(streamed(said(" ", "stop")), 3, "empty (stop)"),
+    "null": bounded(answer(whole(None)), 3, "empty (stop)"),
+    "reasoning took it all": bounded(answer(whole(None, "length")), 3, "empty (length)"),
+    "content_filter": bounded(answer(whole("", "content_filter")), 3, "empty (content_filter)"),
+    "a tool call": bounded(answer(whole(None, "tool_calls")), 3, "empty (tool_calls)"),
+    "a refusal": bounded(streamed({"choices": [{"delta": {"refusal": "I can't"}}]},
+                                  said("", "stop")), 3, "the model refused: I can't"),
+    "403 by a moderator": bounded(answer(refusal(403, "flagged", metadata={
+        "reasons": ["violence"]}), 403), 3, "403: flagged"),
+    "content_policy_violation": bounded(answer(refusal(400, "no", metadata={
+        "error_type": "content_policy_violation"}), 400), 3, "400: no"),
+    "502 by a moderator": bounded(answer(refusal(502, "This content was flagged for possible "
+                                                 "cybersecurity risk"), 502), 3, "risk"),
+    "never a finish_reason": bounded(answer({"choices": []}), 5, "broke off (no finish_reason)"),
+    "another service": bounded(answer("<p>Welcome"), 5, "check OPENROUTER_BASE_URL"),
+    # what will not pass
+    "400": final(answer(refusal(400, "bad request"), 400), "400: bad request"),
+    "no such model": final(answer(refusal(400, "x is not a valid model ID"), 400),
+                           "OPENROUTER_MODEL"),
+    "401": final(answer(refusal(401, "User not found."), 401), "check OPENROUTER_API_KEY"),
+    "401 as a text": final(answer(refusal("401", "User not found.")), "check OPENROUTER_API_KEY"),
+    "a page that repeats the key": passing(answer(f"<p>{KEY}"), "no JSON"),
+    "401 that repeats the key": final(answer(refusal(401, f"wrong key {KEY}"), 401), "wrong key"),
+    "402": final(answer(refusal(402, "no money"), 402), "add credit"),
+    "402 in a stream": final(streamed(refusal(402, "no money")), "add credit"),
+    "402, afford little": final(answer(refusal(402, TOO_MUCH.format(300)), 402), "add credit"),
+    "402, afford more than asked": final(answer(refusal(402, TOO_MUCH.format(99_999)), 402),
+                                         "add credit"),
+    "403, the key's limit": final(answer(refusal(403, "Key limit exceeded (total limit)"), 403),
+                                  "add credit"),
+    "403": final(answer(refusal(403, "not here"), 403), "does not allow"),
+    "403 of what stands before it": final(answer("error code: 1010", 403),
+                                          "error code: 1010 (the key, the provider or what stands"),
+    "404": final(answer(refusal(404, "No endpoints found"), 404), "OPENROUTER_MODEL"),
+    "407": final(answer("", 407), "proxy"), "412": final(answer(refusal(412), 412), "412"),
+    "503 that is not retryable": final(answer(refusal(503, availability={"retryable": False}),
+                                              503), "503"),
+    "a quota of a day": final(answer(refusal(429, "Rate limit exceeded: free-models-per-day"), 429),
+                              "--resume goes on later"),
+    "a reset in hours": final(answer(refusal(429, "slow down", metadata={"headers": {
+        "X-RateLimit-Reset": str(round((time.time() + 5 * 3600) * 1000))}})), "--resume goes on"),
+    "a redirect": final(answer("", 302, Location="/elsewhere"), "302"),
+    "a redirect of a POST": final(answer("", 307, Location="/elsewhere"), "307"),
+    # a conversation that is too long
+    "overflow": final(answer(refusal(400, "prompt is too long"), 400), "too long", ContextOverflow),
+    "overflow by type": final(answer(refusal(400, "no", metadata={
+        "error_type": "context_length_exceeded"}), 400), "400: no", ContextOverflow),
+    "overflow by the code of others": final(answer(refusal("context_length_exceeded", "no"), 400),
+                                            "no", ContextOverflow),
+    "overflow in the provider's words": final(answer(refusal(
+        400, "Provider returned error", metadata={"raw": "context_length_exceeded"})), "context",
+        ContextOverflow),
+    "overflow by the input": final(answer(refusal(400, OVERFLOW.format(8192, 24_100, 8100)), 400),
+                                   "8100", ContextOverflow),
+    "413": final(answer("too large", 413), "413", ContextOverflow),
+    # requests that can be mended
+    "402, afford enough": mended(answer(refusal(402, TOO_MUCH.format(8000)), 402),
+                                 "with max_tokens=7600", max_tokens=7600),
+    "overflow by max_tokens": mended(answer(refusal(400, OVERFLOW.format(20_000, 26_000, 10_000)),
+                                            400), "with max_tokens=9500", max_tokens=9500),
+    "overflow by max_tokens, Anthropic": mended(answer(refusal(
+        400, "input length and `max_tokens` exceed context limit: 190000 + 16000 > 200000"), 400),
+        "with max_tokens=9500", max_tokens=9500),
+    "overflow by max_tokens, vLLM": mended(answer(refusal(
+        400, "'max_tokens' is too large: 16000. This model's maximum context length is 8192 tokens "
+        "and your request has 192 input tokens"), 400), "with max_tokens=7600", max_tokens=7600),
+    "max_tokens above the model's": mended(answer(refusal(
+        400, "max_tokens is too large: 16000. This model supports at most 4000 completion tokens"),
+        400), "with max_tokens=3800", max_tokens=3800),
+    "max_tokens that must be named otherwise": mended(answer(refusal(
+        400, "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."), 400),
+        "without max_tokens", max_tokens=None),
+    "400 over stream_options": mended(answer(refusal(400, "stream_options: not permitted"), 400),
+                                      "without stream_options", stream_options=None, stream=True),
+    "422 over a field": mended(answer({"detail": [{"loc": ["body", "stream_options"]}]}, 422),
+                               "without stream_options", stream_options=None),
+    "400 over streaming": mended(answer(refusal(400, "streaming is not supported"), 400),
+                                 "without stream", stream=None)}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_each_case_has_its_outcome_its_calls_its_waits_and_its_words(api, case):
+    api.answers, client, outcome = list(case.answers), Client(api.url), None
+    if isinstance(case.outcome, str):
+        assert client.say().text == case.outcome
+    else:
+        with pytest.raises(ModelError) as caught:
+            client.say()
+        outcome = caught.value
+        assert type(outcome) is case.outcome
+    words = [*client.told, str(outcome or "")]
+    assert len(api.requests) == case.calls
+    assert len(client.time.slept) == len(case.waits), client.time.slept
+    assert all(0.75 * wanted <= waited <= 1.25 * wanted
+               for waited, wanted in zip(client.time.slept, case.waits)), client.time.slept
+    assert re.search("|".join(map(re.escape, case.told.split("|"))), " ".join(words))
+    assert "\n" not in "".join(words) and KEY not in "".join(words)
+    for name, value in (case.options or {}).items():
+        assert [request[2].get(name) for request in api.requests[1:]] == [value]
 
 
 def test_the_request_says_who_asks_for_what(api):
     api.answers = [GOOD]
     parts = []
-    Client(api.url + "/chat/completions/").complete(TASK, on_text=parts.append)
+    Client(api.url + "/chat/completions/").say(on_text=parts.append)
     ((path, headers, body),) = api.requests
     assert path == "/api/v1/chat/completions" and headers["Authorization"] == f"Bearer {KEY}"
     assert headers["User-Agent"].startswith("orchestrator/")
+    assert headers["Accept-Encoding"] == "identity"
     assert (body["model"], body["max_tokens"], body["stream"]) == ("some/model", 16_000, True)
     assert body["messages"] == TASK and "temperature" not in body
     assert KEY not in json.dumps(body) and parts[:2] == ["Hel", "Hello"]
@@ -1493,80 +1758,125 @@ def test_only_openrouter_is_sent_what_only_it_knows():
     home = Client("https://openrouter.ai/api/v1", model="anthropic/claude-opus-4.6")
     assert home.body(messages)["session_id"] == home.body(TASK)["session_id"]
     assert marks(home.body(messages)) == ["system", "user"] and len(marks(home.body(TASK))) == 2
-    assert messages[-1]["content"] == "b"
+    assert messages[-1]["content"] == "b" and "cache_control" not in home.body(messages)
     other = Client("https://openrouter.ai/api/v1", model="openai/gpt-5")
     assert "session_id" in other.body(messages) and not marks(other.body(messages))
-    foreign = Client("http://localhost:1234/v1", model="anthropic/claude-opus-4.6")
-    assert "session_id" not in foreign.body(messages) and not marks(foreign.body(messages))
+    for url in ("http://localhost:1234/v1", "https://openrouter.ai.example.org/v1"):
+        foreign = Client(url, model="anthropic/claude-opus-4.6")
+        assert "session_id" not in foreign.body(messages) and not marks(foreign.body(messages))
 
 
-@pytest.mark.parametrize("first, told", [
-    (answer(refusal(429), 429, Retry_After="7"), "429"),
-    (answer(refusal(429, availability={"retry_after": 7}), 429), "429"),
-    (answer(refusal(500, "Internal\nerror"), 500), "500: Internal error"),
-    (answer("<html><h1>Bad gateway</h1></html>", 502), "502: Bad gateway"),
-    (answer("", 503), "503"), (answer(refusal(529), 529), "529"), (answer("slow", 408), "408"),
-    (answer(refusal(502, "Provider returned error", metadata={"raw": "overloaded"})), "overloaded"),
-    (answer({"choices": [{"error": {"code": 502, "message": "upstream"}, "message": {}}]}),
-     "502: upstream"),
-    (streamed(said("Hel"), {**refusal(502, "upstream"), "choices": [{"delta": {}}]}),
-     "502: upstream"),
-    (answer(refusal("rate_limit_exceeded", "slow down")), "slow down"),
-    (answer({"error": {"message": "busy", "http_status": 503}}), "503: busy"),
-    (answer({"error": "busy"}), "busy"), (answer({"choices": []}), "broke off"),
-    (answer("[]"), "no JSON"), (answer("<p>hello"), "no JSON"), (answer({"choices": [7]}), "form"),
-    (streamed("data: {broken\n\n"), "no JSON"), (streamed(said("Hel")), "broke off"),
-    (streamed(said("Hel"), end=""), "broke off"), (streamed(said("Hel", "error")), "broke off"),
-    (answer("{}", Content_Length="1000"), "broke off"), (streamed(said("", "stop")), "empty"),
-    (answer({"choices": [{"message": {"content": None}, "finish_reason": "length"}]}), "empty"),
-    (streamed(said("x", "stop"), "data: 1\n\n"), "no JSON")], ids=lambda case: None)
-def test_what_may_pass_is_waited_out_and_said(api, first, told):
-    api.answers = [first, GOOD]
-    client = Client(api.url)
-    assert client.complete(TASK).text == "Hello"
-    assert len(api.requests) == 2
-    (waited,), (message,) = client.time.slept, client.told
-    assert told in message and "\n" not in message and KEY not in message
-    assert waited == 7 if "7" in repr(first) and "429" in told else 1.5 <= waited <= 2.5
+class Home(Client):
+    """A client that takes a server on loopback for openrouter.ai."""
+
+    def __init__(self, api, **options) -> None:
+        super().__init__("https://openrouter.ai/api/v1", **options)
+        self._base = api.url
 
 
-@pytest.mark.parametrize("given, kind, told", [
-    (answer(refusal(400, "bad request"), 400), ModelError, "400: bad request"),
-    (answer(refusal(401, "no such user"), 401), ModelError, "OPENROUTER_API_KEY"),
-    (answer(refusal(402, "no money"), 402), ModelError, "credit"),
-    (answer(refusal(403, "moderated"), 403), ModelError, "403: moderated"),
-    (answer(refusal(404, "no such model"), 404), ModelError, "OPENROUTER_MODEL"),
-    (answer(refusal("401", "no such user")), ModelError, "OPENROUTER_API_KEY"),
-    (answer(refusal(401, f"wrong key {KEY}"), 401), ModelError, "wrong key"),
-    (streamed(refusal(402, "no money")), ModelError, "credit"),
-    (answer("", 302, Location="/elsewhere"), ModelError, "302"),
-    (answer(refusal(400, "The maximum context length is 9"), 400), ContextOverflow, "is 9"),
-    (answer(refusal(400, "prompt is too long"), 400), ContextOverflow, "too long"),
-    (answer(refusal(400, "Provider returned error", metadata={"raw": "context_length_exceeded"})),
-     ContextOverflow, "context_length_exceeded")], ids=lambda case: None)
-def test_a_refusal_ends_it_at_once_and_says_what_to_change(api, given, kind, told):
-    api.answers = [given, GOOD]
-    client = Client(api.url)
-    with pytest.raises(ModelError) as caught:
-        client.complete(TASK)
-    assert type(caught.value) is kind and told in str(caught.value)
-    assert "\n" not in str(caught.value) and KEY not in str(caught.value)
-    assert len(api.requests) == 1 and not client.time.slept
+@pytest.mark.parametrize("status, message, option", [
+    (404, "No endpoints found that support cache control", "cache_control"),
+    (400, "A maximum of 4 blocks with cache_control may be provided.", "cache_control"),
+    (400, "session_id: must be shorter", "session_id")])
+def test_what_a_provider_does_not_take_is_left_out_for_the_rest_of_the_run(
+        api, status, message, option):
+    api.answers = [answer(refusal(status, message), status), GOOD]
+    client = Home(api, model="anthropic/claude-opus-4.6")
+    client.say()
+    client.say()
+    assert [option in json.dumps(body) for _, _, body in api.requests] == [True, False, False]
+    assert len(client.told) == 1 and f"asking again without {option}" in client.told[0]
 
 
-def test_three_empty_answers_in_a_row_are_enough(api):
-    api.answers = [streamed(said(" ", "stop"))]
-    with pytest.raises(ModelError, match="empty.*3 times"):
-        Client(api.url).complete(TASK)
+def test_a_lower_max_tokens_is_for_one_call_and_falls_until_it_is_of_no_use(api):
+    poor = [answer(refusal(402, TOO_MUCH.format(credit)), 402) for credit in (8000, 4000, 900)]
+    api.answers, client = [*poor[:2], GOOD, poor[2]], Client(api.url)
+    client.say()
+    with pytest.raises(ModelError, match="afford 900.*add credit"):
+        client.say()
+    assert [body["max_tokens"] for _, _, body in api.requests] == [16_000, 7600, 3800, 16_000]
+
+
+def test_what_stays_refused_is_not_asked_for_ever(api):
+    api.answers = [answer(refusal(400, "stream_options, max_tokens: no"), 400)]
+    with pytest.raises(ModelError, match="400"):
+        Client(api.url).say()
     assert len(api.requests) == 3
 
 
+def test_an_answer_that_was_cut_at_its_length_goes_on(api):
+    api.answers = [streamed(said("Hel", "length"), USAGE), answer(refusal(503), 503),
+                   streamed(said("lo", "stop"), USAGE)]
+    client, parts = Client(api.url), []
+    reply = client.say(on_text=parts.append)
+    assert reply.text == "Hello" and parts[-1] == "Hello" and reply.cost == 1.0
+    assert reply.tokens == Tokens(14, 4, 18, 8) and len(client.used) == 2
+    *start, cut, more = api.requests[-1][2]["messages"]
+    assert (start, cut) == (TASK, {"role": "assistant", "content": "Hel"})
+    assert more["role"] == "user" and "Go on exactly where it stopped" in more["content"]
+    api.answers = [streamed(said("x", "length"))]
+    assert client.say().text == "xxxx"
+    api.answers = [streamed(said("x", "length")), answer(refusal(400), 400)]
+    assert client.say().text == "x"
+
+
+def test_failed_tries_are_paid_for_too(api):
+    bill = {"usage": {"prompt_tokens": 10, "completion_tokens": 0, "cost": 0.25}}
+    failed = streamed(said("Hel"), {**refusal(502), **bill})
+    api.answers, client = [failed, answer(whole("", **bill)), GOOD], Client(api.url)
+    assert client.say()[1:3] == (Tokens(27, 2, 29, 4), 1.0)
+    api.answers, client = [failed, answer(refusal(401), 401)], Client(api.url)
+    with pytest.raises(ModelError):
+        client.say()
+    assert client.used == [(Tokens(10, 0, 10), 0.25)]
+
+
+@pytest.mark.parametrize("usage, tokens, cost", [
+    ({"prompt_tokens": 7, "completion_tokens": 2, "cost": 0.5, "prompt_tokens_details": {
+        "cached_tokens": 4, "cache_write_tokens": 3}}, Tokens(7, 2, 9, 4, 3), 0.5),
+    ({"prompt_tokens": "7", "completion_tokens": "2", "cost": "0.5"}, Tokens(7, 2, 9), 0.5),
+    ({"prompt_tokens": 7.0, "prompt_tokens_details": None, "cost": 0}, Tokens(7, 0, 7), 0),
+    ({"prompt_tokens": 0, "completion_tokens": 0, "cost": 0}, Tokens(), 0),
+    ({"prompt_tokens": 7, "cost": -1}, Tokens(7, 0, 7), None),
+    ({"prompt_tokens": 7, "cost": float("nan")}, Tokens(7, 0, 7), None),
+    ({"prompt_tokens": 7, "cost": True}, Tokens(7, 0, 7), None),
+    ({"prompt_tokens": 7, "cost": 10 ** 400}, Tokens(7, 0, 7), None),
+    ({"prompt_tokens": 7, "prompt_tokens_details": [], "cost": [1]}, Tokens(7, 0, 7), None)])
+def test_what_a_call_used_is_read_as_far_as_it_makes_sense(api, usage, tokens, cost):
+    api.answers = [answer(whole(usage=usage))]
+    assert Client(api.url).say()[1:3] == (tokens, cost)
+
+
+def test_what_a_server_does_not_tell_is_estimated_and_said_once(api):
+    models = answer({"data": [{"id": "some/model", "pricing": {"prompt": "0.001",
+                                                               "completion": "0.01"}}]})
+    api.answers, client = [models, answer(whole("x" * 40))], Client(api.url)
+    client.check()
+    talk = [{"role": "user", "content": "y" * 400}]
+    assert client.say(talk)[1:3] == (Tokens(100, 10, 110), 0.2)
+    assert client.say(talk).cost == 0.2 and len(client.told) == 1
+    assert "does not tell tokens and cost: estimated" in client.told[0]
+    api.answers = [answer(whole(usage={"prompt_tokens": 200}))]
+    assert client.say(talk)[1:3] == (Tokens(200, 0, 200), 0.2)
+    assert client.characters_per_token == 2.0
+    api.answers = [answer(whole(usage={"prompt_tokens": 10 ** 14}))]
+    assert client.say(talk).text == "Hello" and client.characters_per_token == 0.5
+
+
 def test_it_gives_up_after_an_hour(api):
-    api.answers = [answer("", 503)]
-    client = Client(api.url)
-    with pytest.raises(ModelError, match="gave up after an hour.*503"):
-        client.complete(TASK)
-    assert 3000 < sum(client.time.slept) <= 3600 and max(client.time.slept) <= 75
+    for first, longest in ((answer("", 503), 75), (answer("", 503, Retry_After="0"), 61)):
+        api.answers, client = [first], Client(api.url)
+        with pytest.raises(ModelError, match="gave up after an hour.*503"):
+            client.say()
+        assert 3000 < sum(client.time.slept) <= 3600 and max(client.time.slept) <= longest
+
+
+def test_an_address_that_makes_no_sense_is_named(monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    for url in ("http://a..b/v1", f"http://{'a' * 300}/v1", "nowhere"):
+        with pytest.raises(ModelError, match="OPENROUTER_BASE_URL"):
+            Client(url).say()
+    Client("http://[1.2]/v1")       # some versions of Python can't even take that apart
 
 
 def test_a_server_that_is_not_there_is_waited_for():
@@ -1574,27 +1884,153 @@ def test_a_server_that_is_not_there_is_waited_for():
         unheard.bind(("127.0.0.1", 0))
         client = Client(f"http://127.0.0.1:{unheard.getsockname()[1]}/v1")
         with pytest.raises(ModelError, match="gave up after an hour.*can't be reached"):
-            client.complete(TASK)
+            client.say()
     assert len(client.told) > 50
 
 
-def test_a_stream_of_nothing_but_comments_is_given_up(api):
-    class Hurried(Clock):
-        def __call__(self):
-            self.now += 40
-            return self.now
+def test_each_try_has_to_be_within_the_budgets(api):
+    api.answers, client, spent = [streamed(said("x", "error"), USAGE)], Client(api.url), []
 
-    api.answers = [streamed(*[": OPENROUTER PROCESSING\n\n"] * 20), GOOD]
-    client = Client(api.url, clock=Hurried())
-    assert client.complete(TASK).text == "Hello" and "stalled" in client.told[0]
+    def left():
+        if len(spent) == 2:
+            raise BudgetReached("no money")
+        return 1e9
+
+    with pytest.raises(BudgetReached):
+        client.complete(TASK, on_use=lambda *used: spent.append(used), left=left)
+    assert len(api.requests) == 2 and sum(cost for _, cost in spent) == 1.0
 
 
-def test_the_doctor_asks_for_the_model_by_a_free_call(api):
-    api.answers = [answer({"data": [{"id": "some/model", "pricing": {"prompt": "0.000005"}}]})]
-    assert Client(api.url).check() == "some/model, $5 per million prompt tokens"
-    with pytest.raises(ModelError, match="OPENROUTER_MODEL='other'"):
-        Client(api.url, model="other").check()
-    assert [path for path, _, _ in api.requests] == ["/api/v1/models"] * 2
+def test_no_wait_outlasts_the_time_that_is_left(api):
+    api.answers, client = [answer("", 503, Retry_After="600")], Client(api.url)
+    end = client.time.now + 90
+
+    def left():
+        if client.time.now >= end:
+            raise BudgetReached("no time")
+        return end - client.time.now
+
+    with pytest.raises(BudgetReached):
+        client.say(left=left)
+    assert client.time.slept == [90] and len(api.requests) == 1
+
+
+@pytest.mark.parametrize("answer", [
+    wire(end="silence"), wire(b"HTTP/1.1 200 OK\r\n", b"X", end="again"),
+    wire(STREAM + b"\r\n", COMMENT.encode(), end="again"), wire(STREAM + b"\r\n", end="silence"),
+    wire(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n", b" ", end="again"),
+    wire(STREAM + b"\r\n", b"x", end="again"),
+    wire(STREAM + b"\r\n", one("x"), end="again")],
+    ids=["silence", "headers", "comments", "a silent stream", "a body", "a line", "data"])
+def test_what_trickles_or_stalls_is_given_up(api, answer):
+    class Hasty(Client):
+        IDLE, PROGRESS, CALL = 5.0, 0.2, 0.4
+
+    api.answers = [answer, GOOD]
+    client = Hasty(api.url, clock=Clock())
+    client._clock = time.monotonic
+    assert client.say().text == "Hello" and "too slow: gave up after 0 s" in client.told[0]
+
+    def left():
+        if time.monotonic() - began > 0.1:
+            raise BudgetReached("no time")
+        return max(0.0, began + 0.11 - time.monotonic())
+
+    api.answers, began = [answer], time.monotonic()
+    with pytest.raises(BudgetReached):
+        client.say(left=left)
+
+
+def test_a_connection_without_a_byte_is_given_up(api):
+    class Hasty(Client):
+        IDLE = 0.2
+
+    api.answers = [wire(STREAM + b"\r\n" + one("Hel"), end="silence"), wire(end="silence"), GOOD]
+    client = Hasty(api.url)
+    assert client.say().text == "Hello" and len(client.told) == 2
+    assert "broke off: timed out" in client.told[0] and "can't be reached" in client.told[1]
+
+
+def test_a_proxy_is_used_and_not_for_this_machine_and_sees_no_key_of_others(api, monkeypatch):
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{api.port}")
+    api.answers = [GOOD]
+    assert Client("http://models.test/v1").say().text == "Hello"
+    assert api.requests[0][0] == "http://models.test/v1/chat/completions"
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    assert Client(api.url).say().text == "Hello"
+
+
+def test_the_key_does_not_follow_a_redirect(api):
+    with Api() as elsewhere:
+        for status in (301, 302, 303, 307, 308):
+            api.answers = [answer("", status, Location=f"{elsewhere.url}/x")]
+            with pytest.raises(ModelError, match=f"{status}.*OPENROUTER_BASE_URL"):
+                Client(api.url).say()
+    assert not elsewhere.requests
+
+
+def test_a_certificate_that_is_not_trusted_says_what_to_do(tmp_path):
+    certificate = tmp_path / "server.pem"
+    made = subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1",
+                           "-subj", "/CN=localhost", "-keyout", certificate, "-out",
+                           tmp_path / "certificate.pem"], capture_output=True) \
+        if shutil.which("openssl") else None
+    if not made or made.returncode:
+        pytest.skip("openssl is not installed")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "certificate.pem", certificate)
+    with Api() as server:
+        server._server.socket = context.wrap_socket(server._server.socket, server_side=True)
+        client = Client(f"https://localhost:{server.port}/v1")
+        with pytest.raises(ModelError, match="can't be verified.*Install Certificates.*SSL_CERT"):
+            client.say()
+    assert not client.told and not server.requests
+
+
+MODELS = {"data": [{"id": "some/model", "canonical_slug": "some/model-4.6", "pricing": {
+    "prompt": "0.000005", "completion": None}}, {"id": None}, 7, {"id": "other/large"}]}
+
+
+@pytest.mark.parametrize("model, listed, told", [
+    ("some/model", MODELS, "some/model, $5 per million prompt tokens"),
+    ("some/model:nitro", MODELS, "some/model:nitro"), ("some/model-4-6", MODELS, "some/model-4-6"),
+    ("~some/model-latest", MODELS, "~some"), ("@preset/mine", MODELS, "@preset/mine"),
+    ("any", {"data": [{"id": "openai/*"}]}, "any"), ("any", {"data": []}, "not checked"),
+    ("any", {"models": 7}, "not checked"), ("any", {"data": {"id": 1}}, "not checked")])
+def test_the_model_is_known_by_all_its_names(api, model, listed, told):
+    api.answers = [answer(listed)]
+    assert Client(api.url, model=model).check().startswith(told) or "not checked" in told
+    assert [path for path, _, _ in api.requests] == ["/api/v1/models"]
+
+
+@pytest.mark.parametrize("answers, kind, told", [
+    ([answer(MODELS)], ModelError, "OPENROUTER_MODEL='other/lagre': .*no such model.*other/large"),
+    ([answer(refusal(401, "User not found."), 401)], ModelError, "check OPENROUTER_API_KEY"),
+    ([answer("", 500)], TransientError, "500"), ([wire()], TransientError, "can't be reached"),
+    ([answer("<p>hi")], TransientError, "OPENROUTER_BASE_URL")])
+def test_before_a_run_what_is_wrong_is_found_by_one_free_call(api, answers, kind, told):
+    api.answers, client = answers, Client(api.url, model="other/lagre")
+    with pytest.raises(ModelError, match=told) as caught:
+        client.check()
+    assert type(caught.value) is kind and len(api.requests) == 1 and not client.time.slept
+
+
+def test_openrouter_is_asked_for_the_credit_of_the_key(api):
+    for data, told in (({"limit_remaining": -0.01}, "no credit left"),
+                       ({"limit_remaining": 0}, "no credit left"), ({"limit_remaining": 3}, ""),
+                       ({"limit_remaining": None}, ""), (None, "")):
+        api.answers = [answer({"data": data}), answer(MODELS)]
+        try:
+            assert Home(api).check().startswith("some/model") and not told
+        except ModelError as error:
+            assert told and told in str(error)
+    assert [path for path, _, _ in api.requests[:2]] == ["/api/v1/key"] * 2
+
+
+def test_a_server_that_does_not_list_its_models_is_no_obstacle(api):
+    for status in (404, 405, 501):
+        api.answers = [answer("", status)]
+        assert "not checked" in Client(api.url).check()
 
 
 # -- 7. Memory ------------------------------------------------------------------------------
@@ -2145,15 +2581,17 @@ def test_a_conversation_grows_at_its_end_only_until_it_is_summarised():
         talk.append("more")
     assert [message["role"] for message in talk.messages()] == ["system", "user"] + [
         "assistant", "user"] * 5
-    older = talk.older()
+    count, older = talk.older(1_000)
     assert "reply 1" in older and "outcome 1\n\nmore" in older and "reply 2" not in older
-    assert talk.summarise("in short") == 2
+    assert [talk.older(room)[0] for room in (1_000, 100, 60, 0)] == [2, 3, 4, 4] and count == 2
+    assert talk.size() == len("".join(message["content"] for message in talk.messages()))
+    talk.summarise("in short", count)
     system, opening, *rest = [message["content"] for message in talk.messages()]
     assert (system, len(rest), rest[0]) == ("system", 6, "reply 2")
     assert opening.startswith("opening") and opening.endswith("in short")
-    assert talk.older() == ""
+    assert talk.older(1_000) == (0, "")
     talk.add("reply 5", "outcome 5")
-    assert "in short" in talk.older()
+    assert "in short" in talk.older(1_000)[1]
 
 
 def test_a_run_tells_the_agent_what_the_model_says_until_the_task_is_complete(fly):
@@ -2192,6 +2630,38 @@ def test_a_budget_ends_the_run(fly, settings, turn, done, reason):
     flight.agent.ask = lambda message, limit=0: flight.clock.sleep(turn) or Turn(f"did {message}")
     assert flight.run() == "budget" and flight.error.status == 3
     assert reason in str(flight.error) and flight.of("complete")[0]["iterations"] == done
+
+
+def test_what_a_call_used_that_failed_counts_in_the_end_and_after_a_resume(fly):
+    def failing(messages, on_use, **how):
+        on_use(Tokens(10, 0, 10), 0.5)
+        raise ModelError("no more")
+
+    flight = fly("one")
+    flight.agent.ask = lambda message, limit: setattr(flight.model, "complete", failing) or Turn("")
+    assert flight.run() == "model" and flight.of("complete")[0]["cost"] == 0.75
+    second = fly("TASK_COMPLETE")
+    second.run(flight.journal.events())
+    assert second.of("complete")[-1]["cost"] == 1.0
+    assert second.of("complete")[-1]["tokens"]["total"] == 230
+
+
+def test_no_summary_and_no_compaction_is_paid_for_beyond_the_budget(fly, tmp_path):
+    flight = fly("one", "two", "three", "four", turns=LONG, history_max_tokens=5_000, max_cost=1.0)
+    assert flight.run() == "budget" and len(flight.model.calls) == 4
+    flight = fly("MEMORY_SAVE: a\nMEMORY_SAVE: b\nTASK_COMPLETE", memory_max_facts=1, max_cost=0.2)
+    assert flight.run() == "complete" and stored(tmp_path) == ["a", "b"]
+
+
+def test_the_time_of_a_run_ends_a_pause_and_a_call_too(fly):
+    flight = fly("one", max_minutes=1)
+    flight.control.act("pause")
+    assert flight.run() == "budget" and flight.clock.now == pytest.approx(1060)
+    flight = fly("one", max_minutes=1)
+    flight.model.complete = lambda messages, left, **how: [
+        flight.clock.sleep(min(50, left())) for _ in range(3)]
+    assert flight.run() == "budget" and flight.clock.now == pytest.approx(1060)
+    assert "MAX_MINUTES=1" in str(flight.error)
 
 
 def test_a_cost_limit_needs_a_server_that_says_what_it_costs(fly):
@@ -2362,19 +2832,51 @@ def test_a_paused_run_waits_for_its_person(fly):
     assert [event["state"] for event in flight.of("state")] == ["paused", "resumed"]
 
 
+LONG = [f"{letter} {'x' * 4_900}" for letter in "abcd"]     # fills a conversation of 5,000 tokens
+
+
 def test_a_long_conversation_is_summarised_by_the_model(fly):
-    flight = fly("one", "two", "three", Reply("four", Tokens(5000, 1, 5001), 0.0, 1),
-                 "what happened so far", "TASK_COMPLETE", history_max_tokens=1000)
-    assert flight.run() == "complete" and len(flight.model.calls[5]) == 2 + 6
-    assert "Summary of the work so far\nwhat happened so far" in flight.model.calls[5][1]["content"]
-    assert flight.of("history")[0]["summarised"] == 1
-    assert flight.agent.told == ["one", "two", "three", "four"]
+    flight = fly("one", "two", "three", "four", "what happened so far", "TASK_COMPLETE",
+                 turns=LONG, history_max_tokens=5_000)
+    assert flight.run() == "complete" and flight.agent.told == ["one", "two", "three", "four"]
+    assert "YOU: two" in flight.shown(4) and "YOU: three" not in flight.shown(4)
+    opening, *rest = [message["content"] for message in flight.model.calls[5][1:]]
+    assert opening.endswith("Summary of the work so far\nwhat happened so far")
+    assert rest[0] == "three" and len(rest) == 4
+    assert flight.of("history")[0]["summarised"] == 2
+    assert flight.of("complete")[0]["cost"] == 1.5
 
 
 def test_where_no_summary_can_be_had_first_lines_will_do(fly):
-    flight = fly("one", "two", "three", Reply("four", Tokens(5000, 1, 5001), 0.0, 1),
-                 ModelError("refused"), "TASK_COMPLETE", history_max_tokens=1000)
+    flight = fly("one", "two", "three", "four", ModelError("refused"), "TASK_COMPLETE", turns=LONG,
+                 history_max_tokens=5_000)
     assert flight.run() == "complete" and "YOU: one" in flight.model.calls[5][1]["content"]
+
+
+def summarising(complete):
+    """Return a model's complete that gives summaries besides its script."""
+    return lambda messages, **how: complete(messages, **how) \
+        if "Summarise it" not in messages[0]["content"] else Reply("in short", Tokens(), 0.0, 1)
+
+
+def test_the_prompt_stays_within_its_bound_in_steps_that_keep_its_beginning(fly):
+    sizes = [10, 16_000, 3_000, 16_000, 16_000, 200, 9_000] * 20
+    flight = fly(*[f"step {number}" for number in range(len(sizes))], "TASK_COMPLETE",
+                 turns=[f"{number}: {'x' * size}" for number, size in enumerate(sizes)],
+                 history_max_tokens=15_000)
+    flight.model.complete = summarising(flight.model.complete)
+    assert flight.run() == "complete"
+    calls = [[message["content"] for message in call] for call in flight.model.calls]
+    assert max(len("".join(call)) for call in calls) <= 60_000      # 15,000 tokens
+    kept = [later[:len(earlier)] == earlier for earlier, later in zip(calls, calls[1:])]
+    assert kept.count(False) == len(flight.of("history")) < len(sizes) / 4
+
+
+def test_a_setting_that_is_too_small_does_not_cost_a_summary_each_turn(fly):
+    flight = fly(*[f"step {number}" for number in range(40)], "TASK_COMPLETE",
+                 turns=[f"{number}: {'x' * 500}" for number in range(40)], history_max_tokens=1)
+    flight.model.complete = summarising(flight.model.complete)
+    assert flight.run() == "complete" and len(flight.of("history")) <= 4
 
 
 def test_a_context_overflow_is_answered_by_a_summary_once(fly):
@@ -2497,15 +2999,14 @@ def test_the_time_between_two_parts_of_a_run_does_not_count(fly):
 
 
 def test_a_resumed_run_knows_of_its_summary_and_of_a_broken_off_turn(fly):
-    first = fly("one", "two", "three", Reply("four", Tokens(5000, 1, 5001), 0.0, 1), "in short",
-                "five", turns=["a", "b", "c", "d", Interrupted(signal.SIGINT)],
-                history_max_tokens=1000)
+    first = fly("one", "two", "three", "four", "in short", "five",
+                turns=[*LONG, Interrupted(signal.SIGINT)], history_max_tokens=5_000)
     with pytest.raises(Interrupted):
         first.run()
     second = fly("TASK_COMPLETE")
     second.run(first.journal.events())
     texts = [message["content"] for message in second.model.calls[0]]
-    assert "in short" in texts[1] and texts[2] == "two" and "one" not in texts
+    assert "in short" in texts[1] and texts[2] == "three" and "one" not in texts
     assert texts[-2] == "five" and "stopped" in texts[-1]
 
 
@@ -2609,6 +3110,7 @@ def scene(tmp_path, monkeypatch, capsys):
     FakeTmux(tmp_path)
     (tmp_path / "tmux").write_text('#!/bin/sh\n[ "$6" = -V ] && exec echo tmux 3.4\n'
                                    'echo no server running >&2; exit 1\n')
+    monkeypatch.setenv("OPENROUTER_BASE_URL", "http://127.0.0.1:9/v1")
 
     def play_scene(*arguments, **environ):
         monkeypatch.setattr(sys, "stdin", io.StringIO())
@@ -2773,7 +3275,7 @@ def test_no_line_is_drawn_where_there_is_no_terminal(monkeypatch, capsys):
     assert stage.drawn("iteration_end", agent_output="done\x1b[2J") == "done[2J\n"
 
 
-TOKENS = {"prompt": 1000, "completion": 200, "total": 1200, "cached": 0}
+TOKENS = {"prompt": 1000, "completion": 200, "total": 1200, "cached": 0, "written": 0}
 
 
 @pytest.mark.parametrize("event, words", [
@@ -2785,6 +3287,9 @@ TOKENS = {"prompt": 1000, "completion": 200, "total": 1200, "cached": 0}
       "duration_ms": 1500}, ["[1]", "say[2J it", "1,200", "$0.5", "1.5 s"]),
     ({"type": "reply", "iteration": 1, "text": "say", "tokens": TOKENS, "cost": None,
       "duration_ms": 1}, ["say"]),
+    ({"type": "reply", "iteration": 1, "text": "x", "tokens": {**TOKENS, "cached": 900,
+      "written": 50}, "cost": 0.5, "duration_ms": 1},
+     ["1,200 tokens (900 cached, 50 written), $0.5"]),
     ({"type": "iteration_end", "iteration": 1, "orchestrator": "say", "agent_output": "a\x07\n\tb",
       "duration_ms": 9, "tokens": TOKENS, "cost": None}, ["[1]", "a\n", "b"]),
     ({"type": "iteration_end", "iteration": 1, "agent_output": "", "error": "main says it",
