@@ -2787,8 +2787,7 @@ class Autopilot:
         self._journal.publish("state", state="waiting", reason=f"{self._agent.name} has reached a "
                               f"usage limit: until {at:%Y-%m-%d %H:%M}")
         while not later.output and self._clock() < end:
-            self._check_budgets()
-            later = self._agent.wait(min(end - self._clock(), max(1.0, self._seconds_left())))
+            later = self._agent.wait(min(end - self._clock(), self._seconds_left()))
         return turn._replace(output=f"{turn.output}\n{later.output}".rstrip(), notes=(
             *turn.notes, *later.notes, "The usage limit was waited for and should be over now."))
 
@@ -2897,6 +2896,7 @@ class Autopilot:
         same = len(last) >= 3 and len(set(last[-3:])) == 1
         alternating = len(last) == 6 and len(set(last[::2])) == len(set(last[1::2])) == 1
         if not (same or alternating):
+            self._warned &= len(last) < 6       # six turns without a circle: it has left that one
             return ""
         if self._warned:
             raise Stuck("the run goes in circles: the same replies with the same results again")
