@@ -2164,8 +2164,6 @@ def test_an_agent_that_ends_at_once_leaves_its_last_words(world):
 
 @pytest.mark.parametrize("status, outcome, replies, settings, words", [
     (0, "complete", ["TASK_COMPLETE"], {}, ""),
-    (1, "failed", ["cd / && rm -r \"$OLDPWD\"", "TASK_COMPLETE"],
-     {"VERIFY_CMD": "true", "CLAUDE_CMD": "bash --norc"}, "No such file or directory"),
     (2, None, [], {"MAX_COST": "much"}, "MAX_COST"),
     (3, "budget", ["echo one", "echo two"], {"MAX_ITERATIONS": "1"}, "MAX_ITERATIONS=1"),
     (3, "budget", ["echo one", "echo two"], {"MAX_COST": "0.01"}, "MAX_COST=0.01"),

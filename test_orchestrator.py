@@ -3150,6 +3150,14 @@ def test_wrong_use_is_one_line_that_says_what_to_change(scene, arguments, enviro
     assert err.count("\n") == 1 and "Traceback" not in err
 
 
+def test_what_the_world_does_unexpectedly_is_one_line_and_status_1(scene, monkeypatch):
+    def fail(options, environ):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(orchestrator, "dispatch", fail)
+    assert scene() == (1, "", "orchestrator: [Errno 24] Too many open files\n")
+
+
 def test_the_manual_lists_the_arguments_and_the_settings(scene):
     for option in ("--help", "-h"):
         status, out, err = scene(option, "--json")
