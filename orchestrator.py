@@ -2778,8 +2778,7 @@ class Autopilot:
         self._journal.publish("state", state="waiting", reason=f"{self._agent.name} has reached a "
                               f"usage limit: until {at:%Y-%m-%d %H:%M}")
         while not later.output and self._clock() < end:
-            self._check_budgets()
-            later = self._agent.wait(min(end - self._clock(), max(1.0, self._seconds_left())))
+            later = self._agent.wait(min(end - self._clock(), self._seconds_left()))
         return turn._replace(output=f"{turn.output}\n{later.output}".rstrip(), notes=(
             *turn.notes, *later.notes, "The usage limit was waited for and should be over now."))
 
@@ -2888,6 +2887,7 @@ class Autopilot:
         same = len(last) >= 3 and len(set(last[-3:])) == 1
         alternating = len(last) == 6 and len(set(last[::2])) == len(set(last[1::2])) == 1
         if not (same or alternating):
+            self._warned &= len(last) < 6       # six turns without a circle: it has left that one
             return ""
         if self._warned:
             raise Stuck("the run goes in circles: the same replies with the same results again")
@@ -3865,7 +3865,7 @@ def read_line(prompt: str) -> str | None:
     typed_ahead = waiting(0)
     try:
         with contextlib.redirect_stdout(asks):
-            while not lines or not typed_ahead and waiting(0.05):
+            while not lines or not typed_ahead and waiting(0.1):
                 lines.append(input("" if lines else prompt))
     except (EOFError, KeyboardInterrupt) as end:
         put("\n", asks)
@@ -4031,13 +4031,12 @@ def doctor(config: Config, place: Place) -> int:
     agent = Agent(tmux, program, place.directory)
 
     def version() -> str:
-        found, command = agent.check(), f"{program.start[0]} --version"
-        if not program.install:         # a command of the user's may take --version for a task
-            return found
-        status, text = run_check(command, place.directory, place.environ, 20)
-        if status or not text:
+        found, command, status, text = agent.check(), f"{program.start[0]} --version", 0, ""
+        if program.install:     # another program may take --version for a task
+            status, text = run_check(command, place.directory, place.environ, 20)
+        if status:
             raise AgentError(f"{command}: status {status}, {text[-200:]}: {program.install}")
-        return f"{found}, {text.splitlines()[-1]}"
+        return ", ".join([found, *text.splitlines()[-1:]])
 
     def model() -> str:
         if not config.autonomous_mode:

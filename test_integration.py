@@ -1256,7 +1256,8 @@ def test_a_person_chats_in_a_terminal(world):
         terminal.enter("/keys Nokey Enter")
         terminal.wait_for("no tmux key names: Nokey")
         terminal.enter("/keys e c h o Space x Enter")
-        terminal.wait_for("\nx\n❯\n>")
+        terminal.wait_for("\nx\n")
+        at_prompt(terminal)
         terminal.enter("/screen")
         assert poll(lambda: terminal.screen().count("A small agent.") == 2, 15)
         at_prompt(terminal)
@@ -1272,35 +1273,37 @@ def test_a_person_chats_in_a_terminal(world):
 
 
 @pytest.mark.parametrize("how", ["with brackets", "without", "without readline"])
-def test_a_pasted_block_is_one_message_and_lines_typed_ahead_are_messages_of_their_own(how, world):
+def test_a_pasted_block_is_one_message(how, world):
     if how == "without readline":
         (world.home / "readline.py").write_text("raise ImportError\n")
         world.env["PYTHONPATH"] = str(world.home)
-    block = "echo one\n\n\techo ä\n" + "".join(f"{number}: {'x' * 70}\n" for number in range(100))
+    block = "echo one\n\n\techo ä\n" + "".join(f"{number}: {'x' * 70}\n" for number in range(40))
     with chatting(world) as terminal:
         terminal.paste(block, brackets=how == "with brackets")
         if how == "with brackets":
-            terminal.wait_for("99: xxx")
+            terminal.wait_for("39: xxx")
             assert world.log("took") == []
             terminal.press("Enter")
         assert world.taken(block.rstrip()), world.log("took")
-        terminal.wait_for("\none\n")
-        terminal.enter("sleep 2")
-        assert world.taken("sleep 2")
-        terminal.enter("echo two")
-        terminal.enter("echo three")
-        assert world.taken("echo three")
-        terminal.wait_for("\nthree\n")
         at_prompt(terminal)
         terminal.press("C-d")
         assert terminal.exit_status() == 0
-    assert world.log("took") == [block.rstrip(), "sleep 2", "echo two", "echo three"]
+    assert world.log("took") == [block.rstrip()]
+
+
+def test_lines_typed_ahead_are_messages_of_their_own(world):
+    with chatting(world) as terminal:
+        for line in ("echo one && sleep 4", "echo two", "echo three"):
+            terminal.enter(line)
+            assert world.taken("echo one && sleep 4")
+        assert world.taken("echo three")
+    assert world.log("took") == ["echo one && sleep 4", "echo two", "echo three"]
 
 
 def test_ctrl_c_gives_the_prompt_back_and_leaves_at_the_prompt(world):
     with chatting(world) as terminal:
-        terminal.enter("echo begun && sleep 3 && echo over")
-        terminal.wait_for(", 1 s: begun")
+        terminal.enter("echo begun && sleep 5 && echo over")
+        terminal.wait_for(" s: begun")
         terminal.press("C-c")
         screen = terminal.wait_for("goes on; the next answer")
         assert "waiting for" not in screen and not world.log("done")
@@ -1314,12 +1317,12 @@ def test_ctrl_c_gives_the_prompt_back_and_leaves_at_the_prompt(world):
 
 def test_a_run_in_a_terminal_shows_what_it_waits_for_while_it_does(world):
     gate = Gate()
-    world.model(gate.reply("echo begun && sleep 3"), "TASK_COMPLETE")
+    world.model(gate.reply("echo begun && sleep 4"), "TASK_COMPLETE")
     command = [sys.executable, TOOL, "--task", "x"]
     with Terminal(command, world.env, world.work) as terminal:
         terminal.wait_for("waiting for the model")
         gate.set()
-        assert "the model" not in terminal.wait_for(", 1 s: begun").rsplit("\n", 1)[-1]
+        assert "the model" not in terminal.wait_for(" s: begun").rsplit("\n", 1)[-1]
         assert terminal.exit_status() == 0
         assert "waiting for" not in terminal.screen()
 
@@ -2184,8 +2187,6 @@ def test_an_agent_that_ends_at_once_leaves_its_last_words(world):
 
 @pytest.mark.parametrize("status, outcome, replies, settings, words", [
     (0, "complete", ["TASK_COMPLETE"], {}, ""),
-    (1, "failed", ["cd / && rm -r \"$OLDPWD\"", "TASK_COMPLETE"],
-     {"VERIFY_CMD": "true", "CLAUDE_CMD": "bash --norc"}, "No such file or directory"),
     (2, None, [], {"MAX_COST": "much"}, "MAX_COST"),
     (3, "budget", ["echo one", "echo two"], {"MAX_ITERATIONS": "1"}, "MAX_ITERATIONS=1"),
     (3, "budget", ["echo one", "echo two"], {"MAX_COST": "0.01"}, "MAX_COST=0.01"),

@@ -2810,6 +2810,12 @@ def test_a_run_in_circles_is_warned_once_and_then_ended(fly):
     assert "circles" in flight.shown(3) and "circles" not in flight.shown(2) + flight.shown(4)
 
 
+def test_a_circle_that_was_left_is_forgotten(fly):
+    replies = [*["try again"] * 3, *"abcdef", *["once more"] * 3, "TASK_COMPLETE"]
+    flight = fly(*replies, turns=["no"] * 12)
+    assert flight.run() == "complete" and len(flight.of("note")) == 2
+
+
 def test_two_replies_in_turns_are_a_circle_too(fly):
     flight = fly(*["left", "right"] * 6)
     assert flight.run() == "stuck" and len(flight.agent.told) == 12
@@ -3162,6 +3168,14 @@ def test_wrong_use_is_one_line_that_says_what_to_change(scene, arguments, enviro
     assert (ended, out) == (status, "")
     assert err.startswith("orchestrator: ") and words in err and KEY not in err
     assert err.count("\n") == 1 and "Traceback" not in err
+
+
+def test_what_the_world_does_unexpectedly_is_one_line_and_status_1(scene, monkeypatch):
+    def fail(options, environ):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(orchestrator, "dispatch", fail)
+    assert scene() == (1, "", "orchestrator: [Errno 24] Too many open files\n")
 
 
 def test_the_manual_lists_the_arguments_and_the_settings(scene):
