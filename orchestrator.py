@@ -671,19 +671,8 @@ class Pane(NamedTuple):
         return "\n".join(self.screen).rstrip()
 
 
-class Session(NamedTuple):
-    """A session that exists already: the pane that was made with a mark, or its first one."""
-
-    mark: str
-    pane_id: str
-
-
 class Tmux:
-    """One session on a tmux server of its own.
-
-    Methods raise TmuxGone when pane, session or server are no longer there, and TmuxError when
-    tmux could not be asked.
-    """
+    """One session on a tmux server of its own.  Methods raise TmuxGone, or another TmuxError."""
 
     def __init__(self, socket_name: str, session: str, environ: Mapping[str, str]) -> None:
         self.socket_name, self.session, self._environ = socket_name, session, dict(environ)
@@ -701,8 +690,8 @@ class Tmux:
             raise AgentError(f"{text} is too old: version 3.0 or later is needed")
         return text
 
-    def find(self) -> Session | None:
-        """Return the session of our name, None if there is none.
+    def find(self) -> tuple[str, str]:
+        """Return mark and id of our pane; no mark for a session of others, nor id for none.
 
         A person may have made panes beside ours, and look at one of them.
         """
@@ -710,18 +699,17 @@ class Tmux:
             panes = self._read("list-panes", "-s", "-t", f"={self.session}:",
                                "-F", "#{@orchestrator}\t#{pane_id}").splitlines()
         except TmuxGone:
-            return None
-        return Session(*max(panes).split("\t"))        # those without a mark sort below
+            return "", ""
+        mark, pane_id = max(panes).split("\t")         # those without a mark sort below
+        return mark, pane_id
 
     def create(self, command: Sequence[str], directory: str, mark: str) -> str:
         """Make the session, and the server if need be; return the id of its pane.
 
-        All options are set in the one call that makes the pane, because history-limit and
-        remain-on-exit are fixed, or too late, once its program runs.  The size is set by
-        resize-window: a global window-size manual kills the server on tmux 3.3a to 3.6.  The
-        directory is the client's own, because -c can't name every one: since tmux 3.2 not a#[b].
-        The pipe is for tmux up to 3.3a, which without one may note the end of a program before
-        it has read its last words.
+        All in one call: history-limit and remain-on-exit are fixed, or too late, once the program
+        runs.  A global window-size manual, for resize-window, kills the server on tmux 3.3a to
+        3.6; -c can't name each directory: since 3.2 not a#[b]; without a pipe tmux up to 3.3a may
+        note the end of a program before it has read its last words.
         """
         target = f"={self.session}:"
         return self._read(
@@ -1002,15 +990,15 @@ class Agent:
             raise AgentError(f"the working directory is gone: {self._directory}")
         return f"{self.name}: {found}"
 
-    def find(self) -> Session | None:
-        """Return the session to join, if there is one; raise ConfigError if it is not ours."""
-        session = self._tmux.find()
-        if session and session.mark != self._mark:
+    def find(self) -> str:
+        """Return the pane to join, if there is one; raise ConfigError if the session isn't ours."""
+        mark, pane_id = self._tmux.find()
+        if pane_id and mark != self._mark:
             raise ConfigError(
-                f"session {self._tmux.session} runs {session.mark or 'something else'}: "
+                f"session {self._tmux.session} runs {mark or 'something else'}: "
                 "set CLAUDE_TMUX_SESSION to another name, or end it with "
                 f"tmux -L {self._tmux.socket_name} kill-session -t {self._tmux.session}")
-        return session
+        return pane_id
 
     def start(self, talked: bool = False) -> Turn:
         """Join the session or make it, wait until the agent is ready, and return its screen.
@@ -1019,11 +1007,10 @@ class Agent:
         Raises ConfigError for a session that was made for something else, AgentError if the
         program is missing or ends at once.
         """
-        session, notes = self.find(), ()
-        self._talked = talked or bool(session)
+        self._pane_id, notes = self.find(), ()
+        self._talked = talked or bool(self._pane_id)
         try:
-            if session:
-                self._pane_id = session.pane_id
+            if self._pane_id:
                 self._until_ready()
             elif talked:
                 raise TmuxGone(f"there is no {self._tmux.session}")
@@ -1160,10 +1147,10 @@ class Agent:
 
     def _news(self, pane: Pane) -> tuple[list[str], bool]:
         """Return what is new since the last report, and whether that could be told apart."""
-        capture = self._capture()
-        lines = None if pane.alternate else new_lines(self._seen, capture)
+        lines = None
         if not pane.alternate:      # what is below a full-screen program will be there again
-            self._seen = capture
+            before, self._seen = self._seen, self._capture()
+            lines = new_lines(before, self._seen)
         return (pane.text.split("\n"), False) if lines is None else (lines, True)
 
     # writing
@@ -1272,13 +1259,13 @@ class Agent:
         if not exact:
             notes.append("This is the visible screen; what is new on it can't be told apart.")
         output = "\n".join(lines).strip("\n")
-        limit, seconds = usage_limit(output, datetime.datetime.now())
-        if limit and self._program.install:
+        limit, seconds = usage_limit(output if self._program.install else "",
+                                     datetime.datetime.now())
+        if limit:
             notes.append(f"This is a usage limit of {self.name}"
                          + f", over in {seconds / 60:.0f} minutes" * bool(seconds)
                          + ". Never choose to pay for more.")
-        return Turn(clip(output), state, (*notes, *self._menu_note(pane)),
-                    seconds if self._program.install else 0.0)
+        return Turn(clip(output), state, (*notes, *self._menu_note(pane)), seconds)
 
     def _menu_note(self, pane: Pane) -> tuple[str, ...]:
         menu = menu_on(pane.screen) if self._program.install else None
@@ -1289,10 +1276,9 @@ class Agent:
     def _run(self, command: Sequence[str]) -> None:
         """Run a command in the pane, or in a new session, and wait until it is ready."""
         self.check()
-        session, self._server = self.find(), 0
-        if session:
-            self._pane_id = session.pane_id
-            self._tmux.respawn(session.pane_id, command, self._directory)
+        self._pane_id, self._server = self.find(), 0
+        if self._pane_id:
+            self._tmux.respawn(self._pane_id, command, self._directory)
         else:
             self._pane_id = self._tmux.create(command, self._directory, self._mark)
         self._until_ready()

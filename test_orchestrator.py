@@ -38,7 +38,7 @@ from orchestrator import (
     Agent, AgentError, AgentExited, Autopilot, BudgetReached, Chat, Config, ConfigError,
     ContextOverflow, Control, Conversation, Dashboard, GaveUp, Interrupted, Journal, Memory, Menu,
     ModelError, Narrator, OpenRouter, OrchestratorError, Pane, Place, Program, Question, Reply,
-    Session, Signals, Stuck, Tmux, TmuxDied, TmuxError, TmuxGone, Tokens, TransientError, Turn,
+    Signals, Stuck, Tmux, TmuxDied, TmuxError, TmuxGone, Tokens, TransientError, Turn,
     Watch, above_box, child_environment, choose_program, clip, draft_in_box, fingerprint,
     holds_draft, is_intact, known_question, last_unfinished, last_words, main, menu_on, narrate,
     narrate_chat, new_lines, parse_env, parse_object, parse_reply, read_env_file, read_events,
@@ -159,10 +159,10 @@ class Terminal:
         self.refusals = self.lost_enters = 0
 
     def find(self):
-        return self.existing
+        return self.existing or ("", "")
 
     def create(self, command, directory, mark):
-        self.existing = Session(mark, "%1")
+        self.existing = (mark, "%1")
         self.respawn("%1", command, directory)
         return "%1"
 
@@ -972,7 +972,7 @@ def test_a_server_that_died_is_told_apart_from_one_of_another_version(fake):
     with pytest.raises(TmuxError, match="is the server on socket private of another version"):
         fake.tmux.find()
     fake.says("", "server exited unexpectedly", status=1, then="no server running on /tmp/x")
-    assert fake.tmux.find() is None
+    assert fake.tmux.find() == ("", "")
 
 
 @pytest.mark.parametrize("text, accepted", [
@@ -1035,11 +1035,11 @@ def test_a_look_returns_the_facts_and_the_screen(fake):
 
 def test_a_session_is_found_by_its_name_or_is_none(fake):
     fake.says("\t%0\n'mark'\t%1\n\t%12\n")
-    assert fake.tmux.find() == Session("'mark'", "%1")
+    assert fake.tmux.find() == ("'mark'", "%1")
     fake.says("\t%3\n")
-    assert fake.tmux.find() == Session("", "%3")
+    assert fake.tmux.find() == ("", "%3")
     fake.says("", "no server running on /tmp/x", 1)
-    assert fake.tmux.find() is None
+    assert fake.tmux.find() == ("", "")
 
 
 # -- 5. Agent -------------------------------------------------------------------------------
@@ -1416,7 +1416,7 @@ def test_a_session_that_was_made_for_something_else_is_left_alone():
 
 def test_a_session_that_took_the_place_of_ours_is_neither_typed_into_nor_ended():
     desk = Desk(claude())
-    look, other = desk.terminal.look, Session("'vim' in '/'", "%1")
+    look, other = desk.terminal.look, ("'vim' in '/'", "%1")
     desk.terminal.existing, desk.terminal.pressed = other, []
     desk.terminal.look = lambda pane_id: look(pane_id)._replace(server_pid=2)
     with pytest.raises(ConfigError, match="work runs 'vim'"):
