@@ -1306,8 +1306,8 @@ class Agent:
                     self._homes.add(pane.command)
                     self._asks = bool(self._program.install) and not self._is_ready(pane)
                     return
-                self._tmux.press(pane, question.key)
-                answered, changed = question.answer, now
+                key, answered, changed = question.key, question.answer, now
+                self._write(lambda seen: self._tmux.press(seen, key))
             self._sleep(0.05)
 
     @staticmethod
@@ -3888,9 +3888,9 @@ def last_unfinished(place: Place, attach: str) -> tuple[Path, list[Event]]:
     why = ""
     for path in sorted((place.state / "runs").glob("*.jsonl"), reverse=True):
         with contextlib.suppress(ConfigError):      # not ours to read
-            first = (read_events(path, 1) or [{"type": ""}])[0]
-            if first["type"] != "task_info" or not is_intact(first) or \
-                    first["workdir"] != str(place.directory) or first.get("mode") == "chat":
+            first = next(filter(is_intact, read_events(path, 1)), {})
+            if first.get("type") != "task_info" or first.get("mode") == "chat" \
+                    or first["workdir"] != str(place.directory):
                 continue
             events = read_events(path)
             outcome = events[-1].get("outcome")

@@ -1465,6 +1465,20 @@ def test_a_start_up_question_is_answered_by_its_label(rows, at):
     assert kind == "note" and YES in fields["text"]
 
 
+def test_a_start_up_question_is_answered_though_tmux_gives_no_answer_once():
+    def asking(terminal):
+        def keyed(key):
+            terminal.lines, terminal.keyed = [], None
+            claude()(terminal)
+
+        terminal.lines, terminal.keyed = [*TRUST, f" ❯ {YES}"], keyed
+
+    desk = Desk(asking, start=False)
+    press, failures = desk.terminal.press, [TmuxError("no answer")]
+    desk.terminal.press = lambda *what: play([], failures.pop()) if failures else press(*what)
+    assert "Welcome" in desk.agent.start().output and desk.terminal.pressed == ["Enter"]
+
+
 def test_an_unknown_question_gets_no_keys():
     desk = Desk(asking_for_a_theme)
     assert "Choose a theme" in desk.first.output and not desk.terminal.pressed
