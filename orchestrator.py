@@ -815,8 +815,9 @@ class Tmux:
                 capture_output=True, encoding="utf-8", errors="replace", env=self._environ,
                 cwd=cwd, timeout=_CALL_LIMIT)
         except FileNotFoundError as error:
-            raise AgentError(f"there is no directory {cwd}" if cwd and error.filename == cwd else
-                             "tmux is not installed: apt install tmux, brew install tmux") from None
+            raise AgentError(
+                f"the working directory is gone: {cwd}" if error.filename == cwd else
+                "tmux is not installed: apt install tmux, brew install tmux") from None
         except subprocess.TimeoutExpired:
             raise TmuxError(f"tmux {args[0]} gave no answer in {_CALL_LIMIT:g} s: "
                             f"{self._doubt}") from None
@@ -981,13 +982,11 @@ class Agent:
         self._shown: tuple[float, tuple[str, ...]] = (0.0, ())
 
     def check(self) -> str:
-        """Return where the agent's program is; raise AgentError if it or its directory is not."""
+        """Return where the agent's program is; raise AgentError if it is not there."""
         program, how = self._program.start[0], self._program.install or "check CLAUDE_CMD"
         found = shutil.which(program)
         if not found:
             raise AgentError(f"{self.name}: there is no {program} on the PATH: {how}")
-        if not os.path.isdir(self._directory):
-            raise AgentError(f"the working directory is gone: {self._directory}")
         return f"{self.name}: {found}"
 
     def find(self) -> str:
@@ -1331,7 +1330,9 @@ class Agent:
     def _restart(self, trouble: AgentError) -> str:
         """Start the agent again, with its conversation if it can; return what to say about it."""
         remembers, latest = bool(self._talked and self._program.resume), trouble
+        what = str(trouble)
         if isinstance(trouble, TmuxGone):
+            what = f"the session is gone ({trouble})"
             self._end_orphan()
         while True:
             now = self._clock()
@@ -1347,8 +1348,7 @@ class Agent:
                     self._restarts.pop()
                 latest, remembers = error, False
         self._seen = self._capture()
-        gone = isinstance(trouble, TmuxGone)
-        what = f"{f'the session is gone ({trouble})' if gone else trouble}; it was started again"
+        what += "; it was started again"
         self._publish("recovery", what=what, resumed=remembers)
         return f"{what} and " + ("remembers the conversation." if remembers
                                  else "remembers nothing of what was said before.")
@@ -3736,8 +3736,7 @@ def manual() -> str:
     """Return what --help prints: the module's docstring and the settings."""
     lines = ["Settings, from the environment or a .env file in the current directory"]
     for name, field in Config.settings().items():
-        default = f"{field.default:g}" if type(field.default) is float else str(field.default)
-        default = default.lower() if type(field.default) is bool else default or "none"
+        default = str(field.default).removesuffix(".0").lower() or "none"
         lines += textwrap.wrap(f"{field.metadata['meaning']} ({default})", 96,
                                initial_indent=f"    {name:<21} ", subsequent_indent=" " * 26)
     return f"{(__doc__ or '').rstrip()}\n\n" + "\n".join(lines)
