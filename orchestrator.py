@@ -968,6 +968,7 @@ class Agent:
                  clock: Callable[[], float] = time.monotonic,
                  sleep: Callable[[float], None] = time.sleep) -> None:
         self.name = program.name
+        self._known = bool(program.install)     # what its screens mean is known
         self._tmux, self._program, self._directory = tmux, program, str(directory)
         self._publish, self._watched, self._clock, self._sleep = publish, watched, clock, sleep
         self._mark = f"{shlex.join(program.start)!r} in {self._directory!r}"
@@ -1048,7 +1049,7 @@ class Agent:
             untaken = self._paste(before, text)
             self._write(enter)
             self._talked = True
-            turn = self._follow(before, limit, untaken=untaken, late=bool(self._program.install))
+            turn = self._follow(before, limit, untaken=untaken, late=self._known)
             return turn._replace(notes=notes + turn.notes)
 
         turn = self._survive(act, lambda: not submitted)
@@ -1110,7 +1111,7 @@ class Agent:
 
     def _capture(self) -> list[str]:
         lines = tidy(self._ask_tmux(self._tmux.history))
-        return above_box(lines) if self._program.install else lines
+        return above_box(lines) if self._known else lines
 
     def _ask_tmux(self, question: Callable[[str], Any]) -> Any:
         """Ask about the pane; a call that fails while the pane is there says nothing: ask again."""
@@ -1156,9 +1157,9 @@ class Agent:
 
     def _box(self, pane: Pane) -> str:
         """Return what stands in the input box, nothing for a program whose box we do not know."""
-        if not (self._program.install and shows_input(pane.screen)):
-            return ""
-        return draft_in_box(pane.screen, pane.cursor_row, pane.cursor_column)
+        if self._known and shows_input(pane.screen):
+            return draft_in_box(pane.screen, pane.cursor_row, pane.cursor_column)
+        return ""
 
     def _clear_box(self, pane: Pane) -> tuple[str, ...]:
         """Empty the input box of what somebody left in it, which a message would be glued to."""
@@ -1180,11 +1181,11 @@ class Agent:
         def shown(pane: Pane) -> bool:
             return pane.screen != before.screen and holds_draft(pane.cursor_line, text)
 
-        known = self._write(lambda pane: self._tmux.paste(pane, text))
+        answered = self._write(lambda pane: self._tmux.paste(pane, text))
         pasted = self._look_until(shown)
-        if not (known or self._box(pasted) or shown(pasted)):       # it never got there
+        if not (answered or self._box(pasted) or shown(pasted)):       # it never got there
             return self._paste(before, text)
-        if self._program.install and shows_input(before.screen):
+        if self._known and shows_input(before.screen):
             return lambda pane: bool(self._box(pane))
         if shown(pasted):
             return lambda pane: pane.cursor_line.startswith(pasted.cursor_line)
@@ -1258,8 +1259,7 @@ class Agent:
         if not exact:
             notes.append("This is the visible screen; what is new on it can't be told apart.")
         output = "\n".join(lines).strip("\n")
-        limit, seconds = usage_limit(output if self._program.install else "",
-                                     datetime.datetime.now())
+        limit, seconds = usage_limit(output if self._known else "", datetime.datetime.now())
         if limit:
             notes.append(f"This is a usage limit of {self.name}"
                          + f", over in {seconds / 60:.0f} minutes" * bool(seconds)
@@ -1267,7 +1267,7 @@ class Agent:
         return Turn(clip(output), state, (*notes, *self._menu_note(pane)), seconds)
 
     def _menu_note(self, pane: Pane) -> tuple[str, ...]:
-        menu = menu_on(pane.screen) if self._program.install else None
+        menu = menu_on(pane.screen) if self._known else None
         return (str(menu),) if menu else ()
 
     # starting and reviving
@@ -1297,13 +1297,13 @@ class Agent:
                 last, changed = pane.screen, now
             late = now - started >= self.READY_LIMIT
             if now - changed >= self._still_enough(pane) or late:
-                question = known_question(pane.screen) if self._program.install else None
+                question = known_question(pane.screen) if self._known else None
                 if answered and (not question or question.answer != answered):
                     self._publish("note", source="orchestrator",
                                   text=f"answered a question of {self.name}: {answered}")
                 if not question or late:
                     self._homes.add(pane.command)
-                    self._asks = bool(self._program.install) and not self._is_ready(pane)
+                    self._asks = self._known and not self._is_ready(pane)
                     return
                 key, answered, changed = question.key, question.answer, now
                 self._write(lambda seen: self._tmux.press(seen, key))
@@ -1319,7 +1319,7 @@ class Agent:
 
     def _still_enough(self, pane: Pane) -> float:
         """Return how long a first screen has to stand still before it is taken as the last."""
-        if not self._program.install:
+        if not self._known:
             return self.READY_STILL if pane.text else self.READY_LIMIT / 6
         if self._is_ready(pane) or known_question(pane.screen):
             return self.READY_STILL
