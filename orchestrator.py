@@ -733,10 +733,10 @@ class Tmux:
     def look(self, pane_id: str) -> Pane:
         """Return the state and the screen of a pane, in one call to tmux."""
         facts = ("#{pane_id}:#{pid}:#{pane_pid}:#{pane_dead}:#{pane_in_mode}:#{alternate_on}:"
-                 "#{cursor_y}:#{cursor_x}:#{pane_dead_status}:#{pane_dead_signal}")
-        lines = [("display-message", "-p", "-t", pane_id, wanted, ";")
-                 for wanted in (facts, "#{pane_current_command}", "#{pane_title}")]
-        answer = self._read(*itertools.chain(*lines), "capture-pane", "-p", "-t", pane_id)
+                 "#{cursor_y}:#{cursor_x}:#{pane_dead_status}:#{pane_dead_signal}\n"
+                 "#{pane_current_command}\n#{pane_title}")
+        answer = self._read("display-message", "-p", "-t", pane_id, facts, ";",
+                            "capture-pane", "-p", "-t", pane_id)
         first, command, title, screen = (answer + "\n\n\n").split("\n", 3)
         if not first.startswith(pane_id + ":"):     # since tmux 3.2 a wrong target is no error
             raise TmuxGone(f"can't find pane: {pane_id}")
