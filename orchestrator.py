@@ -718,7 +718,7 @@ class Tmux:
             "set-option", "-s", "focus-events", "on", ";",
             "set-option", "-g", "update-environment", "", ";",
             "new-session", "-d", "-s", self.session, "-x", str(_WIDTH), "-y", str(_HEIGHT),
-            "-P", "-F", "#{pane_id}", "--", *map(self._word, command), ";",
+            "-P", "-F", "#{pane_id}", "--", *command, ";",
             "pipe-pane", "-t", target, "exec cat > /dev/null", ";",
             "resize-window", "-t", target, "-x", str(_WIDTH), "-y", str(_HEIGHT), ";",
             "select-pane", "-t", target, "-T", UNNAMED, ";",
@@ -727,8 +727,7 @@ class Tmux:
     def respawn(self, pane_id: str, command: Sequence[str], directory: str) -> None:
         """Start a command in a pane whose program has ended; its history stays."""
         self._run("select-pane", "-t", pane_id, "-T", UNNAMED, ";",
-                  "respawn-pane", "-k", "-t", pane_id, "--", *map(self._word, command),
-                  cwd=directory)
+                  "respawn-pane", "-k", "-t", pane_id, "--", *command, cwd=directory)
 
     def look(self, pane_id: str) -> Pane:
         """Return the state and the screen of a pane, in one call to tmux."""
@@ -797,11 +796,6 @@ class Tmux:
                             f"{otherwise}display-message -p REFUSED", text=text)
         return answer.strip() == "TAKEN"
 
-    @staticmethod
-    def _word(word: str) -> str:
-        """Return a word so that tmux does not take a `;` at its end as its own."""
-        return word[:-1] + "\\;" if word.endswith(";") else word
-
     def _read(self, *args: str, text: str = "", cwd: str | None = None) -> str:
         answer = self._run(*args, text=text, cwd=cwd)
         if not answer:
@@ -809,9 +803,11 @@ class Tmux:
         return answer
 
     def _run(self, *args: str, text: str = "", cwd: str | None = None) -> str:
+        """Run commands, with a `;` between them; one at the end of another word is that word's."""
+        words = [re.sub(r"(?<=.);\Z", r"\\;", word, flags=re.S) for word in args]
         try:
             done = subprocess.run(
-                ["tmux", "-u", "-L", self.socket_name, "-f", os.devnull, *args], input=text,
+                ["tmux", "-u", "-L", self.socket_name, "-f", os.devnull, *words], input=text,
                 capture_output=True, encoding="utf-8", errors="replace", env=self._environ,
                 cwd=cwd, timeout=_CALL_LIMIT)
         except FileNotFoundError as error:
@@ -1201,8 +1197,7 @@ class Agent:
     def _write(self, write: Callable[[Pane], bool]) -> bool:
         """Write to the pane, out of copy mode if a person scrolls there.
 
-        Returns False if tmux gave no answer, so that nobody knows whether it was written; raises
-        TmuxError if that comes twice in a row.
+        False: tmux gave no answer, so nobody knows.  Raises TmuxError if that comes twice in a row.
         """
         for _ in range(20):
             pane = self._look()
@@ -1311,10 +1306,7 @@ class Agent:
 
     @staticmethod
     def _is_ready(pane: Pane) -> bool:
-        """Whether Claude Code or Codex can be typed to.
-
-        They name their window then; Codex shows its box seconds before that.
-        """
+        """Whether Claude Code or Codex takes text: Codex shows its box before, but no title."""
         return pane.title != UNNAMED and shows_input(pane.screen)
 
     def _still_enough(self, pane: Pane) -> float:
