@@ -3560,7 +3560,7 @@ class Signals:
     def __enter__(self) -> Signals:
         wanted = {number: self._handle for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
                   if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN}  # nohup
-        wanted[signal.SIGALRM] = lambda number, frame: os._exit(128 + signal.SIGINT)
+        wanted[signal.SIGALRM] = lambda *_: os._exit(getattr(sys.exc_info()[1], "status", 130))
         self._before = {number: signal.signal(number, wanted[number]) for number in wanted}
         return self
 
