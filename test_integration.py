@@ -1146,7 +1146,7 @@ def test_a_chat_of_three_messages_with_the_real(name, agent, world, agent_api, w
 @REAL_AGENTS
 def test_a_killed_agent_goes_on_with_its_conversation_if_it_is_the_real(
         name, agent, world, agent_api, with_real_agents):
-    messages = ["SAY[alpha one]", "RUN[sleep 60] SAY[beta two]", "SAY[gamma three]"]
+    messages = ["SAY[alpha one]", "RUN[sleep 9] SAY[beta two]", "SAY[gamma three]"]
     model = world.model(*messages, "TASK_COMPLETE")
     run = world.start("--task", "survive", DEFAULT_MODEL=name)
     assert poll(lambda: messages[1] in agent_api.messages, 60), run.stdout
@@ -1183,7 +1183,7 @@ def test_a_question_takes_keys_and_no_text_on_the_real(
 
 @REAL_AGENTS
 def test_a_resumed_run_has_its_conversation_after_a_reboot_if_it_is_the_real(
-        name, agent, world, agent_api, with_real_agents):
+        name, agent, world, agent_api, with_real_agents, asked_for):
     model = world.model("SAY[alpha one]", "RUN[sleep 60]", "SAY[gamma three]", "TASK_COMPLETE")
     run = world.start("--task", "survive", DEFAULT_MODEL=name)
     assert poll(lambda: "RUN[sleep 60]" in agent_api.messages, 60), run.stdout
@@ -1900,7 +1900,7 @@ def test_a_message_is_delivered_once_whatever_becomes_of_tmux(new_world):
     took = {name: world.log("took") for name, world in worlds.items()}
     assert took == dict.fromkeys(TRAPS, messages)
     for name, world in worlds.items():
-        told = "".join(world.said.last_message(number) for number in (2, 3))
+        told = "".join(world.said.last_message(number) for number in (1, 2, 3))
         assert ("started again" in told) == name.startswith("killed"), (name, told)
         assert "\nthree" in told and (world.directory / "fired").exists(), (name, told)
 
@@ -2711,7 +2711,12 @@ def test_the_doctor_says_what_a_run_needs(world):
 
 # -- Pythons ------------------------------------------------------------------------------------
 
-@pytest.fixture(params=["3.9", "3.10", "3.11", "3.12", "3.13", "3.14"])
+PYTHONS = ["3.9", "3.10", "3.11", "3.12", "3.13", "3.14"]
+EACH_OTHER = pytest.mark.parametrize(
+    "python", [each for each in PYTHONS if each != "{}.{}".format(*sys.version_info)], indirect=True)
+
+
+@pytest.fixture(params=PYTHONS)
 def python(request) -> str:
     """The program itself, not a shim that needs its own home."""
     found = shutil.which(f"python{request.param}")
@@ -2742,6 +2747,7 @@ def test_an_import_prints_nothing_and_starts_nothing_in(python, world):
     assert [*world.work.iterdir(), *world.home.iterdir(), *world.tmp.iterdir()] == []
 
 
+@EACH_OTHER
 def test_the_unit_tests_pass_with(python, world):
     ask = [python, "-B", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     if subprocess.run([*ask, "--version"], capture_output=True).returncode:
@@ -2751,6 +2757,7 @@ def test_the_unit_tests_pass_with(python, world):
     assert done.returncode == 0, done.stdout[-3000:]
 
 
+@EACH_OTHER
 def test_the_demo_completes_with(python, world):
     done = world.run("--demo", python=python)
     assert (done.status, done.stderr) == (0, "")

@@ -1578,6 +1578,8 @@ def mended(answer, told, **options):
     return Case(answer, GOOD, calls=2, waits=(), told=f"asking again {told}", options=options)
 
 
+NOW = 1_800_000_000.0       # what the clock on the wall says
+
 CASES = {
     # answers, in all forms
     "a stream": fine(GOOD),
@@ -1611,7 +1613,7 @@ CASES = {
     "429": passing(answer(refusal(429), 429), "429"),
     "Retry-After": passing(answer(refusal(429), 429, Retry_After="7"), "429", (7,)),
     "Retry-After as a date": passing(answer(refusal(503), 503, Retry_After=email.utils.formatdate(
-        time.time() + 600, usegmt=True)), "503", (600,)),
+        NOW + 600, usegmt=True)), "503", (600,)),
     "Retry-After that is nonsense": passing(answer(refusal(503), 503, Retry_After="soon"), "503"),
     "Retry-After below zero": passing(answer(refusal(503), 503, Retry_After="-7"), "503"),
     "Retry-After without end": passing(answer(refusal(503), 503, Retry_After="9" * 400), "503"),
@@ -1620,10 +1622,10 @@ CASES = {
     "availability": passing(answer(refusal(429, availability={"retry_after": 7}), 429), "429",
                             (7,)),
     "X-RateLimit-Reset": passing(answer(
-        refusal(429), 429, X_RateLimit_Reset=str(round((time.time() + 600) * 1000))), "429",
+        refusal(429), 429, X_RateLimit_Reset=str(round((NOW + 600) * 1000))), "429",
         (600,)),
     "X-RateLimit-Reset inside": passing(answer(refusal(429, metadata={"headers": {
-        "X-RateLimit-Reset": round((time.time() + 600) * 1000)}})), "429", (600,)),
+        "X-RateLimit-Reset": round((NOW + 600) * 1000)}})), "429", (600,)),
     "404 that is called retryable": passing(answer(refusal(404, availability={
         "retryable": True}), 404), "404"),
     "500": passing(answer(refusal(500, "Internal\nerror"), 500), "500: Internal error"),
@@ -1703,7 +1705,7 @@ CASES = {
     "a quota of a day": final(answer(refusal(429, "Rate limit exceeded: free-models-per-day"), 429),
                               "--resume goes on later"),
     "a reset in hours": final(answer(refusal(429, "slow down", metadata={"headers": {
-        "X-RateLimit-Reset": str(round((time.time() + 5 * 3600) * 1000))}})), "--resume goes on"),
+        "X-RateLimit-Reset": str(round((NOW + 5 * 3600) * 1000))}})), "--resume goes on"),
     "a redirect": final(answer("", 302, Location="/elsewhere"), "302"),
     "a redirect of a POST": final(answer("", 307, Location="/elsewhere"), "307"),
     # a conversation that is too long
@@ -1744,7 +1746,8 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_each_case_has_its_outcome_its_calls_its_waits_and_its_words(api, case):
+def test_each_case_has_its_outcome_its_calls_its_waits_and_its_words(api, case, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: NOW)
     api.answers, client, outcome = list(case.answers), Client(api.url), None
     if isinstance(case.outcome, str):
         assert client.say().text == case.outcome
