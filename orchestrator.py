@@ -393,10 +393,10 @@ _STATUS_LINE = re.compile(r"\([^()]*\d+s\b[^()]*\b(?:esc|ctrl\+c) to interrupt\b
 _PASTE_CHIP = re.compile(r"\[Pasted (?:text|Content)\b[^\]]*\]")
 _COLOURS = re.compile(r"\x1b\[[\d;:]*m")
 _RULE = re.compile(r"\s*[─╌╭╰][─╌╮╯\s]+")
-_CURSOR_ROW = re.compile(r"\s*[│|]?\s*[❯›>!](?:\s|$)")
+_CURSOR_ROW = re.compile(r"\s*(?:[│|]\s*)?[❯›>!](?:\s|$)")
 _CHOOSE = re.compile(r"\benter (?:to )?(?:confirm|select|continue)\b|"
                      r"\besc (?:to )?(?:cancel|close|exit|(?:go )?back)\b", re.I)
-_CHOSEN = re.compile(r"\s*[│|]?\s*[❯›]\s*(\S.*)")
+_CHOSEN = re.compile(r"\s*(?:[│|]\s*)?[❯›]\s*(\S.*)")
 _QUESTIONS = (("trust this folder", "Yes, I trust"),
               ("Trust this folder?", "Trust and continue"),
               ("trust the contents of this directory", "Yes"),
@@ -529,6 +529,7 @@ class Instruction(NamedTuple):
 
 
 _FENCED = re.compile(r"\s*```[^`\n]*\n((?:(?!```).)*?)\n?\s*```\s*", re.S)
+_FENCE = re.compile(r"```+[^`]*")
 _MARKER = re.compile(r"(?:[-*+•]\s+|\d+[.)]\s+)?[*_`]*TASK_COMPLETE[*_`]*\.?[*_`]*")
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 _KEY = re.compile(r"(?:[CMS]-)*(?:.|Up|Down|Left|Right|Enter|Escape|Tab|BTab|Space|BSpace|Home|End|"
@@ -565,7 +566,7 @@ def parse_reply(reply: str) -> Instruction:
     kept, facts, complete, fenced = [], [], False, False
     for line in (whole[1] if whole else reply).split("\n"):
         word = line.strip()
-        fenced ^= word.startswith("```")
+        fenced ^= bool(_FENCE.fullmatch(word))
         if not fenced and word.startswith("MEMORY_SAVE:"):
             facts.append(word[len("MEMORY_SAVE:"):].strip())
         elif not fenced and _MARKER.fullmatch(word):
@@ -593,7 +594,7 @@ def usage_limit(output: str, now: datetime.datetime) -> tuple[str, float]:
     Nothing and 0 if there is none; 0 too if no time is said.  The forms are those of Claude Code
     ("You've hit your limit · resets 3am") and Codex ("try again in 2 hours 5 minutes").
     """
-    found = _LIMITED.search("\n".join(output.split("\n")[-8:]))
+    found = _LIMITED.search("\n".join(line[:400] for line in output.split("\n")[-8:]))
     if not found:
         return "", 0.0
     said = " ".join(found[0].split())
@@ -620,9 +621,10 @@ def usage_limit(output: str, now: datetime.datetime) -> tuple[str, float]:
     return said, max(0.0, (at - now).total_seconds())
 
 
-_PASSING = re.compile(
-    r"(?m)^\W*\w+ for <?\d.*$|\d{4}-\d\d-\d\d|\d+(:\d\d)+|\d[\d.,]*k?\s*(ms|s|m|h|tokens)\b|"
-    r"\b0x[\da-f]+|\b(attempt|try|retry|run|build|job|pid|process|request|id)\W{0,3}\d+", re.I)
+_PASSING = re.compile(      # all repetitions are bounded: 16,000 digits must not take seconds
+    r"(?m)^\W{0,9}\w{1,30} for <?\d.*$|\d{4}-\d\d-\d\d|\d{1,9}(:\d\d)+|"
+    r"\d[\d.,]{0,15}k?\s{0,3}(ms|s|m|h|tokens)\b|\b0x[\da-f]+|"
+    r"\b(attempt|try|retry|run|build|job|pid|process|request|id)\W{0,3}\d+", re.I)
 
 
 def fingerprint(screen: str) -> str:

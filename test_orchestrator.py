@@ -815,7 +815,8 @@ def test_which_start_up_questions_are_known(screen, question):
     ("a\x1b[201~b", "a[201~b"), ("/clear", "/clear"), ("-n", "-n"), ("x;", "x;"),
     ("say TASK_COMPLETE when done", "say TASK_COMPLETE when done"), ("task_complete", None),
     ("> TASK_COMPLETE", None), ('"TASK_COMPLETE"', None), ("TASK_COMPLETED", None),
-    ("Print this:\n```\nTASK_COMPLETE\n```", None), ("NOT TASK_COMPLETE", None),
+    ("Print this:\n```\nTASK_COMPLETE\n```", None), ("x\n````\nTASK_COMPLETE\n````", None),
+    ("NOT TASK_COMPLETE", None),
     ("KEYS: Down\nthen look", None), ("WAIT: 10m\nthen look", None), ("Press KEYS: Up", None),
     ("If it fails say TASK_FAILED: why", None), ("x" * 100_000, None), ("` " * 50_000 + "x", None),
     ("```\n" * 25_000 + "x", None)], ids=lambda text: text and text[:12])
@@ -836,6 +837,7 @@ def test_the_marker_on_a_line_of_its_own_completes_the_task(reply):
     ("All pass.\n\nTASK_COMPLETE", ("complete", "All pass.", (), 0, ())),
     ("TASK_COMPLETE\nAll pass.", ("complete", "All pass.", (), 0, ())),
     ("```\nx\n```\nTASK_COMPLETE", ("complete", "```\nx\n```", (), 0, ())),
+    ("```ls```\nTASK_COMPLETE", ("complete", "```ls```", (), 0, ())),
     ("MEMORY_SAVE: a\nTASK_COMPLETE", ("complete", "", (), 0, ("a",))),
     ("TASK_FAILED: no key", ("failed", "no key", (), 0, ())),
     ("**TASK_FAILED:** no key", ("failed", "no key", (), 0, ())),
@@ -890,6 +892,17 @@ def test_fingerprints_differ_in_more_than_times_and_tokens():
 def test_a_usage_limit_is_read_at_the_end_of_an_output(output, hours):
     said, seconds = usage_limit(output, datetime.datetime(2026, 11, 22, 15, 0))
     assert (bool(said), seconds) == (hours is not None, (hours or 0) * 3600)
+
+
+@pytest.mark.parametrize("filling", [".", "3", "1.", "\n", "─", " x", "and "])
+def test_no_output_makes_understanding_it_take_long(filling):
+    text, began = filling * (16_000 // len(filling)), time.process_time()
+    for line in (f"You've hit your limit · try again in 3m{text}", f"{' ' * 16_000}x", text):
+        usage_limit(line, datetime.datetime(2026, 11, 22, 15, 0))
+        fingerprint(line)
+        menu_on([line])
+        above_box(["❯", line])
+    assert time.process_time() - began < 3      # without bounds it is minutes
 
 
 def test_a_usage_limit_may_name_its_time_zone():
