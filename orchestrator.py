@@ -51,7 +51,6 @@ import contextlib
 import dataclasses
 import datetime
 import difflib
-import email.utils
 import errno
 import fcntl
 import http.client
@@ -1444,12 +1443,15 @@ def _text(message: Mapping, name: str) -> str:
 
 
 def _number(holder: Mapping, name: str) -> float | None:
-    """Return a count or an amount, None where there is none, or one that can't be."""
-    found: Any = holder.get(name)
+    """Return a number or the text of one, None where there is none, or one that can't be."""
     with contextlib.suppress(TypeError, ValueError, OverflowError):
-        if not isinstance(found, bool) and 0 <= float(found) < 1e15:
-            return float(found)
+        found = float(holder.get(name, ""))
+        return found if 0 <= found < 1e15 else None
     return None
+
+
+def _count(holder: Mapping, name: str) -> int:
+    return int(_number(holder, name) or 0)
 
 
 def _plain(model: object) -> str:
@@ -1462,16 +1464,14 @@ _KINDS = {word: status for status, words in {     # of types and codes that are 
     400: "invalid_request invalid_prompt unprocessable precondition_failed",
     403: "permission_denied", 404: "not_found model_not_found", 429: "rate_limit_exceeded",
     413: "context_length_exceeded string_too_long token_limit_exceeded payload_too_large",
-    451: "content_policy_violation refusal", 500: "server server_error unmapped",
-    502: "provider_unavailable", 503: "provider_overloaded overloaded_error",
-    504: "timeout"}.items() for word in words.split()}
+    451: "content_policy_violation refusal",
+    503: "server server_error unmapped timeout provider_unavailable provider_overloaded"
+         " overloaded_error"}.items() for word in words.split()}
 _OVERFLOW = re.compile(r"context[ _]length|maximum context|(prompt|input) is too long|"
                        r"too many tokens|context (window|limit)", re.I)
 _REFUSED = re.compile(r"content[ _]policy|usage polic|moderation|flagged|prompt[ _]injection", re.I)
-_ROOM = (r"can only afford (?P<room>\d{1,9})", r"at most (?P<room>\d{1,9}) completion tokens",
-         r"max_tokens: \d+ > (?P<room>\d{1,9})", r"(?P<input>\d{1,9}) \+ \d+ > (?P<room>\d{1,9})",
-         r"context length is (?P<room>\d{1,9}) tokens.*?"
-         r"(?P<input>\d{1,9}) (of text input|in the messages|input tokens)")
+_ROOM = re.compile(r"can only afford (\d{1,9})|context length is (\d{1,9}) tokens.*?"
+                   r"(\d{1,9}) (?:of text input|in the messages|input tokens)")
 _OPTIONS = ("cache_control", "stream_options", "session_id", "max_tokens", "stream")
 _ON = ("Your answer was cut off because it became too long. Go on exactly where it stopped, "
        "without a word about that.")
@@ -1485,27 +1485,21 @@ _ADVICE = {401: "check OPENROUTER_API_KEY", 402: _CREDIT,
 
 def _hint(error: Mapping, headers: Mapping[str, str]) -> float | None:
     """Return in how many seconds a server wants to be asked again, None if it does not say."""
-    told = {str(name).lower(): value for name, value in [
+    told = {str(name).lower().replace("_", "-"): value for name, value in [
         *headers.items(), *_part(_part(error, "metadata"), "headers").items(),
         *_part(error, "availability").items()]}
-    for name, unit in (("retry_after", 1), ("retry-after-ms", 0.001), ("retry-after", 1)):
-        seconds = _number(told, name)
-        if seconds is not None:
-            return seconds * unit
-    reset = _number(told, "x-ratelimit-reset")      # in milliseconds
-    with contextlib.suppress(ValueError, OverflowError, TypeError, IndexError):
-        date = email.utils.parsedate_tz(str(told.get("retry-after", "")))
-        reset = email.utils.mktime_tz(date) * 1000 if date else reset
-    return None if reset is None else max(0.0, reset / 1000 - time.time())
+    seconds, reset = _number(told, "retry-after"), _number(told, "x-ratelimit-reset")
+    if seconds is None and reset is not None:       # in milliseconds since 1970
+        return max(0.0, reset / 1000 - time.time())
+    return seconds
 
 
 def _change(message: str, kind: int) -> dict[str, int | None]:
     """Return what a refusal asks to change: a lower max_tokens, or an option that is to go."""
-    for pattern in _ROOM:
-        found = re.search(pattern, message)
-        if found:
-            room = int(found["room"]) - int(found.groupdict().get("input") or 0)
-            return {"max_tokens": int(room * 0.95)} if room >= 1000 else {}
+    found = _ROOM.search(message)
+    if found:
+        room = int(found[1] or found[2]) - int(found[3] or 0)
+        return {"max_tokens": int(room * 0.95)} if room >= 1000 else {}
     return {name: None for name in _OPTIONS if kind in (400, 404, 422)
             and re.search(rf"\b{name.replace('_', '[ _]')}(ing)?\b", message, re.I)}
 
@@ -1519,33 +1513,37 @@ def classify(status: int, body: object, headers: Mapping[str, str]) -> ModelErro
     """
     error = body.get("error") if isinstance(body, dict) else body
     error = error if isinstance(error, dict) else {"message": error or body}
-    metadata, retryable = _part(error, "metadata"), _part(error, "availability").get("retryable")
-    told = [str(error.get(name)) for name in ("error_type", "code", "http_status")] + [str(status)]
-    code = next((int(each) for each in told if re.fullmatch(r"[3-5]\d\d", each)), 502)
-    kind = next((_KINDS[each] for each in [str(metadata.get("error_type")), *told]
-                 if each in _KINDS), code)
+    metadata, hint = _part(error, "metadata"), _hint(error, headers)
+    told = [metadata.get("error_type"), *map(error.get, ("error_type", "code", "http_status")),
+            status]
+    code = next((int(each) for each in map(str, told) if re.fullmatch(r"[3-5]\d\d", each)), 502)
+    kind = next((_KINDS[each] for each in map(str, told) if each in _KINDS), code)
     message = str(error.get("message") or "")
     if metadata.get("raw") and message in ("", "Provider returned error"):
         message = f"{message}: {metadata['raw']}"
     message = " ".join(re.sub(r"<[^>]*>", " ", sanitize(message[:2_000])).split())
     said = f"the model's server answered {code}" + f": {message[:300]}" * bool(message)
-    refused = metadata.keys() & {"reasons", "flagged_input", "patterns"} or _REFUSED.search(message)
-    kind = 402 if kind == 403 and "limit exceeded" in message else kind
-    hint = _hint(error, headers)
+    if kind == 403 and "limit exceeded" in message:     # of the key
+        kind = 402
+    passing = _part(error, "availability").get("retryable")
     if kind == 429 and (hint or 86_400 * bool(re.search("per.day|daily", message))) > 3600:
-        retryable = False
+        passing = False
+    elif passing is None:
+        passing = kind in (408, 409, 425, 429) or kind >= 500
+    refused = metadata.get("reasons") or _REFUSED.search(message)
 
     if kind == 413 or kind != 429 and _OVERFLOW.search(message):
         found: ModelError = ContextOverflow(said)
+        found.change = _change(message, 0)      # no option that it names is at fault
     elif kind == 451 or refused and (kind in (400, 403) or kind >= 500):
         found = TransientError(said, tries=3)
-    elif retryable or retryable is None and (kind in (408, 409, 425, 429) or kind >= 500):
+    elif passing:
         found = TransientError(said, retry_after=hint)
     else:
         otherwise = "OPENROUTER_MODEL may not take this request" if kind >= 400 else _ADVICE[404]
         found = ModelError(f"{said} ({_ADVICE.get(kind, otherwise)})")
+        found.change = _change(message, kind)
     found.code = code
-    found.change = _change(message, 0 if isinstance(found, ContextOverflow) else kind)
     return found
 
 
@@ -1570,8 +1568,6 @@ class OpenRouter:
         self.characters_per_token = 4.0     # until the server has counted
         self._base = re.sub(r"/+(chat/completions/*)?$", "", base_url)
         self._key, self._publish, self._clock, self._sleep = key, publish, clock, sleep
-        self._prices: dict[str, float] = {}     # US dollars a token, by prompt and completion
-        self._estimates = False
         self._is_openrouter = self._base.startswith("https://openrouter.ai/")
         self._options: dict[str, Any] = {"max_tokens": self.MAX_TOKENS, "stream": True,
                                          "stream_options": {"include_usage": True}}
@@ -1588,29 +1584,28 @@ class OpenRouter:
         Raises TransientError if the server can't be asked now, another ModelError for a key that
         it refuses or that has no credit, and for a model that it does not have.
         """
-        credit = _part(self._get("/key"), "data").get("limit_remaining") \
-            if self._is_openrouter else None
-        if isinstance(credit, (int, float)) and credit <= 0:
+        key = _part(self._get("/key"), "data") if self._is_openrouter else {}
+        if isinstance(key.get("limit_remaining"), (int, float)) and key["limit_remaining"] <= 0:
             raise ModelError(f"OPENROUTER_API_KEY has no credit left: {_CREDIT}")
+        listed: Any = None
         try:
             listed = self._get("/models").get("data")
         except ModelError as error:
             if error.code not in (400, 403, 404, 405, 501):
                 raise
-            listed = None
         models = {str(each[name]): each for each in (listed if isinstance(listed, list) else [])
                   for name in ("canonical_slug", "id") if isinstance(each, dict) and name in each}
-        if models and not self.model.startswith("~") and "*" not in "".join(models) \
+        if not models:
+            return f"{self.model}, which is not checked: the server does not list its models"
+        if not self.model.startswith("~") and "*" not in "".join(models) \
                 and _plain(self.model) not in {"", *map(_plain, models)}:
             near = difflib.get_close_matches(self.model, models, 1, 0)[0]
             raise ModelError(f"OPENROUTER_MODEL={self.model!r}: the server has no such model, "
                              f"the nearest is {near}")
-        price = _part(models.get(self.model, {}), "pricing")
-        self._prices = {kind: dollars for kind in ("prompt", "completion")
-                        for dollars in [_number(price, kind)] if dollars is not None}
-        return self.model + "".join(f", ${dollars * 1e6:g} per million {kind} tokens"
-                                    for kind, dollars in self._prices.items()) + (
-            "" if models else ", which is not checked: the server does not list its models")
+        pricing = _part(models.get(self.model, {}), "pricing")
+        prices = [(kind, _number(pricing, kind)) for kind in ("prompt", "completion")]
+        return ", ".join([self.model, *(f"${price * 1e6:g} per million {kind} tokens"
+                                        for kind, price in prices if price is not None)])
 
     def complete(self, messages: Messages, *,
                  on_text: Callable[[str], object] = lambda text: None,
@@ -1711,9 +1706,8 @@ class OpenRouter:
                 on_text(text)
         finally:
             answer.close()
-            if usage or text and finish:
-                sent = sum(len(message["content"]) for message in messages)
-                on_use(*self._bill(usage, sent, len(text)))
+            if usage:
+                on_use(*self._bill(usage, sum(len(message["content"]) for message in messages)))
         if not finish or finish == "error":     # with no text, or whole: the server may be at fault
             raise TransientError(f"the model's answer broke off ({finish or 'no finish_reason'})",
                                  tries=5)
@@ -1723,28 +1717,14 @@ class OpenRouter:
                                  f"the model's answer was empty ({finish})", tries=3)
         return text, finish
 
-    def _bill(self, usage: Mapping, sent: int, received: int) -> tuple[Tokens, float | None]:
-        """Return what a try has used, estimated from characters and prices where it is not told."""
-        counts = {kind: _number(usage, f"{kind}_tokens") for kind in ("prompt", "completion")}
-        cost, estimated = _number(usage, "cost"), []
-        if counts["prompt"]:
-            self.characters_per_token = min(max(sent / counts["prompt"], 0.5), 8.0)
-        elif counts["prompt"] is None:
-            estimated.append("tokens")
-            counts = {"prompt": sent / self.characters_per_token,
-                      "completion": received / self.characters_per_token}
-        if cost is None and self._prices:
-            estimated.append("cost")
-            cost = sum(price * (counts[kind] or 0) for kind, price in self._prices.items())
-        if estimated and not self._estimates:
-            self._estimates = True
-            self._publish("note", source="orchestrator", text="the model's server does not tell "
-                          f"{' and '.join(estimated)}: estimated from here on")
-        prompt, completion = (int(count or 0) for count in counts.values())
+    def _bill(self, usage: Mapping, sent: int) -> tuple[Tokens, float | None]:
+        """Return tokens and US dollars of a try, and learn how long a token is."""
+        prompt, completion = _count(usage, "prompt_tokens"), _count(usage, "completion_tokens")
+        if prompt:
+            self.characters_per_token = min(max(sent / prompt, 0.5), 8.0)
         details = _part(usage, "prompt_tokens_details")
-        cached, written = (int(_number(details, f"{kind}_tokens") or 0)
-                           for kind in ("cached", "cache_write"))
-        return Tokens(prompt, completion, prompt + completion, cached, written), cost
+        return (Tokens(prompt, completion, prompt + completion, _count(details, "cached_tokens"),
+                       _count(details, "cache_write_tokens")), _number(usage, "cost"))
 
     def _get(self, path: str) -> dict:
         with contextlib.closing(self._ask(path, lambda: self.CHECK)) as answer:
@@ -1792,16 +1772,17 @@ class OpenRouter:
         """Read an answer until it is over: tell each JSON text in it, then None, or what failed."""
         try:
             with self._open(path, body) as answer:
-                if "text/event-stream" not in answer.headers.get("Content-Type", ""):
+                streamed = "text/event-stream" in answer.headers.get("Content-Type", "")
+                if not streamed:
                     tell(answer.read(self.MAX_LINE))
-                    return tell(None)
-                while not over.is_set():
+                while streamed and not over.is_set():
                     line = answer.readline(self.MAX_LINE)
                     data = line[len(b"data:"):].strip() if line.startswith(b"data:") else b""
                     if data == b"[DONE]" or not line:
-                        return tell(None)
+                        break
                     if data:
                         tell(data)
+            tell(None)
         except (OSError, http.client.HTTPException) as error:
             tell(TransientError(f"the model's answer broke off: {_reason(error)}"))
         except Exception as error:
@@ -2459,10 +2440,10 @@ class Totals:
             if event["type"] == "complete":         # has all that was used until then
                 self.tokens, self.cost = Tokens(), 0.0
             if event["type"] in ("reply", "history", "memory", "complete"):
-                used = [_number(_part(event, "tokens"), name) for name in Tokens._fields]
-                self.add([int(count or 0) for count in used], _number(event, "cost"))
+                used = _part(event, "tokens")
+                self.add([_count(used, name) for name in Tokens._fields], _number(event, "cost"))
             if event["type"] == "reply":
-                self.iterations = max(self.iterations, int(_number(event, "iteration") or 0))
+                self.iterations = max(self.iterations, _count(event, "iteration"))
             with contextlib.suppress(TypeError, ValueError):        # no time, or of another form
                 at = datetime.datetime.fromisoformat(event["time"].replace("Z", "+00:00"))
                 if previous and event.get("reason") != _GOES_ON:
@@ -2679,8 +2660,7 @@ class Autopilot:
         for event in [*past, end]:
             kind = event["type"]
             if kind == "history":
-                count = int(_number(event, "summarised") or 0)
-                self._conversation.summarise(event["summary"], count)
+                self._conversation.summarise(event["summary"], _count(event, "summarised"))
             elif kind == "iteration_end" and said is not None:
                 self._tell(said, event["agent_output"] or str(event.get("error", "")))
                 said = None
