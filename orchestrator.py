@@ -82,7 +82,6 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import webbrowser
-import zoneinfo
 from pathlib import Path
 from typing import (
     Any, Callable, Generator, Iterable, Iterator, Mapping, NamedTuple, Sequence, TextIO)
@@ -283,8 +282,6 @@ def parse_env(text: str) -> dict[str, str]:
 def read_env_file(path: Path) -> dict[str, str]:
     """Return what a .env file sets, nothing where there is none."""
     try:
-        if path.exists() and not path.is_file():
-            raise OSError(0, "not a regular file")
         return parse_env(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         return {}
@@ -402,18 +399,20 @@ _QUESTIONS = (("trust this folder", "Yes, I trust"),
               ("Bypass Permissions mode", "Yes, I accept"))
 
 
-def says_busy(screen: Iterable[str]) -> bool:
-    """Whether the bottom of a screen says that the agent works.
+def _bottom(screen: Iterable[str], count: int) -> list[str]:
+    """Return the last lines of a screen that have text."""
+    return [line for line in screen if line.strip()][-count:]
 
-    Claude Code says so in its footer, Codex in a status line like (12s • esc to interrupt).
-    """
-    lines = [line for line in screen if line.strip()][-12:]
+
+def says_busy(screen: Iterable[str]) -> bool:
+    """Whether a screen says that the agent works: Claude Code in its footer, Codex above that."""
+    lines = _bottom(screen, 12)
     return any(map(_FOOTER.search, lines[-3:])) or any(map(_STATUS_LINE.search, lines))
 
 
 def keeps_message(screen: Iterable[str]) -> bool:
     """Whether a screen says that what was typed waits until the agent, Codex, has started."""
-    return any(map(_STARTING.match, [line for line in screen if line.strip()][-3:]))
+    return any(map(_STARTING.match, _bottom(screen, 3)))
 
 
 class Menu(NamedTuple):
@@ -432,7 +431,7 @@ def menu_on(screen: Iterable[str]) -> Menu | None:
 
     Claude Code draws a rule above its questions.
     """
-    lines = [line for line in screen if line.strip()][-40:]
+    lines = _bottom(screen, 40)
     if not any(map(_CHOOSE.search, lines[-3:])):
         return None
     start = max((row + 1 for row, line in enumerate(lines) if line.startswith("─" * 10)),
@@ -446,7 +445,7 @@ def menu_on(screen: Iterable[str]) -> Menu | None:
 
 def shows_input(screen: Sequence[str]) -> bool:
     """Whether a screen shows an input box, and not a question with a cursor on its answers."""
-    lines = [line for line in screen if line.strip()][-16:]
+    lines = _bottom(screen, 16)
     return any(map(_CURSOR_ROW.match, lines)) and not menu_on(lines)
 
 
@@ -584,29 +583,25 @@ _LIMITED = re.compile(
 _SPAN = re.compile(r"\bin ((?:\d+ ?(?:d|h|m|s)[a-z]*[, and]*)+)", re.I)
 _MOMENT = re.compile(
     r"\b(?:resets?|again)(?: at| on)? (?:([A-Z][a-z]{2})[a-z]* (\d+)(?:[a-z]{2})?,?(?: (\d{4}),?)?"
-    r"(?: at)? )?(\d+)(?::(\d\d))? ?([ap]m)?\b(?:.*?\(([A-Z][\w/+-]+)\))?", re.I)
+    r"(?: at)? )?(\d+)(?::(\d\d))? ?([ap]m)?\b", re.I)
 
 
 def usage_limit(output: str, now: datetime.datetime) -> tuple[str, float]:
     """Return what an agent's output ends with of a usage limit, and the seconds until its reset.
 
     Nothing and 0 if there is none; 0 too if no time is said.  The forms are those of Claude Code
-    ("You've hit your limit · resets 3am") and Codex ("try again in 2 hours 5 minutes").
+    ("You've hit your limit · resets 3am") and Codex ("try again in 2 hours 5 minutes"); both
+    tell the local time.
     """
     found = _LIMITED.search("\n".join(line[:400] for line in output.split("\n")[-8:]))
-    if not found:
-        return "", 0.0
-    said = " ".join(found[0].split())
+    said = " ".join(found[0].split()) if found else ""
     span, moment = _SPAN.search(said), _MOMENT.search(said)
     if span:
         return said, float(sum(int(count) * {**_UNITS, "d": 86400}[unit.lower()]
                                for count, unit in re.findall(r"(\d+) ?([a-z])", span[1], re.I)))
     if not moment:
         return said, 0.0
-    month, day, year, hour, minute, half, zone = moment.groups()
-    now = now.astimezone()
-    with contextlib.suppress(KeyError, ValueError, OSError):     # a zone that is not known here
-        now = now.astimezone(zoneinfo.ZoneInfo(zone)) if zone else now
+    month, day, year, hour, minute, half = moment.groups()
     try:
         hours = int(hour) % 12 + 12 * (half.lower() == "pm") if half else int(hour)
         at = now.replace(hour=hours, minute=int(minute or 0), second=0, microsecond=0)
@@ -1613,11 +1608,10 @@ class OpenRouter:
                  left: Callable[[], float] = lambda: math.inf) -> Reply:
         """Return the model's answer; `on_text` is given what there is of it while it comes.
 
-        Waits out failures that may pass, for up to an hour; leaves out what the server does not
-        take; has an answer go on that was cut at its length.  `left` returns how many seconds
-        there are, or raises what is to end the call.  `on_use` is told what each try has used,
-        the failed ones too.  Raises ModelError for failures that will not pass, ContextOverflow
-        for a conversation that is too long.
+        Waits out what may pass, leaves out what the server does not take, and has an answer go
+        on that was cut at its length.  `left` returns how many seconds there are, or raises what
+        is to end the call; `on_use` is told what each try has used.  Raises ContextOverflow for a
+        conversation that is too long, another ModelError for what else will not pass.
         """
         began, talk, whole = self._clock(), list(messages), ""
         tokens, cost = Tokens(), None
@@ -1712,9 +1706,8 @@ class OpenRouter:
             raise TransientError(f"the model's answer broke off ({finish or 'no finish_reason'})",
                                  tries=5)
         if not text.strip():
-            refused = f"refused: {' '.join(refusal.split())[:300]}"
-            raise TransientError(f"the model {refused}" if refusal else
-                                 f"the model's answer was empty ({finish})", tries=3)
+            raise TransientError(f"the model refused: {' '.join(refusal.split())[:300]}" if refusal
+                                 else f"the model's answer was empty ({finish})", tries=3)
         return text, finish
 
     def _bill(self, usage: Mapping, sent: int) -> tuple[Tokens, float | None]:
@@ -2535,27 +2528,23 @@ class Conversation:
     KEEP = 3        # pairs that are not summarised, if they fit
 
     def __init__(self, system: str, opening: str) -> None:
-        self._system, self._opening, self._summary = system, opening, ""
-        self._pairs: list[list[str]] = []
+        self._system, self._summary = system, ""
+        self._texts = [opening]     # then replies and outcomes, in turns
 
     def messages(self) -> list[dict[str, str]]:
         """Return the messages for the next call."""
         summary = f"\n\n## Summary of the work so far\n{self._summary}" if self._summary else ""
-        texts = [("system", self._system), ("user", self._opening + summary)]
-        for reply, outcome in self._pairs:
-            texts += [("assistant", reply), ("user", outcome)]
-        return [{"role": role, "content": text} for role, text in texts]
+        texts = [self._system, self._texts[0] + summary, *self._texts[1:]]
+        roles = ["system", *["user", "assistant"] * len(texts)]
+        return [{"role": role, "content": text} for role, text in zip(roles, texts)]
 
     def add(self, reply: str, outcome: str) -> None:
         """Add what the model said, and what it is to be told."""
-        self._pairs.append([reply, outcome])
+        self._texts += [reply, outcome]
 
     def append(self, text: str) -> None:
         """Add to the newest message."""
-        if self._pairs:
-            self._pairs[-1][1] += f"\n\n{text}"
-        else:
-            self._opening += f"\n\n{text}"
+        self._texts[-1] += f"\n\n{text}"
 
     def size(self) -> int:
         """Return how many characters it has."""
@@ -2566,17 +2555,19 @@ class Conversation:
 
         The newest stay, as many of them as half of `room` characters can hold.
         """
-        sizes = [len(reply) + len(outcome) for reply, outcome in self._pairs[-self.KEEP:]]
-        while len(sizes) > 1 and sum(sizes) > room // 2:
-            del sizes[0]
-        pairs = self._pairs[:len(self._pairs) - len(sizes)]
-        told = [f"YOU: {reply}\n\nRESULT: {outcome}" for reply, outcome in pairs]
-        earlier = [f"EARLIER SUMMARY: {self._summary}"] * bool(self._summary and pairs)
-        return len(pairs), "\n\n".join(earlier + told)
+        told = [f"YOU: {reply}\n\nRESULT: {outcome}"
+                for reply, outcome in zip(self._texts[1::2], self._texts[2::2])]
+        kept = min(self.KEEP, len(told))
+        while kept > 1 and len("".join(told[-kept:])) > room // 2:
+            kept -= 1
+        del told[len(told) - kept:]
+        earlier = [f"EARLIER SUMMARY: {self._summary}"] * bool(self._summary and told)
+        return len(told), "\n\n".join(earlier + told)
 
     def summarise(self, summary: str, count: int) -> None:
         """Put a summary in the place of the `count` oldest pairs."""
-        self._summary, self._pairs = summary, self._pairs[count:]
+        self._summary = summary
+        del self._texts[1:1 + 2 * count]
 
 
 def run_check(command: str, directory: Path, environ: Mapping[str, str],
@@ -2794,19 +2785,19 @@ class Autopilot:
 
     def _remember(self, facts: Sequence[str]) -> None:
         """Save facts, and have the list compacted if it has become too long."""
+        if not facts:
+            return
         spent: dict[str, object] = {}
 
         def rewrite(known: list[str]) -> list[str] | None:
-            nonlocal spent
-            answer, spent = self._consult(_COMPACT.format(limit=self._memory.limit // 2 + 1),
-                                          json.dumps({"facts": known}, ensure_ascii=False))
+            answer, used = self._consult(_COMPACT.format(limit=self._memory.limit // 2 + 1),
+                                         json.dumps({"facts": known}, ensure_ascii=False))
+            spent.update(used)
             found = parse_object(answer[answer.find("{"):answer.rfind("}") + 1]) or {}
             shorter = found.get("facts")
             fits = isinstance(shorter, list) and all(isinstance(fact, str) for fact in shorter)
             return shorter if fits else None
 
-        if not facts:
-            return
         try:
             saved = self._memory.add(map(self._journal.masked, facts))
             if self._memory.complaint:
@@ -2828,7 +2819,7 @@ class Autopilot:
         """Replace the conversation's older part by a summary, if it has `worth` characters."""
         room = self._room()
         count, older = self._conversation.older(room)
-        if len(older) < max(1, worth):
+        if len(older) < worth:
             return False
         answer, spent = self._consult(_SUMMARISE, clip(older, room))
         firsts = "\n".join(textwrap.shorten(part, 200) for part in older.split("\n\n"))
