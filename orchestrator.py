@@ -1646,7 +1646,7 @@ class OpenRouter:
                 return self._call(messages, on_text, on_use, left)
             except TransientError as error:
                 failures, limited = failures + 1, limited + bool(error.tries)
-                delay = min(60.0, 2.0 ** min(failures, 6)) * random.uniform(0.75, 1.25)
+                delay = min(60.0, 2.0 ** failures) * random.uniform(0.75, 1.25)
                 if error.retry_after is not None:       # the server's word wins, within reason
                     delay = min(max(error.retry_after, failures / 2), self.HINT)
                 if error.tries and limited >= error.tries:
@@ -1736,16 +1736,12 @@ class OpenRouter:
                          daemon=True).start()
         began = progress = self._clock()
         try:
-            while True:
-                wait = min(progress + self.PROGRESS, began + self.CALL) - self._clock()
+            while (wait := min(progress + self.PROGRESS, began + self.CALL) - self._clock()) > 0:
                 try:
-                    found = inbox.get(timeout=max(0.0, min(wait, left())))
+                    found = inbox.get(timeout=min(wait, left()))
                 except queue.Empty:
-                    left()
-                    wait = 0.0
-                if wait <= 0:
-                    raise TransientError("the model's server is too slow: gave up after "
-                                         f"{self._clock() - began:.0f} s")
+                    left()      # says if it was that
+                    break
                 if isinstance(found, Exception):
                     raise found
                 if found is None:
@@ -1757,6 +1753,8 @@ class OpenRouter:
                                          f"{data[:80].decode('utf-8', 'replace')!r}: "
                                          "check OPENROUTER_BASE_URL", tries=5)
                 yield parsed
+            raise TransientError("the model's server is too slow: gave up after "
+                                 f"{self._clock() - began:.0f} s")
         finally:
             over.set()
 
@@ -1785,10 +1783,10 @@ class OpenRouter:
         """Open a path of the API; every failure leaves as an error of ours, without the key."""
         data = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace") if body else None
         headers = {"Content-Type": "application/json", "X-Title": "orchestrator",
-                   "User-Agent": f"orchestrator/{__version__}"}
+                   "User-Agent": f"orchestrator/{__version__}",
+                   "Authorization": f"Bearer {self._key}"}
         try:
             request = urllib.request.Request(self._base + path, data, headers)
-            request.add_unredirected_header("Authorization", f"Bearer {self._key}")
             return self._opener.open(request, timeout=self.IDLE)
         except urllib.error.HTTPError as error:
             text = ""
