@@ -415,32 +415,22 @@ def keeps_message(screen: Iterable[str]) -> bool:
     return any(map(_STARTING.match, _bottom(screen, 3)))
 
 
-class Menu(NamedTuple):
-    """A question on the screen that takes keys: what is asked, and the line of the cursor."""
-
-    question: str
-    chosen: str
-
-    def __str__(self) -> str:
-        cursor = f", and the cursor is on {self.chosen!r}" * bool(self.chosen)
-        return f"The screen asks {self.question!r}{cursor}; it takes keys, not text."
-
-
-def menu_on(screen: Iterable[str]) -> Menu | None:
-    """Return the question at the bottom of a screen of Claude Code or Codex, if there is one.
+def menu_on(screen: Iterable[str]) -> str:
+    """Return what a question at the bottom of an agent's screen asks, and where its cursor is.
 
     Claude Code draws a rule above its questions.
     """
     lines = _bottom(screen, 40)
     if not any(map(_CHOOSE.search, lines[-3:])):
-        return None
-    start = max((row + 1 for row, line in enumerate(lines) if line.startswith("─" * 10)),
-                default=max(0, len(lines) - 16))
-    rows = [row for row in range(start, len(lines)) if _CHOSEN.match(lines[row])]
-    above = lines[start:rows[-1] if rows else -1]
+        return ""
+    rules = [row + 1 for row, line in enumerate(lines) if line.startswith("─" * 10)]
+    lines = lines[rules[-1] if rules else -16:]
+    cursors = [(row, found[1]) for row, line in enumerate(lines)
+               if (found := _CHOSEN.match(line))]
+    above = lines[:cursors[-1][0] if cursors else -1]
     asked = [line for line in above if line.endswith("?")][-1:] or above[:1]
-    return Menu(asked[0].strip() if asked else "",
-                _CHOSEN.match(lines[rows[-1]])[1].strip() if rows else "")
+    chosen = f", and the cursor is on {cursors[-1][1].strip()!r}" if cursors else ""
+    return f"The screen asks {''.join(asked).strip()!r}{chosen}; it takes keys, not text."
 
 
 def shows_input(screen: Sequence[str]) -> bool:
@@ -1283,8 +1273,8 @@ class Agent:
                     seconds if self._program.install else 0.0)
 
     def _menu_note(self, pane: Pane) -> tuple[str, ...]:
-        menu = menu_on(pane.screen) if self._program.install else None
-        return (str(menu),) if menu else ()
+        menu = menu_on(pane.screen) if self._program.install else ""
+        return (menu,) * bool(menu)
 
     # starting and reviving
 

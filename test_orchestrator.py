@@ -35,7 +35,7 @@ import pytest
 import orchestrator
 from orchestrator import (
     Agent, AgentError, AgentExited, Autopilot, BudgetReached, Chat, Config, ConfigError,
-    ContextOverflow, Control, Conversation, Dashboard, GaveUp, Interrupted, Journal, Memory, Menu,
+    ContextOverflow, Control, Conversation, Dashboard, GaveUp, Interrupted, Journal, Memory,
     ModelError, Narrator, OpenRouter, OrchestratorError, Pane, Place, Program, Question, Reply,
     Session, Signals, Stuck, Tmux, TmuxDied, TmuxError, TmuxGone, Tokens, TransientError, Turn,
     Watch, above_box, child_environment, choose_program, clip, draft_in_box, fingerprint,
@@ -757,14 +757,20 @@ RULE = "─" * 20
 ASKED = [" Do you want to proceed?", " ❯ 1. Yes", "   2. No", " Esc to cancel · Tab to amend"]
 
 
+def asks(question, cursor=""):
+    """Return what is said of a question on the screen."""
+    at = f", and the cursor is on {cursor!r}" * bool(cursor)
+    return f"The screen asks {question!r}{at}; it takes keys, not text."
+
+
 @pytest.mark.parametrize("screen, menu", [
-    (ASKED, Menu("Do you want to proceed?", "1. Yes")),
-    ([*ASKED[:1], "   1. Yes", " ❯ 2. No", "", ASKED[3]], Menu("Do you want to proceed?", "2. No")),
+    (ASKED, asks("Do you want to proceed?", "1. Yes")),
+    ([*ASKED[:1], "   1. Yes", " ❯ 2. No", "", ASKED[3]], asks("Do you want to proceed?", "2. No")),
     (["Allow command?", "› 1. Yes, proceed", "  2. No", "", "  Press enter to confirm"],
-     Menu("Allow command?", "1. Yes, proceed")),
-    (["Help", "  ←/→ to switch · Esc to close"], Menu("Help", "")),
-    ([*ASKED, RULE, "❯", RULE, "  ? for shortcuts"], None),
-    (["press esc to cancel", "› Ask Codex", "  gpt-5", "  ? for shortcuts"], None), ([], None)])
+     asks("Allow command?", "1. Yes, proceed")),
+    (["Help", "  ←/→ to switch · Esc to close"], asks("Help")),
+    ([*ASKED, RULE, "❯", RULE, "  ? for shortcuts"], ""),
+    (["press esc to cancel", "› Ask Codex", "  gpt-5", "  ? for shortcuts"], ""), ([], "")])
 def test_which_screens_ask_for_keys(screen, menu):
     assert menu_on(screen) == menu
 
