@@ -2765,8 +2765,8 @@ class Autopilot:
                 status, output = 126, f"it can't be run: {error}"
             self._journal.publish("verify", command=command, status=status, output=output)
         self._done = status == 0
-        self._failures = [*self._failures[1 - self.SAME_FAILURES:], fingerprint(output)]
-        if not self._done and self._failures == [self._failures[0]] * self.SAME_FAILURES:
+        self._failures = [*self._failures, fingerprint(output)][-self.SAME_FAILURES:]
+        if not self._done and self._failures.count(self._failures[-1]) == self.SAME_FAILURES:
             raise Stuck(f"VERIFY_CMD failed {self.SAME_FAILURES} times with the same output")
         return Turn("" if self._done else f"The task is not complete: the check `{command}` failed "
                     f"with status {status}:\n{output}")
@@ -2851,13 +2851,14 @@ class Autopilot:
         return left
 
     def _circling(self, said: str, turn: Turn) -> str:
-        """Return a note for the model if it goes in circles; raise Stuck if it was told before."""
+        """Return a note for the model if it goes in circles; raise Stuck if it was just told."""
         if self._done or turn.state == "working":       # waiting for a long turn is no circle
             return ""
         self._history = last = [*self._history[-5:], (said, fingerprint(turn.report()))]
         same = len(last) >= 3 and len(set(last[-3:])) == 1
         alternating = len(last) == 6 and len(set(last[::2])) == len(set(last[1::2])) == 1
         if not (same or alternating):
+            self._warned &= len(last) < 6       # six turns later it is another circle
             return ""
         if self._warned:
             raise Stuck("the run goes in circles: the same replies with the same results again")

@@ -2799,6 +2799,11 @@ def test_a_run_in_circles_is_warned_once_and_then_ended(fly):
     assert "circles" in flight.shown(3) and "circles" not in flight.shown(2) + flight.shown(4)
 
 
+def test_a_circle_hours_after_another_is_warned_of_anew(fly):
+    flight = fly(*["try again"] * 3, *"abcdef", *["and again"] * 3, "TASK_COMPLETE")
+    assert flight.run() == "complete" and len(flight.of("note")) == 2
+
+
 def test_two_replies_in_turns_are_a_circle_too(fly):
     flight = fly(*["left", "right"] * 6)
     assert flight.run() == "stuck" and len(flight.agent.told) == 12
