@@ -1473,10 +1473,9 @@ def _hint(error: Mapping, headers: Mapping[str, str]) -> float | None:
     told = {str(name).lower().replace("_", "-"): value for name, value in [
         *headers.items(), *_part(_part(error, "metadata"), "headers").items(),
         *_part(error, "availability").items()]}
-    seconds, reset = _number(told, "retry-after"), _number(told, "x-ratelimit-reset")
-    if seconds is None and reset is not None:       # in milliseconds since 1970
-        return max(0.0, reset / 1000 - time.time())
-    return seconds
+    seconds, reset = _number(told, "retry-after"), _number(told, "x-ratelimit-reset") or 0.0
+    until = reset / 1000 - time.time()      # in milliseconds since 1970; others mean seconds
+    return until if seconds is None and until > 0 else seconds
 
 
 def _change(message: str, kind: int) -> dict[str, int | None]:

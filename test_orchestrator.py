@@ -1610,6 +1610,8 @@ CASES = {
     "X-RateLimit-Reset": passing(answer(
         refusal(429), 429, X_RateLimit_Reset=str(round((time.time() + 600) * 1000))), "429",
         (600,)),
+    "X-RateLimit-Reset of others": passing(answer(refusal(429), 429, X_RateLimit_Reset="30"),
+                                           "429"),
     "X-RateLimit-Reset inside": passing(answer(refusal(429, metadata={"headers": {
         "X-RateLimit-Reset": round((time.time() + 600) * 1000)}})), "429", (600,)),
     "404 that is called retryable": passing(answer(refusal(404, availability={
