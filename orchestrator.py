@@ -167,7 +167,7 @@ class TransientError(ModelError):
     def __init__(self, message: str, *, retry_after: float | None = None, tries: int = 0) -> None:
         super().__init__(message)
         self.retry_after = retry_after      # seconds, when the server said so
-        self.tries = tries                  # how often to try at most, 0: as long as patience lasts
+        self.tries = tries      # how often in a row at most, 0: as long as patience lasts
 
 
 class Interrupted(KeyboardInterrupt):
@@ -1634,7 +1634,7 @@ class OpenRouter:
             try:
                 return self._call(messages, on_text, on_use, left)
             except TransientError as error:
-                failures, limited = failures + 1, limited + bool(error.tries)
+                failures, limited = failures + 1, limited + 1 if error.tries else 0     # in a row
                 delay = min(60.0, 2.0 ** failures) * random.uniform(0.75, 1.25)
                 if error.retry_after is not None:       # the server's word wins, within reason
                     delay = min(max(error.retry_after, failures / 2), self.HINT)
@@ -1691,9 +1691,9 @@ class OpenRouter:
             answer.close()
             if usage:
                 on_use(*self._bill(usage, sum(len(message["content"]) for message in messages)))
-        if not finish or finish == "error":     # with no text, or whole: the server may be at fault
+        if not finish or finish == "error":     # cut by an outage, or the server knows no better
             raise TransientError(f"the model's answer broke off ({finish or 'no finish_reason'})",
-                                 tries=5)
+                                 tries=0 if text else 5)
         if not text.strip():
             raise TransientError(f"the model refused: {' '.join(refusal.split())[:300]}" if refusal
                                  else f"the model's answer was empty ({finish})", tries=3)
@@ -1724,6 +1724,7 @@ class OpenRouter:
         threading.Thread(target=self._fetch, args=(path, body, inbox.put, over),
                          daemon=True).start()
         began = progress = self._clock()
+        parsed: dict | None = None
         try:
             while (wait := min(progress + self.PROGRESS, began + self.CALL) - self._clock()) > 0:
                 try:
@@ -1736,11 +1737,11 @@ class OpenRouter:
                 if found is None:
                     return
                 progress, data = self._clock(), self._masked(found)
-                parsed = parse_object(data)
+                before, parsed = parsed, parse_object(data)
                 if parsed is None:
                     raise TransientError("the model's server sent no JSON object, but "
                                          f"{data[:80].decode('utf-8', 'replace')!r}: "
-                                         "check OPENROUTER_BASE_URL", tries=5)
+                                         "check OPENROUTER_BASE_URL", tries=0 if before else 5)
                 yield parsed
             raise TransientError("the model's server is too slow: gave up after "
                                  f"{self._clock() - began:.0f} s")

@@ -1874,6 +1874,14 @@ def test_the_length_of_a_token_is_learnt_from_what_the_server_counts(api):
         assert client.characters_per_token == length
 
 
+def test_an_outage_that_cuts_or_empties_answers_now_and_then_is_waited_out(api):
+    empty, down = answer(whole("")), answer("", 503)
+    for answers in ([streamed(said("Hel"), end=""), streamed(said("Hel"), end='data: {"cho'),
+                     streamed(said("Hel", "error"))] * 3, [empty, empty, down] * 3):
+        api.answers, client = [*answers, GOOD], Client(api.url)
+        assert client.say().text == "Hello" and len(client.told) == 9
+
+
 def test_it_gives_up_after_an_hour(api):
     for first, longest in ((answer("", 503), 75), (answer("", 503, Retry_After="0"), 61)):
         api.answers, client = [first], Client(api.url)
