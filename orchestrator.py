@@ -247,14 +247,14 @@ class Config:
         """
         values: dict[str, Any] = {}
         for name, field in cls.settings().items():
-            text, kind = environ.get(name) or env_file.get(name) or "", type(field.default)
-            pattern, expected = field.metadata["accept"]
-            if text and not re.fullmatch(pattern, text.strip()):
+            text = (environ.get(name) or env_file.get(name) or "").strip()
+            (pattern, expected), kind = field.metadata["accept"], type(field.default)
+            if text and not re.fullmatch(pattern, text):
                 shown = "(hidden)" if name == "OPENROUTER_API_KEY" else repr(text)
                 raise ConfigError(f"{name}={shown}: expected {expected}")
             if text:
-                true = text.strip().lower() in ("true", "1", "yes", "on")
-                values[field.name] = true if kind is bool else kind(text.strip())
+                true = text.lower() in ("true", "1", "yes", "on")
+                values[field.name] = true if kind is bool else kind(text)
         return cls(**values)
 
 
@@ -1613,7 +1613,8 @@ class OpenRouter:
 
         try:
             for _ in range(self.PARTS):
-                text, finish = self._insist(talk, lambda part: on_text(whole + part), count, left)
+                text, finish = self._insist(lambda: self._call(
+                    talk, lambda part: on_text(whole + part), count, left), left)
                 whole += text
                 if finish != "length":
                     break
@@ -1623,16 +1624,16 @@ class OpenRouter:
                 raise
         return Reply(whole, tokens, cost, round((self._clock() - began) * 1000))
 
-    def _insist(self, messages: Messages, on_text: Callable, on_use: Callable,
+    def _insist(self, call: Callable[[], tuple[str, str]],
                 left: Callable[[], float]) -> tuple[str, str]:
-        """Return text and finish reason of one answer, after all the tries that it takes."""
+        """Make a call, again and again until it succeeds; return what it returns."""
         began, failures, limited = self._clock(), 0, 0
         if "max_tokens" in self._options:       # was perhaps lowered for the last answer
             self._options["max_tokens"] = self.MAX_TOKENS
         while True:
             left()
             try:
-                return self._call(messages, on_text, on_use, left)
+                return call()
             except TransientError as error:
                 failures, limited = failures + 1, limited + 1 if error.tries else 0     # in a row
                 delay = min(60.0, 2.0 ** failures) * random.uniform(0.75, 1.25)
