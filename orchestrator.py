@@ -83,7 +83,6 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import webbrowser
-import zoneinfo
 from pathlib import Path
 from typing import (
     Any, Callable, Generator, Iterable, Iterator, Mapping, NamedTuple, Sequence, TextIO)
@@ -169,7 +168,7 @@ class TransientError(ModelError):
     def __init__(self, message: str, *, retry_after: float | None = None, tries: int = 0) -> None:
         super().__init__(message)
         self.retry_after = retry_after      # seconds, when the server said so
-        self.tries = tries                  # how often to try at most, 0: as long as patience lasts
+        self.tries = tries      # how often in a row at most, 0: as long as patience lasts
 
 
 class Interrupted(KeyboardInterrupt):
@@ -249,14 +248,14 @@ class Config:
         """
         values: dict[str, Any] = {}
         for name, field in cls.settings().items():
-            text, kind = environ.get(name) or env_file.get(name) or "", type(field.default)
-            pattern, expected = field.metadata["accept"]
-            if text and not re.fullmatch(pattern, text.strip()):
+            text = (environ.get(name) or env_file.get(name) or "").strip()
+            (pattern, expected), kind = field.metadata["accept"], type(field.default)
+            if text and not re.fullmatch(pattern, text):
                 shown = "(hidden)" if name == "OPENROUTER_API_KEY" else repr(text)
                 raise ConfigError(f"{name}={shown}: expected {expected}")
             if text:
-                true = text.strip().lower() in ("true", "1", "yes", "on")
-                values[field.name] = true if kind is bool else kind(text.strip())
+                true = text.lower() in ("true", "1", "yes", "on")
+                values[field.name] = true if kind is bool else kind(text)
         return cls(**values)
 
 
@@ -284,8 +283,6 @@ def parse_env(text: str) -> dict[str, str]:
 def read_env_file(path: Path) -> dict[str, str]:
     """Return what a .env file sets, nothing where there is none."""
     try:
-        if path.exists() and not path.is_file():
-            raise OSError(0, "not a regular file")
         return parse_env(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         return {}
@@ -393,61 +390,53 @@ _STATUS_LINE = re.compile(r"\([^()]*\d+s\b[^()]*\b(?:esc|ctrl\+c) to interrupt\b
 _PASTE_CHIP = re.compile(r"\[Pasted (?:text|Content)\b[^\]]*\]")
 _COLOURS = re.compile(r"\x1b\[[\d;:]*m")
 _RULE = re.compile(r"\s*[─╌╭╰][─╌╮╯\s]+")
-_CURSOR_ROW = re.compile(r"\s*[│|]?\s*[❯›>!](?:\s|$)")
+_CURSOR_ROW = re.compile(r"\s*(?:[│|]\s*)?[❯›>!](?:\s|$)")
 _CHOOSE = re.compile(r"\benter (?:to )?(?:confirm|select|continue)\b|"
                      r"\besc (?:to )?(?:cancel|close|exit|(?:go )?back)\b", re.I)
-_CHOSEN = re.compile(r"\s*[│|]?\s*[❯›]\s*(\S.*)")
+_CHOSEN = re.compile(r"\s*(?:[│|]\s*)?[❯›]\s*(\S.*)")
 _QUESTIONS = (("trust this folder", "Yes, I trust"),
               ("Trust this folder?", "Trust and continue"),
               ("trust the contents of this directory", "Yes"),
               ("Bypass Permissions mode", "Yes, I accept"))
 
 
-def says_busy(screen: Iterable[str]) -> bool:
-    """Whether the bottom of a screen says that the agent works.
+def _bottom(screen: Iterable[str], count: int) -> list[str]:
+    """Return the last lines of a screen that have text."""
+    return [line for line in screen if line.strip()][-count:]
 
-    Claude Code says so in its footer, Codex in a status line like (12s • esc to interrupt).
-    """
-    lines = [line for line in screen if line.strip()][-12:]
+
+def says_busy(screen: Iterable[str]) -> bool:
+    """Whether a screen says that the agent works: Claude Code in its footer, Codex above that."""
+    lines = _bottom(screen, 12)
     return any(map(_FOOTER.search, lines[-3:])) or any(map(_STATUS_LINE.search, lines))
 
 
 def keeps_message(screen: Iterable[str]) -> bool:
     """Whether a screen says that what was typed waits until the agent, Codex, has started."""
-    return any(map(_STARTING.match, [line for line in screen if line.strip()][-3:]))
+    return any(map(_STARTING.match, _bottom(screen, 3)))
 
 
-class Menu(NamedTuple):
-    """A question on the screen that takes keys: what is asked, and the line of the cursor."""
-
-    question: str
-    chosen: str
-
-    def __str__(self) -> str:
-        cursor = f", and the cursor is on {self.chosen!r}" * bool(self.chosen)
-        return f"The screen asks {self.question!r}{cursor}; it takes keys, not text."
-
-
-def menu_on(screen: Iterable[str]) -> Menu | None:
-    """Return the question at the bottom of a screen of Claude Code or Codex, if there is one.
+def menu_on(screen: Iterable[str]) -> str:
+    """Return what a question at the bottom of an agent's screen asks, and where its cursor is.
 
     Claude Code draws a rule above its questions.
     """
-    lines = [line for line in screen if line.strip()][-40:]
+    lines = _bottom(screen, 40)
     if not any(map(_CHOOSE.search, lines[-3:])):
-        return None
-    start = max((row + 1 for row, line in enumerate(lines) if line.startswith("─" * 10)),
-                default=max(0, len(lines) - 16))
-    rows = [row for row in range(start, len(lines)) if _CHOSEN.match(lines[row])]
-    above = lines[start:rows[-1] if rows else -1]
+        return ""
+    rules = [row + 1 for row, line in enumerate(lines) if line.startswith("─" * 10)]
+    lines = lines[rules[-1] if rules else -16:]
+    cursors = [(row, found[1]) for row, line in enumerate(lines)
+               if (found := _CHOSEN.match(line))]
+    above = lines[:cursors[-1][0] if cursors else -1]
     asked = [line for line in above if line.endswith("?")][-1:] or above[:1]
-    return Menu(asked[0].strip() if asked else "",
-                _CHOSEN.match(lines[rows[-1]])[1].strip() if rows else "")
+    chosen = f", and the cursor is on {cursors[-1][1].strip()!r}" if cursors else ""
+    return f"The screen asks {''.join(asked).strip()!r}{chosen}; it takes keys, not text."
 
 
 def shows_input(screen: Sequence[str]) -> bool:
     """Whether a screen shows an input box, and not a question with a cursor on its answers."""
-    lines = [line for line in screen if line.strip()][-16:]
+    lines = _bottom(screen, 16)
     return any(map(_CURSOR_ROW.match, lines)) and not menu_on(lines)
 
 
@@ -529,6 +518,7 @@ class Instruction(NamedTuple):
 
 
 _FENCED = re.compile(r"\s*```[^`\n]*\n((?:(?!```).)*?)\n?\s*```\s*", re.S)
+_FENCE = re.compile(r"```+[^`]*")
 _MARKER = re.compile(r"(?:[-*+•]\s+|\d+[.)]\s+)?[*_`]*TASK_COMPLETE[*_`]*\.?[*_`]*")
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 _KEY = re.compile(r"(?:[CMS]-)*(?:.|Up|Down|Left|Right|Enter|Escape|Tab|BTab|Space|BSpace|Home|End|"
@@ -565,7 +555,7 @@ def parse_reply(reply: str) -> Instruction:
     kept, facts, complete, fenced = [], [], False, False
     for line in (whole[1] if whole else reply).split("\n"):
         word = line.strip()
-        fenced ^= word.startswith("```")
+        fenced ^= bool(_FENCE.fullmatch(word))
         if not fenced and word.startswith("MEMORY_SAVE:"):
             facts.append(word[len("MEMORY_SAVE:"):].strip())
         elif not fenced and _MARKER.fullmatch(word):
@@ -584,29 +574,25 @@ _LIMITED = re.compile(
 _SPAN = re.compile(r"\bin ((?:\d+ ?(?:d|h|m|s)[a-z]*[, and]*)+)", re.I)
 _MOMENT = re.compile(
     r"\b(?:resets?|again)(?: at| on)? (?:([A-Z][a-z]{2})[a-z]* (\d+)(?:[a-z]{2})?,?(?: (\d{4}),?)?"
-    r"(?: at)? )?(\d+)(?::(\d\d))? ?([ap]m)?\b(?:.*?\(([A-Z][\w/+-]+)\))?", re.I)
+    r"(?: at)? )?(\d+)(?::(\d\d))? ?([ap]m)?\b", re.I)
 
 
 def usage_limit(output: str, now: datetime.datetime) -> tuple[str, float]:
     """Return what an agent's output ends with of a usage limit, and the seconds until its reset.
 
     Nothing and 0 if there is none; 0 too if no time is said.  The forms are those of Claude Code
-    ("You've hit your limit · resets 3am") and Codex ("try again in 2 hours 5 minutes").
+    ("You've hit your limit · resets 3am") and Codex ("try again in 2 hours 5 minutes"); both
+    tell the local time.
     """
-    found = _LIMITED.search("\n".join(output.split("\n")[-8:]))
-    if not found:
-        return "", 0.0
-    said = " ".join(found[0].split())
+    found = _LIMITED.search("\n".join(line[:400] for line in output.split("\n")[-8:]))
+    said = " ".join(found[0].split()) if found else ""
     span, moment = _SPAN.search(said), _MOMENT.search(said)
     if span:
         return said, float(sum(int(count) * {**_UNITS, "d": 86400}[unit.lower()]
                                for count, unit in re.findall(r"(\d+) ?([a-z])", span[1], re.I)))
     if not moment:
         return said, 0.0
-    month, day, year, hour, minute, half, zone = moment.groups()
-    now = now.astimezone()
-    with contextlib.suppress(KeyError, ValueError, OSError):     # a zone that is not known here
-        now = now.astimezone(zoneinfo.ZoneInfo(zone)) if zone else now
+    month, day, year, hour, minute, half = moment.groups()
     try:
         hours = int(hour) % 12 + 12 * (half.lower() == "pm") if half else int(hour)
         at = now.replace(hour=hours, minute=int(minute or 0), second=0, microsecond=0)
@@ -620,9 +606,10 @@ def usage_limit(output: str, now: datetime.datetime) -> tuple[str, float]:
     return said, max(0.0, (at - now).total_seconds())
 
 
-_PASSING = re.compile(
-    r"(?m)^\W*\w+ for <?\d.*$|\d{4}-\d\d-\d\d|\d+(:\d\d)+|\d[\d.,]*k?\s*(ms|s|m|h|tokens)\b|"
-    r"\b0x[\da-f]+|\b(attempt|try|retry|run|build|job|pid|process|request|id)\W{0,3}\d+", re.I)
+_PASSING = re.compile(      # all repetitions are bounded: 16,000 digits must not take seconds
+    r"(?m)^\W{0,9}\w{1,30} for <?\d.*$|\d{4}-\d\d-\d\d|\d{1,9}(:\d\d)+|"
+    r"\d[\d.,]{0,15}k?\s{0,3}(ms|s|m|h|tokens)\b|\b0x[\da-f]+|"
+    r"\b(attempt|try|retry|run|build|job|pid|process|request|id)\W{0,3}\d+", re.I)
 
 
 def fingerprint(screen: str) -> str:
@@ -1262,8 +1249,8 @@ class Agent:
         return Turn(clip(output), state, (*notes, *self._menu_note(pane)), seconds)
 
     def _menu_note(self, pane: Pane) -> tuple[str, ...]:
-        menu = menu_on(pane.screen) if self._known else None
-        return (str(menu),) if menu else ()
+        menu = menu_on(pane.screen) if self._known else ""
+        return (menu,) * bool(menu)
 
     # starting and reviving
 
@@ -1413,12 +1400,15 @@ def _text(message: Mapping, name: str) -> str:
 
 
 def _number(holder: Mapping, name: str) -> float | None:
-    """Return a count or an amount, None where there is none, or one that can't be."""
-    found: Any = holder.get(name)
+    """Return a number or the text of one, None where there is none, or one that can't be."""
     with contextlib.suppress(TypeError, ValueError, OverflowError):
-        if not isinstance(found, bool) and 0 <= float(found) < 1e15:
-            return float(found)
+        found = float(holder.get(name, ""))
+        return found if 0 <= found < 1e15 else None
     return None
+
+
+def _count(holder: Mapping, name: str) -> int:
+    return int(_number(holder, name) or 0)
 
 
 def _plain(model: object) -> str:
@@ -1431,16 +1421,14 @@ _KINDS = {word: status for status, words in {     # of types and codes that are 
     400: "invalid_request invalid_prompt unprocessable precondition_failed",
     403: "permission_denied", 404: "not_found model_not_found", 429: "rate_limit_exceeded",
     413: "context_length_exceeded string_too_long token_limit_exceeded payload_too_large",
-    451: "content_policy_violation refusal", 500: "server server_error unmapped",
-    502: "provider_unavailable", 503: "provider_overloaded overloaded_error",
-    504: "timeout"}.items() for word in words.split()}
+    451: "content_policy_violation refusal",
+    503: "server server_error unmapped timeout provider_unavailable provider_overloaded"
+         " overloaded_error"}.items() for word in words.split()}
 _OVERFLOW = re.compile(r"context[ _]length|maximum context|(prompt|input) is too long|"
                        r"too many tokens|context (window|limit)", re.I)
 _REFUSED = re.compile(r"content[ _]policy|usage polic|moderation|flagged|prompt[ _]injection", re.I)
-_ROOM = (r"can only afford (?P<room>\d{1,9})", r"at most (?P<room>\d{1,9}) completion tokens",
-         r"max_tokens: \d+ > (?P<room>\d{1,9})", r"(?P<input>\d{1,9}) \+ \d+ > (?P<room>\d{1,9})",
-         r"context length is (?P<room>\d{1,9}) tokens.*?"
-         r"(?P<input>\d{1,9}) (of text input|in the messages|input tokens)")
+_ROOM = re.compile(r"can only afford (\d{1,9})|context length is (\d{1,9}) tokens.*?"
+                   r"(\d{1,9}) (?:of text input|in the messages|input tokens)")
 _OPTIONS = ("cache_control", "stream_options", "session_id", "max_tokens", "stream")
 _ON = ("Your answer was cut off because it became too long. Go on exactly where it stopped, "
        "without a word about that.")
@@ -1454,27 +1442,22 @@ _ADVICE = {401: "check OPENROUTER_API_KEY", 402: _CREDIT,
 
 def _hint(error: Mapping, headers: Mapping[str, str]) -> float | None:
     """Return in how many seconds a server wants to be asked again, None if it does not say."""
-    told = {str(name).lower(): value for name, value in [
+    told = {str(name).lower().replace("_", "-"): value for name, value in [
         *headers.items(), *_part(_part(error, "metadata"), "headers").items(),
         *_part(error, "availability").items()]}
-    for name, unit in (("retry_after", 1), ("retry-after-ms", 0.001), ("retry-after", 1)):
-        seconds = _number(told, name)
-        if seconds is not None:
-            return seconds * unit
-    reset = _number(told, "x-ratelimit-reset")      # in milliseconds
-    with contextlib.suppress(ValueError, OverflowError, TypeError, IndexError):
-        date = email.utils.parsedate_tz(str(told.get("retry-after", "")))
-        reset = email.utils.mktime_tz(date) * 1000 if date else reset
-    return None if reset is None else max(0.0, reset / 1000 - time.time())
+    seconds, reset = _number(told, "retry-after"), _number(told, "x-ratelimit-reset") or 0.0
+    at = reset / 1000       # it is in milliseconds since 1970
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        at = email.utils.parsedate_to_datetime(str(told.get("retry-after"))).timestamp()
+    return at - time.time() if seconds is None and at > time.time() else seconds
 
 
 def _change(message: str, kind: int) -> dict[str, int | None]:
     """Return what a refusal asks to change: a lower max_tokens, or an option that is to go."""
-    for pattern in _ROOM:
-        found = re.search(pattern, message)
-        if found:
-            room = int(found["room"]) - int(found.groupdict().get("input") or 0)
-            return {"max_tokens": int(room * 0.95)} if room >= 1000 else {}
+    found = _ROOM.search(message)
+    if found:
+        room = int(found[1] or found[2]) - int(found[3] or 0)
+        return {"max_tokens": int(room * 0.95)} if room >= 1000 else {}
     return {name: None for name in _OPTIONS if kind in (400, 404, 422)
             and re.search(rf"\b{name.replace('_', '[ _]')}(ing)?\b", message, re.I)}
 
@@ -1488,33 +1471,37 @@ def classify(status: int, body: object, headers: Mapping[str, str]) -> ModelErro
     """
     error = body.get("error") if isinstance(body, dict) else body
     error = error if isinstance(error, dict) else {"message": error or body}
-    metadata, retryable = _part(error, "metadata"), _part(error, "availability").get("retryable")
-    told = [str(error.get(name)) for name in ("error_type", "code", "http_status")] + [str(status)]
-    code = next((int(each) for each in told if re.fullmatch(r"[3-5]\d\d", each)), 502)
-    kind = next((_KINDS[each] for each in [str(metadata.get("error_type")), *told]
-                 if each in _KINDS), code)
+    metadata, hint = _part(error, "metadata"), _hint(error, headers)
+    told = [metadata.get("error_type"), *map(error.get, ("error_type", "code", "http_status")),
+            status]
+    code = next((int(each) for each in map(str, told) if re.fullmatch(r"[3-5]\d\d", each)), 502)
+    kind = next((_KINDS[each] for each in map(str, told) if each in _KINDS), code)
     message = str(error.get("message") or "")
     if metadata.get("raw") and message in ("", "Provider returned error"):
         message = f"{message}: {metadata['raw']}"
     message = " ".join(re.sub(r"<[^>]*>", " ", sanitize(message[:2_000])).split())
     said = f"the model's server answered {code}" + f": {message[:300]}" * bool(message)
-    refused = metadata.keys() & {"reasons", "flagged_input", "patterns"} or _REFUSED.search(message)
-    kind = 402 if kind == 403 and "limit exceeded" in message else kind
-    hint = _hint(error, headers)
+    if kind == 403 and "limit exceeded" in message:     # of the key
+        kind = 402
+    passing = _part(error, "availability").get("retryable")
     if kind == 429 and (hint or 86_400 * bool(re.search("per.day|daily", message))) > 3600:
-        retryable = False
+        passing = False
+    elif passing is None:
+        passing = kind in (408, 409, 425, 429) or kind >= 500
+    refused = metadata.get("reasons") or _REFUSED.search(message)
 
     if kind == 413 or kind != 429 and _OVERFLOW.search(message):
         found: ModelError = ContextOverflow(said)
+        found.change = _change(message, 0)      # no option that it names is at fault
     elif kind == 451 or refused and (kind in (400, 403) or kind >= 500):
         found = TransientError(said, tries=3)
-    elif retryable or retryable is None and (kind in (408, 409, 425, 429) or kind >= 500):
+    elif passing:
         found = TransientError(said, retry_after=hint)
     else:
         otherwise = "OPENROUTER_MODEL may not take this request" if kind >= 400 else _ADVICE[404]
         found = ModelError(f"{said} ({_ADVICE.get(kind, otherwise)})")
+        found.change = _change(message, kind)
     found.code = code
-    found.change = _change(message, 0 if isinstance(found, ContextOverflow) else kind)
     return found
 
 
@@ -1539,8 +1526,6 @@ class OpenRouter:
         self.characters_per_token = 4.0     # until the server has counted
         self._base = re.sub(r"/+(chat/completions/*)?$", "", base_url)
         self._key, self._publish, self._clock, self._sleep = key, publish, clock, sleep
-        self._prices: dict[str, float] = {}     # US dollars a token, by prompt and completion
-        self._estimates = False
         self._is_openrouter = self._base.startswith("https://openrouter.ai/")
         self._options: dict[str, Any] = {"max_tokens": self.MAX_TOKENS, "stream": True,
                                          "stream_options": {"include_usage": True}}
@@ -1557,29 +1542,28 @@ class OpenRouter:
         Raises TransientError if the server can't be asked now, another ModelError for a key that
         it refuses or that has no credit, and for a model that it does not have.
         """
-        credit = _part(self._get("/key"), "data").get("limit_remaining") \
-            if self._is_openrouter else None
-        if isinstance(credit, (int, float)) and credit <= 0:
+        key = _part(self._get("/key"), "data") if self._is_openrouter else {}
+        if isinstance(key.get("limit_remaining"), (int, float)) and key["limit_remaining"] <= 0:
             raise ModelError(f"OPENROUTER_API_KEY has no credit left: {_CREDIT}")
+        listed: Any = None
         try:
             listed = self._get("/models").get("data")
         except ModelError as error:
             if error.code not in (400, 403, 404, 405, 501):
                 raise
-            listed = None
         models = {str(each[name]): each for each in (listed if isinstance(listed, list) else [])
                   for name in ("canonical_slug", "id") if isinstance(each, dict) and name in each}
-        if models and not self.model.startswith("~") and "*" not in "".join(models) \
+        if not models:
+            return f"{self.model}, which is not checked: the server does not list its models"
+        if not self.model.startswith("~") and "*" not in "".join(models) \
                 and _plain(self.model) not in {"", *map(_plain, models)}:
             near = difflib.get_close_matches(self.model, models, 1, 0)[0]
             raise ModelError(f"OPENROUTER_MODEL={self.model!r}: the server has no such model, "
                              f"the nearest is {near}")
-        price = _part(models.get(self.model, {}), "pricing")
-        self._prices = {kind: dollars for kind in ("prompt", "completion")
-                        for dollars in [_number(price, kind)] if dollars is not None}
-        return self.model + "".join(f", ${dollars * 1e6:g} per million {kind} tokens"
-                                    for kind, dollars in self._prices.items()) + (
-            "" if models else ", which is not checked: the server does not list its models")
+        pricing = _part(models.get(self.model, {}), "pricing")
+        prices = [(kind, _number(pricing, kind)) for kind in ("prompt", "completion")]
+        return ", ".join([self.model, *(f"${price * 1e6:g} per million {kind} tokens"
+                                        for kind, price in prices if price is not None)])
 
     def complete(self, messages: Messages, *,
                  on_text: Callable[[str], object] = lambda text: None,
@@ -1587,11 +1571,10 @@ class OpenRouter:
                  left: Callable[[], float] = lambda: math.inf) -> Reply:
         """Return the model's answer; `on_text` is given what there is of it while it comes.
 
-        Waits out failures that may pass, for up to an hour; leaves out what the server does not
-        take; has an answer go on that was cut at its length.  `left` returns how many seconds
-        there are, or raises what is to end the call.  `on_use` is told what each try has used,
-        the failed ones too.  Raises ModelError for failures that will not pass, ContextOverflow
-        for a conversation that is too long.
+        Waits out what may pass, leaves out what the server does not take, and has an answer go
+        on that was cut at its length.  `left` returns how many seconds there are, or raises what
+        is to end the call; `on_use` is told what each try has used.  Raises ContextOverflow for a
+        conversation that is too long, another ModelError for what else will not pass.
         """
         began, talk, whole = self._clock(), list(messages), ""
         tokens, cost = Tokens(), None
@@ -1604,7 +1587,8 @@ class OpenRouter:
 
         try:
             for _ in range(self.PARTS):
-                text, finish = self._insist(talk, lambda part: on_text(whole + part), count, left)
+                text, finish = self._insist(lambda: self._call(
+                    talk, lambda part: on_text(whole + part), count, left), left)
                 whole += text
                 if finish != "length":
                     break
@@ -1614,19 +1598,19 @@ class OpenRouter:
                 raise
         return Reply(whole, tokens, cost, round((self._clock() - began) * 1000))
 
-    def _insist(self, messages: Messages, on_text: Callable, on_use: Callable,
+    def _insist(self, call: Callable[[], tuple[str, str]],
                 left: Callable[[], float]) -> tuple[str, str]:
-        """Return text and finish reason of one answer, after all the tries that it takes."""
+        """Make a call, again and again until it succeeds; return what it returns."""
         began, failures, limited = self._clock(), 0, 0
         if "max_tokens" in self._options:       # was perhaps lowered for the last answer
             self._options["max_tokens"] = self.MAX_TOKENS
         while True:
             left()
             try:
-                return self._call(messages, on_text, on_use, left)
+                return call()
             except TransientError as error:
-                failures, limited = failures + 1, limited + bool(error.tries)
-                delay = min(60.0, 2.0 ** min(failures, 6)) * random.uniform(0.75, 1.25)
+                failures, limited = failures + 1, limited + 1 if error.tries else 0     # in a row
+                delay = min(60.0, 2.0 ** failures) * random.uniform(0.75, 1.25)
                 if error.retry_after is not None:       # the server's word wins, within reason
                     delay = min(max(error.retry_after, failures / 2), self.HINT)
                 if error.tries and limited >= error.tries:
@@ -1680,40 +1664,24 @@ class OpenRouter:
                 on_text(text)
         finally:
             answer.close()
-            if usage or text and finish:
-                sent = sum(len(message["content"]) for message in messages)
-                on_use(*self._bill(usage, sent, len(text)))
-        if not finish or finish == "error":     # with no text, or whole: the server may be at fault
+            if usage:
+                on_use(*self._bill(usage, sum(len(message["content"]) for message in messages)))
+        if not finish or finish == "error":     # cut by an outage, or the server knows no better
             raise TransientError(f"the model's answer broke off ({finish or 'no finish_reason'})",
-                                 tries=5)
+                                 tries=0 if text else 5)
         if not text.strip():
-            refused = f"refused: {' '.join(refusal.split())[:300]}"
-            raise TransientError(f"the model {refused}" if refusal else
-                                 f"the model's answer was empty ({finish})", tries=3)
+            raise TransientError(f"the model refused: {' '.join(refusal.split())[:300]}" if refusal
+                                 else f"the model's answer was empty ({finish})", tries=3)
         return text, finish
 
-    def _bill(self, usage: Mapping, sent: int, received: int) -> tuple[Tokens, float | None]:
-        """Return what a try has used, estimated from characters and prices where it is not told."""
-        counts = {kind: _number(usage, f"{kind}_tokens") for kind in ("prompt", "completion")}
-        cost, estimated = _number(usage, "cost"), []
-        if counts["prompt"]:
-            self.characters_per_token = min(max(sent / counts["prompt"], 0.5), 8.0)
-        elif counts["prompt"] is None:
-            estimated.append("tokens")
-            counts = {"prompt": sent / self.characters_per_token,
-                      "completion": received / self.characters_per_token}
-        if cost is None and self._prices:
-            estimated.append("cost")
-            cost = sum(price * (counts[kind] or 0) for kind, price in self._prices.items())
-        if estimated and not self._estimates:
-            self._estimates = True
-            self._publish("note", source="orchestrator", text="the model's server does not tell "
-                          f"{' and '.join(estimated)}: estimated from here on")
-        prompt, completion = (int(count or 0) for count in counts.values())
+    def _bill(self, usage: Mapping, sent: int) -> tuple[Tokens, float | None]:
+        """Return tokens and US dollars of a try, and learn how long a token is."""
+        prompt, completion = _count(usage, "prompt_tokens"), _count(usage, "completion_tokens")
+        if prompt:
+            self.characters_per_token = min(max(sent / prompt, 0.5), 8.0)
         details = _part(usage, "prompt_tokens_details")
-        cached, written = (int(_number(details, f"{kind}_tokens") or 0)
-                           for kind in ("cached", "cache_write"))
-        return Tokens(prompt, completion, prompt + completion, cached, written), cost
+        return (Tokens(prompt, completion, prompt + completion, _count(details, "cached_tokens"),
+                       _count(details, "cache_write_tokens")), _number(usage, "cost"))
 
     def _get(self, path: str) -> dict:
         with contextlib.closing(self._ask(path, lambda: self.CHECK)) as answer:
@@ -1731,28 +1699,27 @@ class OpenRouter:
         threading.Thread(target=self._fetch, args=(path, body, inbox.put, over),
                          daemon=True).start()
         began = progress = self._clock()
+        parsed: dict | None = None
         try:
-            while True:
-                wait = min(progress + self.PROGRESS, began + self.CALL) - self._clock()
+            while (wait := min(progress + self.PROGRESS, began + self.CALL) - self._clock()) > 0:
                 try:
-                    found = inbox.get(timeout=max(0.0, min(wait, left())))
+                    found = inbox.get(timeout=min(wait, left()))
                 except queue.Empty:
-                    left()
-                    wait = 0.0
-                if wait <= 0:
-                    raise TransientError("the model's server is too slow: gave up after "
-                                         f"{self._clock() - began:.0f} s")
+                    left()      # says if it was that
+                    break
                 if isinstance(found, Exception):
                     raise found
                 if found is None:
                     return
                 progress, data = self._clock(), self._masked(found)
-                parsed = parse_object(data)
+                before, parsed = parsed, parse_object(data)
                 if parsed is None:
                     raise TransientError("the model's server sent no JSON object, but "
                                          f"{data[:80].decode('utf-8', 'replace')!r}: "
-                                         "check OPENROUTER_BASE_URL", tries=5)
+                                         "check OPENROUTER_BASE_URL", tries=0 if before else 5)
                 yield parsed
+            raise TransientError("the model's server is too slow: gave up after "
+                                 f"{self._clock() - began:.0f} s")
         finally:
             over.set()
 
@@ -1761,16 +1728,17 @@ class OpenRouter:
         """Read an answer until it is over: tell each JSON text in it, then None, or what failed."""
         try:
             with self._open(path, body) as answer:
-                if "text/event-stream" not in answer.headers.get("Content-Type", ""):
+                streamed = "text/event-stream" in answer.headers.get("Content-Type", "")
+                if not streamed:
                     tell(answer.read(self.MAX_LINE))
-                    return tell(None)
-                while not over.is_set():
+                while streamed and not over.is_set():
                     line = answer.readline(self.MAX_LINE)
                     data = line[len(b"data:"):].strip() if line.startswith(b"data:") else b""
                     if data == b"[DONE]" or not line:
-                        return tell(None)
+                        break
                     if data:
                         tell(data)
+            tell(None)
         except (OSError, http.client.HTTPException) as error:
             tell(TransientError(f"the model's answer broke off: {_reason(error)}"))
         except Exception as error:
@@ -1780,10 +1748,10 @@ class OpenRouter:
         """Open a path of the API; every failure leaves as an error of ours, without the key."""
         data = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace") if body else None
         headers = {"Content-Type": "application/json", "X-Title": "orchestrator",
-                   "User-Agent": f"orchestrator/{__version__}"}
+                   "User-Agent": f"orchestrator/{__version__}",
+                   "Authorization": f"Bearer {self._key}"}
         try:
             request = urllib.request.Request(self._base + path, data, headers)
-            request.add_unredirected_header("Authorization", f"Bearer {self._key}")
             return self._opener.open(request, timeout=self.IDLE)
         except urllib.error.HTTPError as error:
             text = ""
@@ -2426,10 +2394,10 @@ class Totals:
             if event["type"] == "complete":         # has all that was used until then
                 self.tokens, self.cost = Tokens(), 0.0
             if event["type"] in ("reply", "history", "memory", "complete"):
-                used = [_number(_part(event, "tokens"), name) for name in Tokens._fields]
-                self.add([int(count or 0) for count in used], _number(event, "cost"))
+                used = _part(event, "tokens")
+                self.add([_count(used, name) for name in Tokens._fields], _number(event, "cost"))
             if event["type"] == "reply":
-                self.iterations = max(self.iterations, int(_number(event, "iteration") or 0))
+                self.iterations = max(self.iterations, _count(event, "iteration"))
             with contextlib.suppress(TypeError, ValueError):        # no time, or of another form
                 at = datetime.datetime.fromisoformat(event["time"].replace("Z", "+00:00"))
                 if previous and event.get("reason") != _GOES_ON:
@@ -2521,27 +2489,23 @@ class Conversation:
     KEEP = 3        # pairs that are not summarised, if they fit
 
     def __init__(self, system: str, opening: str) -> None:
-        self._system, self._opening, self._summary = system, opening, ""
-        self._pairs: list[list[str]] = []
+        self._system, self._summary = system, ""
+        self._texts = [opening]     # then replies and outcomes, in turns
 
     def messages(self) -> list[dict[str, str]]:
         """Return the messages for the next call."""
         summary = f"\n\n## Summary of the work so far\n{self._summary}" if self._summary else ""
-        texts = [("system", self._system), ("user", self._opening + summary)]
-        for reply, outcome in self._pairs:
-            texts += [("assistant", reply), ("user", outcome)]
-        return [{"role": role, "content": text} for role, text in texts]
+        texts = [self._system, self._texts[0] + summary, *self._texts[1:]]
+        roles = ["system", *["user", "assistant"] * len(texts)]
+        return [{"role": role, "content": text} for role, text in zip(roles, texts)]
 
     def add(self, reply: str, outcome: str) -> None:
         """Add what the model said, and what it is to be told."""
-        self._pairs.append([reply, outcome])
+        self._texts += [reply, outcome]
 
     def append(self, text: str) -> None:
         """Add to the newest message."""
-        if self._pairs:
-            self._pairs[-1][1] += f"\n\n{text}"
-        else:
-            self._opening += f"\n\n{text}"
+        self._texts[-1] += f"\n\n{text}"
 
     def size(self) -> int:
         """Return how many characters it has."""
@@ -2552,17 +2516,19 @@ class Conversation:
 
         The newest stay, as many of them as half of `room` characters can hold.
         """
-        sizes = [len(reply) + len(outcome) for reply, outcome in self._pairs[-self.KEEP:]]
-        while len(sizes) > 1 and sum(sizes) > room // 2:
-            del sizes[0]
-        pairs = self._pairs[:len(self._pairs) - len(sizes)]
-        told = [f"YOU: {reply}\n\nRESULT: {outcome}" for reply, outcome in pairs]
-        earlier = [f"EARLIER SUMMARY: {self._summary}"] * bool(self._summary and pairs)
-        return len(pairs), "\n\n".join(earlier + told)
+        told = [f"YOU: {reply}\n\nRESULT: {outcome}"
+                for reply, outcome in zip(self._texts[1::2], self._texts[2::2])]
+        kept = min(self.KEEP, len(told))
+        while kept > 1 and len("".join(told[-kept:])) > room // 2:
+            kept -= 1
+        del told[len(told) - kept:]
+        earlier = [f"EARLIER SUMMARY: {self._summary}"] * bool(self._summary and told)
+        return len(told), "\n\n".join(earlier + told)
 
     def summarise(self, summary: str, count: int) -> None:
         """Put a summary in the place of the `count` oldest pairs."""
-        self._summary, self._pairs = summary, self._pairs[count:]
+        self._summary = summary
+        del self._texts[1:1 + 2 * count]
 
 
 def run_check(command: str, directory: Path, environ: Mapping[str, str],
@@ -2646,8 +2612,7 @@ class Autopilot:
         for event in [*past, end]:
             kind = event["type"]
             if kind == "history":
-                count = int(_number(event, "summarised") or 0)
-                self._conversation.summarise(event["summary"], count)
+                self._conversation.summarise(event["summary"], _count(event, "summarised"))
             elif kind == "iteration_end" and said is not None:
                 self._tell(said, event["agent_output"] or str(event.get("error", "")))
                 said = None
@@ -2718,8 +2683,10 @@ class Autopilot:
         self._journal.publish("reply", text=reply.text, tokens=reply.tokens._asdict(),
                               cost=reply.cost, duration_ms=reply.duration_ms)
         if self._config.max_cost and reply.cost is None:
-            raise BudgetReached("MAX_COST is set, but the model's server does not say what a call "
-                                "costs: use MAX_ITERATIONS or MAX_MINUTES")
+            if not self._totals.cost:
+                raise BudgetReached("MAX_COST is set, but the model's server does not say what a "
+                                    "call costs: use MAX_ITERATIONS or MAX_MINUTES")
+            self._totals.cost *= 1 + 1 / self._totals.iterations    # taken to be the mean
         return reply
 
     def _show_part(self, text: str) -> None:
@@ -2772,27 +2739,27 @@ class Autopilot:
                 status, output = 126, f"it can't be run: {error}"
             self._journal.publish("verify", command=command, status=status, output=output)
         self._done = status == 0
-        self._failures = [*self._failures[1 - self.SAME_FAILURES:], fingerprint(output)]
-        if not self._done and self._failures == [self._failures[0]] * self.SAME_FAILURES:
+        self._failures = [*self._failures, fingerprint(output)][-self.SAME_FAILURES:]
+        if not self._done and self._failures.count(self._failures[-1]) == self.SAME_FAILURES:
             raise Stuck(f"VERIFY_CMD failed {self.SAME_FAILURES} times with the same output")
         return Turn("" if self._done else f"The task is not complete: the check `{command}` failed "
                     f"with status {status}:\n{output}")
 
     def _remember(self, facts: Sequence[str]) -> None:
         """Save facts, and have the list compacted if it has become too long."""
+        if not facts:
+            return
         spent: dict[str, object] = {}
 
         def rewrite(known: list[str]) -> list[str] | None:
-            nonlocal spent
-            answer, spent = self._consult(_COMPACT.format(limit=self._memory.limit // 2 + 1),
-                                          json.dumps({"facts": known}, ensure_ascii=False))
+            answer, used = self._consult(_COMPACT.format(limit=self._memory.limit // 2 + 1),
+                                         json.dumps({"facts": known}, ensure_ascii=False))
+            spent.update(used)
             found = parse_object(answer[answer.find("{"):answer.rfind("}") + 1]) or {}
             shorter = found.get("facts")
             fits = isinstance(shorter, list) and all(isinstance(fact, str) for fact in shorter)
             return shorter if fits else None
 
-        if not facts:
-            return
         try:
             saved = self._memory.add(map(self._journal.masked, facts))
             if self._memory.complaint:
@@ -2814,7 +2781,7 @@ class Autopilot:
         """Replace the conversation's older part by a summary, if it has `worth` characters."""
         room = self._room()
         count, older = self._conversation.older(room)
-        if len(older) < max(1, worth):
+        if len(older) < worth:
             return False
         answer, spent = self._consult(_SUMMARISE, clip(older, room))
         firsts = "\n".join(textwrap.shorten(part, 200) for part in older.split("\n\n"))
@@ -2858,14 +2825,14 @@ class Autopilot:
         return left
 
     def _circling(self, said: str, turn: Turn) -> str:
-        """Return a note for the model if it goes in circles; raise Stuck if it was told before."""
+        """Return a note for the model if it goes in circles; raise Stuck if it was just told."""
         if self._done or turn.state == "working":       # waiting for a long turn is no circle
             return ""
         self._history = last = [*self._history[-5:], (said, fingerprint(turn.report()))]
         same = len(last) >= 3 and len(set(last[-3:])) == 1
         alternating = len(last) == 6 and len(set(last[::2])) == len(set(last[1::2])) == 1
         if not (same or alternating):
-            self._warned &= len(last) < 6       # six turns without a circle: it has left that one
+            self._warned &= len(last) < 6       # six turns later it is another circle
             return ""
         if self._warned:
             raise Stuck("the run goes in circles: the same replies with the same results again")
