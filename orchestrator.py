@@ -520,6 +520,7 @@ class Instruction(NamedTuple):
 _FENCED = re.compile(r"\s*```[^`\n]*\n((?:(?!```).)*?)\n?\s*```\s*", re.S)
 _FENCE = re.compile(r"```+[^`]*")
 _MARKER = re.compile(r"(?:[-*+•]\s+|\d+[.)]\s+)?[*_`]*TASK_COMPLETE[*_`]*\.?[*_`]*")
+_FAILED = re.compile(r"[*_`]*TASK_FAILED:[*_`]*")
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 _KEY = re.compile(r"(?:[CMS]-)*(?:.|Up|Down|Left|Right|Enter|Escape|Tab|BTab|Space|BSpace|Home|End|"
                   r"PageUp|PageDown|PPage|NPage|PgUp|PgDn|IC|DC|Insert|Delete|F[1-9]|F1[0-2])")
@@ -530,9 +531,6 @@ def _parse_order(text: str) -> Instruction:
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     if not lines:
         return Instruction("nothing", "Your reply was empty, so nothing was typed.")
-    failed = re.match(r"[*_`]*TASK_FAILED:[*_`]*\s*(.*)", text.strip(), re.S)
-    if failed:
-        return Instruction("failed", failed[1].strip().rstrip("*_`") or "no reason given")
     if all(line.startswith("KEYS:") for line in lines):
         keys = tuple(key for line in lines for key in line[len("KEYS:"):].split())
         unknown = " ".join(key for key in keys if not _KEY.fullmatch(key))
@@ -552,7 +550,7 @@ def parse_reply(reply: str) -> Instruction:
     """Return what a reply asks for, by the few words that the system prompt teaches."""
     reply = sanitize(reply)
     whole = _FENCED.fullmatch(reply)
-    kept, facts, complete, fenced = [], [], False, False
+    kept, facts, failed, complete, fenced = [], [], [], False, False
     for line in (whole[1] if whole else reply).split("\n"):
         word = line.strip()
         fenced ^= bool(_FENCE.fullmatch(word))
@@ -560,10 +558,14 @@ def parse_reply(reply: str) -> Instruction:
             facts.append(word[len("MEMORY_SAVE:"):].strip())
         elif not fenced and _MARKER.fullmatch(word):
             complete = True
+        elif failed or not fenced and _FAILED.match(word):
+            failed.append(line if failed else _FAILED.sub("", word, 1))
         else:
             kept.append(line)
     text = "\n".join(kept).strip("\n").rstrip()
-    instruction = Instruction("complete", text) if complete else _parse_order(text)
+    reason = "\n".join(failed).strip().rstrip("*_`") or "no reason given"
+    instruction = Instruction("complete", text) if complete else \
+        Instruction("failed", reason) if failed else _parse_order(text)
     return instruction._replace(facts=tuple(filter(None, facts)))
 
 
@@ -2339,6 +2341,7 @@ _COMPACT = """\
 Below are facts remembered from work in one directory, as a JSON object. Return one of the same \
 form with at most {limit} facts, and nothing else: merge what belongs together, drop what is \
 outdated or trivial, keep names and numbers exactly."""
+_TO_AGENT = ("say", "keys", "wait")     # kinds of instructions
 _NOTE = "A note from the user: "
 _GOES_ON = "the run goes on"        # the reason of the state event where a run was resumed
 
@@ -2452,7 +2455,9 @@ class Chat:
         if text and text.startswith('"""') and ("\n" not in text or text.rstrip().endswith('"""')):
             while len(text.strip()) < 6 or not text.rstrip().endswith('"""'):
                 line = self._read("... ")
-                text += '"""' if line is None else f"\n{line}"
+                if line is None:        # the end, and the message was not ended
+                    return None
+                text += f"\n{line}"
             text = text.rstrip()[3:-3].strip("\n")
         return text if text is None or sanitize(text).strip() else ""
 
@@ -2580,6 +2585,7 @@ class Autopilot:
         self._totals.recount(past)
         with self._totals.concluded(self._journal):
             if past:
+                self._check_budgets(self._totals.iterations)
                 self._journal.publish("state", state="resumed", reason=_GOES_ON)
             else:
                 self._journal.publish("task_info", **task_info)
@@ -2632,7 +2638,7 @@ class Autopilot:
 
     def _tell(self, reply: str, outcome: str) -> None:
         """Add a reply and what came of it to the conversation."""
-        if parse_reply(reply).kind in ("say", "keys", "wait"):
+        if parse_reply(reply).kind in _TO_AGENT:
             outcome = f"{self._agent.name} output:\n{outcome or '(nothing new)'}"
         self._conversation.add(reply, outcome)
 
@@ -2660,7 +2666,8 @@ class Autopilot:
         except OrchestratorError as error:
             trouble = error
         self._journal.publish(
-            "iteration_end", orchestrator=instruction.text, agent_output=outcome,
+            "iteration_end", agent_output=outcome,
+            orchestrator=instruction.text if instruction.kind in _TO_AGENT else "",
             duration_ms=round((self._clock() - began) * 1000), tokens=reply.tokens._asdict(),
             cost=reply.cost, **({"error": str(trouble)} if trouble else {}))
         if trouble:
@@ -2736,7 +2743,7 @@ class Autopilot:
                 status, output = run_check(command, self._directory, self._environ,
                                            min(self.VERIFY_LIMIT, self._seconds_left()))
             except OSError as error:
-                status, output = 126, f"it can't be run: {error}"
+                status, output = 126, f"it can't be run: {error.strerror}"
             self._journal.publish("verify", command=command, status=status, output=output)
         self._done = status == 0
         self._failures = [*self._failures, fingerprint(output)][-self.SAME_FAILURES:]
@@ -2764,7 +2771,8 @@ class Autopilot:
             saved = self._memory.add(map(self._journal.masked, facts))
             if self._memory.complaint:
                 self._journal.publish("error", error=self._memory.complaint)
-            self._journal.publish("memory", saved=saved, total=len(self._memory.facts))
+            if saved:
+                self._journal.publish("memory", saved=saved, total=len(self._memory.facts))
             before, after = self._memory.compact(rewrite) or (0, 0)
             if before:
                 self._journal.publish("memory", total=after, **spent,
@@ -3588,8 +3596,8 @@ def narrate(event: Event) -> str:
     cache = [f"{event['tokens'][each]:,} {each}" for each in ("cached", "written")
              if (event.get("tokens") or {}).get(each)]
     outcome, body, count = event.get("outcome"), event.get(below), event.get("iterations")
-    if event["type"] == "iteration_end" and not body:       # it ended the run, who says why
-        return ""
+    if event["type"] == "iteration_end" and not body or "told" in event:
+        return ""       # it ended the run, who says why; or is only for a resumed one
     words = {"time": span(round(event.get("duration_ms", 0) / 1000, 1)),
              "iterations": f"{count} iteration" + "s" * (count != 1),
              "how": "Task complete" if outcome == "complete" else f"Ended ({outcome})" + (
@@ -4032,6 +4040,9 @@ def dispatch(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     for name in ("CLAUDE_CMD", "VERIFY_CMD", "OPENROUTER_BASE_URL"):
         if env_file.get(name) and not environ.get(name):
             complain(f"{name}={env_file[name]} comes from .env")
+    for name in env_file.keys() - Config.settings().keys():
+        for meant in difflib.get_close_matches(name, Config.settings(), 1, 0.85):
+            complain(f"{name} in .env is no setting: do you mean {meant}?")
     children = child_environment(environ)
     if options.replay:
         return replay(Path(options.replay), config)
@@ -4051,6 +4062,8 @@ def dispatch(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     if options.doctor:
         return doctor(config, place)
     chat = options.chat or not (config.autonomous_mode or options.resume)
+    if chat and options.task is not None:
+        raise ConfigError("a chat takes no --task: AUTONOMOUS_MODE=false is set")
     return run(config, place, task=lambda: read_task(options.task), chat=chat, as_json=options.json,
                resume=options.resume)
 

@@ -856,6 +856,8 @@ def test_the_marker_on_a_line_of_its_own_completes_the_task(reply):
     ("**TASK_FAILED: no key**", ("failed", "no key", (), 0, ())),
     ("TASK_FAILED: one\ntwo", ("failed", "one\ntwo", (), 0, ())),
     ("TASK_FAILED:", ("failed", "no reason given", (), 0, ())),
+    ("I can't do it.\n\nTASK_FAILED: no key\nnor door", ("failed", "no key\nnor door", (), 0, ())),
+    ("Say:\n```\nTASK_FAILED: x\n```", ("say", "Say:\n```\nTASK_FAILED: x\n```", (), 0, ())),
     ("```\nTASK_FAILED: no key\n```", ("failed", "no key", (), 0, ())),
     ("KEYS: Down Enter", ("keys", "KEYS: Down Enter", ("Down", "Enter"), 0, ())),
     ("KEYS: C-c y 2\n\nKEYS: M-Left F5", (
@@ -3060,7 +3062,8 @@ def test_the_time_between_two_parts_of_a_run_does_not_count(fly):
             for number, (kind, time, reason) in enumerate(times, 1)]
     flight = fly("TASK_COMPLETE", max_minutes=2)
     assert flight.run(past) == "complete" and flight.of("complete")[0]["duration_ms"] == 90_000
-    assert fly(max_minutes=1).run(past) == "budget"
+    flight = fly(max_minutes=1)
+    assert flight.run(past) == "budget" and len(flight.of("state")) == 2    # of the first one
 
 
 def test_a_resumed_run_knows_of_its_summary_and_of_a_broken_off_turn(fly):
@@ -3105,13 +3108,17 @@ def test_a_chat_passes_lines_on_until_quit():
 
 @pytest.mark.parametrize("lines, message", [
     (['"""', "one", "", "  two", '"""'], "one\n\n  two"), (['"""one', 'two"""  '], "one\ntwo"),
-    (['"""one"""'], "one"), (['"""one', "two", None], "one\ntwo"), (['"""', '"""'], None),
+    (['"""one"""'], "one"), (['"""', '"""'], None),
     (['"""', ' "quoted"', "/quit", '"""'], ' "quoted"\n/quit'),
     (['"""\none\n\ntwo\n"""'], "one\n\ntwo"), (['"""Doc."""\nimport os'], '"""Doc."""\nimport os')])
 def test_triple_quotes_hold_a_message_of_several_lines(lines, message):
     talk = Talk(*lines)
     assert talk.run() == ([f"did {message}"] if message else []) and not talk.left
     assert talk.prompts == ["> ", *["... "] * (len(lines) - 1), "> "]
+
+
+def test_a_message_whose_quotes_are_never_closed_is_not_said():
+    assert Talk('"""one', "two", None).run() == []
 
 
 def test_a_person_presses_keys_and_looks_at_the_screen():
@@ -3196,6 +3203,7 @@ def scene(tmp_path, monkeypatch, capsys):
     ([], {}, 2, "OPENROUTER_API_KEY is not set"),
     ([], {"MAX_COST": "much"}, 2, "MAX_COST='much': expected"),
     (["--chat"], {"TURN_TIMEOUT": "0"}, 2, "TURN_TIMEOUT='0': expected"),
+    (["--task", "x"], {"AUTONOMOUS_MODE": "no"}, 2, "a chat takes no --task"),
     (["--replay", "nothing.jsonl"], {}, 2, "nothing.jsonl: can't be read"),
     (["--resume"], {"OPENROUTER_API_KEY": KEY}, 2, "there is no run to resume"),
     (["--chat"], {"PATH": "/nowhere"}, 5, "tmux is not installed"),
@@ -3232,6 +3240,10 @@ def test_settings_that_run_something_are_announced_when_they_come_from_a_file(sc
     assert status == 2 and "CLAUDE_CMD=cat comes from .env" in err and "MAX_COST" not in err
     assert "sk-from-the-file" not in err
     assert "comes from .env" not in scene("--task", "", CLAUDE_CMD="cat")[2]
+    Path(".env").write_text("CLAUDE_CMD=cat\nMAX_ITERATION=3\nPORT=80\n")
+    err = scene("--task", "")[2]
+    assert "MAX_ITERATION in .env is no setting: do you mean MAX_ITERATIONS?" in err
+    assert "PORT" not in err
     Path(".env").write_text("MAX_COST=1\nsk-secret\n")
     status, out, err = scene("--chat")
     assert status == 2 and ".env line 2" in err and "sk-secret" not in err
