@@ -2834,7 +2834,8 @@ class Autopilot:
 
     def _circling(self, said: str, turn: Turn) -> str:
         """Return a note for the model if it goes in circles; raise Stuck if it was just told."""
-        if self._done or turn.state == "working":       # waiting for a long turn is no circle
+        waits = turn.state == "working" or parse_reply(said).seconds >= 60
+        if self._done or waits:         # for a long turn, or the end of a usage limit: no circle
             return ""
         self._history = last = [*self._history[-5:], (said, fingerprint(turn.report()))]
         same = len(last) >= 3 and len(set(last[-3:])) == 1
@@ -4035,7 +4036,7 @@ def dispatch(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     if options.help or options.version:
         say(manual() if options.help else f"orchestrator {__version__}")
         return 0
-    env_file = read_env_file(Path(".env"))
+    env_file = {} if options.demo else read_env_file(Path(".env"))
     config = Config.read(environ, env_file)
     for name in ("CLAUDE_CMD", "VERIFY_CMD", "OPENROUTER_BASE_URL"):
         if env_file.get(name) and not environ.get(name):

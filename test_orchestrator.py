@@ -2868,6 +2868,11 @@ def test_the_same_reply_with_another_result_is_no_circle(fly):
     assert flight.run() == "complete" and not flight.of("note")
 
 
+def test_waiting_for_the_end_of_a_usage_limit_is_no_circle(fly):
+    assert fly(*["WAIT: 30m"] * 9, "TASK_COMPLETE", turns=["limit"] * 9).run() == "complete"
+    assert fly(*["WAIT: 5s"] * 9, turns=["nothing"] * 9).run() == "stuck"
+
+
 def test_waiting_for_a_long_turn_is_no_circle(fly):
     flight = fly(*["WAIT: 10m"] * 9, "TASK_COMPLETE", turns=[Turn("compiling", "working")] * 9)
     assert flight.run() == "complete" and not flight.of("note")
