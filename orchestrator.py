@@ -588,10 +588,10 @@ def usage_limit(output: str, now: datetime.datetime) -> tuple[str, float]:
     """
     found = _LIMITED.search("\n".join(line[:400] for line in output.split("\n")[-8:]))
     said = " ".join(found[0].split()) if found else ""
-    span, moment = _SPAN.search(said), _MOMENT.search(said)
-    if span:
+    lasting, moment = _SPAN.search(said), _MOMENT.search(said)
+    if lasting:
         return said, float(sum(int(count) * {**_UNITS, "d": 86400}[unit.lower()]
-                               for count, unit in re.findall(r"(\d+) ?([a-z])", span[1], re.I)))
+                               for count, unit in re.findall(r"(\d+) ?([a-z])", lasting[1], re.I)))
     if not moment:
         return said, 0.0
     month, day, year, hour, minute, half = moment.groups()
