@@ -497,7 +497,7 @@ class Question(NamedTuple):
 def known_question(screen: Sequence[str]) -> Question | None:
     """Return the start-up question on a screen, if it is one of the agents' known ones."""
     text = "\n".join(screen)
-    cursors = [row for row, line in enumerate(screen) if re.match(r"\s*[❯›]\s*\S", line)]
+    cursors = [row for row, line in enumerate(screen) if _CHOSEN.match(line)]
     for phrase, label in _QUESTIONS:
         rows = [row for row, line in enumerate(screen) if label in line]
         if phrase in text and rows and cursors:
@@ -935,7 +935,7 @@ class Watch:
 
 
 class Agent:
-    """The program in the pane, as the loops see it: start, ask, press, wait, stop.
+    """The program in the pane, as the loops see it: start, ask, press, wait, look, stop.
 
     A dead program, session or server is started again on the way; more than three restarts
     within ten minutes without a finished turn raise AgentError.  `publish` is told of each
