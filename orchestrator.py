@@ -934,6 +934,14 @@ class Watch:
         return 0.1 if self._was_busy and not self._busy else min(0.5, max(0.1, 0.02 * age))
 
 
+def birth(pid: int) -> str:
+    """Return when a process was started, as ps tells it: later its id may be another's."""
+    with contextlib.suppress(OSError):
+        return subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], text=True, errors="replace",
+                              capture_output=True, stdin=subprocess.DEVNULL).stdout
+    return ""
+
+
 class Agent:
     """The program in the pane, as the loops see it: start, ask, press, wait, look, stop.
 
@@ -958,7 +966,7 @@ class Agent:
         self._publish, self._watched, self._clock, self._sleep = publish, watched, clock, sleep
         self._mark = f"{shlex.join(program.start)!r} in {self._directory!r}"
         self._pane_id, self._server = "", 0     # a new server counts its panes from %0 again
-        self._pid = 0                           # of the program in the pane when last seen
+        self._leader = 0, ""                    # the program in the pane when last seen: id, birth
         self._seen: list[str] = []              # the last capture that was reported
         self._homes: set[str] = set()
         self._titled = self._talked = False
@@ -1088,7 +1096,8 @@ class Agent:
         self._server = self._server or pane.server_pid
         if pane.server_pid != self._server:
             raise TmuxGone("there is another tmux server now")
-        self._pid = pane.pid
+        if pane.pid != self._leader[0]:
+            self._leader = pane.pid, birth(pane.pid)
         if pane.dead:
             raise self._exited(pane)
         self._show(pane, 0.5)
@@ -1339,11 +1348,12 @@ class Agent:
 
         It leads a session of its own, as tmux had it; it was told by SIGHUP that the pane is gone.
         """
+        pid, born = self._leader
         for again in range(25):
-            try:
-                if os.getsid(self._pid or os.getpid()) != self._pid:
+            try:        # 0 and 1 would be our own group and every process there is
+                if pid < 2 or os.getsid(pid) != pid or birth(pid) != born:
                     return
-                os.killpg(self._pid, signal.SIGKILL if again >= 20 else 0)
+                os.killpg(pid, signal.SIGKILL if again >= 20 else 0)
             except OSError:
                 return
             self._sleep(0.1)

@@ -48,6 +48,16 @@ SOURCE = Path(orchestrator.__file__).read_text(encoding="utf-8")
 KEY = "sk-or-v1-0123456789abcdef"
 
 
+@pytest.fixture(autouse=True)
+def signals_reach_children_only(monkeypatch):
+    """Have a signal to init, to all processes or to the tests' own group fail the test."""
+    for name in ("kill", "killpg"):
+        def send(pid, number, signal_it=getattr(os, name)):
+            assert pid > 1, f"signal {number} to {pid}"
+            signal_it(pid, number)
+        monkeypatch.setattr(os, name, send)
+
+
 # -- Vocabulary -----------------------------------------------------------------------------
 
 class Clock:
@@ -1446,6 +1456,35 @@ def test_a_session_that_took_the_place_of_ours_is_neither_typed_into_nor_ended()
     desk.agent.stop()
     assert desk.terminal.existing is other
     assert not desk.terminal.pasted and not desk.terminal.pressed
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_program_that_outlives_its_pane_is_ended_unless_its_id_is_another_ones(
+        same, monkeypatch):
+    with subprocess.Popen(["bash", "-c", "trap '' HUP; echo; read x"], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, start_new_session=True) as orphan:
+        orphan.stdout.readline()
+        desk = Desk(claude())
+        look = desk.terminal.look
+        desk.terminal.look = lambda pane_id: look(pane_id)._replace(pid=orphan.pid)
+        desk.agent.ask("one")
+        looks = [TmuxGone("lost server")]
+        desk.terminal.look = lambda pane_id: play(looks, lambda: look(pane_id))
+        if not same:
+            monkeypatch.setattr(orchestrator, "birth", lambda pid: "on another day\n")
+        assert "remembers the conversation" in desk.agent.ask("two").report()
+        orphan.stdin.close()
+    assert orphan.returncode == (-signal.SIGKILL if same else 1)
+
+
+@pytest.mark.parametrize("pid", [0, 1])
+def test_where_every_process_is_in_session_0_none_is_taken_for_an_orphan(pid, monkeypatch):
+    monkeypatch.setattr(os, "getsid", lambda pid: pid)
+    desk = Desk(claude())
+    look = desk.terminal.look
+    looks = [look("%1")._replace(pid=pid), TmuxGone("lost server")]
+    desk.terminal.look = lambda pane_id: play(looks, lambda: look(pane_id))
+    assert "remembers nothing" in desk.agent.ask("one").report()
 
 
 def test_a_program_that_ends_at_once_leaves_its_last_words():
