@@ -935,10 +935,13 @@ class Watch:
 
 
 def birth(pid: int) -> str:
-    """Return when a process was started, as ps tells it: later its id may be another's."""
+    """Return when a process was started, in a form that stays: later its id may be another's."""
     with contextlib.suppress(OSError):
-        return subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], text=True, errors="replace",
-                              capture_output=True, stdin=subprocess.DEVNULL).stdout
+        if sys.platform == "linux":     # where ps reckons it anew from a clock that may be set
+            stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+            return stat.rpartition(")")[2].split()[19]
+        return subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True,
+                              stdin=subprocess.DEVNULL, text=True, errors="replace").stdout
     return ""
 
 
