@@ -41,6 +41,13 @@ TOOL = Path(__file__).with_name("orchestrator.py")
 pytestmark = pytest.mark.skipif(not shutil.which("tmux"), reason="tmux is not installed")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def signals_as_in_a_terminal() -> None:
+    """Undo that some are ignored, which nohup or a shell with us in the background hands down."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 # -- Shared by the stand-ins --------------------------------------------------------------------
 
 def poll(look: Callable[[], Any], seconds: float) -> Any:

@@ -48,6 +48,13 @@ SOURCE = Path(orchestrator.__file__).read_text(encoding="utf-8")
 KEY = "sk-or-v1-0123456789abcdef"
 
 
+@pytest.fixture(autouse=True, scope="session")
+def signals_as_in_a_terminal():
+    """Undo that some are ignored, which nohup or a shell with us in the background hands down."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture(autouse=True)
 def signals_reach_children_only(monkeypatch):
     """Have a signal to init, to all processes or to the tests' own group fail the test."""
