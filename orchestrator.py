@@ -626,8 +626,8 @@ def fingerprint(screen: str) -> str:
 # Sessions, panes, pastes and keys; no policy.  The one place that runs tmux.  May use: Errors.
 
 _DIED = re.compile("server exited|lost server")
-_GONE = re.compile("no server running|error connecting to|no sessions|no current target|"
-                   "can't find (session|window|pane)")
+_GONE = re.compile(r"no server running|error connecting to .*\((No such file|Connection refused)|"
+                   "no sessions|no current target|can't find (session|window|pane)")
 _WIDTH, _HEIGHT, _HISTORY_LIMIT = 200, 50, 50_000
 UNNAMED = "starting"    # the title of a window whose program has not given it one
 _CALL_LIMIT = 5.0       # seconds; a server of another version may never answer

@@ -977,7 +977,11 @@ PANE = Pane("%1", 10, 20, False, "", False, False, 0, 0, "claude", "", ())
 
 
 @pytest.mark.parametrize("stderr, kind", [
-    ("no server running on /tmp/tmux-0/x", TmuxGone), ("error connecting to /tmp/x", TmuxGone),
+    ("no server running on /tmp/tmux-0/x", TmuxGone),
+    ("error connecting to /tmp/x (No such file or directory)", TmuxGone),
+    ("error connecting to /tmp/x (Connection refused)", TmuxGone),
+    ("error connecting to /tmp/x (Permission denied)", TmuxError),
+    ("error connecting to /tmp/x/long (File name too long)", TmuxError),
     ("server exited unexpectedly", TmuxError), ("lost server", TmuxDied),
     ("server exited", TmuxDied),
     ("can't find session: work", TmuxGone), ("can't find window: 1", TmuxGone),
