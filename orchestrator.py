@@ -1803,8 +1803,8 @@ class Memory:
     def load(self) -> str:
         """Read the file; return the complaint, if there is one."""
         try:
-            with self._locked() as path:
-                self.facts = self._known(path)
+            with self._locked():
+                self.facts = self._known()
         except OSError as error:
             raise ConfigError(f"{self._path}: can't be read: {error.strerror}") from None
         return self.complaint
@@ -1849,32 +1849,36 @@ class Memory:
 
     def _change(self, change: Callable[[list[str]], list[str]]) -> list[str]:
         """Apply a change to what is on disk now; return what it added."""
-        with self._locked() as path:
-            known = self._known(path)
+        with self._locked():
+            known = self._known()
             self.facts = change(known)
-            if self.facts != known or self.facts and not path.exists():     # it was set aside
-                self._write(path)
+            if self.facts != known or self.facts and not self._path.exists():   # it was set aside
+                self._write()
         old = set(known)
         return [fact for fact in self.facts if fact not in old]
 
-    def _known(self, path: Path) -> list[str]:
-        """Return the facts on disk; set a file of another form aside."""
+    def _known(self) -> list[str]:
+        """Return the facts on disk; set a file of another form aside, or the link that leads to it.
+
+        What is at a link's end may be anything: /dev/null, a file of somebody else's.
+        """
         self.complaint = ""
         try:
-            facts = json.loads(path.read_text(encoding="utf-8-sig"))
+            facts = json.loads(self._path.read_text(encoding="utf-8-sig"))
             if isinstance(facts, list) and all(isinstance(fact, str) for fact in facts):
                 return facts
             raise ValueError("not an array of strings")
         except FileNotFoundError:
             return self.facts
         except (ValueError, RecursionError):
-            aside = f"{path}.bad-{datetime.datetime.now():%Y%m%dT%H%M%S.%f}"
-            os.replace(path, aside)
-            self.complaint = f"{path} was not a JSON array of strings; it is now {aside}"
+            aside = f"{self._path}.bad-{datetime.datetime.now():%Y%m%dT%H%M%S.%f}"
+            os.replace(self._path, aside)
+            self.complaint = f"{self._path} was not a JSON array of strings; it is now {aside}"
             return self.facts
 
-    def _write(self, path: Path) -> None:
+    def _write(self) -> None:
         """Replace the file in one step, so that a crash leaves the old one."""
+        path = Path(os.path.realpath(self._path))
         draft = path.with_name(f".{path.name}.new")
         draft.unlink(missing_ok=True)       # of a run that was killed here
         try:
@@ -1890,17 +1894,16 @@ class Memory:
             draft.unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[Path]:
-        """Keep other runs out of the file that the path leads to, and yield that.
+    def _locked(self) -> Iterator[None]:
+        """Keep other runs out of the file that the path leads to.
 
         Its directory is the lock, so none is left behind.  NFS can't lock directories.
         """
-        path = Path(os.path.realpath(self._path))
-        handle = os.open(path.parent, os.O_RDONLY)
+        handle = os.open(os.path.dirname(os.path.realpath(self._path)), os.O_RDONLY)
         try:
             with contextlib.suppress(OSError):
                 fcntl.flock(handle, fcntl.LOCK_EX)
-            yield path
+            yield
         finally:
             os.close(handle)
 

@@ -2231,12 +2231,23 @@ def test_the_file_keeps_its_mode_and_a_link_stays_a_link(memory, tmp_path):
     memory.add(["a"])
     assert (tmp_path / "memory.json").is_symlink() and target.stat().st_mode & 0o777 == 0o640
     assert json.loads(target.read_text()) == ["a"]
-    target.write_text("broken")
-    memory.add(["b"])
-    assert (tmp_path / "memory.json").is_symlink() and json.loads(target.read_text()) == ["a", "b"]
-    (aside,) = tmp_path.glob("elsewhere.json.bad-*")
-    assert aside.read_text() == "broken"
-    assert sorted(tmp_path.iterdir()) == sorted([aside, target, tmp_path / "memory.json"])
+    assert sorted(tmp_path.iterdir()) == [target, tmp_path / "memory.json"]
+
+
+@pytest.mark.parametrize("known", [[], ["a"]])
+def test_what_a_link_leads_to_is_left_as_it_is_if_it_has_no_facts(memory, tmp_path, known):
+    (tmp_path / "home").mkdir()
+    target = tmp_path / "home" / "authorized_keys"
+    target.write_text(json.dumps(known))
+    (tmp_path / "memory.json").symlink_to(target)
+    memory.load()
+    target.write_text("ssh-rsa AAAA")
+    assert memory.add(["b"]) == ["b"] and stored(tmp_path) == [*known, "b"]
+    assert target.read_text() == "ssh-rsa AAAA" and len(list(target.parent.iterdir())) == 1
+    (aside,) = tmp_path.glob("memory.json.bad-*")
+    assert aside.name in memory.complaint and os.readlink(aside) == str(target)
+    assert memory.add(["c"]) == ["c"] and stored(tmp_path) == [*known, "b", "c"]
+    assert memory.complaint == "" and target.read_text() == "ssh-rsa AAAA"
 
 
 def test_the_lock_is_where_the_file_is_and_a_missing_one_stops_nothing(tmp_path, monkeypatch):
