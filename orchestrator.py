@@ -935,7 +935,12 @@ class Watch:
 
 
 def birth(pid: int) -> str:
-    """Return when a process was started, as ps tells it: later its id may be another's."""
+    """Return when a process was started, nothing if that is unknown: its id is another's later.
+
+    /proc has the ticks since the machine's start; slim containers have no ps, macOS no /proc.
+    """
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
     with contextlib.suppress(OSError):
         return subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], text=True, errors="replace",
                               capture_output=True, stdin=subprocess.DEVNULL).stdout
@@ -1096,10 +1101,10 @@ class Agent:
         self._server = self._server or pane.server_pid
         if pane.server_pid != self._server:
             raise TmuxGone("there is another tmux server now")
-        if pane.pid != self._leader[0]:
-            self._leader = pane.pid, birth(pane.pid)
         if pane.dead:
             raise self._exited(pane)
+        if pane.pid != self._leader[0]:
+            self._leader = pane.pid, birth(pane.pid)
         self._show(pane, 0.5)
         return pane
 
@@ -1351,7 +1356,7 @@ class Agent:
         pid, born = self._leader
         for again in range(25):
             try:        # 0 and 1 would be our own group and every process there is
-                if pid < 2 or os.getsid(pid) != pid or birth(pid) != born:
+                if pid < 2 or not born or os.getsid(pid) != pid or birth(pid) != born:
                     return
                 os.killpg(pid, signal.SIGKILL if again >= 20 else 0)
             except OSError:

@@ -39,7 +39,7 @@ from orchestrator import (
     ContextOverflow, Control, Conversation, Dashboard, GaveUp, Interrupted, Journal, Memory,
     ModelError, Narrator, OpenRouter, OrchestratorError, Pane, Place, Program, Question, Reply,
     Signals, Stuck, Tmux, TmuxDied, TmuxError, TmuxGone, Tokens, TransientError, Turn,
-    Watch, above_box, child_environment, choose_program, clip, draft_in_box, fingerprint,
+    Watch, above_box, birth, child_environment, choose_program, clip, draft_in_box, fingerprint,
     holds_draft, is_intact, known_question, last_unfinished, last_words, main, menu_on, narrate,
     narrate_chat, new_lines, parse_env, parse_object, parse_reply, read_env_file, read_events,
     run_check, sanitize, say, says_busy, shows_input, sole_driver, span, tidy, usage_limit)
@@ -1462,9 +1462,11 @@ def test_a_session_that_took_the_place_of_ours_is_neither_typed_into_nor_ended()
     assert not desk.terminal.pasted and not desk.terminal.pressed
 
 
-@pytest.mark.parametrize("same", [True, False])
-def test_a_program_that_outlives_its_pane_is_ended_unless_its_id_is_another_ones(
-        same, monkeypatch):
+@pytest.mark.parametrize("born, found", [
+    ("at 9", "at 9"), ("at 9", "on another day"), ("at 9", ""), ("", "")])
+def test_a_program_that_outlives_its_pane_is_ended_if_its_id_is_surely_not_another_ones(
+        born, found, monkeypatch):
+    monkeypatch.setattr(orchestrator, "birth", lambda pid: born)
     with subprocess.Popen(["bash", "-c", "trap '' HUP; echo; read x"], stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE, start_new_session=True) as orphan:
         orphan.stdout.readline()
@@ -1474,11 +1476,37 @@ def test_a_program_that_outlives_its_pane_is_ended_unless_its_id_is_another_ones
         desk.agent.ask("one")
         looks = [TmuxGone("lost server")]
         desk.terminal.look = lambda pane_id: play(looks, lambda: look(pane_id))
-        if not same:
-            monkeypatch.setattr(orchestrator, "birth", lambda pid: "on another day\n")
+        monkeypatch.setattr(orchestrator, "birth", lambda pid: found)
         assert "remembers the conversation" in desk.agent.ask("two").report()
         orphan.stdin.close()
-    assert orphan.returncode == (-signal.SIGKILL if same else 1)
+    assert orphan.returncode == (-signal.SIGKILL if born == found != "" else 1)
+
+
+def test_a_program_that_was_never_seen_alive_is_no_orphan_of_ours(monkeypatch):
+    """Its id may be another's since long before the session was joined."""
+    asked = []
+    monkeypatch.setattr(orchestrator, "birth", asked.append)
+    desk = Desk(claude())
+    look = desk.terminal.look
+    looks = [look("%1")._replace(pid=4321, dead=True, status="status 1"), TmuxGone("lost server")]
+    desk.terminal.look = lambda pane_id: play(looks, lambda: look(pane_id))
+    second = desk.hire()
+    second.start()
+    assert 4321 not in asked
+
+
+@pytest.mark.parametrize("proc, path", [(True, ""), (False, "/bin:/usr/bin"), (False, "")])
+def test_when_a_process_was_started_is_known_by_proc_or_by_ps(proc, path, monkeypatch):
+    """Both are missing on some machine."""
+    if proc and not Path("/proc/self/stat").exists() or path and not shutil.which("ps"):
+        pytest.skip("not on this machine")
+    monkeypatch.setenv("PATH", path)
+    if not proc:
+        monkeypatch.setattr(Path, "read_text", lambda path, **how: os.write(-1, b"no /proc"))
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        born = birth(process.pid)
+        assert bool(born) == bool(proc or path) and born == birth(process.pid)
+    assert birth(process.pid) == ""
 
 
 @pytest.mark.parametrize("pid", [0, 1])
