@@ -1503,7 +1503,8 @@ def test_when_a_process_was_started_is_known_by_proc_or_by_ps(proc, path, monkey
     monkeypatch.setenv("PATH", path)
     if not proc:
         monkeypatch.setattr(Path, "read_text", lambda path, **how: os.write(-1, b"no /proc"))
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+    waits = [sys.executable, "-c", "import sys; sys.stdin.read()"]
+    with subprocess.Popen(waits, stdin=subprocess.PIPE) as process:
         born = birth(process.pid)
         assert bool(born) == bool(proc or path) and born == birth(process.pid)
     assert birth(process.pid) == ""
