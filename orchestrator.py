@@ -764,12 +764,9 @@ class Tmux:
             self._run("send-keys", "-X", "-t", pane_id, "cancel")
 
     def kill(self) -> None:
-        """End the session, and if it was the last one the server with its socket."""
-        with contextlib.suppress(TmuxError, OSError):
-            paths = self._run("list-sessions", "-F", "#{socket_path}").splitlines()
+        """End the session, and with the last one the server; tmux puts its next at the socket."""
+        with contextlib.suppress(TmuxError):
             self._run("kill-session", "-t", f"={self.session}")
-            if len(paths) == 1:
-                os.unlink(paths[0])
 
     def _guarded(self, pane: Pane, command: str, otherwise: str = "", *,
                  before: Sequence[str] = (), text: str = "") -> bool:
@@ -1015,8 +1012,8 @@ class Agent:
             else:
                 self._run(self._program.start)
         except (TmuxGone, AgentExited) as trouble:
-            if not self._talked:        # its words are told; a dead session is in the way
-                self.stop()
+            if isinstance(trouble, AgentExited) and not self._talked:
+                self.stop()     # its words are told; a dead session is in the way
                 raise
             notes = (self._restart(trouble),)
         self._seen, pane = self._capture(), self._look()
@@ -3993,6 +3990,8 @@ def demo(config: Config, environ: Mapping[str, str], as_json: bool) -> int:
         server.shutdown()
         server.server_close()
         shutil.rmtree(scratch, ignore_errors=True)
+        with contextlib.suppress(OSError):      # a name for this run only, so nobody else's socket
+            os.unlink(f"{environ.get('TMUX_TMPDIR') or '/tmp'}/tmux-{os.getuid()}/{scratch.name}")
 
 
 def doctor(config: Config, place: Place) -> int:

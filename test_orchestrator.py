@@ -1520,6 +1520,16 @@ def test_where_every_process_is_in_session_0_none_is_taken_for_an_orphan(pid, mo
     assert "remembers nothing" in desk.agent.ask("one").report()
 
 
+def test_a_server_that_dies_at_the_start_is_started_again():
+    """It may have been the last session of another run's that ended."""
+    desk = Desk(claude(), start=False)
+    create, deaths = desk.terminal.create, [TmuxDied("server exited unexpectedly")]
+    desk.terminal.create = lambda *what: play(deaths, lambda: create(*what))
+    assert "server exited unexpectedly" in desk.agent.start().report()
+    assert desk.terminal.started == [PROGRAM.start]
+    assert desk.agent.ask("one") == Turn("> one\n● Done: one")
+
+
 def test_a_program_that_ends_at_once_leaves_its_last_words():
     with pytest.raises(AgentError, match="status 1.*unknown option --foo"):
         Desk(lambda terminal: terminal.die("error: unknown option --foo"))
