@@ -955,7 +955,7 @@ class Agent:
     READY_LIMIT, READY_STILL = 60.0, 0.4        # seconds
     SIGN_LATE = 5.0     # until when the sign of an agent that gives one may come: a busy machine
     RESTARTS, RESTART_SPAN = 3, 600.0
-    QUESTIONS = 6       # to a tmux that does not answer, before the run is given up
+    UNANSWERED = 25.0   # seconds: how long a tmux that does not answer is asked again
 
     def __init__(self, tmux: Tmux, program: Program, directory: Path, *,
                  publish: Callable[..., object] = lambda kind, **fields: None,
@@ -1111,14 +1111,14 @@ class Agent:
 
     def _ask_tmux(self, question: Callable[[str], Any]) -> Any:
         """Ask about the pane; a call that fails while the pane is there says nothing: ask again."""
-        for _ in range(self.QUESTIONS - 1):
+        until = self._clock() + self.UNANSWERED
+        while True:
             try:
                 return question(self._pane_id)
-            except TmuxGone:
-                raise
-            except TmuxError:
+            except TmuxError as error:
+                if isinstance(error, TmuxGone) or self._clock() >= until:
+                    raise
                 self._sleep(0.2)
-        return question(self._pane_id)
 
     def _show(self, pane: Pane, pause: float) -> None:
         """Publish a new screen for who watches, `pause` seconds after the last one."""
@@ -1710,8 +1710,11 @@ class OpenRouter:
         """
         inbox: queue.SimpleQueue[bytes | Exception | None] = queue.SimpleQueue()
         over = threading.Event()
-        threading.Thread(target=self._fetch, args=(path, body, inbox.put, over),
-                         daemon=True).start()
+        try:
+            threading.Thread(target=self._fetch, args=(path, body, inbox.put, over),
+                             daemon=True).start()
+        except RuntimeError as error:       # too many processes on this machine
+            raise TransientError(str(error)) from None
         began = progress = self._clock()
         parsed: dict | None = None
         try:
@@ -2293,11 +2296,13 @@ class Dashboard(http.server.ThreadingHTTPServer):
         self.server_name, self.server_port = self.server_address[:2]
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Answer in a thread, unless too many are at it."""
+        """Answer in a thread, unless too many are at it, or the machine has no more."""
         if self._free.acquire(blocking=False):
-            super().process_request(request, client_address)
-        else:
-            self.shutdown_request(request)
+            try:
+                return super().process_request(request, client_address)
+            except RuntimeError:
+                self._free.release()
+        self.shutdown_request(request)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """Answer, and make room for the next."""
@@ -4095,7 +4100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             getattr(sys, name).reconfigure(errors="replace")
     try:
         return dispatch(parse_arguments(argv), os.environ)
-    except (OrchestratorError, OSError) as error:
+    except (OrchestratorError, OSError, RuntimeError) as error:     # that: no more threads
         complain(error)
         return getattr(error, "status", 1)
     except KeyboardInterrupt as interrupt:      # Interrupted, or Ctrl-C before Signals are entered

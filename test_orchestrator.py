@@ -95,6 +95,13 @@ def play(script, otherwise):
     return step() if callable(step) else step
 
 
+def without_threads(monkeypatch, times):
+    """Have the machine refuse the next threads, as it does where there are too many processes."""
+    start, refusals = threading.Thread.start, [RuntimeError("can't start new thread")] * times
+    monkeypatch.setattr(
+        threading.Thread, "start", lambda thread: play(refusals, lambda: start(thread)))
+
+
 def at_once(*actions):
     """Do things in threads of their own, and wait for them all."""
     threads = [threading.Thread(target=action) for action in actions]
@@ -1416,7 +1423,7 @@ def test_restarts_are_forgotten_after_a_finished_turn_or_ten_minutes():
 
 def test_a_failed_look_is_no_lost_agent():
     desk = Desk(claude())
-    look, failures = desk.terminal.look, [TmuxError("no answer"), TmuxError("no answer")]
+    look, failures = desk.terminal.look, [TmuxError("can't be run: too many processes")] * 100
     desk.terminal.look = lambda pane_id: play(failures, lambda: look(pane_id))
     assert desk.agent.ask("one") == Turn("> one\n● Done: one")
 
@@ -2088,6 +2095,13 @@ def test_a_connection_without_a_byte_is_given_up(api):
     assert "broke off: timed out" in client.told[0] and "can't be reached" in client.told[1]
 
 
+def test_a_machine_without_threads_for_the_moment_is_waited_for(api, monkeypatch):
+    api.answers = [GOOD]
+    without_threads(monkeypatch, 2)
+    client = Client(api.url)
+    assert client.say().text == "Hello" and client.told == ["can't start new thread"] * 2
+
+
 def test_a_proxy_is_used_and_not_for_this_machine_and_sees_no_key_of_others(api, monkeypatch):
     monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{api.port}")
     api.answers = [GOOD]
@@ -2615,6 +2629,19 @@ def events_of(response, count):
             found.append((number, json.loads(line[6:])["text"]))
             number = None
     return found
+
+
+def test_visitors_who_could_not_be_answered_leave_room_for_others(monkeypatch, capfd):
+    monkeypatch.setattr(Dashboard, "CONNECTIONS", 1)
+    visitor = Visitor(Journal())
+    with visitor.dashboard:
+        without_threads(monkeypatch, 2)
+        for _ in range(2):
+            with pytest.raises(ConnectionError):
+                visitor.ask("GET", "/", {})
+        assert visitor.ask("GET", "/nowhere", visitor.cookie).status == 404
+        visitor.leave()
+    assert capfd.readouterr() == ("", "")
 
 
 def test_the_printed_address_opens_the_page_and_gives_a_cookie(visitor):
@@ -3315,12 +3342,11 @@ def test_wrong_use_is_one_line_that_says_what_to_change(scene, arguments, enviro
     assert err.count("\n") == 1 and "Traceback" not in err
 
 
-def test_what_the_world_does_unexpectedly_is_one_line_and_status_1(scene, monkeypatch):
-    def fail(options, environ):
-        raise OSError(24, "Too many open files")
-
-    monkeypatch.setattr(orchestrator, "dispatch", fail)
-    assert scene() == (1, "", "orchestrator: [Errno 24] Too many open files\n")
+@pytest.mark.parametrize("error", [
+    OSError(24, "Too many open files"), RuntimeError("can't start new thread")])
+def test_what_the_world_does_unexpectedly_is_one_line_and_status_1(error, scene, monkeypatch):
+    monkeypatch.setattr(orchestrator, "dispatch", lambda *_: play([error], None))
+    assert scene() == (1, "", f"orchestrator: {error}\n")
 
 
 def test_the_manual_lists_the_arguments_and_the_settings(scene):
