@@ -2053,7 +2053,7 @@ class Journal:
             if self._secret.search(text):
                 text = self.masked(text)
                 event = json.loads(text)
-            line = text.encode("utf-8", "replace") + b"\n"
+            line = text.encode("utf-8", "backslashreplace") + b"\n"     # JSON's own form
             if kind in LIVE:
                 self._live_count += 1
                 self._live[kind] = (self._live_count, line)

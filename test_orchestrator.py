@@ -2367,7 +2367,7 @@ def test_events_have_ids_and_times_and_are_in_the_file_at_once(tmp_path):
     journal = Journal(path)
     journal.listen(heard.append)
     journal.publish("iteration_start", iteration=3, max_iter=0)
-    journal.publish("reply", text="漢字")
+    journal.publish("reply", text="漢字", place="/not-utf8-\udcff")
     lines = path.read_bytes().splitlines()
     assert [json.loads(line) for line in lines] == journal.events() == heard
     assert ids(journal) == [1, 2] and heard[1]["iteration"] == 3
