@@ -1800,9 +1800,10 @@ class Memory:
 
     FACT_LIMIT = 2_000      # characters
 
-    def __init__(self, path: Path, limit: int) -> None:
+    def __init__(self, path: Path, limit: int, *,
+                 sleep: Callable[[float], None] = time.sleep) -> None:
         self.facts: list[str] = []
-        self.limit, self.complaint, self._path = limit, "", path
+        self.limit, self.complaint, self._path, self._sleep = limit, "", path, sleep
         self._unsaved: list[str] = []       # could not be written so far
 
     def load(self) -> str:
@@ -1902,12 +1903,19 @@ class Memory:
     def _locked(self) -> Iterator[None]:
         """Keep other runs out of the file that the path leads to.
 
-        Its directory is the lock, so none is left behind.  NFS can't lock directories.
+        Its directory is the lock, so none is left behind.  NFS can't lock directories, and who
+        holds one for over five seconds is no run of ours: `flock . python orchestrator.py`.
         """
         handle = os.open(os.path.dirname(os.path.realpath(self._path)), os.O_RDONLY)
         try:
-            with contextlib.suppress(OSError):
-                fcntl.flock(handle, fcntl.LOCK_EX)
+            for _ in range(100):
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    self._sleep(0.05)
+                except OSError:
+                    break
             yield
         finally:
             os.close(handle)

@@ -2319,6 +2319,11 @@ def test_the_lock_is_where_the_file_is_and_a_missing_one_stops_nothing(tmp_path,
     at_once(*[functools.partial(run.add, [f"{number}"]) for run, numbers in
               zip(runs, (range(20), range(20, 40))) for number in numbers])
     assert len(json.loads((tmp_path / "shared.json").read_text())) == 40
+    handle, waits = os.open(tmp_path, os.O_RDONLY), []
+    orchestrator.fcntl.flock(handle, orchestrator.fcntl.LOCK_EX)        # a script around the run's
+    Memory(tmp_path / "memory.json", 3, sleep=waits.append).add(["a"])
+    assert stored(tmp_path) == ["a"] and sum(waits) == pytest.approx(5)
+    os.close(handle)
     monkeypatch.setattr(orchestrator.fcntl, "flock", lambda *_: os.write(-1, b"NFS can't"))
     assert runs[0].load() == "" and runs[0].add(["x"]) == ["x"]
 
