@@ -284,7 +284,7 @@ def read_env_file(path: Path) -> dict[str, str]:
     """Return what a .env file sets, nothing where there is none."""
     try:
         return parse_env(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):      # that is a virtual environment
         return {}
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"

@@ -602,13 +602,13 @@ def test_a_malformed_line_is_named_by_its_number_and_not_shown(line):
     assert "line 3" in str(caught.value) and "secret" not in str(caught.value)
 
 
-def test_an_env_file_may_be_missing_but_not_unreadable(tmp_path):
+def test_an_env_file_may_be_missing_or_a_virtual_environment_but_not_unreadable(tmp_path):
     path = tmp_path / ".env"
-    assert read_env_file(path) == {}
+    assert read_env_file(path) == read_env_file(tmp_path) == {}
     path.write_bytes(b"\xef\xbb\xbfA=b\r\nC=d\r\n")
     assert read_env_file(path) == {"A": "b", "C": "d"}
     path.write_bytes(b"A=\xff\n")
-    for wrong in (path, tmp_path):
+    for wrong in (path, path / ".env"):
         with pytest.raises(ConfigError, match=str(wrong)):
             read_env_file(wrong)
 
