@@ -284,7 +284,7 @@ def read_env_file(path: Path) -> dict[str, str]:
     """Return what a .env file sets, nothing where there is none."""
     try:
         return parse_env(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):      # that is a virtual environment
         return {}
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
@@ -626,8 +626,8 @@ def fingerprint(screen: str) -> str:
 # Sessions, panes, pastes and keys; no policy.  The one place that runs tmux.  May use: Errors.
 
 _DIED = re.compile("server exited|lost server")
-_GONE = re.compile("no server running|error connecting to|no sessions|no current target|"
-                   "can't find (session|window|pane)")
+_GONE = re.compile(r"no server running|error connecting to .*\((No such file|Connection refused)|"
+                   "no sessions|no current target|can't find (session|window|pane)")
 _WIDTH, _HEIGHT, _HISTORY_LIMIT = 200, 50, 50_000
 UNNAMED = "starting"    # the title of a window whose program has not given it one
 _CALL_LIMIT = 5.0       # seconds; a server of another version may never answer
@@ -764,12 +764,9 @@ class Tmux:
             self._run("send-keys", "-X", "-t", pane_id, "cancel")
 
     def kill(self) -> None:
-        """End the session, and if it was the last one the server with its socket."""
-        with contextlib.suppress(TmuxError, OSError):
-            paths = self._run("list-sessions", "-F", "#{socket_path}").splitlines()
+        """End the session, and with the last one the server; tmux puts its next at the socket."""
+        with contextlib.suppress(TmuxError):
             self._run("kill-session", "-t", f"={self.session}")
-            if len(paths) == 1:
-                os.unlink(paths[0])
 
     def _guarded(self, pane: Pane, command: str, otherwise: str = "", *,
                  before: Sequence[str] = (), text: str = "") -> bool:
@@ -935,13 +932,16 @@ class Watch:
 
 
 def birth(pid: int) -> str:
-    """Return when a process was started, in a form that stays: later its id may be another's."""
+    """Return when a process was started, nothing if that is unknown: its id is another's later.
+
+    /proc has the ticks since the machine's start; slim containers have no ps, macOS no /proc.
+    """
     with contextlib.suppress(OSError):
-        if sys.platform == "linux":     # where ps reckons it anew from a clock that may be set
-            stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-            return stat.rpartition(")")[2].split()[19]
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
+    with contextlib.suppress(OSError):
         return subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True,
-                              stdin=subprocess.DEVNULL, text=True, errors="replace").stdout
+                              stdin=subprocess.DEVNULL, text=True, errors="replace",
+                              env={"PATH": os.environ.get("PATH", os.defpath)}).stdout
     return ""
 
 
@@ -956,7 +956,7 @@ class Agent:
     READY_LIMIT, READY_STILL = 60.0, 0.4        # seconds
     SIGN_LATE = 5.0     # until when the sign of an agent that gives one may come: a busy machine
     RESTARTS, RESTART_SPAN = 3, 600.0
-    QUESTIONS = 6       # to a tmux that does not answer, before the run is given up
+    UNANSWERED = 25.0   # seconds: how long a tmux that does not answer is asked again
 
     def __init__(self, tmux: Tmux, program: Program, directory: Path, *,
                  publish: Callable[..., object] = lambda kind, **fields: None,
@@ -1013,8 +1013,8 @@ class Agent:
             else:
                 self._run(self._program.start)
         except (TmuxGone, AgentExited) as trouble:
-            if not self._talked:        # its words are told; a dead session is in the way
-                self.stop()
+            if isinstance(trouble, AgentExited) and not self._talked:
+                self.stop()     # its words are told; a dead session is in the way
                 raise
             notes = (self._restart(trouble),)
         self._seen, pane = self._capture(), self._look()
@@ -1099,10 +1099,10 @@ class Agent:
         self._server = self._server or pane.server_pid
         if pane.server_pid != self._server:
             raise TmuxGone("there is another tmux server now")
-        if pane.pid != self._leader[0]:
-            self._leader = pane.pid, birth(pane.pid)
         if pane.dead:
             raise self._exited(pane)
+        if pane.pid != self._leader[0]:
+            self._leader = pane.pid, birth(pane.pid)
         self._show(pane, 0.5)
         return pane
 
@@ -1112,14 +1112,14 @@ class Agent:
 
     def _ask_tmux(self, question: Callable[[str], Any]) -> Any:
         """Ask about the pane; a call that fails while the pane is there says nothing: ask again."""
-        for _ in range(self.QUESTIONS - 1):
+        until = self._clock() + self.UNANSWERED
+        while True:
             try:
                 return question(self._pane_id)
-            except TmuxGone:
-                raise
-            except TmuxError:
+            except TmuxError as error:
+                if isinstance(error, TmuxGone) or self._clock() >= until:
+                    raise
                 self._sleep(0.2)
-        return question(self._pane_id)
 
     def _show(self, pane: Pane, pause: float) -> None:
         """Publish a new screen for who watches, `pause` seconds after the last one."""
@@ -1354,7 +1354,7 @@ class Agent:
         pid, born = self._leader
         for again in range(25):
             try:        # 0 and 1 would be our own group and every process there is
-                if pid < 2 or os.getsid(pid) != pid or birth(pid) != born:
+                if pid < 2 or not born or os.getsid(pid) != pid or birth(pid) != born:
                     return
                 os.killpg(pid, signal.SIGKILL if again >= 20 else 0)
             except OSError:
@@ -1711,8 +1711,11 @@ class OpenRouter:
         """
         inbox: queue.SimpleQueue[bytes | Exception | None] = queue.SimpleQueue()
         over = threading.Event()
-        threading.Thread(target=self._fetch, args=(path, body, inbox.put, over),
-                         daemon=True).start()
+        try:
+            threading.Thread(target=self._fetch, args=(path, body, inbox.put, over),
+                             daemon=True).start()
+        except RuntimeError as error:       # too many processes on this machine
+            raise TransientError(str(error)) from None
         began = progress = self._clock()
         parsed: dict | None = None
         try:
@@ -1798,16 +1801,17 @@ class Memory:
 
     FACT_LIMIT = 2_000      # characters
 
-    def __init__(self, path: Path, limit: int) -> None:
+    def __init__(self, path: Path, limit: int, *,
+                 sleep: Callable[[float], None] = time.sleep) -> None:
         self.facts: list[str] = []
-        self.limit, self.complaint, self._path = limit, "", path
+        self.limit, self.complaint, self._path, self._sleep = limit, "", path, sleep
         self._unsaved: list[str] = []       # could not be written so far
 
     def load(self) -> str:
         """Read the file; return the complaint, if there is one."""
         try:
-            with self._locked() as path:
-                self.facts = self._known(path)
+            with self._locked():
+                self.facts = self._known()
         except OSError as error:
             raise ConfigError(f"{self._path}: can't be read: {error.strerror}") from None
         return self.complaint
@@ -1852,32 +1856,36 @@ class Memory:
 
     def _change(self, change: Callable[[list[str]], list[str]]) -> list[str]:
         """Apply a change to what is on disk now; return what it added."""
-        with self._locked() as path:
-            known = self._known(path)
+        with self._locked():
+            known = self._known()
             self.facts = change(known)
-            if self.facts != known or self.facts and not path.exists():     # it was set aside
-                self._write(path)
+            if self.facts != known or self.facts and not self._path.exists():   # it was set aside
+                self._write()
         old = set(known)
         return [fact for fact in self.facts if fact not in old]
 
-    def _known(self, path: Path) -> list[str]:
-        """Return the facts on disk; set a file of another form aside."""
+    def _known(self) -> list[str]:
+        """Return the facts on disk; set a file of another form aside, or the link that leads to it.
+
+        What is at a link's end may be anything: /dev/null, a file of somebody else's.
+        """
         self.complaint = ""
         try:
-            facts = json.loads(path.read_text(encoding="utf-8-sig"))
+            facts = json.loads(self._path.read_text(encoding="utf-8-sig"))
             if isinstance(facts, list) and all(isinstance(fact, str) for fact in facts):
                 return facts
             raise ValueError("not an array of strings")
         except FileNotFoundError:
             return self.facts
         except (ValueError, RecursionError):
-            aside = f"{path}.bad-{datetime.datetime.now():%Y%m%dT%H%M%S.%f}"
-            os.replace(path, aside)
-            self.complaint = f"{path} was not a JSON array of strings; it is now {aside}"
+            aside = f"{self._path}.bad-{datetime.datetime.now():%Y%m%dT%H%M%S.%f}"
+            os.replace(self._path, aside)
+            self.complaint = f"{self._path} was not a JSON array of strings; it is now {aside}"
             return self.facts
 
-    def _write(self, path: Path) -> None:
+    def _write(self) -> None:
         """Replace the file in one step, so that a crash leaves the old one."""
+        path = Path(os.path.realpath(self._path))
         draft = path.with_name(f".{path.name}.new")
         draft.unlink(missing_ok=True)       # of a run that was killed here
         try:
@@ -1893,17 +1901,23 @@ class Memory:
             draft.unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[Path]:
-        """Keep other runs out of the file that the path leads to, and yield that.
+    def _locked(self) -> Iterator[None]:
+        """Keep other runs out of the file that the path leads to.
 
-        Its directory is the lock, so none is left behind.  NFS can't lock directories.
+        Its directory is the lock, so none is left behind.  NFS can't lock directories, and who
+        holds one for over five seconds is no run of ours: `flock . python orchestrator.py`.
         """
-        path = Path(os.path.realpath(self._path))
-        handle = os.open(path.parent, os.O_RDONLY)
+        handle = os.open(os.path.dirname(os.path.realpath(self._path)), os.O_RDONLY)
         try:
-            with contextlib.suppress(OSError):
-                fcntl.flock(handle, fcntl.LOCK_EX)
-            yield path
+            for _ in range(100):
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    self._sleep(0.05)
+                except OSError:
+                    break
+            yield
         finally:
             os.close(handle)
 
@@ -2048,7 +2062,7 @@ class Journal:
             if self._secret.search(text):
                 text = self.masked(text)
                 event = json.loads(text)
-            line = text.encode("utf-8", "replace") + b"\n"
+            line = text.encode("utf-8", "backslashreplace") + b"\n"     # JSON's own form
             if kind in LIVE:
                 self._live_count += 1
                 self._live[kind] = (self._live_count, line)
@@ -2291,11 +2305,13 @@ class Dashboard(http.server.ThreadingHTTPServer):
         self.server_name, self.server_port = self.server_address[:2]
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Answer in a thread, unless too many are at it."""
+        """Answer in a thread, unless too many are at it, or the machine has no more."""
         if self._free.acquire(blocking=False):
-            super().process_request(request, client_address)
-        else:
-            self.shutdown_request(request)
+            try:
+                return super().process_request(request, client_address)
+            except RuntimeError:
+                self._free.release()
+        self.shutdown_request(request)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """Answer, and make room for the next."""
@@ -3988,6 +4004,8 @@ def demo(config: Config, environ: Mapping[str, str], as_json: bool) -> int:
         server.shutdown()
         server.server_close()
         shutil.rmtree(scratch, ignore_errors=True)
+        with contextlib.suppress(OSError):      # a name for this run only, so nobody else's socket
+            os.unlink(f"{environ.get('TMUX_TMPDIR') or '/tmp'}/tmux-{os.getuid()}/{scratch.name}")
 
 
 def doctor(config: Config, place: Place) -> int:
@@ -4091,7 +4109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             getattr(sys, name).reconfigure(errors="replace")
     try:
         return dispatch(parse_arguments(argv), os.environ)
-    except (OrchestratorError, OSError) as error:
+    except (OrchestratorError, OSError, RuntimeError) as error:     # that: no more threads
         complain(error)
         return getattr(error, "status", 1)
     except KeyboardInterrupt as interrupt:      # Interrupted, or Ctrl-C before Signals are entered

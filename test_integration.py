@@ -2001,6 +2001,18 @@ def test_a_session_that_took_the_place_of_ours_is_neither_typed_into_nor_ended(w
     assert "echo" not in world.tmux("capture-pane", "-p")
 
 
+def test_a_run_that_ends_takes_no_socket_from_the_server_of_one_that_begins(world):
+    """The other one's tmux is as quick as can be."""
+    tmux = f"{shutil.which('tmux')} -L gt-claude-loop -f {os.devnull}"
+    both = world.program("tmux", f"""\
+case $* in *kill-session*) {tmux} kill-session
+    until {tmux} new-session -d -s other; do :; done 2> {world.directory}/retries;;
+*) exec {shutil.which('tmux')} "$@";; esac""")
+    world.model("TASK_COMPLETE")
+    assert world.run("--task", "x", TERMINATE_WHEN_QUIT="true", PATH=both).status == 0
+    assert world.tmux("list-sessions", "-F", "#{session_name}") == "other"
+
+
 # -- Secrets ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("source", ["environment", ".env"])

@@ -39,7 +39,7 @@ from orchestrator import (
     ContextOverflow, Control, Conversation, Dashboard, GaveUp, Interrupted, Journal, Memory,
     ModelError, Narrator, OpenRouter, OrchestratorError, Pane, Place, Program, Question, Reply,
     Signals, Stuck, Tmux, TmuxDied, TmuxError, TmuxGone, Tokens, TransientError, Turn,
-    Watch, above_box, child_environment, choose_program, clip, draft_in_box, fingerprint,
+    Watch, above_box, birth, child_environment, choose_program, clip, draft_in_box, fingerprint,
     holds_draft, is_intact, known_question, last_unfinished, last_words, main, menu_on, narrate,
     narrate_chat, new_lines, parse_env, parse_object, parse_reply, read_env_file, read_events,
     run_check, sanitize, say, says_busy, shows_input, sole_driver, span, tidy, usage_limit)
@@ -57,10 +57,18 @@ def signals_as_in_a_terminal():
 
 @pytest.fixture(autouse=True)
 def signals_reach_children_only(monkeypatch):
-    """Have a signal to init, to all processes or to the tests' own group fail the test."""
+    """Have a signal to any process that the tests have not started fail the test."""
+    def is_child(pid):
+        try:
+            if hasattr(os, "waitid"):       # macOS has none before Python 3.13
+                os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return False
+        return True
+
     for name in ("kill", "killpg"):
         def send(pid, number, signal_it=getattr(os, name)):
-            assert pid > 1, f"signal {number} to {pid}"
+            assert pid > 1 and is_child(pid), f"signal {number} to {pid}"
             signal_it(pid, number)
         monkeypatch.setattr(os, name, send)
 
@@ -100,6 +108,13 @@ def play(script, otherwise):
     if isinstance(step, BaseException):
         raise step
     return step() if callable(step) else step
+
+
+def without_threads(monkeypatch, times):
+    """Have the machine refuse the next threads, as it does where there are too many processes."""
+    start, refusals = threading.Thread.start, [RuntimeError("can't start new thread")] * times
+    monkeypatch.setattr(
+        threading.Thread, "start", lambda thread: play(refusals, lambda: start(thread)))
 
 
 def at_once(*actions):
@@ -594,13 +609,13 @@ def test_a_malformed_line_is_named_by_its_number_and_not_shown(line):
     assert "line 3" in str(caught.value) and "secret" not in str(caught.value)
 
 
-def test_an_env_file_may_be_missing_but_not_unreadable(tmp_path):
+def test_an_env_file_may_be_missing_or_a_virtual_environment_but_not_unreadable(tmp_path):
     path = tmp_path / ".env"
-    assert read_env_file(path) == {}
+    assert read_env_file(path) == read_env_file(tmp_path) == {}
     path.write_bytes(b"\xef\xbb\xbfA=b\r\nC=d\r\n")
     assert read_env_file(path) == {"A": "b", "C": "d"}
     path.write_bytes(b"A=\xff\n")
-    for wrong in (path, tmp_path):
+    for wrong in (path, path / ".env"):
         with pytest.raises(ConfigError, match=str(wrong)):
             read_env_file(wrong)
 
@@ -984,7 +999,11 @@ PANE = Pane("%1", 10, 20, False, "", False, False, 0, 0, "claude", "", ())
 
 
 @pytest.mark.parametrize("stderr, kind", [
-    ("no server running on /tmp/tmux-0/x", TmuxGone), ("error connecting to /tmp/x", TmuxGone),
+    ("no server running on /tmp/tmux-0/x", TmuxGone),
+    ("error connecting to /tmp/x (No such file or directory)", TmuxGone),
+    ("error connecting to /tmp/x (Connection refused)", TmuxGone),
+    ("error connecting to /tmp/x (Permission denied)", TmuxError),
+    ("error connecting to /tmp/x/long (File name too long)", TmuxError),
     ("server exited unexpectedly", TmuxError), ("lost server", TmuxDied),
     ("server exited", TmuxDied),
     ("can't find session: work", TmuxGone), ("can't find window: 1", TmuxGone),
@@ -1419,7 +1438,7 @@ def test_restarts_are_forgotten_after_a_finished_turn_or_ten_minutes():
 
 def test_a_failed_look_is_no_lost_agent():
     desk = Desk(claude())
-    look, failures = desk.terminal.look, [TmuxError("no answer"), TmuxError("no answer")]
+    look, failures = desk.terminal.look, [TmuxError("can't be run: too many processes")] * 100
     desk.terminal.look = lambda pane_id: play(failures, lambda: look(pane_id))
     assert desk.agent.ask("one") == Turn("> one\n● Done: one")
 
@@ -1465,9 +1484,11 @@ def test_a_session_that_took_the_place_of_ours_is_neither_typed_into_nor_ended()
     assert not desk.terminal.pasted and not desk.terminal.pressed
 
 
-@pytest.mark.parametrize("same", [True, False])
-def test_a_program_that_outlives_its_pane_is_ended_unless_its_id_is_another_ones(
-        same, monkeypatch):
+@pytest.mark.parametrize("born, found", [
+    ("at 9", "at 9"), ("at 9", "on another day"), ("at 9", ""), ("", "")])
+def test_a_program_that_outlives_its_pane_is_ended_if_its_id_is_surely_not_another_ones(
+        born, found, monkeypatch):
+    monkeypatch.setattr(orchestrator, "birth", lambda pid: born)
     with subprocess.Popen(["bash", "-c", "trap '' HUP; echo; read x"], stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE, start_new_session=True) as orphan:
         orphan.stdout.readline()
@@ -1477,11 +1498,38 @@ def test_a_program_that_outlives_its_pane_is_ended_unless_its_id_is_another_ones
         desk.agent.ask("one")
         looks = [TmuxGone("lost server")]
         desk.terminal.look = lambda pane_id: play(looks, lambda: look(pane_id))
-        if not same:
-            monkeypatch.setattr(orchestrator, "birth", lambda pid: "on another day\n")
+        monkeypatch.setattr(orchestrator, "birth", lambda pid: found)
         assert "remembers the conversation" in desk.agent.ask("two").report()
         orphan.stdin.close()
-    assert orphan.returncode == (-signal.SIGKILL if same else 1)
+    assert orphan.returncode == (-signal.SIGKILL if born == found != "" else 1)
+
+
+def test_a_program_that_was_never_seen_alive_is_no_orphan_of_ours(monkeypatch):
+    """Its id may be another's since long before the session was joined."""
+    asked = []
+    monkeypatch.setattr(orchestrator, "birth", asked.append)
+    desk = Desk(claude())
+    look = desk.terminal.look
+    looks = [look("%1")._replace(pid=4321, dead=True, status="status 1"), TmuxGone("lost server")]
+    desk.terminal.look = lambda pane_id: play(looks, lambda: look(pane_id))
+    second = desk.hire()
+    second.start()
+    assert 4321 not in asked
+
+
+@pytest.mark.parametrize("proc, path", [(True, ""), (False, "/bin:/usr/bin"), (False, "")])
+def test_when_a_process_was_started_is_known_by_proc_or_by_ps(proc, path, monkeypatch):
+    """Both are missing on some machine."""
+    if proc and not Path("/proc/self/stat").exists() or path and not shutil.which("ps"):
+        pytest.skip("not on this machine")
+    monkeypatch.setenv("PATH", path)
+    if not proc:
+        monkeypatch.setattr(Path, "read_text", lambda path, **how: os.write(-1, b"no /proc"))
+    waits = [sys.executable, "-c", "import sys; sys.stdin.read()"]
+    with subprocess.Popen(waits, stdin=subprocess.PIPE) as process:
+        born = birth(process.pid)
+        assert bool(born) == bool(proc or path) and born == birth(process.pid)
+    assert birth(process.pid) == ""
 
 
 @pytest.mark.parametrize("pid", [0, 1])
@@ -1492,6 +1540,16 @@ def test_where_every_process_is_in_session_0_none_is_taken_for_an_orphan(pid, mo
     looks = [look("%1")._replace(pid=pid), TmuxGone("lost server")]
     desk.terminal.look = lambda pane_id: play(looks, lambda: look(pane_id))
     assert "remembers nothing" in desk.agent.ask("one").report()
+
+
+def test_a_server_that_dies_at_the_start_is_started_again():
+    """It may have been the last session of another run's that ended."""
+    desk = Desk(claude(), start=False)
+    create, deaths = desk.terminal.create, [TmuxDied("server exited unexpectedly")]
+    desk.terminal.create = lambda *what: play(deaths, lambda: create(*what))
+    assert "server exited unexpectedly" in desk.agent.start().report()
+    assert desk.terminal.started == [PROGRAM.start]
+    assert desk.agent.ask("one") == Turn("> one\n● Done: one")
 
 
 def test_a_program_that_ends_at_once_leaves_its_last_words():
@@ -2052,6 +2110,13 @@ def test_a_connection_without_a_byte_is_given_up(api):
     assert "broke off: timed out" in client.told[0] and "can't be reached" in client.told[1]
 
 
+def test_a_machine_without_threads_for_the_moment_is_waited_for(api, monkeypatch):
+    api.answers = [GOOD]
+    without_threads(monkeypatch, 2)
+    client = Client(api.url)
+    assert client.say().text == "Hello" and client.told == ["can't start new thread"] * 2
+
+
 def test_a_proxy_is_used_and_not_for_this_machine_and_sees_no_key_of_others(api, monkeypatch):
     monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{api.port}")
     api.answers = [GOOD]
@@ -2234,12 +2299,23 @@ def test_the_file_keeps_its_mode_and_a_link_stays_a_link(memory, tmp_path):
     memory.add(["a"])
     assert (tmp_path / "memory.json").is_symlink() and target.stat().st_mode & 0o777 == 0o640
     assert json.loads(target.read_text()) == ["a"]
-    target.write_text("broken")
-    memory.add(["b"])
-    assert (tmp_path / "memory.json").is_symlink() and json.loads(target.read_text()) == ["a", "b"]
-    (aside,) = tmp_path.glob("elsewhere.json.bad-*")
-    assert aside.read_text() == "broken"
-    assert sorted(tmp_path.iterdir()) == sorted([aside, target, tmp_path / "memory.json"])
+    assert sorted(tmp_path.iterdir()) == [target, tmp_path / "memory.json"]
+
+
+@pytest.mark.parametrize("known", [[], ["a"]])
+def test_what_a_link_leads_to_is_left_as_it_is_if_it_has_no_facts(memory, tmp_path, known):
+    (tmp_path / "home").mkdir()
+    target = tmp_path / "home" / "authorized_keys"
+    target.write_text(json.dumps(known))
+    (tmp_path / "memory.json").symlink_to(target)
+    memory.load()
+    target.write_text("ssh-rsa AAAA")
+    assert memory.add(["b"]) == ["b"] and stored(tmp_path) == [*known, "b"]
+    assert target.read_text() == "ssh-rsa AAAA" and len(list(target.parent.iterdir())) == 1
+    (aside,) = tmp_path.glob("memory.json.bad-*")
+    assert aside.name in memory.complaint and os.readlink(aside) == str(target)
+    assert memory.add(["c"]) == ["c"] and stored(tmp_path) == [*known, "b", "c"]
+    assert memory.complaint == "" and target.read_text() == "ssh-rsa AAAA"
 
 
 def test_the_lock_is_where_the_file_is_and_a_missing_one_stops_nothing(tmp_path, monkeypatch):
@@ -2250,6 +2326,11 @@ def test_the_lock_is_where_the_file_is_and_a_missing_one_stops_nothing(tmp_path,
     at_once(*[functools.partial(run.add, [f"{number}"]) for run, numbers in
               zip(runs, (range(20), range(20, 40))) for number in numbers])
     assert len(json.loads((tmp_path / "shared.json").read_text())) == 40
+    handle, waits = os.open(tmp_path, os.O_RDONLY), []
+    orchestrator.fcntl.flock(handle, orchestrator.fcntl.LOCK_EX)        # a script around the run's
+    Memory(tmp_path / "memory.json", 3, sleep=waits.append).add(["a"])
+    assert stored(tmp_path) == ["a"] and sum(waits) == pytest.approx(5)
+    os.close(handle)
     monkeypatch.setattr(orchestrator.fcntl, "flock", lambda *_: os.write(-1, b"NFS can't"))
     assert runs[0].load() == "" and runs[0].add(["x"]) == ["x"]
 
@@ -2306,7 +2387,7 @@ def test_events_have_ids_and_times_and_are_in_the_file_at_once(tmp_path):
     journal = Journal(path)
     journal.listen(heard.append)
     journal.publish("iteration_start", iteration=3, max_iter=0)
-    journal.publish("reply", text="漢字")
+    journal.publish("reply", text="漢字", place="/not-utf8-\udcff")
     lines = path.read_bytes().splitlines()
     assert [json.loads(line) for line in lines] == journal.events() == heard
     assert ids(journal) == [1, 2] and heard[1]["iteration"] == 3
@@ -2568,6 +2649,19 @@ def events_of(response, count):
             found.append((number, json.loads(line[6:])["text"]))
             number = None
     return found
+
+
+def test_visitors_who_could_not_be_answered_leave_room_for_others(monkeypatch, capfd):
+    monkeypatch.setattr(Dashboard, "CONNECTIONS", 1)
+    visitor = Visitor(Journal())
+    with visitor.dashboard:
+        without_threads(monkeypatch, 2)
+        for _ in range(2):
+            with pytest.raises(ConnectionError):
+                visitor.ask("GET", "/", {})
+        assert visitor.ask("GET", "/nowhere", visitor.cookie).status == 404
+        visitor.leave()
+    assert capfd.readouterr() == ("", "")
 
 
 def test_the_printed_address_opens_the_page_and_gives_a_cookie(visitor):
@@ -3268,12 +3362,11 @@ def test_wrong_use_is_one_line_that_says_what_to_change(scene, arguments, enviro
     assert err.count("\n") == 1 and "Traceback" not in err
 
 
-def test_what_the_world_does_unexpectedly_is_one_line_and_status_1(scene, monkeypatch):
-    def fail(options, environ):
-        raise OSError(24, "Too many open files")
-
-    monkeypatch.setattr(orchestrator, "dispatch", fail)
-    assert scene() == (1, "", "orchestrator: [Errno 24] Too many open files\n")
+@pytest.mark.parametrize("error", [
+    OSError(24, "Too many open files"), RuntimeError("can't start new thread")])
+def test_what_the_world_does_unexpectedly_is_one_line_and_status_1(error, scene, monkeypatch):
+    monkeypatch.setattr(orchestrator, "dispatch", lambda *_: play([error], None))
+    assert scene() == (1, "", f"orchestrator: {error}\n")
 
 
 def test_the_manual_lists_the_arguments_and_the_settings(scene):
