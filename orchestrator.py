@@ -352,16 +352,20 @@ def _shared(one: list[str], other: list[str]) -> int:
     return len(os.path.commonprefix([one, other]))
 
 
-def _overlap(before: list[str], after: list[str]) -> int:
-    """Return where `after` begins in `before`, whose oldest lines have left a full history.
+_LAST_SCREEN = 60       # lines at the end that may be redrawn
 
-    All has to agree but for the last screen, which may be redrawn, and be too long for chance.
+
+def _overlap(before: list[str], after: list[str]) -> int:
+    """Return where `after` begins in `before`, whose oldest lines may have left a full history.
+
+    All but the last screen has to agree; len(before) if that is nowhere, or in two places, so.
     """
-    for at, line in enumerate(before):
-        if [line] == after[:1] and before[at:at + 20] == after[:20] \
-                and _shared(before[at:], after) >= len(before) - at - 60:
-            return at
-    return 0
+    old = before[:-_LAST_SCREEN]
+    if after[:len(old)] == old:
+        return 0
+    places = (at for at in range(len(old) - 20) if old[at:at + 20] == after[:20])
+    places = [at for at in itertools.islice(places, 99) if old[at:] == after[:len(old) - at]]
+    return places[0] if len(places) == 1 else len(before)
 
 
 def new_lines(before: list[str], after: list[str]) -> list[str] | None:
@@ -372,14 +376,12 @@ def new_lines(before: list[str], after: list[str]) -> list[str] | None:
     >>> new_lines(['$ ls', 'a', '$'], ['$ ls', 'a', '$ ls', 'a', '$'])
     ['$ ls', 'a']
     """
-    start = _shared(before, after)
+    old = before[_overlap(before, after):]
+    start = _shared(old, after)
     grown = len(before) == 1 and after[:1] and after[0].startswith(before[0])    # a prompt
-    if before and start == 0 and not grown:
-        before = before[_overlap(before, after):]
-        start = _shared(before, after)
-        if start == 0:
-            return None
-    end = _shared(before[start:][::-1], after[start:][::-1])
+    if before and not any(old[:start]) and not grown:       # blank lines are alike by chance
+        return None
+    end = _shared(old[start:][::-1], after[start:][::-1])
     return list(after[start:len(after) - end])
 
 
@@ -1249,6 +1251,8 @@ class Agent:
             notes.append(f"Nothing has changed for {Watch.STALE:g} seconds, but {pane.command} "
                          "is still running in the foreground.")
         lines, exact = self._news(pane)
+        if state == "done" and not lines:       # cleared, and the same again
+            lines, exact = pane.text.split("\n"), False
         if not exact:
             notes.append("This is the visible screen; what is new on it can't be told apart.")
         output = "\n".join(lines).strip("\n")

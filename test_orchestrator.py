@@ -711,7 +711,10 @@ BOX = ["────", "❯", "────", "  ? for help"]
     ([*OLD, *BOX], [*OLD[100:], "new", *BOX], ["new"]),
     ([*OLD, *BOX], [*OLD[100:-1], "redrawn", "new", *BOX], ["redrawn", "new"]),
     ([*OLD, *BOX], ["cleared", *BOX], None),
-    (["$"], ["149", "150", "$"], None), (["a", "b"], ["c", "d"], None)])
+    (["$"], ["149", "150", "$"], None), (["a", "b"], ["c", "d"], None),
+    (["", *OLD[:99], "", *OLD[99:], *BOX], ["", *OLD[99:], "new", *BOX], ["new"]),
+    (["", "a"], ["", "b"], None), (["y"] * 300, ["y"] * 200 + ["new"], None),
+    (["banner", *OLD], ["banner", "cleared"], None)])
 def test_what_is_new_on_a_screen(before, after, new):
     assert new_lines(before, after) == new
 
@@ -1200,6 +1203,14 @@ def test_a_screen_without_history_is_shown_as_it_is():
     desk.terminal.alternate = True
     turn = desk.agent.ask("one")
     assert "Welcome" in turn.output and "visible screen" in turn.report()
+
+
+def test_a_turn_that_leaves_the_screen_as_it_was_is_shown_whole():
+    desk = Desk(claude())
+    for _ in range(2):
+        desk.clock.at(3.1, lambda: setattr(desk.terminal, "lines", ["same"]))
+        turn = desk.agent.ask("/clear")
+        assert turn.output.startswith("same\n") and "visible screen" in turn.report()
 
 
 def test_copy_mode_is_left_before_anything_is_typed():
