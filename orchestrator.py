@@ -952,7 +952,9 @@ class Agent:
     recovery, and of the screen twice a second while `watched()`.
     """
 
-    READY_LIMIT, READY_STILL = 60.0, 0.4        # seconds
+    # How long, in seconds, a first screen stands still that is ready, one of words that we do not
+    # know, and an input box without a title; an empty one, and any that moves, has its limit.
+    READY_STILL, UNKNOWN_STILL, UNNAMED_STILL, READY_LIMIT = 0.4, 10.0, 30.0, 60.0
     SIGN_LATE = 5.0     # until when the sign of an agent that gives one may come: a busy machine
     RESTARTS, RESTART_SPAN = 3, 600.0
     QUESTIONS = 6       # to a tmux that does not answer, before the run is given up
@@ -974,7 +976,6 @@ class Agent:
         self._titled = self._talked = False
         self._asks = False                      # it shows no input box, but something unknown
         self._restarts: list[float] = []
-        self._unanswered = 0                    # writes in a row
         self._shown: tuple[float, tuple[str, ...]] = (0.0, ())
 
     def check(self) -> str:
@@ -1026,24 +1027,16 @@ class Agent:
         """
         text, submitted = sanitize(message), False
 
-        def enter(pane: Pane) -> bool:
-            nonlocal submitted
-            try:
-                submitted = self._tmux.press(pane, "Enter")
-            except TmuxDied:
-                submitted = True    # nobody knows
-                raise
-            return submitted
-
         def act(before: Pane) -> Turn:
+            nonlocal submitted
             asks = self._menu_note(before)
             if asks:
                 return Turn("", "quiet", ("Nothing was typed.", *asks))
             self._homes.add(before.command)
             notes = self._clear_box(before)
             untaken = self._paste(before, text)
-            self._write(enter)
-            self._talked = True
+            self._write(lambda pane: self._tmux.press(pane, "Enter"))
+            submitted = self._talked = True     # or nobody knows
             turn = self._follow(before, limit, untaken=untaken, late=self._known)
             return turn._replace(notes=notes + turn.notes)
 
@@ -1177,10 +1170,13 @@ class Agent:
         def shown(pane: Pane) -> bool:
             return pane.screen != before.screen and holds_draft(pane.cursor_line, text)
 
-        answered = self._write(lambda pane: self._tmux.paste(pane, text))
-        pasted = self._look_until(shown)
-        if not (answered or self._box(pasted) or shown(pasted)):       # it never got there
-            return self._paste(before, text)
+        for _ in range(2):
+            answered = self._write(lambda pane: self._tmux.paste(pane, text))
+            pasted = self._look_until(shown)
+            if answered or self._box(pasted) or shown(pasted):
+                break
+        else:
+            raise TmuxError(f"tmux gave no answer, twice, and {self.name} got no text")
         if self._known and shows_input(before.screen):
             return lambda pane: bool(self._box(pane))
         if shown(pasted):
@@ -1197,7 +1193,7 @@ class Agent:
     def _write(self, write: Callable[[Pane], bool]) -> bool:
         """Write to the pane, out of copy mode if a person scrolls there.
 
-        False: tmux gave no answer, so nobody knows.  Raises TmuxError if that comes twice in a row.
+        False: tmux gave no answer, so nobody knows.  Where it raises, nothing was written.
         """
         for _ in range(20):
             pane = self._look()
@@ -1205,11 +1201,9 @@ class Agent:
                 if pane.in_mode:
                     self._tmux.leave_mode(pane.id)
                 elif write(pane):
-                    self._unanswered = 0
                     return True
             except TmuxError as error:
-                self._unanswered += 1
-                if isinstance(error, TmuxGone) or self._unanswered > 1:
+                if type(error) is TmuxGone:
                     raise
                 return False
             self._sleep(0.1)
@@ -1314,12 +1308,12 @@ class Agent:
     def _still_enough(self, pane: Pane) -> float:
         """Return how long a first screen has to stand still before it is taken as the last."""
         if not self._known:
-            return self.READY_STILL if pane.text else self.READY_LIMIT / 6
+            return self.READY_STILL if pane.text else self.UNKNOWN_STILL
         if self._is_ready(pane) or known_question(pane.screen):
             return self.READY_STILL
         if shows_input(pane.screen):
-            return self.READY_LIMIT / 2
-        return self.READY_LIMIT / 6 if pane.text else self.READY_LIMIT
+            return self.UNNAMED_STILL
+        return self.UNKNOWN_STILL if pane.text else self.READY_LIMIT
 
     def _restart(self, trouble: AgentError) -> str:
         """Start the agent again, with its conversation if it can; return what to say about it."""

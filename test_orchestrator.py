@@ -1400,6 +1400,23 @@ def test_a_message_is_not_repeated_once_its_enter_was_pressed():
     assert desk.agent.ask("two").output == "> two\n● Done: two"
 
 
+@pytest.mark.parametrize("error", [TmuxError, TmuxDied])
+def test_a_message_is_not_repeated_if_its_enter_was_pressed_though_tmux_did_not_say_so(error):
+    desk = Desk(doomed(lambda terminal: terminal.die("killed by it")), claude())
+    press, failures = desk.terminal.press, [error("no answer")]
+    desk.terminal.press = lambda *what: press(*what) and play(failures, True)
+    turn = desk.agent.ask("one")
+    assert turn.state == "exited" and "It may have taken the message" in turn.report()
+    assert desk.terminal.taken == desk.terminal.pasted == ["one"]
+
+
+def test_a_text_that_tmux_never_takes_ends_it():
+    desk = Desk(claude())
+    desk.terminal.paste = lambda *what: play([], TmuxError("no answer"))
+    with pytest.raises(TmuxError, match="no answer, twice, and Claude Code got no text"):
+        desk.agent.ask("one")
+
+
 def test_a_fourth_restart_without_a_finished_turn_ends_it():
     desk = Desk(doomed(lambda terminal: terminal.die("out of memory")))
     for _ in range(3):
