@@ -684,12 +684,18 @@ class Tmux:
     def find(self) -> tuple[str, str]:
         """Return mark and id of our pane; no mark for a session of others, nor id for none.
 
-        A person may have made panes beside ours, and look at one of them.
+        A person may have made panes beside ours, and look at one of them.  Raises ConfigError for
+        none on a server that we did not start: a new one would have that one's environment, with
+        the key perhaps, and that one our options.
         """
         try:
             panes = self._read("list-panes", "-s", "-t", f"={self.session}:",
                                "-F", "#{@orchestrator}\t#{pane_id}").splitlines()
         except TmuxGone:
+            with contextlib.suppress(TmuxGone):
+                if self._run("list-sessions", "-F", "#{@started_by}").isspace():
+                    raise ConfigError(f"the tmux server on socket {self.socket_name} was started "
+                                      "by somebody else: set CLAUDE_TMUX_SOCKET to another name")
             return "", ""
         mark, pane_id = max(panes).split("\t")         # those without a mark sort below
         return mark, pane_id
@@ -704,7 +710,8 @@ class Tmux:
         """
         target = f"={self.session}:"
         return self._read(
-            "start-server", ";", "set-option", "-g", "history-limit", str(_HISTORY_LIMIT), ";",
+            "start-server", ";", "set-option", "-s", "@started_by", "orchestrator", ";",
+            "set-option", "-g", "history-limit", str(_HISTORY_LIMIT), ";",
             "set-option", "-g", "remain-on-exit", "on", ";",
             "set-option", "-s", "focus-events", "on", ";",
             "set-option", "-g", "update-environment", "", ";",

@@ -1980,6 +1980,17 @@ def test_a_window_that_a_person_opened_in_the_session_is_not_typed_into(world):
     assert "echo" not in world.tmux("capture-pane", "-p", "-t", "=gt-claude-loop:1")
 
 
+def test_a_tmux_server_that_somebody_else_started_is_left_as_it_is(world):
+    world.tmux("new-session", "-d", "-s", "mine", "cat")
+    options = world.tmux("show-options", "-g"), world.tmux("show-options", "-s")
+    for arguments in (["--task", "x"], ["--chat"]):
+        done = world.run(*arguments)
+        assert done.status == 2
+        assert_one_complaint(done, "gt-claude-loop", "somebody else", "CLAUDE_TMUX_SOCKET")
+    assert (world.tmux("show-options", "-g"), world.tmux("show-options", "-s")) == options
+    assert world.tmux("list-sessions", "-F", "#{session_name}") == "mine"
+
+
 def test_a_session_that_took_the_place_of_ours_is_neither_typed_into_nor_ended(world):
     def replaced() -> str:
         world.tmux("kill-server")
