@@ -391,6 +391,7 @@ _STARTING = re.compile(r"\s*Waiting for startup\b")
 _STATUS_LINE = re.compile(r"\([^()]*\d+s\b[^()]*\b(?:esc|ctrl\+c) to interrupt\b[^()]*\)", re.I)
 _PASTE_CHIP = re.compile(r"\[Pasted (?:text|Content)\b[^\]]*\]")
 _COLOURS = re.compile(r"\x1b\[[\d;:]*m")
+DIM = re.compile(r"\x1b\[(?:\d;)*2[;m]")
 _RULE = re.compile(r"\s*[─╌╭╰][─╌╮╯\s]+")
 _CURSOR_ROW = re.compile(r"\s*(?:[│|]\s*)?[❯›>!](?:\s|$)")
 _CHOOSE = re.compile(r"\benter (?:to )?(?:confirm|select|continue)\b|"
@@ -1040,7 +1041,9 @@ class Agent:
             if asks:
                 return Turn("", "quiet", ("Nothing was typed.", *asks))
             self._homes.add(before.command)
-            notes = self._clear_box(before)
+            notes, empty = self._clear_box(before)
+            if not empty:
+                return Turn(before.text, "quiet", ("Nothing was typed.", *notes))
             untaken = self._paste(before, text)
             self._write(lambda pane: self._tmux.press(pane, "Enter"))
             submitted = self._talked = True     # or nobody knows
@@ -1151,23 +1154,37 @@ class Agent:
 
     # writing
 
-    def _box(self, pane: Pane) -> str:
-        """Return what stands in the input box, nothing for a program whose box we do not know."""
-        if self._known and shows_input(pane.screen):
-            return draft_in_box(pane.screen, pane.cursor_row, pane.cursor_column)
-        return ""
+    def _box(self, pane: Pane, column: int = 0) -> str:
+        """Return what stands in the input box, nothing for a program whose box we do not know.
 
-    def _clear_box(self, pane: Pane) -> tuple[str, ...]:
-        """Empty the input box of what somebody left in it, which a message would be glued to."""
-        left = self._box(pane)
+        What is behind the cursor, in an empty box a placeholder, counts up to a column.
+        """
+        if not self._known or menu_on(pane.screen):
+            return ""
+        return draft_in_box(pane.screen, pane.cursor_row, column or pane.cursor_column)
+
+    def _clear_box(self, pane: Pane) -> tuple[tuple[str, ...], bool]:
+        """Empty the input box of what somebody left in it, which a message would be glued to.
+
+        Return what to say of that, and whether it is empty.  What stands behind a cursor at the
+        start is a draft too, if it is not dim as a placeholder is.
+        """
+        draft, behind = self._box(pane), self._box(pane, pane.cursor_column + 1)
+        if behind and not draft:
+            rows = self._ask_tmux(self._tmux.picture).split("\n")
+            draft = "" if DIM.search("".join(rows[pane.cursor_row:][:1])) else behind
+        left, seen = draft, ()
         for _ in range(10):
-            if not self._box(pane):
+            if not left or pane.screen == seen:
                 break
+            seen = pane.screen
             keys = ("C-e", *["C-u"] * 20, *["C-k"] * 20, "BSpace")     # BSpace: out of shell mode
             self._write(lambda now: self._tmux.press(now, *keys))
-            pane = self._look_until(lambda now: now.screen != pane.screen)
-        return (f"The input line held a draft, which was removed: {clip(left.strip(), 400)!r}",
-                ) * bool(left)
+            pane = self._look_until(lambda now: now.screen != seen)
+            left = self._box(pane)
+        fate = "does not go" if left else "was removed"
+        return (f"The input line held a draft, which {fate}: {clip(draft.strip(), 400)!r}",
+                ) * bool(draft), not left
 
     def _paste(self, before: Pane, text: str) -> Callable[[Pane], bool]:
         """Paste text and give it half a second to show; return what tells whether it still stands.
@@ -1252,7 +1269,7 @@ class Agent:
             notes.append(f"Nothing has changed for {Watch.STALE:g} seconds, but {pane.command} "
                          "is still running in the foreground.")
         lines, exact = self._news(pane)
-        if state == "done" and not lines:       # cleared, and the same again
+        if state != "working" and not lines:    # no answer; or cleared, and the same again
             lines, exact = pane.text.split("\n"), False
         if not exact:
             notes.append("This is the visible screen; what is new on it can't be told apart.")

@@ -1258,6 +1258,35 @@ def test_a_draft_that_somebody_left_is_removed_and_told(draft):
     assert desk.terminal.pressed.count("Enter") == 1
 
 
+@pytest.mark.parametrize("dim", ["", "\x1b[2m", "\x1b[38;5;2m"])
+def test_what_stands_behind_a_cursor_at_the_start_is_a_draft_unless_it_is_dim(dim):
+    desk = Desk(claude())
+    look, desk.terminal.draft = desk.terminal.look, "words"
+    desk.terminal.look = lambda pane_id: look(pane_id)._replace(cursor_column=2)
+    desk.terminal.picture = lambda pane_id: f"Welcome to Claude Code\n{'─' * 40}\n❯ {dim}words"
+    placeholder = dim == "\x1b[2m"
+    assert ("was removed: 'words'" in desk.agent.ask("one").report()) is not placeholder
+    assert desk.terminal.pressed.count("C-u") == 20 * (not placeholder)
+
+
+def test_a_draft_is_seen_above_the_long_list_that_it_has_opened():
+    desk = Desk(claude())
+    look, desk.terminal.draft = desk.terminal.look, "/"
+    desk.terminal.look = lambda pane_id: look(pane_id)._replace(
+        screen=(*look(pane_id).screen, *(f"    /{number}  a command" for number in range(20))))
+    desk.agent.ask("one")
+    assert desk.terminal.taken == ["one"]
+
+
+def test_nothing_is_typed_behind_a_draft_that_does_not_go():
+    desk = Desk(claude())
+    desk.terminal.draft = "stays"
+    desk.terminal.keyed = lambda key: setattr(desk.terminal, "draft", "stays")
+    turn = desk.agent.ask("one")
+    assert "Nothing was typed" in turn.report() and "does not go: 'stays'" in turn.report()
+    assert "❯ stays" in turn.output and not desk.terminal.pasted
+
+
 def test_a_draft_is_left_alone_in_a_program_that_we_know_nothing_of():
     desk = Desk(claude(), program=choose_program("", "sh"))
     desk.terminal.draft = "half "
