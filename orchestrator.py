@@ -658,6 +658,11 @@ class Pane(NamedTuple):
         return "".join(self.screen[self.cursor_row:self.cursor_row + 1])
 
     @property
+    def bottom(self) -> tuple[str, int]:
+        """The line that the cursor is on, and how many are below it."""
+        return self.cursor_line, "\n".join(self.screen[self.cursor_row:]).rstrip().count("\n")
+
+    @property
     def text(self) -> str:
         """The visible lines, without blank ones at the end."""
         return "\n".join(self.screen).rstrip()
@@ -888,7 +893,9 @@ class Watch:
     A turn is over when a busy sign has gone and the screen stands still for STILL seconds or,
     for a program that gives none, when the screen has changed and stands still for `unsigned`.
     A sign counts only while something is redrawn: one that stands for STALE is a quotation, or
-    was left behind.  (Measured on Claude Code 2.1 and Codex 0.169, which redraw twice a second.)
+    was left behind.  Words below the input box give way to what a person types there: if it does
+    not look again as it did before, their going counts for nothing, only the stillness does.
+    (Measured on Claude Code 2.1 and Codex 0.169, which redraw twice a second.)
     """
 
     STILL, UNSIGNED, STALE = 0.25, 2.0, 15.0
@@ -902,6 +909,7 @@ class Watch:
         self._untaken, self._patience = untaken, patience   # seconds without any change
         self._unsigned = unsigned
         self._picture, self._title = (before.title, before.screen), before.title
+        self._bottom, self._worded = before.bottom, False
         self._started = self._changed = self._pressed_at = self._busy_at = now
         self._moved = self._was_busy = self._busy = False
         self._pressed = 0
@@ -916,15 +924,17 @@ class Watch:
             self._title = ""
         spins = bool(SPINNER.match(pane.title)) and not self._title
         self.titled |= spins
-        self._busy = still < self.STALE and (
-            spins or elsewhere or not self.titled and says_busy(pane.screen))
+        words = not self.titled and says_busy(pane.screen)
+        self._busy = still < self.STALE and (spins or elsewhere or words)
         if self._busy:
-            self._was_busy, self._busy_at = True, now
+            self._was_busy, self._busy_at, self._worded = True, now, words
             return "wait"
         if elsewhere:
             return "quiet"
         if keeps_message(pane.screen) and still < self.STALE:
             return "wait"
+        if self._was_busy and self._worded and pane.bottom != self._bottom:
+            return "done" if still >= self.UNSIGNED else "wait"
         if self._was_busy:
             return "done" if min(still, now - self._busy_at) >= self.STILL else "wait"
         if self._untaken(pane):

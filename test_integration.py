@@ -1231,6 +1231,22 @@ def test_a_long_command_is_one_turn_of_the_real(
     assert (world.work / "made").exists()
 
 
+@REAL_AGENTS
+def test_a_person_who_types_while_it_works_ends_no_turn_of_the_real(
+        name, agent, world, agent_api, with_real_agents, asked_for):
+    """What is typed takes the place of the words that tell that Claude Code works."""
+    message = "RUN[python3 -c 'import time; time.sleep(9)'; date > made] SAY[alpha one]"
+    model = world.model(message, "SAY[beta two]", "TASK_COMPLETE")
+    run = world.start("--task", "sleep", DEFAULT_MODEL=name)
+    assert poll(lambda: message in agent_api.messages, 60), run.stdout
+    time.sleep(2)
+    world.tmux("send-keys", "-t", "=gt-claude-loop:", "-l", "half a word")
+    assert run.end().status == 0
+    assert re.search(r"(?m)^\W*alpha one$", model.last_message(1))
+    assert "half a word" in model.last_message(2) and agent_api.messages == [
+        message, "SAY[beta two]"]
+
+
 # -- Chat ---------------------------------------------------------------------------------------
 
 def at_prompt(terminal: Terminal) -> None:

@@ -1129,6 +1129,15 @@ def test_a_spinner_that_a_dead_program_left_in_the_title_is_no_sign_of_work():
         "wait", "done", "wait", "wait"]
 
 
+@pytest.mark.parametrize("box, over", [("❯\n  hints", 5.3), ("❯ hi\n  hints", 7.0)])
+def test_words_that_give_way_to_what_a_person_types_have_not_gone(box, over):
+    watch = Watch(PANE._replace(screen=("❯", "  hints")), 0.0, ["claude"])
+    looks = [(1.0, FOOTER), (2.0, FOOTER), (3.0, "{}\n❯ hi\n  hints"), (4.9, "{}\n❯ hi\n  hints"),
+             (5.0, "done\n" + box), (over - 0.1, "done\n" + box), (over, "done\n" + box)]
+    assert [watch.see(PANE._replace(cursor_row=1, screen=tuple(text.format(now).split("\n"))), now)
+            for now, text in looks] == ["wait"] * 6 + ["done"]
+
+
 def test_words_are_not_asked_once_a_title_has_shown_a_spinner():
     quoted = [(now, FOOTER, "✳ x") for now in (1.0, 1.3, 3.1)]
     assert verdicts((0.1, "a", "⠂ x"), *quoted) == ["wait", "wait", "done", "done"]
