@@ -352,16 +352,20 @@ def _shared(one: list[str], other: list[str]) -> int:
     return len(os.path.commonprefix([one, other]))
 
 
-def _overlap(before: list[str], after: list[str]) -> int:
-    """Return where `after` begins in `before`, whose oldest lines have left a full history.
+_LAST_SCREEN = 60       # lines at the end that may be redrawn
 
-    All has to agree but for the last screen, which may be redrawn, and be too long for chance.
+
+def _overlap(before: list[str], after: list[str]) -> int:
+    """Return where `after` begins in `before`, whose oldest lines may have left a full history.
+
+    All but the last screen has to agree; len(before) if that is nowhere, or in two places, so.
     """
-    for at, line in enumerate(before):
-        if [line] == after[:1] and before[at:at + 20] == after[:20] \
-                and _shared(before[at:], after) >= len(before) - at - 60:
-            return at
-    return 0
+    old = before[:-_LAST_SCREEN]
+    if after[:len(old)] == old:
+        return 0
+    places = (at for at in range(len(old) - 20) if old[at:at + 20] == after[:20])
+    places = [at for at in itertools.islice(places, 99) if old[at:] == after[:len(old) - at]]
+    return places[0] if len(places) == 1 else len(before)
 
 
 def new_lines(before: list[str], after: list[str]) -> list[str] | None:
@@ -372,14 +376,12 @@ def new_lines(before: list[str], after: list[str]) -> list[str] | None:
     >>> new_lines(['$ ls', 'a', '$'], ['$ ls', 'a', '$ ls', 'a', '$'])
     ['$ ls', 'a']
     """
-    start = _shared(before, after)
+    old = before[_overlap(before, after):]
+    start = _shared(old, after)
     grown = len(before) == 1 and after[:1] and after[0].startswith(before[0])    # a prompt
-    if before and start == 0 and not grown:
-        before = before[_overlap(before, after):]
-        start = _shared(before, after)
-        if start == 0:
-            return None
-    end = _shared(before[start:][::-1], after[start:][::-1])
+    if before and not any(old[:start]) and not grown:       # blank lines are alike by chance
+        return None
+    end = _shared(old[start:][::-1], after[start:][::-1])
     return list(after[start:len(after) - end])
 
 
@@ -389,6 +391,7 @@ _STARTING = re.compile(r"\s*Waiting for startup\b")
 _STATUS_LINE = re.compile(r"\([^()]*\d+s\b[^()]*\b(?:esc|ctrl\+c) to interrupt\b[^()]*\)", re.I)
 _PASTE_CHIP = re.compile(r"\[Pasted (?:text|Content)\b[^\]]*\]")
 _COLOURS = re.compile(r"\x1b\[[\d;:]*m")
+DIM = re.compile(r"\x1b\[(?:\d;)*2[;m]")
 _RULE = re.compile(r"\s*[─╌╭╰][─╌╮╯\s]+")
 _CURSOR_ROW = re.compile(r"\s*(?:[│|]\s*)?[❯›>!](?:\s|$)")
 _CHOOSE = re.compile(r"\benter (?:to )?(?:confirm|select|continue)\b|"
@@ -655,6 +658,11 @@ class Pane(NamedTuple):
         return "".join(self.screen[self.cursor_row:self.cursor_row + 1])
 
     @property
+    def bottom(self) -> tuple[str, int]:
+        """The line that the cursor is on, and how many are below it."""
+        return self.cursor_line, "\n".join(self.screen[self.cursor_row:]).rstrip().count("\n")
+
+    @property
     def text(self) -> str:
         """The visible lines, without blank ones at the end."""
         return "\n".join(self.screen).rstrip()
@@ -682,12 +690,18 @@ class Tmux:
     def find(self) -> tuple[str, str]:
         """Return mark and id of our pane; no mark for a session of others, nor id for none.
 
-        A person may have made panes beside ours, and look at one of them.
+        A person may have made panes beside ours, and look at one of them.  Raises ConfigError for
+        none on a server that we did not start: a new one would have that one's environment, with
+        the key perhaps, and that one our options.
         """
         try:
             panes = self._read("list-panes", "-s", "-t", f"={self.session}:",
                                "-F", "#{@orchestrator}\t#{pane_id}").splitlines()
         except TmuxGone:
+            with contextlib.suppress(TmuxGone):
+                if self._run("list-sessions", "-F", "#{@started_by}").isspace():
+                    raise ConfigError(f"the tmux server on socket {self.socket_name} was started "
+                                      "by somebody else: set CLAUDE_TMUX_SOCKET to another name")
             return "", ""
         mark, pane_id = max(panes).split("\t")         # those without a mark sort below
         return mark, pane_id
@@ -702,7 +716,8 @@ class Tmux:
         """
         target = f"={self.session}:"
         return self._read(
-            "start-server", ";", "set-option", "-g", "history-limit", str(_HISTORY_LIMIT), ";",
+            "start-server", ";", "set-option", "-s", "@started_by", "orchestrator", ";",
+            "set-option", "-g", "history-limit", str(_HISTORY_LIMIT), ";",
             "set-option", "-g", "remain-on-exit", "on", ";",
             "set-option", "-s", "focus-events", "on", ";",
             "set-option", "-g", "update-environment", "", ";",
@@ -875,7 +890,9 @@ class Watch:
     A turn is over when a busy sign has gone and the screen stands still for STILL seconds or,
     for a program that gives none, when the screen has changed and stands still for `unsigned`.
     A sign counts only while something is redrawn: one that stands for STALE is a quotation, or
-    was left behind.  (Measured on Claude Code 2.1 and Codex 0.169, which redraw twice a second.)
+    was left behind.  Words below the input box give way to what a person types there: if it does
+    not look again as it did before, their going counts for nothing, only the stillness does.
+    (Measured on Claude Code 2.1 and Codex 0.169, which redraw twice a second.)
     """
 
     STILL, UNSIGNED, STALE = 0.25, 2.0, 15.0
@@ -889,6 +906,7 @@ class Watch:
         self._untaken, self._patience = untaken, patience   # seconds without any change
         self._unsigned = unsigned
         self._picture, self._title = (before.title, before.screen), before.title
+        self._bottom, self._worded = before.bottom, False
         self._started = self._changed = self._pressed_at = self._busy_at = now
         self._moved = self._was_busy = self._busy = False
         self._pressed = 0
@@ -903,15 +921,17 @@ class Watch:
             self._title = ""
         spins = bool(SPINNER.match(pane.title)) and not self._title
         self.titled |= spins
-        self._busy = still < self.STALE and (
-            spins or elsewhere or not self.titled and says_busy(pane.screen))
+        words = not self.titled and says_busy(pane.screen)
+        self._busy = still < self.STALE and (spins or elsewhere or words)
         if self._busy:
-            self._was_busy, self._busy_at = True, now
+            self._was_busy, self._busy_at, self._worded = True, now, words
             return "wait"
         if elsewhere:
             return "quiet"
         if keeps_message(pane.screen) and still < self.STALE:
             return "wait"
+        if self._was_busy and self._worded and pane.bottom != self._bottom:
+            return "done" if still >= self.UNSIGNED else "wait"
         if self._was_busy:
             return "done" if min(still, now - self._busy_at) >= self.STILL else "wait"
         if self._untaken(pane):
@@ -953,7 +973,9 @@ class Agent:
     recovery, and of the screen twice a second while `watched()`.
     """
 
-    READY_LIMIT, READY_STILL = 60.0, 0.4        # seconds
+    # How long, in seconds, a first screen stands still that is ready, one of words that we do not
+    # know, and an input box without a title; an empty one, and any that moves, has its limit.
+    READY_STILL, UNKNOWN_STILL, UNNAMED_STILL, READY_LIMIT = 0.4, 10.0, 30.0, 60.0
     SIGN_LATE = 5.0     # until when the sign of an agent that gives one may come: a busy machine
     RESTARTS, RESTART_SPAN = 3, 600.0
     UNANSWERED = 25.0   # seconds: how long a tmux that does not answer is asked again
@@ -975,7 +997,6 @@ class Agent:
         self._titled = self._talked = False
         self._asks = False                      # it shows no input box, but something unknown
         self._restarts: list[float] = []
-        self._unanswered = 0                    # writes in a row
         self._shown: tuple[float, tuple[str, ...]] = (0.0, ())
 
     def check(self) -> str:
@@ -1027,24 +1048,18 @@ class Agent:
         """
         text, submitted = sanitize(message), False
 
-        def enter(pane: Pane) -> bool:
-            nonlocal submitted
-            try:
-                submitted = self._tmux.press(pane, "Enter")
-            except TmuxDied:
-                submitted = True    # nobody knows
-                raise
-            return submitted
-
         def act(before: Pane) -> Turn:
+            nonlocal submitted
             asks = self._menu_note(before)
             if asks:
                 return Turn("", "quiet", ("Nothing was typed.", *asks))
             self._homes.add(before.command)
-            notes = self._clear_box(before)
+            notes, empty = self._clear_box(before)
+            if not empty:
+                return Turn(before.text, "quiet", ("Nothing was typed.", *notes))
             untaken = self._paste(before, text)
-            self._write(enter)
-            self._talked = True
+            self._write(lambda pane: self._tmux.press(pane, "Enter"))
+            submitted = self._talked = True     # or nobody knows
             turn = self._follow(before, limit, untaken=untaken, late=self._known)
             return turn._replace(notes=notes + turn.notes)
 
@@ -1152,23 +1167,37 @@ class Agent:
 
     # writing
 
-    def _box(self, pane: Pane) -> str:
-        """Return what stands in the input box, nothing for a program whose box we do not know."""
-        if self._known and shows_input(pane.screen):
-            return draft_in_box(pane.screen, pane.cursor_row, pane.cursor_column)
-        return ""
+    def _box(self, pane: Pane, column: int = 0) -> str:
+        """Return what stands in the input box, nothing for a program whose box we do not know.
 
-    def _clear_box(self, pane: Pane) -> tuple[str, ...]:
-        """Empty the input box of what somebody left in it, which a message would be glued to."""
-        left = self._box(pane)
+        What is behind the cursor, in an empty box a placeholder, counts up to a column.
+        """
+        if not self._known or menu_on(pane.screen):
+            return ""
+        return draft_in_box(pane.screen, pane.cursor_row, column or pane.cursor_column)
+
+    def _clear_box(self, pane: Pane) -> tuple[tuple[str, ...], bool]:
+        """Empty the input box of what somebody left in it, which a message would be glued to.
+
+        Return what to say of that, and whether it is empty.  What stands behind a cursor at the
+        start is a draft too, if it is not dim as a placeholder is.
+        """
+        draft, behind = self._box(pane), self._box(pane, pane.cursor_column + 1)
+        if behind and not draft:
+            rows = self._ask_tmux(self._tmux.picture).split("\n")
+            draft = "" if DIM.search("".join(rows[pane.cursor_row:][:1])) else behind
+        left, seen = draft, ()
         for _ in range(10):
-            if not self._box(pane):
+            if not left or pane.screen == seen:
                 break
+            seen = pane.screen
             keys = ("C-e", *["C-u"] * 20, *["C-k"] * 20, "BSpace")     # BSpace: out of shell mode
             self._write(lambda now: self._tmux.press(now, *keys))
-            pane = self._look_until(lambda now: now.screen != pane.screen)
-        return (f"The input line held a draft, which was removed: {clip(left.strip(), 400)!r}",
-                ) * bool(left)
+            pane = self._look_until(lambda now: now.screen != seen)
+            left = self._box(pane)
+        fate = "does not go" if left else "was removed"
+        return (f"The input line held a draft, which {fate}: {clip(draft.strip(), 400)!r}",
+                ) * bool(draft), not left
 
     def _paste(self, before: Pane, text: str) -> Callable[[Pane], bool]:
         """Paste text and give it half a second to show; return what tells whether it still stands.
@@ -1178,10 +1207,13 @@ class Agent:
         def shown(pane: Pane) -> bool:
             return pane.screen != before.screen and holds_draft(pane.cursor_line, text)
 
-        answered = self._write(lambda pane: self._tmux.paste(pane, text))
-        pasted = self._look_until(shown)
-        if not (answered or self._box(pasted) or shown(pasted)):       # it never got there
-            return self._paste(before, text)
+        for _ in range(2):
+            answered = self._write(lambda pane: self._tmux.paste(pane, text))
+            pasted = self._look_until(shown)
+            if answered or self._box(pasted) or shown(pasted):
+                break
+        else:
+            raise TmuxError(f"tmux gave no answer, twice, and {self.name} got no text")
         if self._known and shows_input(before.screen):
             return lambda pane: bool(self._box(pane))
         if shown(pasted):
@@ -1198,7 +1230,7 @@ class Agent:
     def _write(self, write: Callable[[Pane], bool]) -> bool:
         """Write to the pane, out of copy mode if a person scrolls there.
 
-        False: tmux gave no answer, so nobody knows.  Raises TmuxError if that comes twice in a row.
+        False: tmux gave no answer, so nobody knows.  Where it raises, nothing was written.
         """
         for _ in range(20):
             pane = self._look()
@@ -1206,11 +1238,9 @@ class Agent:
                 if pane.in_mode:
                     self._tmux.leave_mode(pane.id)
                 elif write(pane):
-                    self._unanswered = 0
                     return True
             except TmuxError as error:
-                self._unanswered += 1
-                if isinstance(error, TmuxGone) or self._unanswered > 1:
+                if type(error) is TmuxGone:
                     raise
                 return False
             self._sleep(0.1)
@@ -1252,6 +1282,8 @@ class Agent:
             notes.append(f"Nothing has changed for {Watch.STALE:g} seconds, but {pane.command} "
                          "is still running in the foreground.")
         lines, exact = self._news(pane)
+        if state != "working" and not lines:    # no answer; or cleared, and the same again
+            lines, exact = pane.text.split("\n"), False
         if not exact:
             notes.append("This is the visible screen; what is new on it can't be told apart.")
         output = "\n".join(lines).strip("\n")
@@ -1313,12 +1345,12 @@ class Agent:
     def _still_enough(self, pane: Pane) -> float:
         """Return how long a first screen has to stand still before it is taken as the last."""
         if not self._known:
-            return self.READY_STILL if pane.text else self.READY_LIMIT / 6
+            return self.READY_STILL if pane.text else self.UNKNOWN_STILL
         if self._is_ready(pane) or known_question(pane.screen):
             return self.READY_STILL
         if shows_input(pane.screen):
-            return self.READY_LIMIT / 2
-        return self.READY_LIMIT / 6 if pane.text else self.READY_LIMIT
+            return self.UNNAMED_STILL
+        return self.UNKNOWN_STILL if pane.text else self.READY_LIMIT
 
     def _restart(self, trouble: AgentError) -> str:
         """Start the agent again, with its conversation if it can; return what to say about it."""

@@ -1238,6 +1238,22 @@ def test_a_long_command_is_one_turn_of_the_real(
     assert (world.work / "made").exists()
 
 
+@REAL_AGENTS
+def test_a_person_who_types_while_it_works_ends_no_turn_of_the_real(
+        name, agent, world, agent_api, with_real_agents, asked_for):
+    """What is typed takes the place of the words that tell that Claude Code works."""
+    message = "RUN[python3 -c 'import time; time.sleep(9)'; date > made] SAY[alpha one]"
+    model = world.model(message, "SAY[beta two]", "TASK_COMPLETE")
+    run = world.start("--task", "sleep", DEFAULT_MODEL=name)
+    assert poll(lambda: message in agent_api.messages, 60), run.stdout
+    time.sleep(2)
+    world.tmux("send-keys", "-t", "=gt-claude-loop:", "-l", "half a word")
+    assert run.end().status == 0
+    assert re.search(r"(?m)^\W*alpha one$", model.last_message(1))
+    assert "half a word" in model.last_message(2) and agent_api.messages == [
+        message, "SAY[beta two]"]
+
+
 # -- Chat ---------------------------------------------------------------------------------------
 
 def at_prompt(terminal: Terminal) -> None:
@@ -1985,6 +2001,17 @@ def test_a_window_that_a_person_opened_in_the_session_is_not_typed_into(world):
         world.tmux("new-window", "-t", "=gt-claude-loop:", "cat")
     assert world.log("took") == ["echo one", "echo two"]
     assert "echo" not in world.tmux("capture-pane", "-p", "-t", "=gt-claude-loop:1")
+
+
+def test_a_tmux_server_that_somebody_else_started_is_left_as_it_is(world):
+    world.tmux("new-session", "-d", "-s", "mine", "cat")
+    options = world.tmux("show-options", "-g"), world.tmux("show-options", "-s")
+    for arguments in (["--task", "x"], ["--chat"]):
+        done = world.run(*arguments)
+        assert done.status == 2
+        assert_one_complaint(done, "gt-claude-loop", "somebody else", "CLAUDE_TMUX_SOCKET")
+    assert (world.tmux("show-options", "-g"), world.tmux("show-options", "-s")) == options
+    assert world.tmux("list-sessions", "-F", "#{session_name}") == "mine"
 
 
 def test_a_session_that_took_the_place_of_ours_is_neither_typed_into_nor_ended(world):

@@ -733,7 +733,10 @@ BOX = ["────", "❯", "────", "  ? for help"]
     ([*OLD, *BOX], [*OLD[100:], "new", *BOX], ["new"]),
     ([*OLD, *BOX], [*OLD[100:-1], "redrawn", "new", *BOX], ["redrawn", "new"]),
     ([*OLD, *BOX], ["cleared", *BOX], None),
-    (["$"], ["149", "150", "$"], None), (["a", "b"], ["c", "d"], None)])
+    (["$"], ["149", "150", "$"], None), (["a", "b"], ["c", "d"], None),
+    (["", *OLD[:99], "", *OLD[99:], *BOX], ["", *OLD[99:], "new", *BOX], ["new"]),
+    (["", "a"], ["", "b"], None), (["y"] * 300, ["y"] * 200 + ["new"], None),
+    (["banner", *OLD], ["banner", "cleared"], None)])
 def test_what_is_new_on_a_screen(before, after, new):
     assert new_lines(before, after) == new
 
@@ -1152,6 +1155,15 @@ def test_a_spinner_that_a_dead_program_left_in_the_title_is_no_sign_of_work():
         "wait", "done", "wait", "wait"]
 
 
+@pytest.mark.parametrize("box, over", [("❯\n  hints", 5.3), ("❯ hi\n  hints", 7.0)])
+def test_words_that_give_way_to_what_a_person_types_have_not_gone(box, over):
+    watch = Watch(PANE._replace(screen=("❯", "  hints")), 0.0, ["claude"])
+    looks = [(1.0, FOOTER), (2.0, FOOTER), (3.0, "{}\n❯ hi\n  hints"), (4.9, "{}\n❯ hi\n  hints"),
+             (5.0, "done\n" + box), (over - 0.1, "done\n" + box), (over, "done\n" + box)]
+    assert [watch.see(PANE._replace(cursor_row=1, screen=tuple(text.format(now).split("\n"))), now)
+            for now, text in looks] == ["wait"] * 6 + ["done"]
+
+
 def test_words_are_not_asked_once_a_title_has_shown_a_spinner():
     quoted = [(now, FOOTER, "✳ x") for now in (1.0, 1.3, 3.1)]
     assert verdicts((0.1, "a", "⠂ x"), *quoted) == ["wait", "wait", "done", "done"]
@@ -1228,6 +1240,14 @@ def test_a_screen_without_history_is_shown_as_it_is():
     assert "Welcome" in turn.output and "visible screen" in turn.report()
 
 
+def test_a_turn_that_leaves_the_screen_as_it_was_is_shown_whole():
+    desk = Desk(claude())
+    for _ in range(2):
+        desk.clock.at(3.1, lambda: setattr(desk.terminal, "lines", ["same"]))
+        turn = desk.agent.ask("/clear")
+        assert turn.output.startswith("same\n") and "visible screen" in turn.report()
+
+
 def test_copy_mode_is_left_before_anything_is_typed():
     desk = Desk(claude())
     desk.terminal.in_mode = True
@@ -1271,6 +1291,35 @@ def test_a_draft_that_somebody_left_is_removed_and_told(draft):
     assert desk.terminal.taken == ["one"] and turn.output == "> one\n● Done: one"
     assert f"held a draft, which was removed: {draft.strip()!r}" in turn.report()
     assert desk.terminal.pressed.count("Enter") == 1
+
+
+@pytest.mark.parametrize("dim", ["", "\x1b[2m", "\x1b[38;5;2m"])
+def test_what_stands_behind_a_cursor_at_the_start_is_a_draft_unless_it_is_dim(dim):
+    desk = Desk(claude())
+    look, desk.terminal.draft = desk.terminal.look, "words"
+    desk.terminal.look = lambda pane_id: look(pane_id)._replace(cursor_column=2)
+    desk.terminal.picture = lambda pane_id: f"Welcome to Claude Code\n{'─' * 40}\n❯ {dim}words"
+    placeholder = dim == "\x1b[2m"
+    assert ("was removed: 'words'" in desk.agent.ask("one").report()) is not placeholder
+    assert desk.terminal.pressed.count("C-u") == 20 * (not placeholder)
+
+
+def test_a_draft_is_seen_above_the_long_list_that_it_has_opened():
+    desk = Desk(claude())
+    look, desk.terminal.draft = desk.terminal.look, "/"
+    desk.terminal.look = lambda pane_id: look(pane_id)._replace(
+        screen=(*look(pane_id).screen, *(f"    /{number}  a command" for number in range(20))))
+    desk.agent.ask("one")
+    assert desk.terminal.taken == ["one"]
+
+
+def test_nothing_is_typed_behind_a_draft_that_does_not_go():
+    desk = Desk(claude())
+    desk.terminal.draft = "stays"
+    desk.terminal.keyed = lambda key: setattr(desk.terminal, "draft", "stays")
+    turn = desk.agent.ask("one")
+    assert "Nothing was typed" in turn.report() and "does not go: 'stays'" in turn.report()
+    assert "❯ stays" in turn.output and not desk.terminal.pasted
 
 
 def test_a_draft_is_left_alone_in_a_program_that_we_know_nothing_of():
@@ -1413,6 +1462,23 @@ def test_a_message_is_not_repeated_once_its_enter_was_pressed():
     turn = desk.agent.ask("one")
     assert turn.state == "exited" and desk.terminal.pasted == desk.terminal.taken == ["one"]
     assert desk.agent.ask("two").output == "> two\n● Done: two"
+
+
+@pytest.mark.parametrize("error", [TmuxError, TmuxDied])
+def test_a_message_is_not_repeated_if_its_enter_was_pressed_though_tmux_did_not_say_so(error):
+    desk = Desk(doomed(lambda terminal: terminal.die("killed by it")), claude())
+    press, failures = desk.terminal.press, [error("no answer")]
+    desk.terminal.press = lambda *what: press(*what) and play(failures, True)
+    turn = desk.agent.ask("one")
+    assert turn.state == "exited" and "It may have taken the message" in turn.report()
+    assert desk.terminal.taken == desk.terminal.pasted == ["one"]
+
+
+def test_a_text_that_tmux_never_takes_ends_it():
+    desk = Desk(claude())
+    desk.terminal.paste = lambda *what: play([], TmuxError("no answer"))
+    with pytest.raises(TmuxError, match="no answer, twice, and Claude Code got no text"):
+        desk.agent.ask("one")
 
 
 def test_a_fourth_restart_without_a_finished_turn_ends_it():
