@@ -960,8 +960,7 @@ def birth(pid: int) -> str:
         return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
     with contextlib.suppress(OSError):
         return subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True,
-                              stdin=subprocess.DEVNULL, text=True, errors="replace",
-                              env={"PATH": os.environ.get("PATH", os.defpath)}).stdout
+                              stdin=subprocess.DEVNULL, text=True, errors="replace", env={}).stdout
     return ""
 
 

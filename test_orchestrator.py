@@ -1588,7 +1588,7 @@ def test_when_a_process_was_started_is_known_by_proc_or_by_ps(proc, path, monkey
     """Both are missing on some machine."""
     if proc and not Path("/proc/self/stat").exists() or path and not shutil.which("ps"):
         pytest.skip("not on this machine")
-    monkeypatch.setenv("PATH", path)
+    monkeypatch.setattr(os, "defpath", path)
     if not proc:
         monkeypatch.setattr(Path, "read_text", lambda path, **how: os.write(-1, b"no /proc"))
     waits = [sys.executable, "-c", "import sys; sys.stdin.read()"]
