@@ -1799,6 +1799,7 @@ class Memory:
         self.facts: list[str] = []
         self.limit, self.complaint, self._path = limit, "", path
         self._unsaved: list[str] = []       # could not be written so far
+        self._tries = 1000                  # to get the lock, a hundredth of a second apart
 
     def load(self) -> str:
         """Read the file; return the complaint, if there is one."""
@@ -1851,15 +1852,17 @@ class Memory:
         """Apply a change to what is on disk now; return what it added."""
         with self._locked() as path:
             known = self._known(path)
-            self.facts = change(known)
-            if self.facts != known or self.facts and not path.exists():     # it was set aside
-                self._write(path)
-        old = set(known)
+            facts = change(known)
+            if facts != known or facts and not path.exists():       # it was set aside
+                self._write(path, facts)
+        self.facts, old = facts, set(known)
         return [fact for fact in self.facts if fact not in old]
 
     def _known(self, path: Path) -> list[str]:
-        """Return the facts on disk; set a file of another form aside."""
+        """Return the facts on disk; set a file of another form aside, but never a device."""
         self.complaint = ""
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EINVAL, "not a regular file")
         try:
             facts = json.loads(path.read_text(encoding="utf-8-sig"))
             if isinstance(facts, list) and all(isinstance(fact, str) for fact in facts):
@@ -1873,15 +1876,15 @@ class Memory:
             self.complaint = f"{path} was not a JSON array of strings; it is now {aside}"
             return self.facts
 
-    def _write(self, path: Path) -> None:
+    def _write(self, path: Path, facts: list[str]) -> None:
         """Replace the file in one step, so that a crash leaves the old one."""
         draft = path.with_name(f".{path.name}.new")
         draft.unlink(missing_ok=True)       # of a run that was killed here
         try:
-            with open(draft, "x", encoding="utf-8", errors="replace") as file:
+            with open(draft, "x", encoding="utf-8", errors="backslashreplace") as file:
                 if path.exists():
                     os.fchmod(file.fileno(), path.stat().st_mode & 0o777)
-                json.dump(self.facts, file, ensure_ascii=False, indent=2)
+                json.dump(facts, file, ensure_ascii=False, indent=2)
                 file.write("\n")
                 file.flush()
                 os.fsync(file.fileno())
@@ -1893,13 +1896,20 @@ class Memory:
     def _locked(self) -> Iterator[Path]:
         """Keep other runs out of the file that the path leads to, and yield that.
 
-        Its directory is the lock, so none is left behind.  NFS can't lock directories.
+        Its directory is the lock, so none is left behind.  NFS can't lock directories; flock(1)
+        may have locked it for as long as we run, so after ten seconds we do without.
         """
         path = Path(os.path.realpath(self._path))
         handle = os.open(path.parent, os.O_RDONLY)
         try:
             with contextlib.suppress(OSError):
-                fcntl.flock(handle, fcntl.LOCK_EX)
+                for _ in range(self._tries):
+                    with contextlib.suppress(BlockingIOError):
+                        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        break
+                    time.sleep(0.01)
+                else:
+                    self._tries = 1
             yield path
         finally:
             os.close(handle)
@@ -2045,7 +2055,7 @@ class Journal:
             if self._secret.search(text):
                 text = self.masked(text)
                 event = json.loads(text)
-            line = text.encode("utf-8", "replace") + b"\n"
+            line = text.encode("utf-8", "backslashreplace") + b"\n"     # as JSON would escape it
             if kind in LIVE:
                 self._live_count += 1
                 self._live[kind] = (self._live_count, line)
@@ -2584,6 +2594,7 @@ class Autopilot:
         self._history: list[tuple[str, str]] = []       # replies, fingerprints of what came
         self._failures: list[str] = []                  # of VERIFY_CMD, in a row
         self._warned = self._done = False
+        self._trouble = ""          # with the memory, that was told last
         self._part_shown = 0.0
         self._bound = math.inf      # characters, less than what the model called too long
 
@@ -2624,8 +2635,8 @@ class Autopilot:
 
     def _retell(self, past: Sequence[Event]) -> None:
         """Rebuild the conversation from the events of the earlier parts."""
-        said, notes, end = None, [], {"type": "iteration_start", "reason": _GOES_ON}
-        for event in [*past, end]:
+        said, notes, facts = None, [], ()
+        for event in [*past, {"type": "iteration_start", "reason": _GOES_ON}]:
             kind = event["type"]
             if kind == "history":
                 self._conversation.summarise(event["summary"], _count(event, "summarised"))
@@ -2637,14 +2648,16 @@ class Autopilot:
             elif kind == "reply" or event.get("reason") == _GOES_ON:
                 if said is not None:
                     self._conversation.add(said, "[You were stopped before this was done.]")
-                    self._remember(parse_reply(said).facts if event is end else ())
-                said = event.get("text")
+                    facts += parse_reply(said).facts
+                said = event["text"] if kind == "reply" else None
             elif "told" in event:
                 self._conversation.append(str(event["told"]))
+                facts = ()          # were saved before
             if kind == "iteration_start":       # they are told with the next prompt
                 for note in notes:
                     self._conversation.append(note)
                 notes = []
+        self._remember(facts)
 
     def _tell(self, reply: str, outcome: str) -> None:
         """Add a reply and what came of it to the conversation."""
@@ -2779,8 +2792,7 @@ class Autopilot:
 
         try:
             saved = self._memory.add(map(self._journal.masked, facts))
-            if self._memory.complaint:
-                self._journal.publish("error", error=self._memory.complaint)
+            trouble = self._memory.complaint
             if saved:
                 self._journal.publish("memory", saved=saved, total=len(self._memory.facts))
             before, after = self._memory.compact(rewrite) or (0, 0)
@@ -2788,7 +2800,10 @@ class Autopilot:
                 self._journal.publish("memory", total=after, **spent,
                                       compacted={"before": before, "after": after})
         except OSError as error:
-            self._journal.publish("error", error=f"memory.json can't be written: {error.strerror}")
+            trouble = f"memory.json can't be written: {error.strerror}"
+        if trouble not in ("", self._trouble):
+            self._journal.publish("error", error=trouble)
+        self._trouble = trouble
 
     def _room(self) -> int:
         """Return how many characters the conversation may have; one answer may have 16,000."""
@@ -3944,7 +3959,7 @@ def run(config: Config, place: Place, *, task: Callable[[], str] = lambda: "", c
         if config.terminate_when_quit:
             stack.callback(agent.stop)
         if past and not as_json:
-            say(narrate(info))
+            say(narrate({name: info[name] for name in ("type", *_TEXTS["task_info"])}))
         if chat:
             Chat(config, agent, journal, read_line, at_prompt=sys.stdin.isatty()).run(info)
         else:

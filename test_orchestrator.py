@@ -11,6 +11,7 @@ import datetime
 import doctest
 import email.utils
 import errno
+import fcntl
 import functools
 import http.client
 import http.server
@@ -2193,11 +2194,45 @@ def test_facts_that_cannot_be_written_are_with_the_next_that_can(memory, tmp_pat
         broken.setattr(os, "fsync", lambda handle: os.write(-1, b"no space"))
         with pytest.raises(OSError):
             memory.add(["b"])
-        assert stored(tmp_path) == ["a"] and memory.facts == ["a", "b"]
+        assert stored(tmp_path) == ["a"] == memory.facts
         assert [path.name for path in tmp_path.iterdir()] == ["memory.json"]
     Memory(tmp_path / "memory.json", 3).add(["of another run"])
     assert memory.add(["c"]) == ["b", "c"]
     assert stored(tmp_path) == ["a", "of another run", "b", "c"]
+
+
+def test_the_first_fact_is_told_as_new_once_it_could_be_written(memory, tmp_path, monkeypatch):
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "fsync", lambda handle: os.write(-1, b"no space"))
+        with pytest.raises(OSError):
+            memory.add(["a"])
+    assert memory.add(["b"]) == ["a", "b"] == stored(tmp_path)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["fifo", "directory"])
+def test_what_is_no_file_is_neither_set_aside_nor_waited_for(make, memory, tmp_path):
+    make(tmp_path / "else")
+    (tmp_path / "memory.json").symlink_to(tmp_path / "else")
+    with pytest.raises(ConfigError, match="memory.json: can't be read: not a regular file"):
+        memory.load()
+    with pytest.raises(OSError, match="not a regular file"):
+        memory.add(["a"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["else", "memory.json"]
+
+
+def test_a_directory_that_stays_locked_is_waited_for_once(memory, tmp_path, monkeypatch):
+    tries, free = [], [False] * 100 + [True] + [False] * 2000
+
+    def flock(handle, how):
+        tries.append(how)
+        if not free[len(tries) - 1]:
+            raise BlockingIOError
+
+    monkeypatch.setattr(orchestrator.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(orchestrator.fcntl, "flock", flock)
+    for fact, count in (("a", 101), ("b", 1101), ("c", 1102)):
+        assert memory.add([fact]) == [fact] and len(tries) == count
+    assert set(tries) == {fcntl.LOCK_EX | fcntl.LOCK_NB} and stored(tmp_path) == ["a", "b", "c"]
 
 
 def test_a_draft_that_a_killed_run_left_is_overwritten_whatever_it_is(memory, tmp_path):
@@ -2810,6 +2845,23 @@ def test_facts_of_a_megabyte_are_kept_but_only_told_in_part(fly, tmp_path):
     assert len(system) < 20_000 and "the last fact" in system
 
 
+def test_a_trouble_with_the_memory_is_told_once_and_again_if_it_is_another(fly, monkeypatch):
+    def fail(number):
+        monkeypatch.setattr(os, "fsync", mend if number is None else lambda _: fails(number))
+
+    def fails(number):
+        raise OSError(number, os.strerror(number))
+
+    mend, weather = os.fsync, [errno.ENOSPC, errno.ENOSPC, errno.EIO, None, errno.EIO]
+    replies = [lambda number=number, each=each: fail(each) or f"MEMORY_SAVE: {number}\ngo {number}"
+               for number, each in enumerate(weather)]
+    flight = fly(*replies, "TASK_COMPLETE")
+    assert flight.run() == "complete"
+    said = [f"memory.json can't be written: {os.strerror(number)}"
+            for number in (errno.ENOSPC, errno.EIO, errno.EIO)]
+    assert [event["error"] for event in flight.of("error")] == said
+
+
 def test_a_long_memory_is_compacted_by_the_model(fly, tmp_path):
     flight = fly("MEMORY_SAVE: a\nMEMORY_SAVE: b\nMEMORY_SAVE: c\ngo", 'Sure: {"facts": ["abc"]}',
                  "TASK_COMPLETE", memory_max_facts=2)
@@ -3059,10 +3111,11 @@ def test_facts_of_a_reply_that_was_broken_off_are_saved_and_only_then(fly, tmp_p
     past = [{"type": "task_info", "time": "2026-01-31T09:00:00.000Z"},
             {"type": "reply", "time": "2026-01-31T09:00:01.000Z", "text": "MEMORY_SAVE: a\none"}]
     going_on = {"type": "state", "time": "2026-01-31T09:00:02.000Z", "reason": "the run goes on"}
-    assert fly("TASK_COMPLETE").run(past) == "complete" and stored(tmp_path) == ["a"]
-    (tmp_path / "memory.json").write_text("[]")
-    fly("TASK_COMPLETE").run([*past, going_on, {**past[1], "text": "two"}])
-    assert stored(tmp_path) == []
+    told = {**going_on, "reason": "the model is told", "told": "go on"}
+    for facts, more in ((["a"], []), (["a"], [going_on]), ([], [going_on, told]),
+                        ([], [going_on, told, {**past[1], "text": "two"}])):
+        (tmp_path / "memory.json").write_text("[]")
+        assert fly("TASK_COMPLETE").run([*past, *more]) == "complete" and stored(tmp_path) == facts
 
 
 def test_odd_events_of_an_earlier_part_are_passed_over(fly):
@@ -3070,13 +3123,14 @@ def test_odd_events_of_an_earlier_part_are_passed_over(fly):
            {"type": "iteration_end", "agent_output": None}, {"type": "of the future", "text": []},
            {"type": "reply", "text": "x", "tokens": 7, "cost": "much", "iteration": "one"},
            {"type": "history", "summary": "s", "summarised": [], "tokens": {"prompt": "x"}},
-           {"type": "state", "told": 7}, {"type": "complete", "outcome": [], "iteration": 9}]
+           {"type": "state", "told": 7}, {"type": "complete", "outcome": [], "iteration": 9},
+           {"type": "state", "reason": "the run goes on", "text": 7}]
     events = [{"type": "task_info", "task": "x", "model": "M", "agent": "A", "attach": "attach",
                "workdir": "/"}, *odd]
     events = [{"time": "2026-01-31" if number % 2 else "2026-01-31T09:00:00.000Z", **event}
               for number, event in enumerate(events)] + odd
     intact = list(filter(is_intact, events))
-    assert len(intact) == 6 and [is_intact(event) for event in odd] == [False] * len(odd)
+    assert len(intact) == 7 and [is_intact(event) for event in odd] == [False] * len(odd)
     flight = fly("TASK_COMPLETE")
     assert flight.run(intact) == "complete" and flight.of("complete")[0]["iterations"] == 1
 
@@ -3530,6 +3584,15 @@ def test_the_run_to_resume_is_the_last_of_the_directory_with_this_session(tmp_pa
     write("9", first, ended)
     with pytest.raises(ConfigError, match=r"has ended \(complete\): .*9.jsonl$"):
         last_unfinished(place, "attach a")
+
+
+def test_a_run_in_a_directory_whose_name_is_no_text_is_found_again(tmp_path):
+    work = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xe4"))
+    place = Place(work, tmp_path / "state", {})
+    journal = Journal(place.state / "runs" / "run.jsonl")
+    journal.publish("task_info", task="x", model="M", agent="A", attach="attach", workdir=str(work))
+    assert last_unfinished(place, "attach") == (journal.path, journal.events())
+    assert journal.path.read_bytes().decode("utf-8")
 
 
 def test_the_run_to_resume_is_found_among_more_runs_than_may_be_open(tmp_path):
