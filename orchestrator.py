@@ -82,7 +82,6 @@ import tty
 import urllib.error
 import urllib.parse
 import urllib.request
-import webbrowser
 from pathlib import Path
 from typing import (
     Any, Callable, Generator, Iterable, Iterator, Mapping, NamedTuple, Sequence, TextIO)
@@ -938,7 +937,7 @@ def birth(pid: int) -> str:
     """Return when a process was started, as ps tells it: later its id may be another's."""
     with contextlib.suppress(OSError):
         return subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], text=True, errors="replace",
-                              capture_output=True, stdin=subprocess.DEVNULL).stdout
+                              capture_output=True, stdin=subprocess.DEVNULL, env={}).stdout
     return ""
 
 
@@ -3811,8 +3810,12 @@ def served(config: Config, journal: Journal, control: Callable[[str, str], objec
         say(f"Dashboard: {dashboard.url}", stream)
         has_screen = any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY")))
         opened = config.dashboard_open and (has_screen or sys.platform == "darwin")
-        if opened:
-            threading.Thread(target=webbrowser.open, args=(dashboard.url,), daemon=True).start()
+        if opened:      # without the key, and away from the terminal, which a browser may draw on
+            with contextlib.suppress(OSError):
+                subprocess.Popen([sys.executable, "-I", "-m", "webbrowser", dashboard.url],
+                                 env=child_environment(os.environ), stdin=subprocess.DEVNULL,
+                                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                 start_new_session=True)
         try:
             yield
         finally:

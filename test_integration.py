@@ -2006,7 +2006,12 @@ def test_the_key_reaches_the_model_and_nothing_else_from(source, world):
         return "TASK_COMPLETE"
 
     model = world.model("printenv | sort", last)
-    settings = {"CLAUDE_CMD": "bash --norc"}
+    look = ("import sys, urllib.request as web; url = sys.argv[1]; web.urlopen(url); "
+            "web.urlopen(url.replace('?', 'events?')).read()")
+    browser = f'printenv > ../browser; exec {sys.executable} -c "{look}" "$1"'
+    settings = {"CLAUDE_CMD": "bash --norc", "VERIFY_CMD": "printenv > ../check",
+                "PATH": world.program("browser", browser),
+                "DASHBOARD_OPEN": "yes", "DISPLAY": ":0", "BROWSER": "browser"}
     if source == ".env":
         (world.work / ".env").write_text(f"export OPENROUTER_API_KEY='{KEY}' # mine\n")
         settings["OPENROUTER_API_KEY"] = ""
@@ -2016,7 +2021,8 @@ def test_the_key_reaches_the_model_and_nothing_else_from(source, world):
     assert "OPENROUTER_API_KEY" not in model.last_message()
     seen = [world.everything(), world.tmux("show-environment", "-g"),
             json.dumps([request.body for request in model.requests]), str(arguments)]
-    assert [KEY in text for text in seen] == [False] * 4 and "orchestrator.py" in seen[3]
+    seen += [(world.directory / name).read_text() for name in ("browser", "check")]
+    assert [KEY in text for text in seen] == [False] * 6 and "orchestrator.py" in seen[3]
 
 
 def test_a_key_that_the_agent_prints_is_masked(world):
