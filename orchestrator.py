@@ -2114,27 +2114,23 @@ class Journal:
         """Count as a reader while this lasts; live events are worth their making only then."""
         with self._changed:
             self._readers, self._was_read = self._readers + 1, True
+            self._changed.notify_all()
         try:
             yield
         finally:
             with self._changed:
                 self._readers -= 1
-                self._changed.notify_all()
 
     def watched(self) -> bool:
         """Whether anybody reads."""
         return self._readers > 0
 
     def close(self, expected: bool = False) -> None:
-        """Let the readers go once they have all events; wait two seconds for them.
-
-        If one is `expected`, who has not come yet, it is waited for too.
-        """
+        """Let the readers go once they have all events; wait two seconds for one `expected`."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-            self._changed.wait_for(
-                lambda: not self._readers and (self._was_read or not expected), 2.0)
+            self._changed.wait_for(lambda: self._was_read or not expected, 2.0)
 
 
 # -- 9. Dashboard ---------------------------------------------------------------------------
@@ -2144,6 +2140,7 @@ _POLICY = ("default-src 'none'; script-src 'nonce-NONCE'; style-src 'nonce-NONCE
            "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
            "frame-ancestors 'none'")
 _BODY_LIMIT = 65_536
+_NUMBER = re.compile("[0-9]{1,15}")
 _ACTIONS = ("pause", "resume", "stop", "note")
 
 
@@ -2191,7 +2188,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._answer(405 if self.path in ("/", "/events") else 404, "POST goes to /control")
         elif self.headers.get_content_type() != "application/json":
             self._answer(415, "expected Content-Type: application/json")
-        elif not length.isdigit() or int(length) > _BODY_LIMIT:
+        elif not _NUMBER.fullmatch(length) or int(length) > _BODY_LIMIT:
             self._answer(413, f"expected a body of 1 to {_BODY_LIMIT} bytes, not chunked")
         else:
             order = parse_object(self.rfile.read(int(length))) or {}
@@ -2253,7 +2250,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _stream(self) -> None:
         """Send the run so far, or what was missed, and go on with what comes."""
         last = self.headers.get("Last-Event-ID", "")
-        after, live_seen, closed = int(last) if last.isdigit() else 0, 0, False
+        after, live_seen, closed = int(last) if _NUMBER.fullmatch(last) else 0, 0, False
         journal = self.server.journal
         self.connection.settimeout(self.PATIENCE)
         self._begin(200, {"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"})
@@ -2273,7 +2270,7 @@ class Dashboard(http.server.ThreadingHTTPServer):
     Enter it with `with`; raises ConfigError if it can't listen.
     """
 
-    daemon_threads, request_queue_size = True, 128
+    daemon_threads, request_queue_size, timeout = True, 128, 0
     CONNECTIONS = 256       # at once; more are closed, so that a flood leaves the run its files
 
     def __init__(self, journal: Journal, page: str, host: str, port: int,
@@ -2315,9 +2312,15 @@ class Dashboard(http.server.ThreadingHTTPServer):
         return self
 
     def __exit__(self, *error: object) -> None:
+        """Answer whoever has come so far, which may take two seconds; nobody's line is cut."""
         self.journal.close(expected=self.visited.is_set())
         self.shutdown()
+        for _ in range(self.request_queue_size):    # those that were not accepted yet
+            self.handle_request()
         self.server_close()
+        until = time.monotonic() + 2.0
+        all(self._free.acquire(timeout=max(0.0, until - time.monotonic()))
+            for _ in range(self.CONNECTIONS))
 
 
 # -- 10. Loops ------------------------------------------------------------------------------

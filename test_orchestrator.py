@@ -2649,7 +2649,8 @@ def test_which_orders_are_taken(visitor):
             ("[" * 60_000, 400), ("x" * 70_000, 413)):
         assert visitor.post(body) == status, body[:40]
     assert visitor.post('{"action": "stop"}', Host="evil.example") == 403
-    assert visitor.post('{"action": "stop"}', **{"Content-Length": "many"}) == 413
+    for length in ("many", "\xb2", "9" * 5000):
+        assert visitor.post('{"action": "stop"}', **{"Content-Length": length}) == 413
     assert not visitor.orders
     for order in ({"action": "pause"}, {"action": "resume"}, {"action": "note", "text": "ä <b>"},
                   {"action": "stop"}):
@@ -2691,9 +2692,25 @@ def test_a_new_client_gets_the_whole_run_and_then_what_comes(visitor):
 def test_a_returning_client_gets_what_it_missed(visitor):
     for number in range(1, 5):
         visitor.journal.publish("note", text=str(number))
-    for last, expected in (("2", [3, 4]), ("0", [1, 2]), ("x", [1, 2]), ("-1", [1, 2])):
+    for last, expected in (("2", [3, 4]), ("0", [1, 2]), ("x", [1, 2]), ("-1", [1, 2]),
+                           ("\xb2", [1, 2]), ("9" * 5000, [1, 2])):
         stream = visitor.ask("GET", "/events", {**visitor.cookie, "Last-Event-ID": last})
         assert [number for number, _ in events_of(stream, 2)] == expected
+
+
+def test_who_knocks_before_the_end_is_still_answered():
+    visitor = Visitor(Journal())
+    host, port = visitor.host.split(":")
+    with socket.socket() as late:
+        with visitor.dashboard:
+            visitor.dashboard.shutdown()        # from here on nobody is let in, but by the end
+            visitor.journal.publish("note", text="last words")
+            late.connect((host, int(port)))
+            late.sendall(f"GET /events HTTP/1.0\r\nHost: {visitor.host}\r\n"
+                         f"Cookie: {visitor.cookie['Cookie']}\r\n\r\n".encode())
+        assert b"last words" in b"".join(iter(lambda: late.recv(65536), b""))
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((host, int(port)), timeout=10)
 
 
 def test_an_address_that_cannot_be_listened_on_is_named():
