@@ -1949,7 +1949,7 @@ def _pattern(secret: str) -> re.Pattern[str]:
 
     It fits to a text, and to the JSON of one.  What is shorter than 8 characters is no secret.
     """
-    gap = r"(?:(?:\\u001b|\x1b)\[[\d;]*m|\\n|[\n │|])*"
+    gap = r"(?:(?:\\u001b|\x1b)\[[\d;:]*m|\\[nrt]|\\u00[01]\w|[^!-~]|\|)*"
     half = len(secret) // 2 if len(secret) >= 32 else len(secret)
     parts = [gap.join(map(re.escape, part)) for part in (secret[:half], secret[half:]) if part]
     return re.compile("|".join([gap.join(parts), *parts]) if len(secret) >= 8 else "(?!)")

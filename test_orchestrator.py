@@ -2361,6 +2361,8 @@ LONG_KEY = "sk-or-v1-" + "0123456789abcdef" * 4
     (f"\x1b[31m{LONG_KEY[:20]}\x1b[39m\n\x1b[31m{LONG_KEY[20:]}\x1b[0m x",
      "\x1b[31m[key]\x1b[0m x"),
     (f"│ {LONG_KEY[:30]} │\n│ {LONG_KEY[30:]} │", "│ [key] │"),
+    (f"\x1b[4:3m{LONG_KEY[:20]}\x1b[58:2::1:2:3m\x0e{LONG_KEY[20:]}.", "\x1b[4:3m[key]."),
+    (f"{LONG_KEY[:30]}\r\n\t\xa0{LONG_KEY[30:]}", "[key]"),
     (f"{LONG_KEY[:60]} (cut off", f"[key]{LONG_KEY[36:60]} (cut off"), (f"...{LONG_KEY[30:]}", None),
     ("sk-or-v1-0123 is how they begin", "sk-or-v1-0123 is how they begin"),
     ("a long text\n\n" * 2000 + "s" * 9000, "a long text\n\n" * 2000 + "s" * 9000)],
