@@ -2144,21 +2144,25 @@ _NUMBER = re.compile("[0-9]{1,15}")
 _ACTIONS = ("pause", "resume", "stop", "note")
 
 
-class _Handler(http.server.BaseHTTPRequestHandler):
+class QuietHandler(http.server.BaseHTTPRequestHandler):
+    """Answers a connection without a word: the terminal belongs to the narration."""
+
+    def handle(self) -> None:
+        """Answer, unless the client goes away."""
+        with contextlib.suppress(OSError):
+            super().handle()
+
+    def log_message(self, *args: object) -> None:
+        """Say nothing."""
+
+
+class _Handler(QuietHandler):
     """Answers one connection of a browser."""
 
     server: Any         # the Dashboard
     timeout = 5         # seconds for a read or write; for a write to a stream, PATIENCE
     PATIENCE = 20       # a client that can't keep up is dropped, and comes back
     server_version, sys_version = "orchestrator", ""
-
-    def handle(self) -> None:
-        """Answer, unless the browser goes away."""
-        with contextlib.suppress(OSError):
-            super().handle()
-
-    def log_message(self, *args: object) -> None:
-        """Say nothing: the terminal belongs to the narration."""
 
     def do_GET(self) -> None:
         """Serve the page and the stream of events."""
@@ -3452,7 +3456,8 @@ PAGE = r"""<!doctype html>
 
 
 # -- 12. Demo -------------------------------------------------------------------------------
-# The built-in model and agent of --demo: they know one task by heart.  May use: nothing.
+# The built-in model and agent of --demo: they know one task by heart.
+# May use: Dashboard.
 
 DEMO_TASK = "Write primes.py with a function primes(n) that returns the primes below n; prove it."
 DEMO_CHECK = f"{shlex.quote(sys.executable)} check.py"
@@ -3471,11 +3476,8 @@ _DEMO_REPLIES = (
     "MEMORY_SAVE: check.py proves primes.py: run it after each change\n\nTASK_COMPLETE")
 
 
-class DemoModel(http.server.BaseHTTPRequestHandler):
+class DemoModel(QuietHandler):
     """Answers chat completions as OpenRouter does, streamed, with the next of the replies."""
-
-    def log_message(self, *args: object) -> None:
-        """Say nothing."""
 
     def do_POST(self) -> None:
         """Answer with the reply that follows on the conversation."""

@@ -2715,6 +2715,16 @@ def test_who_knocks_before_the_end_is_still_answered():
         socket.create_connection((host, int(port)), timeout=10)
 
 
+def test_who_leaves_in_the_middle_of_an_answer_is_no_trouble():
+    body = '{"messages": []}'
+    for handler in (orchestrator.QuietHandler, orchestrator.DemoModel):
+        ours, theirs = socket.socketpair()
+        theirs.sendall(f"POST / HTTP/1.0\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+        theirs.close()
+        with ours:
+            handler(ours, None, None)
+
+
 def test_an_address_that_cannot_be_listened_on_is_named():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
