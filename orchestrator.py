@@ -82,7 +82,6 @@ import tty
 import urllib.error
 import urllib.parse
 import urllib.request
-import webbrowser
 from pathlib import Path
 from typing import (
     Any, Callable, Generator, Iterable, Iterator, Mapping, NamedTuple, Sequence, TextIO)
@@ -1837,6 +1836,7 @@ class Memory:
         self.facts: list[str] = []
         self.limit, self.complaint, self._path, self._sleep = limit, "", path, sleep
         self._unsaved: list[str] = []       # could not be written so far
+        self._tries = 1000                  # to get the lock, a hundredth of a second apart
 
     def load(self) -> str:
         """Read the file; return the complaint, if there is one."""
@@ -1889,18 +1889,20 @@ class Memory:
         """Apply a change to what is on disk now; return what it added."""
         with self._locked():
             known = self._known()
-            self.facts = change(known)
-            if self.facts != known or self.facts and not self._path.exists():   # it was set aside
-                self._write()
-        old = set(known)
+            facts = change(known)
+            if facts != known or facts and not self._path.exists():     # it was set aside
+                self._write(facts)
+        self.facts, old = facts, set(known)
         return [fact for fact in self.facts if fact not in old]
 
     def _known(self) -> list[str]:
         """Return the facts on disk; set a file of another form aside, or the link that leads to it.
 
-        What is at a link's end may be anything: /dev/null, a file of somebody else's.
+        What is at a link's end may be somebody else's.  A device or a pipe is not read.
         """
         self.complaint = ""
+        if self._path.exists() and not self._path.is_file():
+            raise OSError(errno.EINVAL, "not a regular file")
         try:
             facts = json.loads(self._path.read_text(encoding="utf-8-sig"))
             if isinstance(facts, list) and all(isinstance(fact, str) for fact in facts):
@@ -1914,16 +1916,16 @@ class Memory:
             self.complaint = f"{self._path} was not a JSON array of strings; it is now {aside}"
             return self.facts
 
-    def _write(self) -> None:
+    def _write(self, facts: list[str]) -> None:
         """Replace the file in one step, so that a crash leaves the old one."""
         path = Path(os.path.realpath(self._path))
         draft = path.with_name(f".{path.name}.new")
         draft.unlink(missing_ok=True)       # of a run that was killed here
         try:
-            with open(draft, "x", encoding="utf-8", errors="replace") as file:
+            with open(draft, "x", encoding="utf-8", errors="backslashreplace") as file:
                 if path.exists():
                     os.fchmod(file.fileno(), path.stat().st_mode & 0o777)
-                json.dump(self.facts, file, ensure_ascii=False, indent=2)
+                json.dump(facts, file, ensure_ascii=False, indent=2)
                 file.write("\n")
                 file.flush()
                 os.fsync(file.fileno())
@@ -1936,18 +1938,18 @@ class Memory:
         """Keep other runs out of the file that the path leads to.
 
         Its directory is the lock, so none is left behind.  NFS can't lock directories, and who
-        holds one for over five seconds is no run of ours: `flock . python orchestrator.py`.
+        holds one for ten seconds is no run of ours: `flock . python orchestrator.py`.
         """
         handle = os.open(os.path.dirname(os.path.realpath(self._path)), os.O_RDONLY)
         try:
-            for _ in range(100):
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    self._sleep(0.05)
-                except OSError:
-                    break
+            with contextlib.suppress(OSError):
+                for _ in range(self._tries):
+                    with contextlib.suppress(BlockingIOError):
+                        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        break
+                    self._sleep(0.01)
+                else:
+                    self._tries = 1
             yield
         finally:
             os.close(handle)
@@ -1988,7 +1990,7 @@ def _pattern(secret: str) -> re.Pattern[str]:
 
     It fits to a text, and to the JSON of one.  What is shorter than 8 characters is no secret.
     """
-    gap = r"(?:(?:\\u001b|\x1b)\[[\d;]*m|\\n|[\n │|])*"
+    gap = r"(?:(?:\\u001b|\x1b)\[[\d;:]*m|\\[nrt]|\\u00[01]\w|[^!-~]|\|)*"
     half = len(secret) // 2 if len(secret) >= 32 else len(secret)
     parts = [gap.join(map(re.escape, part)) for part in (secret[:half], secret[half:]) if part]
     return re.compile("|".join([gap.join(parts), *parts]) if len(secret) >= 8 else "(?!)")
@@ -2153,27 +2155,23 @@ class Journal:
         """Count as a reader while this lasts; live events are worth their making only then."""
         with self._changed:
             self._readers, self._was_read = self._readers + 1, True
+            self._changed.notify_all()
         try:
             yield
         finally:
             with self._changed:
                 self._readers -= 1
-                self._changed.notify_all()
 
     def watched(self) -> bool:
         """Whether anybody reads."""
         return self._readers > 0
 
     def close(self, expected: bool = False) -> None:
-        """Let the readers go once they have all events; wait two seconds for them.
-
-        If one is `expected`, who has not come yet, it is waited for too.
-        """
+        """Let the readers go once they have all events; wait two seconds for one `expected`."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-            self._changed.wait_for(
-                lambda: not self._readers and (self._was_read or not expected), 2.0)
+            self._changed.wait_for(lambda: self._was_read or not expected, 2.0)
 
 
 # -- 9. Dashboard ---------------------------------------------------------------------------
@@ -2183,24 +2181,29 @@ _POLICY = ("default-src 'none'; script-src 'nonce-NONCE'; style-src 'nonce-NONCE
            "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
            "frame-ancestors 'none'")
 _BODY_LIMIT = 65_536
+_NUMBER = re.compile("[0-9]{1,15}")
 _ACTIONS = ("pause", "resume", "stop", "note")
 
 
-class _Handler(http.server.BaseHTTPRequestHandler):
+class QuietHandler(http.server.BaseHTTPRequestHandler):
+    """Answers a connection without a word: the terminal belongs to the narration."""
+
+    def handle(self) -> None:
+        """Answer, unless the client goes away."""
+        with contextlib.suppress(OSError):
+            super().handle()
+
+    def log_message(self, *args: object) -> None:
+        """Say nothing."""
+
+
+class _Handler(QuietHandler):
     """Answers one connection of a browser."""
 
     server: Any         # the Dashboard
     timeout = 5         # seconds for a read or write; for a write to a stream, PATIENCE
     PATIENCE = 20       # a client that can't keep up is dropped, and comes back
     server_version, sys_version = "orchestrator", ""
-
-    def handle(self) -> None:
-        """Answer, unless the browser goes away."""
-        with contextlib.suppress(OSError):
-            super().handle()
-
-    def log_message(self, *args: object) -> None:
-        """Say nothing: the terminal belongs to the narration."""
 
     def do_GET(self) -> None:
         """Serve the page and the stream of events."""
@@ -2230,7 +2233,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._answer(405 if self.path in ("/", "/events") else 404, "POST goes to /control")
         elif self.headers.get_content_type() != "application/json":
             self._answer(415, "expected Content-Type: application/json")
-        elif not length.isdigit() or int(length) > _BODY_LIMIT:
+        elif not _NUMBER.fullmatch(length) or int(length) > _BODY_LIMIT:
             self._answer(413, f"expected a body of 1 to {_BODY_LIMIT} bytes, not chunked")
         else:
             order = parse_object(self.rfile.read(int(length))) or {}
@@ -2292,7 +2295,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _stream(self) -> None:
         """Send the run so far, or what was missed, and go on with what comes."""
         last = self.headers.get("Last-Event-ID", "")
-        after, live_seen, closed = int(last) if last.isdigit() else 0, 0, False
+        after, live_seen, closed = int(last) if _NUMBER.fullmatch(last) else 0, 0, False
         journal = self.server.journal
         self.connection.settimeout(self.PATIENCE)
         self._begin(200, {"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"})
@@ -2312,7 +2315,7 @@ class Dashboard(http.server.ThreadingHTTPServer):
     Enter it with `with`; raises ConfigError if it can't listen.
     """
 
-    daemon_threads, request_queue_size = True, 128
+    daemon_threads, request_queue_size, timeout = True, 128, 0
     CONNECTIONS = 256       # at once; more are closed, so that a flood leaves the run its files
 
     def __init__(self, journal: Journal, page: str, host: str, port: int,
@@ -2356,9 +2359,15 @@ class Dashboard(http.server.ThreadingHTTPServer):
         return self
 
     def __exit__(self, *error: object) -> None:
+        """Answer whoever has come so far, which may take two seconds; nobody's line is cut."""
         self.journal.close(expected=self.visited.is_set())
         self.shutdown()
+        for _ in range(self.request_queue_size):    # those that were not accepted yet
+            self.handle_request()
         self.server_close()
+        until = time.monotonic() + 2.0
+        all(self._free.acquire(timeout=max(0.0, until - time.monotonic()))
+            for _ in range(self.CONNECTIONS))
 
 
 # -- 10. Loops ------------------------------------------------------------------------------
@@ -2634,6 +2643,7 @@ class Autopilot:
         self._history: list[tuple[str, str]] = []       # replies, fingerprints of what came
         self._failures: list[str] = []                  # of VERIFY_CMD, in a row
         self._warned = self._done = False
+        self._trouble = ""          # with the memory, that was told last
         self._part_shown = 0.0
         self._bound = math.inf      # characters, less than what the model called too long
 
@@ -2674,8 +2684,8 @@ class Autopilot:
 
     def _retell(self, past: Sequence[Event]) -> None:
         """Rebuild the conversation from the events of the earlier parts."""
-        said, notes, end = None, [], {"type": "iteration_start", "reason": _GOES_ON}
-        for event in [*past, end]:
+        said, notes, facts = None, [], ()
+        for event in [*past, {"type": "iteration_start", "reason": _GOES_ON}]:
             kind = event["type"]
             if kind == "history":
                 self._conversation.summarise(event["summary"], _count(event, "summarised"))
@@ -2687,14 +2697,16 @@ class Autopilot:
             elif kind == "reply" or event.get("reason") == _GOES_ON:
                 if said is not None:
                     self._conversation.add(said, "[You were stopped before this was done.]")
-                    self._remember(parse_reply(said).facts if event is end else ())
-                said = event.get("text")
+                    facts += parse_reply(said).facts
+                said = event["text"] if kind == "reply" else None
             elif "told" in event:
                 self._conversation.append(str(event["told"]))
+                facts = ()          # were saved before
             if kind == "iteration_start":       # they are told with the next prompt
                 for note in notes:
                     self._conversation.append(note)
                 notes = []
+        self._remember(facts)
 
     def _tell(self, reply: str, outcome: str) -> None:
         """Add a reply and what came of it to the conversation."""
@@ -2829,8 +2841,7 @@ class Autopilot:
 
         try:
             saved = self._memory.add(map(self._journal.masked, facts))
-            if self._memory.complaint:
-                self._journal.publish("error", error=self._memory.complaint)
+            trouble = self._memory.complaint
             if saved:
                 self._journal.publish("memory", saved=saved, total=len(self._memory.facts))
             before, after = self._memory.compact(rewrite) or (0, 0)
@@ -2838,7 +2849,10 @@ class Autopilot:
                 self._journal.publish("memory", total=after, **spent,
                                       compacted={"before": before, "after": after})
         except OSError as error:
-            self._journal.publish("error", error=f"memory.json can't be written: {error.strerror}")
+            trouble = f"memory.json can't be written: {error.strerror}"
+        if trouble not in ("", self._trouble):
+            self._journal.publish("error", error=trouble)
+        self._trouble = trouble
 
     def _room(self) -> int:
         """Return how many characters the conversation may have; one answer may have 16,000."""
@@ -3485,7 +3499,8 @@ PAGE = r"""<!doctype html>
 
 
 # -- 12. Demo -------------------------------------------------------------------------------
-# The built-in model and agent of --demo: they know one task by heart.  May use: nothing.
+# The built-in model and agent of --demo: they know one task by heart.
+# May use: Dashboard.
 
 DEMO_TASK = "Write primes.py with a function primes(n) that returns the primes below n; prove it."
 DEMO_CHECK = f"{shlex.quote(sys.executable)} check.py"
@@ -3504,11 +3519,8 @@ _DEMO_REPLIES = (
     "MEMORY_SAVE: check.py proves primes.py: run it after each change\n\nTASK_COMPLETE")
 
 
-class DemoModel(http.server.BaseHTTPRequestHandler):
+class DemoModel(QuietHandler):
     """Answers chat completions as OpenRouter does, streamed, with the next of the replies."""
-
-    def log_message(self, *args: object) -> None:
-        """Say nothing."""
 
     def do_POST(self) -> None:
         """Answer with the reply that follows on the conversation."""
@@ -3846,8 +3858,12 @@ def served(config: Config, journal: Journal, control: Callable[[str, str], objec
         say(f"Dashboard: {dashboard.url}", stream)
         has_screen = any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY")))
         opened = config.dashboard_open and (has_screen or sys.platform == "darwin")
-        if opened:
-            threading.Thread(target=webbrowser.open, args=(dashboard.url,), daemon=True).start()
+        if opened:      # without the key, and away from the terminal, which a browser may draw on
+            with contextlib.suppress(OSError):
+                subprocess.Popen([sys.executable, "-I", "-m", "webbrowser", dashboard.url],
+                                 env=child_environment(os.environ), stdin=subprocess.DEVNULL,
+                                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                 start_new_session=True)
         try:
             yield
         finally:
@@ -3994,7 +4010,7 @@ def run(config: Config, place: Place, *, task: Callable[[], str] = lambda: "", c
         if config.terminate_when_quit:
             stack.callback(agent.stop)
         if past and not as_json:
-            say(narrate(info))
+            say(narrate({name: info[name] for name in ("type", *_TEXTS["task_info"])}))
         if chat:
             Chat(config, agent, journal, read_line, at_prompt=sys.stdin.isatty()).run(info)
         else:

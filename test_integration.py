@@ -2052,7 +2052,12 @@ def test_the_key_reaches_the_model_and_nothing_else_from(source, world):
         return "TASK_COMPLETE"
 
     model = world.model("printenv | sort", last)
-    settings = {"CLAUDE_CMD": "bash --norc"}
+    look = ("import sys, urllib.request as web; url = sys.argv[1]; web.urlopen(url); "
+            "web.urlopen(url.replace('?', 'events?')).read()")
+    browser = f'printenv > ../browser; exec {sys.executable} -c "{look}" "$1"'
+    settings = {"CLAUDE_CMD": "bash --norc", "VERIFY_CMD": "printenv > ../check",
+                "PATH": world.program("browser", browser),
+                "DASHBOARD_OPEN": "yes", "DISPLAY": ":0", "BROWSER": "browser"}
     if source == ".env":
         (world.work / ".env").write_text(f"export OPENROUTER_API_KEY='{KEY}' # mine\n")
         settings["OPENROUTER_API_KEY"] = ""
@@ -2062,7 +2067,8 @@ def test_the_key_reaches_the_model_and_nothing_else_from(source, world):
     assert "OPENROUTER_API_KEY" not in model.last_message()
     seen = [world.everything(), world.tmux("show-environment", "-g"),
             json.dumps([request.body for request in model.requests]), str(arguments)]
-    assert [KEY in text for text in seen] == [False] * 4 and "orchestrator.py" in seen[3]
+    seen += [(world.directory / name).read_text() for name in ("browser", "check")]
+    assert [KEY in text for text in seen] == [False] * 6 and "orchestrator.py" in seen[3]
 
 
 def test_a_key_that_the_agent_prints_is_masked(world):
@@ -2921,8 +2927,10 @@ def test_a_late_client_gets_the_whole_run_and_a_returning_one_what_it_missed(wor
     assert whole == so_far and kinds(whole).count("iteration_end") == 3
     missed = site.events(lambda event: event["id"] == len(so_far), Last_Event_ID="5")
     assert [event["id"] for event in missed] == list(range(6, len(so_far) + 1))
+    stream = site.each(Last_Event_ID=str(len(so_far) - 1))
+    assert next(stream)["id"] == len(so_far)        # who comes once the gate is open may be late
     gate.set()
-    rest = site.events(lambda e: e["type"] == "complete", Last_Event_ID=str(len(so_far)))
+    rest = list(stream)
     assert run.end().status == 0
     assert [event["id"] for event in so_far + rest] == [event["id"] for event in world.events()]
 

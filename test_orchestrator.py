@@ -11,6 +11,7 @@ import datetime
 import doctest
 import email.utils
 import errno
+import fcntl
 import functools
 import http.client
 import http.server
@@ -2331,11 +2332,45 @@ def test_facts_that_cannot_be_written_are_with_the_next_that_can(memory, tmp_pat
         broken.setattr(os, "fsync", lambda handle: os.write(-1, b"no space"))
         with pytest.raises(OSError):
             memory.add(["b"])
-        assert stored(tmp_path) == ["a"] and memory.facts == ["a", "b"]
+        assert stored(tmp_path) == ["a"] == memory.facts
         assert [path.name for path in tmp_path.iterdir()] == ["memory.json"]
     Memory(tmp_path / "memory.json", 3).add(["of another run"])
     assert memory.add(["c"]) == ["b", "c"]
     assert stored(tmp_path) == ["a", "of another run", "b", "c"]
+
+
+def test_the_first_fact_is_told_as_new_once_it_could_be_written(memory, tmp_path, monkeypatch):
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "fsync", lambda handle: os.write(-1, b"no space"))
+        with pytest.raises(OSError):
+            memory.add(["a"])
+    assert memory.add(["b"]) == ["a", "b"] == stored(tmp_path)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["fifo", "directory"])
+def test_what_is_no_file_is_neither_set_aside_nor_waited_for(make, memory, tmp_path):
+    make(tmp_path / "else")
+    (tmp_path / "memory.json").symlink_to(tmp_path / "else")
+    with pytest.raises(ConfigError, match="memory.json: can't be read: not a regular file"):
+        memory.load()
+    with pytest.raises(OSError, match="not a regular file"):
+        memory.add(["a"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["else", "memory.json"]
+
+
+def test_a_directory_that_stays_locked_is_waited_for_once(memory, tmp_path, monkeypatch):
+    tries, free = [], [False] * 100 + [True] + [False] * 2000
+
+    def flock(handle, how):
+        tries.append(how)
+        if not free[len(tries) - 1]:
+            raise BlockingIOError
+
+    monkeypatch.setattr(orchestrator.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(orchestrator.fcntl, "flock", flock)
+    for fact, count in (("a", 101), ("b", 1101), ("c", 1102)):
+        assert memory.add([fact]) == [fact] and len(tries) == count
+    assert set(tries) == {fcntl.LOCK_EX | fcntl.LOCK_NB} and stored(tmp_path) == ["a", "b", "c"]
 
 
 def test_a_draft_that_a_killed_run_left_is_overwritten_whatever_it_is(memory, tmp_path):
@@ -2395,7 +2430,7 @@ def test_the_lock_is_where_the_file_is_and_a_missing_one_stops_nothing(tmp_path,
     handle, waits = os.open(tmp_path, os.O_RDONLY), []
     orchestrator.fcntl.flock(handle, orchestrator.fcntl.LOCK_EX)        # a script around the run's
     Memory(tmp_path / "memory.json", 3, sleep=waits.append).add(["a"])
-    assert stored(tmp_path) == ["a"] and sum(waits) == pytest.approx(5)
+    assert stored(tmp_path) == ["a"] and sum(waits) == pytest.approx(10)
     os.close(handle)
     monkeypatch.setattr(orchestrator.fcntl, "flock", lambda *_: os.write(-1, b"NFS can't"))
     assert runs[0].load() == "" and runs[0].add(["x"]) == ["x"]
@@ -2480,6 +2515,8 @@ LONG_KEY = "sk-or-v1-" + "0123456789abcdef" * 4
     (f"\x1b[31m{LONG_KEY[:20]}\x1b[39m\n\x1b[31m{LONG_KEY[20:]}\x1b[0m x",
      "\x1b[31m[key]\x1b[0m x"),
     (f"│ {LONG_KEY[:30]} │\n│ {LONG_KEY[30:]} │", "│ [key] │"),
+    (f"\x1b[4:3m{LONG_KEY[:20]}\x1b[58:2::1:2:3m\x0e{LONG_KEY[20:]}.", "\x1b[4:3m[key]."),
+    (f"{LONG_KEY[:30]}\r\n\t\xa0{LONG_KEY[30:]}", "[key]"),
     (f"{LONG_KEY[:60]} (cut off", f"[key]{LONG_KEY[36:60]} (cut off"), (f"...{LONG_KEY[30:]}", None),
     ("sk-or-v1-0123 is how they begin", "sk-or-v1-0123 is how they begin"),
     ("a long text\n\n" * 2000 + "s" * 9000, "a long text\n\n" * 2000 + "s" * 9000)],
@@ -2781,7 +2818,8 @@ def test_which_orders_are_taken(visitor):
             ("[" * 60_000, 400), ("x" * 70_000, 413)):
         assert visitor.post(body) == status, body[:40]
     assert visitor.post('{"action": "stop"}', Host="evil.example") == 403
-    assert visitor.post('{"action": "stop"}', **{"Content-Length": "many"}) == 413
+    for length in ("many", "\xb2", "9" * 5000):
+        assert visitor.post('{"action": "stop"}', **{"Content-Length": length}) == 413
     assert not visitor.orders
     for order in ({"action": "pause"}, {"action": "resume"}, {"action": "note", "text": "ä <b>"},
                   {"action": "stop"}):
@@ -2823,9 +2861,35 @@ def test_a_new_client_gets_the_whole_run_and_then_what_comes(visitor):
 def test_a_returning_client_gets_what_it_missed(visitor):
     for number in range(1, 5):
         visitor.journal.publish("note", text=str(number))
-    for last, expected in (("2", [3, 4]), ("0", [1, 2]), ("x", [1, 2]), ("-1", [1, 2])):
+    for last, expected in (("2", [3, 4]), ("0", [1, 2]), ("x", [1, 2]), ("-1", [1, 2]),
+                           ("\xb2", [1, 2]), ("9" * 5000, [1, 2])):
         stream = visitor.ask("GET", "/events", {**visitor.cookie, "Last-Event-ID": last})
         assert [number for number, _ in events_of(stream, 2)] == expected
+
+
+def test_who_knocks_before_the_end_is_still_answered():
+    visitor = Visitor(Journal())
+    host, port = visitor.host.split(":")
+    with socket.socket() as late:
+        with visitor.dashboard:
+            visitor.dashboard.shutdown()        # from here on nobody is let in, but by the end
+            visitor.journal.publish("note", text="last words")
+            late.connect((host, int(port)))
+            late.sendall(f"GET /events HTTP/1.0\r\nHost: {visitor.host}\r\n"
+                         f"Cookie: {visitor.cookie['Cookie']}\r\n\r\n".encode())
+        assert b"last words" in b"".join(iter(lambda: late.recv(65536), b""))
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((host, int(port)), timeout=10)
+
+
+def test_who_leaves_in_the_middle_of_an_answer_is_no_trouble():
+    body = '{"messages": []}'
+    for handler in (orchestrator.QuietHandler, orchestrator.DemoModel):
+        ours, theirs = socket.socketpair()
+        theirs.sendall(f"POST / HTTP/1.0\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+        theirs.close()
+        with ours:
+            handler(ours, None, None)
 
 
 def test_an_address_that_cannot_be_listened_on_is_named():
@@ -2975,6 +3039,23 @@ def test_facts_of_a_megabyte_are_kept_but_only_told_in_part(fly, tmp_path):
     assert flight.run() == "complete" and stored(tmp_path) == [big, "the last fact", "y" * 2000]
     system = flight.model.calls[0][0]["content"]
     assert len(system) < 20_000 and "the last fact" in system
+
+
+def test_a_trouble_with_the_memory_is_told_once_and_again_if_it_is_another(fly, monkeypatch):
+    def fail(number):
+        monkeypatch.setattr(os, "fsync", mend if number is None else lambda _: fails(number))
+
+    def fails(number):
+        raise OSError(number, os.strerror(number))
+
+    mend, weather = os.fsync, [errno.ENOSPC, errno.ENOSPC, errno.EIO, None, errno.EIO]
+    replies = [lambda number=number, each=each: fail(each) or f"MEMORY_SAVE: {number}\ngo {number}"
+               for number, each in enumerate(weather)]
+    flight = fly(*replies, "TASK_COMPLETE")
+    assert flight.run() == "complete"
+    said = [f"memory.json can't be written: {os.strerror(number)}"
+            for number in (errno.ENOSPC, errno.EIO, errno.EIO)]
+    assert [event["error"] for event in flight.of("error")] == said
 
 
 def test_a_long_memory_is_compacted_by_the_model(fly, tmp_path):
@@ -3226,10 +3307,11 @@ def test_facts_of_a_reply_that_was_broken_off_are_saved_and_only_then(fly, tmp_p
     past = [{"type": "task_info", "time": "2026-01-31T09:00:00.000Z"},
             {"type": "reply", "time": "2026-01-31T09:00:01.000Z", "text": "MEMORY_SAVE: a\none"}]
     going_on = {"type": "state", "time": "2026-01-31T09:00:02.000Z", "reason": "the run goes on"}
-    assert fly("TASK_COMPLETE").run(past) == "complete" and stored(tmp_path) == ["a"]
-    (tmp_path / "memory.json").write_text("[]")
-    fly("TASK_COMPLETE").run([*past, going_on, {**past[1], "text": "two"}])
-    assert stored(tmp_path) == []
+    told = {**going_on, "reason": "the model is told", "told": "go on"}
+    for facts, more in ((["a"], []), (["a"], [going_on]), ([], [going_on, told]),
+                        ([], [going_on, told, {**past[1], "text": "two"}])):
+        (tmp_path / "memory.json").write_text("[]")
+        assert fly("TASK_COMPLETE").run([*past, *more]) == "complete" and stored(tmp_path) == facts
 
 
 def test_odd_events_of_an_earlier_part_are_passed_over(fly):
@@ -3237,13 +3319,14 @@ def test_odd_events_of_an_earlier_part_are_passed_over(fly):
            {"type": "iteration_end", "agent_output": None}, {"type": "of the future", "text": []},
            {"type": "reply", "text": "x", "tokens": 7, "cost": "much", "iteration": "one"},
            {"type": "history", "summary": "s", "summarised": [], "tokens": {"prompt": "x"}},
-           {"type": "state", "told": 7}, {"type": "complete", "outcome": [], "iteration": 9}]
+           {"type": "state", "told": 7}, {"type": "complete", "outcome": [], "iteration": 9},
+           {"type": "state", "reason": "the run goes on", "text": 7}]
     events = [{"type": "task_info", "task": "x", "model": "M", "agent": "A", "attach": "attach",
                "workdir": "/"}, *odd]
     events = [{"time": "2026-01-31" if number % 2 else "2026-01-31T09:00:00.000Z", **event}
               for number, event in enumerate(events)] + odd
     intact = list(filter(is_intact, events))
-    assert len(intact) == 6 and [is_intact(event) for event in odd] == [False] * len(odd)
+    assert len(intact) == 7 and [is_intact(event) for event in odd] == [False] * len(odd)
     flight = fly("TASK_COMPLETE")
     assert flight.run(intact) == "complete" and flight.of("complete")[0]["iterations"] == 1
 
@@ -3696,6 +3779,15 @@ def test_the_run_to_resume_is_the_last_of_the_directory_with_this_session(tmp_pa
     write("9", first, ended)
     with pytest.raises(ConfigError, match=r"has ended \(complete\): .*9.jsonl$"):
         last_unfinished(place, "attach a")
+
+
+def test_a_run_in_a_directory_whose_name_is_no_text_is_found_again(tmp_path):
+    work = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xe4"))
+    place = Place(work, tmp_path / "state", {})
+    journal = Journal(place.state / "runs" / "run.jsonl")
+    journal.publish("task_info", task="x", model="M", agent="A", attach="attach", workdir=str(work))
+    assert last_unfinished(place, "attach") == (journal.path, journal.events())
+    assert journal.path.read_bytes().decode("utf-8")
 
 
 def test_the_run_to_resume_is_found_among_more_runs_than_may_be_open(tmp_path):
