@@ -1527,7 +1527,7 @@ class OpenRouter:
 
     IDLE, PROGRESS, CALL, PATIENCE, CHECK, HINT = 120.0, 300.0, 1200.0, 3600.0, 5.0, 900.0
     MAX_TOKENS = 16_000     # always sent: without it the credit check assumes the model's maximum
-    MAX_LINE = 100_000_000  # bytes
+    MOST = 30_000_000       # bytes of an answer: a piece of a stream takes some 500 for a word
     PARTS = 4               # of an answer that is cut at its length again and again
 
     def __init__(self, base_url: str, key: str, model: str, *,
@@ -1740,21 +1740,22 @@ class OpenRouter:
         """Read an answer until it is over: tell each JSON text in it, then None, or what failed."""
         try:
             with self._open(path, body) as answer:
-                streamed = "text/event-stream" in answer.headers.get("Content-Type", "")
-                if not streamed:
-                    tell(answer.read(self.MAX_LINE))
-                while streamed and not over.is_set():
-                    line = answer.readline(self.MAX_LINE)
+                room = self.MOST
+                if answer.headers.get_content_type() != "text/event-stream":
+                    tell(answer.read(room))
+                    room = 0
+                while not over.is_set() and (line := answer.readline(room)):
+                    room -= len(line)
                     data = line[len(b"data:"):].strip() if line.startswith(b"data:") else b""
-                    if data == b"[DONE]" or not line:
+                    if data == b"[DONE]":
                         break
                     if data:
                         tell(data)
             tell(None)
-        except (OSError, http.client.HTTPException) as error:
-            tell(TransientError(f"the model's answer broke off: {_reason(error)}"))
-        except Exception as error:
+        except ModelError as error:
             tell(error)
+        except Exception as error:      # the library has more kinds for junk than it says
+            tell(TransientError(f"the model's answer broke off: {_reason(error)}"))
 
     def _open(self, path: str, body: dict | None) -> http.client.HTTPResponse:
         """Open a path of the API; every failure leaves as an error of ours, without the key."""

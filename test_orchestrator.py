@@ -1648,6 +1648,7 @@ CASES = {
     "CRLF, fields, and no space after data:": fine(streamed(
         "event: x\r\nid: 1\r\nretry: 9\r\ndata:" + json.dumps(said("Hello", "stop")) + "\r\n\r\n")),
     "no [DONE]": fine(streamed(said("Hello", "stop"), end="")),
+    "a type in capitals": fine((200, {"Content-Type": "Text/Event-Stream; charset=UTF-8"}, GOOD[2])),
     "an empty data line": fine(streamed("data:\n\n", said("Hello", "stop"))),
     "chunks of one byte": fine(wire(CHUNKED, *(
         b"1\r\n%c\r\n" % byte for byte in one("Hel") + one("lo") + b"data: " + json.dumps(
@@ -1721,6 +1722,8 @@ CASES = {
     "a stream cut between lines": passing(streamed(said("Hel"), end=""), "broke off"),
     "a stream cut in a line": passing(streamed(said("Hel"), end='data: {"cho'), "no JSON"),
     "a stream cut in a chunk": passing(wire(CHUNKED, b"ff\r\ndata: {"), "broke off|no JSON"),
+    "a chunk of a length below zero": passing(wire(CHUNKED, b"-5\r\ndata"), "broke off"),
+    "a chunk of a length beyond all": passing(wire(CHUNKED, b"f" * 17 + b"\r\nx"), "broke off"),
     "a body that is too short": passing(answer("{}", Content_Length="1000"), "broke off"),
     "a reset": passing(wire(STREAM + b"\r\n" + one("Hel"), end="reset"), "broke off"),
     "a reset before the answer": passing(wire(end="reset"), "can't be reached"),
@@ -2033,6 +2036,17 @@ def test_what_trickles_or_stalls_is_given_up(api, answer):
     api.answers, began = [answer], time.monotonic()
     with pytest.raises(BudgetReached):
         client.say(left=left)
+
+
+@pytest.mark.parametrize("piece", [COMMENT.encode(), one("x" * 1_000), b"x"],
+                         ids=["comments", "data", "a line"])
+def test_an_answer_without_end_is_given_up(api, piece):
+    class Thrifty(Client):
+        MOST = 100_000
+
+    api.answers = [wire(STREAM + b"\r\n", piece * 200, end="again"), GOOD]
+    client = Thrifty(api.url)
+    assert client.say().text == "Hello" and len(client.told) == 1
 
 
 def test_a_connection_without_a_byte_is_given_up(api):
