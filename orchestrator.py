@@ -1484,8 +1484,8 @@ def classify(status: int, body: object, headers: Mapping[str, str]) -> ModelErro
     error = body.get("error") if isinstance(body, dict) else body
     error = error if isinstance(error, dict) else {"message": error or body}
     metadata, hint = _part(error, "metadata"), _hint(error, headers)
-    told = [metadata.get("error_type"), *map(error.get, ("error_type", "code", "http_status")),
-            status]
+    told = [metadata.get("error_type"),
+            *map(error.get, ("error_type", "code", "type", "http_status")), status]
     code = next((int(each) for each in map(str, told) if re.fullmatch(r"[3-5]\d\d", each)), 502)
     kind = next((_KINDS[each] for each in map(str, told) if each in _KINDS), code)
     message = str(error.get("message") or "")
@@ -1681,9 +1681,10 @@ class OpenRouter:
         if not finish or finish == "error":     # cut by an outage, or the server knows no better
             raise TransientError(f"the model's answer broke off ({finish or 'no finish_reason'})",
                                  tries=0 if text else 5)
-        if not text.strip():
+        if not text.strip() or finish == "content_filter":      # half an order is none
             raise TransientError(f"the model refused: {' '.join(refusal.split())[:300]}" if refusal
-                                 else f"the model's answer was empty ({finish})", tries=3)
+                                 else f"the model's answer was {'cut' if text.strip() else 'empty'}"
+                                      f" ({finish})", tries=3)
         return text, finish
 
     def _bill(self, usage: Mapping, sent: int) -> tuple[Tokens, float | None]:
@@ -1727,8 +1728,9 @@ class OpenRouter:
                 before, parsed = parsed, parse_object(data)
                 if parsed is None:
                     raise TransientError("the model's server sent no JSON object, but "
-                                         f"{data[:80].decode('utf-8', 'replace')!r}: "
-                                         "check OPENROUTER_BASE_URL", tries=0 if before else 5)
+                                         f"{data[:80].decode('utf-8', 'replace')!r}" + (
+                                             ": check OPENROUTER_BASE_URL" * (not before)),
+                                         tries=0 if before else 5)
                 yield parsed
             raise TransientError("the model's server is too slow: gave up after "
                                  f"{self._clock() - began:.0f} s")
@@ -1774,6 +1776,9 @@ class OpenRouter:
         except (http.client.InvalidURL, ValueError) as error:
             raise ModelError(f"OPENROUTER_BASE_URL={self._base!r}: {error}") from None
         except (OSError, http.client.HTTPException) as error:
+            refused = re.search(r"Tunnel connection failed: (\d+)", _reason(error))
+            if refused:     # by a proxy
+                raise classify(int(refused[1]), _reason(error), {}) from None
             if "CERTIFICATE_VERIFY_FAILED" in _reason(error):
                 raise ModelError(f"the certificate of {self._base} can't be verified: Python from "
                                  "python.org on macOS needs its Install Certificates.command once; "

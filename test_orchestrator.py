@@ -340,7 +340,7 @@ class Api:
                 self.end_headers()
                 self.wfile.write(data)
 
-            do_GET = do_POST
+            do_GET = do_CONNECT = do_POST
 
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.port = self._server.server_port
@@ -1734,6 +1734,8 @@ CASES = {
     "null": bounded(answer(whole(None)), 3, "empty (stop)"),
     "reasoning took it all": bounded(answer(whole(None, "length")), 3, "empty (length)"),
     "content_filter": bounded(answer(whole("", "content_filter")), 3, "empty (content_filter)"),
+    "content_filter in the middle": bounded(streamed(said("Delete all"), said("", "content_filter")),
+                                           3, "cut (content_filter)"),
     "a tool call": bounded(answer(whole(None, "tool_calls")), 3, "empty (tool_calls)"),
     "a refusal": bounded(streamed({"choices": [{"delta": {"refusal": "I can't"}}]},
                                   said("", "stop")), 3, "the model refused: I can't"),
@@ -1754,6 +1756,8 @@ CASES = {
     "a page that repeats the key": passing(answer(f"<p>{KEY}"), "no JSON"),
     "401 that repeats the key": final(answer(refusal(401, f"wrong key {KEY}"), 401), "wrong key"),
     "402": final(answer(refusal(402, "no money"), 402), "add credit"),
+    "a quota by its type": final(answer(refusal(None, "no money", type="insufficient_quota"), 429),
+                                 "add credit"),
     "402 in a stream": final(streamed(refusal(402, "no money")), "add credit"),
     "402, afford little": final(answer(refusal(402, TOO_MUCH.format(300)), 402), "add credit"),
     "402, afford more than asked": final(answer(refusal(402, TOO_MUCH.format(99_999)), 402),
@@ -2066,6 +2070,15 @@ def test_a_proxy_is_used_and_not_for_this_machine_and_sees_no_key_of_others(api,
     assert api.requests[0][0] == "http://models.test/v1/chat/completions"
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     assert Client(api.url).say().text == "Hello"
+
+
+@pytest.mark.parametrize("status, told", [
+    (407, "check the proxy"), (403, "does not allow"), (503, "gave up after an hour")])
+def test_a_proxy_that_refuses_is_told_from_one_that_is_busy(api, monkeypatch, status, told):
+    monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{api.port}")
+    api.answers = [answer("", status)]
+    with pytest.raises(ModelError, match=f"{status}.*{told}|{told}.*{status}"):
+        Client("https://models.test/v1").say()
 
 
 def test_the_key_does_not_follow_a_redirect(api):
