@@ -98,7 +98,7 @@ __all__ = ["Agent", "Autopilot", "Chat", "Config", "Dashboard", "Journal", "Memo
 class OrchestratorError(Exception):
     """A failure told in one line; `status` is the exit status, `outcome` how it ends a run."""
 
-    status, outcome = 1, "failed"
+    status, outcome = 1, "interrupted"
 
 
 class ConfigError(OrchestratorError):
@@ -158,17 +158,23 @@ class ModelError(OrchestratorError):
     change: Mapping[str, int | None] = {}
 
 
-class ContextOverflow(ModelError):
+class NoAnswer(ModelError):
+    """The model does not answer this conversation: it may answer another."""
+
+
+class ContextOverflow(NoAnswer):
     """The conversation is longer than the model takes: shorten it."""
 
 
 class TransientError(ModelError):
     """A call to the model failed in a way that may pass: wait, then ask again."""
 
-    def __init__(self, message: str, *, retry_after: float | None = None, tries: int = 0) -> None:
+    def __init__(self, message: str, *, retry_after: float | None = None, tries: int = 0,
+                 final: type[ModelError] = ModelError) -> None:
         super().__init__(message)
         self.retry_after = retry_after      # seconds, when the server said so
         self.tries = tries      # how often in a row at most, 0: as long as patience lasts
+        self.final = final      # what it is after that
 
 
 class Interrupted(KeyboardInterrupt):
@@ -1383,6 +1389,10 @@ class Reply(NamedTuple):
     cost: float | None      # US dollars, None where the server does not say
     duration_ms: int
 
+    def used(self) -> dict[str, Any]:
+        """Return what it used, as events tell it."""
+        return {"tokens": self.tokens._asdict(), "cost": self.cost}
+
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     """A redirected POST would become a GET, and might carry the key to another host."""
@@ -1506,7 +1516,7 @@ def classify(status: int, body: object, headers: Mapping[str, str]) -> ModelErro
         found: ModelError = ContextOverflow(said)
         found.change = _change(message, 0)      # no option that it names is at fault
     elif kind == 451 or refused and (kind in (400, 403) or kind >= 500):
-        found = TransientError(said, tries=3)
+        found = TransientError(said, tries=3, final=NoAnswer)
     elif passing:
         found = TransientError(said, retry_after=hint)
     else:
@@ -1626,7 +1636,7 @@ class OpenRouter:
                 if error.retry_after is not None:       # the server's word wins, within reason
                     delay = min(max(error.retry_after, failures / 2), self.HINT)
                 if error.tries and limited >= error.tries:
-                    raise ModelError(f"{error}, {limited} times") from None
+                    raise error.final(f"{error}, {limited} times") from None
                 if self._clock() + delay - began > self.PATIENCE:
                     raise ModelError(f"gave up after an hour: {error}") from None
                 self._publish("error", error=str(error), retry_in=round(delay, 1))
@@ -1676,7 +1686,7 @@ class OpenRouter:
                 on_text(text)
         finally:
             answer.close()
-            if usage:
+            if usage or text:       # what was cut costs something too, and nobody says how much
                 on_use(*self._bill(usage, sum(len(message["content"]) for message in messages)))
         if not finish or finish == "error":     # cut by an outage, or the server knows no better
             raise TransientError(f"the model's answer broke off ({finish or 'no finish_reason'})",
@@ -1684,7 +1694,7 @@ class OpenRouter:
         if not text.strip() or finish == "content_filter":      # half an order is none
             raise TransientError(f"the model refused: {' '.join(refusal.split())[:300]}" if refusal
                                  else f"the model's answer was {'cut' if text.strip() else 'empty'}"
-                                      f" ({finish})", tries=3)
+                                      f" ({finish})", tries=3, final=NoAnswer)
         return text, finish
 
     def _bill(self, usage: Mapping, sent: int) -> tuple[Tokens, float | None]:
@@ -1804,6 +1814,7 @@ class Memory:
     def __init__(self, path: Path, limit: int) -> None:
         self.facts: list[str] = []
         self.limit, self.complaint, self._path = limit, "", path
+        self._left = 0      # facts, by the last compaction
         self._unsaved: list[str] = []       # could not be written so far
 
     def load(self) -> str:
@@ -1835,10 +1846,13 @@ class Memory:
         """Let `rewrite` shorten a list that is too long; return the lengths before and after.
 
         What it returns counts only if it is shorter, not empty and without overlong facts, and if
-        nothing was taken out of the file meanwhile.  What another run adds meanwhile is kept.
+        nothing was taken out of the file meanwhile.  What another run adds meanwhile is kept.  The
+        next one waits until there are a fifth of the limit more than this one leaves.
         """
         before = list(self.facts)
-        rewritten = (rewrite(before) or []) if len(before) > self.limit else []
+        if len(before) <= max(self.limit, self._left + self.limit // 5):
+            return None
+        self._left, rewritten = len(before), rewrite(before) or []
         shorter = list(filter(None, map(self._normal, rewritten)))
         if not 0 < len(shorter) < len(before) or max(map(len, rewritten)) > self.FACT_LIMIT:
             return None
@@ -1848,7 +1862,8 @@ class Memory:
             return shorter + added if len(known) - len(added) == len(before) else known
 
         self._change(replace)
-        return (len(before), len(self.facts)) if self.facts[:len(shorter)] == shorter else None
+        self._left = len(self.facts)
+        return (len(before), self._left) if self.facts[:len(shorter)] == shorter else None
 
     def _normal(self, fact: str) -> str:
         return " ".join(fact.split())[:self.FACT_LIMIT]
@@ -2391,6 +2406,7 @@ class Totals:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.iterations, self.tokens, self.cost, self.earlier = 0, Tokens(), 0.0, 0.0
+        self._priced = 0        # calls that are in `cost`
         self._clock, self._began = clock, clock()
 
     @property
@@ -2399,9 +2415,12 @@ class Totals:
         return self.earlier + self._clock() - self._began
 
     def add(self, tokens: Sequence[int], cost: float | None) -> None:
-        """Count a call to the model."""
+        """Count a call to the model; a cost that is not told is taken to be the mean."""
         self.tokens = Tokens(*map(sum, zip(self.tokens, tokens)))
-        self.cost += cost or 0.0
+        if cost is None and self._priced:
+            cost = self.cost / self._priced
+        if cost is not None:
+            self.cost, self._priced = self.cost + cost, self._priced + 1
 
     def recount(self, past: Sequence[Event]) -> None:
         """Count what earlier parts of a run have used, without the times between them.
@@ -2412,8 +2431,8 @@ class Totals:
         for event in past:
             if event["type"] == "complete":         # has all that was used until then
                 self.tokens, self.cost = Tokens(), 0.0
-            if event["type"] in ("reply", "history", "memory", "complete"):
-                used = _part(event, "tokens")
+            used = _part(event, "tokens") if event["type"] != "iteration_end" else {}
+            if used:
                 self.add([_count(used, name) for name in Tokens._fields], _number(event, "cost"))
             if event["type"] == "reply":
                 self.iterations = max(self.iterations, _count(event, "iteration"))
@@ -2431,8 +2450,7 @@ class Totals:
             yield
             outcome = "complete"
         except BaseException as error:
-            by_the_world = isinstance(error, OSError)       # a run can go on from that
-            outcome = getattr(error, "outcome", "interrupted" if by_the_world else "failed")
+            outcome = getattr(error, "outcome", outcome)    # a run can go on from what has none
             reason = journal.masked(str(error) or repr(error))
             error.args = (reason,)
             raise
@@ -2575,6 +2593,7 @@ def run_check(command: str, directory: Path, environ: Mapping[str, str],
 class Autopilot:
     """The model drives the agent until the task is done, given up, or out of budget."""
 
+    MESSAGES = 900              # in a conversation: Claude takes 1,000
     VERIFY_LIMIT = 600.0        # seconds
     SAME_FAILURES = 5           # of VERIFY_CMD, until the run is stuck
     LIMIT_WAIT, LIMIT_MARGIN = 86400.0, 120.0   # seconds: to a usage limit's end, and after it
@@ -2684,8 +2703,8 @@ class Autopilot:
         self._journal.publish(
             "iteration_end", agent_output=outcome,
             orchestrator=instruction.text if instruction.kind in _TO_AGENT else "",
-            duration_ms=round((self._clock() - began) * 1000), tokens=reply.tokens._asdict(),
-            cost=reply.cost, **({"error": str(trouble)} if trouble else {}))
+            duration_ms=round((self._clock() - began) * 1000), **reply.used(),
+            **({"error": str(trouble)} if trouble else {}))
         if trouble:
             raise trouble
         self._tell(reply.text, outcome)
@@ -2694,7 +2713,9 @@ class Autopilot:
         """Return the model's next reply; shorten the conversation if it has become too long."""
         overflows, reply = 0, None
         while not reply:
-            if self._conversation.size() > self._room():
+            if len(self._conversation.messages()) > self.MESSAGES:
+                self._summarise()
+            elif self._conversation.size() > self._room():
                 self._summarise(self._room() // 4)      # for less it is not worth a new prefix
             try:
                 reply = self._ask(self._conversation.messages(), self._show_part)
@@ -2703,13 +2724,11 @@ class Autopilot:
                 self._bound = min(self._bound, 0.75 * self._conversation.size())
                 if overflows > 3 or not self._summarise():
                     raise
-        self._journal.publish("reply", text=reply.text, tokens=reply.tokens._asdict(),
-                              cost=reply.cost, duration_ms=reply.duration_ms)
-        if self._config.max_cost and reply.cost is None:
-            if not self._totals.cost:
-                raise BudgetReached("MAX_COST is set, but the model's server does not say what a "
-                                    "call costs: use MAX_ITERATIONS or MAX_MINUTES")
-            self._totals.cost *= 1 + 1 / self._totals.iterations    # taken to be the mean
+        self._journal.publish("reply", text=reply.text, **reply.used(),
+                              duration_ms=reply.duration_ms)
+        if self._config.max_cost and reply.cost is None and not self._totals.cost:
+            raise BudgetReached("MAX_COST is set, but the model's server does not say what a call "
+                                "costs: use MAX_ITERATIONS or MAX_MINUTES")
         return reply
 
     def _show_part(self, text: str) -> None:
@@ -2772,12 +2791,16 @@ class Autopilot:
         """Save facts, and have the list compacted if it has become too long."""
         if not facts:
             return
-        spent: dict[str, object] = {}
+        used: dict[str, Any] = {}
 
         def rewrite(known: list[str]) -> list[str] | None:
-            answer, used = self._consult(_COMPACT.format(limit=self._memory.limit // 2 + 1),
-                                         json.dumps({"facts": known}, ensure_ascii=False))
-            spent.update(used)
+            try:
+                reply = self._consult(_COMPACT.format(limit=self._memory.limit // 2 + 1),
+                                      json.dumps({"facts": known}, ensure_ascii=False))
+            except (ModelError, BudgetReached):     # what ends the run is told by the next call
+                return None
+            used.update(reply.used())
+            answer = reply.text
             found = parse_object(answer[answer.find("{"):answer.rfind("}") + 1]) or {}
             shorter = found.get("facts")
             fits = isinstance(shorter, list) and all(isinstance(fact, str) for fact in shorter)
@@ -2791,7 +2814,7 @@ class Autopilot:
                 self._journal.publish("memory", saved=saved, total=len(self._memory.facts))
             before, after = self._memory.compact(rewrite) or (0, 0)
             if before:
-                self._journal.publish("memory", total=after, **spent,
+                self._journal.publish("memory", total=after, **used,
                                       compacted={"before": before, "after": after})
         except OSError as error:
             self._journal.publish("error", error=f"memory.json can't be written: {error.strerror}")
@@ -2807,21 +2830,19 @@ class Autopilot:
         count, older = self._conversation.older(room)
         if len(older) < worth:
             return False
-        answer, spent = self._consult(_SUMMARISE, clip(older, room))
-        firsts = "\n".join(textwrap.shorten(part, 200) for part in older.split("\n\n"))
-        summary = clip(answer or firsts, min(16_000, room // 4))
+        try:
+            reply = self._consult(_SUMMARISE, clip(older, room))
+        except NoAnswer:        # what else there is ends the run, which has then lost nothing
+            firsts = [textwrap.shorten(part, 200) for part in older.split("\n\n")]
+            reply = Reply("\n".join(firsts), Tokens(), None, 0)
+        summary = clip(reply.text, min(16_000, room // 4))
         self._conversation.summarise(summary, count)
-        self._journal.publish("history", summarised=count, summary=summary, **spent)
+        self._journal.publish("history", summarised=count, summary=summary, **reply.used())
         return True
 
-    def _consult(self, system: str, text: str) -> tuple[str, dict[str, object]]:
-        """Return what the model says about a text, and what that used; nothing if it can't."""
-        try:
-            reply = self._ask([{"role": "system", "content": system},
-                               {"role": "user", "content": text}])
-        except (ModelError, BudgetReached):
-            return "", {}
-        return reply.text, {"tokens": reply.tokens._asdict(), "cost": reply.cost}
+    def _consult(self, system: str, text: str) -> Reply:
+        """Return what the model says about a text."""
+        return self._ask([{"role": "system", "content": system}, {"role": "user", "content": text}])
 
     def _ask(self, messages: Messages,
              on_text: Callable[[str], object] = lambda text: None) -> Reply:

@@ -37,7 +37,7 @@ import orchestrator
 from orchestrator import (
     Agent, AgentError, AgentExited, Autopilot, BudgetReached, Chat, Config, ConfigError,
     ContextOverflow, Control, Conversation, Dashboard, GaveUp, Interrupted, Journal, Memory,
-    ModelError, Narrator, OpenRouter, OrchestratorError, Pane, Place, Program, Question, Reply,
+    ModelError, Narrator, NoAnswer, OpenRouter, OrchestratorError, Pane, Place, Program, Question, Reply,
     Signals, Stuck, Tmux, TmuxDied, TmuxError, TmuxGone, Tokens, TransientError, Turn,
     Watch, above_box, child_environment, choose_program, clip, draft_in_box, fingerprint,
     holds_draft, is_intact, known_question, last_unfinished, last_words, main, menu_on, narrate,
@@ -556,7 +556,7 @@ def test_the_page_builds_nothing_from_text_and_loads_nothing():
 # -- 1. Errors ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("error, status, outcome", [
-    (OrchestratorError("x"), 1, "failed"), (ConfigError("x"), 2, "failed"),
+    (OrchestratorError("x"), 1, "interrupted"), (ConfigError("x"), 2, "interrupted"),
     (BudgetReached("x"), 3, "budget"), (GaveUp("x"), 4, "failed"), (Stuck("x"), 4, "stuck"),
     (AgentError("x"), 5, "agent"), (AgentExited("x"), 5, "agent"), (TmuxError("x"), 5, "agent"),
     (TmuxGone("x"), 5, "agent"), (ModelError("x"), 6, "model"), (ContextOverflow("x"), 6, "model"),
@@ -1630,8 +1630,8 @@ def final(answer, told, outcome=ModelError):
 
 def bounded(answer, times, told):
     """Return the case of a failure that is taken only so many times."""
-    return Case(answer, outcome=ModelError, calls=times, told=f"{told}, {times} times",
-                waits=(2, 4, 8, 16)[:times - 1])
+    return Case(answer, outcome=NoAnswer if times == 3 else ModelError, calls=times,
+                told=f"{told}, {times} times", waits=(2, 4, 8, 16)[:times - 1])
 
 
 def mended(answer, told, **options):
@@ -1929,6 +1929,8 @@ def test_failed_tries_are_paid_for_too(api):
     with pytest.raises(ModelError):
         client.say()
     assert client.used == [(Tokens(10, 0, 10), 0.25)]
+    api.answers, client = [streamed(said("Hel"), end=""), streamed(end=""), GOOD], Client(api.url)
+    assert client.say().cost == 0.5 and client.used == [(Tokens(), None), (HELLO, 0.5)]
 
 
 @pytest.mark.parametrize("usage, tokens, cost", [
@@ -2773,9 +2775,27 @@ def test_what_a_call_used_that_failed_counts_in_the_end_and_after_a_resume(fly):
     assert second.of("complete")[-1]["tokens"]["total"] == 230
 
 
+def test_a_try_whose_cost_is_not_told_counts_as_the_mean(fly):
+    flight = fly("one", "two", "three", "four", max_cost=1.0)
+    complete = flight.model.complete
+
+    def cut_once(messages, on_use, **how):
+        on_use(Tokens(), None)
+        return complete(messages, on_use=on_use, **how)
+
+    flight.model.complete = cut_once
+    assert flight.run() == "budget" and flight.agent.told == ["one", "two"]
+    assert flight.of("complete")[0]["cost"] == 1.0
+    past = flight.journal.events()[:-1]
+    past = [{**event, "cost": None} if event.get("iteration") == 2 else event for event in past]
+    second = fly("TASK_COMPLETE")
+    assert second.run(past) == "complete" and second.of("complete")[-1]["cost"] == 0.75
+
+
 def test_no_summary_and_no_compaction_is_paid_for_beyond_the_budget(fly, tmp_path):
     flight = fly("one", "two", "three", "four", turns=LONG, history_max_tokens=5_000, max_cost=1.0)
     assert flight.run() == "budget" and len(flight.model.calls) == 4
+    assert not flight.of("history")
     flight = fly("MEMORY_SAVE: a\nMEMORY_SAVE: b\nTASK_COMPLETE", memory_max_facts=1, max_cost=0.2)
     assert flight.run() == "complete" and stored(tmp_path) == ["a", "b"]
 
@@ -2850,6 +2870,21 @@ def test_a_long_memory_is_compacted_by_the_model(fly, tmp_path):
 def test_a_failed_compaction_changes_nothing(fly, tmp_path, answer):
     flight = fly("MEMORY_SAVE: a\nMEMORY_SAVE: b\ngo", answer, "TASK_COMPLETE", memory_max_facts=1)
     assert flight.run() == "complete" and stored(tmp_path) == ["a", "b"]
+
+
+def test_a_failed_compaction_is_not_paid_for_again_at_every_fact(fly):
+    replies = [f"MEMORY_SAVE: fact {number}\n{number}" for number in range(20)]
+    asked, flight = [], fly(*replies, "TASK_COMPLETE", memory_max_facts=10)
+    complete = flight.model.complete
+
+    def none(messages, **how):
+        if "facts remembered" not in messages[0]["content"]:
+            return complete(messages, **how)
+        asked.append(len(flight.memory.facts))
+        return Reply("nonsense", Tokens(), 0.25, 1)
+
+    flight.model.complete = none
+    assert flight.run() == "complete" and asked == [11, 14, 17, 20]
 
 
 def test_the_task_is_complete_only_once_its_check_passes(fly, tmp_path):
@@ -2986,9 +3021,25 @@ def test_a_long_conversation_is_summarised_by_the_model(fly):
 
 
 def test_where_no_summary_can_be_had_first_lines_will_do(fly):
-    flight = fly("one", "two", "three", "four", ModelError("refused"), "TASK_COMPLETE", turns=LONG,
+    flight = fly("one", "two", "three", "four", NoAnswer("refused"), "TASK_COMPLETE", turns=LONG,
                  history_max_tokens=5_000)
     assert flight.run() == "complete" and "YOU: one" in flight.model.calls[5][1]["content"]
+
+
+def test_a_run_that_ends_where_a_summary_is_due_has_lost_nothing(fly):
+    first = fly("one", "two", "three", "four", ModelError("no credit"), turns=LONG,
+                history_max_tokens=5_000)
+    assert first.run() == "model" and not first.of("history")
+    second = fly("in short", "TASK_COMPLETE", history_max_tokens=5_000)
+    assert second.run(first.journal.events()) == "complete"
+    assert LONG[0] in second.shown(0) and "in short" in second.model.calls[1][1]["content"]
+
+
+def test_no_conversation_has_more_messages_than_a_model_takes(fly):
+    flight = fly(*map(str, range(1_000)), "TASK_COMPLETE", turns=map(str, range(1_000)))
+    flight.model.complete = summarising(flight.model.complete)
+    assert flight.run() == "complete" and len(flight.of("history")) == 2
+    assert max(map(len, flight.model.calls)) <= 902
 
 
 def summarising(complete):
@@ -3035,12 +3086,11 @@ def test_trouble_that_ends_a_run_is_its_outcome(fly, trouble, outcome, status):
 
 
 def test_even_a_bug_and_a_signal_leave_a_last_event(fly):
-    for error, outcome in ((ZeroDivisionError("bug"), "failed"),
-                           (Interrupted(signal.SIGTERM), "interrupted")):
+    for error in (ZeroDivisionError("bug"), Interrupted(signal.SIGTERM)):
         flight = fly("one", turns=[error])
         with pytest.raises(type(error)):
             flight.run()
-        assert flight.journal.events()[-1]["outcome"] == outcome
+        assert flight.journal.events()[-1]["outcome"] == "interrupted"      # --resume goes on
 
 
 def test_a_resumed_run_goes_on_with_conversation_and_totals(fly):
