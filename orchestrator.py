@@ -174,7 +174,7 @@ class TransientError(ModelError):
         super().__init__(message)
         self.retry_after = retry_after      # seconds, when the server said so
         self.tries = tries      # how often in a row at most, 0: as long as patience lasts
-        self.final = final      # what it is after that
+        self.final = final      # what comes of it then
 
 
 class Interrupted(KeyboardInterrupt):
@@ -1505,16 +1505,15 @@ def classify(status: int, body: object, headers: Mapping[str, str]) -> ModelErro
     said = f"the model's server answered {code}" + f": {message[:300]}" * bool(message)
     if kind == 403 and "limit exceeded" in message:     # of the key
         kind = 402
-    passing = _part(error, "availability").get("retryable")
+    passing = _part(error, "availability").get(
+        "retryable", kind in (408, 409, 425, 429) or kind >= 500)
     if kind == 429 and (hint or 86_400 * bool(re.search("per.day|daily", message))) > 3600:
         passing = False
-    elif passing is None:
-        passing = kind in (408, 409, 425, 429) or kind >= 500
     refused = metadata.get("reasons") or _REFUSED.search(message)
 
     if kind == 413 or kind != 429 and _OVERFLOW.search(message):
         found: ModelError = ContextOverflow(said)
-        found.change = _change(message, 0)      # no option that it names is at fault
+        kind = 0        # no option that it names is at fault
     elif kind == 451 or refused and (kind in (400, 403) or kind >= 500):
         found = TransientError(said, tries=3, final=NoAnswer)
     elif passing:
@@ -1522,8 +1521,7 @@ def classify(status: int, body: object, headers: Mapping[str, str]) -> ModelErro
     else:
         otherwise = "OPENROUTER_MODEL may not take this request" if kind >= 400 else _ADVICE[404]
         found = ModelError(f"{said} ({_ADVICE.get(kind, otherwise)})")
-        found.change = _change(message, kind)
-    found.code = code
+    found.code, found.change = code, _change(message, kind)
     return found
 
 
@@ -1532,7 +1530,8 @@ class OpenRouter:
 
     `publish` is told of each failure that is survived.  Times are in seconds: IDLE without a
     byte, PROGRESS without data, CALL for one try, PATIENCE for all of them, CHECK for a question
-    before the run, HINT for what a server may ask us to wait.
+    before the run, HINT for what a server may ask us to wait.  Raises ConfigError for a key that
+    no header takes.
     """
 
     IDLE, PROGRESS, CALL, PATIENCE, CHECK, HINT = 120.0, 300.0, 1200.0, 3600.0, 5.0, 900.0
@@ -1544,6 +1543,8 @@ class OpenRouter:
                  publish: Callable[..., object] = lambda kind, **fields: None,
                  clock: Callable[[], float] = time.monotonic,
                  sleep: Callable[[float], None] = time.sleep) -> None:
+        if not re.fullmatch(r"[!-~]*", key):    # an error of the library would show it
+            raise ConfigError("OPENROUTER_API_KEY: expected one word of ASCII characters")
         self.model = model
         self.characters_per_token = 4.0     # until the server has counted
         self._base = re.sub(r"/+(chat/completions/*)?$", "", base_url)
@@ -1670,7 +1671,7 @@ class OpenRouter:
     def _call(self, messages: Messages, on_text: Callable, on_use: Callable,
               left: Callable[[], float]) -> tuple[str, str]:
         """Return text and finish reason of one try."""
-        text, finish, refusal, usage = "", "", "", {}
+        text, finish, refusal, usage, message = "", "", "", {}, {}
         answer = self._ask("/chat/completions", left, self.body(messages))
         try:
             for chunk in answer:
@@ -1684,17 +1685,20 @@ class OpenRouter:
                 refusal += _text(message, "refusal")
                 finish = str(choice.get("finish_reason") or finish)
                 on_text(text)
+        except TransientError:
+            if not finish or not text:      # else it was whole
+                raise
         finally:
             answer.close()
-            if usage or text:       # what was cut costs something too, and nobody says how much
+            if usage or message:    # what was cut costs something too, and nobody says how much
                 on_use(*self._bill(usage, sum(len(message["content"]) for message in messages)))
         if not finish or finish == "error":     # cut by an outage, or the server knows no better
             raise TransientError(f"the model's answer broke off ({finish or 'no finish_reason'})",
                                  tries=0 if text else 5)
         if not text.strip() or finish == "content_filter":      # half an order is none
-            raise TransientError(f"the model refused: {' '.join(refusal.split())[:300]}" if refusal
-                                 else f"the model's answer was {'cut' if text.strip() else 'empty'}"
-                                      f" ({finish})", tries=3, final=NoAnswer)
+            why = " ".join(refusal.split())[:300] or finish
+            raise TransientError(f"the model's answer is empty or refused ({why})", tries=3,
+                                 final=NoAnswer)
         return text, finish
 
     def _bill(self, usage: Mapping, sent: int) -> tuple[Tokens, float | None]:
@@ -1719,8 +1723,11 @@ class OpenRouter:
         """
         inbox: queue.SimpleQueue[bytes | Exception | None] = queue.SimpleQueue()
         over = threading.Event()
-        threading.Thread(target=self._fetch, args=(path, body, inbox.put, over),
-                         daemon=True).start()
+        try:
+            threading.Thread(target=self._fetch, args=(path, body, inbox.put, over),
+                             daemon=True).start()
+        except RuntimeError as error:
+            raise TransientError(f"the model can't be asked: {error}") from None
         began = progress = self._clock()
         parsed: dict | None = None
         try:
@@ -1736,11 +1743,12 @@ class OpenRouter:
                     return
                 progress, data = self._clock(), self._masked(found)
                 before, parsed = parsed, parse_object(data)
+                if parsed is None and before:       # cut in a line
+                    return
                 if parsed is None:
                     raise TransientError("the model's server sent no JSON object, but "
-                                         f"{data[:80].decode('utf-8', 'replace')!r}" + (
-                                             ": check OPENROUTER_BASE_URL" * (not before)),
-                                         tries=0 if before else 5)
+                                         f"{data[:80].decode('utf-8', 'replace')!r}: "
+                                         "check OPENROUTER_BASE_URL", tries=5)
                 yield parsed
             raise TransientError("the model's server is too slow: gave up after "
                                  f"{self._clock() - began:.0f} s")
@@ -1750,9 +1758,14 @@ class OpenRouter:
     def _fetch(self, path: str, body: dict | None, tell: Callable[[bytes | Exception | None], None],
                over: threading.Event) -> None:
         """Read an answer until it is over: tell each JSON text in it, then None, or what failed."""
+        answered = False
         try:
-            with self._open(path, body) as answer:
-                room = self.MOST
+            data = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace") if body else None
+            request = urllib.request.Request(self._base + path, data, {
+                "Content-Type": "application/json", "Authorization": f"Bearer {self._key}",
+                "User-Agent": f"orchestrator/{__version__}"})
+            with self._opener.open(request, timeout=self.IDLE) as answer:
+                answered, room = True, self.MOST
                 if answer.headers.get_content_type() != "text/event-stream":
                     tell(answer.read(room))
                     room = 0
@@ -1764,36 +1777,29 @@ class OpenRouter:
                     if data:
                         tell(data)
             tell(None)
-        except ModelError as error:
-            tell(error)
         except Exception as error:      # the library has more kinds for junk than it says
-            tell(TransientError(f"the model's answer broke off: {_reason(error)}"))
+            tell(self._trouble(error, answered))
 
-    def _open(self, path: str, body: dict | None) -> http.client.HTTPResponse:
-        """Open a path of the API; every failure leaves as an error of ours, without the key."""
-        data = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace") if body else None
-        headers = {"Content-Type": "application/json", "X-Title": "orchestrator",
-                   "User-Agent": f"orchestrator/{__version__}",
-                   "Authorization": f"Bearer {self._key}"}
-        try:
-            request = urllib.request.Request(self._base + path, data, headers)
-            return self._opener.open(request, timeout=self.IDLE)
-        except urllib.error.HTTPError as error:
+    def _trouble(self, error: Exception, answered: bool) -> ModelError:
+        """Return what an error of the library means."""
+        reason = _reason(error)
+        refused = re.search(r"Tunnel connection failed: (\d+)", reason)
+        if isinstance(error, urllib.error.HTTPError):
             text = ""
-            with error, contextlib.suppress(OSError, http.client.HTTPException):
+            with error, contextlib.suppress(Exception):
                 text = self._masked(error.read(100_000)).decode("utf-8", "replace")
-            raise classify(error.code, parse_object(text) or text, error.headers) from None
-        except (http.client.InvalidURL, ValueError) as error:
-            raise ModelError(f"OPENROUTER_BASE_URL={self._base!r}: {error}") from None
-        except (OSError, http.client.HTTPException) as error:
-            refused = re.search(r"Tunnel connection failed: (\d+)", _reason(error))
-            if refused:     # by a proxy
-                raise classify(int(refused[1]), _reason(error), {}) from None
-            if "CERTIFICATE_VERIFY_FAILED" in _reason(error):
-                raise ModelError(f"the certificate of {self._base} can't be verified: Python from "
-                                 "python.org on macOS needs its Install Certificates.command once; "
-                                 "elsewhere set SSL_CERT_FILE") from None
-            raise TransientError(f"{self._base} can't be reached: {_reason(error)}") from None
+            return classify(error.code, parse_object(text) or text, error.headers)
+        if refused:     # by a proxy
+            return classify(int(refused[1]), reason, {})
+        if answered:
+            return TransientError(f"the model's answer broke off: {reason}")
+        if isinstance(error, (http.client.InvalidURL, ValueError)):
+            return ModelError(f"OPENROUTER_BASE_URL={self._base!r}: {error}")
+        if "CERTIFICATE_VERIFY_FAILED" in reason:
+            return ModelError(f"the certificate of {self._base} can't be verified: Python from "
+                              "python.org on macOS needs its Install Certificates.command once; "
+                              "elsewhere set SSL_CERT_FILE")
+        return TransientError(f"{self._base} can't be reached: {reason}")
 
     def _masked(self, data: bytes) -> bytes:
         """Return what the server said without the key, should it repeat that."""
@@ -2431,8 +2437,8 @@ class Totals:
         for event in past:
             if event["type"] == "complete":         # has all that was used until then
                 self.tokens, self.cost = Tokens(), 0.0
-            used = _part(event, "tokens") if event["type"] != "iteration_end" else {}
-            if used:
+            used = _part(event, "tokens")
+            if used and event["type"] != "iteration_end":       # its reply has told that
                 self.add([_count(used, name) for name in Tokens._fields], _number(event, "cost"))
             if event["type"] == "reply":
                 self.iterations = max(self.iterations, _count(event, "iteration"))
@@ -2794,17 +2800,16 @@ class Autopilot:
         used: dict[str, Any] = {}
 
         def rewrite(known: list[str]) -> list[str] | None:
-            try:
-                reply = self._consult(_COMPACT.format(limit=self._memory.limit // 2 + 1),
-                                      json.dumps({"facts": known}, ensure_ascii=False))
-            except (ModelError, BudgetReached):     # what ends the run is told by the next call
-                return None
-            used.update(reply.used())
-            answer = reply.text
-            found = parse_object(answer[answer.find("{"):answer.rfind("}") + 1]) or {}
-            shorter = found.get("facts")
-            fits = isinstance(shorter, list) and all(isinstance(fact, str) for fact in shorter)
-            return shorter if fits else None
+            with contextlib.suppress(ModelError, BudgetReached):    # the next call tells of it
+                reply = self._ask(Conversation(
+                    _COMPACT.format(limit=self._memory.limit // 2 + 1),
+                    json.dumps({"facts": known}, ensure_ascii=False)).messages())
+                used.update(reply.used())
+                text = reply.text[reply.text.find("{"):reply.text.rfind("}") + 1]
+                facts = (parse_object(text) or {}).get("facts")
+                if isinstance(facts, list) and all(isinstance(fact, str) for fact in facts):
+                    return facts
+            return None
 
         try:
             saved = self._memory.add(map(self._journal.masked, facts))
@@ -2831,7 +2836,7 @@ class Autopilot:
         if len(older) < worth:
             return False
         try:
-            reply = self._consult(_SUMMARISE, clip(older, room))
+            reply = self._ask(Conversation(_SUMMARISE, clip(older, room)).messages())
         except NoAnswer:        # what else there is ends the run, which has then lost nothing
             firsts = [textwrap.shorten(part, 200) for part in older.split("\n\n")]
             reply = Reply("\n".join(firsts), Tokens(), None, 0)
@@ -2839,10 +2844,6 @@ class Autopilot:
         self._conversation.summarise(summary, count)
         self._journal.publish("history", summarised=count, summary=summary, **reply.used())
         return True
-
-    def _consult(self, system: str, text: str) -> Reply:
-        """Return what the model says about a text."""
-        return self._ask([{"role": "system", "content": system}, {"role": "user", "content": text}])
 
     def _ask(self, messages: Messages,
              on_text: Callable[[str], object] = lambda text: None) -> Reply:

@@ -1650,6 +1650,8 @@ CASES = {
     "no [DONE]": fine(streamed(said("Hello", "stop"), end="")),
     "a type in capitals": fine((200, {"Content-Type": "Text/Event-Stream; charset=UTF-8"}, GOOD[2])),
     "an empty data line": fine(streamed("data:\n\n", said("Hello", "stop"))),
+    "a stream cut after its end": fine(streamed(said("Hello", "stop"), end='data: {"usa')),
+    "a chunk cut after its end": fine(wire(CHUNKED, b"ff\r\n" + GOOD[2][:-20])),
     "chunks of one byte": fine(wire(CHUNKED, *(
         b"1\r\n%c\r\n" % byte for byte in one("Hel") + one("lo") + b"data: " + json.dumps(
             said("", "stop")).encode() + b"\n\n"), b"0\r\n\r\n")),
@@ -1720,7 +1722,7 @@ CASES = {
     "no finish_reason": passing(streamed(said("Hel")), "broke off"),
     "finish_reason error": passing(streamed(said("Hel", "error")), "broke off"),
     "a stream cut between lines": passing(streamed(said("Hel"), end=""), "broke off"),
-    "a stream cut in a line": passing(streamed(said("Hel"), end='data: {"cho'), "no JSON"),
+    "a stream cut in a line": passing(streamed(said("Hel"), end='data: {"cho'), "broke off"),
     "a stream cut in a chunk": passing(wire(CHUNKED, b"ff\r\ndata: {"), "broke off|no JSON"),
     "a chunk of a length below zero": passing(wire(CHUNKED, b"-5\r\ndata"), "broke off"),
     "a chunk of a length beyond all": passing(wire(CHUNKED, b"f" * 17 + b"\r\nx"), "broke off"),
@@ -1730,15 +1732,15 @@ CASES = {
     "no answer": passing(wire(), "can't be reached"),
     "no HTTP": passing(wire(b"SSH-2.0-OpenSSH_9.2\r\n"), "can't be reached"),
     # what is taken three times, or five
-    "empty": bounded(streamed(said(" ", "stop")), 3, "empty (stop)"),
-    "null": bounded(answer(whole(None)), 3, "empty (stop)"),
-    "reasoning took it all": bounded(answer(whole(None, "length")), 3, "empty (length)"),
-    "content_filter": bounded(answer(whole("", "content_filter")), 3, "empty (content_filter)"),
+    "empty": bounded(streamed(said(" ", "stop")), 3, "refused (stop)"),
+    "null": bounded(answer(whole(None)), 3, "refused (stop)"),
+    "reasoning took it all": bounded(answer(whole(None, "length")), 3, "refused (length)"),
+    "content_filter": bounded(answer(whole("", "content_filter")), 3, "refused (content_filter)"),
     "content_filter in the middle": bounded(streamed(said("Delete all"), said("", "content_filter")),
-                                           3, "cut (content_filter)"),
-    "a tool call": bounded(answer(whole(None, "tool_calls")), 3, "empty (tool_calls)"),
+                                           3, "refused (content_filter)"),
+    "a tool call": bounded(answer(whole(None, "tool_calls")), 3, "refused (tool_calls)"),
     "a refusal": bounded(streamed({"choices": [{"delta": {"refusal": "I can't"}}]},
-                                  said("", "stop")), 3, "the model refused: I can't"),
+                                  said("", "stop")), 3, "refused (I can't)"),
     "403 by a moderator": bounded(answer(refusal(403, "flagged", metadata={
         "reasons": ["violence"]}), 403), 3, "403: flagged"),
     "content_policy_violation": bounded(answer(refusal(400, "no", metadata={
@@ -1836,6 +1838,20 @@ def test_each_case_has_its_outcome_its_calls_its_waits_and_its_words(api, case, 
         assert [request[2].get(name) for request in api.requests[1:]] == [value]
 
 
+def test_a_key_that_no_header_takes_is_not_shown():
+    for key in ("sk-or\nX: y", "sk-or-é", "sk or"):
+        with pytest.raises(ConfigError, match="OPENROUTER_API_KEY: expected one word of ASCII") as it:
+            Client("http://localhost/v1", key=key)
+        assert key not in str(it.value) and it.value.__context__ is None
+
+
+def test_a_machine_that_is_too_busy_for_a_thread_is_waited_for(api, monkeypatch):
+    start, busy = threading.Thread.start, [RuntimeError("can't start new thread")]
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: play(busy, None) or start(thread))
+    api.answers, client = [GOOD], Client(api.url)
+    assert client.say().text == "Hello" and "can't start new thread" in client.told[0]
+
+
 def test_the_request_says_who_asks_for_what(api):
     api.answers = [GOOD]
     parts = []
@@ -1929,8 +1945,10 @@ def test_failed_tries_are_paid_for_too(api):
     with pytest.raises(ModelError):
         client.say()
     assert client.used == [(Tokens(10, 0, 10), 0.25)]
-    api.answers, client = [streamed(said("Hel"), end=""), streamed(end=""), GOOD], Client(api.url)
-    assert client.say().cost == 0.5 and client.used == [(Tokens(), None), (HELLO, 0.5)]
+    thought = {"choices": [{"delta": {"reasoning": "hm"}}]}
+    api.answers = [streamed(said("Hel"), end=""), streamed(thought, end=""), streamed(end=""), GOOD]
+    client = Client(api.url)
+    assert client.say().cost == 0.5 and client.used == [(Tokens(), None)] * 2 + [(HELLO, 0.5)]
 
 
 @pytest.mark.parametrize("usage, tokens, cost", [
