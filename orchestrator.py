@@ -159,7 +159,7 @@ class ModelError(OrchestratorError):
 
 
 class NoAnswer(ModelError):
-    """The model does not answer this conversation: it may answer another."""
+    """However often it is asked, the model does not answer this conversation."""
 
 
 class ContextOverflow(NoAnswer):
@@ -169,12 +169,10 @@ class ContextOverflow(NoAnswer):
 class TransientError(ModelError):
     """A call to the model failed in a way that may pass: wait, then ask again."""
 
-    def __init__(self, message: str, *, retry_after: float | None = None, tries: int = 0,
-                 final: type[ModelError] = ModelError) -> None:
+    def __init__(self, message: str, *, retry_after: float | None = None, tries: int = 0) -> None:
         super().__init__(message)
         self.retry_after = retry_after      # seconds, when the server said so
         self.tries = tries      # how often in a row at most, 0: as long as patience lasts
-        self.final = final      # what comes of it then
 
 
 class Interrupted(KeyboardInterrupt):
@@ -1515,7 +1513,7 @@ def classify(status: int, body: object, headers: Mapping[str, str]) -> ModelErro
         found: ModelError = ContextOverflow(said)
         kind = 0        # no option that it names is at fault
     elif kind == 451 or refused and (kind in (400, 403) or kind >= 500):
-        found = TransientError(said, tries=3, final=NoAnswer)
+        found = TransientError(said, tries=3)
     elif passing:
         found = TransientError(said, retry_after=hint)
     else:
@@ -1547,6 +1545,7 @@ class OpenRouter:
             raise ConfigError("OPENROUTER_API_KEY: expected one word of ASCII characters")
         self.model = model
         self.characters_per_token = 4.0     # until the server has counted
+        self._junk = 5      # tries, until it is known that a model is there
         self._base = re.sub(r"/+(chat/completions/*)?$", "", base_url)
         self._key, self._publish, self._clock, self._sleep = key, publish, clock, sleep
         self._is_openrouter = self._base.startswith("https://openrouter.ai/")
@@ -1637,7 +1636,7 @@ class OpenRouter:
                 if error.retry_after is not None:       # the server's word wins, within reason
                     delay = min(max(error.retry_after, failures / 2), self.HINT)
                 if error.tries and limited >= error.tries:
-                    raise error.final(f"{error}, {limited} times") from None
+                    raise NoAnswer(f"{error}, {limited} times") from None
                 if self._clock() + delay - began > self.PATIENCE:
                     raise ModelError(f"gave up after an hour: {error}") from None
                 self._publish("error", error=str(error), retry_in=round(delay, 1))
@@ -1694,11 +1693,11 @@ class OpenRouter:
                 on_use(*self._bill(usage, sum(len(message["content"]) for message in messages)))
         if not finish or finish == "error":     # cut by an outage, or the server knows no better
             raise TransientError(f"the model's answer broke off ({finish or 'no finish_reason'})",
-                                 tries=0 if text else 5)
+                                 tries=0 if text else self._junk)
         if not text.strip() or finish == "content_filter":      # half an order is none
             why = " ".join(refusal.split())[:300] or finish
-            raise TransientError(f"the model's answer is empty or refused ({why})", tries=3,
-                                 final=NoAnswer)
+            raise TransientError(f"the model's answer is empty or refused ({why})", tries=3)
+        self._junk = 0
         return text, finish
 
     def _bill(self, usage: Mapping, sent: int) -> tuple[Tokens, float | None]:
@@ -1748,7 +1747,7 @@ class OpenRouter:
                 if parsed is None:
                     raise TransientError("the model's server sent no JSON object, but "
                                          f"{data[:80].decode('utf-8', 'replace')!r}: "
-                                         "check OPENROUTER_BASE_URL", tries=5)
+                                         "check OPENROUTER_BASE_URL", tries=self._junk)
                 yield parsed
             raise TransientError("the model's server is too slow: gave up after "
                                  f"{self._clock() - began:.0f} s")
