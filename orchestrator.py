@@ -1740,14 +1740,14 @@ class OpenRouter:
                     raise found
                 if found is None:
                     return
-                progress, data = self._clock(), self._masked(found)
-                before, parsed = parsed, parse_object(data)
+                progress, text = self._clock(), self._masked(found)
+                before, parsed = parsed, parse_object(text)
                 if parsed is None and before:       # cut in a line
                     return
                 if parsed is None:
                     raise TransientError("the model's server sent no JSON object, but "
-                                         f"{data[:80].decode('utf-8', 'replace')!r}: "
-                                         "check OPENROUTER_BASE_URL", tries=self._junk)
+                                         f"{text[:80]!r}: check OPENROUTER_BASE_URL",
+                                         tries=self._junk)
                 yield parsed
             raise TransientError("the model's server is too slow: gave up after "
                                  f"{self._clock() - began:.0f} s")
@@ -1786,7 +1786,7 @@ class OpenRouter:
         if isinstance(error, urllib.error.HTTPError):
             text = ""
             with error, contextlib.suppress(Exception):
-                text = self._masked(error.read(100_000)).decode("utf-8", "replace")
+                text = self._masked(error.read(100_000))
             return classify(error.code, parse_object(text) or text, error.headers)
         if refused:     # by a proxy
             return classify(int(refused[1]), reason, {})
@@ -1800,9 +1800,10 @@ class OpenRouter:
                               "elsewhere set SSL_CERT_FILE")
         return TransientError(f"{self._base} can't be reached: {reason}")
 
-    def _masked(self, data: bytes) -> bytes:
+    def _masked(self, data: bytes) -> str:
         """Return what the server said without the key, should it repeat that."""
-        return data.replace(self._key.encode(), b"[key]") if len(self._key) >= 8 else data
+        text = data.decode("utf-8-sig", "replace")
+        return text.replace(self._key, "[key]") if len(self._key) >= 8 else text
 
 
 # -- 7. Memory ------------------------------------------------------------------------------

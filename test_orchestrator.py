@@ -1658,6 +1658,9 @@ CASES = {
     "a character split over two pieces": fine(wire(
         STREAM + b"\r\n", one("漢")[:40], one("漢")[40:], b"data: " + json.dumps(
             said("字", "stop")).encode() + b"\n\ndata: [DONE]\n\n"), outcome="漢字"),
+    "a byte that is no UTF-8": fine(wire(
+        STREAM + b"\r\n" + one("x") + one("Hel").replace(b"Hel", b"He\xff"),
+        b"data: " + json.dumps(said("", "stop")).encode() + b"\n"), outcome="xHe\ufffd"),
     "no end after [DONE]": fine(wire(STREAM + b"\r\n" + GOOD[2], end="silence")),
     "JSON to a streaming request": fine(answer(whole())),
     "JSON after keep-alive blanks": fine(answer("\n  \n" + json.dumps(whole()))),
