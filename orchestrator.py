@@ -1670,7 +1670,7 @@ class OpenRouter:
     def _call(self, messages: Messages, on_text: Callable, on_use: Callable,
               left: Callable[[], float]) -> tuple[str, str]:
         """Return text and finish reason of one try."""
-        text, finish, refusal, usage, message = "", "", "", {}, {}
+        text, finish, refusal, usage, begun = "", "", "", {}, False
         answer = self._ask("/chat/completions", left, self.body(messages))
         try:
             for chunk in answer:
@@ -1680,6 +1680,7 @@ class OpenRouter:
                 if wrong.get("error"):
                     raise classify(200, wrong, {})
                 message = _part(choice, "delta") or _part(choice, "message")
+                begun = begun or bool(message)
                 text += _text(message, "content")
                 refusal += _text(message, "refusal")
                 finish = str(choice.get("finish_reason") or finish)
@@ -1689,7 +1690,7 @@ class OpenRouter:
                 raise
         finally:
             answer.close()
-            if usage or message:    # what was cut costs something too, and nobody says how much
+            if usage or begun:      # what was cut costs something too, and nobody says how much
                 on_use(*self._bill(usage, sum(len(message["content"]) for message in messages)))
         if not finish or finish == "error":     # cut by an outage, or the server knows no better
             raise TransientError(f"the model's answer broke off ({finish or 'no finish_reason'})",

@@ -1952,6 +1952,9 @@ def test_failed_tries_are_paid_for_too(api):
     api.answers = [streamed(said("Hel"), end=""), streamed(thought, end=""), streamed(end=""), GOOD]
     client = Client(api.url)
     assert client.say().cost == 0.5 and client.used == [(Tokens(), None)] * 2 + [(HELLO, 0.5)]
+    end = {"choices": [{"delta": {}, "finish_reason": "stop"}]}
+    api.answers, client = [streamed(said("Hello"), end)], Client(api.url)
+    assert client.say().cost is None and client.used == [(Tokens(), None)]
 
 
 @pytest.mark.parametrize("usage, tokens, cost", [
