@@ -97,7 +97,7 @@ __all__ = ["Agent", "Autopilot", "Chat", "Config", "Dashboard", "Journal", "Memo
 class OrchestratorError(Exception):
     """A failure told in one line; `status` is the exit status, `outcome` how it ends a run."""
 
-    status, outcome = 1, "failed"
+    status, outcome = 1, "interrupted"
 
 
 class ConfigError(OrchestratorError):
@@ -157,7 +157,11 @@ class ModelError(OrchestratorError):
     change: Mapping[str, int | None] = {}
 
 
-class ContextOverflow(ModelError):
+class NoAnswer(ModelError):
+    """However often it is asked, the model does not answer this conversation."""
+
+
+class ContextOverflow(NoAnswer):
     """The conversation is longer than the model takes: shorten it."""
 
 
@@ -1416,6 +1420,10 @@ class Reply(NamedTuple):
     cost: float | None      # US dollars, None where the server does not say
     duration_ms: int
 
+    def used(self) -> dict[str, Any]:
+        """Return what it used, as events tell it."""
+        return {"tokens": self.tokens._asdict(), "cost": self.cost}
+
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     """A redirected POST would become a GET, and might carry the key to another host."""
@@ -1517,8 +1525,8 @@ def classify(status: int, body: object, headers: Mapping[str, str]) -> ModelErro
     error = body.get("error") if isinstance(body, dict) else body
     error = error if isinstance(error, dict) else {"message": error or body}
     metadata, hint = _part(error, "metadata"), _hint(error, headers)
-    told = [metadata.get("error_type"), *map(error.get, ("error_type", "code", "http_status")),
-            status]
+    told = [metadata.get("error_type"),
+            *map(error.get, ("error_type", "code", "type", "http_status")), status]
     code = next((int(each) for each in map(str, told) if re.fullmatch(r"[3-5]\d\d", each)), 502)
     kind = next((_KINDS[each] for each in map(str, told) if each in _KINDS), code)
     message = str(error.get("message") or "")
@@ -1528,16 +1536,15 @@ def classify(status: int, body: object, headers: Mapping[str, str]) -> ModelErro
     said = f"the model's server answered {code}" + f": {message[:300]}" * bool(message)
     if kind == 403 and "limit exceeded" in message:     # of the key
         kind = 402
-    passing = _part(error, "availability").get("retryable")
+    passing = _part(error, "availability").get(
+        "retryable", kind in (408, 409, 425, 429) or kind >= 500)
     if kind == 429 and (hint or 86_400 * bool(re.search("per.day|daily", message))) > 3600:
         passing = False
-    elif passing is None:
-        passing = kind in (408, 409, 425, 429) or kind >= 500
     refused = metadata.get("reasons") or _REFUSED.search(message)
 
     if kind == 413 or kind != 429 and _OVERFLOW.search(message):
         found: ModelError = ContextOverflow(said)
-        found.change = _change(message, 0)      # no option that it names is at fault
+        kind = 0        # no option that it names is at fault
     elif kind == 451 or refused and (kind in (400, 403) or kind >= 500):
         found = TransientError(said, tries=3)
     elif passing:
@@ -1545,8 +1552,7 @@ def classify(status: int, body: object, headers: Mapping[str, str]) -> ModelErro
     else:
         otherwise = "OPENROUTER_MODEL may not take this request" if kind >= 400 else _ADVICE[404]
         found = ModelError(f"{said} ({_ADVICE.get(kind, otherwise)})")
-        found.change = _change(message, kind)
-    found.code = code
+    found.code, found.change = code, _change(message, kind)
     return found
 
 
@@ -1555,20 +1561,24 @@ class OpenRouter:
 
     `publish` is told of each failure that is survived.  Times are in seconds: IDLE without a
     byte, PROGRESS without data, CALL for one try, PATIENCE for all of them, CHECK for a question
-    before the run, HINT for what a server may ask us to wait.
+    before the run, HINT for what a server may ask us to wait.  Raises ConfigError for a key that
+    no header takes.
     """
 
     IDLE, PROGRESS, CALL, PATIENCE, CHECK, HINT = 120.0, 300.0, 1200.0, 3600.0, 5.0, 900.0
     MAX_TOKENS = 16_000     # always sent: without it the credit check assumes the model's maximum
-    MAX_LINE = 100_000_000  # bytes
+    MOST = 30_000_000       # bytes of an answer: a piece of a stream takes some 500 for a word
     PARTS = 4               # of an answer that is cut at its length again and again
 
     def __init__(self, base_url: str, key: str, model: str, *,
                  publish: Callable[..., object] = lambda kind, **fields: None,
                  clock: Callable[[], float] = time.monotonic,
                  sleep: Callable[[float], None] = time.sleep) -> None:
+        if not re.fullmatch(r"[!-~]*", key):    # an error of the library would show it
+            raise ConfigError("OPENROUTER_API_KEY: expected one word of ASCII characters")
         self.model = model
         self.characters_per_token = 4.0     # until the server has counted
+        self._junk = 5      # tries, until it is known that a model is there
         self._base = re.sub(r"/+(chat/completions/*)?$", "", base_url)
         self._key, self._publish, self._clock, self._sleep = key, publish, clock, sleep
         self._is_openrouter = self._base.startswith("https://openrouter.ai/")
@@ -1659,7 +1669,7 @@ class OpenRouter:
                 if error.retry_after is not None:       # the server's word wins, within reason
                     delay = min(max(error.retry_after, failures / 2), self.HINT)
                 if error.tries and limited >= error.tries:
-                    raise ModelError(f"{error}, {limited} times") from None
+                    raise NoAnswer(f"{error}, {limited} times") from None
                 if self._clock() + delay - began > self.PATIENCE:
                     raise ModelError(f"gave up after an hour: {error}") from None
                 self._publish("error", error=str(error), retry_in=round(delay, 1))
@@ -1693,7 +1703,7 @@ class OpenRouter:
     def _call(self, messages: Messages, on_text: Callable, on_use: Callable,
               left: Callable[[], float]) -> tuple[str, str]:
         """Return text and finish reason of one try."""
-        text, finish, refusal, usage = "", "", "", {}
+        text, finish, refusal, usage, begun = "", "", "", {}, False
         answer = self._ask("/chat/completions", left, self.body(messages))
         try:
             for chunk in answer:
@@ -1703,20 +1713,25 @@ class OpenRouter:
                 if wrong.get("error"):
                     raise classify(200, wrong, {})
                 message = _part(choice, "delta") or _part(choice, "message")
+                begun = begun or bool(message)
                 text += _text(message, "content")
                 refusal += _text(message, "refusal")
                 finish = str(choice.get("finish_reason") or finish)
                 on_text(text)
+        except TransientError:
+            if not finish or not text:      # else it was whole
+                raise
         finally:
             answer.close()
-            if usage:
+            if usage or begun:      # what was cut costs something too, and nobody says how much
                 on_use(*self._bill(usage, sum(len(message["content"]) for message in messages)))
         if not finish or finish == "error":     # cut by an outage, or the server knows no better
             raise TransientError(f"the model's answer broke off ({finish or 'no finish_reason'})",
-                                 tries=0 if text else 5)
-        if not text.strip():
-            raise TransientError(f"the model refused: {' '.join(refusal.split())[:300]}" if refusal
-                                 else f"the model's answer was empty ({finish})", tries=3)
+                                 tries=0 if text else self._junk)
+        if not text.strip() or finish == "content_filter":      # half an order is none
+            why = " ".join(refusal.split())[:300] or finish
+            raise TransientError(f"the model's answer is empty or refused ({why})", tries=3)
+        self._junk = 0
         return text, finish
 
     def _bill(self, usage: Mapping, sent: int) -> tuple[Tokens, float | None]:
@@ -1744,8 +1759,8 @@ class OpenRouter:
         try:
             threading.Thread(target=self._fetch, args=(path, body, inbox.put, over),
                              daemon=True).start()
-        except RuntimeError as error:       # too many processes on this machine
-            raise TransientError(str(error)) from None
+        except RuntimeError as error:
+            raise TransientError(f"the model can't be asked: {error}") from None
         began = progress = self._clock()
         parsed: dict | None = None
         try:
@@ -1759,12 +1774,14 @@ class OpenRouter:
                     raise found
                 if found is None:
                     return
-                progress, data = self._clock(), self._masked(found)
-                before, parsed = parsed, parse_object(data)
+                progress, text = self._clock(), self._masked(found)
+                before, parsed = parsed, parse_object(text)
+                if parsed is None and before:       # cut in a line
+                    return
                 if parsed is None:
                     raise TransientError("the model's server sent no JSON object, but "
-                                         f"{data[:80].decode('utf-8', 'replace')!r}: "
-                                         "check OPENROUTER_BASE_URL", tries=0 if before else 5)
+                                         f"{text[:80]!r}: check OPENROUTER_BASE_URL",
+                                         tries=self._junk)
                 yield parsed
             raise TransientError("the model's server is too slow: gave up after "
                                  f"{self._clock() - began:.0f} s")
@@ -1774,50 +1791,53 @@ class OpenRouter:
     def _fetch(self, path: str, body: dict | None, tell: Callable[[bytes | Exception | None], None],
                over: threading.Event) -> None:
         """Read an answer until it is over: tell each JSON text in it, then None, or what failed."""
+        answered = False
         try:
-            with self._open(path, body) as answer:
-                streamed = "text/event-stream" in answer.headers.get("Content-Type", "")
-                if not streamed:
-                    tell(answer.read(self.MAX_LINE))
-                while streamed and not over.is_set():
-                    line = answer.readline(self.MAX_LINE)
+            data = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace") if body else None
+            request = urllib.request.Request(self._base + path, data, {
+                "Content-Type": "application/json", "Authorization": f"Bearer {self._key}",
+                "User-Agent": f"orchestrator/{__version__}"})
+            with self._opener.open(request, timeout=self.IDLE) as answer:
+                answered, room = True, self.MOST
+                if answer.headers.get_content_type() != "text/event-stream":
+                    tell(answer.read(room))
+                    room = 0
+                while not over.is_set() and (line := answer.readline(room)):
+                    room -= len(line)
                     data = line[len(b"data:"):].strip() if line.startswith(b"data:") else b""
-                    if data == b"[DONE]" or not line:
+                    if data == b"[DONE]":
                         break
                     if data:
                         tell(data)
             tell(None)
-        except (OSError, http.client.HTTPException) as error:
-            tell(TransientError(f"the model's answer broke off: {_reason(error)}"))
-        except Exception as error:
-            tell(error)
+        except Exception as error:      # the library has more kinds for junk than it says
+            tell(self._trouble(error, answered))
 
-    def _open(self, path: str, body: dict | None) -> http.client.HTTPResponse:
-        """Open a path of the API; every failure leaves as an error of ours, without the key."""
-        data = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace") if body else None
-        headers = {"Content-Type": "application/json", "X-Title": "orchestrator",
-                   "User-Agent": f"orchestrator/{__version__}",
-                   "Authorization": f"Bearer {self._key}"}
-        try:
-            request = urllib.request.Request(self._base + path, data, headers)
-            return self._opener.open(request, timeout=self.IDLE)
-        except urllib.error.HTTPError as error:
+    def _trouble(self, error: Exception, answered: bool) -> ModelError:
+        """Return what an error of the library means."""
+        reason = _reason(error)
+        refused = re.search(r"Tunnel connection failed: (\d+)", reason)
+        if isinstance(error, urllib.error.HTTPError):
             text = ""
-            with error, contextlib.suppress(OSError, http.client.HTTPException):
-                text = self._masked(error.read(100_000)).decode("utf-8", "replace")
-            raise classify(error.code, parse_object(text) or text, error.headers) from None
-        except (http.client.InvalidURL, ValueError) as error:
-            raise ModelError(f"OPENROUTER_BASE_URL={self._base!r}: {error}") from None
-        except (OSError, http.client.HTTPException) as error:
-            if "CERTIFICATE_VERIFY_FAILED" in _reason(error):
-                raise ModelError(f"the certificate of {self._base} can't be verified: Python from "
-                                 "python.org on macOS needs its Install Certificates.command once; "
-                                 "elsewhere set SSL_CERT_FILE") from None
-            raise TransientError(f"{self._base} can't be reached: {_reason(error)}") from None
+            with error, contextlib.suppress(Exception):
+                text = self._masked(error.read(100_000))
+            return classify(error.code, parse_object(text) or text, error.headers)
+        if refused:     # by a proxy
+            return classify(int(refused[1]), reason, {})
+        if answered:
+            return TransientError(f"the model's answer broke off: {reason}")
+        if isinstance(error, (http.client.InvalidURL, ValueError)):
+            return ModelError(f"OPENROUTER_BASE_URL={self._base!r}: {error}")
+        if "CERTIFICATE_VERIFY_FAILED" in reason:
+            return ModelError(f"the certificate of {self._base} can't be verified: Python from "
+                              "python.org on macOS needs its Install Certificates.command once; "
+                              "elsewhere set SSL_CERT_FILE")
+        return TransientError(f"{self._base} can't be reached: {reason}")
 
-    def _masked(self, data: bytes) -> bytes:
+    def _masked(self, data: bytes) -> str:
         """Return what the server said without the key, should it repeat that."""
-        return data.replace(self._key.encode(), b"[key]") if len(self._key) >= 8 else data
+        text = data.decode("utf-8-sig", "replace")
+        return text.replace(self._key, "[key]") if len(self._key) >= 8 else text
 
 
 # -- 7. Memory ------------------------------------------------------------------------------
@@ -1835,6 +1855,7 @@ class Memory:
                  sleep: Callable[[float], None] = time.sleep) -> None:
         self.facts: list[str] = []
         self.limit, self.complaint, self._path, self._sleep = limit, "", path, sleep
+        self._left = 0      # facts, by the last compaction
         self._unsaved: list[str] = []       # could not be written so far
         self._tries = 1000                  # to get the lock, a hundredth of a second apart
 
@@ -1867,10 +1888,13 @@ class Memory:
         """Let `rewrite` shorten a list that is too long; return the lengths before and after.
 
         What it returns counts only if it is shorter, not empty and without overlong facts, and if
-        nothing was taken out of the file meanwhile.  What another run adds meanwhile is kept.
+        nothing was taken out of the file meanwhile.  What another run adds meanwhile is kept.  The
+        next one waits until there are a fifth of the limit more than this one leaves.
         """
         before = list(self.facts)
-        rewritten = (rewrite(before) or []) if len(before) > self.limit else []
+        if len(before) <= max(self.limit, self._left + self.limit // 5):
+            return None
+        self._left, rewritten = len(before), rewrite(before) or []
         shorter = list(filter(None, map(self._normal, rewritten)))
         if not 0 < len(shorter) < len(before) or max(map(len, rewritten)) > self.FACT_LIMIT:
             return None
@@ -1880,7 +1904,8 @@ class Memory:
             return shorter + added if len(known) - len(added) == len(before) else known
 
         self._change(replace)
-        return (len(before), len(self.facts)) if self.facts[:len(shorter)] == shorter else None
+        self._left = len(self.facts)
+        return (len(before), self._left) if self.facts[:len(shorter)] == shorter else None
 
     def _normal(self, fact: str) -> str:
         return " ".join(fact.split())[:self.FACT_LIMIT]
@@ -2444,6 +2469,7 @@ class Totals:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.iterations, self.tokens, self.cost, self.earlier = 0, Tokens(), 0.0, 0.0
+        self._priced = 0        # calls that are in `cost`
         self._clock, self._began = clock, clock()
 
     @property
@@ -2452,9 +2478,12 @@ class Totals:
         return self.earlier + self._clock() - self._began
 
     def add(self, tokens: Sequence[int], cost: float | None) -> None:
-        """Count a call to the model."""
+        """Count a call to the model; a cost that is not told is taken to be the mean."""
         self.tokens = Tokens(*map(sum, zip(self.tokens, tokens)))
-        self.cost += cost or 0.0
+        if cost is None and self._priced:
+            cost = self.cost / self._priced
+        if cost is not None:
+            self.cost, self._priced = self.cost + cost, self._priced + 1
 
     def recount(self, past: Sequence[Event]) -> None:
         """Count what earlier parts of a run have used, without the times between them.
@@ -2465,8 +2494,8 @@ class Totals:
         for event in past:
             if event["type"] == "complete":         # has all that was used until then
                 self.tokens, self.cost = Tokens(), 0.0
-            if event["type"] in ("reply", "history", "memory", "complete"):
-                used = _part(event, "tokens")
+            used = _part(event, "tokens")
+            if used and event["type"] != "iteration_end":       # its reply has told that
                 self.add([_count(used, name) for name in Tokens._fields], _number(event, "cost"))
             if event["type"] == "reply":
                 self.iterations = max(self.iterations, _count(event, "iteration"))
@@ -2484,8 +2513,7 @@ class Totals:
             yield
             outcome = "complete"
         except BaseException as error:
-            by_the_world = isinstance(error, OSError)       # a run can go on from that
-            outcome = getattr(error, "outcome", "interrupted" if by_the_world else "failed")
+            outcome = getattr(error, "outcome", outcome)    # a run can go on from what has none
             reason = journal.masked(str(error) or repr(error))
             error.args = (reason,)
             raise
@@ -2628,6 +2656,7 @@ def run_check(command: str, directory: Path, environ: Mapping[str, str],
 class Autopilot:
     """The model drives the agent until the task is done, given up, or out of budget."""
 
+    MESSAGES = 900              # in a conversation: Claude takes 1,000
     VERIFY_LIMIT = 600.0        # seconds
     SAME_FAILURES = 5           # of VERIFY_CMD, until the run is stuck
     LIMIT_WAIT, LIMIT_MARGIN = 86400.0, 120.0   # seconds: to a usage limit's end, and after it
@@ -2740,8 +2769,8 @@ class Autopilot:
         self._journal.publish(
             "iteration_end", agent_output=outcome,
             orchestrator=instruction.text if instruction.kind in _TO_AGENT else "",
-            duration_ms=round((self._clock() - began) * 1000), tokens=reply.tokens._asdict(),
-            cost=reply.cost, **({"error": str(trouble)} if trouble else {}))
+            duration_ms=round((self._clock() - began) * 1000), **reply.used(),
+            **({"error": str(trouble)} if trouble else {}))
         if trouble:
             raise trouble
         self._tell(reply.text, outcome)
@@ -2750,7 +2779,9 @@ class Autopilot:
         """Return the model's next reply; shorten the conversation if it has become too long."""
         overflows, reply = 0, None
         while not reply:
-            if self._conversation.size() > self._room():
+            if len(self._conversation.messages()) > self.MESSAGES:
+                self._summarise()
+            elif self._conversation.size() > self._room():
                 self._summarise(self._room() // 4)      # for less it is not worth a new prefix
             try:
                 reply = self._ask(self._conversation.messages(), self._show_part)
@@ -2759,13 +2790,11 @@ class Autopilot:
                 self._bound = min(self._bound, 0.75 * self._conversation.size())
                 if overflows > 3 or not self._summarise():
                     raise
-        self._journal.publish("reply", text=reply.text, tokens=reply.tokens._asdict(),
-                              cost=reply.cost, duration_ms=reply.duration_ms)
-        if self._config.max_cost and reply.cost is None:
-            if not self._totals.cost:
-                raise BudgetReached("MAX_COST is set, but the model's server does not say what a "
-                                    "call costs: use MAX_ITERATIONS or MAX_MINUTES")
-            self._totals.cost *= 1 + 1 / self._totals.iterations    # taken to be the mean
+        self._journal.publish("reply", text=reply.text, **reply.used(),
+                              duration_ms=reply.duration_ms)
+        if self._config.max_cost and reply.cost is None and not self._totals.cost:
+            raise BudgetReached("MAX_COST is set, but the model's server does not say what a call "
+                                "costs: use MAX_ITERATIONS or MAX_MINUTES")
         return reply
 
     def _show_part(self, text: str) -> None:
@@ -2828,16 +2857,19 @@ class Autopilot:
         """Save facts, and have the list compacted if it has become too long."""
         if not facts:
             return
-        spent: dict[str, object] = {}
+        used: dict[str, Any] = {}
 
         def rewrite(known: list[str]) -> list[str] | None:
-            answer, used = self._consult(_COMPACT.format(limit=self._memory.limit // 2 + 1),
-                                         json.dumps({"facts": known}, ensure_ascii=False))
-            spent.update(used)
-            found = parse_object(answer[answer.find("{"):answer.rfind("}") + 1]) or {}
-            shorter = found.get("facts")
-            fits = isinstance(shorter, list) and all(isinstance(fact, str) for fact in shorter)
-            return shorter if fits else None
+            with contextlib.suppress(ModelError, BudgetReached):    # the next call tells of it
+                reply = self._ask(Conversation(
+                    _COMPACT.format(limit=self._memory.limit // 2 + 1),
+                    json.dumps({"facts": known}, ensure_ascii=False)).messages())
+                used.update(reply.used())
+                text = reply.text[reply.text.find("{"):reply.text.rfind("}") + 1]
+                facts = (parse_object(text) or {}).get("facts")
+                if isinstance(facts, list) and all(isinstance(fact, str) for fact in facts):
+                    return facts
+            return None
 
         try:
             saved = self._memory.add(map(self._journal.masked, facts))
@@ -2846,7 +2878,7 @@ class Autopilot:
                 self._journal.publish("memory", saved=saved, total=len(self._memory.facts))
             before, after = self._memory.compact(rewrite) or (0, 0)
             if before:
-                self._journal.publish("memory", total=after, **spent,
+                self._journal.publish("memory", total=after, **used,
                                       compacted={"before": before, "after": after})
         except OSError as error:
             trouble = f"memory.json can't be written: {error.strerror}"
@@ -2865,21 +2897,15 @@ class Autopilot:
         count, older = self._conversation.older(room)
         if len(older) < worth:
             return False
-        answer, spent = self._consult(_SUMMARISE, clip(older, room))
-        firsts = "\n".join(textwrap.shorten(part, 200) for part in older.split("\n\n"))
-        summary = clip(answer or firsts, min(16_000, room // 4))
-        self._conversation.summarise(summary, count)
-        self._journal.publish("history", summarised=count, summary=summary, **spent)
-        return True
-
-    def _consult(self, system: str, text: str) -> tuple[str, dict[str, object]]:
-        """Return what the model says about a text, and what that used; nothing if it can't."""
         try:
-            reply = self._ask([{"role": "system", "content": system},
-                               {"role": "user", "content": text}])
-        except (ModelError, BudgetReached):
-            return "", {}
-        return reply.text, {"tokens": reply.tokens._asdict(), "cost": reply.cost}
+            reply = self._ask(Conversation(_SUMMARISE, clip(older, room)).messages())
+        except NoAnswer:        # what else there is ends the run, which has then lost nothing
+            firsts = [textwrap.shorten(part, 200) for part in older.split("\n\n")]
+            reply = Reply("\n".join(firsts), Tokens(), None, 0)
+        summary = clip(reply.text, min(16_000, room // 4))
+        self._conversation.summarise(summary, count)
+        self._journal.publish("history", summarised=count, summary=summary, **reply.used())
+        return True
 
     def _ask(self, messages: Messages,
              on_text: Callable[[str], object] = lambda text: None) -> Reply:

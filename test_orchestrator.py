@@ -38,7 +38,7 @@ import orchestrator
 from orchestrator import (
     Agent, AgentError, AgentExited, Autopilot, BudgetReached, Chat, Config, ConfigError,
     ContextOverflow, Control, Conversation, Dashboard, GaveUp, Interrupted, Journal, Memory,
-    ModelError, Narrator, OpenRouter, OrchestratorError, Pane, Place, Program, Question, Reply,
+    ModelError, Narrator, NoAnswer, OpenRouter, OrchestratorError, Pane, Place, Program, Question, Reply,
     Signals, Stuck, Tmux, TmuxDied, TmuxError, TmuxGone, Tokens, TransientError, Turn,
     Watch, above_box, birth, child_environment, choose_program, clip, draft_in_box, fingerprint,
     holds_draft, is_intact, known_question, last_unfinished, last_words, main, menu_on, narrate,
@@ -363,7 +363,7 @@ class Api:
                 self.end_headers()
                 self.wfile.write(data)
 
-            do_GET = do_POST
+            do_GET = do_CONNECT = do_POST
 
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.port = self._server.server_port
@@ -579,7 +579,7 @@ def test_the_page_builds_nothing_from_text_and_loads_nothing():
 # -- 1. Errors ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("error, status, outcome", [
-    (OrchestratorError("x"), 1, "failed"), (ConfigError("x"), 2, "failed"),
+    (OrchestratorError("x"), 1, "interrupted"), (ConfigError("x"), 2, "interrupted"),
     (BudgetReached("x"), 3, "budget"), (GaveUp("x"), 4, "failed"), (Stuck("x"), 4, "stuck"),
     (AgentError("x"), 5, "agent"), (AgentExited("x"), 5, "agent"), (TmuxError("x"), 5, "agent"),
     (TmuxGone("x"), 5, "agent"), (ModelError("x"), 6, "model"), (ContextOverflow("x"), 6, "model"),
@@ -1762,7 +1762,7 @@ def final(answer, told, outcome=ModelError):
 
 def bounded(answer, times, told):
     """Return the case of a failure that is taken only so many times."""
-    return Case(answer, outcome=ModelError, calls=times, told=f"{told}, {times} times",
+    return Case(answer, outcome=NoAnswer, calls=times, told=f"{told}, {times} times",
                 waits=(2, 4, 8, 16)[:times - 1])
 
 
@@ -1780,13 +1780,19 @@ CASES = {
     "CRLF, fields, and no space after data:": fine(streamed(
         "event: x\r\nid: 1\r\nretry: 9\r\ndata:" + json.dumps(said("Hello", "stop")) + "\r\n\r\n")),
     "no [DONE]": fine(streamed(said("Hello", "stop"), end="")),
+    "a type in capitals": fine((200, {"Content-Type": "Text/Event-Stream; charset=UTF-8"}, GOOD[2])),
     "an empty data line": fine(streamed("data:\n\n", said("Hello", "stop"))),
+    "a stream cut after its end": fine(streamed(said("Hello", "stop"), end='data: {"usa')),
+    "a chunk cut after its end": fine(wire(CHUNKED, b"ff\r\n" + GOOD[2][:-20])),
     "chunks of one byte": fine(wire(CHUNKED, *(
         b"1\r\n%c\r\n" % byte for byte in one("Hel") + one("lo") + b"data: " + json.dumps(
             said("", "stop")).encode() + b"\n\n"), b"0\r\n\r\n")),
     "a character split over two pieces": fine(wire(
         STREAM + b"\r\n", one("漢")[:40], one("漢")[40:], b"data: " + json.dumps(
             said("字", "stop")).encode() + b"\n\ndata: [DONE]\n\n"), outcome="漢字"),
+    "a byte that is no UTF-8": fine(wire(
+        STREAM + b"\r\n" + one("x") + one("Hel").replace(b"Hel", b"He\xff"),
+        b"data: " + json.dumps(said("", "stop")).encode() + b"\n"), outcome="xHe\ufffd"),
     "no end after [DONE]": fine(wire(STREAM + b"\r\n" + GOOD[2], end="silence")),
     "JSON to a streaming request": fine(answer(whole())),
     "JSON after keep-alive blanks": fine(answer("\n  \n" + json.dumps(whole()))),
@@ -1851,21 +1857,25 @@ CASES = {
     "no finish_reason": passing(streamed(said("Hel")), "broke off"),
     "finish_reason error": passing(streamed(said("Hel", "error")), "broke off"),
     "a stream cut between lines": passing(streamed(said("Hel"), end=""), "broke off"),
-    "a stream cut in a line": passing(streamed(said("Hel"), end='data: {"cho'), "no JSON"),
+    "a stream cut in a line": passing(streamed(said("Hel"), end='data: {"cho'), "broke off"),
     "a stream cut in a chunk": passing(wire(CHUNKED, b"ff\r\ndata: {"), "broke off|no JSON"),
+    "a chunk of a length below zero": passing(wire(CHUNKED, b"-5\r\ndata"), "broke off"),
+    "a chunk of a length beyond all": passing(wire(CHUNKED, b"f" * 17 + b"\r\nx"), "broke off"),
     "a body that is too short": passing(answer("{}", Content_Length="1000"), "broke off"),
     "a reset": passing(wire(STREAM + b"\r\n" + one("Hel"), end="reset"), "broke off"),
     "a reset before the answer": passing(wire(end="reset"), "can't be reached"),
     "no answer": passing(wire(), "can't be reached"),
     "no HTTP": passing(wire(b"SSH-2.0-OpenSSH_9.2\r\n"), "can't be reached"),
     # what is taken three times, or five
-    "empty": bounded(streamed(said(" ", "stop")), 3, "empty (stop)"),
-    "null": bounded(answer(whole(None)), 3, "empty (stop)"),
-    "reasoning took it all": bounded(answer(whole(None, "length")), 3, "empty (length)"),
-    "content_filter": bounded(answer(whole("", "content_filter")), 3, "empty (content_filter)"),
-    "a tool call": bounded(answer(whole(None, "tool_calls")), 3, "empty (tool_calls)"),
+    "empty": bounded(streamed(said(" ", "stop")), 3, "refused (stop)"),
+    "null": bounded(answer(whole(None)), 3, "refused (stop)"),
+    "reasoning took it all": bounded(answer(whole(None, "length")), 3, "refused (length)"),
+    "content_filter": bounded(answer(whole("", "content_filter")), 3, "refused (content_filter)"),
+    "content_filter in the middle": bounded(streamed(said("Delete all"), said("", "content_filter")),
+                                           3, "refused (content_filter)"),
+    "a tool call": bounded(answer(whole(None, "tool_calls")), 3, "refused (tool_calls)"),
     "a refusal": bounded(streamed({"choices": [{"delta": {"refusal": "I can't"}}]},
-                                  said("", "stop")), 3, "the model refused: I can't"),
+                                  said("", "stop")), 3, "refused (I can't)"),
     "403 by a moderator": bounded(answer(refusal(403, "flagged", metadata={
         "reasons": ["violence"]}), 403), 3, "403: flagged"),
     "content_policy_violation": bounded(answer(refusal(400, "no", metadata={
@@ -1883,6 +1893,8 @@ CASES = {
     "a page that repeats the key": passing(answer(f"<p>{KEY}"), "no JSON"),
     "401 that repeats the key": final(answer(refusal(401, f"wrong key {KEY}"), 401), "wrong key"),
     "402": final(answer(refusal(402, "no money"), 402), "add credit"),
+    "a quota by its type": final(answer(refusal(None, "no money", type="insufficient_quota"), 429),
+                                 "add credit"),
     "402 in a stream": final(streamed(refusal(402, "no money")), "add credit"),
     "402, afford little": final(answer(refusal(402, TOO_MUCH.format(300)), 402), "add credit"),
     "402, afford more than asked": final(answer(refusal(402, TOO_MUCH.format(99_999)), 402),
@@ -1959,6 +1971,13 @@ def test_each_case_has_its_outcome_its_calls_its_waits_and_its_words(api, case, 
     assert "\n" not in "".join(words) and KEY not in "".join(words)
     for name, value in (case.options or {}).items():
         assert [request[2].get(name) for request in api.requests[1:]] == [value]
+
+
+def test_a_key_that_no_header_takes_is_not_shown():
+    for key in ("sk-or\nX: y", "sk-or-é", "sk or"):
+        with pytest.raises(ConfigError, match="OPENROUTER_API_KEY: expected one word of ASCII") as it:
+            Client("http://localhost/v1", key=key)
+        assert key not in str(it.value) and it.value.__context__ is None
 
 
 def test_the_request_says_who_asks_for_what(api):
@@ -2054,6 +2073,13 @@ def test_failed_tries_are_paid_for_too(api):
     with pytest.raises(ModelError):
         client.say()
     assert client.used == [(Tokens(10, 0, 10), 0.25)]
+    thought = {"choices": [{"delta": {"reasoning": "hm"}}]}
+    api.answers = [streamed(said("Hel"), end=""), streamed(thought, end=""), streamed(end=""), GOOD]
+    client = Client(api.url)
+    assert client.say().cost == 0.5 and client.used == [(Tokens(), None)] * 2 + [(HELLO, 0.5)]
+    end = {"choices": [{"delta": {}, "finish_reason": "stop"}]}
+    api.answers, client = [streamed(said("Hello"), end)], Client(api.url)
+    assert client.say().cost is None and client.used == [(Tokens(), None)]
 
 
 @pytest.mark.parametrize("usage, tokens, cost", [
@@ -2087,6 +2113,14 @@ def test_an_outage_that_cuts_or_empties_answers_now_and_then_is_waited_out(api):
                      streamed(said("Hel", "error"))] * 3, [empty, empty, down] * 3):
         api.answers, client = [*answers, GOOD], Client(api.url)
         assert client.say().text == "Hello" and len(client.told) == 9
+
+
+@pytest.mark.parametrize("junk", [answer("<p>Down for maintenance"), streamed(COMMENT, end="")],
+                         ids=["a page", "nothing"])
+def test_a_server_that_has_answered_before_may_talk_junk_for_a_while(api, junk):
+    api.answers, client = [GOOD, *[junk] * 20, GOOD], Client(api.url)
+    client.say()
+    assert client.say().text == "Hello" and len(client.told) == 20
 
 
 def test_it_gives_up_after_an_hour(api):
@@ -2167,6 +2201,17 @@ def test_what_trickles_or_stalls_is_given_up(api, answer):
         client.say(left=left)
 
 
+@pytest.mark.parametrize("piece", [COMMENT.encode(), one("x" * 1_000), b"x"],
+                         ids=["comments", "data", "a line"])
+def test_an_answer_without_end_is_given_up(api, piece):
+    class Thrifty(Client):
+        MOST = 100_000
+
+    api.answers = [wire(STREAM + b"\r\n", piece * 1_000, end="again"), GOOD]
+    client = Thrifty(api.url)
+    assert client.say().text == "Hello" and len(client.told) == 1
+
+
 def test_a_connection_without_a_byte_is_given_up(api):
     class Hasty(Client):
         IDLE = 0.2
@@ -2181,7 +2226,8 @@ def test_a_machine_without_threads_for_the_moment_is_waited_for(api, monkeypatch
     api.answers = [GOOD]
     without_threads(monkeypatch, 2)
     client = Client(api.url)
-    assert client.say().text == "Hello" and client.told == ["can't start new thread"] * 2
+    told = "the model can't be asked: can't start new thread"
+    assert client.say().text == "Hello" and client.told == [told] * 2
 
 
 def test_a_proxy_is_used_and_not_for_this_machine_and_sees_no_key_of_others(api, monkeypatch):
@@ -2191,6 +2237,16 @@ def test_a_proxy_is_used_and_not_for_this_machine_and_sees_no_key_of_others(api,
     assert api.requests[0][0] == "http://models.test/v1/chat/completions"
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     assert Client(api.url).say().text == "Hello"
+
+
+@pytest.mark.parametrize("status, told", [
+    (407, "check the proxy"), (403, "does not allow"), (503, "gave up after an hour")])
+def test_a_proxy_that_refuses_is_told_from_one_that_is_busy(api, monkeypatch, status, told):
+    monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{api.port}")
+    monkeypatch.setattr(Client, "PATIENCE", 100.0)
+    api.answers = [answer("", status)]
+    with pytest.raises(ModelError, match=f"{status}.*{told}|{told}.*{status}"):
+        Client("https://models.test/v1").say()
 
 
 def test_the_key_does_not_follow_a_redirect(api):
@@ -2358,7 +2414,8 @@ def test_what_is_no_file_is_neither_set_aside_nor_waited_for(make, memory, tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["else", "memory.json"]
 
 
-def test_a_directory_that_stays_locked_is_waited_for_once(memory, tmp_path, monkeypatch):
+def test_a_directory_that_stays_locked_is_waited_for_once(tmp_path, monkeypatch):
+    memory = Memory(tmp_path / "memory.json", 3, sleep=lambda seconds: None)
     tries, free = [], [False] * 100 + [True] + [False] * 2000
 
     def flock(handle, how):
@@ -2366,7 +2423,6 @@ def test_a_directory_that_stays_locked_is_waited_for_once(memory, tmp_path, monk
         if not free[len(tries) - 1]:
             raise BlockingIOError
 
-    monkeypatch.setattr(orchestrator.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(orchestrator.fcntl, "flock", flock)
     for fact, count in (("a", 101), ("b", 1101), ("c", 1102)):
         assert memory.add([fact]) == [fact] and len(tries) == count
@@ -2977,9 +3033,27 @@ def test_what_a_call_used_that_failed_counts_in_the_end_and_after_a_resume(fly):
     assert second.of("complete")[-1]["tokens"]["total"] == 230
 
 
+def test_a_try_whose_cost_is_not_told_counts_as_the_mean(fly):
+    flight = fly("one", "two", "three", "four", max_cost=1.0)
+    complete = flight.model.complete
+
+    def cut_once(messages, on_use, **how):
+        on_use(Tokens(), None)
+        return complete(messages, on_use=on_use, **how)
+
+    flight.model.complete = cut_once
+    assert flight.run() == "budget" and flight.agent.told == ["one", "two"]
+    assert flight.of("complete")[0]["cost"] == 1.0
+    past = flight.journal.events()[:-1]
+    past = [{**event, "cost": None} if event.get("iteration") == 2 else event for event in past]
+    second = fly("TASK_COMPLETE")
+    assert second.run(past) == "complete" and second.of("complete")[-1]["cost"] == 0.75
+
+
 def test_no_summary_and_no_compaction_is_paid_for_beyond_the_budget(fly, tmp_path):
     flight = fly("one", "two", "three", "four", turns=LONG, history_max_tokens=5_000, max_cost=1.0)
     assert flight.run() == "budget" and len(flight.model.calls) == 4
+    assert not flight.of("history")
     flight = fly("MEMORY_SAVE: a\nMEMORY_SAVE: b\nTASK_COMPLETE", memory_max_facts=1, max_cost=0.2)
     assert flight.run() == "complete" and stored(tmp_path) == ["a", "b"]
 
@@ -3071,6 +3145,21 @@ def test_a_long_memory_is_compacted_by_the_model(fly, tmp_path):
 def test_a_failed_compaction_changes_nothing(fly, tmp_path, answer):
     flight = fly("MEMORY_SAVE: a\nMEMORY_SAVE: b\ngo", answer, "TASK_COMPLETE", memory_max_facts=1)
     assert flight.run() == "complete" and stored(tmp_path) == ["a", "b"]
+
+
+def test_a_failed_compaction_is_not_paid_for_again_at_every_fact(fly):
+    replies = [f"MEMORY_SAVE: fact {number}\n{number}" for number in range(20)]
+    asked, flight = [], fly(*replies, "TASK_COMPLETE", memory_max_facts=10)
+    complete = flight.model.complete
+
+    def none(messages, **how):
+        if "facts remembered" not in messages[0]["content"]:
+            return complete(messages, **how)
+        asked.append(len(flight.memory.facts))
+        return Reply("nonsense", Tokens(), 0.25, 1)
+
+    flight.model.complete = none
+    assert flight.run() == "complete" and asked == [11, 14, 17, 20]
 
 
 def test_the_task_is_complete_only_once_its_check_passes(fly, tmp_path):
@@ -3207,9 +3296,25 @@ def test_a_long_conversation_is_summarised_by_the_model(fly):
 
 
 def test_where_no_summary_can_be_had_first_lines_will_do(fly):
-    flight = fly("one", "two", "three", "four", ModelError("refused"), "TASK_COMPLETE", turns=LONG,
+    flight = fly("one", "two", "three", "four", NoAnswer("refused"), "TASK_COMPLETE", turns=LONG,
                  history_max_tokens=5_000)
     assert flight.run() == "complete" and "YOU: one" in flight.model.calls[5][1]["content"]
+
+
+def test_a_run_that_ends_where_a_summary_is_due_has_lost_nothing(fly):
+    first = fly("one", "two", "three", "four", ModelError("no credit"), turns=LONG,
+                history_max_tokens=5_000)
+    assert first.run() == "model" and not first.of("history")
+    second = fly("in short", "TASK_COMPLETE", history_max_tokens=5_000)
+    assert second.run(first.journal.events()) == "complete"
+    assert LONG[0] in second.shown(0) and "in short" in second.model.calls[1][1]["content"]
+
+
+def test_no_conversation_has_more_messages_than_a_model_takes(fly):
+    flight = fly(*map(str, range(1_000)), "TASK_COMPLETE", turns=map(str, range(1_000)))
+    flight.model.complete = summarising(flight.model.complete)
+    assert flight.run() == "complete" and len(flight.of("history")) == 2
+    assert max(map(len, flight.model.calls)) <= 902
 
 
 def summarising(complete):
@@ -3256,12 +3361,11 @@ def test_trouble_that_ends_a_run_is_its_outcome(fly, trouble, outcome, status):
 
 
 def test_even_a_bug_and_a_signal_leave_a_last_event(fly):
-    for error, outcome in ((ZeroDivisionError("bug"), "failed"),
-                           (Interrupted(signal.SIGTERM), "interrupted")):
+    for error in (ZeroDivisionError("bug"), Interrupted(signal.SIGTERM)):
         flight = fly("one", turns=[error])
         with pytest.raises(type(error)):
             flight.run()
-        assert flight.journal.events()[-1]["outcome"] == outcome
+        assert flight.journal.events()[-1]["outcome"] == "interrupted"      # --resume goes on
 
 
 def test_a_resumed_run_goes_on_with_conversation_and_totals(fly):
