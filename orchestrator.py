@@ -517,56 +517,69 @@ class Instruction(NamedTuple):
     facts: tuple[str, ...] = ()     # to be remembered
 
 
-_FENCED = re.compile(r"\s*```[^`\n]*\n((?:(?!```).)*?)\n?\s*```\s*", re.S)
-_FENCE = re.compile(r"```+[^`]*")
-_MARKER = re.compile(r"(?:[-*+•]\s+|\d+[.)]\s+)?[*_`]*TASK_COMPLETE[*_`]*\.?[*_`]*")
-_FAILED = re.compile(r"[*_`]*TASK_FAILED:[*_`]*")
+_THOUGHT = re.compile(r"\A\s*<(think|thinking)>.*?(?:</\1>|\Z)|"
+                      r"\A(?:(?!<think).)*?^</think(?:ing)?>", re.S | re.M)
+_FENCED = re.compile(r"```[^`\n]*\n((?:(?!```).)*)```", re.S)
+_FENCE = re.compile(r"\s*(```+|~~~+)\s*([^`]*)")
+_ORDER = re.compile(
+    r"[\s\u200b-\u200f\ufeff]*(?:(?:[-*+•✅]|\d+[.)]|#+)\s+)?(?P<marks>[*_`]*)"
+    r"(?:TASK\\?_COMPLETE[*_`]*[.!]?[*_`]*[\s\u200b-\u200f\ufeff]*|"
+    r"(?P<word>KEYS|WAIT|MEMORY\\?_SAVE|TASK\\?_FAILED)(?:(?P=marks):|:(?P=marks)|:)(?P<rest>.*))")
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 _KEY = re.compile(r"(?:[CMS]-)*(?:.|Up|Down|Left|Right|Enter|Escape|Tab|BTab|Space|BSpace|Home|End|"
                   r"PageUp|PageDown|PPage|NPage|PgUp|PgDn|IC|DC|Insert|Delete|F[1-9]|F1[0-2])")
 
 
-def _parse_order(text: str) -> Instruction:
-    """Return what is asked for by a reply that neither ends the task nor saves facts."""
-    lines = [line.strip() for line in text.split("\n") if line.strip()]
-    if not lines:
-        return Instruction("nothing", "Your reply was empty, so nothing was typed.")
-    if all(line.startswith("KEYS:") for line in lines):
-        keys = tuple(key for line in lines for key in line[len("KEYS:"):].split())
+def _parse_orders(orders: list[tuple[str, str]], text: str) -> Instruction:
+    """Return what is asked for by a text of nothing but KEYS and WAIT."""
+    words, rests = zip(*orders)
+    if set(words) == {"KEYS"}:
+        keys = tuple(" ".join(rests).split())
         unknown = " ".join(key for key in keys if not _KEY.fullmatch(key))
-        if unknown or not keys:
+        if unknown or not 0 < len(keys) <= 100:
             return Instruction("nothing", "Nothing was pressed. These are no tmux key names: "
-                               + (unknown or "(none given)"))
+                               + clip(unknown or "(none given, or more than 100)", 400))
         return Instruction("keys", text, keys=keys)
-    if len(lines) == 1 and lines[0].startswith("WAIT:"):
-        amount = re.fullmatch(r"WAIT:\s*(\d{1,6}(?:\.\d+)?)\s*([smh])", lines[0])
-        if not amount:
-            return Instruction("nothing", "WAIT takes a time like 90s, 10m or 2h.")
-        return Instruction("wait", text, seconds=float(amount[1]) * _UNITS[amount[2]])
-    return Instruction("say", text)
+    amount = re.fullmatch(r"(\d{1,6}(?:\.\d+)?)\s*([smh])\.?", rests[0])
+    if len(orders) > 1 or not amount:
+        return Instruction("nothing", "WAIT stands alone, and takes a time like 90s, 10m or 2h.")
+    return Instruction("wait", text, seconds=float(amount[1]) * _UNITS[amount[2]])
 
 
 def parse_reply(reply: str) -> Instruction:
-    """Return what a reply asks for, by the few words that the system prompt teaches."""
-    reply = sanitize(reply)
-    whole = _FENCED.fullmatch(reply)
-    kept, facts, failed, complete, fenced = [], [], [], False, False
+    """Return what a reply asks for, by the few words that the system prompt teaches.
+
+    List marks and emphasis around them do not count, nor do a model's thoughts before its answer.
+    """
+    reply = _THOUGHT.sub("", sanitize(reply), 1)
+    whole = _FENCED.fullmatch(reply.strip())
+    kept, facts, orders, failed, complete, fence = [], [], [], [], False, ""
     for line in (whole[1] if whole else reply).split("\n"):
-        word = line.strip()
-        fenced ^= bool(_FENCE.fullmatch(word))
-        if not fenced and word.startswith("MEMORY_SAVE:"):
-            facts.append(word[len("MEMORY_SAVE:"):].strip())
-        elif not fenced and _MARKER.fullmatch(word):
+        found, mark = None if fence else _ORDER.fullmatch(line), _FENCE.fullmatch(line)
+        if mark and not fence:
+            fence = mark[1]
+        elif mark and mark[1].startswith(fence) and not mark[2]:
+            fence = ""
+        word = (found["word"] or "").replace("\\", "") if found else ""
+        rest = found["rest"].strip().removesuffix(found["marks"]).strip() if found and word else ""
+        if word == "MEMORY_SAVE":
+            facts += [rest] * bool(rest)
+        elif found and not word:
             complete = True
-        elif failed or not fenced and _FAILED.match(word):
-            failed.append(line if failed else _FAILED.sub("", word, 1))
+        elif failed or word == "TASK_FAILED":
+            failed.append(line if failed else rest)
         else:
             kept.append(line)
+            orders += [(word, rest)] * bool(line.strip())
     text = "\n".join(kept).strip("\n").rstrip()
-    reason = "\n".join(failed).strip().rstrip("*_`") or "no reason given"
-    instruction = Instruction("complete", text) if complete else \
-        Instruction("failed", reason) if failed else _parse_order(text)
-    return instruction._replace(facts=tuple(filter(None, facts)))
+    ordered = bool(orders) and all(word for word, _ in orders)
+    instruction = (
+        Instruction("nothing", "TASK_COMPLETE came with another order, so neither was followed.")
+        if complete and (failed or ordered) else Instruction("complete", text) if complete
+        else Instruction("failed", "\n".join(failed).strip() or "no reason given") if failed
+        else _parse_orders(orders, text) if ordered else Instruction("say", text) if text
+        else Instruction("nothing", "Your reply was empty, so nothing was typed."))
+    return instruction._replace(facts=tuple(facts))
 
 
 _LIMITED = re.compile(
@@ -601,7 +614,7 @@ def usage_limit(output: str, now: datetime.datetime) -> tuple[str, float]:
         if month:
             number = time.strptime(month, "%b").tm_mon
             at = at.replace(month=number, day=int(day), year=int(year or now.year))
-        elif at < now:
+        elif at < now - datetime.timedelta(hours=1):    # else it is just over, not a day away
             at += datetime.timedelta(days=1)
     except ValueError:
         return said, 0.0
@@ -609,7 +622,7 @@ def usage_limit(output: str, now: datetime.datetime) -> tuple[str, float]:
 
 
 _PASSING = re.compile(      # all repetitions are bounded: 16,000 digits must not take seconds
-    r"(?m)^\W{0,9}\w{1,30} for <?\d.*$|\d{4}-\d\d-\d\d|\d{1,9}(:\d\d)+|"
+    r"(?m)^\W{0,9}\w{1,30} for <?\d.*$|\d{4}-\d\d-\d\d|(?<![:\d])\d{1,9}(:\d\d)+|"
     r"\d[\d.,]{0,15}k?\s{0,3}(ms|s|m|h|tokens)\b|\b0x[\da-f]+|"
     r"\b(attempt|try|retry|run|build|job|pid|process|request|id)\W{0,3}\d+", re.I)
 
@@ -2581,7 +2594,7 @@ class Autopilot:
         self._journal, self._control, self._directory = journal, control, directory
         self._environ, self._clock, self._sleep = environ, clock, sleep
         self._conversation, self._totals = Conversation("", ""), Totals(clock)
-        self._history: list[tuple[str, str]] = []       # replies, fingerprints of what came
+        self._history: list[tuple[Instruction, str]] = []   # and fingerprints of what came
         self._failures: list[str] = []                  # of VERIFY_CMD, in a row
         self._warned = self._done = False
         self._part_shown = 0.0
@@ -2671,7 +2684,7 @@ class Autopilot:
         try:
             turn = self._outlast(self._act(instruction))
             outcome = self._journal.masked(turn.report())
-            note = self._circling(reply.text.strip(), turn)
+            note = self._circling(instruction, turn)
             outcome += f"\n\n{note}" * bool(note)
         except OrchestratorError as error:
             trouble = error
@@ -2842,12 +2855,13 @@ class Autopilot:
             raise BudgetReached(f"MAX_MINUTES={self._config.max_minutes:g} reached")
         return left
 
-    def _circling(self, said: str, turn: Turn) -> str:
+    def _circling(self, asked: Instruction, turn: Turn) -> str:
         """Return a note for the model if it goes in circles; raise Stuck if it was just told."""
-        waits = turn.state == "working" or parse_reply(said).seconds >= 60
-        if self._done or waits:         # for a long turn, or the end of a usage limit: no circle
+        waits = turn.state == "working" or asked.seconds >= 60
+        if self._done or waits:     # for a long turn, a usage limit or what else takes its time
+            self._history = []
             return ""
-        self._history = last = [*self._history[-5:], (said, fingerprint(turn.report()))]
+        self._history = last = [*self._history[-5:], (asked, fingerprint(turn.report()))]
         same = len(last) >= 3 and len(set(last[-3:])) == 1
         alternating = len(last) == 6 and len(set(last[::2])) == len(set(last[1::2])) == 1
         if not (same or alternating):
