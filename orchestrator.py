@@ -198,6 +198,12 @@ _URL = (rf"https?://([\w.-]+|\[[\da-fA-F:.]+\])(:({_PORT[0]}))?(/[^\s?#]*)?",
         "an http:// or https:// address")
 
 
+def _refuse(what: str, wrong: list[str] | None) -> None:
+    if wrong is None:
+        raise ConfigError(what)
+    wrong.append(what)
+
+
 def _setting(default: object, accept: tuple[str, str], meaning: str) -> Any:
     """Return a Config field: default, the pattern of its text and that in words, and meaning."""
     return dataclasses.field(default=default, metadata={"accept": accept, "meaning": meaning})
@@ -240,11 +246,12 @@ class Config:
         return {field.name.upper(): field for field in dataclasses.fields(cls)}
 
     @classmethod
-    def read(cls, environ: Mapping[str, str], env_file: Mapping[str, str]) -> Config:
+    def read(cls, environ: Mapping[str, str], env_file: Mapping[str, str],
+             wrong: list[str] | None = None) -> Config:
         """Return the settings; a variable that is set and not empty wins over the file.
 
         Raises ConfigError for a value that does not fit, naming variable, value and what is
-        accepted.
+        accepted; where there is a list of what is `wrong`, adds that and leaves the default.
         """
         values: dict[str, Any] = {}
         for name, field in cls.settings().items():
@@ -252,8 +259,8 @@ class Config:
             (pattern, expected), kind = field.metadata["accept"], type(field.default)
             if text and not re.fullmatch(pattern, text):
                 shown = "(hidden)" if name == "OPENROUTER_API_KEY" else repr(text)
-                raise ConfigError(f"{name}={shown}: expected {expected}")
-            if text:
+                _refuse(f"{name}={shown}: expected {expected}", wrong)
+            elif text:
                 true = text.lower() in ("true", "1", "yes", "on")
                 values[field.name] = true if kind is bool else kind(text)
         return cls(**values)
@@ -264,8 +271,10 @@ _ENV_LINE = re.compile(r"""\s* (?:export\s+)? (?P<name>[A-Za-z_][A-Za-z0-9_.]*) 
     (?:\s+\#.*)? \s*""", re.VERBOSE)
 
 
-def parse_env(text: str) -> dict[str, str]:
+def parse_env(text: str, wrong: list[str] | None = None) -> dict[str, str]:
     r"""Return the NAME=value pairs of a .env file; raise ConfigError for a line of another form.
+
+    As everywhere here, what is wrong is added to a list instead, where there is one.
 
     >>> parse_env('# a comment\nexport KEY="a b"\nPORT=80 # web')
     {'KEY': 'a b', 'PORT': '80'}
@@ -276,19 +285,20 @@ def parse_env(text: str) -> dict[str, str]:
         if match:
             values[match["name"]] = match["single"] or match["double"] or match["bare"] or ""
         elif line.strip() and not line.lstrip().startswith("#"):    # may hold a secret: not shown
-            raise ConfigError(f".env line {number}: expected NAME=value, NAME='value' or # comment")
+            _refuse(f".env line {number}: expected NAME=value, NAME='value' or # comment", wrong)
     return values
 
 
-def read_env_file(path: Path) -> dict[str, str]:
+def read_env_file(path: Path, wrong: list[str] | None = None) -> dict[str, str]:
     """Return what a .env file sets, nothing where there is none."""
     try:
-        return parse_env(path.read_text(encoding="utf-8-sig"))
+        return parse_env(path.read_text(encoding="utf-8-sig"), wrong)
     except FileNotFoundError:
-        return {}
+        pass
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise ConfigError(f"{path}: can't be read: {reason}") from None
+        _refuse(f"{path}: can't be read: {reason}", wrong)
+    return {}
 
 
 _PRIVATE = ("OPENROUTER_API_KEY", "TMUX", "TMUX_PANE", "CLAUDECODE", "CLAUDE_CODE_ENTRYPOINT")
@@ -4001,57 +4011,62 @@ def demo(config: Config, environ: Mapping[str, str], as_json: bool) -> int:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def doctor(config: Config, place: Place) -> int:
-    """Check what a run needs, a line for each; return 0 if a run could start, else 1."""
+def doctor(config: Config, place: Place, wrong: Sequence[str]) -> int:
+    """Check what a run needs, a line for each; return 0 if a run could start, else 1.
+
+    `wrong` is what is wrong with the settings, which are checked as far as they fit.
+    """
     tmux = Tmux(config.claude_tmux_socket, config.claude_tmux_session, place.environ)
     program = choose_program(config.default_model, config.claude_cmd)
     agent = Agent(tmux, program, place.directory)
+    failed = 0
 
-    def version() -> str:
-        found, command, status, text = agent.check(), f"{program.start[0]} --version", 0, ""
+    @contextlib.contextmanager
+    def line(name: str, trouble: str = "FAILED") -> Iterator[list[str]]:
+        nonlocal failed
+        found: list[str] = []
+        try:
+            yield found
+            say(f"{name:<9} ok      {', '.join(found)}")
+        except (OrchestratorError, OSError, ValueError) as error:
+            failed |= trouble == "FAILED"
+            say(f"{name:<9} {trouble:<7} {error}")
+
+    with line("python") as found:
+        found.append(".".join(map(str, sys.version_info[:3])))
+    for what in wrong:
+        with line("settings"):
+            raise ConfigError(what)
+    with line("tmux") as found:
+        found.append(tmux.version())
+    with line("agent") as found:
+        found.append(agent.check())
         if program.install:     # another program may take --version for a task
+            command = f"{program.start[0]} --version"
             status, text = run_check(command, place.directory, place.environ, 20)
-        if status:
-            raise AgentError(f"{command}: status {status}, {text[-200:]}: {program.install}")
-        return ", ".join([found, *text.splitlines()[-1:]])
-
-    def model() -> str:
-        if not config.autonomous_mode:
-            return "none is needed for chat"
-        if not config.openrouter_api_key:
+            if status:
+                raise AgentError(f"{command}: status {status}, {text[-200:]}: {program.install}")
+            found += text.splitlines()[-1:]
+    with line("model") as found:
+        if config.autonomous_mode and not config.openrouter_api_key:
             raise ConfigError("OPENROUTER_API_KEY is not set: export it, or put it into .env")
-        return OpenRouter(config.openrouter_base_url, config.openrouter_api_key,
-                          config.openrouter_model).check()
-
-    def session() -> str:
-        with sole_driver(config, place):
-            found = agent.find()
-        return f"{tmux.session}: " + ("runs already, and is joined" if found else "free")
-
-    def state() -> str:
+        found.append("none is needed for chat" if not config.autonomous_mode else OpenRouter(
+            config.openrouter_base_url, config.openrouter_api_key, config.openrouter_model).check())
+    with line("session") as found, sole_driver(config, place):
+        found.append(f"{tmux.session}: {'runs already, and is joined' if agent.find() else 'free'}")
+    with line("state") as found:
         try:
             (place.state / "runs").mkdir(mode=0o700, parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=place.state / "runs").close()
         except OSError as error:
             raise ConfigError(f"{place.state}: {error.strerror}: set XDG_STATE_HOME to a directory "
                               "that can be written") from None
-        return f"{place.state} can be written"
-
-    def dashboard() -> str:
-        host, port = config.dashboard_host, config.dashboard_port
-        Dashboard(Journal(), PAGE, host, port, None).server_close()
-        return f"can listen on {host}, port {port or 'any'}"
-
-    checks = {"python": lambda: ".".join(map(str, sys.version_info[:3])), "tmux": tmux.version,
-              "agent": version, "model": model, "session": session, "state": state,
-              **({"dashboard": dashboard} if config.dashboard_enabled else {})}
-    failed = 0
-    for name, check in checks.items():
-        try:
-            say(f"{name:<9} ok      {check()}")
-        except (OrchestratorError, OSError, ValueError) as error:
-            failed = 1
-            say(f"{name:<9} FAILED  {error}")
+        found.append(f"{place.state} can be written")
+    if config.dashboard_enabled:
+        with line("dashboard", "warning") as found:     # a run goes on without
+            host, port = config.dashboard_host, config.dashboard_port
+            Dashboard(Journal(), PAGE, host, port, None).server_close()
+            found.append(f"can listen on {host}, port {port or 'any'}")
     return failed
 
 
@@ -4060,8 +4075,15 @@ def dispatch(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     if options.help or options.version:
         say(manual() if options.help else f"orchestrator {__version__}")
         return 0
-    env_file = {} if options.demo else read_env_file(Path(".env"))
-    config = Config.read(environ, env_file)
+    wrong: list[str] = []
+    env_file = {} if options.demo else read_env_file(Path(".env"), wrong)
+    if options.replay:      # needs no other settings, and no other program's .env is in its way
+        return replay(Path(options.replay), Config.read(*(
+            {name: value for name, value in source.items() if name.startswith("DASHBOARD_")}
+            for source in (environ, env_file))))
+    config = Config.read(environ, env_file, wrong)
+    if wrong and not options.doctor:
+        raise ConfigError(wrong[0])
     for name in ("CLAUDE_CMD", "VERIFY_CMD", "OPENROUTER_BASE_URL"):
         if env_file.get(name) and not environ.get(name):
             complain(f"{name}={env_file[name]} comes from .env")
@@ -4069,8 +4091,6 @@ def dispatch(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         for meant in difflib.get_close_matches(name, Config.settings(), 1, 0.85):
             complain(f"{name} in .env is no setting: do you mean {meant}?")
     children = child_environment(environ)
-    if options.replay:
-        return replay(Path(options.replay), config)
     if options.demo:
         return demo(config, children, options.json)
     try:
@@ -4085,7 +4105,7 @@ def dispatch(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         raise ConfigError(f"{options.directory or '.'}: {error}{advice}") from None
     place = Place(directory, state, children)
     if options.doctor:
-        return doctor(config, place)
+        return doctor(config, place, wrong)
     chat = options.chat or not (config.autonomous_mode or options.resume)
     if chat and options.task is not None:
         raise ConfigError("a chat takes no --task: AUTONOMOUS_MODE=false is set")

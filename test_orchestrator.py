@@ -3367,11 +3367,37 @@ def test_the_doctor_says_who_has_the_session_the_port_and_the_state_directory(do
         taken.bind(("127.0.0.1", 0))
         lines = doctor(DASHBOARD_PORT=str(taken.getsockname()[1]))[1]
     assert f"process {os.getpid()}: set CLAUDE_TMUX_SESSION" in lines["session"]
-    assert "FAILED" in lines["dashboard"] and "DASHBOARD_PORT=" in lines["dashboard"]
+    assert re.match(r"warning +DASHBOARD_HOST=.*DASHBOARD_PORT=.*can't listen", lines["dashboard"])
     (tmp_path / "file").touch()
     status, lines = doctor(XDG_STATE_HOME=str(tmp_path / "file"))
     assert status == 1 and lines["state"].startswith(f"FAILED  {tmp_path}/file/orchestrator: ")
     assert "XDG_STATE_HOME" in lines["state"]
+
+
+def test_a_port_that_is_taken_fails_the_doctor_as_little_as_a_run(doctor):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        assert doctor(AUTONOMOUS_MODE="no", CLAUDE_CMD="cat",
+                      DASHBOARD_PORT=str(taken.getsockname()[1]))[0] == 0
+
+
+def test_the_doctor_names_all_wrong_settings_and_checks_the_rest(doctor, tmp_path):
+    for content, words in ((b"\xff", ".env: can't be read: not UTF-8"), (b"a b", ".env line 1: "),
+                           (b"MAX_COST=$5\nDEFAULT_MODEL=gpt", "MAX_COST='$5': expected a number")):
+        Path(".env").write_bytes(content)
+        status, lines = doctor(AUTONOMOUS_MODE="no")
+        assert status == 1 and lines["settings"].startswith(f"FAILED  {words}")
+    assert lines["agent"].startswith(f"ok      Codex: {tmp_path}/codex")
+
+
+def test_a_replay_needs_no_settings_but_those_of_the_dashboard(scene, monkeypatch):
+    replayed = []
+    monkeypatch.setattr(orchestrator, "replay", lambda path, config: replayed.append(config) or 0)
+    Path(".env").write_text("MAX_COST=lots\nno assignment\nDASHBOARD_PORT=80\n")
+    assert scene("--replay", "x", MAX_MINUTES="soon") == (0, "", "")
+    assert replayed == [Config(dashboard_port=80)]
+    assert scene("--replay", "x", DASHBOARD_PORT="web")[0] == 2
+    assert scene("--task", "x")[0] == 2
 
 
 @pytest.mark.parametrize("seconds, words", [
