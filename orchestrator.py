@@ -11,11 +11,15 @@
       --doctor                       check what a run needs; say what to do about each
       --version, --help
 
-The agent (Claude Code or Codex) runs in a tmux session of its own.  In chat mode you type to it.
+The agent (Claude Code or Codex) runs in a tmux session of its own.  In chat mode you type to it:
+a line, a pasted block, or what stands between triple quotes.  `/keys Down Enter` presses keys,
+`/screen` shows its screen, `/quit` leaves; other slash words go to the agent.
+
 In autonomous mode (the default) a model reached through OpenRouter takes your place: it is given
-a task, tells the agent what to do, reads what the agent shows, and stops when the task is done.
-The run survives crashes of the agent, of the session and of the tmux server, is shown live in a
-browser, is kept in a journal, and remembers facts in DIR/memory.json for the next one.
+a task, and what it says is typed, but for KEYS: Down Enter, WAIT: 10m, MEMORY_SAVE: fact and, to
+end the run, TASK_COMPLETE (after VERIFY_CMD has passed) or TASK_FAILED: reason.  The run survives
+crashes of the agent, of the session and of the tmux server, is shown live in a browser, is kept
+in a journal, and remembers facts in DIR/memory.json for the next one.
 
 It does not sandbox anything: the agent has your rights, and by default asks no permission.  What
 the agent prints is sent to the model's provider.  The key stays out of the agent's environment,
@@ -4130,4 +4134,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    status = main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)    # there is nothing left to interrupt
+    raise SystemExit(status)
