@@ -928,6 +928,9 @@ def test_fingerprints_differ_in_more_than_times_and_tokens():
     ("Try again at Nov 22nd, 2026 7:54 PM.\n" * 9, None), ("API Error: Rate limit reached", 0),
     ("You're out of extra usage", 0), ("You've hit your limit · resets 99pm", 0),
     ("You've hit your limit · resets 2:59pm", 0), ("You've hit your limit · resets 1:59pm", 23 - 1 / 60),
+    ("5-hour limit reached ∙ resets 4pm", 1), ("Claude AI usage limit reached|1795370400", 0),
+    ("  throw Error('Usage limit reached. Try again in 5 hours')", None),
+    ("● The banner says: usage limit reached, try again in 5 hours", None),
     ("print(\"You've hit your limit · resets 3am\")", None), ("\"You've hit your limit\"", None),
     ("You've hit your limit · resets 3am\n" + "● and then\n" * 8, None)])
 def test_a_usage_limit_is_read_at_the_end_of_an_output(output, hours):
@@ -2878,6 +2881,11 @@ def test_a_usage_limit_is_waited_out(fly):
 def test_an_agent_that_goes_on_before_its_usage_limit_ends_is_not_waited_for(fly):
     flight = fly("go on", "TASK_COMPLETE", turns=[LIMITED, "somebody typed"])
     assert flight.run() == "complete" and "somebody typed" in flight.shown(1)
+
+
+def test_an_agent_that_is_started_again_while_a_usage_limit_is_waited_for_is_told(fly):
+    flight = fly("go on", "TASK_COMPLETE", turns=[LIMITED, Turn("", "exited", ("It was restarted.",))])
+    assert flight.run() == "complete" and "It was restarted." in flight.shown(1)
 
 
 def test_a_usage_limit_that_outlasts_the_time_of_the_run_ends_it(fly):
