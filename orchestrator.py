@@ -826,7 +826,7 @@ class Tmux:
             done = subprocess.run(
                 ["tmux", "-u", "-L", self.socket_name, "-f", os.devnull, *words], input=text,
                 capture_output=True, encoding="utf-8", errors="replace", env=self._environ,
-                cwd=cwd, timeout=_CALL_LIMIT)
+                cwd=cwd, timeout=_CALL_LIMIT, start_new_session=True)   # no Ctrl-C for it
         except FileNotFoundError as error:
             raise AgentError(
                 f"the working directory is gone: {cwd}" if error.filename == cwd else
@@ -3972,7 +3972,7 @@ def run(config: Config, place: Place, *, task: Callable[[], str] = lambda: "", c
         stack.callback(lambda: complain(journal.unsaid))
         journal.listen(narrator.hear)
         if config.terminate_when_quit:
-            stack.callback(agent.stop)
+            stack.callback(signals.held()(agent.stop))      # all of it, should one come now
         if past and not as_json:
             say(narrate(info))
         if chat:

@@ -1058,6 +1058,11 @@ def test_a_command_and_its_directory_reach_the_program_as_they_are(fake, tmp_pat
     assert "the mark" in arguments
 
 
+def test_a_signal_to_our_terminal_does_not_reach_tmux(tmp_path, fake):
+    (tmp_path / "tmux").write_text("#!/bin/sh\nps -o sid= -p $$\n")
+    assert int(fake.tmux.history("%1")) != os.getsid(0)
+
+
 def test_neither_tmux_nor_what_it_starts_sees_the_key(fake):
     fake.tmux.leave_mode("%1")
     assert KEY not in fake.given("environ") and "TMUX=" not in fake.given("environ")
