@@ -2409,6 +2409,14 @@ def test_ctrl_c_in_a_chat_gives_the_prompt_back_and_at_the_prompt_leaves_a_sane_
     assert world.events()[-1]["reason"] == "SIGINT"
 
 
+def test_a_chat_whose_terminal_is_closed_ends_the_session_that_is_not_to_stay(world):
+    world.env["TERMINATE_WHEN_QUIT"] = "true"
+    with chatting(world, "sh", "-c", '"$@"; true', "sh"):
+        assert world.tmux("list-sessions")
+    assert poll(lambda: not processes_of(world.directory), 10), processes_of(world.directory)
+    assert not world.tmux("list-sessions") and world.events("complete")
+
+
 @pytest.mark.parametrize("key", ["Enter", "C-c"])
 def test_the_dashboard_stays_for_a_person_who_has_opened_it_until(key, world):
     gate = Gate()

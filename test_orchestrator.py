@@ -864,7 +864,12 @@ def test_which_start_up_questions_are_known(screen, question):
     ("say TASK_COMPLETE when done", "say TASK_COMPLETE when done"), ("task_complete", None),
     ("> TASK_COMPLETE", None), ('"TASK_COMPLETE"', None), ("TASK_COMPLETED", None),
     ("Print this:\n```\nTASK_COMPLETE\n```", None), ("x\n````\nTASK_COMPLETE\n````", None),
-    ("NOT TASK_COMPLETE", None),
+    ("NOT TASK_COMPLETE", None), ("TASK_COMPLETE?", None), ("- [ ] TASK_COMPLETE", None),
+    ("~~TASK_COMPLETE~~", None), ("Write:\n~~~\nTASK_COMPLETE\n~~~", None),
+    ("Write:\n````\n```\nTASK_COMPLETE\n```\n````", None),
+    ("<think>Is it\nTASK_COMPLETE\nor not?</think>\n\nrun it", "run it"),
+    ("Is it\nTASK_COMPLETE\nor not?\n</think>\nrun it", "run it"),
+    ("Print <think>\n</think>", None),
     ("KEYS: Down\nthen look", None), ("WAIT: 10m\nthen look", None), ("Press KEYS: Up", None),
     ("If it fails say TASK_FAILED: why", None), ("x" * 100_000, None), ("` " * 50_000 + "x", None),
     ("```\n" * 25_000 + "x", None)], ids=lambda text: text and text[:12])
@@ -876,7 +881,9 @@ def test_most_replies_are_typed(reply, text):
     "TASK_COMPLETE", "TASK_COMPLETE.", "  TASK_COMPLETE\t", "TASK_COMPLETE\r\n",
     "**TASK_COMPLETE**", "`TASK_COMPLETE`", "_TASK_COMPLETE_.", "**TASK_COMPLETE.**",
     "- TASK_COMPLETE", "* **TASK_COMPLETE**", "1. TASK_COMPLETE", "TASK_COMPLETE\n\nTASK_COMPLETE",
-    "```\nTASK_COMPLETE\n```"])
+    "```\nTASK_COMPLETE\n```", "## TASK_COMPLETE", "✅ TASK_COMPLETE!", "TASK\\_COMPLETE",
+    "\ufeffTASK_COMPLETE\u200b", "\u200eTASK_COMPLETE\u200f",
+    "<thinking>\nall pass\n</thinking>\nTASK_COMPLETE"])
 def test_the_marker_on_a_line_of_its_own_completes_the_task(reply):
     assert parse_reply(reply) == ("complete", "", (), 0, ())
 
@@ -901,6 +908,10 @@ def test_the_marker_on_a_line_of_its_own_completes_the_task(reply):
     ("WAIT: 90s", ("wait", "WAIT: 90s", (), 90, ())),
     ("WAIT: 10m", ("wait", "WAIT: 10m", (), 600, ())),
     ("WAIT: 1.5h", ("wait", "WAIT: 1.5h", (), 5400, ())),
+    ("**KEYS:** Down\n- `KEYS: *`", ("keys", "**KEYS:** Down\n- `KEYS: *`", ("Down", "*"), 0, ())),
+    ("**WAIT: 10m**", ("wait", "**WAIT: 10m**", (), 600, ())),
+    ("- **MEMORY_SAVE**: a `b`\n* `MEMORY_SAVE: c`\nrun it", ("say", "run it", (), 0, ("a `b`", "c"))),
+    ("- **TASK\\_FAILED**: no key", ("failed", "no key", (), 0, ())),
     ("MEMORY_SAVE: a b\nrun it\nMEMORY_SAVE:  c ", ("say", "run it", (), 0, ("a b", "c"))),
     ("MEMORY_SAVE: \nrun it", ("say", "run it", (), 0, ())),
     ("Write:\n```\nMEMORY_SAVE: a\n```", ("say", "Write:\n```\nMEMORY_SAVE: a\n```", (), 0, ()))])
@@ -912,7 +923,11 @@ def test_some_replies_are_orders(reply, expected):
     ("", (), "empty"), (" \n\t\r\n", (), "empty"), ("```\n\n```", (), "empty"),
     ("MEMORY_SAVE: a", ("a",), "empty"), ("KEYS: Dwon Enter", (), "Dwon"),
     ("KEYS: X-y", (), "X-y"), ("KEYS:", (), "no tmux key"), ("WAIT: soon", (), "90s"),
-    ("WAIT: 10", (), "90s"), ("WAIT: -5s", (), "90s"), ("WAIT: 5d", (), "90s")])
+    ("WAIT: 10", (), "90s"), ("WAIT: -5s", (), "90s"), ("WAIT: 5d", (), "90s"),
+    ("WAIT: 5s\nKEYS: Up", (), "stands alone"), (f"KEYS:{' Down' * 101}", (), "more than 100"),
+    ("<think>\nTASK_COMPLETE\nor", (), "empty"), ("KEYS: Up\n\nTASK_COMPLETE", (), "neither"),
+    ("TASK_COMPLETE\nTASK_FAILED: no", (), "neither"),
+    ("MEMORY_SAVE: a\nWAIT: 5m\nTASK_COMPLETE", ("a",), "neither")])
 def test_a_reply_that_asks_for_nothing_says_why(reply, facts, hint):
     kind, text, keys, seconds, found = parse_reply(reply)
     assert (kind, keys, seconds, found) == ("nothing", (), 0, facts) and hint in text
@@ -925,6 +940,7 @@ def test_fingerprints_differ_in_more_than_times_and_tokens():
     assert fingerprint("failed after 12 s") != fingerprint("passed after 12 s")
     assert fingerprint("Attempt 3, 2026-11-22 10:15: pid 77") == fingerprint(
         "Attempt 4, 2026-11-23 11:16: pid 8")
+    assert fingerprint("a.py:40:12: too long") != fingerprint("a.py:55:10: too long")
     assert fingerprint("3 failed, 17 passed") != fingerprint("2 failed, 18 passed")
     assert fingerprint("done\n✻ Brewed for 4s") == fingerprint("done\n✻ Churned for 1m 2s")
 
@@ -937,6 +953,10 @@ def test_fingerprints_differ_in_more_than_times_and_tokens():
     ("Claude usage limit reached. Your limit will reset at 4pm", 1),
     ("Try again at Nov 22nd, 2026 7:54 PM.\n" * 9, None), ("API Error: Rate limit reached", 0),
     ("You're out of extra usage", 0), ("You've hit your limit · resets 99pm", 0),
+    ("You've hit your limit · resets 2:59pm", 0), ("You've hit your limit · resets 1:59pm", 23 - 1 / 60),
+    ("5-hour limit reached ∙ resets 4pm", 1), ("Claude AI usage limit reached|1795370400", 0),
+    ("  throw Error('Usage limit reached. Try again in 5 hours')", None),
+    ("● The banner says: usage limit reached, try again in 5 hours", None),
     ("print(\"You've hit your limit · resets 3am\")", None), ("\"You've hit your limit\"", None),
     ("You've hit your limit · resets 3am\n" + "● and then\n" * 8, None)])
 def test_a_usage_limit_is_read_at_the_end_of_an_output(output, hours):
@@ -944,7 +964,7 @@ def test_a_usage_limit_is_read_at_the_end_of_an_output(output, hours):
     assert (bool(said), seconds) == (hours is not None, (hours or 0) * 3600)
 
 
-@pytest.mark.parametrize("filling", [".", "3", "1.", "\n", "─", " x", "and "])
+@pytest.mark.parametrize("filling", [".", "3", "1.", "\n", "─", " x", "and ", "</think", "KEYS: "])
 def test_no_output_makes_understanding_it_take_long(filling):
     text, began = filling * (16_000 // len(filling)), time.process_time()
     for line in (f"You've hit your limit · try again in 3m{text}", f"{' ' * 16_000}x", text):
@@ -952,6 +972,7 @@ def test_no_output_makes_understanding_it_take_long(filling):
         fingerprint(line)
         menu_on([line])
         above_box(["❯", line])
+        parse_reply(f"```\n{line * 4}")
     assert time.process_time() - began < 3      # without bounds it is minutes
 
 
@@ -1065,6 +1086,11 @@ def test_a_command_and_its_directory_reach_the_program_as_they_are(fake, tmp_pat
     assert arguments[start + 1:start + 4] == ["sh", "-c", "echo hi\\;"]
     assert arguments.index("history-limit") < start and arguments.index("remain-on-exit") < start
     assert "the mark" in arguments
+
+
+def test_a_signal_to_our_terminal_does_not_reach_tmux(tmp_path, fake):
+    (tmp_path / "tmux").write_text("#!/bin/sh\nps -o sid= -p $$\n")
+    assert int(fake.tmux.history("%1")) != os.getsid(0)
 
 
 def test_neither_tmux_nor_what_it_starts_sees_the_key(fake):
@@ -3199,6 +3225,11 @@ def test_an_agent_that_goes_on_before_its_usage_limit_ends_is_not_waited_for(fly
     assert flight.run() == "complete" and "somebody typed" in flight.shown(1)
 
 
+def test_an_agent_that_is_started_again_while_a_usage_limit_is_waited_for_is_told(fly):
+    flight = fly("go on", "TASK_COMPLETE", turns=[LIMITED, Turn("", "exited", ("It was restarted.",))])
+    assert flight.run() == "complete" and "It was restarted." in flight.shown(1)
+
+
 def test_a_usage_limit_that_outlasts_the_time_of_the_run_ends_it(fly):
     flight = fly("go on", max_minutes=10.0)
     flight.agent._turns = [LIMITED, lambda: flight.clock.sleep(600) or Turn("")]
@@ -3246,7 +3277,14 @@ def test_the_same_reply_with_another_result_is_no_circle(fly):
 
 def test_waiting_for_the_end_of_a_usage_limit_is_no_circle(fly):
     assert fly(*["WAIT: 30m"] * 9, "TASK_COMPLETE", turns=["limit"] * 9).run() == "complete"
+    asking = ["WAIT: 10m", "is it built?"] * 9
+    assert fly(*asking, "TASK_COMPLETE", turns=["", "not yet"] * 9).run() == "complete"
     assert fly(*["WAIT: 5s"] * 9, turns=["nothing"] * 9).run() == "stuck"
+
+
+def test_thoughts_of_ever_new_words_do_not_hide_a_circle(fly):
+    thinking = [f"<think>{number}</think>again" for number in range(9)]
+    assert fly(*thinking, turns=["no"] * 9).run() == "stuck"
 
 
 def test_waiting_for_a_long_turn_is_no_circle(fly):
@@ -3695,11 +3733,37 @@ def test_the_doctor_says_who_has_the_session_the_port_and_the_state_directory(do
         taken.bind(("127.0.0.1", 0))
         lines = doctor(DASHBOARD_PORT=str(taken.getsockname()[1]))[1]
     assert f"process {os.getpid()}: set CLAUDE_TMUX_SESSION" in lines["session"]
-    assert "FAILED" in lines["dashboard"] and "DASHBOARD_PORT=" in lines["dashboard"]
+    assert re.match(r"warning +DASHBOARD_HOST=.*DASHBOARD_PORT=.*can't listen", lines["dashboard"])
     (tmp_path / "file").touch()
     status, lines = doctor(XDG_STATE_HOME=str(tmp_path / "file"))
     assert status == 1 and lines["state"].startswith(f"FAILED  {tmp_path}/file/orchestrator: ")
     assert "XDG_STATE_HOME" in lines["state"]
+
+
+def test_a_port_that_is_taken_fails_the_doctor_as_little_as_a_run(doctor):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        assert doctor(AUTONOMOUS_MODE="no", CLAUDE_CMD="cat",
+                      DASHBOARD_PORT=str(taken.getsockname()[1]))[0] == 0
+
+
+def test_the_doctor_names_all_wrong_settings_and_checks_the_rest(doctor, tmp_path):
+    for content, words in ((b"\xff", ".env: can't be read: not UTF-8"), (b"a b", ".env line 1: "),
+                           (b"MAX_COST=$5\nDEFAULT_MODEL=gpt", "MAX_COST='$5': expected a number")):
+        Path(".env").write_bytes(content)
+        status, lines = doctor(AUTONOMOUS_MODE="no")
+        assert status == 1 and lines["settings"].startswith(f"FAILED  {words}")
+    assert lines["agent"].startswith(f"ok      Codex: {tmp_path}/codex")
+
+
+def test_a_replay_needs_no_settings_but_those_of_the_dashboard(scene, monkeypatch):
+    replayed = []
+    monkeypatch.setattr(orchestrator, "replay", lambda path, config: replayed.append(config) or 0)
+    Path(".env").write_text("MAX_COST=lots\nno assignment\nDASHBOARD_PORT=80\n")
+    assert scene("--replay", "x", MAX_MINUTES="soon") == (0, "", "")
+    assert replayed == [Config(dashboard_port=80)]
+    assert scene("--replay", "x", DASHBOARD_PORT="web")[0] == 2
+    assert scene("--task", "x")[0] == 2
 
 
 @pytest.mark.parametrize("seconds, words", [
