@@ -1312,12 +1312,12 @@ class Agent:
             notes.append(f"Nothing has changed for {Watch.STALE:g} seconds, but {pane.command} "
                          "is still running in the foreground.")
         lines, exact = self._news(pane)
-        if state != "working" and not lines:    # no answer; or cleared, and the same again
-            lines, exact = pane.text.split("\n"), False
-        if not exact:
-            notes.append("This is the visible screen; what is new on it can't be told apart.")
         output = "\n".join(lines).strip("\n")
         limit, seconds = usage_limit(output if self._known else "", datetime.datetime.now())
+        if not output and state != "working":       # no answer; or cleared, and the same again
+            output, exact, state = pane.text, False, "quiet"
+        if not exact:
+            notes.append("This is the visible screen; what is new on it can't be told apart.")
         if limit:
             notes.append(f"This is a usage limit of {self.name}"
                          + f", over in {seconds / 60:.0f} minutes" * bool(seconds)
@@ -2855,11 +2855,11 @@ class Autopilot:
         """Wait for the end of a usage limit that says when that is, or until the agent goes on."""
         if not 0 < turn.limited <= self.LIMIT_WAIT:      # the model may decide to wait for longer
             return turn
-        end, later = self._clock() + turn.limited + self.LIMIT_MARGIN, Turn("")
+        end, later = self._clock() + turn.limited + self.LIMIT_MARGIN, Turn("", "quiet")
         at = datetime.datetime.now() + datetime.timedelta(seconds=end - self._clock())
         self._journal.publish("state", state="waiting", reason=f"{self._agent.name} has reached a "
                               f"usage limit: until {at:%Y-%m-%d %H:%M}")
-        while not later.output and later.state != "exited" and self._clock() < end:
+        while later.state in ("quiet", "working") and self._clock() < end:
             later = self._agent.wait(min(end - self._clock(), self._seconds_left()))
         return turn._replace(output=f"{turn.output}\n{later.output}".rstrip(), notes=(
             *turn.notes, *later.notes, "The usage limit was waited for and should be over now."))

@@ -3212,7 +3212,8 @@ LIMITED = Turn("You've hit your limit", limited=7200.0)
 
 def test_a_usage_limit_is_waited_out(fly):
     flight = fly("go on", "TASK_COMPLETE")
-    flight.agent._turns = [LIMITED, *[lambda: flight.clock.sleep(4000) or Turn("")] * 2]
+    flight.agent._turns = [
+        LIMITED, *[lambda: flight.clock.sleep(4000) or Turn("the screen", "quiet")] * 2]
     assert flight.run() == "complete" and flight.clock.now == 9000
     assert flight.agent.told == ["go on", 7320.0, 3320.0]
     assert "You've hit your limit" in flight.shown(1) and "waited for" in flight.shown(1)
@@ -3226,7 +3227,8 @@ def test_an_agent_that_goes_on_before_its_usage_limit_ends_is_not_waited_for(fly
 
 
 def test_an_agent_that_is_started_again_while_a_usage_limit_is_waited_for_is_told(fly):
-    flight = fly("go on", "TASK_COMPLETE", turns=[LIMITED, Turn("", "exited", ("It was restarted.",))])
+    flight = fly("go on", "TASK_COMPLETE",
+                 turns=[LIMITED, Turn("", "exited", ("It was restarted.",))])
     assert flight.run() == "complete" and "It was restarted." in flight.shown(1)
 
 
