@@ -4109,6 +4109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             setattr(sys, name, open(os.devnull, mode))
         elif isinstance(getattr(sys, name), io.TextIOWrapper):
             getattr(sys, name).reconfigure(errors="replace")
+            with contextlib.suppress(OSError):      # else what its reader is late for is lost
+                os.set_blocking(getattr(sys, name).fileno(), True)
     try:
         return dispatch(parse_arguments(argv), os.environ)
     except (OrchestratorError, OSError) as error:

@@ -3562,6 +3562,15 @@ def test_a_closed_pipe_ends_the_narration_and_not_the_run():
         say("neither", stream)
 
 
+def test_a_reader_that_is_late_loses_nothing():
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    subprocess.run([sys.executable, orchestrator.__file__, "--version"], stdout=writer, check=True)
+    assert os.get_blocking(writer) and os.read(reader, 100).startswith(b"orchestrator ")
+    os.close(reader)
+    os.close(writer)
+
+
 def test_one_orchestrator_drives_a_session_at_a_time(tmp_path):
     place = Place(tmp_path, tmp_path / "state", {})
     with sole_driver(Config(), place):
