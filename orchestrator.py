@@ -1947,9 +1947,9 @@ def read_events(path: Path, most: int = sys.maxsize) -> list[Event]:
 def _pattern(secret: str) -> re.Pattern[str]:
     """Return what finds a secret, and each half of a long one, where lines break and colours too.
 
-    It fits to a text, and to the JSON of one.  What is shorter than 8 characters is no secret.
+    What is shorter than 8 characters is no secret.
     """
-    gap = r"(?:(?:\\u001b|\x1b)\[[\d;:]*m|\\[nrt]|\\u00[01]\w|[^!-~]|\|)*"
+    gap = r"(?:\x1b\[[\d;:]*m|[^!-~]|\|)*"
     half = len(secret) // 2 if len(secret) >= 32 else len(secret)
     parts = [gap.join(map(re.escape, part)) for part in (secret[:half], secret[half:]) if part]
     return re.compile("|".join([gap.join(parts), *parts]) if len(secret) >= 8 else "(?!)")
@@ -2022,9 +2022,13 @@ class Journal:
         """Call a function with each event published from now on, in the publisher's thread."""
         self._listeners.append(listener)
 
-    def masked(self, text: str) -> str:
-        """Return a text without the secret."""
-        return self._secret.sub("[key]", text)
+    def masked(self, value: Any) -> Any:
+        """Return a text without the secret, or a value without it in any text there."""
+        if isinstance(value, dict):
+            return {name: self.masked(each) for name, each in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [*map(self.masked, value)]
+        return self._secret.sub("[key]", value) if isinstance(value, str) else value
 
     def publish(self, kind: str, **fields: object) -> None:
         """Add an event; it is in the file when this returns."""
@@ -2049,12 +2053,9 @@ class Journal:
             elif kind in _IN_ITERATION:
                 fields = {"iteration": self._iteration, **fields}
             number = {} if kind in LIVE else {"id": len(self._places) + 1}
-            event = {**number, "time": utc_now(), "type": kind, **fields}
-            text = json.dumps(event, ensure_ascii=False)
-            if self._secret.search(text):
-                text = self.masked(text)
-                event = json.loads(text)
-            line = text.encode("utf-8", "backslashreplace") + b"\n"     # as JSON would escape it
+            event = {**number, "time": utc_now(), "type": kind, **self.masked(fields)}
+            text = json.dumps(event, ensure_ascii=False) + "\n"
+            line = text.encode("utf-8", "backslashreplace")     # as JSON would escape it
             if kind in LIVE:
                 self._live_count += 1
                 self._live[kind] = (self._live_count, line)

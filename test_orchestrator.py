@@ -2353,6 +2353,16 @@ def test_a_secret_never_enters_an_event(tmp_path):
     assert KEY not in str(heard) and KEY.encode() not in journal.read(0, 0, 0).live[0]
 
 
+@pytest.mark.parametrize("secret", ["12345678", "iteration", "orchestrator", "duration_ms"])
+def test_a_secret_that_looks_like_a_number_or_a_name_of_ours_breaks_no_event(secret):
+    journal = Journal(secret=secret)
+    fields = {"orchestrator": "say", "duration_ms": 112345678, "iteration": 1}
+    journal.publish("iteration_end", **fields, agent_output=secret, tokens={"total": 12345678})
+    event, = journal.events()
+    assert {**event, **fields} == event and event["tokens"] == {"total": 12345678}
+    assert (event["type"], event["agent_output"]) == ("iteration_end", "[key]")
+
+
 LONG_KEY = "sk-or-v1-" + "0123456789abcdef" * 4
 
 
