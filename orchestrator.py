@@ -2781,7 +2781,7 @@ class Autopilot:
 
     def _remember(self, facts: Sequence[str]) -> None:
         """Save facts, and have the list compacted if it has become too long."""
-        if not facts:
+        if not (facts or self._trouble):        # what could not be saved is tried again
             return
         spent: dict[str, object] = {}
 

@@ -2884,7 +2884,8 @@ def test_facts_of_a_megabyte_are_kept_but_only_told_in_part(fly, tmp_path):
     assert len(system) < 20_000 and "the last fact" in system
 
 
-def test_a_trouble_with_the_memory_is_told_once_and_again_if_it_is_another(fly, monkeypatch):
+def test_a_trouble_with_the_memory_is_told_once_and_again_if_it_is_another(
+        fly, monkeypatch, tmp_path):
     def fail(number):
         monkeypatch.setattr(os, "fsync", mend if number is None else lambda _: fails(number))
 
@@ -2894,8 +2895,8 @@ def test_a_trouble_with_the_memory_is_told_once_and_again_if_it_is_another(fly, 
     mend, weather = os.fsync, [errno.ENOSPC, errno.ENOSPC, errno.EIO, None, errno.EIO]
     replies = [lambda number=number, each=each: fail(each) or f"MEMORY_SAVE: {number}\ngo {number}"
                for number, each in enumerate(weather)]
-    flight = fly(*replies, "TASK_COMPLETE")
-    assert flight.run() == "complete"
+    flight = fly(*replies, lambda: fail(None) or "TASK_COMPLETE")
+    assert flight.run() == "complete" and stored(tmp_path) == list("01234")
     said = [f"memory.json can't be written: {os.strerror(number)}"
             for number in (errno.ENOSPC, errno.EIO, errno.EIO)]
     assert [event["error"] for event in flight.of("error")] == said
