@@ -2041,9 +2041,9 @@ def read_events(path: Path, most: int = sys.maxsize) -> list[Event]:
 def _pattern(secret: str) -> re.Pattern[str]:
     """Return what finds a secret, and each half of a long one, where lines break and colours too.
 
-    It fits to a text, and to the JSON of one.  What is shorter than 8 characters is no secret.
+    What is shorter than 8 characters is no secret.
     """
-    gap = r"(?:(?:\\u001b|\x1b)\[[\d;:]*m|\\[nrt]|\\u00[01]\w|[^!-~]|\|)*"
+    gap = r"(?:\x1b\[[\d;:]*m|[^!-~]|\|)*"
     half = len(secret) // 2 if len(secret) >= 32 else len(secret)
     parts = [gap.join(map(re.escape, part)) for part in (secret[:half], secret[half:]) if part]
     return re.compile("|".join([gap.join(parts), *parts]) if len(secret) >= 8 else "(?!)")
@@ -2116,9 +2116,13 @@ class Journal:
         """Call a function with each event published from now on, in the publisher's thread."""
         self._listeners.append(listener)
 
-    def masked(self, text: str) -> str:
-        """Return a text without the secret."""
-        return self._secret.sub("[key]", text)
+    def masked(self, value: Any) -> Any:
+        """Return a text without the secret, or a value without it in any text there."""
+        if isinstance(value, dict):
+            return {name: self.masked(each) for name, each in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [*map(self.masked, value)]
+        return self._secret.sub("[key]", value) if isinstance(value, str) else value
 
     def publish(self, kind: str, **fields: object) -> None:
         """Add an event; it is in the file when this returns."""
@@ -2143,12 +2147,9 @@ class Journal:
             elif kind in _IN_ITERATION:
                 fields = {"iteration": self._iteration, **fields}
             number = {} if kind in LIVE else {"id": len(self._places) + 1}
-            event = {**number, "time": utc_now(), "type": kind, **fields}
-            text = json.dumps(event, ensure_ascii=False)
-            if self._secret.search(text):
-                text = self.masked(text)
-                event = json.loads(text)
-            line = text.encode("utf-8", "backslashreplace") + b"\n"     # JSON's own form
+            event = {**number, "time": utc_now(), "type": kind, **self.masked(fields)}
+            text = json.dumps(event, ensure_ascii=False) + "\n"
+            line = text.encode("utf-8", "backslashreplace")     # as JSON would escape it
             if kind in LIVE:
                 self._live_count += 1
                 self._live[kind] = (self._live_count, line)
@@ -2884,7 +2885,7 @@ class Autopilot:
 
     def _remember(self, facts: Sequence[str]) -> None:
         """Save facts, and have the list compacted if it has become too long."""
-        if not facts:
+        if not (facts or self._trouble):        # what could not be saved is tried again
             return
         used: dict[str, Any] = {}
 
@@ -4220,6 +4221,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             setattr(sys, name, open(os.devnull, mode))
         elif isinstance(getattr(sys, name), io.TextIOWrapper):
             getattr(sys, name).reconfigure(errors="replace")
+            with contextlib.suppress(OSError):      # else what its reader is late for is lost
+                os.set_blocking(getattr(sys, name).fileno(), True)
     try:
         return dispatch(parse_arguments(argv), os.environ)
     except (OrchestratorError, OSError, RuntimeError) as error:     # that: no more threads

@@ -2589,6 +2589,16 @@ def test_a_secret_never_enters_an_event(tmp_path):
     assert KEY not in str(heard) and KEY.encode() not in journal.read(0, 0, 0).live[0]
 
 
+@pytest.mark.parametrize("secret", ["12345678", "iteration", "orchestrator", "duration_ms"])
+def test_a_secret_that_looks_like_a_number_or_a_name_of_ours_breaks_no_event(secret):
+    journal = Journal(secret=secret)
+    fields = {"orchestrator": "say", "duration_ms": 112345678, "iteration": 1}
+    journal.publish("iteration_end", **fields, agent_output=secret, tokens={"total": 12345678})
+    event, = journal.events()
+    assert {**event, **fields} == event and event["tokens"] == {"total": 12345678}
+    assert (event["type"], event["agent_output"]) == ("iteration_end", "[key]")
+
+
 LONG_KEY = "sk-or-v1-" + "0123456789abcdef" * 4
 
 
@@ -3141,7 +3151,8 @@ def test_facts_of_a_megabyte_are_kept_but_only_told_in_part(fly, tmp_path):
     assert len(system) < 20_000 and "the last fact" in system
 
 
-def test_a_trouble_with_the_memory_is_told_once_and_again_if_it_is_another(fly, monkeypatch):
+def test_a_trouble_with_the_memory_is_told_once_and_again_if_it_is_another(
+        fly, monkeypatch, tmp_path):
     def fail(number):
         monkeypatch.setattr(os, "fsync", mend if number is None else lambda _: fails(number))
 
@@ -3151,8 +3162,8 @@ def test_a_trouble_with_the_memory_is_told_once_and_again_if_it_is_another(fly, 
     mend, weather = os.fsync, [errno.ENOSPC, errno.ENOSPC, errno.EIO, None, errno.EIO]
     replies = [lambda number=number, each=each: fail(each) or f"MEMORY_SAVE: {number}\ngo {number}"
                for number, each in enumerate(weather)]
-    flight = fly(*replies, "TASK_COMPLETE")
-    assert flight.run() == "complete"
+    flight = fly(*replies, lambda: fail(None) or "TASK_COMPLETE")
+    assert flight.run() == "complete" and stored(tmp_path) == list("01234")
     said = [f"memory.json can't be written: {os.strerror(number)}"
             for number in (errno.ENOSPC, errno.EIO, errno.EIO)]
     assert [event["error"] for event in flight.of("error")] == said
@@ -3896,6 +3907,15 @@ def test_a_closed_pipe_ends_the_narration_and_not_the_run():
         os.close(reader)
         say("unheard", stream)
         say("neither", stream)
+
+
+def test_a_reader_that_is_late_loses_nothing():
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    subprocess.run([sys.executable, orchestrator.__file__, "--version"], stdout=writer, check=True)
+    assert os.get_blocking(writer) and os.read(reader, 100).startswith(b"orchestrator ")
+    os.close(reader)
+    os.close(writer)
 
 
 def test_one_orchestrator_drives_a_session_at_a_time(tmp_path):
