@@ -764,9 +764,8 @@ class Tmux:
             self._run("send-keys", "-X", "-t", pane_id, "cancel")
 
     def kill(self) -> None:
-        """End the session, and with the last one the server; tmux puts its next at the socket."""
-        with contextlib.suppress(TmuxError):
-            self._run("kill-session", "-t", f"={self.session}")
+        """End the session, and with the last one the server, whose socket is left for the next."""
+        self._run("kill-session", "-t", f"={self.session}")
 
     def _guarded(self, pane: Pane, command: str, otherwise: str = "", *,
                  before: Sequence[str] = (), text: str = "") -> bool:
@@ -932,10 +931,7 @@ class Watch:
 
 
 def birth(pid: int) -> str:
-    """Return when a process was started, nothing if that is unknown: its id is another's later.
-
-    /proc has the ticks since the machine's start; slim containers have no ps, macOS no /proc.
-    """
+    """Return when a process began, or nothing: slim containers have no ps, macOS has no /proc."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
     with contextlib.suppress(OSError):
@@ -1864,10 +1860,7 @@ class Memory:
         return [fact for fact in self.facts if fact not in old]
 
     def _known(self) -> list[str]:
-        """Return the facts on disk; set a file of another form aside, or the link that leads to it.
-
-        What is at a link's end may be anything: /dev/null, a file of somebody else's.
-        """
+        """Return the facts on disk; set another form aside, of a link not what it leads to."""
         self.complaint = ""
         try:
             facts = json.loads(self._path.read_text(encoding="utf-8-sig"))
@@ -1903,8 +1896,8 @@ class Memory:
     def _locked(self) -> Iterator[None]:
         """Keep other runs out of the file that the path leads to.
 
-        Its directory is the lock, so none is left behind.  NFS can't lock directories, and who
-        holds one for over five seconds is no run of ours: `flock . python orchestrator.py`.
+        Its directory is the lock, so none is left behind.  NFS can't lock directories; who keeps
+        one for 5 s is no run of ours, perhaps the script around: `flock . python orchestrator.py`.
         """
         handle = os.open(os.path.dirname(os.path.realpath(self._path)), os.O_RDONLY)
         try:
@@ -2281,12 +2274,11 @@ class Dashboard(http.server.ThreadingHTTPServer):
     """
 
     daemon_threads, request_queue_size = True, 128
-    CONNECTIONS = 256       # at once; more are closed, so that a flood leaves the run its files
+    THREADS = 160       # more visitors are closed: a flood leaves the run its files, on macOS 256
 
     def __init__(self, journal: Journal, page: str, host: str, port: int,
                  control: Callable[[str, str], object] | None) -> None:
         self.journal, self.page, self.control = journal, page, control
-        self._free = threading.Semaphore(self.CONNECTIONS)
         self.token, self.visited = secrets.token_urlsafe(24), threading.Event()     # page opened
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.name = f"[{host}]" if ":" in host else host
@@ -2303,21 +2295,16 @@ class Dashboard(http.server.ThreadingHTTPServer):
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Answer in a thread, unless too many are at it, or the machine has no more."""
-        if self._free.acquire(blocking=False):
-            try:
-                return super().process_request(request, client_address)
-            except RuntimeError:
-                self._free.release()
-        self.shutdown_request(request)
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Whether there is a thread left for one more visitor."""
+        return threading.active_count() < self.THREADS
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Answer, and make room for the next."""
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer in a thread, if the machine has one more."""
         try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._free.release()
+            super().process_request(request, client_address)
+        except RuntimeError:
+            self.shutdown_request(request)
 
     def __enter__(self) -> Dashboard:
         threading.Thread(target=self.serve_forever, args=(0.1,), daemon=True).start()
