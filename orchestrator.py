@@ -810,9 +810,8 @@ class Tmux:
             self._run("send-keys", "-X", "-t", pane_id, "cancel")
 
     def kill(self) -> None:
-        """End the session, and with the last one the server; tmux puts its next at the socket."""
-        with contextlib.suppress(TmuxError):
-            self._run("kill-session", "-t", f"={self.session}")
+        """End the session, and with the last one the server, whose socket is left for the next."""
+        self._run("kill-session", "-t", f"={self.session}")
 
     def _guarded(self, pane: Pane, command: str, otherwise: str = "", *,
                  before: Sequence[str] = (), text: str = "") -> bool:
@@ -983,10 +982,7 @@ class Watch:
 
 
 def birth(pid: int) -> str:
-    """Return when a process was started, nothing if that is unknown: its id is another's later.
-
-    /proc has the ticks since the machine's start; slim containers have no ps, macOS no /proc.
-    """
+    """Return when a process began, or nothing: slim containers have no ps, macOS has no /proc."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
     with contextlib.suppress(OSError):
@@ -2370,12 +2366,11 @@ class Dashboard(http.server.ThreadingHTTPServer):
     """
 
     daemon_threads, request_queue_size, timeout = True, 128, 0
-    CONNECTIONS = 256       # at once; more are closed, so that a flood leaves the run its files
+    THREADS = 160       # more visitors are closed: a flood leaves the run its files, on macOS 256
 
     def __init__(self, journal: Journal, page: str, host: str, port: int,
                  control: Callable[[str, str], object] | None) -> None:
         self.journal, self.page, self.control = journal, page, control
-        self._free = threading.Semaphore(self.CONNECTIONS)
         self.token, self.visited = secrets.token_urlsafe(24), threading.Event()     # page opened
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.name = f"[{host}]" if ":" in host else host
@@ -2392,21 +2387,16 @@ class Dashboard(http.server.ThreadingHTTPServer):
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Answer in a thread, unless too many are at it, or the machine has no more."""
-        if self._free.acquire(blocking=False):
-            try:
-                return super().process_request(request, client_address)
-            except RuntimeError:
-                self._free.release()
-        self.shutdown_request(request)
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Whether there is a thread left for one more visitor."""
+        return threading.active_count() < self.THREADS
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Answer, and make room for the next."""
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer in a thread, if the machine has one more."""
         try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._free.release()
+            super().process_request(request, client_address)
+        except RuntimeError:
+            self.shutdown_request(request)
 
     def __enter__(self) -> Dashboard:
         threading.Thread(target=self.serve_forever, args=(0.1,), daemon=True).start()
@@ -2421,7 +2411,7 @@ class Dashboard(http.server.ThreadingHTTPServer):
         self.server_close()
         until = time.monotonic() + 2.0
         all(self._free.acquire(timeout=max(0.0, until - time.monotonic()))
-            for _ in range(self.CONNECTIONS))
+            for _ in range(self.THREADS))
 
 
 # -- 10. Loops ------------------------------------------------------------------------------

@@ -58,14 +58,15 @@ def poll(look: Callable[[], Any], seconds: float) -> Any:
     return found
 
 
-def processes_of(directory: Path) -> list[int]:
-    """Return the processes that name a scratch directory in their arguments or environment."""
-    found = []
+def processes_of(directory: Path) -> dict[int, bytes]:
+    """Return the arguments of the processes that name a scratch directory in them or environ."""
+    found = {}
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):      # gone in the meantime, or not ours to read
-            said = (entry / "cmdline").read_bytes() + b"\0" + (entry / "environ").read_bytes()
+            arguments = (entry / "cmdline").read_bytes()
+            said = arguments + b"\0" + (entry / "environ").read_bytes()
             if os.fsencode(directory) in said and int(entry.name) != os.getpid():
-                found.append(int(entry.name))
+                found[int(entry.name)] = arguments
     return found
 
 
@@ -2047,8 +2048,7 @@ def test_the_key_reaches_the_model_and_nothing_else_from(source, world):
     arguments: list[bytes] = []
 
     def last() -> str:
-        arguments.extend(Path(f"/proc/{pid}/cmdline").read_bytes()
-                         for pid in processes_of(world.directory))
+        arguments.extend(processes_of(world.directory).values())
         return "TASK_COMPLETE"
 
     model = world.model("printenv | sort", last)
@@ -2341,8 +2341,8 @@ def test_a_signal_ends_a_run_in_order_while_it_waits_for_the(moment, number, ter
         assert world.taken("sleep 1") and site.control("pause") == 204
     waits = {"agent": lambda: "sleep 60" in world.log("took"),
              "model": lambda: model.requests, "summary": lambda: len(model.requests) == 5,
-             "check": lambda: "sleep\00054321" in "".join(
-                 Path(f"/proc/{pid}/cmdline").read_text() for pid in processes_of(world.directory)),
+             "check": lambda: b"sleep\00054321" in b"".join(
+                 processes_of(world.directory).values()),
              "person": lambda: world.events("iteration_end")}
     assert poll(waits[moment], 30), run.stdout
     assert poll(lambda: stream, 30)

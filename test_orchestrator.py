@@ -1003,15 +1003,15 @@ class FakeTmux:
         said = {"stdout": stdout, "stderr": stderr, "status": f"{status}\n", "then": then}
         for name, text in said.items():
             if text is not None:
-                (self._directory / name).write_text(text)
+                (self._directory / name).write_text(text, encoding="utf-8")
 
     def given(self, name):
         """Return the text that the program was given as stdin or environ."""
-        return (self._directory / name).read_text()
+        return (self._directory / name).read_text(encoding="utf-8")
 
     def calls(self):
         """Return the arguments of each call, after those that name the server."""
-        calls = (self._directory / "calls").read_text().split("\036")[:-1]
+        calls = (self._directory / "calls").read_text(encoding="utf-8").split("\036")[:-1]
         return [call.split("\037")[:-1][5:] for call in calls]
 
 
@@ -1613,11 +1613,11 @@ def test_a_program_that_was_never_seen_alive_is_no_orphan_of_ours(monkeypatch):
 @pytest.mark.parametrize("proc, path", [(True, ""), (False, "/bin:/usr/bin"), (False, "")])
 def test_when_a_process_was_started_is_known_by_proc_or_by_ps(proc, path, monkeypatch):
     """Both are missing on some machine."""
-    if proc and not Path("/proc/self/stat").exists() or path and not shutil.which("ps"):
-        pytest.skip("not on this machine")
     monkeypatch.setattr(os, "defpath", path)
     if not proc:
         monkeypatch.setattr(Path, "read_text", lambda path, **how: os.write(-1, b"no /proc"))
+    if (proc or path) and not birth(os.getpid()):
+        pytest.skip("this is such a machine")
     waits = [sys.executable, "-c", "import sys; sys.stdin.read()"]
     with subprocess.Popen(waits, stdin=subprocess.PIPE) as process:
         born = birth(process.pid)
@@ -2846,16 +2846,14 @@ def events_of(response, count):
     return found
 
 
-def test_visitors_who_could_not_be_answered_leave_room_for_others(monkeypatch, capfd):
-    monkeypatch.setattr(Dashboard, "CONNECTIONS", 1)
-    visitor = Visitor(Journal())
-    with visitor.dashboard:
-        without_threads(monkeypatch, 2)
-        for _ in range(2):
-            with pytest.raises(ConnectionError):
-                visitor.ask("GET", "/", {})
-        assert visitor.ask("GET", "/nowhere", visitor.cookie).status == 404
-        visitor.leave()
+def test_visitors_for_whom_there_is_no_thread_are_turned_away(visitor, monkeypatch, capfd):
+    without_threads(monkeypatch, 2)
+    for most in (160, 160, 1):
+        monkeypatch.setattr(Dashboard, "THREADS", most)
+        with pytest.raises(ConnectionError):
+            visitor.ask("GET", "/", visitor.cookie)
+    monkeypatch.undo()
+    assert visitor.ask("GET", "/nowhere", visitor.cookie).status == 404
     assert capfd.readouterr() == ("", "")
 
 
