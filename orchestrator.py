@@ -3500,10 +3500,11 @@ class DemoModel(http.server.BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.end_headers()
-        for chunk in chunks:
-            self.wfile.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
-            time.sleep(0.6 / len(chunks))
-        self.wfile.write(b"data: [DONE]\n\n")
+        with contextlib.suppress(OSError):      # the run was ended
+            for chunk in chunks:
+                self.wfile.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
+                time.sleep(0.6 / len(chunks))
+            self.wfile.write(b"data: [DONE]\n\n")
 
 
 def _do_as_told(message: str) -> str:
