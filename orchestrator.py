@@ -205,10 +205,8 @@ _URL = (rf"https?://([\w.-]+|\[[\da-fA-F:.]+\])(:({_PORT[0]}))?(/[^\s?#]*)?",
         "an http:// or https:// address")
 
 
-def _refuse(what: str, wrong: list[str] | None) -> None:
-    if wrong is None:
-        raise ConfigError(what)
-    wrong.append(what)
+def _refuse(what: str) -> None:
+    raise ConfigError(what)
 
 
 def _setting(default: object, accept: tuple[str, str], meaning: str) -> Any:
@@ -254,11 +252,11 @@ class Config:
 
     @classmethod
     def read(cls, environ: Mapping[str, str], env_file: Mapping[str, str],
-             wrong: list[str] | None = None) -> Config:
+             wrong: Callable[[str], object] = _refuse) -> Config:
         """Return the settings; a variable that is set and not empty wins over the file.
 
         Raises ConfigError for a value that does not fit, naming variable, value and what is
-        accepted; where there is a list of what is `wrong`, adds that and leaves the default.
+        accepted; if `wrong` is told of that instead, the default stays.
         """
         values: dict[str, Any] = {}
         for name, field in cls.settings().items():
@@ -266,7 +264,7 @@ class Config:
             (pattern, expected), kind = field.metadata["accept"], type(field.default)
             if text and not re.fullmatch(pattern, text):
                 shown = "(hidden)" if name == "OPENROUTER_API_KEY" else repr(text)
-                _refuse(f"{name}={shown}: expected {expected}", wrong)
+                wrong(f"{name}={shown}: expected {expected}")
             elif text:
                 true = text.lower() in ("true", "1", "yes", "on")
                 values[field.name] = true if kind is bool else kind(text)
@@ -278,10 +276,8 @@ _ENV_LINE = re.compile(r"""\s* (?:export\s+)? (?P<name>[A-Za-z_][A-Za-z0-9_.]*) 
     (?:\s+\#.*)? \s*""", re.VERBOSE)
 
 
-def parse_env(text: str, wrong: list[str] | None = None) -> dict[str, str]:
+def parse_env(text: str, wrong: Callable[[str], object] = _refuse) -> dict[str, str]:
     r"""Return the NAME=value pairs of a .env file; raise ConfigError for a line of another form.
-
-    As everywhere here, what is wrong is added to a list instead, where there is one.
 
     >>> parse_env('# a comment\nexport KEY="a b"\nPORT=80 # web')
     {'KEY': 'a b', 'PORT': '80'}
@@ -292,11 +288,11 @@ def parse_env(text: str, wrong: list[str] | None = None) -> dict[str, str]:
         if match:
             values[match["name"]] = match["single"] or match["double"] or match["bare"] or ""
         elif line.strip() and not line.lstrip().startswith("#"):    # may hold a secret: not shown
-            _refuse(f".env line {number}: expected NAME=value, NAME='value' or # comment", wrong)
+            wrong(f".env line {number}: expected NAME=value, NAME='value' or # comment")
     return values
 
 
-def read_env_file(path: Path, wrong: list[str] | None = None) -> dict[str, str]:
+def read_env_file(path: Path, wrong: Callable[[str], object] = _refuse) -> dict[str, str]:
     """Return what a .env file sets, nothing where there is none."""
     try:
         return parse_env(path.read_text(encoding="utf-8-sig"), wrong)
@@ -304,7 +300,7 @@ def read_env_file(path: Path, wrong: list[str] | None = None) -> dict[str, str]:
         pass
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        _refuse(f"{path}: can't be read: {reason}", wrong)
+        wrong(f"{path}: can't be read: {reason}")
     return {}
 
 
@@ -556,10 +552,10 @@ def _parse_orders(orders: list[tuple[str, str]], text: str) -> Instruction:
     if set(words) == {"KEYS"}:
         keys = tuple(" ".join(rests).split())
         unknown = " ".join(key for key in keys if not _KEY.fullmatch(key))
-        if unknown or not 0 < len(keys) <= 100:
-            return Instruction("nothing", "Nothing was pressed. These are no tmux key names: "
-                               + clip(unknown or "(none given, or more than 100)", 400))
-        return Instruction("keys", text, keys=keys)
+        if not unknown and 0 < len(keys) <= 100:
+            return Instruction("keys", text, keys=keys)
+        return Instruction("nothing", "Nothing was pressed. These are no tmux key names: "
+                           + clip(unknown or "(none given, or more than 100)", 400))
     amount = re.fullmatch(r"(\d{1,6}(?:\.\d+)?)\s*([smh])\.?", rests[0])
     if len(orders) > 1 or not amount:
         return Instruction("nothing", "WAIT stands alone, and takes a time like 90s, 10m or 2h.")
@@ -580,8 +576,8 @@ def parse_reply(reply: str) -> Instruction:
             fence = mark[1]
         elif mark and mark[1].startswith(fence) and not mark[2]:
             fence = ""
-        word = (found["word"] or "").replace("\\", "") if found else ""
-        rest = found["rest"].strip().removesuffix(found["marks"]).strip() if found and word else ""
+        marks, word, rest = found.groups("") if found else ("", "", "")
+        word, rest = word.replace("\\", ""), rest.strip().removesuffix(marks[::-1]).strip()
         if word == "MEMORY_SAVE":
             facts += [rest] * bool(rest)
         elif found and not word:
@@ -3583,10 +3579,11 @@ class DemoModel(QuietHandler):
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.end_headers()
-        for chunk in chunks:
-            self.wfile.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
-            time.sleep(0.6 / len(chunks))
-        self.wfile.write(b"data: [DONE]\n\n")
+        with contextlib.suppress(OSError):      # the run was ended
+            for chunk in chunks:
+                self.wfile.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
+                time.sleep(0.6 / len(chunks))
+            self.wfile.write(b"data: [DONE]\n\n")
 
 
 def _do_as_told(message: str) -> str:
@@ -4167,12 +4164,12 @@ def dispatch(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         say(manual() if options.help else f"orchestrator {__version__}")
         return 0
     wrong: list[str] = []
-    env_file = {} if options.demo else read_env_file(Path(".env"), wrong)
+    env_file = {} if options.demo else read_env_file(Path(".env"), wrong.append)
     if options.replay:      # needs no other settings, and no other program's .env is in its way
         return replay(Path(options.replay), Config.read(*(
             {name: value for name, value in source.items() if name.startswith("DASHBOARD_")}
             for source in (environ, env_file))))
-    config = Config.read(environ, env_file, wrong)
+    config = Config.read(environ, env_file, wrong.append)
     if wrong and not options.doctor:
         raise ConfigError(wrong[0])
     for name in ("CLAUDE_CMD", "VERIFY_CMD", "OPENROUTER_BASE_URL"):

@@ -1083,6 +1083,14 @@ def test_the_demo_completes_again_and_again_without_a_terminal_and_in_one(world)
     assert list(world.work.iterdir()) == []
 
 
+def test_a_demo_that_is_interrupted_while_its_model_speaks_leaves_no_trace(world):
+    run = world.start("--demo", "--json")
+    assert poll(lambda: "iteration_start" in run.stdout, 30)
+    done = run.end(by=signal.SIGINT)
+    assert done.status == 130 and re.fullmatch("Dashboard: .*\n", done.stderr), done.stderr
+    assert_nothing_is_left(world)
+
+
 # -- The real agents ----------------------------------------------------------------------------
 
 @pytest.fixture

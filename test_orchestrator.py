@@ -909,7 +909,7 @@ def test_the_marker_on_a_line_of_its_own_completes_the_task(reply):
     ("WAIT: 10m", ("wait", "WAIT: 10m", (), 600, ())),
     ("WAIT: 1.5h", ("wait", "WAIT: 1.5h", (), 5400, ())),
     ("**KEYS:** Down\n- `KEYS: *`", ("keys", "**KEYS:** Down\n- `KEYS: *`", ("Down", "*"), 0, ())),
-    ("**WAIT: 10m**", ("wait", "**WAIT: 10m**", (), 600, ())),
+    ("**`WAIT: 10m`**", ("wait", "**`WAIT: 10m`**", (), 600, ())),
     ("- **MEMORY_SAVE**: a `b`\n* `MEMORY_SAVE: c`\nrun it", ("say", "run it", (), 0, ("a `b`", "c"))),
     ("- **TASK\\_FAILED**: no key", ("failed", "no key", (), 0, ())),
     ("MEMORY_SAVE: a b\nrun it\nMEMORY_SAVE:  c ", ("say", "run it", (), 0, ("a b", "c"))),
