@@ -2362,11 +2362,12 @@ class Dashboard(http.server.ThreadingHTTPServer):
     """
 
     daemon_threads, request_queue_size, timeout = True, 128, 0
-    THREADS = 160       # more visitors are closed: a flood leaves the run its files, on macOS 256
+    VISITORS = 160      # more are turned away: a flood leaves the run its files, on macOS 256
 
     def __init__(self, journal: Journal, page: str, host: str, port: int,
                  control: Callable[[str, str], object] | None) -> None:
         self.journal, self.page, self.control = journal, page, control
+        self._free = threading.Semaphore(self.VISITORS)
         self.token, self.visited = secrets.token_urlsafe(24), threading.Event()     # page opened
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.name = f"[{host}]" if ":" in host else host
@@ -2384,15 +2385,23 @@ class Dashboard(http.server.ThreadingHTTPServer):
         self.server_name, self.server_port = self.server_address[:2]
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Whether there is a thread left for one more visitor."""
-        return threading.active_count() < self.THREADS
+        """Whether there is room for one more visitor, which is taken."""
+        return self._free.acquire(blocking=False)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Answer in a thread, if the machine has one more."""
         try:
             super().process_request(request, client_address)
         except RuntimeError:
+            self._free.release()
             self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Answer, and make room for the next."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
 
     def __enter__(self) -> Dashboard:
         threading.Thread(target=self.serve_forever, args=(0.1,), daemon=True).start()
@@ -2407,7 +2416,7 @@ class Dashboard(http.server.ThreadingHTTPServer):
         self.server_close()
         until = time.monotonic() + 2.0
         all(self._free.acquire(timeout=max(0.0, until - time.monotonic()))
-            for _ in range(self.THREADS))
+            for _ in range(self.VISITORS))
 
 
 # -- 10. Loops ------------------------------------------------------------------------------

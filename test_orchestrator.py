@@ -2846,14 +2846,15 @@ def events_of(response, count):
     return found
 
 
-def test_visitors_for_whom_there_is_no_thread_are_turned_away(visitor, monkeypatch, capfd):
-    without_threads(monkeypatch, 2)
-    for most in (160, 160, 1):
-        monkeypatch.setattr(Dashboard, "THREADS", most)
-        with pytest.raises(ConnectionError):
-            visitor.ask("GET", "/", visitor.cookie)
-    monkeypatch.undo()
-    assert visitor.ask("GET", "/nowhere", visitor.cookie).status == 404
+def test_visitors_for_whom_there_is_no_thread_are_turned_away(monkeypatch, capfd):
+    monkeypatch.setattr(Dashboard, "VISITORS", 1)
+    visitor = Visitor(Journal())
+    with visitor.dashboard:
+        without_threads(monkeypatch, 2)
+        for _ in range(2):
+            with pytest.raises(ConnectionError):
+                visitor.ask("GET", "/", visitor.cookie)
+        assert visitor.ask("GET", "/nowhere", visitor.cookie).status == 404
     assert capfd.readouterr() == ("", "")
 
 
