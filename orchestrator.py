@@ -3588,11 +3588,10 @@ class DemoModel(QuietHandler):
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.end_headers()
-        with contextlib.suppress(OSError):      # the run was ended
-            for chunk in chunks:
-                self.wfile.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
-                time.sleep(0.6 / len(chunks))
-            self.wfile.write(b"data: [DONE]\n\n")
+        for chunk in chunks:
+            self.wfile.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
+            time.sleep(0.6 / len(chunks))
+        self.wfile.write(b"data: [DONE]\n\n")
 
 
 def _do_as_told(message: str) -> str:
