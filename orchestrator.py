@@ -1234,7 +1234,7 @@ class Agent:
             try:
                 if pane.in_mode:
                     self._tmux.leave_mode(pane.id)
-                elif write(pane):
+                if write(pane):
                     return True
             except TmuxError as error:
                 if type(error) is TmuxGone:
