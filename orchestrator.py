@@ -365,15 +365,12 @@ def _shared(one: list[str], other: list[str]) -> int:
     return len(os.path.commonprefix([one, other]))
 
 
-_LAST_SCREEN = 60       # lines at the end that may be redrawn
-
-
 def _overlap(before: list[str], after: list[str]) -> int:
     """Return where `after` begins in `before`, whose oldest lines may have left a full history.
 
     All but the last screen has to agree; len(before) if that is nowhere, or in two places, so.
     """
-    old = before[:-_LAST_SCREEN]
+    old = before[:-60]
     if after[:len(old)] == old:
         return 0
     places = (at for at in range(len(old) - 20) if old[at:at + 20] == after[:20])
@@ -686,8 +683,8 @@ class Pane(NamedTuple):
 
     @property
     def bottom(self) -> tuple[str, int]:
-        """The line that the cursor is on, and how many are below it."""
-        return self.cursor_line, "\n".join(self.screen[self.cursor_row:]).rstrip().count("\n")
+        """The line that the cursor is on, and how many have text from there on."""
+        return self.cursor_line, sum(map(bool, self.screen[self.cursor_row:]))
 
     @property
     def text(self) -> str:
@@ -717,9 +714,8 @@ class Tmux:
     def find(self) -> tuple[str, str]:
         """Return mark and id of our pane; no mark for a session of others, nor id for none.
 
-        A person may have made panes beside ours, and look at one of them.  Raises ConfigError for
-        none on a server that we did not start: a new one would have that one's environment, with
-        the key perhaps, and that one our options.
+        A person may have made panes beside ours, and look at one of them.  Raises ConfigError on
+        a server that we did not start: the agent would get its environment, it our options.
         """
         try:
             panes = self._read("list-panes", "-s", "-t", f"={self.session}:",
@@ -995,8 +991,7 @@ class Agent:
     recovery, and of the screen twice a second while `watched()`.
     """
 
-    # How long, in seconds, a first screen stands still that is ready, one of words that we do not
-    # know, and an input box without a title; an empty one, and any that moves, has its limit.
+    # Seconds that a first screen stands still: a ready one, unknown words, a box without a title.
     READY_STILL, UNKNOWN_STILL, UNNAMED_STILL, READY_LIMIT = 0.4, 10.0, 30.0, 60.0
     SIGN_LATE = 5.0     # until when the sign of an agent that gives one may come: a busy machine
     RESTARTS, RESTART_SPAN = 3, 600.0
@@ -1190,10 +1185,7 @@ class Agent:
     # writing
 
     def _box(self, pane: Pane, column: int = 0) -> str:
-        """Return what stands in the input box, nothing for a program whose box we do not know.
-
-        What is behind the cursor, in an empty box a placeholder, counts up to a column.
-        """
+        """Return what stands in the input box, nothing for a program whose box we do not know."""
         if not self._known or menu_on(pane.screen):
             return ""
         return draft_in_box(pane.screen, pane.cursor_row, column or pane.cursor_column)
@@ -1208,15 +1200,13 @@ class Agent:
         if behind and not draft:
             rows = self._ask_tmux(self._tmux.picture).split("\n")
             draft = "" if DIM.search("".join(rows[pane.cursor_row:][:1])) else behind
-        left, seen = draft, ()
-        for _ in range(10):
-            if not left or pane.screen == seen:
-                break
-            seen = pane.screen
-            keys = ("C-e", *["C-u"] * 20, *["C-k"] * 20, "BSpace")     # BSpace: out of shell mode
+        left, keys = draft, ("C-e", *["C-u"] * 20, *["C-k"] * 20, "BSpace")
+        for _ in range(10 * bool(draft)):       # BSpace: out of shell mode
             self._write(lambda now: self._tmux.press(now, *keys))
-            pane = self._look_until(lambda now: now.screen != seen)
+            pane = self._look_until(lambda now: now.screen != pane.screen)
             left = self._box(pane)
+            if not left:
+                break
         fate = "does not go" if left else "was removed"
         return (f"The input line held a draft, which {fate}: {clip(draft.strip(), 400)!r}",
                 ) * bool(draft), not left
@@ -1259,7 +1249,7 @@ class Agent:
             try:
                 if pane.in_mode:
                     self._tmux.leave_mode(pane.id)
-                elif write(pane):
+                if write(pane):
                     return True
             except TmuxError as error:
                 if type(error) is TmuxGone:
@@ -1353,25 +1343,23 @@ class Agent:
                                   text=f"answered a question of {self.name}: {answered}")
                 if not question or late:
                     self._homes.add(pane.command)
-                    self._asks = self._known and not self._is_ready(pane)
+                    self._asks = self._known and self._still_enough(pane) > self.READY_STILL
                     return
                 key, answered, changed = question.key, question.answer, now
                 self._write(lambda seen: self._tmux.press(seen, key))
             self._sleep(0.05)
 
-    @staticmethod
-    def _is_ready(pane: Pane) -> bool:
-        """Whether Claude Code or Codex takes text: Codex shows its box before, but no title."""
-        return pane.title != UNNAMED and shows_input(pane.screen)
-
     def _still_enough(self, pane: Pane) -> float:
-        """Return how long a first screen has to stand still before it is taken as the last."""
+        """Return how long a first screen has to stand still before it is taken as the last.
+
+        Codex shows its box, but no title, before it takes text.
+        """
         if not self._known:
             return self.READY_STILL if pane.text else self.UNKNOWN_STILL
-        if self._is_ready(pane) or known_question(pane.screen):
+        if known_question(pane.screen):
             return self.READY_STILL
         if shows_input(pane.screen):
-            return self.UNNAMED_STILL
+            return self.UNNAMED_STILL if pane.title == UNNAMED else self.READY_STILL
         return self.UNKNOWN_STILL if pane.text else self.READY_LIMIT
 
     def _restart(self, trouble: AgentError) -> str:

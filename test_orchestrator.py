@@ -1281,6 +1281,14 @@ def test_copy_mode_is_left_before_anything_is_typed():
     assert desk.agent.ask("one").output == "> one\n● Done: one"
 
 
+def test_a_person_who_scrolls_on_and_on_keeps_no_message_out():
+    desk = Desk(claude())
+    look = desk.terminal.look
+    desk.terminal.look = lambda pane_id: (
+        setattr(desk.terminal, "in_mode", True) or look(pane_id))
+    assert desk.agent.ask("one").output == "> one\n● Done: one"
+
+
 def test_a_refused_paste_is_tried_again():
     desk = Desk(claude())
     desk.terminal.refusals = 3
