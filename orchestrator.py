@@ -86,6 +86,7 @@ import tty
 import urllib.error
 import urllib.parse
 import urllib.request
+import weakref
 from pathlib import Path
 from typing import (
     Any, Callable, Generator, Iterable, Iterator, Mapping, NamedTuple, Sequence, TextIO)
@@ -2072,6 +2073,7 @@ class Journal:
         try:
             if path:
                 self._file = self._file or open(path, "rb", 0)
+                weakref.finalize(self, self._file.close)
                 self.follow()
         except OSError as error:
             if read_only:
@@ -2241,10 +2243,10 @@ class _Handler(QuietHandler):
 
     def do_GET(self) -> None:
         """Serve the page and the stream of events."""
-        url = urllib.parse.urlsplit(self.path)
-        if self._refused(urllib.parse.parse_qs(url.query).get("token", [""])[0]):
+        path, _, query = self.path.partition("?")
+        if self._refused(urllib.parse.parse_qs(query).get("token", [""])[0]):
             return
-        if url.path == "/":
+        if path == "/":
             self.server.visited.set()
             nonce, token = secrets.token_urlsafe(16), self.server.token
             recording = "no" if self.server.control else "yes"
@@ -2253,10 +2255,10 @@ class _Handler(QuietHandler):
                 "Content-Type": "text/html; charset=utf-8",
                 "Content-Security-Policy": _POLICY.replace("NONCE", nonce),
                 "Set-Cookie": f"{self._cookie}={token}; Path=/; HttpOnly; SameSite=Strict"})
-        elif url.path == "/events":
+        elif path == "/events":
             self._stream()
         else:
-            self._answer(405 if url.path == "/control" else 404, "GET goes to / and /events")
+            self._answer(405 if path == "/control" else 404, "GET goes to / and /events")
 
     def do_POST(self) -> None:
         """Pause, resume, stop, or take a note."""
@@ -2355,7 +2357,7 @@ class Dashboard(http.server.ThreadingHTTPServer):
     def __init__(self, journal: Journal, page: str, host: str, port: int,
                  control: Callable[[str, str], object] | None) -> None:
         self.journal, self.page, self.control = journal, page, control
-        self._free = threading.Semaphore(self.VISITORS)
+        self._visitors: set[socket.socket] = set()
         self.token, self.visited = secrets.token_urlsafe(24), threading.Event()     # page opened
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.name = f"[{host}]" if ":" in host else host
@@ -2373,23 +2375,18 @@ class Dashboard(http.server.ThreadingHTTPServer):
         self.server_name, self.server_port = self.server_address[:2]
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Whether there is room for one more visitor, which is taken."""
-        return self._free.acquire(blocking=False)
+        """Whether there is room for one more visitor."""
+        if len(self._visitors) < self.VISITORS:
+            self._visitors.add(request)
+        return request in self._visitors
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Answer in a thread, if the machine has one more."""
-        try:
-            super().process_request(request, client_address)
-        except RuntimeError:
-            self._free.release()
-            self.shutdown_request(request)
+    def shutdown_request(self, request: Any) -> None:
+        """Part with a visitor."""
+        super().shutdown_request(request)
+        self._visitors.discard(request)
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Answer, and make room for the next."""
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._free.release()
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing: the machine has no thread for this visitor."""
 
     def __enter__(self) -> Dashboard:
         threading.Thread(target=self.serve_forever, args=(0.1,), daemon=True).start()
@@ -2403,8 +2400,8 @@ class Dashboard(http.server.ThreadingHTTPServer):
             self.handle_request()
         self.server_close()
         until = time.monotonic() + 2.0
-        all(self._free.acquire(timeout=max(0.0, until - time.monotonic()))
-            for _ in range(self.VISITORS))
+        while self._visitors and time.monotonic() < until:
+            time.sleep(0.01)
 
 
 # -- 10. Loops ------------------------------------------------------------------------------
@@ -2464,7 +2461,8 @@ class Control:
     def act(self, action: str, text: str = "") -> None:
         """Pause after the current turn, resume, stop, or pass on a note."""
         if action == "note":
-            self._notes.put(self._journal.masked(sanitize(text).strip()))
+            text = self._journal.masked(sanitize(text).strip())
+            self._notes.put(text)
             self._journal.publish("note", text=text, source="dashboard")
         elif action == "stop":
             self._stop()
@@ -2505,11 +2503,12 @@ class Totals:
         """
         previous = None
         for event in past:
+            used, cost = _part(event, "tokens"), _number(event, "cost")
+            tokens = Tokens(*(_count(used, name) for name in Tokens._fields))
             if event["type"] == "complete":         # has all that was used until then
-                self.tokens, self.cost = Tokens(), 0.0
-            used = _part(event, "tokens")
-            if used and event["type"] != "iteration_end":       # its reply has told that
-                self.add([_count(used, name) for name in Tokens._fields], _number(event, "cost"))
+                self.tokens, self.cost = tokens, cost or 0.0
+            elif used and event["type"] != "iteration_end":     # its reply has told that
+                self.add(tokens, cost)
             if event["type"] == "reply":
                 self.iterations = max(self.iterations, _count(event, "iteration"))
             with contextlib.suppress(TypeError, ValueError):        # no time, or of another form
@@ -2912,12 +2911,13 @@ class Autopilot:
             return False
         try:
             reply = self._ask(Conversation(_SUMMARISE, clip(older, room)).messages())
+            summary, used = reply.text, reply.used()
         except NoAnswer:        # what else there is ends the run, which has then lost nothing
-            firsts = [textwrap.shorten(part, 200) for part in older.split("\n\n")]
-            reply = Reply("\n".join(firsts), Tokens(), None, 0)
-        summary = clip(reply.text, min(16_000, room // 4))
+            summary = "\n".join(textwrap.shorten(part, 200) for part in older.split("\n\n"))
+            used = {}
+        summary = clip(summary, min(16_000, room // 4))
         self._conversation.summarise(summary, count)
-        self._journal.publish("history", summarised=count, summary=summary, **reply.used())
+        self._journal.publish("history", summarised=count, summary=summary, **used)
         return True
 
     def _ask(self, messages: Messages,
@@ -3633,6 +3633,7 @@ class Place(NamedTuple):
     directory: Path
     state: Path                     # journals and locks
     environ: Mapping[str, str]      # for what is started
+    kept: bool = True               # the two directories, after the run
 
 
 class Signals:
@@ -3703,7 +3704,7 @@ def span(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds < 60 else f"{seconds // 60:.0f} min {int(seconds % 60)} s"
 
 
-def narrate(event: Event) -> str:
+def narrate(event: Event, kept: bool = True) -> str:
     """Return what the terminal says about an event of an autonomous run, nothing for some."""
     head, below = _SAID.get("compacted" if "compacted" in event else event["type"], ("", ""))
     cache = [f"{event['tokens'][each]:,} {each}" for each in ("cached", "written")
@@ -3714,7 +3715,7 @@ def narrate(event: Event) -> str:
     words = {"time": span(round(event.get("duration_ms", 0) / 1000, 1)),
              "iterations": f"{count} iteration" + "s" * (count != 1),
              "how": "Task complete" if outcome == "complete" else f"Ended ({outcome})" + (
-                 ", --resume goes on with it" * (outcome not in FINISHED)),
+                 ", --resume goes on with it" * (kept and outcome not in FINISHED)),
              "cache": f" ({', '.join(cache)})" if cache else "",
              "dollars": f", ${event['cost']:.4f}" if event.get("cost") is not None else "",
              "again": f"; trying again in {event['retry_in']:g} s" if "retry_in" in event else "",
@@ -4019,7 +4020,8 @@ def run(config: Config, place: Place, *, task: Callable[[], str] = lambda: "", c
             place.state / "runs" / name, [])
         program = choose_program(config.default_model, config.claude_cmd)
         narrator = Narrator(
-            narrate_json if as_json else narrate_chat if chat else narrate,
+            narrate_json if as_json else narrate_chat if chat else (
+                lambda event: narrate(event, place.kept)),
             {**dict.fromkeys(("task_info", "reply", "waiting"), program.name),
              "iteration_start": program.name if chat else "the model", "working": "the check",
              "iteration_end": "", "complete": ""},
@@ -4074,7 +4076,7 @@ def replay(path: Path, config: Config) -> int:
 def demo(config: Config, environ: Mapping[str, str], as_json: bool) -> int:
     """Run the whole loop in a scratch directory, with the built-in model and agent."""
     scratch = Path(tempfile.mkdtemp(prefix="orchestrator-demo-")).resolve()
-    place = Place(scratch / "work", scratch / "state", environ)
+    place = Place(scratch / "work", scratch / "state", environ, kept=False)
     place.directory.mkdir()
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), DemoModel)
     threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()

@@ -2886,6 +2886,7 @@ def test_who_is_let_in(visitor):
             ("/", {}, 403), ("/events", {}, 403), ("/nowhere", {}, 403), ("/?token=", {}, 403),
             ("/?token=wrong", {}, 403), ("/?token=TOKENx", {}, 403),
             ("/?token=%C3%A4", {}, 403), ("/", {"Cookie": f"{name}=wrong"}, 403),
+            ("x://[", {}, 403),
             ("/", {"Cookie": f"{name}="}, 403), ("/?token=TOKEN", {}, 200),
             ("/", visitor.cookie, 200), ("/nowhere?token=TOKEN", {}, 404),
             ("/?token=TOKEN", {"Host": f"localhost:{port}"}, 200),
@@ -3091,6 +3092,9 @@ def test_a_try_whose_cost_is_not_told_counts_as_the_mean(fly):
     past = [{**event, "cost": None} if event.get("iteration") == 2 else event for event in past]
     second = fly("TASK_COMPLETE")
     assert second.run(past) == "complete" and second.of("complete")[-1]["cost"] == 0.75
+    third = fly(Reply("TASK_COMPLETE", Tokens(), None, 1))
+    assert third.run(second.journal.events()) == "complete"
+    assert third.of("complete")[-1]["cost"] == 1.0
 
 
 def test_no_summary_and_no_compaction_is_paid_for_beyond_the_budget(fly, tmp_path):
@@ -3327,6 +3331,7 @@ def test_a_note_of_a_person_reaches_the_next_prompt(fly):
     flight.run()
     assert "use [1mblue" in flight.shown(1) and "blue" not in flight.shown(2)
     assert flight.of("note")[0]["source"] == "dashboard"
+    assert flight.of("note")[0]["text"] == "use [1mblue"        # as a resumed run tells it
 
 
 def test_a_paused_run_waits_for_its_person(fly):
@@ -3357,6 +3362,9 @@ def test_where_no_summary_can_be_had_first_lines_will_do(fly):
     flight = fly("one", "two", "three", "four", NoAnswer("refused"), "TASK_COMPLETE", turns=LONG,
                  history_max_tokens=5_000)
     assert flight.run() == "complete" and "YOU: one" in flight.model.calls[5][1]["content"]
+    second = fly("TASK_COMPLETE")
+    second.run(flight.journal.events()[:-1])        # nothing was used for them
+    assert flight.of("complete")[0]["cost"] == 1.25 and second.of("complete")[-1]["cost"] == 1.5
 
 
 def test_a_run_that_ends_where_a_summary_is_due_has_lost_nothing(fly):
@@ -3902,6 +3910,7 @@ def test_the_terminal_says_what_happens_and_obeys_nobody(event, words, capsys):
     say(narrate(event))
     text = capsys.readouterr().out
     assert bool(text) is bool(words) and all(word in text for word in words or ())
+    assert "--resume" not in narrate(event, kept=False)
     say(narrate_chat(event))
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", text + capsys.readouterr().out)
 
