@@ -1883,12 +1883,12 @@ class Memory:
         Raises OSError where they can't be written; the next call tries that again.
         """
         def merge(known: list[str]) -> list[str]:
-            merged = {self._normal(fact).casefold(): fact for fact in known}
-            for fact in filter(None, waiting):
-                merged.setdefault(fact.casefold(), fact)
+            merged: dict[str, str] = {}
+            for fact in [*known, *waiting]:
+                merged.setdefault(self._normal(fact).casefold(), fact)
             return list(merged.values())
 
-        waiting = self._unsaved = [*self._unsaved, *map(self._normal, facts)]
+        waiting = self._unsaved = [*self._unsaved, *filter(None, map(self._normal, facts))]
         added = self._change(merge)
         self._unsaved = self._unsaved[len(waiting):]
         return added
@@ -2020,10 +2020,7 @@ def read_events(path: Path, most: int = sys.maxsize) -> list[Event]:
 
 
 def _pattern(secret: str) -> re.Pattern[str]:
-    """Return what finds a secret, and each half of a long one, where lines break and colours too.
-
-    What is shorter than 8 characters is no secret.
-    """
+    """Return what finds a secret (from 8 characters) and each half of a long one, also wrapped."""
     gap = r"(?:\x1b\[[\d;:]*m|[^!-~]|\|)*"
     half = len(secret) // 2 if len(secret) >= 32 else len(secret)
     parts = [gap.join(map(re.escape, part)) for part in (secret[:half], secret[half:]) if part]
@@ -2542,10 +2539,9 @@ class Chat:
     """
 
     def __init__(self, config: Config, agent: Agent, journal: Journal,
-                 read: Callable[[str], str | None], *, at_prompt: bool = True,
-                 clock: Callable[[], float] = time.monotonic) -> None:
+                 read: Callable[[str], str | None], *, at_prompt: bool = True) -> None:
         self._agent, self._journal, self._read, self._at_prompt = agent, journal, read, at_prompt
-        self._limit, self._clock, self._totals = config.turn_timeout, clock, Totals(clock)
+        self._limit, self._totals = config.turn_timeout, Totals(time.monotonic)
 
     def run(self, task_info: Mapping[str, object]) -> None:
         """Take messages until /quit or the end of input."""
@@ -2582,7 +2578,7 @@ class Chat:
 
     def _say(self, line: str, act: Callable[[], Turn]) -> None:
         self._journal.publish("iteration_start", iteration=self._totals.iterations, max_iter=0)
-        began = self._clock()
+        began = time.monotonic()
         try:
             output = act().report()
         except Interrupted as interrupt:
@@ -2590,7 +2586,7 @@ class Chat:
                 raise
             output = f"[{self._agent.name} goes on; the next answer will show what it does now.]"
         self._journal.publish("iteration_end", orchestrator=line, agent_output=output,
-                              duration_ms=round((self._clock() - began) * 1000))
+                              duration_ms=round((time.monotonic() - began) * 1000))
 
 
 class Conversation:
@@ -2892,6 +2888,7 @@ class Autopilot:
             if before:
                 self._journal.publish("memory", total=after, **used,
                                       compacted={"before": before, "after": after})
+            trouble = self._memory.complaint or trouble
         except OSError as error:
             trouble = f"memory.json can't be written: {error.strerror}"
         if trouble not in ("", self._trouble):
@@ -4098,10 +4095,7 @@ def demo(config: Config, environ: Mapping[str, str], as_json: bool) -> int:
 
 
 def doctor(config: Config, place: Place, wrong: Sequence[str]) -> int:
-    """Check what a run needs, a line for each; return 0 if a run could start, else 1.
-
-    `wrong` is what is wrong with the settings, which are checked as far as they fit.
-    """
+    """Tell of each thing that a run needs, and what is `wrong`; return 0 if one could start."""
     tmux = Tmux(config.claude_tmux_socket, config.claude_tmux_session, place.environ)
     program = choose_program(config.default_model, config.claude_cmd)
     agent = Agent(tmux, program, place.directory)

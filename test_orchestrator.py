@@ -2416,25 +2416,19 @@ def test_a_file_that_was_set_aside_is_written_anew_even_if_nothing_is_new(memory
     assert memory.add(["A"]) == [] and stored(tmp_path) == ["a"]
 
 
-def test_facts_that_cannot_be_written_are_with_the_next_that_can(memory, tmp_path, monkeypatch):
-    memory.add(["a"])
+@pytest.mark.parametrize("known", [[], ["a"]])
+def test_facts_that_cannot_be_written_are_with_the_next_that_can(
+        memory, tmp_path, monkeypatch, known):
+    memory.add(known)
     with monkeypatch.context() as broken:
         broken.setattr(os, "fsync", lambda handle: os.write(-1, b"no space"))
         with pytest.raises(OSError):
             memory.add(["b"])
-        assert stored(tmp_path) == ["a"] == memory.facts
-        assert [path.name for path in tmp_path.iterdir()] == ["memory.json"]
+        assert memory.facts == known and len(list(tmp_path.iterdir())) == len(known)
+        assert not known or stored(tmp_path) == known
     Memory(tmp_path / "memory.json", 3).add(["of another run"])
     assert memory.add(["c"]) == ["b", "c"]
-    assert stored(tmp_path) == ["a", "of another run", "b", "c"]
-
-
-def test_the_first_fact_is_told_as_new_once_it_could_be_written(memory, tmp_path, monkeypatch):
-    with monkeypatch.context() as broken:
-        broken.setattr(os, "fsync", lambda handle: os.write(-1, b"no space"))
-        with pytest.raises(OSError):
-            memory.add(["a"])
-    assert memory.add(["b"]) == ["a", "b"] == stored(tmp_path)
+    assert stored(tmp_path) == [*known, "of another run", "b", "c"]
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["fifo", "directory"])
@@ -2527,7 +2521,8 @@ def test_the_lock_is_where_the_file_is_and_a_missing_one_stops_nothing(tmp_path,
 
 
 @pytest.mark.parametrize("rewritten, kept", [
-    (["ab", "cd"], ["ab", "cd"]), (["a", "d"], ["a", "d"]), (None, list("abcd")), ([], list("abcd")), (["  "], list("abcd")),
+    (["ab", "cd"], ["ab", "cd"]), (["a", "d"], ["a", "d"]), (None, list("abcd")),
+    ([], list("abcd")), (["  "], list("abcd")),
     (list("abcd"), list("abcd")), (list("abcde"), list("abcd")), (["x" * 2001], list("abcd"))])
 def test_a_compaction_only_ever_shortens(memory, tmp_path, rewritten, kept):
     memory.add("abcd")
@@ -2679,17 +2674,23 @@ def test_a_journal_that_cannot_be_written_goes_on_in_memory_and_says_so_once(tmp
     assert ids(journal) == [1, 2, 3] and journal.read(0, 0, 0).kept[0][0] == 1
 
 
+@contextlib.contextmanager
+def room_for(size):
+    """Let no file grow beyond a number of bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 def test_a_disk_that_is_full_is_said_once_and_what_came_before_is_kept(tmp_path):
     journal = Journal(tmp_path / "run.jsonl")
     journal.publish("note", text="a")
-    room = (tmp_path / "run.jsonl").stat().st_size + 20
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))     # a line is cut in two here
-    try:
+    with room_for((tmp_path / "run.jsonl").stat().st_size + 20):     # a line is cut in two here
         journal.publish("note", text="b")
         journal.publish("note", text="c")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [event["type"] for event in journal.events()] == ["note", "note", "error", "note"]
     assert len(read_events(tmp_path / "run.jsonl")) == 1
     journal.publish("note", text="d")       # there is space again
@@ -2700,12 +2701,8 @@ def test_a_disk_that_is_full_is_said_once_and_what_came_before_is_kept(tmp_path)
 
 def test_a_disk_that_is_full_in_the_end_is_said_by_whoever_has_the_journal(tmp_path):
     journal = Journal(tmp_path / "run.jsonl")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))
-    try:
+    with room_for(20):
         journal.publish("complete", outcome="complete")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [event["type"] for event in journal.events()] == ["complete"]
     assert "File too large" in journal.unsaid
 
@@ -3195,6 +3192,14 @@ def test_a_failed_compaction_changes_nothing(fly, tmp_path, answer):
     assert flight.run() == "complete" and stored(tmp_path) == ["a", "b"]
 
 
+def test_a_memory_that_is_broken_while_it_is_compacted_is_told(fly, tmp_path):
+    flight = fly("MEMORY_SAVE: a\nMEMORY_SAVE: b\ngo", lambda: (tmp_path / "memory.json").write_text(
+        "by hand") and '{"facts": ["ab"]}', "TASK_COMPLETE", memory_max_facts=1)
+    assert flight.run() == "complete" and stored(tmp_path) == ["ab"]
+    (trouble,) = flight.of("error")
+    assert "was not a JSON array of strings" in trouble["error"]
+
+
 def test_a_failed_compaction_is_not_paid_for_again_at_every_fact(fly):
     replies = [f"MEMORY_SAVE: fact {number}\n{number}" for number in range(20)]
     asked, flight = [], fly(*replies, "TASK_COMPLETE", memory_max_facts=10)
@@ -3243,15 +3248,11 @@ def test_a_usage_limit_is_waited_out(fly):
     assert waiting["state"] == "waiting" and "usage limit" in waiting["reason"]
 
 
-def test_an_agent_that_goes_on_before_its_usage_limit_ends_is_not_waited_for(fly):
-    flight = fly("go on", "TASK_COMPLETE", turns=[LIMITED, "somebody typed"])
-    assert flight.run() == "complete" and "somebody typed" in flight.shown(1)
-
-
-def test_an_agent_that_is_started_again_while_a_usage_limit_is_waited_for_is_told(fly):
-    flight = fly("go on", "TASK_COMPLETE",
-                 turns=[LIMITED, Turn("", "exited", ("It was restarted.",))])
-    assert flight.run() == "complete" and "It was restarted." in flight.shown(1)
+def test_an_agent_that_goes_on_or_ends_before_its_usage_limit_does_is_not_waited_for(fly):
+    for turn, told in (("somebody typed", "somebody typed"),
+                       (Turn("", "exited", ("It was restarted.",)), "It was restarted.")):
+        flight = fly("go on", "TASK_COMPLETE", turns=[LIMITED, turn])
+        assert flight.run() == "complete" and told in flight.shown(1)
 
 
 def test_a_usage_limit_that_outlasts_the_time_of_the_run_ends_it(fly):
@@ -3265,14 +3266,6 @@ def test_a_check_that_cannot_be_run_has_not_passed(fly, monkeypatch, tmp_path):
     monkeypatch.setattr(orchestrator.tempfile, "tempdir", str(tmp_path / "missing"))
     assert flight.run() == "failed" and flight.of("verify")[0]["status"] == 126
     assert "can't be run" in flight.shown(1) and "No such file" in flight.shown(1)
-
-
-def test_what_the_world_does_to_a_run_leaves_it_to_be_resumed(fly):
-    flight = fly("one", turns=[OSError(errno.ENOSPC, "No space left on device")])
-    with pytest.raises(OSError):
-        flight.run()
-    assert flight.of("complete")[0]["outcome"] == "interrupted"
-    assert "No space" in flight.of("complete")[0]["reason"]
 
 
 def test_a_run_in_circles_is_warned_once_and_then_ended(fly):
@@ -3299,21 +3292,18 @@ def test_the_same_reply_with_another_result_is_no_circle(fly):
     assert flight.run() == "complete" and not flight.of("note")
 
 
-def test_waiting_for_the_end_of_a_usage_limit_is_no_circle(fly):
+def test_waiting_for_a_usage_limit_or_a_long_turn_is_no_circle(fly):
     assert fly(*["WAIT: 30m"] * 9, "TASK_COMPLETE", turns=["limit"] * 9).run() == "complete"
     asking = ["WAIT: 10m", "is it built?"] * 9
     assert fly(*asking, "TASK_COMPLETE", turns=["", "not yet"] * 9).run() == "complete"
     assert fly(*["WAIT: 5s"] * 9, turns=["nothing"] * 9).run() == "stuck"
+    working = [Turn("compiling", "working")] * 9
+    assert fly(*["WAIT: 5s"] * 9, "TASK_COMPLETE", turns=working).run() == "complete"
 
 
 def test_thoughts_of_ever_new_words_do_not_hide_a_circle(fly):
     thinking = [f"<think>{number}</think>again" for number in range(9)]
     assert fly(*thinking, turns=["no"] * 9).run() == "stuck"
-
-
-def test_waiting_for_a_long_turn_is_no_circle(fly):
-    flight = fly(*["WAIT: 10m"] * 9, "TASK_COMPLETE", turns=[Turn("compiling", "working")] * 9)
-    assert flight.run() == "complete" and not flight.of("note")
 
 
 def test_a_growing_reply_is_shown_while_somebody_watches(fly):
@@ -3426,12 +3416,15 @@ def test_trouble_that_ends_a_run_is_its_outcome(fly, trouble, outcome, status):
     assert flight.of("complete")[0]["reason"] == str(trouble)
 
 
-def test_even_a_bug_and_a_signal_leave_a_last_event(fly):
-    for error in (ZeroDivisionError("bug"), Interrupted(signal.SIGTERM)):
+def test_even_a_bug_a_signal_and_the_world_leave_a_last_event_and_a_run_to_resume(fly):
+    for error, reason in ((ZeroDivisionError("bug"), "bug"),
+                          (Interrupted(signal.SIGTERM), "SIGTERM"),
+                          (OSError(errno.ENOSPC, "No space left"), "[Errno 28] No space left")):
         flight = fly("one", turns=[error])
         with pytest.raises(type(error)):
             flight.run()
-        assert flight.journal.events()[-1]["outcome"] == "interrupted"      # --resume goes on
+        end = flight.journal.events()[-1]
+        assert (end["type"], end["outcome"], end["reason"]) == ("complete", "interrupted", reason)
 
 
 def test_a_resumed_run_goes_on_with_conversation_and_totals(fly):
@@ -3684,8 +3677,8 @@ def test_wrong_use_is_one_line_that_says_what_to_change(scene, arguments, enviro
 @pytest.mark.parametrize("error", [
     OSError(24, "Too many open files"), RuntimeError("can't start new thread")])
 def test_what_the_world_does_unexpectedly_is_one_line_and_status_1(error, scene, monkeypatch):
-    monkeypatch.setattr(orchestrator, "dispatch", lambda *_: play([error], None))
-    assert scene() == (1, "", f"orchestrator: {error}\n")
+    monkeypatch.setattr(orchestrator, "demo", lambda *_: play([error], None))
+    assert scene("--demo") == (1, "", f"orchestrator: {error}\n")
 
 
 def test_the_manual_lists_the_arguments_and_the_settings(scene):
@@ -3757,22 +3750,19 @@ def test_the_doctor_asks_known_agents_for_their_version_without_the_key(doctor, 
 
 def test_the_doctor_says_who_has_the_session_the_port_and_the_state_directory(doctor, tmp_path):
     place = Place(tmp_path, tmp_path / "state" / "orchestrator", {})
-    with sole_driver(Config(), place), socket.socket() as taken:
+    ask = {"AUTONOMOUS_MODE": "no", "CLAUDE_CMD": "cat"}
+    with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
-        lines = doctor(DASHBOARD_PORT=str(taken.getsockname()[1]))[1]
-    assert f"process {os.getpid()}: set CLAUDE_TMUX_SESSION" in lines["session"]
+        ask["DASHBOARD_PORT"] = str(taken.getsockname()[1])
+        assert doctor(**ask)[0] == 0        # a run goes on without
+        with sole_driver(Config(), place):
+            status, lines = doctor(**ask)
+    assert status == 1 and f"process {os.getpid()}: set CLAUDE_TMUX_SESSION" in lines["session"]
     assert re.match(r"warning +DASHBOARD_HOST=.*DASHBOARD_PORT=.*can't listen", lines["dashboard"])
     (tmp_path / "file").touch()
     status, lines = doctor(XDG_STATE_HOME=str(tmp_path / "file"))
     assert status == 1 and lines["state"].startswith(f"FAILED  {tmp_path}/file/orchestrator: ")
     assert "XDG_STATE_HOME" in lines["state"]
-
-
-def test_a_port_that_is_taken_fails_the_doctor_as_little_as_a_run(doctor):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        assert doctor(AUTONOMOUS_MODE="no", CLAUDE_CMD="cat",
-                      DASHBOARD_PORT=str(taken.getsockname()[1]))[0] == 0
 
 
 def test_the_doctor_names_all_wrong_settings_and_checks_the_rest(doctor, tmp_path):
@@ -4055,10 +4045,3 @@ def test_a_hangup_that_was_to_be_ignored_is_ignored():
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
-
-
-def test_trouble_of_the_world_is_one_line(scene, monkeypatch):
-    monkeypatch.setattr(orchestrator.tempfile, "tempdir", "/nowhere")
-    status, out, err = scene("--demo")
-    assert (status, out) == (1, "") and "No such file" in err
-    assert err.startswith("orchestrator: ") and err.count("\n") == 1
