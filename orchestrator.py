@@ -2108,11 +2108,14 @@ class Journal:
         with self._telling:         # so that listeners hear of them in their order
             if self._ended:
                 return
-            with self._guard():
-                event = self._add(kind, fields)
-                self._ended = kind == "complete"
-            for listener in self._listeners:
-                listener(event)
+            event: Event | None = None
+            try:
+                with self._guard():
+                    event = self._add(kind, fields)
+                    self._ended = kind == "complete"
+            finally:        # even if a signal was held back and comes now
+                for listener in self._listeners if event else ():
+                    listener(event)
             if self.unsaid and not self._ended:
                 trouble, self.unsaid = self.unsaid, ""
                 self.publish("error", error=trouble)
@@ -2348,7 +2351,7 @@ class Dashboard(http.server.ThreadingHTTPServer):
     Enter it with `with`; raises ConfigError if it can't listen.
     """
 
-    daemon_threads, request_queue_size, timeout = True, 128, 0
+    request_queue_size, timeout = 128, 0
     VISITORS = 160      # more are turned away: a flood leaves the run its files, on macOS 256
 
     def __init__(self, journal: Journal, page: str, host: str, port: int,

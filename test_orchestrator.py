@@ -2788,6 +2788,17 @@ def test_a_recorded_run_is_followed_while_it_is_written(tmp_path):
         Journal(tmp_path / "nothing", read_only=True)
 
 
+def test_listeners_hear_of_an_event_that_a_signal_came_upon(tmp_path):
+    heard = []
+    with Signals() as signals:
+        journal = Journal(tmp_path / "run.jsonl", guard=signals.held)
+        journal._write = lambda: signal.raise_signal(signal.SIGINT)
+        journal.listen(heard.append)
+        with pytest.raises(Interrupted):
+            journal.publish("complete", outcome="complete")
+    assert [event["type"] for event in heard] == ["complete"]
+
+
 def test_threads_may_publish_at_once(tmp_path):
     journal = Journal(tmp_path / "run.jsonl")
     at_once(*[lambda: [journal.publish("note", text="x" * 50) for _ in range(50)]] * 4)
