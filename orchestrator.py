@@ -2743,9 +2743,8 @@ class Autopilot:
                 self._conversation.append(str(event["told"]))
                 facts = ()          # were saved before
             if kind == "iteration_start":       # they are told with the next prompt
-                for note in notes:
-                    self._conversation.append(note)
-                notes = []
+                while notes:
+                    self._conversation.append(notes.pop(0))
         self._remember(facts)
 
     def _tell(self, reply: str, outcome: str) -> None:
@@ -4020,8 +4019,8 @@ def run(config: Config, place: Place, *, task: Callable[[], str] = lambda: "", c
             place.state / "runs" / name, [])
         program = choose_program(config.default_model, config.claude_cmd)
         narrator = Narrator(
-            narrate_json if as_json else narrate_chat if chat else (
-                lambda event: narrate(event, place.kept)),
+            narrate_json if as_json else narrate_chat if chat else
+            lambda event: narrate(event, place.kept),
             {**dict.fromkeys(("task_info", "reply", "waiting"), program.name),
              "iteration_start": program.name if chat else "the model", "working": "the check",
              "iteration_end": "", "complete": ""},
