@@ -296,12 +296,10 @@ def read_env_file(path: Path, wrong: Callable[[str], object] = _refuse) -> dict[
     """Return what a .env file sets, nothing where there is none."""
     try:
         return parse_env(path.read_text(encoding="utf-8-sig"), wrong)
-    except (FileNotFoundError, IsADirectoryError):      # that is a virtual environment
-        pass
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        wrong(f"{path}: can't be read: {reason}")
-    return {}
+        if not isinstance(error, (FileNotFoundError, IsADirectoryError)):   # a virtual environment
+            wrong(f"{path}: can't be read: {getattr(error, 'strerror', None) or 'not UTF-8 text'}")
+        return {}
 
 
 _PRIVATE = ("OPENROUTER_API_KEY", "TMUX", "TMUX_PANE", "CLAUDECODE", "CLAUDE_CODE_ENTRYPOINT")
@@ -392,7 +390,7 @@ def new_lines(before: list[str], after: list[str]) -> list[str] | None:
     if before and not any(old[:start]) and not grown:       # blank lines are alike by chance
         return None
     end = _shared(old[start:][::-1], after[start:][::-1])
-    return list(after[start:len(after) - end])
+    return after[start:len(after) - end]
 
 
 SPINNER = re.compile("[\u2801-\u28ff\u25d0-\u25d3]")      # Braille, or a turning half-moon
@@ -925,17 +923,17 @@ class Watch:
                  unsigned: float = UNSIGNED) -> None:
         self.titled = titled        # the title has shown a spinner: words are not asked any more
         self._homes = frozenset(homes)      # programs that have waited for us
-        self._untaken, self._patience = untaken, patience   # seconds without any change
-        self._unsigned = unsigned
-        self._picture, self._title = (before.title, before.screen), before.title
-        self._bottom, self._worded = before.bottom, False
-        self._started = self._changed = self._pressed_at = self._busy_at = now
-        self._moved = self._was_busy = self._busy = False
+        self._untaken, self._unsigned = untaken, unsigned
+        self._patience = patience           # seconds without any change
+        self._picture = (before.title, before.command, before.screen)
+        self._title, self._bottom = before.title, before.bottom
+        self._started = self._changed = self._pressed_at = now
+        self._moved = self._was_busy = self._worded = self._busy = False
         self._pressed = 0
 
     def see(self, pane: Pane, now: float) -> str:
         """Return what to do after a look: wait, enter (it was not taken), done or quiet."""
-        picture = (pane.title, pane.screen)
+        picture = (pane.title, pane.command, pane.screen)
         if picture != self._picture:
             self._picture, self._changed, self._moved = picture, now, True
         still, elsewhere = now - self._changed, pane.command not in self._homes
@@ -946,16 +944,15 @@ class Watch:
         words = not self.titled and says_busy(pane.screen)
         self._busy = still < self.STALE and (spins or elsewhere or words)
         if self._busy:
-            self._was_busy, self._busy_at, self._worded = True, now, words
+            self._was_busy, self._worded = True, words
             return "wait"
         if elsewhere:
             return "quiet"
         if keeps_message(pane.screen) and still < self.STALE:
             return "wait"
-        if self._was_busy and self._worded and pane.bottom != self._bottom:
-            return "done" if still >= self.UNSIGNED else "wait"
         if self._was_busy:
-            return "done" if min(still, now - self._busy_at) >= self.STILL else "wait"
+            hidden = self._worded and pane.bottom != self._bottom
+            return "done" if still >= (self.UNSIGNED if hidden else self.STILL) else "wait"
         if self._untaken(pane):
             waits = self.REPEAT[self._pressed:self._pressed + 1]
             if waits and now - max(self._pressed_at, self._changed) >= waits[0]:
@@ -1068,12 +1065,10 @@ class Agent:
         def act(before: Pane) -> Turn:
             nonlocal submitted
             asks = self._menu_note(before)
-            if asks:
-                return Turn("", "quiet", ("Nothing was typed.", *asks))
-            self._homes.add(before.command)
             notes, empty = self._clear_box(before)
-            if not empty:
-                return Turn(before.text, "quiet", ("Nothing was typed.", *notes))
+            if asks or not empty:
+                return Turn(before.text, "quiet", ("Nothing was typed.", *notes, *asks))
+            self._homes.add(before.command)
             untaken = self._paste(before, text)
             self._write(lambda pane: self._tmux.press(pane, "Enter"))
             submitted = self._talked = True     # or nobody knows
@@ -1200,16 +1195,15 @@ class Agent:
         if behind and not draft:
             rows = self._ask_tmux(self._tmux.picture).split("\n")
             draft = "" if DIM.search("".join(rows[pane.cursor_row:][:1])) else behind
-        left, keys = draft, ("C-e", *["C-u"] * 20, *["C-k"] * 20, "BSpace")
-        for _ in range(10 * bool(draft)):       # BSpace: out of shell mode
+        keys = ("C-e", *["C-u"] * 20, *["C-k"] * 20, "BSpace")      # BSpace: out of shell mode
+        left, tries = draft, 10
+        while left and tries:
             self._write(lambda now: self._tmux.press(now, *keys))
             pane = self._look_until(lambda now: now.screen != pane.screen)
-            left = self._box(pane)
-            if not left:
-                break
+            left, tries = self._box(pane), tries - 1
         fate = "does not go" if left else "was removed"
-        return (f"The input line held a draft, which {fate}: {clip(draft.strip(), 400)!r}",
-                ) * bool(draft), not left
+        said = f"The input line held a draft, which {fate}: {clip(draft.strip(), 400)!r}"
+        return (said,) * bool(draft), not left
 
     def _paste(self, before: Pane, text: str) -> Callable[[Pane], bool]:
         """Paste text and give it half a second to show; return what tells whether it still stands.
@@ -1297,7 +1291,7 @@ class Agent:
         output = "\n".join(lines).strip("\n")
         limit, seconds = usage_limit(output if self._known else "", datetime.datetime.now())
         if not output and state != "working":       # no answer; or cleared, and the same again
-            output, exact, state = pane.text, False, "quiet"
+            output, exact, state = pane.text, state == "quiet", "quiet"
         if not exact:
             notes.append("This is the visible screen; what is new on it can't be told apart.")
         if limit:
@@ -1343,7 +1337,8 @@ class Agent:
                                   text=f"answered a question of {self.name}: {answered}")
                 if not question or late:
                     self._homes.add(pane.command)
-                    self._asks = self._known and self._still_enough(pane) > self.READY_STILL
+                    self._asks = self._known and (
+                        bool(question) or self._still_enough(pane) > self.READY_STILL)
                     return
                 key, answered, changed = question.key, question.answer, now
                 self._write(lambda seen: self._tmux.press(seen, key))
@@ -1544,8 +1539,9 @@ def classify(status: int, body: object, headers: Mapping[str, str]) -> ModelErro
     said = f"the model's server answered {code}" + f": {message[:300]}" * bool(message)
     if kind == 403 and "limit exceeded" in message:     # of the key
         kind = 402
-    passing = _part(error, "availability").get(
-        "retryable", kind in (408, 409, 425, 429) or kind >= 500)
+    passing = _part(error, "availability").get("retryable")
+    if passing is None:
+        passing = kind in (408, 409, 425, 429) or kind >= 500
     if kind == 429 and (hint or 86_400 * bool(re.search("per.day|daily", message))) > 3600:
         passing = False
     refused = metadata.get("reasons") or _REFUSED.search(message)
