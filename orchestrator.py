@@ -625,7 +625,8 @@ def usage_limit(output: str, now: datetime.datetime) -> tuple[str, float]:
         at = now.replace(hour=hours, minute=int(minute or 0), second=0, microsecond=0)
         if month:
             number = time.strptime(month, "%b").tm_mon
-            at = at.replace(month=number, day=int(day), year=int(year or now.year))
+            turn = now.month - number > 6       # of the year
+            at = at.replace(month=number, day=int(day), year=int(year or now.year + turn))
         elif at < now - datetime.timedelta(hours=1):    # else it is just over, not a day away
             at += datetime.timedelta(days=1)
     except ValueError:
