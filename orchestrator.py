@@ -366,7 +366,7 @@ def _shared(one: list[str], other: list[str]) -> int:
 def _overlap(before: list[str], after: list[str]) -> int:
     """Return where `after` begins in `before`, whose oldest lines may have left a full history.
 
-    All but the last screen has to agree; len(before) if that is nowhere, or in two places, so.
+    All but the last screen has to agree; len(before) if it does so nowhere, or in two places.
     """
     old = before[:-60]
     if after[:len(old)] == old:
@@ -607,9 +607,9 @@ _MOMENT = re.compile(
 def usage_limit(output: str, now: datetime.datetime) -> tuple[str, float]:
     """Return what an agent's output ends with of a usage limit, and the seconds until its reset.
 
-    Nothing and 0 if there is none; 0 too if no time is said.  The forms are those of Claude Code
-    ("You've hit your limit · resets 3am") and Codex ("try again in 2 hours 5 minutes"); both
-    tell the local time.
+    Nothing and 0 if there is none; 0 too if no time is said, or it is just over.  The forms are
+    those of Claude Code ("You've hit your limit · resets 3am") and Codex ("try again in 2 hours
+    5 minutes"); both tell the local time.
     """
     found = _LIMITED.search("\n".join(line[:400] for line in output.split("\n")[-8:]))
     said = " ".join(found[0].split()) if found else ""
@@ -911,8 +911,8 @@ class Watch:
     A turn is over when a busy sign has gone and the screen stands still for STILL seconds or,
     for a program that gives none, when the screen has changed and stands still for `unsigned`.
     A sign counts only while something is redrawn: one that stands for STALE is a quotation, or
-    was left behind.  Words below the input box give way to what a person types there: if it does
-    not look again as it did before, their going counts for nothing, only the stillness does.
+    was left behind.  Words below the input box give way to what a person types there: while that
+    looks other than before, they count as gone only once the screen stands still for UNSIGNED.
     (Measured on Claude Code 2.1 and Codex 0.169, which redraw twice a second.)
     """
 
@@ -1284,7 +1284,7 @@ class Agent:
         elif state == "working":
             notes.append(f"{self.name} is still working.")
         elif pane.command in self._homes:
-            notes.append("Nothing has changed on the screen.")
+            notes.append("Nothing more happens on the screen.")
         else:
             notes.append(f"Nothing has changed for {Watch.STALE:g} seconds, but {pane.command} "
                          "is still running in the foreground.")
@@ -1323,9 +1323,7 @@ class Agent:
         One key at a time, and only on a screen that stands still: Claude Code draws its trust
         question twice, and the cursor jumps back.
         """
-        started = changed = self._clock()
-        last: tuple[str, ...] = ()
-        answered = ""
+        started, changed, last, answered = self._clock(), 0.0, None, ""
         while True:
             pane, now = self._look(), self._clock()
             if pane.screen != last:
@@ -1718,7 +1716,7 @@ class OpenRouter:
                 if wrong.get("error"):
                     raise classify(200, wrong, {})
                 message = _part(choice, "delta") or _part(choice, "message")
-                begun = begun or bool(message)
+                begun |= bool(message)
                 text += _text(message, "content")
                 refusal += _text(message, "refusal")
                 finish = str(choice.get("finish_reason") or finish)
@@ -1821,13 +1819,12 @@ class OpenRouter:
     def _trouble(self, error: Exception, answered: bool) -> ModelError:
         """Return what an error of the library means."""
         reason = _reason(error)
-        refused = re.search(r"Tunnel connection failed: (\d+)", reason)
         if isinstance(error, urllib.error.HTTPError):
             text = ""
             with error, contextlib.suppress(Exception):
                 text = self._masked(error.read(100_000))
             return classify(error.code, parse_object(text) or text, error.headers)
-        if refused:     # by a proxy
+        if refused := re.search(r"Tunnel connection failed: (\d+)", reason):   # by a proxy
             return classify(int(refused[1]), reason, {})
         if answered:
             return TransientError(f"the model's answer broke off: {reason}")

@@ -1433,7 +1433,7 @@ def test_a_turn_over_its_limit_is_still_working_and_can_be_waited_for():
 def test_keys_and_waits_that_change_nothing_say_so():
     desk = Desk(claude())
     said = desk.agent.press(["Down", "Tab"]).report()
-    assert said == f"[Nothing has changed on the screen.]\n{desk.first.output}"
+    assert said == f"[Nothing more happens on the screen.]\n{desk.first.output}"
     assert desk.terminal.pressed == ["Down", "Tab"]
     began = desk.clock.now
     assert desk.agent.wait(60).state == "quiet" and 60 <= desk.clock.now - began < 61
