@@ -620,7 +620,7 @@ def usage_limit(output: str, now: datetime.datetime) -> tuple[str, float]:
     if not moment:
         return said, 0.0
     month, day, year, hour, minute, half = moment.groups()
-    try:
+    with contextlib.suppress(ValueError):       # there may be no such time
         hours = int(hour) % 12 + 12 * (half.lower() == "pm") if half else int(hour)
         at = now.replace(hour=hours, minute=int(minute or 0), second=0, microsecond=0)
         if month:
@@ -629,9 +629,8 @@ def usage_limit(output: str, now: datetime.datetime) -> tuple[str, float]:
             at = at.replace(month=number, day=int(day), year=int(year or now.year + turn))
         elif at < now - datetime.timedelta(hours=1):    # else it is just over, not a day away
             at += datetime.timedelta(days=1)
-    except ValueError:
-        return said, 0.0
-    return said, max(0.0, (at - now).total_seconds())
+        return said, max(0.0, (at - now).total_seconds())
+    return said, 0.0
 
 
 _PASSING = re.compile(      # all repetitions are bounded: 16,000 digits must not take seconds
@@ -1796,8 +1795,8 @@ class OpenRouter:
         """Read an answer until it is over: tell each JSON text in it, then None, or what failed."""
         answered = False
         try:
-            data = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace") if body else None
-            request = urllib.request.Request(self._base + path, data, {
+            sent = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace") if body else None
+            request = urllib.request.Request(self._base + path, sent, {
                 "Content-Type": "application/json", "Authorization": f"Bearer {self._key}",
                 "User-Agent": f"orchestrator/{__version__}"})
             with self._opener.open(request, timeout=self.IDLE) as answer:
