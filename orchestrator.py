@@ -1008,7 +1008,7 @@ class Agent:
         self._leader = 0, ""                    # the program in the pane when last seen: id, birth
         self._seen: list[str] = []              # the last capture that was reported
         self._homes: set[str] = set()
-        self._titled = self._talked = False
+        self._titled = self._talked = self._working = False
         self._asks = False                      # it shows no input box, but something unknown
         self._restarts: list[float] = []
         self._shown: tuple[float, tuple[str, ...]] = (0.0, ())
@@ -1068,7 +1068,8 @@ class Agent:
             notes, empty = self._clear_box(before)
             if asks or not empty:
                 return Turn(before.text, "quiet", ("Nothing was typed.", *notes, *asks))
-            self._homes.add(before.command)
+            if not self._working:       # else it is not for us that it waits
+                self._homes.add(before.command)
             untaken = self._paste(before, text)
             self._write(lambda pane: self._tmux.press(pane, "Enter"))
             submitted = self._talked = True     # or nobody knows
@@ -1277,7 +1278,7 @@ class Agent:
     def _turn(self, pane: Pane, state: str) -> Turn:
         """Return what is new since the last report."""
         self._show(pane, 0.0)
-        notes: list[str] = []
+        self._working, notes = state == "working", []
         if state == "done":
             self._restarts.clear()
         elif state == "working":
@@ -1334,6 +1335,7 @@ class Agent:
                     self._publish("note", source="orchestrator",
                                   text=f"answered a question of {self.name}: {answered}")
                 if not question or late:
+                    self._working = False
                     self._homes.add(pane.command)
                     self._asks = self._known and (
                         bool(question) or self._still_enough(pane) > self.READY_STILL)

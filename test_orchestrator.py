@@ -1430,6 +1430,19 @@ def test_a_turn_over_its_limit_is_still_working_and_can_be_waited_for():
     assert desk.agent.wait(600) == Turn("● Done: one") and 1100 < desk.clock.now < 1110
 
 
+def test_a_program_that_is_typed_to_while_it_works_is_not_taken_for_one_that_waits():
+    def program(terminal):
+        def take(message):
+            terminal.lines, terminal.command = [*terminal.lines, ""], "make"
+            terminal.clock.at(100, lambda: setattr(terminal, "command", "bash"))
+
+        shell()(terminal)
+        terminal.command, terminal.take = "bash", take
+
+    desk = Desk(program, program=choose_program("", "sh"))
+    assert [desk.agent.ask(message, 10).state for message in ("make", "ready?")] == ["working"] * 2
+
+
 def test_keys_and_waits_that_change_nothing_say_so():
     desk = Desk(claude())
     said = desk.agent.press(["Down", "Tab"]).report()
