@@ -297,12 +297,10 @@ def read_env_file(path: Path, wrong: Callable[[str], object] = _refuse) -> dict[
     """Return what a .env file sets, nothing where there is none."""
     try:
         return parse_env(path.read_text(encoding="utf-8-sig"), wrong)
-    except (FileNotFoundError, IsADirectoryError):      # that is a virtual environment
-        pass
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        wrong(f"{path}: can't be read: {reason}")
-    return {}
+        if not isinstance(error, (FileNotFoundError, IsADirectoryError)):   # a virtual environment
+            wrong(f"{path}: can't be read: {getattr(error, 'strerror', None) or 'not UTF-8 text'}")
+        return {}
 
 
 _PRIVATE = ("OPENROUTER_API_KEY", "TMUX", "TMUX_PANE", "CLAUDECODE", "CLAUDE_CODE_ENTRYPOINT")
@@ -369,7 +367,7 @@ def _shared(one: list[str], other: list[str]) -> int:
 def _overlap(before: list[str], after: list[str]) -> int:
     """Return where `after` begins in `before`, whose oldest lines may have left a full history.
 
-    All but the last screen has to agree; len(before) if that is nowhere, or in two places, so.
+    All but the last screen has to agree; len(before) if it does so nowhere, or in two places.
     """
     old = before[:-60]
     if after[:len(old)] == old:
@@ -393,7 +391,7 @@ def new_lines(before: list[str], after: list[str]) -> list[str] | None:
     if before and not any(old[:start]) and not grown:       # blank lines are alike by chance
         return None
     end = _shared(old[start:][::-1], after[start:][::-1])
-    return list(after[start:len(after) - end])
+    return after[start:len(after) - end]
 
 
 SPINNER = re.compile("[\u2801-\u28ff\u25d0-\u25d3]")      # Braille, or a turning half-moon
@@ -610,9 +608,9 @@ _MOMENT = re.compile(
 def usage_limit(output: str, now: datetime.datetime) -> tuple[str, float]:
     """Return what an agent's output ends with of a usage limit, and the seconds until its reset.
 
-    Nothing and 0 if there is none; 0 too if no time is said.  The forms are those of Claude Code
-    ("You've hit your limit · resets 3am") and Codex ("try again in 2 hours 5 minutes"); both
-    tell the local time.
+    Nothing and 0 if there is none; 0 too if no time is said, or it is just over.  The forms are
+    those of Claude Code ("You've hit your limit · resets 3am") and Codex ("try again in 2 hours
+    5 minutes"); both tell the local time.
     """
     found = _LIMITED.search("\n".join(line[:400] for line in output.split("\n")[-8:]))
     said = " ".join(found[0].split()) if found else ""
@@ -623,17 +621,17 @@ def usage_limit(output: str, now: datetime.datetime) -> tuple[str, float]:
     if not moment:
         return said, 0.0
     month, day, year, hour, minute, half = moment.groups()
-    try:
+    with contextlib.suppress(ValueError):       # there may be no such time
         hours = int(hour) % 12 + 12 * (half.lower() == "pm") if half else int(hour)
         at = now.replace(hour=hours, minute=int(minute or 0), second=0, microsecond=0)
         if month:
             number = time.strptime(month, "%b").tm_mon
-            at = at.replace(month=number, day=int(day), year=int(year or now.year))
+            turn = now.month - number > 6       # of the year
+            at = at.replace(month=number, day=int(day), year=int(year or now.year + turn))
         elif at < now - datetime.timedelta(hours=1):    # else it is just over, not a day away
             at += datetime.timedelta(days=1)
-    except ValueError:
-        return said, 0.0
-    return said, max(0.0, (at - now).total_seconds())
+        return said, max(0.0, (at - now).total_seconds())
+    return said, 0.0
 
 
 _PASSING = re.compile(      # all repetitions are bounded: 16,000 digits must not take seconds
@@ -913,8 +911,8 @@ class Watch:
     A turn is over when a busy sign has gone and the screen stands still for STILL seconds or,
     for a program that gives none, when the screen has changed and stands still for `unsigned`.
     A sign counts only while something is redrawn: one that stands for STALE is a quotation, or
-    was left behind.  Words below the input box give way to what a person types there: if it does
-    not look again as it did before, their going counts for nothing, only the stillness does.
+    was left behind.  Words below the input box give way to what a person types there: while that
+    looks other than before, they count as gone only once the screen stands still for UNSIGNED.
     (Measured on Claude Code 2.1 and Codex 0.169, which redraw twice a second.)
     """
 
@@ -926,17 +924,17 @@ class Watch:
                  unsigned: float = UNSIGNED) -> None:
         self.titled = titled        # the title has shown a spinner: words are not asked any more
         self._homes = frozenset(homes)      # programs that have waited for us
-        self._untaken, self._patience = untaken, patience   # seconds without any change
-        self._unsigned = unsigned
-        self._picture, self._title = (before.title, before.screen), before.title
-        self._bottom, self._worded = before.bottom, False
-        self._started = self._changed = self._pressed_at = self._busy_at = now
-        self._moved = self._was_busy = self._busy = False
+        self._untaken, self._unsigned = untaken, unsigned
+        self._patience = patience           # seconds without any change
+        self._picture = (before.title, before.command, before.screen)
+        self._title, self._bottom = before.title, before.bottom
+        self._started = self._changed = self._pressed_at = now
+        self._moved = self._was_busy = self._worded = self._busy = False
         self._pressed = 0
 
     def see(self, pane: Pane, now: float) -> str:
         """Return what to do after a look: wait, enter (it was not taken), done or quiet."""
-        picture = (pane.title, pane.screen)
+        picture = (pane.title, pane.command, pane.screen)
         if picture != self._picture:
             self._picture, self._changed, self._moved = picture, now, True
         still, elsewhere = now - self._changed, pane.command not in self._homes
@@ -947,16 +945,15 @@ class Watch:
         words = not self.titled and says_busy(pane.screen)
         self._busy = still < self.STALE and (spins or elsewhere or words)
         if self._busy:
-            self._was_busy, self._busy_at, self._worded = True, now, words
+            self._was_busy, self._worded = True, words
             return "wait"
         if elsewhere:
             return "quiet"
         if keeps_message(pane.screen) and still < self.STALE:
             return "wait"
-        if self._was_busy and self._worded and pane.bottom != self._bottom:
-            return "done" if still >= self.UNSIGNED else "wait"
         if self._was_busy:
-            return "done" if min(still, now - self._busy_at) >= self.STILL else "wait"
+            hidden = self._worded and pane.bottom != self._bottom
+            return "done" if still >= (self.UNSIGNED if hidden else self.STILL) else "wait"
         if self._untaken(pane):
             waits = self.REPEAT[self._pressed:self._pressed + 1]
             if waits and now - max(self._pressed_at, self._changed) >= waits[0]:
@@ -1012,7 +1009,7 @@ class Agent:
         self._leader = 0, ""                    # the program in the pane when last seen: id, birth
         self._seen: list[str] = []              # the last capture that was reported
         self._homes: set[str] = set()
-        self._titled = self._talked = False
+        self._titled = self._talked = self._working = False
         self._asks = False                      # it shows no input box, but something unknown
         self._restarts: list[float] = []
         self._shown: tuple[float, tuple[str, ...]] = (0.0, ())
@@ -1069,12 +1066,11 @@ class Agent:
         def act(before: Pane) -> Turn:
             nonlocal submitted
             asks = self._menu_note(before)
-            if asks:
-                return Turn("", "quiet", ("Nothing was typed.", *asks))
-            self._homes.add(before.command)
             notes, empty = self._clear_box(before)
-            if not empty:
-                return Turn(before.text, "quiet", ("Nothing was typed.", *notes))
+            if asks or not empty:
+                return Turn(before.text, "quiet", ("Nothing was typed.", *notes, *asks))
+            if not self._working:       # else it is not for us that it waits
+                self._homes.add(before.command)
             untaken = self._paste(before, text)
             self._write(lambda pane: self._tmux.press(pane, "Enter"))
             submitted = self._talked = True     # or nobody knows
@@ -1201,16 +1197,15 @@ class Agent:
         if behind and not draft:
             rows = self._ask_tmux(self._tmux.picture).split("\n")
             draft = "" if DIM.search("".join(rows[pane.cursor_row:][:1])) else behind
-        left, keys = draft, ("C-e", *["C-u"] * 20, *["C-k"] * 20, "BSpace")
-        for _ in range(10 * bool(draft)):       # BSpace: out of shell mode
+        keys = ("C-e", *["C-u"] * 20, *["C-k"] * 20, "BSpace")      # BSpace: out of shell mode
+        left, tries = draft, 10
+        while left and tries:
             self._write(lambda now: self._tmux.press(now, *keys))
             pane = self._look_until(lambda now: now.screen != pane.screen)
-            left = self._box(pane)
-            if not left:
-                break
+            left, tries = self._box(pane), tries - 1
         fate = "does not go" if left else "was removed"
-        return (f"The input line held a draft, which {fate}: {clip(draft.strip(), 400)!r}",
-                ) * bool(draft), not left
+        said = f"The input line held a draft, which {fate}: {clip(draft.strip(), 400)!r}"
+        return (said,) * bool(draft), not left
 
     def _paste(self, before: Pane, text: str) -> Callable[[Pane], bool]:
         """Paste text and give it half a second to show; return what tells whether it still stands.
@@ -1284,13 +1279,13 @@ class Agent:
     def _turn(self, pane: Pane, state: str) -> Turn:
         """Return what is new since the last report."""
         self._show(pane, 0.0)
-        notes: list[str] = []
+        self._working, notes = state == "working", []
         if state == "done":
             self._restarts.clear()
         elif state == "working":
             notes.append(f"{self.name} is still working.")
         elif pane.command in self._homes:
-            notes.append("Nothing has changed on the screen.")
+            notes.append("Nothing more happens on the screen.")
         else:
             notes.append(f"Nothing has changed for {Watch.STALE:g} seconds, but {pane.command} "
                          "is still running in the foreground.")
@@ -1298,7 +1293,7 @@ class Agent:
         output = "\n".join(lines).strip("\n")
         limit, seconds = usage_limit(output if self._known else "", datetime.datetime.now())
         if not output and state != "working":       # no answer; or cleared, and the same again
-            output, exact, state = pane.text, False, "quiet"
+            output, exact, state = pane.text, state == "quiet", "quiet"
         if not exact:
             notes.append("This is the visible screen; what is new on it can't be told apart.")
         if limit:
@@ -1329,9 +1324,7 @@ class Agent:
         One key at a time, and only on a screen that stands still: Claude Code draws its trust
         question twice, and the cursor jumps back.
         """
-        started = changed = self._clock()
-        last: tuple[str, ...] = ()
-        answered = ""
+        started, changed, last, answered = self._clock(), 0.0, None, ""
         while True:
             pane, now = self._look(), self._clock()
             if pane.screen != last:
@@ -1343,8 +1336,10 @@ class Agent:
                     self._publish("note", source="orchestrator",
                                   text=f"answered a question of {self.name}: {answered}")
                 if not question or late:
+                    self._working = False
                     self._homes.add(pane.command)
-                    self._asks = self._known and self._still_enough(pane) > self.READY_STILL
+                    self._asks = self._known and (
+                        bool(question) or self._still_enough(pane) > self.READY_STILL)
                     return
                 key, answered, changed = question.key, question.answer, now
                 self._write(lambda seen: self._tmux.press(seen, key))
@@ -1545,8 +1540,9 @@ def classify(status: int, body: object, headers: Mapping[str, str]) -> ModelErro
     said = f"the model's server answered {code}" + f": {message[:300]}" * bool(message)
     if kind == 403 and "limit exceeded" in message:     # of the key
         kind = 402
-    passing = _part(error, "availability").get(
-        "retryable", kind in (408, 409, 425, 429) or kind >= 500)
+    passing = _part(error, "availability").get("retryable")
+    if passing is None:
+        passing = kind in (408, 409, 425, 429) or kind >= 500
     if kind == 429 and (hint or 86_400 * bool(re.search("per.day|daily", message))) > 3600:
         passing = False
     refused = metadata.get("reasons") or _REFUSED.search(message)
@@ -1722,7 +1718,7 @@ class OpenRouter:
                 if wrong.get("error"):
                     raise classify(200, wrong, {})
                 message = _part(choice, "delta") or _part(choice, "message")
-                begun = begun or bool(message)
+                begun |= bool(message)
                 text += _text(message, "content")
                 refusal += _text(message, "refusal")
                 finish = str(choice.get("finish_reason") or finish)
@@ -1802,8 +1798,8 @@ class OpenRouter:
         """Read an answer until it is over: tell each JSON text in it, then None, or what failed."""
         answered = False
         try:
-            data = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace") if body else None
-            request = urllib.request.Request(self._base + path, data, {
+            sent = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace") if body else None
+            request = urllib.request.Request(self._base + path, sent, {
                 "Content-Type": "application/json", "Authorization": f"Bearer {self._key}",
                 "User-Agent": f"orchestrator/{__version__}"})
             with self._opener.open(request, timeout=self.IDLE) as answer:
@@ -1825,13 +1821,12 @@ class OpenRouter:
     def _trouble(self, error: Exception, answered: bool) -> ModelError:
         """Return what an error of the library means."""
         reason = _reason(error)
-        refused = re.search(r"Tunnel connection failed: (\d+)", reason)
         if isinstance(error, urllib.error.HTTPError):
             text = ""
             with error, contextlib.suppress(Exception):
                 text = self._masked(error.read(100_000))
             return classify(error.code, parse_object(text) or text, error.headers)
-        if refused:     # by a proxy
+        if refused := re.search(r"Tunnel connection failed: (\d+)", reason):   # by a proxy
             return classify(int(refused[1]), reason, {})
         if answered:
             return TransientError(f"the model's answer broke off: {reason}")

@@ -38,8 +38,8 @@ import orchestrator
 from orchestrator import (
     Agent, AgentError, AgentExited, Autopilot, BudgetReached, Chat, Config, ConfigError,
     ContextOverflow, Control, Conversation, Dashboard, GaveUp, Interrupted, Journal, Memory,
-    ModelError, Narrator, NoAnswer, OpenRouter, OrchestratorError, Pane, Place, Program, Question, Reply,
-    Signals, Stuck, Tmux, TmuxDied, TmuxError, TmuxGone, Tokens, TransientError, Turn,
+    ModelError, Narrator, NoAnswer, OpenRouter, OrchestratorError, Pane, Place, Program, Question,
+    Reply, Signals, Stuck, Tmux, TmuxDied, TmuxError, TmuxGone, Tokens, TransientError, Turn,
     Watch, above_box, birth, child_environment, choose_program, clip, draft_in_box, fingerprint,
     holds_draft, is_intact, known_question, last_unfinished, last_words, main, menu_on, narrate,
     narrate_chat, new_lines, parse_env, parse_object, parse_reply, read_env_file, read_events,
@@ -190,6 +190,7 @@ class Terminal:
         self.started, self.pasted, self.pressed, self.taken = [], [], [], []
         self.in_mode = self.alternate = False
         self.refusals = self.lost_enters = 0
+        self.seen, self.failures = {}, []       # what looks have of their own, and how they fail
 
     def find(self):
         return self.existing or ("", "")
@@ -202,18 +203,20 @@ class Terminal:
     def respawn(self, pane_id, command, directory):
         self.started.append(tuple(command))
         self.title, self.command, self.status = orchestrator.UNNAMED, "claude", ""
-        self.draft, self.box = "", False
+        self.draft, self.box, self.seen = "", False, {}
         self.take = self.typed = lambda text: None
         self.keyed = None
         (self._programs.pop(0) if len(self._programs) > 1 else self._programs[0])(self)
 
     def look(self, pane_id):
+        play(self.failures, None)
         drawn = self._drawn()
         row = len(drawn) - 3 if self.box else len(drawn) - 1
         hidden = max(0, len(drawn) - 50)
-        return Pane("%1", 1, 0, bool(self.status), self.status, self.in_mode,
+        pane = Pane("%1", 1, 0, bool(self.status), self.status, self.in_mode,
                     self.alternate, row - hidden, len(drawn[row]), self.command, self.title,
                     tuple(drawn[hidden:]))
+        return pane._replace(**self.seen)
 
     def history(self, pane_id):
         return "\n".join(self._drawn())
@@ -954,6 +957,7 @@ def test_fingerprints_differ_in_more_than_times_and_tokens():
     ("Try again at Nov 22nd, 2026 7:54 PM.\n" * 9, None), ("API Error: Rate limit reached", 0),
     ("You're out of extra usage", 0), ("You've hit your limit · resets 99pm", 0),
     ("You've hit your limit · resets 2:59pm", 0), ("You've hit your limit · resets 1:59pm", 23 - 1 / 60),
+    ("You've hit your weekly limit · resets Jan 2 at 3pm", 41 * 24),
     ("5-hour limit reached ∙ resets 4pm", 1), ("Claude AI usage limit reached|1795370400", 0),
     ("  throw Error('Usage limit reached. Try again in 5 hours')", None),
     ("● The banner says: usage limit reached, try again in 5 hours", None),
@@ -1215,7 +1219,7 @@ def test_another_program_in_the_foreground_is_work():
     assert verdicts((0.1, "a", "", "make"), (9, "b", ""), (9.25, "b", "")) == [
         "wait", "wait", "done"]
     between_two = [(0.1, "a", "", "make"), (2.1, "a", "", "make"), (2.2, "a", ""),
-                   (2.3, "a", "", "cc"), (2.4, "a", ""), (2.6, "a", "")]
+                   (2.3, "a", "", "cc"), (2.4, "a", ""), (2.7, "a", "")]
     assert verdicts(*between_two) == ["wait"] * 5 + ["done"]
 
 
@@ -1224,16 +1228,11 @@ def test_where_nothing_changes_the_turn_is_quiet():
     assert verdicts((2, "❯", ""), patience=2.0) == ["quiet"]
 
 
-def test_a_message_that_still_stands_in_the_input_line_is_no_end_of_a_turn():
-    said = verdicts(*[(0.5 * number, "❯ fix it", "") for number in range(1, 40)], draft="fix it")
-    assert "done" not in said and said.count("enter") == 3
-    assert (said.index("quiet") + 1) * 0.5 == 15.5
-
-
-def test_enter_is_pressed_again_three_times_while_the_draft_stands():
-    looks = [(number / 10, "❯ fix it", "") for number in range(1, 100)]
-    said_so = verdicts(*looks, draft="fix it")
-    assert [number for number, word in enumerate(said_so, 1) if word == "enter"] == [6, 16, 36]
+def test_enter_is_pressed_again_three_times_while_the_draft_stands_which_is_no_end_of_a_turn():
+    looks = [(number / 10, "❯ fix it", "") for number in range(1, 152)]
+    told = {at: word for (at, *_), word in zip(looks, verdicts(*looks, draft="fix it"))
+            if word != "wait"}
+    assert told == {0.6: "enter", 1.6: "enter", 3.6: "enter", 15.1: "quiet"}
     assert "enter" not in verdicts(*[(now, "> fix it\n❯", "") for now, *_ in looks], draft="fix it")
     assert "enter" not in verdicts((0.1, "❯ fix it", "⠂"), *looks[1:], draft="fix it")
 
@@ -1283,9 +1282,7 @@ def test_copy_mode_is_left_before_anything_is_typed():
 
 def test_a_person_who_scrolls_on_and_on_keeps_no_message_out():
     desk = Desk(claude())
-    look = desk.terminal.look
-    desk.terminal.look = lambda pane_id: (
-        setattr(desk.terminal, "in_mode", True) or look(pane_id))
+    desk.terminal.seen = {"in_mode": True}
     assert desk.agent.ask("one").output == "> one\n● Done: one"
 
 
@@ -1304,6 +1301,7 @@ def test_nothing_is_typed_into_a_question_and_the_model_is_told_what_it_is():
     turn = desk.agent.ask("one")
     assert desk.terminal.pasted == [] and "Nothing was typed" in turn.report()
     assert "'Do you want to proceed?'" in turn.report() and "'1. Yes'" in turn.report()
+    assert turn.output == "\n".join(ASKED)
     desk.terminal.keyed = lambda key: setattr(desk.terminal, "box", True)
     assert "takes keys" not in desk.agent.press(["Enter"]).report()
     desk.terminal.keyed = None
@@ -1331,8 +1329,7 @@ def test_a_draft_that_somebody_left_is_removed_and_told(draft):
 @pytest.mark.parametrize("dim", ["", "\x1b[2m", "\x1b[38;5;2m"])
 def test_what_stands_behind_a_cursor_at_the_start_is_a_draft_unless_it_is_dim(dim):
     desk = Desk(claude())
-    look, desk.terminal.draft = desk.terminal.look, "words"
-    desk.terminal.look = lambda pane_id: look(pane_id)._replace(cursor_column=2)
+    desk.terminal.draft, desk.terminal.seen = "words", {"cursor_column": 2}
     desk.terminal.picture = lambda pane_id: f"Welcome to Claude Code\n{'─' * 40}\n❯ {dim}words"
     placeholder = dim == "\x1b[2m"
     assert ("was removed: 'words'" in desk.agent.ask("one").report()) is not placeholder
@@ -1380,11 +1377,13 @@ def test_a_write_that_tmux_does_not_answer_is_repeated_only_if_it_did_not_arrive
     assert desk.terminal.pasted == desk.terminal.taken == ["one"]
 
 
-def test_a_tmux_that_answers_no_more_ends_it():
+def test_a_failed_look_is_no_lost_agent_but_a_tmux_that_answers_no_more_ends_it():
     desk = Desk(claude())
-    desk.terminal.look = lambda pane_id: play([], TmuxError("no answer"))
+    desk.terminal.failures = [TmuxError("no answer")] * 100
+    assert desk.agent.ask("one") == Turn("> one\n● Done: one")
+    desk.terminal.failures = [TmuxError("no answer")] * 1000
     with pytest.raises(TmuxError, match="no answer"):
-        desk.agent.ask("one")
+        desk.agent.ask("two")
 
 
 @pytest.mark.parametrize("lost, taken", [(1, ["one"]), (3, ["one"]), (9, [])])
@@ -1431,9 +1430,23 @@ def test_a_turn_over_its_limit_is_still_working_and_can_be_waited_for():
     assert desk.agent.wait(600) == Turn("● Done: one") and 1100 < desk.clock.now < 1110
 
 
+def test_a_program_that_is_typed_to_while_it_works_is_not_taken_for_one_that_waits():
+    def program(terminal):
+        def take(message):
+            terminal.lines, terminal.command = [*terminal.lines, ""], "make"
+            terminal.clock.at(100, lambda: setattr(terminal, "command", "bash"))
+
+        shell()(terminal)
+        terminal.command, terminal.take = "bash", take
+
+    desk = Desk(program, program=choose_program("", "sh"))
+    assert [desk.agent.ask(message, 10).state for message in ("make", "ready?")] == ["working"] * 2
+
+
 def test_keys_and_waits_that_change_nothing_say_so():
     desk = Desk(claude())
-    assert "Nothing has changed" in desk.agent.press(["Down", "Tab"]).report()
+    said = desk.agent.press(["Down", "Tab"]).report()
+    assert said == f"[Nothing more happens on the screen.]\n{desk.first.output}"
     assert desk.terminal.pressed == ["Down", "Tab"]
     began = desk.clock.now
     assert desk.agent.wait(60).state == "quiet" and 60 <= desk.clock.now - began < 61
@@ -1469,6 +1482,11 @@ def asking_for_a_theme(terminal):
     terminal.lines = [" Choose a theme", " ❯ 1. Dark", "   2. Light"]
 
 
+def deaf(terminal):
+    """A start-up question that is known, and takes no key."""
+    terminal.lines, terminal.keyed = [*TRUST, f" ❯ {YES}"], lambda key: None
+
+
 def test_a_message_lost_before_its_enter_is_delivered_once():
     desk = Desk(fragile, claude())
     turn = desk.agent.ask("one")
@@ -1478,18 +1496,18 @@ def test_a_message_lost_before_its_enter_is_delivered_once():
 
 def test_a_message_is_delivered_if_the_server_ends_between_its_text_and_its_enter():
     desk = Desk(claude())
-    look, ends = desk.terminal.look, [desk.terminal.vanish]
-    desk.terminal.look = lambda pane_id: (
-        ends and desk.terminal.pasted and ends.pop()()) or look(pane_id)
+    desk.terminal.typed = lambda text: desk.terminal.failures.append(desk.terminal.vanish)
     assert "started again" in desk.agent.ask("one").report()
     assert desk.terminal.taken == ["one"]
 
 
-def test_a_message_is_not_typed_into_a_question_of_the_new_agent():
-    desk = Desk(fragile, asking_for_a_theme)
+@pytest.mark.parametrize("asking, asked", [(asking_for_a_theme, "Choose a theme"),
+                                           (deaf, TRUST[0])])
+def test_a_message_is_not_typed_into_a_question_of_the_new_agent(asking, asked):
+    desk = Desk(fragile, asking)
     turn = desk.agent.ask("one")
-    assert turn.state == "exited" and "Choose a theme" in turn.output
-    assert desk.terminal.pasted == ["one"] and not desk.terminal.pressed
+    assert turn.state == "exited" and asked in turn.output
+    assert desk.terminal.pasted == ["one"] and set(desk.terminal.pressed) <= {"Enter"}
 
 
 def test_a_message_is_not_repeated_once_its_enter_was_pressed():
@@ -1537,13 +1555,6 @@ def test_restarts_are_forgotten_after_a_finished_turn_or_ten_minutes():
     assert desk.agent.ask("again").state == "exited"
 
 
-def test_a_failed_look_is_no_lost_agent():
-    desk = Desk(claude())
-    look, failures = desk.terminal.look, [TmuxError("can't be run: too many processes")] * 100
-    desk.terminal.look = lambda pane_id: play(failures, lambda: look(pane_id))
-    assert desk.agent.ask("one") == Turn("> one\n● Done: one")
-
-
 def test_a_session_of_the_same_directory_and_command_is_joined():
     desk = Desk(claude())
     desk.agent.ask("one")
@@ -1575,9 +1586,8 @@ def test_a_session_that_was_made_for_something_else_is_left_alone():
 
 def test_a_session_that_took_the_place_of_ours_is_neither_typed_into_nor_ended():
     desk = Desk(claude())
-    look, other = desk.terminal.look, ("'vim' in '/'", "%1")
-    desk.terminal.existing, desk.terminal.pressed = other, []
-    desk.terminal.look = lambda pane_id: look(pane_id)._replace(server_pid=2)
+    desk.terminal.existing = other = ("'vim' in '/'", "%1")
+    desk.terminal.seen = {"server_pid": 2}
     with pytest.raises(ConfigError, match="work runs 'vim'"):
         desk.agent.ask("one")
     desk.agent.stop()
@@ -1594,11 +1604,9 @@ def test_a_program_that_outlives_its_pane_is_ended_if_its_id_is_surely_not_anoth
                           stdout=subprocess.PIPE, start_new_session=True) as orphan:
         orphan.stdout.readline()
         desk = Desk(claude())
-        look = desk.terminal.look
-        desk.terminal.look = lambda pane_id: look(pane_id)._replace(pid=orphan.pid)
+        desk.terminal.seen = {"pid": orphan.pid}
         desk.agent.ask("one")
-        looks = [TmuxGone("lost server")]
-        desk.terminal.look = lambda pane_id: play(looks, lambda: look(pane_id))
+        desk.terminal.failures = [TmuxGone("lost server")]
         monkeypatch.setattr(orchestrator, "birth", lambda pid: found)
         assert "remembers the conversation" in desk.agent.ask("two").report()
         orphan.stdin.close()
@@ -1610,11 +1618,9 @@ def test_a_program_that_was_never_seen_alive_is_no_orphan_of_ours(monkeypatch):
     asked = []
     monkeypatch.setattr(orchestrator, "birth", asked.append)
     desk = Desk(claude())
-    look = desk.terminal.look
-    looks = [look("%1")._replace(pid=4321, dead=True, status="status 1"), TmuxGone("lost server")]
-    desk.terminal.look = lambda pane_id: play(looks, lambda: look(pane_id))
-    second = desk.hire()
-    second.start()
+    desk.terminal.die()
+    desk.terminal.seen = {"pid": 4321}
+    assert "remembers the conversation" in desk.hire().start().report()
     assert 4321 not in asked
 
 
@@ -1637,9 +1643,7 @@ def test_when_a_process_was_started_is_known_by_proc_or_by_ps(proc, path, monkey
 def test_where_every_process_is_in_session_0_none_is_taken_for_an_orphan(pid, monkeypatch):
     monkeypatch.setattr(os, "getsid", lambda pid: pid)
     desk = Desk(claude())
-    look = desk.terminal.look
-    looks = [look("%1")._replace(pid=pid), TmuxGone("lost server")]
-    desk.terminal.look = lambda pane_id: play(looks, lambda: look(pane_id))
+    desk.terminal.seen, desk.terminal.failures = {"pid": pid}, [None, TmuxGone("lost server")]
     assert "remembers nothing" in desk.agent.ask("one").report()
 
 
@@ -1758,9 +1762,6 @@ def one(text):
     return f"data: {json.dumps(said(text), ensure_ascii=False)}\n\n".encode()
 
 
-
-
-
 OVERFLOW = ("This endpoint's maximum context length is {} tokens. However, you requested about "
             "{} tokens ({} of text input, 16000 in the output). Please reduce either one.")
 TOO_MUCH = ("This request requires more credits, or fewer max_tokens. You requested up to 16000 "
@@ -1860,6 +1861,8 @@ CASES = {
                                            "429"),
     "X-RateLimit-Reset inside": passing(answer(refusal(429, metadata={"headers": {
         "X-RateLimit-Reset": round((NOW + 600) * 1000)}})), "429", (600,)),
+    "503 that is called nothing": passing(answer(refusal(503, availability={
+        "retryable": None}), 503), "503"),
     "404 that is called retryable": passing(answer(refusal(404, availability={
         "retryable": True}), 404), "404"),
     "500": passing(answer(refusal(500, "Internal\nerror"), 500), "500: Internal error"),
