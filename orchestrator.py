@@ -713,17 +713,12 @@ class Tmux:
     def find(self) -> tuple[str, str]:
         """Return mark and id of our pane; no mark for a session of others, nor id for none.
 
-        A person may have made panes beside ours, and look at one of them.  Raises ConfigError on
-        a server that we did not start: the agent would get its environment, it our options.
+        A person may have made panes beside ours, and look at one of them.
         """
         try:
             panes = self._read("list-panes", "-s", "-t", f"={self.session}:",
                                "-F", "#{@orchestrator}\t#{pane_id}").splitlines()
         except TmuxGone:
-            with contextlib.suppress(TmuxGone):
-                if self._run("list-sessions", "-F", "#{@started_by}").isspace():
-                    raise ConfigError(f"the tmux server on socket {self.socket_name} was started "
-                                      "by somebody else: set CLAUDE_TMUX_SOCKET to another name")
             return "", ""
         mark, pane_id = max(panes).split("\t")         # those without a mark sort below
         return mark, pane_id
@@ -736,15 +731,17 @@ class Tmux:
         3.6; -c can't name each directory: since 3.2 not a#[b]; without a pipe tmux up to 3.3a may
         note the end of a program before it has read its last words.
         """
-        target = f"={self.session}:"
-        return self._read(
+        target, apart = f"={self.session}:", self._apart()
+        settings = () if apart else (
             "start-server", ";", "set-option", "-s", "@started_by", "orchestrator", ";",
             "set-option", "-g", "history-limit", str(_HISTORY_LIMIT), ";",
             "set-option", "-g", "remain-on-exit", "on", ";",
             "set-option", "-s", "focus-events", "on", ";",
-            "set-option", "-g", "update-environment", "", ";",
-            "new-session", "-d", "-s", self.session, "-x", str(_WIDTH), "-y", str(_HEIGHT),
-            "-P", "-F", "#{pane_id}", "--", *command, ";",
+            "set-option", "-g", "update-environment", "", ";")
+        return self._read(
+            *settings, "new-session", "-d", "-s", self.session, "-x", str(_WIDTH),
+            "-y", str(_HEIGHT), "-P", "-F", "#{pane_id}", "--", *apart, *command, ";",
+            "set-option", "-w", "-t", target, "remain-on-exit", "on", ";",
             "pipe-pane", "-t", target, "exec cat > /dev/null", ";",
             "resize-window", "-t", target, "-x", str(_WIDTH), "-y", str(_HEIGHT), ";",
             "select-pane", "-t", target, "-T", UNNAMED, ";",
@@ -753,7 +750,19 @@ class Tmux:
     def respawn(self, pane_id: str, command: Sequence[str], directory: str) -> None:
         """Start a command in a pane whose program has ended; its history stays."""
         self._run("select-pane", "-t", pane_id, "-T", UNNAMED, ";",
-                  "respawn-pane", "-k", "-t", pane_id, "--", *command, cwd=directory)
+                  "respawn-pane", "-k", "-t", pane_id, "--", *self._apart(), *command,
+                  cwd=directory)
+
+    def _apart(self) -> tuple[str, ...]:
+        """Return what goes before a command on a server of others, whose options stay theirs.
+
+        Of its environment the command gets nothing that is not in ours: the key may be there.
+        """
+        with contextlib.suppress(TmuxGone):
+            if self._run("list-sessions", "-F", "#{@started_by}").isspace():
+                names = re.findall(r"(?m)^(\w+)=", self._run("show-environment", "-g"))
+                return ("env", *(f"-u{name}" for name in names if name not in self._environ))
+        return ()
 
     def look(self, pane_id: str) -> Pane:
         """Return the state and the screen of a pane, in one call to tmux."""

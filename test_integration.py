@@ -2012,15 +2012,17 @@ def test_a_window_that_a_person_opened_in_the_session_is_not_typed_into(world):
     assert "echo" not in world.tmux("capture-pane", "-p", "-t", "=gt-claude-loop:1")
 
 
-def test_a_tmux_server_that_somebody_else_started_is_left_as_it_is(world):
-    world.tmux("new-session", "-d", "-s", "mine", "cat")
+def test_a_tmux_server_that_somebody_else_started_keeps_its_options_sessions_and_secrets(world):
+    world.tmux("new-session", "-d", "-s", "gt-claude-loop-2", "cat")
+    world.tmux("set-environment", "-g", "OPENROUTER_API_KEY", "sk-or-of-its-shell")
     options = world.tmux("show-options", "-g"), world.tmux("show-options", "-s")
-    for arguments in (["--task", "x"], ["--chat"]):
-        done = world.run(*arguments)
-        assert done.status == 2
-        assert_one_complaint(done, "gt-claude-loop", "somebody else", "CLAUDE_TMUX_SOCKET")
+    world.model("env", "exit", "env", "TASK_COMPLETE")
+    done = world.run("--task", "x", CLAUDE_CMD="bash --norc", TERMINATE_WHEN_QUIT="true")
+    assert done.status == 0 and "it was started again" in done.stdout
+    assert len(re.findall(r"(?m)^ +HOME=", done.stdout)) == 2 and "OPENROUTER_API_KEY" not in done.stdout
     assert (world.tmux("show-options", "-g"), world.tmux("show-options", "-s")) == options
-    assert world.tmux("list-sessions", "-F", "#{session_name}") == "mine"
+    assert world.tmux("list-sessions", "-F", "#{session_name}") == "gt-claude-loop-2"
+    assert world.tmux("capture-pane", "-p") == ""
 
 
 def test_a_session_that_took_the_place_of_ours_is_neither_typed_into_nor_ended(world):

@@ -1084,7 +1084,7 @@ def test_a_command_and_its_directory_reach_the_program_as_they_are(fake, tmp_pat
     directory.mkdir()
     fake.says("%7\n")
     assert fake.tmux.create(("sh", "-c", "echo hi;"), str(directory), "the mark") == "%7"
-    (arguments,) = fake.calls()
+    *_, arguments = fake.calls()
     start = arguments.index("--")
     assert fake.given("cwd") == f"{directory}\n" and "-c" not in arguments[:start]
     assert arguments[start + 1:start + 4] == ["sh", "-c", "echo hi\\;"]
