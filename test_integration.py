@@ -1360,7 +1360,8 @@ def test_a_run_in_a_terminal_shows_what_it_waits_for_while_it_does(world):
 
 
 @pytest.mark.parametrize("surroundings", ["TERM=dumb", "out.jsonl"])
-def test_nothing_moves_and_nothing_but_events_is_in_the_output_where_that_is_no(surroundings, world):
+def test_nothing_moves_and_nothing_but_events_is_in_the_output_where_that_is_no(
+        surroundings, world):
     shell = ["sh", "-c", f'exec "$@" --json > {surroundings}', "sh"]
     with chatting(world, *(["env", surroundings] if "TERM" in surroundings else shell)) as terminal:
         terminal.enter("echo begun && sleep 1 && echo over")
@@ -2019,7 +2020,8 @@ def test_a_tmux_server_that_somebody_else_started_keeps_its_options_sessions_and
     world.model("env", "exit", "env", "TASK_COMPLETE")
     done = world.run("--task", "x", CLAUDE_CMD="bash --norc", TERMINATE_WHEN_QUIT="true")
     assert done.status == 0 and "it was started again" in done.stdout
-    assert len(re.findall(r"(?m)^ +HOME=", done.stdout)) == 2 and "OPENROUTER_API_KEY" not in done.stdout
+    assert len(re.findall(r"(?m)^ +HOME=", done.stdout)) == 2
+    assert "OPENROUTER_API_KEY" not in done.stdout
     assert (world.tmux("show-options", "-g"), world.tmux("show-options", "-s")) == options
     assert world.tmux("list-sessions", "-F", "#{session_name}") == "gt-claude-loop-2"
     assert world.tmux("capture-pane", "-p") == ""
@@ -2298,9 +2300,10 @@ def test_four_runs_at_once_each_complete_in_their_own_directory_and_session(worl
         place.mkdir(parents=True)
         (place / "TASK").write_text(f"Be a {place.name}.\n")
     with ModelOfMany(["echo one", "echo two", "TASK_COMPLETE"]) as model:
-        done = subprocess.run(["sh", "-c", command], cwd=world.work, capture_output=True, timeout=90,
-                              env={**world.env, "OPENROUTER_BASE_URL": model.url,
-                                   "PATH": f"{world.home}:{world.env['PATH']}"})
+        done = subprocess.run(
+            ["sh", "-c", command], cwd=world.work, capture_output=True, timeout=90,
+            env={**world.env, "OPENROUTER_BASE_URL": model.url,
+                 "PATH": f"{world.home}:{world.env['PATH']}"})
     assert (done.returncode, done.stdout) == (0, b"")
     for place in places:
         events = list(map(json.loads, (place / "events.jsonl").read_text().splitlines()))
@@ -2782,8 +2785,8 @@ def test_the_doctor_says_what_a_run_needs(world):
 # -- Pythons ------------------------------------------------------------------------------------
 
 PYTHONS = ["3.9", "3.10", "3.11", "3.12", "3.13", "3.14"]
-EACH_OTHER = pytest.mark.parametrize(
-    "python", [each for each in PYTHONS if each != "{}.{}".format(*sys.version_info)], indirect=True)
+EACH_OTHER = pytest.mark.parametrize("python", [
+    each for each in PYTHONS if each != "{}.{}".format(*sys.version_info)], indirect=True)
 
 
 @pytest.fixture(params=PYTHONS)
@@ -3504,5 +3507,6 @@ def test_benchmark_of_a_replay_of_5000_events(world, browser, asked_for):
     browser.open(site.url)
     rows = "document.querySelectorAll('.iteration').length"
     assert poll(lambda: browser.evaluate(rows) == 1666 and shows(browser, "Task complete"), 30)
-    print(f"\na replay of {len(events) + 1} events, {path.stat().st_size / 1e6:.1f} MB: served "
-          f"after {opened - began:.2f} s, whole in Chromium {time.monotonic() - opened:.2f} s later")
+    print(f"\na replay of {len(events) + 1} events, {path.stat().st_size / 1e6:.1f} MB: "
+          f"served after {opened - began:.2f} s, "
+          f"whole in Chromium {time.monotonic() - opened:.2f} s later")

@@ -767,12 +767,12 @@ def test_which_screens_show_an_input_box(screen, shows):
 
 
 @pytest.mark.parametrize("screen, words", [
-    (["● Bash(make)", "\x1b[2m  ⎿  Running…  12 s", "", "─" * 40, "❯ a draft", "─" * 40, "  ? help"],
-     "⎿ Running… 12 s"),
+    (["● Bash(make)", "\x1b[2m  ⎿  Running…  12 s", "", "─" * 40, "❯ a draft", "─" * 40,
+      "  ? help"], "⎿ Running… 12 s"),
     (["› earlier", "", "• Working (3s)", "", "› Ask", "", "  gpt-5"], "• Working (3s)"),
     (["text", "╭" + "─" * 40, "│ > ", "╰" + "─" * 40, "  ? help"], "text"),
-    (["$ make", "\x1b[38;5;2mcc x.c\x1b[0m", "", "", ""], "cc x.c"), (["❯ make", "cc x.c"], "cc x.c"),
-    (["", "───", ""], ""), ([], "")])
+    (["$ make", "\x1b[38;5;2mcc x.c\x1b[0m", "", "", ""], "cc x.c"),
+    (["❯ make", "cc x.c"], "cc x.c"), (["", "───", ""], ""), ([], "")])
 def test_the_last_words_on_a_screen(screen, words):
     assert last_words("\n".join(screen)) == words
 
@@ -913,7 +913,8 @@ def test_the_marker_on_a_line_of_its_own_completes_the_task(reply):
     ("WAIT: 1.5h", ("wait", "WAIT: 1.5h", (), 5400, ())),
     ("**KEYS:** Down\n- `KEYS: *`", ("keys", "**KEYS:** Down\n- `KEYS: *`", ("Down", "*"), 0, ())),
     ("**`WAIT: 10m`**", ("wait", "**`WAIT: 10m`**", (), 600, ())),
-    ("- **MEMORY_SAVE**: a `b`\n* `MEMORY_SAVE: c`\nrun it", ("say", "run it", (), 0, ("a `b`", "c"))),
+    ("- **MEMORY_SAVE**: a `b`\n* `MEMORY_SAVE: c`\nrun it",
+     ("say", "run it", (), 0, ("a `b`", "c"))),
     ("- **TASK\\_FAILED**: no key", ("failed", "no key", (), 0, ())),
     ("MEMORY_SAVE: a b\nrun it\nMEMORY_SAVE:  c ", ("say", "run it", (), 0, ("a b", "c"))),
     ("MEMORY_SAVE: \nrun it", ("say", "run it", (), 0, ())),
@@ -949,14 +950,16 @@ def test_fingerprints_differ_in_more_than_times_and_tokens():
 
 
 @pytest.mark.parametrize("output, hours", [
-    ("● ok\n  ⎿  You've hit your limit · resets 6pm", 3), ("You've hit your limit · resets 3am", 12),
-    ("You've hit your session limit · resets 3:30pm", 0.5), ("■ You've hit your usage limit. Upgrade "
-     "to Pro, or try again in 3 hours 12 minutes.", 3.2),
+    ("● ok\n  ⎿  You've hit your limit · resets 6pm", 3),
+    ("You've hit your limit · resets 3am", 12),
+    ("You've hit your session limit · resets 3:30pm", 0.5),
+    ("■ You've hit your usage limit. Upgrade to Pro, or try again in 3 hours 12 minutes.", 3.2),
     ("You've reached your weekly limit\n  resets Nov 25 at 9:00 (Nowhere/Land)", 66),
     ("Claude usage limit reached. Your limit will reset at 4pm", 1),
     ("Try again at Nov 22nd, 2026 7:54 PM.\n" * 9, None), ("API Error: Rate limit reached", 0),
     ("You're out of extra usage", 0), ("You've hit your limit · resets 99pm", 0),
-    ("You've hit your limit · resets 2:59pm", 0), ("You've hit your limit · resets 1:59pm", 23 - 1 / 60),
+    ("You've hit your limit · resets 2:59pm", 0),
+    ("You've hit your limit · resets 1:59pm", 23 - 1 / 60),
     ("You've hit your weekly limit · resets Jan 2 at 3pm", 41 * 24),
     ("5-hour limit reached ∙ resets 4pm", 1), ("Claude AI usage limit reached|1795370400", 0),
     ("  throw Error('Usage limit reached. Try again in 5 hours')", None),
@@ -1049,7 +1052,7 @@ def test_what_is_gone_is_told_apart_from_what_went_wrong(fake, stderr, kind):
 def test_an_empty_answer_is_doubted(fake):
     for ask in (fake.tmux.find, lambda: fake.tmux.look("%1"), lambda: fake.tmux.history("%1"),
                 lambda: fake.tmux.paste(PANE, "x")):
-        with pytest.raises(TmuxError, match="server on socket private of another version") as caught:
+        with pytest.raises(TmuxError, match="on socket private of another version") as caught:
             ask()
         assert type(caught.value) is TmuxError
 
@@ -1815,7 +1818,7 @@ CASES = {
     "CRLF, fields, and no space after data:": fine(streamed(
         "event: x\r\nid: 1\r\nretry: 9\r\ndata:" + json.dumps(said("Hello", "stop")) + "\r\n\r\n")),
     "no [DONE]": fine(streamed(said("Hello", "stop"), end="")),
-    "a type in capitals": fine((200, {"Content-Type": "Text/Event-Stream; charset=UTF-8"}, GOOD[2])),
+    "a type in capitals": fine((200, {"Content-Type": "Text/Event-Stream; charset=X"}, GOOD[2])),
     "an empty data line": fine(streamed("data:\n\n", said("Hello", "stop"))),
     "a stream cut after its end": fine(streamed(said("Hello", "stop"), end='data: {"usa')),
     "a chunk cut after its end": fine(wire(CHUNKED, b"ff\r\n" + GOOD[2][:-20])),
@@ -1908,8 +1911,8 @@ CASES = {
     "null": bounded(answer(whole(None)), 3, "refused (stop)"),
     "reasoning took it all": bounded(answer(whole(None, "length")), 3, "refused (length)"),
     "content_filter": bounded(answer(whole("", "content_filter")), 3, "refused (content_filter)"),
-    "content_filter in the middle": bounded(streamed(said("Delete all"), said("", "content_filter")),
-                                           3, "refused (content_filter)"),
+    "content_filter in the middle": bounded(
+        streamed(said("Delete all"), said("", "content_filter")), 3, "refused (content_filter)"),
     "a tool call": bounded(answer(whole(None, "tool_calls")), 3, "refused (tool_calls)"),
     "a refusal": bounded(streamed({"choices": [{"delta": {"refusal": "I can't"}}]},
                                   said("", "stop")), 3, "refused (I can't)"),
@@ -2012,7 +2015,7 @@ def test_each_case_has_its_outcome_its_calls_its_waits_and_its_words(api, case, 
 
 def test_a_key_that_no_header_takes_is_not_shown():
     for key in ("sk-or\nX: y", "sk-or-é", "sk or"):
-        with pytest.raises(ConfigError, match="OPENROUTER_API_KEY: expected one word of ASCII") as it:
+        with pytest.raises(ConfigError, match="OPENROUTER_API_KEY: expected one word") as it:
             Client("http://localhost/v1", key=key)
         assert key not in str(it.value) and it.value.__context__ is None
 
@@ -2615,7 +2618,8 @@ LONG_KEY = "sk-or-v1-" + "0123456789abcdef" * 4
     (f"│ {LONG_KEY[:30]} │\n│ {LONG_KEY[30:]} │", "│ [key] │"),
     (f"\x1b[4:3m{LONG_KEY[:20]}\x1b[58:2::1:2:3m\x0e{LONG_KEY[20:]}.", "\x1b[4:3m[key]."),
     (f"{LONG_KEY[:30]}\r\n\t\xa0{LONG_KEY[30:]}", "[key]"),
-    (f"{LONG_KEY[:60]} (cut off", f"[key]{LONG_KEY[36:60]} (cut off"), (f"...{LONG_KEY[30:]}", None),
+    (f"{LONG_KEY[:60]} (cut off", f"[key]{LONG_KEY[36:60]} (cut off"),
+    (f"...{LONG_KEY[30:]}", None),
     ("sk-or-v1-0123 is how they begin", "sk-or-v1-0123 is how they begin"),
     ("a long text\n\n" * 2000 + "s" * 9000, "a long text\n\n" * 2000 + "s" * 9000)],
     ids=lambda text: text and text[:20])
@@ -3207,8 +3211,10 @@ def test_a_failed_compaction_changes_nothing(fly, tmp_path, answer):
 
 
 def test_a_memory_that_is_broken_while_it_is_compacted_is_told(fly, tmp_path):
-    flight = fly("MEMORY_SAVE: a\nMEMORY_SAVE: b\ngo", lambda: (tmp_path / "memory.json").write_text(
-        "by hand") and '{"facts": ["ab"]}', "TASK_COMPLETE", memory_max_facts=1)
+    path = tmp_path / "memory.json"
+    flight = fly("MEMORY_SAVE: a\nMEMORY_SAVE: b\ngo",
+                 lambda: path.write_text("by hand") and '{"facts": ["ab"]}',
+                 "TASK_COMPLETE", memory_max_facts=1)
     assert flight.run() == "complete" and stored(tmp_path) == ["ab"]
     (trouble,) = flight.of("error")
     assert "was not a JSON array of strings" in trouble["error"]
@@ -3838,7 +3844,8 @@ def test_a_line_shows_what_is_waited_for_and_goes_before_anything_else_is_printe
     assert stage.drawn("screen", text=screen) == line(
         "waiting for Agent, 1 min 1 s: running xxxxxxxxx"[:39])
     assert not stage.narrator.watches()
-    assert stage.drawn("note", source="A", text="hi").startswith("\r\x1b[K* A: hi\n\r\x1b[K\x1b[?7lw")
+    assert stage.drawn("note", source="A", text="hi").startswith(
+        "\r\x1b[K* A: hi\n\r\x1b[K\x1b[?7lw")
     assert stage.drawn("iteration_end", agent_output="done") == "\r\x1b[Kdone\n"
     stage.clock.sleep(5)
     assert stage.drawn() == "" and stage.drawn("screen", text="late") == ""
