@@ -2524,6 +2524,11 @@ class Totals:
     @contextlib.contextmanager
     def concluded(self, journal: Journal) -> Iterator[None]:
         """Publish `complete` at the end of the block, however it ends."""
+        def conclude() -> None:
+            journal.publish("complete", outcome=outcome, reason=reason, iterations=self.iterations,
+                            tokens=self.tokens._asdict(), cost=round(self.cost, 6),
+                            duration_ms=round(self.seconds * 1000))
+
         outcome, reason = "interrupted", ""     # a signal may come anywhere here
         try:
             yield
@@ -2534,9 +2539,11 @@ class Totals:
             error.args = (reason,)
             raise
         finally:
-            journal.publish("complete", outcome=outcome, reason=reason, iterations=self.iterations,
-                            tokens=self.tokens._asdict(), cost=round(self.cost, 6),
-                            duration_ms=round(self.seconds * 1000))
+            try:
+                conclude()
+            except Interrupted:     # it came before it could be held back
+                conclude()
+                raise
 
 
 class Chat:

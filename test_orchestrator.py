@@ -4040,6 +4040,16 @@ def test_signals_are_held_back_where_nothing_may_be_cut_in_two():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_signal_right_before_the_last_event_does_not_keep_it_back(monkeypatch):
+    journal, signals = Journal(), [Interrupted(signal.SIGHUP)]
+    publish = journal.publish
+    monkeypatch.setattr(journal, "publish", lambda kind, **fields: play(
+        signals, lambda: publish(kind, **fields)))
+    with pytest.raises(Interrupted), orchestrator.Totals(Clock()).concluded(journal):
+        pass
+    assert [event["type"] for event in journal.events()] == ["complete"]
+
+
 def test_a_second_signal_hurries_what_the_first_has_begun(monkeypatch):
     timers = []
     monkeypatch.setattr(signal, "setitimer", lambda which, seconds: timers.append(seconds))
