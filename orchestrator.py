@@ -2390,14 +2390,14 @@ class Dashboard(http.server.ThreadingHTTPServer):
         self._visitors.discard(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing: the machine has no thread for this visitor."""
+        """Say nothing of what ends one visitor, as where the machine has no thread for it."""
 
     def __enter__(self) -> Dashboard:
         threading.Thread(target=self.serve_forever, args=(0.1,), daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Answer whoever has come so far, which may take two seconds; nobody's line is cut."""
+        """Answer whoever has come so far: two seconds for their streams, then two for the rest."""
         self.journal.close(expected=self.visited.is_set())
         self.shutdown()
         for _ in range(self.request_queue_size):    # those that were not accepted yet
