@@ -30,19 +30,23 @@ Exit status: 0 task complete (or chat quit), 1 unexpected failure, 2 wrong use o
 could not be reached or refused, 129, 130 or 143 interrupted by SIGHUP, SIGINT or SIGTERM.
 
 Contents
-     1. Errors            what can go wrong, by what comes of it
+     1. Errors            exceptions, each with its exit status and outcome
      2. Configuration     the environment and .env, read once into a frozen Config
-     3. Text              what screens and replies mean: pure functions
-     4. Tmux              the one place that runs tmux
-     5. Agent             starting, asking, waiting for and reviving the program in the pane
-     6. OpenRouter        the one place that opens a URL
-     7. Memory            facts that outlive a run
-     8. Journal           all that a run does, as one list of events
-     9. Dashboard         the journal in a browser
-    10. Loops             chat and autopilot
-    11. Dashboard page    the browser's side
-    12. Demo              the built-in model and agent
-    13. Command line      arguments, narration, wiring, exit status
+     3. Text              helpers for strings and JSON that know no agent
+     4. Agent profiles    what is known of each agent, as data
+     5. Screens           what an agent's screen means
+     6. Tmux              the only code that runs tmux
+     7. Agent             starts, asks, waits for and restarts the program in the pane
+     8. Model client      the only code that opens a URL
+     9. Memory            facts that outlive a run
+    10. Journal           everything a run does, as one list of events
+    11. Conversation      what the model reads and writes: prompts, commands, history
+    12. Loops             chat and autopilot
+    13. Dashboard page    the browser's side
+    14. Dashboard         the journal in a browser, and the controls
+    15. Demo              the built-in model and agent
+    16. Terminal          the only code that prints or reads the terminal
+    17. Command line      arguments, wiring and exit statuses
 """
 # /// script
 # requires-python = ">=3.9"
@@ -93,57 +97,57 @@ from typing import (
 
 __version__ = "1.0.0"
 __all__ = ["Agent", "Autopilot", "Chat", "Config", "Dashboard", "Journal", "Memory", "OpenRouter",
-           "OrchestratorError", "Tmux", "child_environment", "choose_program", "main"]
+           "OrchestratorError", "Tmux", "child_environment", "select_profile", "main"]
 
 
-# -- 1. Errors ------------------------------------------------------------------------------
-# What can go wrong, by what comes of it; each knows its exit status.  May use: nothing.
+# -- 1. Errors ----------------------------------------------------------------------------
+# What can go wrong, by what the caller can do about it.  May use: nothing.
 
 class OrchestratorError(Exception):
-    """A failure told in one line; `status` is the exit status, `outcome` how it ends a run."""
+    """A failure told in one line; `exit_status` is the exit status, `outcome` how it ends a run."""
 
-    status, outcome = 1, "interrupted"
+    exit_status, outcome = 1, "interrupted"
 
 
 class ConfigError(OrchestratorError):
     """A setting, an argument or a file is wrong, and the user can mend it."""
 
-    status = 2
+    exit_status = 2
 
 
-class BudgetReached(OrchestratorError):
+class BudgetExceeded(OrchestratorError):
     """The run has used up its iterations, its money or its time."""
 
-    status, outcome = 3, "budget"
+    exit_status, outcome = 3, "budget"
 
 
-class GaveUp(OrchestratorError):
+class TaskFailed(OrchestratorError):
     """The model said that the task can't be done."""
 
-    status, outcome = 4, "failed"
+    exit_status, outcome = 4, "failed"
 
 
-class Stuck(GaveUp):
+class StuckInLoop(TaskFailed):
     """The run goes in circles."""
 
     outcome = "stuck"
 
 
 class AgentError(OrchestratorError):
-    """The agent could not be started or kept alive; `words` is what it showed last."""
+    """The agent could not be started or kept alive; `last_output` is what it showed last."""
 
-    status, outcome, words = 5, "agent", ""
+    exit_status, outcome, last_output = 5, "agent", ""
 
 
 class TmuxError(AgentError):
     """tmux could not be asked: look again."""
 
 
-class TmuxGone(TmuxError):
+class TmuxSessionLost(TmuxError):
     """The pane, its session or the server is no longer there: make it again."""
 
 
-class TmuxDied(TmuxGone):
+class TmuxServerLost(TmuxSessionLost):
     """The server ended during a call, which may have been carried out."""
 
 
@@ -154,29 +158,29 @@ class AgentExited(AgentError):
 class ModelError(OrchestratorError):
     """The model refused or could not be reached, and asking the same again is no use.
 
-    `code` is the HTTP status, if there was one; `change` has options of the request that would
+    `http_status` is the HTTP status, if there was one; `suggested_options` has options of the request that would
     have to be lower, or None where one would have to go.
     """
 
-    status, outcome, code = 6, "model", 0
-    change: Mapping[str, int | None] = {}
+    exit_status, outcome, http_status = 6, "model", 0
+    suggested_options: Mapping[str, int | None] = {}
 
 
-class NoAnswer(ModelError):
+class RequestRejected(ModelError):
     """However often it is asked, the model does not answer this conversation."""
 
 
-class ContextOverflow(NoAnswer):
+class ContextWindowExceeded(RequestRejected):
     """The conversation is longer than the model takes: shorten it."""
 
 
 class TransientError(ModelError):
     """A call to the model failed in a way that may pass: wait, then ask again."""
 
-    def __init__(self, message: str, *, retry_after: float | None = None, tries: int = 0) -> None:
+    def __init__(self, message: str, *, retry_after: float | None = None, max_attempts: int = 0) -> None:
         super().__init__(message)
         self.retry_after = retry_after      # seconds, when the server said so
-        self.tries = tries      # how often in a row at most, 0: as long as patience lasts
+        self.max_attempts = max_attempts      # how often in a row at most, 0: as long as patience lasts
 
 
 class Interrupted(KeyboardInterrupt):
@@ -184,29 +188,29 @@ class Interrupted(KeyboardInterrupt):
 
     outcome = "interrupted"
 
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.status = 128 + number
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.exit_status = 128 + signum
 
 
-# -- 2. Configuration -----------------------------------------------------------------------
+# -- 2. Configuration ---------------------------------------------------------------------
 # The environment and .env, read once into a frozen Config.  May use: Errors.
 
-_NAME = (r"[A-Za-z0-9_-]{1,64}", "at most 64 letters, digits, _ and -")
-_WORD = (r"[^\s\"\\]+", "one word without quotes")
-_SECRET = (r"[!#-\[\]-~]+", "one word of ASCII characters without quotes")
-_TEXT = (r"[^\0]*", "text")
-_BOOL = (r"(?i)true|1|yes|on|false|0|no|off", "true/1/yes/on or false/0/no/off")
-_COUNT = (r"[0-9]{1,9}", "a whole number, 0 or more")
-_ONE_UP = (r"0*[1-9][0-9]{0,8}", "a whole number, 1 or more")
-_AMOUNT = (r"[0-9]{1,9}(\.[0-9]*)?|\.[0-9]+", "a number, 0 or more")
+_SESSION_NAME = (r"[A-Za-z0-9_-]{1,64}", "at most 64 letters, digits, _ and -")
+_SINGLE_WORD = (r"[^\s\"\\]+", "one word without quotes")
+_API_KEY = (r"[!#-\[\]-~]+", "one word of ASCII characters without quotes")
+_ANY_TEXT = (r"[^\0]*", "text")
+_BOOLEAN = (r"(?i)true|1|yes|on|false|0|no|off", "true/1/yes/on or false/0/no/off")
+_NON_NEGATIVE_INT = (r"[0-9]{1,9}", "a whole number, 0 or more")
+_POSITIVE_INT = (r"0*[1-9][0-9]{0,8}", "a whole number, 1 or more")
+_NON_NEGATIVE_NUMBER = (r"[0-9]{1,9}(\.[0-9]*)?|\.[0-9]+", "a number, 0 or more")
 _PORT = (r"[0-5]?\d{1,4}|6[0-4]\d{3}|65[0-4]\d\d|655[0-2]\d|6553[0-5]",
          "a whole number, 0 to 65535")
 _URL = (rf"https?://([\w.-]+|\[[\da-fA-F:.]+\])(:({_PORT[0]}))?(/[^\s?#]*)?",
         "an http:// or https:// address")
 
 
-def _refuse(what: str) -> None:
+def _raise_config_error(what: str) -> None:
     raise ConfigError(what)
 
 
@@ -219,48 +223,48 @@ def _setting(default: object, accept: tuple[str, str], meaning: str) -> Any:
 class Config:
     """All that a run can be told.  A field's environment variable is its name in capitals."""
 
-    claude_tmux_session: str = _setting("gt-claude-loop", _NAME, "tmux session name")
+    claude_tmux_session: str = _setting("gt-claude-loop", _SESSION_NAME, "tmux session name")
     claude_tmux_socket: str = _setting(
-        "gt-claude-loop", _NAME, "tmux socket name (-L), apart from your own tmux")
+        "gt-claude-loop", _SESSION_NAME, "tmux socket name (-L), apart from your own tmux")
     default_model: str = _setting(
-        "claude", _WORD, "the agent: gpt... is Codex, anything else Claude Code; "
+        "claude", _SINGLE_WORD, "the agent: gpt... is Codex, anything else Claude Code; "
         "a name more exact than claude or gpt is passed on with --model")
-    claude_cmd: str = _setting("", _TEXT, "shell command to run in the pane instead")
-    terminate_when_quit: bool = _setting(False, _BOOL, "kill the tmux session at the end")
-    autonomous_mode: bool = _setting(True, _BOOL, "false: chat")
-    openrouter_api_key: str = _setting("", _SECRET, "required when autonomous")
-    openrouter_model: str = _setting("anthropic/claude-opus-4.6", _WORD, "the orchestrating model")
+    claude_cmd: str = _setting("", _ANY_TEXT, "shell command to run in the pane instead")
+    terminate_when_quit: bool = _setting(False, _BOOLEAN, "kill the tmux session at the end")
+    autonomous_mode: bool = _setting(True, _BOOLEAN, "false: chat")
+    openrouter_api_key: str = _setting("", _API_KEY, "required when autonomous")
+    openrouter_model: str = _setting("anthropic/claude-opus-4.6", _SINGLE_WORD, "the orchestrating model")
     openrouter_base_url: str = _setting(
         "https://openrouter.ai/api/v1", _URL, "any OpenAI-compatible server")
-    max_iterations: int = _setting(0, _COUNT, "model turns, 0: no limit")
-    max_cost: float = _setting(0.0, _AMOUNT, "US dollars, 0: no limit")
-    max_minutes: float = _setting(0.0, _AMOUNT, "wall clock of the run, 0: no limit")
-    turn_timeout: int = _setting(1800, _ONE_UP, "seconds until a turn is reported as still working")
+    max_iterations: int = _setting(0, _NON_NEGATIVE_INT, "model turns, 0: no limit")
+    max_cost: float = _setting(0.0, _NON_NEGATIVE_NUMBER, "US dollars, 0: no limit")
+    max_minutes: float = _setting(0.0, _NON_NEGATIVE_NUMBER, "wall clock of the run, 0: no limit")
+    turn_timeout: int = _setting(1800, _POSITIVE_INT, "seconds until a turn is reported as still working")
     history_max_tokens: int = _setting(
-        60000, _ONE_UP, "size of the conversation above which its older part is summarised")
+        60000, _POSITIVE_INT, "size of the conversation above which its older part is summarised")
     verify_cmd: str = _setting(
-        "", _TEXT, "shell command that has to pass before the task is complete")
-    memory_max_facts: int = _setting(50, _ONE_UP, "above this the memory is compacted")
-    dashboard_enabled: bool = _setting(True, _BOOL, "serve the dashboard")
-    dashboard_host: str = _setting("127.0.0.1", _WORD, "address it listens on")
+        "", _ANY_TEXT, "shell command that has to pass before the task is complete")
+    memory_max_facts: int = _setting(50, _POSITIVE_INT, "above this the memory is compacted")
+    dashboard_enabled: bool = _setting(True, _BOOLEAN, "serve the dashboard")
+    dashboard_host: str = _setting("127.0.0.1", _SINGLE_WORD, "address it listens on")
     dashboard_port: int = _setting(0, _PORT, "0: any free port")
-    dashboard_open: bool = _setting(True, _BOOL, "open it in a browser, where there is one")
+    dashboard_open: bool = _setting(True, _BOOLEAN, "open it in a browser, where there is one")
 
     @classmethod
-    def settings(cls) -> dict[str, dataclasses.Field]:
+    def fields_by_variable(cls) -> dict[str, dataclasses.Field]:
         """Return the fields by the names of their environment variables."""
         return {field.name.upper(): field for field in dataclasses.fields(cls)}
 
     @classmethod
-    def read(cls, environ: Mapping[str, str], env_file: Mapping[str, str],
-             wrong: Callable[[str], object] = _refuse) -> Config:
+    def from_env(cls, environ: Mapping[str, str], env_file: Mapping[str, str],
+             wrong: Callable[[str], object] = _raise_config_error) -> Config:
         """Return the settings; a variable that is set and not empty wins over the file.
 
         Raises ConfigError for a value that does not fit, naming variable, value and what is
         accepted; if `wrong` is told of that instead, the default stays.
         """
         values: dict[str, Any] = {}
-        for name, field in cls.settings().items():
+        for name, field in cls.fields_by_variable().items():
             text = (environ.get(name) or env_file.get(name) or "").strip()
             (pattern, expected), kind = field.metadata["accept"], type(field.default)
             if text and not re.fullmatch(pattern, text):
@@ -277,7 +281,7 @@ _ENV_LINE = re.compile(r"""\s* (?:export\s+)? (?P<name>[A-Za-z_][A-Za-z0-9_.]*) 
     (?:\s+\#.*)? \s*""", re.VERBOSE)
 
 
-def parse_env(text: str, wrong: Callable[[str], object] = _refuse) -> dict[str, str]:
+def parse_env(text: str, wrong: Callable[[str], object] = _raise_config_error) -> dict[str, str]:
     r"""Return the NAME=value pairs of a .env file; raise ConfigError for a line of another form.
 
     >>> parse_env('# a comment\nexport KEY="a b"\nPORT=80 # web')
@@ -293,7 +297,7 @@ def parse_env(text: str, wrong: Callable[[str], object] = _refuse) -> dict[str, 
     return values
 
 
-def read_env_file(path: Path, wrong: Callable[[str], object] = _refuse) -> dict[str, str]:
+def read_env_file(path: Path, wrong: Callable[[str], object] = _raise_config_error) -> dict[str, str]:
     """Return what a .env file sets, nothing where there is none."""
     try:
         return parse_env(path.read_text(encoding="utf-8-sig"), wrong)
@@ -303,7 +307,7 @@ def read_env_file(path: Path, wrong: Callable[[str], object] = _refuse) -> dict[
         return {}
 
 
-_PRIVATE = ("OPENROUTER_API_KEY", "TMUX", "TMUX_PANE", "CLAUDECODE", "CLAUDE_CODE_ENTRYPOINT")
+_VARIABLES_NOT_INHERITED = ("OPENROUTER_API_KEY", "TMUX", "TMUX_PANE", "CLAUDECODE", "CLAUDE_CODE_ENTRYPOINT")
 
 
 def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
@@ -312,14 +316,14 @@ def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
     Claude Code refuses to run where CLAUDECODE is set, and where it may use the alternate screen
     it leaves no scrollback.
     """
-    kept = {name: value for name, value in environ.items() if name not in _PRIVATE}
+    kept = {name: value for name, value in environ.items() if name not in _VARIABLES_NOT_INHERITED}
     return {**kept, "CLAUDE_CODE_DISABLE_ALTERNATE_SCREEN": "1"}
 
 
-# -- 3. Text --------------------------------------------------------------------------------
-# What screens and replies mean: pure functions.  May use: nothing.
+# -- 3. Text ------------------------------------------------------------------------------
+# Pure functions that know nothing of agents or models.  May use: nothing.
 
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+_CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def sanitize(text: str) -> str:
@@ -330,10 +334,10 @@ def sanitize(text: str) -> str:
     >>> sanitize('a\r\nb\x1b[201~c')
     'a\nb[201~c'
     """
-    return _CONTROLS.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
+    return _CONTROL_CHARACTERS.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
-def parse_object(text: str | bytes) -> dict | None:
+def parse_json_object(text: str | bytes) -> dict | None:
     """Return the JSON object that a text is, None if it is not one."""
     try:
         found = json.loads(text)
@@ -342,12 +346,39 @@ def parse_object(text: str | bytes) -> dict | None:
     return found if isinstance(found, dict) else None
 
 
-def tidy(capture: str) -> list[str]:
+def get_object(holder: Mapping, name: str) -> dict:
+    """Return an object inside another, or in a list there; an empty one where there is none."""
+    found = holder.get(name)
+    found = found[0] if isinstance(found, list) and found else found
+    return found if isinstance(found, dict) else {}
+
+
+def get_text(message: Mapping, name: str) -> str:
+    """Return a text, which may come as a list of parts."""
+    found = message.get(name)
+    parts = found if isinstance(found, list) else [{"text": found}]
+    texts = [part.get("text") for part in parts if isinstance(part, dict)]
+    return "".join(text for text in texts if isinstance(text, str))
+
+
+def get_number(holder: Mapping, name: str) -> float | None:
+    """Return a number or the text of one, None where there is none, or one that can't be."""
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        found = float(holder.get(name, ""))
+        return found if 0 <= found < 1e15 else None
+    return None
+
+
+def get_int(holder: Mapping, name: str) -> int:
+    return int(get_number(holder, name) or 0)
+
+
+def trimmed_lines(capture: str) -> list[str]:
     """Return the lines of a capture without trailing blanks, and without the blank last lines."""
     return [line.rstrip() for line in capture.rstrip().split("\n")] if capture.strip() else []
 
 
-def clip(text: str, limit: int = 16_000) -> str:
+def truncate_middle(text: str, limit: int = 16_000) -> str:
     """Return text of some `limit` characters at most: its head and tail, whole lines if it can."""
     if len(text) <= limit:
         return text
@@ -360,11 +391,11 @@ def clip(text: str, limit: int = 16_000) -> str:
     return f"{head.rstrip()}\n[... {left_out} left out ...]\n{tail}"
 
 
-def _shared(one: list[str], other: list[str]) -> int:
+def _common_prefix_length(one: list[str], other: list[str]) -> int:
     return len(os.path.commonprefix([one, other]))
 
 
-def _overlap(before: list[str], after: list[str]) -> int:
+def _find_overlap(before: list[str], after: list[str]) -> int:
     """Return where `after` begins in `before`, whose oldest lines may have left a full history.
 
     All but the last screen has to agree; len(before) if it does so nowhere, or in two places.
@@ -377,110 +408,186 @@ def _overlap(before: list[str], after: list[str]) -> int:
     return places[0] if len(places) == 1 else len(before)
 
 
-def new_lines(before: list[str], after: list[str]) -> list[str] | None:
+def find_new_lines(before: list[str], after: list[str]) -> list[str] | None:
     """Return the lines of one capture that an earlier one lacks; None if they share nothing.
 
     What both begin with is the old transcript, what both end with is the input box and footer.
 
-    >>> new_lines(['$ ls', 'a', '$'], ['$ ls', 'a', '$ ls', 'a', '$'])
+    >>> find_new_lines(['$ ls', 'a', '$'], ['$ ls', 'a', '$ ls', 'a', '$'])
     ['$ ls', 'a']
     """
-    old = before[_overlap(before, after):]
-    start = _shared(old, after)
+    old = before[_find_overlap(before, after):]
+    start = _common_prefix_length(old, after)
     grown = len(before) == 1 and after[:1] and after[0].startswith(before[0])    # a prompt
     if before and not any(old[:start]) and not grown:       # blank lines are alike by chance
         return None
-    end = _shared(old[start:][::-1], after[start:][::-1])
+    end = _common_prefix_length(old[start:][::-1], after[start:][::-1])
     return after[start:len(after) - end]
 
 
+_VOLATILE_TEXT = re.compile(      # all repetitions are bounded: 16,000 digits must not take seconds
+    r"(?m)^\W{0,9}\w{1,30} for <?\d.*$|\d{4}-\d\d-\d\d|(?<![:\d])\d{1,9}(:\d\d)+|"
+    r"\d[\d.,]{0,15}k?\s{0,3}(ms|s|m|h|tokens)\b|\b0x[\da-f]+|"
+    r"\b(attempt|try|retry|run|build|job|pid|process|request|id)\W{0,3}\d+", re.I)
+
+
+def normalize_screen(screen: str) -> str:
+    """Return a screen's text in a form that is the same where only times and counters differ.
+
+    Claude Code ends a turn with a line like `✻ Brewed for 4s`, in ever new words.
+    """
+    return _VOLATILE_TEXT.sub("#", screen)
+
+
+_SGR_SEQUENCE = re.compile(r"\x1b\[[\d;:]*m")
+SGR_DIM = re.compile(r"\x1b\[(?:\d;)*2[;m]")
+SECONDS_PER_UNIT = {"s": 1, "m": 60, "h": 3600}
+
+
+def format_duration(seconds: float) -> str:
+    """Return a time as people say it: 4.2 s, 9 min 12 s."""
+    return f"{seconds:.3g} s" if seconds < 60 else f"{seconds // 60:.0f} min {int(seconds % 60)} s"
+
+
+def _secret_pattern(secret: str) -> re.Pattern[str]:
+    """Return what finds a secret (from 8 characters) and each half of a long one, also wrapped."""
+    gap = r"(?:\x1b\[[\d;:]*m|[^!-~]|\|)*"
+    half = len(secret) // 2 if len(secret) >= 32 else len(secret)
+    parts = [gap.join(map(re.escape, part)) for part in (secret[:half], secret[half:]) if part]
+    return re.compile("|".join([gap.join(parts), *parts]) if len(secret) >= 8 else "(?!)")
+
+
+# -- 4. Agent profiles --------------------------------------------------------------------
+# What is known of each agent, as data.  May use: nothing.
+
 SPINNER = re.compile("[\u2801-\u28ff\u25d0-\u25d3]")      # Braille, or a turning half-moon
-_FOOTER = re.compile(r"\b(?:esc|ctrl\+c) to interrupt\b", re.I)
-_STARTING = re.compile(r"\s*Waiting for startup\b")
-_STATUS_LINE = re.compile(r"\([^()]*\d+s\b[^()]*\b(?:esc|ctrl\+c) to interrupt\b[^()]*\)", re.I)
-_PASTE_CHIP = re.compile(r"\[Pasted (?:text|Content)\b[^\]]*\]")
-_COLOURS = re.compile(r"\x1b\[[\d;:]*m")
-DIM = re.compile(r"\x1b\[(?:\d;)*2[;m]")
-_RULE = re.compile(r"\s*[─╌╭╰][─╌╮╯\s]+")
-_CURSOR_ROW = re.compile(r"\s*(?:[│|]\s*)?[❯›>!](?:\s|$)")
-_CHOOSE = re.compile(r"\benter (?:to )?(?:confirm|select|continue)\b|"
+_BUSY_FOOTER = re.compile(r"\b(?:esc|ctrl\+c) to interrupt\b", re.I)
+_STARTUP_NOTICE = re.compile(r"\s*Waiting for startup\b")
+_BUSY_STATUS_LINE = re.compile(r"\([^()]*\d+s\b[^()]*\b(?:esc|ctrl\+c) to interrupt\b[^()]*\)", re.I)
+_PASTE_PLACEHOLDER = re.compile(r"\[Pasted (?:text|Content)\b[^\]]*\]")
+_BOX_BORDER = re.compile(r"\s*[─╌╭╰][─╌╮╯\s]+")
+_PROMPT_LINE = re.compile(r"\s*(?:[│|]\s*)?[❯›>!](?:\s|$)")
+_MENU_HINT = re.compile(r"\benter (?:to )?(?:confirm|select|continue)\b|"
                      r"\besc (?:to )?(?:cancel|close|exit|(?:go )?back)\b", re.I)
-_CHOSEN = re.compile(r"\s*(?:[│|]\s*)?[❯›]\s*(\S.*)")
-_QUESTIONS = (("trust this folder", "Yes, I trust"),
+_MENU_CURSOR = re.compile(r"\s*(?:[│|]\s*)?[❯›]\s*(\S.*)")
+_STARTUP_DIALOGS = (("trust this folder", "Yes, I trust"),
               ("Trust this folder?", "Trust and continue"),
               ("trust the contents of this directory", "Yes"),
               ("Bypass Permissions mode", "Yes, I accept"))
+_USAGE_LIMIT_NOTICE = re.compile(
+    r"(?m)^[^\w\"'`]*(?:You've (?:hit|reached) your .*limit|API Error: Rate limit reached|"
+    r"(?:Claude (?:AI )?usage|(?:Opus )?(?:5-hour|session|weekly)) limit reached|"
+    r"You're out of extra usage)"
+    r".*(?:\n.*\b(?:resets|try again)\b.*)?", re.I)
 
 
-def _bottom(screen: Iterable[str], count: int) -> list[str]:
+class AgentProfile(NamedTuple):
+    """An agent program: its name, how it is started, and started again with its conversation."""
+
+    name: str
+    start_command: tuple[str, ...]
+    resume_command: tuple[str, ...] = ()    # empty: it has no conversation to go on with
+    install_command: str = ""               # empty: we know nothing of how it looks when it is ready
+
+
+_INSTALL_COMMANDS = {"claude": "npm install -g @anthropic-ai/claude-code",
+            "codex": "npm install -g @openai/codex"}
+
+
+def select_profile(default_model: str, command: str = "") -> AgentProfile:
+    """Return Claude Code, Codex, or what a shell command runs; flags as of their newest versions.
+
+    >>> select_profile("gpt-5").start_command[:3]
+    ('codex', '--model', 'gpt-5')
+    """
+    if command:
+        words = tuple(command.split())
+        name = next((Path(word).name for word in words if "=" not in word), "sh")
+        if not re.fullmatch(r"[\w@%+:,./-]+( [\w@%+:,./= -]*)?", command):      # for a shell
+            words = ("/bin/sh", "-c", command)
+        return AgentProfile(name, words, install_command=_INSTALL_COMMANDS.get(name, ""))
+    model = () if default_model.lower() in ("claude", "gpt") else ("--model", default_model)
+    if default_model.lower().startswith("gpt"):
+        flags = (*model, "--no-alt-screen", "--ask-for-approval", "never",
+                 "--sandbox", "workspace-write")
+        return AgentProfile("Codex", ("codex", *flags), ("codex", "resume", "--last", *flags),
+                       _INSTALL_COMMANDS["codex"])
+    claude = ("claude", "--dangerously-skip-permissions", "--setting-sources", "user", *model)
+    return AgentProfile("Claude Code", claude, (*claude, "--continue"), _INSTALL_COMMANDS["claude"])
+
+
+# -- 5. Screens ---------------------------------------------------------------------------
+# What an agent's screen means: pure functions.  May use: Text, Agent profiles.
+
+def _last_text_lines(screen: Iterable[str], count: int) -> list[str]:
     """Return the last lines of a screen that have text."""
     return [line for line in screen if line.strip()][-count:]
 
 
-def says_busy(screen: Iterable[str]) -> bool:
+def is_busy(screen: Iterable[str]) -> bool:
     """Whether a screen says that the agent works: Claude Code in its footer, Codex above that."""
-    lines = _bottom(screen, 12)
-    return any(map(_FOOTER.search, lines[-3:])) or any(map(_STATUS_LINE.search, lines))
+    lines = _last_text_lines(screen, 12)
+    return any(map(_BUSY_FOOTER.search, lines[-3:])) or any(map(_BUSY_STATUS_LINE.search, lines))
 
 
-def keeps_message(screen: Iterable[str]) -> bool:
+def is_message_queued(screen: Iterable[str]) -> bool:
     """Whether a screen says that what was typed waits until the agent, Codex, has started."""
-    return any(map(_STARTING.match, _bottom(screen, 3)))
+    return any(map(_STARTUP_NOTICE.match, _last_text_lines(screen, 3)))
 
 
-def menu_on(screen: Iterable[str]) -> str:
+def describe_menu(screen: Iterable[str]) -> str:
     """Return what a question at the bottom of an agent's screen asks, and where its cursor is.
 
     Claude Code draws a rule above its questions.
     """
-    lines = _bottom(screen, 40)
-    if not any(map(_CHOOSE.search, lines[-3:])):
+    lines = _last_text_lines(screen, 40)
+    if not any(map(_MENU_HINT.search, lines[-3:])):
         return ""
     rules = [row + 1 for row, line in enumerate(lines) if line.startswith("─" * 10)]
     lines = lines[rules[-1] if rules else -16:]
     cursors = [(row, found[1]) for row, line in enumerate(lines)
-               if (found := _CHOSEN.match(line))]
+               if (found := _MENU_CURSOR.match(line))]
     above = lines[:cursors[-1][0] if cursors else -1]
     asked = [line for line in above if line.endswith("?")][-1:] or above[:1]
     chosen = f", and the cursor is on {cursors[-1][1].strip()!r}" if cursors else ""
     return f"The screen asks {''.join(asked).strip()!r}{chosen}; it takes keys, not text."
 
 
-def shows_input(screen: Sequence[str]) -> bool:
+def has_input_box(screen: Sequence[str]) -> bool:
     """Whether a screen shows an input box, and not a question with a cursor on its answers."""
-    lines = _bottom(screen, 16)
-    return any(map(_CURSOR_ROW.match, lines)) and not menu_on(lines)
+    lines = _last_text_lines(screen, 16)
+    return any(map(_PROMPT_LINE.match, lines)) and not describe_menu(lines)
 
 
-def above_box(lines: list[str]) -> list[str]:
+def strip_input_box(lines: list[str]) -> list[str]:
     """Return the lines of a capture above the input box and the footer, all if there are none.
 
     Claude Code has rules around its box; nothing but indented lines follows on either's.
     """
     for top in range(len(lines) - 1, -1, -1):
-        if _CURSOR_ROW.match(lines[top]) and shows_input(lines):
-            top -= bool(top) and bool(_RULE.fullmatch(lines[top - 1]))
-            return tidy("\n".join(lines[:top]))
-        if lines[top] and not lines[top].startswith("  ") and not _RULE.fullmatch(lines[top]):
+        if _PROMPT_LINE.match(lines[top]) and has_input_box(lines):
+            top -= bool(top) and bool(_BOX_BORDER.fullmatch(lines[top - 1]))
+            return trimmed_lines("\n".join(lines[:top]))
+        if lines[top] and not lines[top].startswith("  ") and not _BOX_BORDER.fullmatch(lines[top]):
             break
     return lines
 
 
-def last_words(picture: str) -> str:
+def last_text_line(picture: str) -> str:
     """Return the last line of text on a screen with colours, above the agents' input box."""
-    lines = above_box(tidy(sanitize(_COLOURS.sub("", picture))))
+    lines = strip_input_box(trimmed_lines(sanitize(_SGR_SEQUENCE.sub("", picture))))
     return next((" ".join(line.split()) for line in lines[::-1] if re.search(r"\w", line)), "")
 
 
-def holds_draft(line: str, message: str) -> bool:
+def is_message_unsent(line: str, message: str) -> bool:
     """Whether the line with the cursor still shows the end of a message, or its paste chip."""
     shown = line.strip().rstrip("│| \u00a0")
     end = message.rstrip().rsplit("\n", 1)[-1]
-    return bool(_PASTE_CHIP.search(line)) or bool(end and shown) and (
+    return bool(_PASTE_PLACEHOLDER.search(line)) or bool(end and shown) and (
         shown.endswith(end[-20:].strip()) or end.endswith(shown))
 
 
-def draft_in_box(screen: Sequence[str], row: int, column: int) -> str:
+def find_draft(screen: Sequence[str], row: int, column: int) -> str:
     """Return what stands in the input box that the cursor is in, nothing if it is in none.
 
     The box begins with a prompt mark; `!` is that of Claude Code's shell mode, and a draft.  Behind
@@ -488,7 +595,7 @@ def draft_in_box(screen: Sequence[str], row: int, column: int) -> str:
     """
     below = itertools.takewhile(lambda line: line.startswith("  "), screen[row + 1:])
     for top in range(min(row, len(screen) - 1), -1, -1):
-        mark = _CURSOR_ROW.match(screen[top])
+        mark = _PROMPT_LINE.match(screen[top])
         if mark:
             rest = [*screen[top + 1:row + 1], *below]
             shell = "!" * ("!" in mark[0])
@@ -499,124 +606,44 @@ def draft_in_box(screen: Sequence[str], row: int, column: int) -> str:
     return ""
 
 
-class Question(NamedTuple):
+class StartupDialog(NamedTuple):
     """A start-up question: its known answer, and the next key on the way to choose that."""
 
     answer: str
-    key: str
+    next_key: str
 
 
-def known_question(screen: Sequence[str]) -> Question | None:
+def find_startup_dialog(screen: Sequence[str]) -> StartupDialog | None:
     """Return the start-up question on a screen, if it is one of the agents' known ones."""
     text = "\n".join(screen)
-    cursors = [row for row, line in enumerate(screen) if _CHOSEN.match(line)]
-    for phrase, label in _QUESTIONS:
+    cursors = [row for row, line in enumerate(screen) if _MENU_CURSOR.match(line)]
+    for phrase, label in _STARTUP_DIALOGS:
         rows = [row for row, line in enumerate(screen) if label in line]
         if phrase in text and rows and cursors:
             answer = re.sub(r"^[\s❯›]*(?:\d+\.)?\s*|[\s✔]*$", "", screen[rows[-1]])
             way = cursors[-1] - rows[-1]
-            return Question(answer, "Up" if way > 0 else "Down" if way < 0 else "Enter")
+            return StartupDialog(answer, "Up" if way > 0 else "Down" if way < 0 else "Enter")
     return None
 
 
-class Instruction(NamedTuple):
-    """What a reply of the model asks for."""
-
-    kind: str                       # say, keys, wait, complete, failed or nothing
-    text: str = ""                  # what to type, the reason, or why it is nothing
-    keys: tuple[str, ...] = ()
-    seconds: float = 0
-    facts: tuple[str, ...] = ()     # to be remembered
-
-
-_THOUGHT = re.compile(r"\A\s*<(think|thinking)>.*?(?:</\1>|\Z)|"
-                      r"\A(?:(?!<think).)*?^</think(?:ing)?>", re.S | re.M)
-_FENCED = re.compile(r"```[^`\n]*\n((?:(?!```).)*)```", re.S)
-_FENCE = re.compile(r"\s*(```+|~~~+)\s*([^`]*)")
-_ORDER = re.compile(
-    r"[\s\u200b-\u200f\ufeff]*(?:(?:[-*+•✅]|\d+[.)]|#+)\s+)?(?P<marks>[*_`]*)"
-    r"(?:TASK\\?_COMPLETE[*_`]*[.!]?[*_`]*[\s\u200b-\u200f\ufeff]*|"
-    r"(?P<word>KEYS|WAIT|MEMORY\\?_SAVE|TASK\\?_FAILED)(?:(?P=marks):|:(?P=marks)|:)(?P<rest>.*))")
-_UNITS = {"s": 1, "m": 60, "h": 3600}
-_KEY = re.compile(r"(?:[CMS]-)*(?:.|Up|Down|Left|Right|Enter|Escape|Tab|BTab|Space|BSpace|Home|End|"
-                  r"PageUp|PageDown|PPage|NPage|PgUp|PgDn|IC|DC|Insert|Delete|F[1-9]|F1[0-2])")
-
-
-def _parse_orders(orders: list[tuple[str, str]], text: str) -> Instruction:
-    """Return what is asked for by a text of nothing but KEYS and WAIT."""
-    words, rests = zip(*orders)
-    if set(words) == {"KEYS"}:
-        keys = tuple(" ".join(rests).split())
-        unknown = " ".join(key for key in keys if not _KEY.fullmatch(key))
-        if not unknown and 0 < len(keys) <= 100:
-            return Instruction("keys", text, keys=keys)
-        return Instruction("nothing", "Nothing was pressed. These are no tmux key names: "
-                           + clip(unknown or "(none given, or more than 100)", 400))
-    amount = re.fullmatch(r"(\d{1,6}(?:\.\d+)?)\s*([smh])\.?", rests[0])
-    if len(orders) > 1 or not amount:
-        return Instruction("nothing", "WAIT stands alone, and takes a time like 90s, 10m or 2h.")
-    return Instruction("wait", text, seconds=float(amount[1]) * _UNITS[amount[2]])
-
-
-def parse_reply(reply: str) -> Instruction:
-    """Return what a reply asks for, by the few words that the system prompt teaches.
-
-    List marks and emphasis around them do not count, nor do a model's thoughts before its answer.
-    """
-    reply = _THOUGHT.sub("", sanitize(reply), 1)
-    whole = _FENCED.fullmatch(reply.strip())
-    kept, facts, orders, failed, complete, fence = [], [], [], [], False, ""
-    for line in (whole[1] if whole else reply).split("\n"):
-        found, mark = None if fence else _ORDER.fullmatch(line), _FENCE.fullmatch(line)
-        if mark and not fence:
-            fence = mark[1]
-        elif mark and mark[1].startswith(fence) and not mark[2]:
-            fence = ""
-        marks, word, rest = found.groups("") if found else ("", "", "")
-        word, rest = word.replace("\\", ""), rest.strip().removesuffix(marks[::-1]).strip()
-        if word == "MEMORY_SAVE":
-            facts += [rest] * bool(rest)
-        elif found and not word:
-            complete = True
-        elif failed or word == "TASK_FAILED":
-            failed.append(line if failed else rest)
-        else:
-            kept.append(line)
-            orders += [(word, rest)] * bool(line.strip())
-    text = "\n".join(kept).strip("\n").rstrip()
-    ordered = bool(orders) and all(word for word, _ in orders)
-    instruction = (
-        Instruction("nothing", "TASK_COMPLETE came with another order, so neither was followed.")
-        if complete and (failed or ordered) else Instruction("complete", text) if complete
-        else Instruction("failed", "\n".join(failed).strip() or "no reason given") if failed
-        else _parse_orders(orders, text) if ordered else Instruction("say", text) if text
-        else Instruction("nothing", "Your reply was empty, so nothing was typed."))
-    return instruction._replace(facts=tuple(facts))
-
-
-_LIMITED = re.compile(
-    r"(?m)^[^\w\"'`]*(?:You've (?:hit|reached) your .*limit|API Error: Rate limit reached|"
-    r"(?:Claude (?:AI )?usage|(?:Opus )?(?:5-hour|session|weekly)) limit reached|"
-    r"You're out of extra usage)"
-    r".*(?:\n.*\b(?:resets|try again)\b.*)?", re.I)
-_SPAN = re.compile(r"\bin ((?:\d+ ?(?:d|h|m|s)[a-z]*[, and]*)+)", re.I)
-_MOMENT = re.compile(
+_RESET_DELAY = re.compile(r"\bin ((?:\d+ ?(?:d|h|m|s)[a-z]*[, and]*)+)", re.I)
+_RESET_TIME = re.compile(
     r"\b(?:resets?|again)(?: at| on)? (?:([A-Z][a-z]{2})[a-z]* (\d+)(?:[a-z]{2})?,?(?: (\d{4}),?)?"
     r"(?: at)? )?(\d+)(?::(\d\d))? ?([ap]m)?\b", re.I)
 
 
-def usage_limit(output: str, now: datetime.datetime) -> tuple[str, float]:
+def parse_usage_limit(output: str, now: datetime.datetime) -> tuple[str, float]:
     """Return what an agent's output ends with of a usage limit, and the seconds until its reset.
 
     Nothing and 0 if there is none; 0 too if no time is said, or it is just over.  The forms are
     those of Claude Code ("You've hit your limit · resets 3am") and Codex ("try again in 2 hours
     5 minutes"); both tell the local time.
     """
-    found = _LIMITED.search("\n".join(line[:400] for line in output.split("\n")[-8:]))
+    found = _USAGE_LIMIT_NOTICE.search("\n".join(line[:400] for line in output.split("\n")[-8:]))
     said = " ".join(found[0].split()) if found else ""
-    lasting, moment = _SPAN.search(said), _MOMENT.search(said)
+    lasting, moment = _RESET_DELAY.search(said), _RESET_TIME.search(said)
     if lasting:
-        return said, float(sum(int(count) * {**_UNITS, "d": 86400}[unit.lower()]
+        return said, float(sum(int(count) * {**SECONDS_PER_UNIT, "d": 86400}[unit.lower()]
                                for count, unit in re.findall(r"(\d+) ?([a-z])", lasting[1], re.I)))
     if not moment:
         return said, 0.0
@@ -634,44 +661,30 @@ def usage_limit(output: str, now: datetime.datetime) -> tuple[str, float]:
     return said, 0.0
 
 
-_PASSING = re.compile(      # all repetitions are bounded: 16,000 digits must not take seconds
-    r"(?m)^\W{0,9}\w{1,30} for <?\d.*$|\d{4}-\d\d-\d\d|(?<![:\d])\d{1,9}(:\d\d)+|"
-    r"\d[\d.,]{0,15}k?\s{0,3}(ms|s|m|h|tokens)\b|\b0x[\da-f]+|"
-    r"\b(attempt|try|retry|run|build|job|pid|process|request|id)\W{0,3}\d+", re.I)
+# -- 6. Tmux ------------------------------------------------------------------------------
+# Sessions, panes, pastes and keys; no policy.  The only code that runs tmux.  May use: Errors.
 
-
-def fingerprint(screen: str) -> str:
-    """Return a screen's text in a form that is the same where only times and counters differ.
-
-    Claude Code ends a turn with a line like `✻ Brewed for 4s`, in ever new words.
-    """
-    return _PASSING.sub("#", screen)
-
-
-# -- 4. Tmux --------------------------------------------------------------------------------
-# Sessions, panes, pastes and keys; no policy.  The one place that runs tmux.  May use: Errors.
-
-_DIED = re.compile("server exited|lost server")
-_GONE = re.compile(r"no server running|error connecting to .*\((No such file|Connection refused)|"
+_SERVER_LOST = re.compile("server exited|lost server")
+_SESSION_LOST = re.compile(r"no server running|error connecting to .*\((No such file|Connection refused)|"
                    "no sessions|no current target|can't find (session|window|pane)")
 _WIDTH, _HEIGHT, _HISTORY_LIMIT = 200, 50, 50_000
-UNNAMED = "starting"    # the title of a window whose program has not given it one
-_CALL_LIMIT = 5.0       # seconds; a server of another version may never answer
+INITIAL_TITLE = "starting"    # the title of a window whose program has not given it one
+_CALL_TIMEOUT = 5.0       # seconds; a server of another version may never answer
 
 
-class Pane(NamedTuple):
+class PaneSnapshot(NamedTuple):
     """One look at a pane: what tmux knows of it, and its visible lines."""
 
     id: str
     server_pid: int
     pid: int
     dead: bool
-    status: str             # of a dead pane: how the program ended, where tmux knows
+    exit_description: str             # of a dead pane: how the program ended, where tmux knows
     in_mode: bool           # a person scrolls: keys would go to tmux
-    alternate: bool         # full-screen program: there is no history
+    is_alternate_screen: bool         # full-screen program: there is no history
     cursor_row: int
     cursor_column: int
-    command: str            # the program in the foreground
+    foreground_command: str            # the program in the foreground
     title: str
     screen: tuple[str, ...]
 
@@ -681,7 +694,7 @@ class Pane(NamedTuple):
         return "".join(self.screen[self.cursor_row:self.cursor_row + 1])
 
     @property
-    def bottom(self) -> tuple[str, int]:
+    def lines_from_cursor(self) -> tuple[str, int]:
         """The line that the cursor is on, and how many have text from there on."""
         return self.cursor_line, sum(map(bool, self.screen[self.cursor_row:]))
 
@@ -696,34 +709,34 @@ class Tmux:
 
     def __init__(self, socket_name: str, session: str, environ: Mapping[str, str]) -> None:
         self.socket_name, self.session, self._environ = socket_name, session, dict(environ)
-        self._doubt = f"is the server on socket {socket_name} of another version, or stopped?"
+        self._server_hint = f"is the server on socket {socket_name} of another version, or stopped?"
 
     @property
     def attach_command(self) -> str:
         """The command for a person who wants to watch."""
         return f"tmux -L {self.socket_name} attach -t {self.session}"
 
-    def version(self) -> str:
+    def check_version(self) -> str:
         """Return the version of the tmux program; raise AgentError if it is missing or too old."""
         text = self._run("-V").strip()
         if re.match(r"\D*[12]\.", text):
             raise AgentError(f"{text} is too old: version 3.0 or later is needed")
         return text
 
-    def find(self) -> tuple[str, str]:
+    def find_pane(self) -> tuple[str, str]:
         """Return mark and id of our pane; no mark for a session of others, nor id for none.
 
         A person may have made panes beside ours, and look at one of them.
         """
         try:
-            panes = self._read("list-panes", "-s", "-t", f"={self.session}:",
+            panes = self._query("list-panes", "-s", "-t", f"={self.session}:",
                                "-F", "#{@orchestrator}\t#{pane_id}").splitlines()
-        except TmuxGone:
+        except TmuxSessionLost:
             return "", ""
         mark, pane_id = max(panes).split("\t")         # those without a mark sort below
         return mark, pane_id
 
-    def create(self, command: Sequence[str], directory: str, mark: str) -> str:
+    def new_session(self, command: Sequence[str], directory: str, mark: str) -> str:
         """Make the session, and the server if need be; return the id of its pane.
 
         All in one call: history-limit and remain-on-exit are fixed, or too late, once the program
@@ -731,89 +744,89 @@ class Tmux:
         3.6; -c can't name each directory: since 3.2 not a#[b]; without a pipe tmux up to 3.3a may
         note the end of a program before it has read its last words.
         """
-        target, apart = f"={self.session}:", self._apart()
+        target, apart = f"={self.session}:", self._foreign_server_prefix()
         settings = () if apart else (
             "start-server", ";", "set-option", "-s", "@started_by", "orchestrator", ";",
             "set-option", "-g", "history-limit", str(_HISTORY_LIMIT), ";",
             "set-option", "-g", "remain-on-exit", "on", ";",
             "set-option", "-s", "focus-events", "on", ";",
             "set-option", "-g", "update-environment", "", ";")
-        return self._read(
+        return self._query(
             *settings, "new-session", "-d", "-s", self.session, "-x", str(_WIDTH),
             "-y", str(_HEIGHT), "-P", "-F", "#{pane_id}", "--", *apart, *command, ";",
             "set-option", "-w", "-t", target, "remain-on-exit", "on", ";",
             "pipe-pane", "-t", target, "exec cat > /dev/null", ";",
             "resize-window", "-t", target, "-x", str(_WIDTH), "-y", str(_HEIGHT), ";",
-            "select-pane", "-t", target, "-T", UNNAMED, ";",
+            "select-pane", "-t", target, "-T", INITIAL_TITLE, ";",
             "set-option", "-p", "-t", target, "@orchestrator", mark, cwd=directory).strip()
 
-    def respawn(self, pane_id: str, command: Sequence[str], directory: str) -> None:
+    def respawn_pane(self, pane_id: str, command: Sequence[str], directory: str) -> None:
         """Start a command in a pane whose program has ended; its history stays."""
-        self._run("select-pane", "-t", pane_id, "-T", UNNAMED, ";",
-                  "respawn-pane", "-k", "-t", pane_id, "--", *self._apart(), *command,
+        self._run("select-pane", "-t", pane_id, "-T", INITIAL_TITLE, ";",
+                  "respawn-pane", "-k", "-t", pane_id, "--", *self._foreign_server_prefix(), *command,
                   cwd=directory)
 
-    def _apart(self) -> tuple[str, ...]:
+    def _foreign_server_prefix(self) -> tuple[str, ...]:
         """Return what goes before a command on a server of others, whose options stay theirs.
 
         Of its environment the command gets nothing that is not in ours: the key may be there.
         """
-        with contextlib.suppress(TmuxGone):
+        with contextlib.suppress(TmuxSessionLost):
             if self._run("list-sessions", "-F", "#{@started_by}").isspace():
                 names = re.findall(r"(?m)^(\w+)=", self._run("show-environment", "-g"))
                 return ("env", *(f"-u{name}" for name in names if name not in self._environ))
         return ()
 
-    def look(self, pane_id: str) -> Pane:
+    def snapshot(self, pane_id: str) -> PaneSnapshot:
         """Return the state and the screen of a pane, in one call to tmux."""
         facts = ("#{pane_id}:#{pid}:#{pane_pid}:#{pane_dead}:#{pane_in_mode}:#{alternate_on}:"
                  "#{cursor_y}:#{cursor_x}:#{pane_dead_status}:#{pane_dead_signal}\n"
                  "#{pane_current_command}\n#{pane_title}")
-        answer = self._read("display-message", "-p", "-t", pane_id, facts, ";",
+        answer = self._query("display-message", "-p", "-t", pane_id, facts, ";",
                             "capture-pane", "-p", "-t", pane_id)
         first, command, title, screen = (answer + "\n\n\n").split("\n", 3)
         if not first.startswith(pane_id + ":"):     # since tmux 3.2 a wrong target is no error
-            raise TmuxGone(f"can't find pane: {pane_id}")
+            raise TmuxSessionLost(f"can't find pane: {pane_id}")
         _, server, pid, dead, mode, alternate, row, column, status, ended_by = first.split(":")
-        return Pane(pane_id, int(server), int(pid or 0), dead == "1",
+        return PaneSnapshot(pane_id, int(server), int(pid or 0), dead == "1",
                     f"signal {ended_by}" if ended_by else f"status {status}" if status else "",
                     mode not in ("", "0"), alternate == "1", int(row or 0), int(column or 0),
                     command, title, tuple(line.rstrip() for line in screen.split("\n")))
 
-    def history(self, pane_id: str) -> str:
+    def capture_history(self, pane_id: str) -> str:
         """Return all lines of a pane, wrapped ones joined, those that scrolled off included."""
-        return self._read("capture-pane", "-p", "-J", "-S", "-", "-t", pane_id)
+        return self._query("capture-pane", "-p", "-J", "-S", "-", "-t", pane_id)
 
-    def picture(self, pane_id: str) -> str:
+    def capture_ansi(self, pane_id: str) -> str:
         """Return the visible screen with its colours as SGR sequences."""
-        return self._read("capture-pane", "-p", "-e", "-t", pane_id)
+        return self._query("capture-pane", "-p", "-e", "-t", pane_id)
 
-    def paste(self, pane: Pane, text: str) -> bool:
+    def paste_text(self, pane: PaneSnapshot, text: str) -> bool:
         """Paste text as one message; False if the pane would not take it now.
 
         Never send-keys for text: it loses a trailing `;` and fails above 16 KB.
         """
         buffer = f"orchestrator-{secrets.token_hex(16)}"
-        return self._guarded(pane, f"paste-buffer -p -r -d -b {buffer} -t {pane.id}",
+        return self._run_if_unchanged(pane, f"paste-buffer -p -r -d -b {buffer} -t {pane.id}",
                              f"delete-buffer -b {buffer} ; ", text=text,
                              before=("load-buffer", "-b", buffer, "-", ";"))
 
-    def press(self, pane: Pane, *keys: str) -> bool:
+    def send_keys(self, pane: PaneSnapshot, *keys: str) -> bool:
         """Press keys by their tmux names; False if the pane would not take them now."""
-        return self._guarded(pane, f"send-keys -t {pane.id} {shlex.join(keys)}")
+        return self._run_if_unchanged(pane, f"send-keys -t {pane.id} {shlex.join(keys)}")
 
-    def leave_mode(self, pane_id: str) -> None:
+    def exit_copy_mode(self, pane_id: str) -> None:
         """End copy mode or another mode, in which keys would go to tmux."""
         try:
             self._run("copy-mode", "-q", "-t", pane_id)
         except TmuxError:       # before tmux 3.1
             self._run("send-keys", "-X", "-t", pane_id, "cancel")
 
-    def kill(self) -> None:
+    def kill_session(self) -> None:
         """End the session, and with the last one the server, whose socket is left for the next."""
         self._run("kill-session", "-t", f"={self.session}")
 
-    def _guarded(self, pane: Pane, command: str, otherwise: str = "", *,
+    def _run_if_unchanged(self, pane: PaneSnapshot, command: str, otherwise: str = "", *,
                  before: Sequence[str] = (), text: str = "") -> bool:
         """Run a command in the server only if the pane still is as it was seen, and takes input.
 
@@ -822,15 +835,15 @@ class Tmux:
         """
         state = (f"#{{==:#{{pid}}/#{{pane_id}}/#{{pane_pid}}/#{{pane_dead}}/#{{pane_in_mode}}/"
                  f"#{{pane_input_off}},{pane.server_pid}/{pane.id}/{pane.pid}/0/0/0}}")
-        answer = self._read(*before, "if-shell", "-F", "-t", pane.id, state,
+        answer = self._query(*before, "if-shell", "-F", "-t", pane.id, state,
                             f"{command} ; display-message -p TAKEN",
                             f"{otherwise}display-message -p REFUSED", text=text)
         return answer.strip() == "TAKEN"
 
-    def _read(self, *args: str, text: str = "", cwd: str | None = None) -> str:
+    def _query(self, *args: str, text: str = "", cwd: str | None = None) -> str:
         answer = self._run(*args, text=text, cwd=cwd)
         if not answer:
-            raise TmuxError(f"tmux {args[0]} gave an empty answer: {self._doubt}")
+            raise TmuxError(f"tmux {args[0]} gave an empty answer: {self._server_hint}")
         return answer
 
     def _run(self, *args: str, text: str = "", cwd: str | None = None) -> str:
@@ -840,14 +853,14 @@ class Tmux:
             done = subprocess.run(
                 ["tmux", "-u", "-L", self.socket_name, "-f", os.devnull, *words], input=text,
                 capture_output=True, encoding="utf-8", errors="replace", env=self._environ,
-                cwd=cwd, timeout=_CALL_LIMIT, start_new_session=True)   # no Ctrl-C for it
+                cwd=cwd, timeout=_CALL_TIMEOUT, start_new_session=True)   # no Ctrl-C for it
         except FileNotFoundError as error:
             raise AgentError(
                 f"the working directory is gone: {cwd}" if error.filename == cwd else
                 "tmux is not installed: apt install tmux, brew install tmux") from None
         except subprocess.TimeoutExpired:
-            raise TmuxError(f"tmux {args[0]} gave no answer in {_CALL_LIMIT:g} s: "
-                            f"{self._doubt}") from None
+            raise TmuxError(f"tmux {args[0]} gave no answer in {_CALL_TIMEOUT:g} s: "
+                            f"{self._server_hint}") from None
         except OSError as error:
             raise TmuxError(f"tmux can't be run: {error.strerror}") from None
         if done.returncode == 0:
@@ -855,51 +868,16 @@ class Tmux:
         said = done.stderr.strip() or f"status {done.returncode}"
         if "server exited unexpectedly" in said:    # it died, or it is of another version
             if args == ("list-sessions",):
-                raise TmuxError(f"tmux: {said}: {self._doubt}")
-            with contextlib.suppress(TmuxGone):
+                raise TmuxError(f"tmux: {said}: {self._server_hint}")
+            with contextlib.suppress(TmuxSessionLost):
                 self._run("list-sessions")
-        kind = TmuxDied if _DIED.search(said) else TmuxGone if _GONE.search(said) else TmuxError
+        kind = TmuxServerLost if _SERVER_LOST.search(said) else TmuxSessionLost if _SESSION_LOST.search(said) else TmuxError
         raise kind(f"tmux {args[0]}: {said}")
 
 
-# -- 5. Agent -------------------------------------------------------------------------------
-# Starting, asking, waiting for and reviving the program in the pane; no tmux syntax.
-# May use: Errors, Text, Tmux.
-
-class Program(NamedTuple):
-    """An agent program: its name, how it is started, and started again with its conversation."""
-
-    name: str
-    start: tuple[str, ...]
-    resume: tuple[str, ...] = ()    # empty: it has no conversation to go on with
-    install: str = ""               # empty: we know nothing of how it looks when it is ready
-
-
-_INSTALL = {"claude": "npm install -g @anthropic-ai/claude-code",
-            "codex": "npm install -g @openai/codex"}
-
-
-def choose_program(default_model: str, command: str = "") -> Program:
-    """Return Claude Code, Codex, or what a shell command runs; flags as of their newest versions.
-
-    >>> choose_program("gpt-5").start[:3]
-    ('codex', '--model', 'gpt-5')
-    """
-    if command:
-        words = tuple(command.split())
-        name = next((Path(word).name for word in words if "=" not in word), "sh")
-        if not re.fullmatch(r"[\w@%+:,./-]+( [\w@%+:,./= -]*)?", command):      # for a shell
-            words = ("/bin/sh", "-c", command)
-        return Program(name, words, install=_INSTALL.get(name, ""))
-    model = () if default_model.lower() in ("claude", "gpt") else ("--model", default_model)
-    if default_model.lower().startswith("gpt"):
-        flags = (*model, "--no-alt-screen", "--ask-for-approval", "never",
-                 "--sandbox", "workspace-write")
-        return Program("Codex", ("codex", *flags), ("codex", "resume", "--last", *flags),
-                       _INSTALL["codex"])
-    claude = ("claude", "--dangerously-skip-permissions", "--setting-sources", "user", *model)
-    return Program("Claude Code", claude, (*claude, "--continue"), _INSTALL["claude"])
-
+# -- 7. Agent -----------------------------------------------------------------------------
+# Starts, asks, waits for and restarts the program in the pane; no tmux syntax.
+# May use: Errors, Text, Agent profiles, Screens, Tmux.
 
 class Turn(NamedTuple):
     """What came of a message: all that is new on the screen, and how the turn ended."""
@@ -907,80 +885,80 @@ class Turn(NamedTuple):
     output: str
     state: str = "done"             # done, working (a limit came first), quiet or exited
     notes: tuple[str, ...] = ()     # what else there is to know, in sentences
-    limited: float = 0.0            # seconds until a usage limit of the agent is over
+    usage_limit_seconds: float = 0.0            # seconds until a usage limit of the agent is over
 
-    def report(self) -> str:
+    def as_text(self) -> str:
         """Return the notes and the output as one text."""
         return "\n".join([*(f"[{note}]" for note in self.notes), self.output]).rstrip("\n")
 
 
-class Watch:
+class TurnDetector:
     """Decide, look by look, whether a turn is over.
 
-    A turn is over when a busy sign has gone and the screen stands still for STILL seconds or,
-    for a program that gives none, when the screen has changed and stands still for `unsigned`.
-    A sign counts only while something is redrawn: one that stands for STALE is a quotation, or
+    A turn is over when a busy sign has gone and the screen stands still for SETTLE_SECONDS seconds or,
+    for a program that gives none, when the screen has changed and stands still for `settle_seconds`.
+    A sign counts only while something is redrawn: one that stands for STALE_SECONDS is a quotation, or
     was left behind.  Words below the input box give way to what a person types there: while that
-    looks other than before, they count as gone only once the screen stands still for UNSIGNED.
+    looks other than before, they count as gone only once the screen stands still for SETTLE_SECONDS_WITHOUT_INDICATOR.
     (Measured on Claude Code 2.1 and Codex 0.169, which redraw twice a second.)
     """
 
-    STILL, UNSIGNED, STALE = 0.25, 2.0, 15.0
-    REPEAT = (0.5, 1.0, 2.0)        # when to press Enter again, in seconds after the last time
+    SETTLE_SECONDS, SETTLE_SECONDS_WITHOUT_INDICATOR, STALE_SECONDS = 0.25, 2.0, 15.0
+    ENTER_RETRY_SECONDS = (0.5, 1.0, 2.0)        # when to press Enter again, in seconds after the last time
 
-    def __init__(self, before: Pane, now: float, homes: Iterable[str], *, titled: bool = False,
-                 untaken: Callable[[Pane], bool] = lambda pane: False, patience: float = STALE,
-                 unsigned: float = UNSIGNED) -> None:
-        self.titled = titled        # the title has shown a spinner: words are not asked any more
-        self._homes = frozenset(homes)      # programs that have waited for us
-        self._untaken, self._unsigned = untaken, unsigned
-        self._patience = patience           # seconds without any change
-        self._picture = (before.title, before.command, before.screen)
-        self._title, self._bottom = before.title, before.bottom
-        self._started = self._changed = self._pressed_at = now
-        self._moved = self._was_busy = self._worded = self._busy = False
-        self._pressed = 0
+    def __init__(self, before: PaneSnapshot, now: float, prompt_commands: Iterable[str], *, has_title_spinner: bool = False,
+                 is_unsent: Callable[[PaneSnapshot], bool] = lambda pane: False, idle_timeout: float = STALE_SECONDS,
+                 settle_seconds: float = SETTLE_SECONDS_WITHOUT_INDICATOR) -> None:
+        self.has_title_spinner = has_title_spinner        # the title has shown a spinner: words are not asked any more
+        self._prompt_commands = frozenset(prompt_commands)      # programs that have waited for us
+        self._is_unsent, self._settle_seconds = is_unsent, settle_seconds
+        self._idle_timeout = idle_timeout           # seconds without any change
+        self._last_state = (before.title, before.foreground_command, before.screen)
+        self._title, self._lines_from_cursor = before.title, before.lines_from_cursor
+        self._started = self._changed = self._last_enter_at = now
+        self._has_changed = self._was_busy = self._was_busy_by_text = self._is_busy = False
+        self._enter_retries = 0
 
-    def see(self, pane: Pane, now: float) -> str:
+    def update(self, pane: PaneSnapshot, now: float) -> str:
         """Return what to do after a look: wait, enter (it was not taken), done or quiet."""
-        picture = (pane.title, pane.command, pane.screen)
-        if picture != self._picture:
-            self._picture, self._changed, self._moved = picture, now, True
-        still, elsewhere = now - self._changed, pane.command not in self._homes
+        picture = (pane.title, pane.foreground_command, pane.screen)
+        if picture != self._last_state:
+            self._last_state, self._changed, self._has_changed = picture, now, True
+        still, elsewhere = now - self._changed, pane.foreground_command not in self._prompt_commands
         if pane.title != self._title:       # one that stands still since before was left behind
             self._title = ""
         spins = bool(SPINNER.match(pane.title)) and not self._title
-        self.titled |= spins
-        words = not self.titled and says_busy(pane.screen)
-        self._busy = still < self.STALE and (spins or elsewhere or words)
-        if self._busy:
-            self._was_busy, self._worded = True, words
+        self.has_title_spinner |= spins
+        words = not self.has_title_spinner and is_busy(pane.screen)
+        self._is_busy = still < self.STALE_SECONDS and (spins or elsewhere or words)
+        if self._is_busy:
+            self._was_busy, self._was_busy_by_text = True, words
             return "wait"
         if elsewhere:
-            return "quiet"
-        if keeps_message(pane.screen) and still < self.STALE:
+            return "idle"
+        if is_message_queued(pane.screen) and still < self.STALE_SECONDS:
             return "wait"
         if self._was_busy:
-            hidden = self._worded and pane.bottom != self._bottom
-            return "done" if still >= (self.UNSIGNED if hidden else self.STILL) else "wait"
-        if self._untaken(pane):
-            waits = self.REPEAT[self._pressed:self._pressed + 1]
-            if waits and now - max(self._pressed_at, self._changed) >= waits[0]:
-                self._pressed, self._pressed_at = self._pressed + 1, now
+            hidden = self._was_busy_by_text and pane.lines_from_cursor != self._lines_from_cursor
+            return "done" if still >= (self.SETTLE_SECONDS_WITHOUT_INDICATOR if hidden else self.SETTLE_SECONDS) else "wait"
+        if self._is_unsent(pane):
+            waits = self.ENTER_RETRY_SECONDS[self._enter_retries:self._enter_retries + 1]
+            if waits and now - max(self._last_enter_at, self._changed) >= waits[0]:
+                self._enter_retries, self._last_enter_at = self._enter_retries + 1, now
                 return "enter"
-        elif self._moved:
-            return "done" if still >= self._unsigned else "wait"
-        return "quiet" if still >= self._patience else "wait"
+        elif self._has_changed:
+            return "done" if still >= self._settle_seconds else "wait"
+        return "idle" if still >= self._idle_timeout else "wait"
 
-    def pause(self, now: float) -> float:
+    def poll_interval(self, now: float) -> float:
         """Return the seconds until the next look: 2 % of the turn's age, less near its end."""
         age = now - self._started
         if age < 1:
             return 0.05
-        return 0.1 if self._was_busy and not self._busy else min(0.5, max(0.1, 0.02 * age))
+        return 0.1 if self._was_busy and not self._is_busy else min(0.5, max(0.1, 0.02 * age))
 
 
-def birth(pid: int) -> str:
+def process_start_time(pid: int) -> str:
     """Return when a process began, or nothing: slim containers have no ps, macOS has no /proc."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
@@ -995,269 +973,269 @@ class Agent:
 
     A dead program, session or server is started again on the way; more than three restarts
     within ten minutes without a finished turn raise AgentError.  `publish` is told of each
-    recovery, and of the screen twice a second while `watched()`.
+    recovery, and of the screen twice a second while `has_viewers()`.
     """
 
     # Seconds that a first screen stands still: a ready one, unknown words, a box without a title.
-    READY_STILL, UNKNOWN_STILL, UNNAMED_STILL, READY_LIMIT = 0.4, 10.0, 30.0, 60.0
-    SIGN_LATE = 5.0     # until when the sign of an agent that gives one may come: a busy machine
-    RESTARTS, RESTART_SPAN = 3, 600.0
-    UNANSWERED = 25.0   # seconds: how long a tmux that does not answer is asked again
+    READY_SETTLE_SECONDS, UNKNOWN_SETTLE_SECONDS, UNTITLED_SETTLE_SECONDS, READY_TIMEOUT = 0.4, 10.0, 30.0, 60.0
+    INDICATOR_DELAY_SECONDS = 5.0     # until when the sign of an agent that gives one may come: a busy machine
+    MAX_RESTARTS, RESTART_WINDOW_SECONDS = 3, 600.0
+    TMUX_TIMEOUT = 25.0   # seconds: how long a tmux that does not answer is asked again
 
-    def __init__(self, tmux: Tmux, program: Program, directory: Path, *,
+    def __init__(self, tmux: Tmux, profile: AgentProfile, directory: Path, *,
                  publish: Callable[..., object] = lambda kind, **fields: None,
-                 watched: Callable[[], bool] = lambda: False,
+                 has_viewers: Callable[[], bool] = lambda: False,
                  clock: Callable[[], float] = time.monotonic,
                  sleep: Callable[[float], None] = time.sleep) -> None:
-        self.name = program.name
-        self._known = bool(program.install)     # what its screens mean is known
-        self._tmux, self._program, self._directory = tmux, program, str(directory)
-        self._publish, self._watched, self._clock, self._sleep = publish, watched, clock, sleep
-        self._mark = f"{shlex.join(program.start)!r} in {self._directory!r}"
-        self._pane_id, self._server = "", 0     # a new server counts its panes from %0 again
-        self._leader = 0, ""                    # the program in the pane when last seen: id, birth
-        self._seen: list[str] = []              # the last capture that was reported
-        self._homes: set[str] = set()
-        self._titled = self._talked = self._working = False
-        self._asks = False                      # it shows no input box, but something unknown
-        self._restarts: list[float] = []
-        self._shown: tuple[float, tuple[str, ...]] = (0.0, ())
+        self.name = profile.name
+        self._is_known = bool(profile.install_command)     # what its screens mean is known
+        self._tmux, self._profile, self._directory = tmux, profile, str(directory)
+        self._publish, self._has_viewers, self._clock, self._sleep = publish, has_viewers, clock, sleep
+        self._session_mark = f"{shlex.join(profile.start_command)!r} in {self._directory!r}"
+        self._pane_id, self._server_pid = "", 0     # a new server counts its panes from %0 again
+        self._process = 0, ""                    # the program in the pane when last seen: id, birth
+        self._last_capture: list[str] = []              # the last capture that was reported
+        self._prompt_commands: set[str] = set()
+        self._has_title_spinner = self._has_conversation = self._turn_in_progress = False
+        self._blocked_by_dialog = False                      # it shows no input box, but something unknown
+        self._restart_times: list[float] = []
+        self._last_published: tuple[float, tuple[str, ...]] = (0.0, ())
 
-    def check(self) -> str:
+    def check_installed(self) -> str:
         """Return where the agent's program is; raise AgentError if it is not there."""
-        program, how = self._program.start[0], self._program.install or "check CLAUDE_CMD"
-        found = shutil.which(program)
+        profile, how = self._profile.start_command[0], self._profile.install_command or "check CLAUDE_CMD"
+        found = shutil.which(profile)
         if not found:
-            raise AgentError(f"{self.name}: there is no {program} on the PATH: {how}")
+            raise AgentError(f"{self.name}: there is no {profile} on the PATH: {how}")
         return f"{self.name}: {found}"
 
-    def find(self) -> str:
+    def find_session(self) -> str:
         """Return the pane to join, if there is one; raise ConfigError if the session isn't ours."""
-        mark, pane_id = self._tmux.find()
-        if pane_id and mark != self._mark:
+        mark, pane_id = self._tmux.find_pane()
+        if pane_id and mark != self._session_mark:
             raise ConfigError(
                 f"session {self._tmux.session} runs {mark or 'something else'}: "
                 "set CLAUDE_TMUX_SESSION to another name, or end it with "
                 f"tmux -L {self._tmux.socket_name} kill-session -t {self._tmux.session}")
         return pane_id
 
-    def start(self, talked: bool = False) -> Turn:
+    def start(self, resume: bool = False) -> Turn:
         """Join the session or make it, wait until the agent is ready, and return its screen.
 
-        If it was `talked` to before, and the session is gone, it is started with its conversation.
+        If it was `resume` to before, and the session is gone, it is started with its conversation.
         Raises ConfigError for a session that was made for something else, AgentError if the
         program is missing or ends at once.
         """
-        self._pane_id, notes = self.find(), ()
-        self._talked = talked or bool(self._pane_id)
+        self._pane_id, notes = self.find_session(), ()
+        self._has_conversation = resume or bool(self._pane_id)
         try:
             if self._pane_id:
-                self._until_ready()
-            elif talked:
-                raise TmuxGone(f"there is no {self._tmux.session}")
+                self._wait_until_ready()
+            elif resume:
+                raise TmuxSessionLost(f"there is no {self._tmux.session}")
             else:
-                self._run(self._program.start)
-        except (TmuxGone, AgentExited) as trouble:
-            if isinstance(trouble, AgentExited) and not self._talked:
+                self._launch(self._profile.start_command)
+        except (TmuxSessionLost, AgentExited) as trouble:
+            if isinstance(trouble, AgentExited) and not self._has_conversation:
                 self.stop()     # its words are told; a dead session is in the way
                 raise
             notes = (self._restart(trouble),)
-        self._seen, pane = self._capture(), self._look()
-        return Turn(pane.text, notes=notes + self._menu_note(pane))
+        self._last_capture, pane = self._capture_transcript(), self._snapshot()
+        return Turn(pane.text, notes=notes + self._menu_notes(pane))
 
-    def ask(self, message: str, limit: float = 1800) -> Turn:
+    def ask(self, message: str, timeout: float = 1800) -> Turn:
         """Type a message, wait until the agent is done, and return what is new on its screen.
 
-        A turn of more than `limit` seconds is returned as still working.
+        A turn of more than `timeout` seconds is returned as still working.
         """
         text, submitted = sanitize(message), False
 
-        def act(before: Pane) -> Turn:
+        def act(before: PaneSnapshot) -> Turn:
             nonlocal submitted
-            asks = self._menu_note(before)
-            notes, empty = self._clear_box(before)
+            asks = self._menu_notes(before)
+            notes, empty = self._clear_draft(before)
             if asks or not empty:
-                return Turn(before.text, "quiet", ("Nothing was typed.", *notes, *asks))
-            if not self._working:       # else it is not for us that it waits
-                self._homes.add(before.command)
-            untaken = self._paste(before, text)
-            self._write(lambda pane: self._tmux.press(pane, "Enter"))
-            submitted = self._talked = True     # or nobody knows
-            turn = self._follow(before, limit, untaken=untaken, late=self._known)
+                return Turn(before.text, "idle", ("Nothing was typed.", *notes, *asks))
+            if not self._turn_in_progress:       # else it is not for us that it waits
+                self._prompt_commands.add(before.foreground_command)
+            is_unsent = self._paste_message(before, text)
+            self._retry_write(lambda pane: self._tmux.send_keys(pane, "Enter"))
+            submitted = self._has_conversation = True     # or nobody knows
+            turn = self._wait_for_turn_end(before, timeout, is_unsent=is_unsent, late=self._is_known)
             return turn._replace(notes=notes + turn.notes)
 
-        turn = self._survive(act, lambda: not submitted)
+        turn = self._with_recovery(act, lambda: not submitted)
         unsure = turn.state == "exited" and submitted
         return turn._replace(notes=turn.notes + ("It may have taken the message.",) * unsure)
 
-    def press(self, keys: Sequence[str], limit: float = 1800) -> Turn:
+    def send_keys(self, keys: Sequence[str], timeout: float = 1800) -> Turn:
         """Press keys by their tmux names, and return what is new once the screen stands still."""
-        def act(before: Pane) -> Turn:
-            self._write(lambda pane: self._tmux.press(pane, *keys))
-            return self._follow(before, limit, patience=2.0)
+        def act(before: PaneSnapshot) -> Turn:
+            self._retry_write(lambda pane: self._tmux.send_keys(pane, *keys))
+            return self._wait_for_turn_end(before, timeout, idle_timeout=2.0)
 
-        return self._survive(act)
+        return self._with_recovery(act)
 
     def wait(self, seconds: float) -> Turn:
         """Wait until the screen changes and the agent is done, or the time is over."""
-        return self._survive(lambda before: self._follow(before, seconds, patience=seconds))
+        return self._with_recovery(lambda before: self._wait_for_turn_end(before, seconds, idle_timeout=seconds))
 
-    def look(self) -> Turn:
+    def read_screen(self) -> Turn:
         """Return the visible screen as it is."""
-        return self._survive(lambda pane: Turn(pane.text))
+        return self._with_recovery(lambda pane: Turn(pane.text))
 
     def stop(self) -> None:
         """End the session, if it is ours."""
         with contextlib.suppress(OrchestratorError):
-            if self.find():
-                self._tmux.kill()
+            if self.find_session():
+                self._tmux.kill_session()
 
-    def _survive(self, act: Callable[[Pane], Turn],
+    def _with_recovery(self, act: Callable[[PaneSnapshot], Turn],
                  again: Callable[[], bool] = lambda: False) -> Turn:
         """Do something to the pane; if its program is gone restart it, and do it `again` or not."""
         notes: tuple[str, ...] = ()
         while True:
             try:
-                turn = act(self._look())
+                turn = act(self._snapshot())
                 return turn._replace(notes=notes + turn.notes)
-            except (TmuxGone, AgentExited) as trouble:
+            except (TmuxSessionLost, AgentExited) as trouble:
                 notes += (self._restart(trouble),)
-                if not self._asks and again():
+                if not self._blocked_by_dialog and again():
                     continue
-                shown = clip(trouble.words)
-                if self._asks:
-                    shown += f"\n{self.name} now shows:\n{self._look().text}"
+                shown = truncate_middle(trouble.last_output)
+                if self._blocked_by_dialog:
+                    shown += f"\n{self.name} now shows:\n{self._snapshot().text}"
                 return Turn(shown.strip("\n"), "exited", notes)
 
     # looking
 
-    def _look(self) -> Pane:
+    def _snapshot(self) -> PaneSnapshot:
         """Look at the pane; raise AgentExited if its program has ended."""
-        pane = self._ask_tmux(self._tmux.look)
-        self._server = self._server or pane.server_pid
-        if pane.server_pid != self._server:
-            raise TmuxGone("there is another tmux server now")
+        pane = self._retry_read(self._tmux.snapshot)
+        self._server_pid = self._server_pid or pane.server_pid
+        if pane.server_pid != self._server_pid:
+            raise TmuxSessionLost("there is another tmux server now")
         if pane.dead:
-            raise self._exited(pane)
-        if pane.pid != self._leader[0]:
-            self._leader = pane.pid, birth(pane.pid)
-        self._show(pane, 0.5)
+            raise self._exit_error(pane)
+        if pane.pid != self._process[0]:
+            self._process = pane.pid, process_start_time(pane.pid)
+        self._publish_screen(pane, 0.5)
         return pane
 
-    def _capture(self) -> list[str]:
-        lines = tidy(self._ask_tmux(self._tmux.history))
-        return above_box(lines) if self._known else lines
+    def _capture_transcript(self) -> list[str]:
+        lines = trimmed_lines(self._retry_read(self._tmux.capture_history))
+        return strip_input_box(lines) if self._is_known else lines
 
-    def _ask_tmux(self, question: Callable[[str], Any]) -> Any:
+    def _retry_read(self, question: Callable[[str], Any]) -> Any:
         """Ask about the pane; a call that fails while the pane is there says nothing: ask again."""
-        until = self._clock() + self.UNANSWERED
+        until = self._clock() + self.TMUX_TIMEOUT
         while True:
             try:
                 return question(self._pane_id)
             except TmuxError as error:
-                if isinstance(error, TmuxGone) or self._clock() >= until:
+                if isinstance(error, TmuxSessionLost) or self._clock() >= until:
                     raise
                 self._sleep(0.2)
 
-    def _show(self, pane: Pane, pause: float) -> None:
+    def _publish_screen(self, pane: PaneSnapshot, pause: float) -> None:
         """Publish a new screen for who watches, `pause` seconds after the last one."""
         now = self._clock()
-        if now - self._shown[0] >= pause and pane.screen != self._shown[1] and self._watched():
-            self._shown = (now, pane.screen)
+        if now - self._last_published[0] >= pause and pane.screen != self._last_published[1] and self._has_viewers():
+            self._last_published = (now, pane.screen)
             with contextlib.suppress(TmuxError):
-                self._publish("screen", text=self._tmux.picture(pane.id))
+                self._publish("screen", text=self._tmux.capture_ansi(pane.id))
 
-    def _exited(self, pane: Pane) -> AgentExited:
-        if not pane.status:         # some builds of tmux lose the signal that a child has ended
+    def _exit_error(self, pane: PaneSnapshot) -> AgentExited:
+        if not pane.exit_description:         # some builds of tmux lose the signal that a child has ended
             with contextlib.suppress(OSError):
                 os.kill(pane.server_pid, signal.SIGCHLD)
             self._sleep(0.05)
-            pane = self._tmux.look(self._pane_id)
-        words = [line for line in self._news(pane)[0] if not line.startswith("Pane is dead (")]
+            pane = self._tmux.snapshot(self._pane_id)
+        words = [line for line in self._take_new_output(pane)[0] if not line.startswith("Pane is dead (")]
         last = " / ".join([" ".join(line.split()) for line in words if line.strip()][-3:])
-        error = AgentExited(f"{self.name} ended" + f" with {pane.status}" * bool(pane.status)
-                            + f"; it said: {clip(last, 400)}" * bool(last))
-        error.words = "\n".join(words).strip("\n")
+        error = AgentExited(f"{self.name} ended" + f" with {pane.exit_description}" * bool(pane.exit_description)
+                            + f"; it said: {truncate_middle(last, 400)}" * bool(last))
+        error.last_output = "\n".join(words).strip("\n")
         return error
 
-    def _news(self, pane: Pane) -> tuple[list[str], bool]:
+    def _take_new_output(self, pane: PaneSnapshot) -> tuple[list[str], bool]:
         """Return what is new since the last report, and whether that could be told apart."""
         lines = None
-        if not pane.alternate:      # what is below a full-screen program will be there again
-            before, self._seen = self._seen, self._capture()
-            lines = new_lines(before, self._seen)
+        if not pane.is_alternate_screen:      # what is below a full-screen program will be there again
+            before, self._last_capture = self._last_capture, self._capture_transcript()
+            lines = find_new_lines(before, self._last_capture)
         return (pane.text.split("\n"), False) if lines is None else (lines, True)
 
     # writing
 
-    def _box(self, pane: Pane, column: int = 0) -> str:
+    def _find_draft(self, pane: PaneSnapshot, column: int = 0) -> str:
         """Return what stands in the input box, nothing for a program whose box we do not know."""
-        if not self._known or menu_on(pane.screen):
+        if not self._is_known or describe_menu(pane.screen):
             return ""
-        return draft_in_box(pane.screen, pane.cursor_row, column or pane.cursor_column)
+        return find_draft(pane.screen, pane.cursor_row, column or pane.cursor_column)
 
-    def _clear_box(self, pane: Pane) -> tuple[tuple[str, ...], bool]:
+    def _clear_draft(self, pane: PaneSnapshot) -> tuple[tuple[str, ...], bool]:
         """Empty the input box of what somebody left in it, which a message would be glued to.
 
         Return what to say of that, and whether it is empty.  What stands behind a cursor at the
         start is a draft too, if it is not dim as a placeholder is.
         """
-        draft, behind = self._box(pane), self._box(pane, pane.cursor_column + 1)
+        draft, behind = self._find_draft(pane), self._find_draft(pane, pane.cursor_column + 1)
         if behind and not draft:
-            rows = self._ask_tmux(self._tmux.picture).split("\n")
-            draft = "" if DIM.search("".join(rows[pane.cursor_row:][:1])) else behind
+            rows = self._retry_read(self._tmux.capture_ansi).split("\n")
+            draft = "" if SGR_DIM.search("".join(rows[pane.cursor_row:][:1])) else behind
         keys = ("C-e", *["C-u"] * 20, *["C-k"] * 20, "BSpace")      # BSpace: out of shell mode
         left, tries = draft, 10
         while left and tries:
-            self._write(lambda now: self._tmux.press(now, *keys))
-            pane = self._look_until(lambda now: now.screen != pane.screen)
-            left, tries = self._box(pane), tries - 1
+            self._retry_write(lambda now: self._tmux.send_keys(now, *keys))
+            pane = self._poll_until(lambda now: now.screen != pane.screen)
+            left, tries = self._find_draft(pane), tries - 1
         fate = "does not go" if left else "was removed"
-        said = f"The input line held a draft, which {fate}: {clip(draft.strip(), 400)!r}"
+        said = f"The input line held a draft, which {fate}: {truncate_middle(draft.strip(), 400)!r}"
         return (said,) * bool(draft), not left
 
-    def _paste(self, before: Pane, text: str) -> Callable[[Pane], bool]:
+    def _paste_message(self, before: PaneSnapshot, text: str) -> Callable[[PaneSnapshot], bool]:
         """Paste text and give it half a second to show; return what tells whether it still stands.
 
         That is known by the box, or by the line that the cursor is on with it, or by the text.
         """
-        def shown(pane: Pane) -> bool:
-            return pane.screen != before.screen and holds_draft(pane.cursor_line, text)
+        def shown(pane: PaneSnapshot) -> bool:
+            return pane.screen != before.screen and is_message_unsent(pane.cursor_line, text)
 
         for _ in range(2):
-            answered = self._write(lambda pane: self._tmux.paste(pane, text))
-            pasted = self._look_until(shown)
-            if answered or self._box(pasted) or shown(pasted):
+            answered = self._retry_write(lambda pane: self._tmux.paste_text(pane, text))
+            pasted = self._poll_until(shown)
+            if answered or self._find_draft(pasted) or shown(pasted):
                 break
         else:
             raise TmuxError(f"tmux gave no answer, twice, and {self.name} got no text")
-        if self._known and shows_input(before.screen):
-            return lambda pane: bool(self._box(pane))
+        if self._is_known and has_input_box(before.screen):
+            return lambda pane: bool(self._find_draft(pane))
         if shown(pasted):
             return lambda pane: pane.cursor_line.startswith(pasted.cursor_line)
-        return lambda pane: holds_draft(pane.cursor_line, text)
+        return lambda pane: is_message_unsent(pane.cursor_line, text)
 
-    def _look_until(self, seen: Callable[[Pane], bool]) -> Pane:
+    def _poll_until(self, seen: Callable[[PaneSnapshot], bool]) -> PaneSnapshot:
         """Look until something is seen, half a second at most; return the last look."""
         until = self._clock() + 0.5
-        while not seen(pane := self._look()) and self._clock() < until:
+        while not seen(pane := self._snapshot()) and self._clock() < until:
             self._sleep(0.02)
         return pane
 
-    def _write(self, write: Callable[[Pane], bool]) -> bool:
+    def _retry_write(self, write: Callable[[PaneSnapshot], bool]) -> bool:
         """Write to the pane, out of copy mode if a person scrolls there.
 
         False: tmux gave no answer, so nobody knows.  Where it raises, nothing was written.
         """
         for _ in range(20):
-            pane = self._look()
+            pane = self._snapshot()
             try:
                 if pane.in_mode:
-                    self._tmux.leave_mode(pane.id)
+                    self._tmux.exit_copy_mode(pane.id)
                 if write(pane):
                     return True
             except TmuxError as error:
-                if type(error) is TmuxGone:
+                if type(error) is TmuxSessionLost:
                     raise
                 return False
             self._sleep(0.1)
@@ -1266,68 +1244,68 @@ class Agent:
 
     # waiting
 
-    def _follow(self, before: Pane, limit: float, *, late: bool = False,
-                untaken: Callable[[Pane], bool] = lambda pane: False,
-                patience: float = Watch.STALE) -> Turn:
+    def _wait_for_turn_end(self, before: PaneSnapshot, timeout: float, *, late: bool = False,
+                is_unsent: Callable[[PaneSnapshot], bool] = lambda pane: False,
+                idle_timeout: float = TurnDetector.STALE_SECONDS) -> Turn:
         """Watch the pane until the turn is over, whose sign may come `late`; return what is new."""
         started = self._clock()
-        watch = Watch(before, started, self._homes, titled=self._titled, untaken=untaken,
-                      patience=patience, unsigned=self.SIGN_LATE if late else Watch.UNSIGNED)
+        watch = TurnDetector(before, started, self._prompt_commands, has_title_spinner=self._has_title_spinner, is_unsent=is_unsent,
+                      idle_timeout=idle_timeout, settle_seconds=self.INDICATOR_DELAY_SECONDS if late else TurnDetector.SETTLE_SECONDS_WITHOUT_INDICATOR)
         while True:
-            pane, now = self._look(), self._clock()
-            verdict = watch.see(pane, now)
-            self._titled = watch.titled
+            pane, now = self._snapshot(), self._clock()
+            verdict = watch.update(pane, now)
+            self._has_title_spinner = watch.has_title_spinner
             if verdict == "enter":
-                self._write(lambda now: not untaken(now) or self._tmux.press(now, "Enter"))
+                self._retry_write(lambda now: not is_unsent(now) or self._tmux.send_keys(now, "Enter"))
             elif verdict != "wait":
-                return self._turn(pane, verdict)
-            elif now - started >= limit:
-                return self._turn(pane, "working")
-            self._sleep(min(watch.pause(now), max(0.0, started + limit - now)))
+                return self._finish_turn(pane, verdict)
+            elif now - started >= timeout:
+                return self._finish_turn(pane, "working")
+            self._sleep(min(watch.poll_interval(now), max(0.0, started + timeout - now)))
 
-    def _turn(self, pane: Pane, state: str) -> Turn:
+    def _finish_turn(self, pane: PaneSnapshot, state: str) -> Turn:
         """Return what is new since the last report."""
-        self._show(pane, 0.0)
-        self._working, notes = state == "working", []
+        self._publish_screen(pane, 0.0)
+        self._turn_in_progress, notes = state == "working", []
         if state == "done":
-            self._restarts.clear()
+            self._restart_times.clear()
         elif state == "working":
             notes.append(f"{self.name} is still working.")
-        elif pane.command in self._homes:
+        elif pane.foreground_command in self._prompt_commands:
             notes.append("Nothing more happens on the screen.")
         else:
-            notes.append(f"Nothing has changed for {Watch.STALE:g} seconds, but {pane.command} "
+            notes.append(f"Nothing has changed for {TurnDetector.STALE_SECONDS:g} seconds, but {pane.foreground_command} "
                          "is still running in the foreground.")
-        lines, exact = self._news(pane)
+        lines, exact = self._take_new_output(pane)
         output = "\n".join(lines).strip("\n")
-        limit, seconds = usage_limit(output if self._known else "", datetime.datetime.now())
+        limit, seconds = parse_usage_limit(output if self._is_known else "", datetime.datetime.now())
         if not output and state != "working":       # no answer; or cleared, and the same again
-            output, exact, state = pane.text, state == "quiet", "quiet"
+            output, exact, state = pane.text, state == "idle", "idle"
         if not exact:
             notes.append("This is the visible screen; what is new on it can't be told apart.")
         if limit:
             notes.append(f"This is a usage limit of {self.name}"
                          + f", over in {seconds / 60:.0f} minutes" * bool(seconds)
                          + ". Never choose to pay for more.")
-        return Turn(clip(output), state, (*notes, *self._menu_note(pane)), seconds)
+        return Turn(truncate_middle(output), state, (*notes, *self._menu_notes(pane)), seconds)
 
-    def _menu_note(self, pane: Pane) -> tuple[str, ...]:
-        menu = menu_on(pane.screen) if self._known else ""
+    def _menu_notes(self, pane: PaneSnapshot) -> tuple[str, ...]:
+        menu = describe_menu(pane.screen) if self._is_known else ""
         return (menu,) * bool(menu)
 
     # starting and reviving
 
-    def _run(self, command: Sequence[str]) -> None:
+    def _launch(self, command: Sequence[str]) -> None:
         """Run a command in the pane, or in a new session, and wait until it is ready."""
-        self.check()
-        self._pane_id, self._server = self.find(), 0
+        self.check_installed()
+        self._pane_id, self._server_pid = self.find_session(), 0
         if self._pane_id:
-            self._tmux.respawn(self._pane_id, command, self._directory)
+            self._tmux.respawn_pane(self._pane_id, command, self._directory)
         else:
-            self._pane_id = self._tmux.create(command, self._directory, self._mark)
-        self._until_ready()
+            self._pane_id = self._tmux.new_session(command, self._directory, self._session_mark)
+        self._wait_until_ready()
 
-    def _until_ready(self) -> None:
+    def _wait_until_ready(self) -> None:
         """Wait until the screen stands still and the agent can be typed to; answer its questions.
 
         One key at a time, and only on a screen that stands still: Claude Code draws its trust
@@ -1335,73 +1313,73 @@ class Agent:
         """
         started, changed, last, answered = self._clock(), 0.0, None, ""
         while True:
-            pane, now = self._look(), self._clock()
+            pane, now = self._snapshot(), self._clock()
             if pane.screen != last:
                 last, changed = pane.screen, now
-            late = now - started >= self.READY_LIMIT
-            if now - changed >= self._still_enough(pane) or late:
-                question = known_question(pane.screen) if self._known else None
+            late = now - started >= self.READY_TIMEOUT
+            if now - changed >= self._required_settle_seconds(pane) or late:
+                question = find_startup_dialog(pane.screen) if self._is_known else None
                 if answered and (not question or question.answer != answered):
                     self._publish("note", source="orchestrator",
                                   text=f"answered a question of {self.name}: {answered}")
                 if not question or late:
-                    self._working = False
-                    self._homes.add(pane.command)
-                    self._asks = self._known and (
-                        bool(question) or self._still_enough(pane) > self.READY_STILL)
+                    self._turn_in_progress = False
+                    self._prompt_commands.add(pane.foreground_command)
+                    self._blocked_by_dialog = self._is_known and (
+                        bool(question) or self._required_settle_seconds(pane) > self.READY_SETTLE_SECONDS)
                     return
-                key, answered, changed = question.key, question.answer, now
-                self._write(lambda seen: self._tmux.press(seen, key))
+                key, answered, changed = question.next_key, question.answer, now
+                self._retry_write(lambda seen: self._tmux.send_keys(seen, key))
             self._sleep(0.05)
 
-    def _still_enough(self, pane: Pane) -> float:
+    def _required_settle_seconds(self, pane: PaneSnapshot) -> float:
         """Return how long a first screen has to stand still before it is taken as the last.
 
         Codex shows its box, but no title, before it takes text.
         """
-        if not self._known:
-            return self.READY_STILL if pane.text else self.UNKNOWN_STILL
-        if known_question(pane.screen):
-            return self.READY_STILL
-        if shows_input(pane.screen):
-            return self.UNNAMED_STILL if pane.title == UNNAMED else self.READY_STILL
-        return self.UNKNOWN_STILL if pane.text else self.READY_LIMIT
+        if not self._is_known:
+            return self.READY_SETTLE_SECONDS if pane.text else self.UNKNOWN_SETTLE_SECONDS
+        if find_startup_dialog(pane.screen):
+            return self.READY_SETTLE_SECONDS
+        if has_input_box(pane.screen):
+            return self.UNTITLED_SETTLE_SECONDS if pane.title == INITIAL_TITLE else self.READY_SETTLE_SECONDS
+        return self.UNKNOWN_SETTLE_SECONDS if pane.text else self.READY_TIMEOUT
 
     def _restart(self, trouble: AgentError) -> str:
         """Start the agent again, with its conversation if it can; return what to say about it."""
-        remembers, latest = bool(self._talked and self._program.resume), trouble
+        remembers, latest = bool(self._has_conversation and self._profile.resume_command), trouble
         what = str(trouble)
-        if isinstance(trouble, TmuxGone):
+        if isinstance(trouble, TmuxSessionLost):
             what = f"the session is gone ({trouble})"
-            self._end_orphan()
+            self._kill_orphan()
         while True:
             now = self._clock()
-            self._restarts = [at for at in self._restarts if now - at < self.RESTART_SPAN] + [now]
-            if len(self._restarts) > self.RESTARTS:
-                raise AgentError(f"{self.name} was restarted {self.RESTARTS} times in ten minutes "
+            self._restart_times = [at for at in self._restart_times if now - at < self.RESTART_WINDOW_SECONDS] + [now]
+            if len(self._restart_times) > self.MAX_RESTARTS:
+                raise AgentError(f"{self.name} was restarted {self.MAX_RESTARTS} times in ten minutes "
                                  f"without finishing a turn; the last time: {latest}")
             try:
-                self._run(self._program.resume if remembers else self._program.start)
+                self._launch(self._profile.resume_command if remembers else self._profile.start_command)
                 break
-            except (TmuxGone, AgentExited) as error:
+            except (TmuxSessionLost, AgentExited) as error:
                 if remembers:       # the other way to start it is no restart more
-                    self._restarts.pop()
+                    self._restart_times.pop()
                 latest, remembers = error, False
-        self._seen = self._capture()
+        self._last_capture = self._capture_transcript()
         what += "; it was started again"
         self._publish("recovery", what=what, resumed=remembers)
         return f"{what} and " + ("remembers the conversation." if remembers
                                  else "remembers nothing of what was said before.")
 
-    def _end_orphan(self) -> None:
+    def _kill_orphan(self) -> None:
         """End a program that outlives its pane, two seconds later: a new one would work beside it.
 
         It leads a session of its own, as tmux had it; it was told by SIGHUP that the pane is gone.
         """
-        pid, born = self._leader
+        pid, born = self._process
         for again in range(25):
             try:        # 0 and 1 would be our own group and every process there is
-                if pid < 2 or not born or os.getsid(pid) != pid or birth(pid) != born:
+                if pid < 2 or not born or os.getsid(pid) != pid or process_start_time(pid) != born:
                     return
                 os.killpg(pid, signal.SIGKILL if again >= 20 else 0)
             except OSError:
@@ -1409,13 +1387,13 @@ class Agent:
             self._sleep(0.1)
 
 
-# -- 6. OpenRouter --------------------------------------------------------------------------
-# The one place that opens a URL.  May use: Errors, Text.
+# -- 8. Model client ----------------------------------------------------------------------
+# A client of OpenAI-compatible servers: the only code that opens a URL.  May use: Errors, Text.
 
 Messages = Sequence[Mapping[str, str]]
 
 
-class Tokens(NamedTuple):
+class TokenUsage(NamedTuple):
     """What calls used, as the API counts; of `prompt` what its cache had, and what was put in."""
 
     prompt: int = 0
@@ -1429,60 +1407,33 @@ class Reply(NamedTuple):
     """A whole answer of the model, and what all the tries for it used."""
 
     text: str
-    tokens: Tokens
+    tokens: TokenUsage
     cost: float | None      # US dollars, None where the server does not say
     duration_ms: int
 
-    def used(self) -> dict[str, Any]:
+    def usage_fields(self) -> dict[str, Any]:
         """Return what it used, as events tell it."""
         return {"tokens": self.tokens._asdict(), "cost": self.cost}
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
+class _NoRedirectHandler(urllib.request.HTTPRedirectHandler):
     """A redirected POST would become a GET, and might carry the key to another host."""
 
     def redirect_request(self, *request: object) -> None:
         return None
 
 
-def _reason(error: BaseException) -> str:
+def _error_reason(error: BaseException) -> str:
     said = str(getattr(error, "reason", None) or error)     # may repeat what the server sent
     return " ".join(sanitize(said).split()) or type(error).__name__
 
 
-def _part(holder: Mapping, name: str) -> dict:
-    """Return an object inside another, or in a list there; an empty one where there is none."""
-    found = holder.get(name)
-    found = found[0] if isinstance(found, list) and found else found
-    return found if isinstance(found, dict) else {}
-
-
-def _text(message: Mapping, name: str) -> str:
-    """Return a text, which may come as a list of parts."""
-    found = message.get(name)
-    parts = found if isinstance(found, list) else [{"text": found}]
-    texts = [part.get("text") for part in parts if isinstance(part, dict)]
-    return "".join(text for text in texts if isinstance(text, str))
-
-
-def _number(holder: Mapping, name: str) -> float | None:
-    """Return a number or the text of one, None where there is none, or one that can't be."""
-    with contextlib.suppress(TypeError, ValueError, OverflowError):
-        found = float(holder.get(name, ""))
-        return found if 0 <= found < 1e15 else None
-    return None
-
-
-def _count(holder: Mapping, name: str) -> int:
-    return int(_number(holder, name) or 0)
-
-
-def _plain(model: object) -> str:
+def _base_model_name(model: object) -> str:
     """Return a model's name without its variant; OpenRouter takes dashes for dots."""
     return re.sub(r"[:@].*", "", str(model)).replace(".", "-").lower()
 
 
-_KINDS = {word: status for status, words in {     # of types and codes that are words
+_STATUS_BY_ERROR_TYPE = {word: status for status, words in {     # of types and codes that are words
     401: "authentication invalid_api_key", 402: "payment_required insufficient_quota",
     400: "invalid_request invalid_prompt unprocessable precondition_failed",
     403: "permission_denied", 404: "not_found model_not_found", 429: "rate_limit_exceeded",
@@ -1490,45 +1441,45 @@ _KINDS = {word: status for status, words in {     # of types and codes that are 
     451: "content_policy_violation refusal",
     503: "server server_error unmapped timeout provider_unavailable provider_overloaded"
          " overloaded_error"}.items() for word in words.split()}
-_OVERFLOW = re.compile(r"context[ _]length|maximum context|(prompt|input) is too long|"
+_CONTEXT_WINDOW_ERROR = re.compile(r"context[ _]length|maximum context|(prompt|input) is too long|"
                        r"too many tokens|context (window|limit)", re.I)
-_REFUSED = re.compile(r"content[ _]policy|usage polic|moderation|flagged|prompt[ _]injection", re.I)
-_ROOM = re.compile(r"can only afford (\d{1,9})|context length is (\d{1,9}) tokens.*?"
+_CONTENT_POLICY_ERROR = re.compile(r"content[ _]policy|usage polic|moderation|flagged|prompt[ _]injection", re.I)
+_TOKEN_LIMIT_ERROR = re.compile(r"can only afford (\d{1,9})|context length is (\d{1,9}) tokens.*?"
                    r"(\d{1,9}) (?:of text input|in the messages|input tokens)")
-_OPTIONS = ("cache_control", "stream_options", "session_id", "max_tokens", "stream")
-_ON = ("Your answer was cut off because it became too long. Go on exactly where it stopped, "
+_OPTIONAL_PARAMETERS = ("cache_control", "stream_options", "session_id", "max_tokens", "stream")
+_CONTINUE_PROMPT = ("Your answer was cut off because it became too long. Go on exactly where it stopped, "
        "without a word about that.")
-_CREDIT = "add credit, or raise the limit of the key"
-_ADVICE = {401: "check OPENROUTER_API_KEY", 402: _CREDIT,
+_CREDIT_ADVICE = "add credit, or raise the limit of the key"
+_ADVICE_BY_STATUS = {401: "check OPENROUTER_API_KEY", 402: _CREDIT_ADVICE,
            403: "the key, the provider or what stands before it does not allow that",
            404: "check OPENROUTER_MODEL and OPENROUTER_BASE_URL",
            407: "check the proxy that the environment names",
            429: "too long to wait for: --resume goes on later"}
 
 
-def _hint(error: Mapping, headers: Mapping[str, str]) -> float | None:
+def _parse_retry_after(error: Mapping, headers: Mapping[str, str]) -> float | None:
     """Return in how many seconds a server wants to be asked again, None if it does not say."""
     told = {str(name).lower().replace("_", "-"): value for name, value in [
-        *headers.items(), *_part(_part(error, "metadata"), "headers").items(),
-        *_part(error, "availability").items()]}
-    seconds, reset = _number(told, "retry-after"), _number(told, "x-ratelimit-reset") or 0.0
+        *headers.items(), *get_object(get_object(error, "metadata"), "headers").items(),
+        *get_object(error, "availability").items()]}
+    seconds, reset = get_number(told, "retry-after"), get_number(told, "x-ratelimit-reset") or 0.0
     at = reset / 1000       # it is in milliseconds since 1970
     with contextlib.suppress(TypeError, ValueError, OverflowError):
         at = email.utils.parsedate_to_datetime(str(told.get("retry-after"))).timestamp()
     return at - time.time() if seconds is None and at > time.time() else seconds
 
 
-def _change(message: str, kind: int) -> dict[str, int | None]:
+def _parse_option_changes(message: str, kind: int) -> dict[str, int | None]:
     """Return what a refusal asks to change: a lower max_tokens, or an option that is to go."""
-    found = _ROOM.search(message)
+    found = _TOKEN_LIMIT_ERROR.search(message)
     if found:
         room = int(found[1] or found[2]) - int(found[3] or 0)
         return {"max_tokens": int(room * 0.95)} if room >= 1000 else {}
-    return {name: None for name in _OPTIONS if kind in (400, 404, 422)
+    return {name: None for name in _OPTIONAL_PARAMETERS if kind in (400, 404, 422)
             and re.search(rf"\b{name.replace('_', '[ _]')}(ing)?\b", message, re.I)}
 
 
-def classify(status: int, body: object, headers: Mapping[str, str]) -> ModelError:
+def error_from_response(status: int, body: object, headers: Mapping[str, str]) -> ModelError:
     """Return the error for an answer that is no success, by its type or code wherever that stands.
 
     The shapes are those of the OpenRouter documentation, errors-and-debugging: the error may
@@ -1537,11 +1488,11 @@ def classify(status: int, body: object, headers: Mapping[str, str]) -> ModelErro
     """
     error = body.get("error") if isinstance(body, dict) else body
     error = error if isinstance(error, dict) else {"message": error or body}
-    metadata, hint = _part(error, "metadata"), _hint(error, headers)
+    metadata, hint = get_object(error, "metadata"), _parse_retry_after(error, headers)
     told = [metadata.get("error_type"),
             *map(error.get, ("error_type", "code", "type", "http_status")), status]
     code = next((int(each) for each in map(str, told) if re.fullmatch(r"[3-5]\d\d", each)), 502)
-    kind = next((_KINDS[each] for each in map(str, told) if each in _KINDS), code)
+    kind = next((_STATUS_BY_ERROR_TYPE[each] for each in map(str, told) if each in _STATUS_BY_ERROR_TYPE), code)
     message = str(error.get("message") or "")
     if metadata.get("raw") and message in ("", "Provider returned error"):
         message = f"{message}: {metadata['raw']}"
@@ -1549,40 +1500,40 @@ def classify(status: int, body: object, headers: Mapping[str, str]) -> ModelErro
     said = f"the model's server answered {code}" + f": {message[:300]}" * bool(message)
     if kind == 403 and "limit exceeded" in message:     # of the key
         kind = 402
-    passing = _part(error, "availability").get("retryable")
+    passing = get_object(error, "availability").get("retryable")
     if passing is None:
         passing = kind in (408, 409, 425, 429) or kind >= 500
     if kind == 429 and (hint or 86_400 * bool(re.search("per.day|daily", message))) > 3600:
         passing = False
-    refused = metadata.get("reasons") or _REFUSED.search(message)
+    refused = metadata.get("reasons") or _CONTENT_POLICY_ERROR.search(message)
 
-    if kind == 413 or kind != 429 and _OVERFLOW.search(message):
-        found: ModelError = ContextOverflow(said)
+    if kind == 413 or kind != 429 and _CONTEXT_WINDOW_ERROR.search(message):
+        found: ModelError = ContextWindowExceeded(said)
         kind = 0        # no option that it names is at fault
     elif kind == 451 or refused and (kind in (400, 403) or kind >= 500):
-        found = TransientError(said, tries=3)
+        found = TransientError(said, max_attempts=3)
     elif passing:
         found = TransientError(said, retry_after=hint)
     else:
-        otherwise = "OPENROUTER_MODEL may not take this request" if kind >= 400 else _ADVICE[404]
-        found = ModelError(f"{said} ({_ADVICE.get(kind, otherwise)})")
-    found.code, found.change = code, _change(message, kind)
+        otherwise = "OPENROUTER_MODEL may not take this request" if kind >= 400 else _ADVICE_BY_STATUS[404]
+        found = ModelError(f"{said} ({_ADVICE_BY_STATUS.get(kind, otherwise)})")
+    found.http_status, found.suggested_options = code, _parse_option_changes(message, kind)
     return found
 
 
 class OpenRouter:
     """A client of the chat completions API of OpenRouter, or of a server that speaks the same.
 
-    `publish` is told of each failure that is survived.  Times are in seconds: IDLE without a
-    byte, PROGRESS without data, CALL for one try, PATIENCE for all of them, CHECK for a question
-    before the run, HINT for what a server may ask us to wait.  Raises ConfigError for a key that
+    `publish` is told of each failure that is survived.  Times are in seconds: READ_TIMEOUT without a
+    byte, STREAM_TIMEOUT without data, REQUEST_TIMEOUT for one try, RETRY_TIMEOUT for all of them, CHECK_TIMEOUT for a question
+    before the run, MAX_RETRY_AFTER for what a server may ask us to wait.  Raises ConfigError for a key that
     no header takes.
     """
 
-    IDLE, PROGRESS, CALL, PATIENCE, CHECK, HINT = 120.0, 300.0, 1200.0, 3600.0, 5.0, 900.0
+    READ_TIMEOUT, STREAM_TIMEOUT, REQUEST_TIMEOUT, RETRY_TIMEOUT, CHECK_TIMEOUT, MAX_RETRY_AFTER = 120.0, 300.0, 1200.0, 3600.0, 5.0, 900.0
     MAX_TOKENS = 16_000     # always sent: without it the credit check assumes the model's maximum
-    MOST = 30_000_000       # bytes of an answer: a piece of a stream takes some 500 for a word
-    PARTS = 4               # of an answer that is cut at its length again and again
+    MAX_RESPONSE_BYTES = 30_000_000       # bytes of an answer: a piece of a stream takes some 500 for a word
+    MAX_REPLY_PARTS = 4               # of an answer that is cut at its length again and again
 
     def __init__(self, base_url: str, key: str, model: str, *,
                  publish: Callable[..., object] = lambda kind, **fields: None,
@@ -1592,7 +1543,7 @@ class OpenRouter:
             raise ConfigError("OPENROUTER_API_KEY: expected one word of ASCII characters")
         self.model = model
         self.characters_per_token = 4.0     # until the server has counted
-        self._junk = 5      # tries, until it is known that a model is there
+        self._max_malformed = 5      # tries, until it is known that a model is there
         self._base = re.sub(r"/+(chat/completions/*)?$", "", base_url)
         self._key, self._publish, self._clock, self._sleep = key, publish, clock, sleep
         self._is_openrouter = self._base.startswith("https://openrouter.ai/")
@@ -1603,98 +1554,98 @@ class OpenRouter:
             self._options.update(marks, session_id=secrets.token_hex(16))
         near = re.match(r"https?://(localhost|127\.0\.0\.1|\[::1\])[:/]", f"{self._base}/")
         self._opener = urllib.request.build_opener(
-            _NoRedirect, *[urllib.request.ProxyHandler({})] * bool(near))
+            _NoRedirectHandler, *[urllib.request.ProxyHandler({})] * bool(near))
 
-    def check(self) -> str:
+    def check_access(self) -> str:
         """Ask for the key and the model by free calls; return what is known of the model.
 
         Raises TransientError if the server can't be asked now, another ModelError for a key that
         it refuses or that has no credit, and for a model that it does not have.
         """
-        key = _part(self._get("/key"), "data") if self._is_openrouter else {}
+        key = get_object(self._get_json("/key"), "data") if self._is_openrouter else {}
         if isinstance(key.get("limit_remaining"), (int, float)) and key["limit_remaining"] <= 0:
-            raise ModelError(f"OPENROUTER_API_KEY has no credit left: {_CREDIT}")
+            raise ModelError(f"OPENROUTER_API_KEY has no credit left: {_CREDIT_ADVICE}")
         listed: Any = None
         try:
-            listed = self._get("/models").get("data")
+            listed = self._get_json("/models").get("data")
         except ModelError as error:
-            if error.code not in (400, 403, 404, 405, 501):
+            if error.http_status not in (400, 403, 404, 405, 501):
                 raise
         models = {str(each[name]): each for each in (listed if isinstance(listed, list) else [])
                   for name in ("canonical_slug", "id") if isinstance(each, dict) and name in each}
         if not models:
             return f"{self.model}, which is not checked: the server does not list its models"
         if not self.model.startswith("~") and "*" not in "".join(models) \
-                and _plain(self.model) not in {"", *map(_plain, models)}:
+                and _base_model_name(self.model) not in {"", *map(_base_model_name, models)}:
             near = difflib.get_close_matches(self.model, models, 1, 0)[0]
             raise ModelError(f"OPENROUTER_MODEL={self.model!r}: the server has no such model, "
                              f"the nearest is {near}")
-        pricing = _part(models.get(self.model, {}), "pricing")
-        prices = [(kind, _number(pricing, kind)) for kind in ("prompt", "completion")]
+        pricing = get_object(models.get(self.model, {}), "pricing")
+        prices = [(kind, get_number(pricing, kind)) for kind in ("prompt", "completion")]
         return ", ".join([self.model, *(f"${price * 1e6:g} per million {kind} tokens"
                                         for kind, price in prices if price is not None)])
 
     def complete(self, messages: Messages, *,
                  on_text: Callable[[str], object] = lambda text: None,
-                 on_use: Callable[[Tokens, float | None], object] = lambda tokens, cost: None,
-                 left: Callable[[], float] = lambda: math.inf) -> Reply:
+                 on_usage: Callable[[TokenUsage, float | None], object] = lambda tokens, cost: None,
+                 time_left: Callable[[], float] = lambda: math.inf) -> Reply:
         """Return the model's answer; `on_text` is given what there is of it while it comes.
 
         Waits out what may pass, leaves out what the server does not take, and has an answer go
-        on that was cut at its length.  `left` returns how many seconds there are, or raises what
-        is to end the call; `on_use` is told what each try has used.  Raises ContextOverflow for a
+        on that was cut at its length.  `time_left` returns how many seconds there are, or raises what
+        is to end the call; `on_usage` is told what each try has used.  Raises ContextOverflow for a
         conversation that is too long, another ModelError for what else will not pass.
         """
         began, talk, whole = self._clock(), list(messages), ""
-        tokens, cost = Tokens(), None
+        tokens, cost = TokenUsage(), None
 
-        def count(more: Tokens, dollars: float | None) -> None:
+        def count(more: TokenUsage, dollars: float | None) -> None:
             nonlocal tokens, cost
-            tokens = Tokens(*map(sum, zip(tokens, more)))
+            tokens = TokenUsage(*map(sum, zip(tokens, more)))
             cost = cost if dollars is None else (cost or 0.0) + dollars
-            on_use(more, dollars)
+            on_usage(more, dollars)
 
         try:
-            for _ in range(self.PARTS):
-                text, finish = self._insist(lambda: self._call(
-                    talk, lambda part: on_text(whole + part), count, left), left)
+            for _ in range(self.MAX_REPLY_PARTS):
+                text, finish = self._call_with_retries(lambda: self._request_completion(
+                    talk, lambda part: on_text(whole + part), count, time_left), time_left)
                 whole += text
                 if finish != "length":
                     break
-                talk += [{"role": "assistant", "content": text}, {"role": "user", "content": _ON}]
+                talk += [{"role": "assistant", "content": text}, {"role": "user", "content": _CONTINUE_PROMPT}]
         except ModelError:
             if not whole:
                 raise
         return Reply(whole, tokens, cost, round((self._clock() - began) * 1000))
 
-    def _insist(self, call: Callable[[], tuple[str, str]],
-                left: Callable[[], float]) -> tuple[str, str]:
+    def _call_with_retries(self, call: Callable[[], tuple[str, str]],
+                time_left: Callable[[], float]) -> tuple[str, str]:
         """Make a call, again and again until it succeeds; return what it returns."""
         began, failures, limited = self._clock(), 0, 0
         if "max_tokens" in self._options:       # was perhaps lowered for the last answer
             self._options["max_tokens"] = self.MAX_TOKENS
         while True:
-            left()
+            time_left()
             try:
                 return call()
             except TransientError as error:
-                failures, limited = failures + 1, limited + 1 if error.tries else 0     # in a row
+                failures, limited = failures + 1, limited + 1 if error.max_attempts else 0     # in a row
                 delay = min(60.0, 2.0 ** failures) * random.uniform(0.75, 1.25)
                 if error.retry_after is not None:       # the server's word wins, within reason
-                    delay = min(max(error.retry_after, failures / 2), self.HINT)
-                if error.tries and limited >= error.tries:
-                    raise NoAnswer(f"{error}, {limited} times") from None
-                if self._clock() + delay - began > self.PATIENCE:
+                    delay = min(max(error.retry_after, failures / 2), self.MAX_RETRY_AFTER)
+                if error.max_attempts and limited >= error.max_attempts:
+                    raise RequestRejected(f"{error}, {limited} times") from None
+                if self._clock() + delay - began > self.RETRY_TIMEOUT:
                     raise ModelError(f"gave up after an hour: {error}") from None
                 self._publish("error", error=str(error), retry_in=round(delay, 1))
-                self._sleep(min(delay, left()))
+                self._sleep(min(delay, time_left()))
             except ModelError as error:
-                mended = self._mend(error.change)
+                mended = self._apply_option_change(error.suggested_options)
                 if not mended:
                     raise
                 self._publish("error", error=f"{error}; asking again {mended}")
 
-    def _mend(self, change: Mapping[str, int | None]) -> str:
+    def _apply_option_change(self, change: Mapping[str, int | None]) -> str:
         """Lower an option, or drop it; return what was done, if anything."""
         for name, value in change.items():
             if value is None and self._options.pop(name, None):
@@ -1704,7 +1655,7 @@ class OpenRouter:
                 return f"with {name}={value}"
         return ""
 
-    def body(self, messages: Messages) -> dict:
+    def build_request(self, messages: Messages) -> dict:
         """Return the request; system prompt and newest message are marked for Claude's cache."""
         sent: list[dict] = [dict(message) for message in messages]
         options = dict(self._options)
@@ -1714,22 +1665,22 @@ class OpenRouter:
                                    "cache_control": mark}]
         return {"model": self.model, "messages": sent, **options}
 
-    def _call(self, messages: Messages, on_text: Callable, on_use: Callable,
-              left: Callable[[], float]) -> tuple[str, str]:
+    def _request_completion(self, messages: Messages, on_text: Callable, on_usage: Callable,
+              time_left: Callable[[], float]) -> tuple[str, str]:
         """Return text and finish reason of one try."""
         text, finish, refusal, usage, begun = "", "", "", {}, False
-        answer = self._ask("/chat/completions", left, self.body(messages))
+        answer = self._stream_json("/chat/completions", time_left, self.build_request(messages))
         try:
             for chunk in answer:
-                usage = _part(chunk, "usage") or usage
-                choice = _part(chunk, "choices")
+                usage = get_object(chunk, "usage") or usage
+                choice = get_object(chunk, "choices")
                 wrong = chunk if chunk.get("error") else choice
                 if wrong.get("error"):
-                    raise classify(200, wrong, {})
-                message = _part(choice, "delta") or _part(choice, "message")
+                    raise error_from_response(200, wrong, {})
+                message = get_object(choice, "delta") or get_object(choice, "message")
                 begun |= bool(message)
-                text += _text(message, "content")
-                refusal += _text(message, "refusal")
+                text += get_text(message, "content")
+                refusal += get_text(message, "refusal")
                 finish = str(choice.get("finish_reason") or finish)
                 on_text(text)
         except TransientError:
@@ -1738,32 +1689,32 @@ class OpenRouter:
         finally:
             answer.close()
             if usage or begun:      # what was cut costs something too, and nobody says how much
-                on_use(*self._bill(usage, sum(len(message["content"]) for message in messages)))
+                on_usage(*self._parse_usage(usage, sum(len(message["content"]) for message in messages)))
         if not finish or finish == "error":     # cut by an outage, or the server knows no better
             raise TransientError(f"the model's answer broke off ({finish or 'no finish_reason'})",
-                                 tries=0 if text else self._junk)
+                                 max_attempts=0 if text else self._max_malformed)
         if not text.strip() or finish == "content_filter":      # half an order is none
             why = " ".join(refusal.split())[:300] or finish
-            raise TransientError(f"the model's answer is empty or refused ({why})", tries=3)
-        self._junk = 0
+            raise TransientError(f"the model's answer is empty or refused ({why})", max_attempts=3)
+        self._max_malformed = 0
         return text, finish
 
-    def _bill(self, usage: Mapping, sent: int) -> tuple[Tokens, float | None]:
+    def _parse_usage(self, usage: Mapping, sent: int) -> tuple[TokenUsage, float | None]:
         """Return tokens and US dollars of a try, and learn how long a token is."""
-        prompt, completion = _count(usage, "prompt_tokens"), _count(usage, "completion_tokens")
+        prompt, completion = get_int(usage, "prompt_tokens"), get_int(usage, "completion_tokens")
         if prompt:
             self.characters_per_token = min(max(sent / prompt, 0.5), 8.0)
-        details = _part(usage, "prompt_tokens_details")
-        return (Tokens(prompt, completion, prompt + completion, _count(details, "cached_tokens"),
-                       _count(details, "cache_write_tokens")), _number(usage, "cost"))
+        details = get_object(usage, "prompt_tokens_details")
+        return (TokenUsage(prompt, completion, prompt + completion, get_int(details, "cached_tokens"),
+                       get_int(details, "cache_write_tokens")), get_number(usage, "cost"))
 
-    def _get(self, path: str) -> dict:
-        with contextlib.closing(self._ask(path, lambda: self.CHECK)) as answer:
+    def _get_json(self, path: str) -> dict:
+        with contextlib.closing(self._stream_json(path, lambda: self.CHECK_TIMEOUT)) as answer:
             return next(answer, {})
 
-    def _ask(self, path: str, left: Callable[[], float],
+    def _stream_json(self, path: str, time_left: Callable[[], float],
              body: dict | None = None) -> Generator[dict, None, None]:
-        """Yield the JSON objects of an answer, streamed or whole, while there is time `left`.
+        """Yield the JSON objects of an answer, streamed or whole, while there is time `time_left`.
 
         A thread reads them, so that every wait has an end: looking up a name, a body that
         trickles and comments that go on and on have none of their own.
@@ -1771,38 +1722,38 @@ class OpenRouter:
         inbox: queue.SimpleQueue[bytes | Exception | None] = queue.SimpleQueue()
         over = threading.Event()
         try:
-            threading.Thread(target=self._fetch, args=(path, body, inbox.put, over),
+            threading.Thread(target=self._read_response, args=(path, body, inbox.put, over),
                              daemon=True).start()
         except RuntimeError as error:
             raise TransientError(f"the model can't be asked: {error}") from None
         began = progress = self._clock()
         parsed: dict | None = None
         try:
-            while (wait := min(progress + self.PROGRESS, began + self.CALL) - self._clock()) > 0:
+            while (wait := min(progress + self.STREAM_TIMEOUT, began + self.REQUEST_TIMEOUT) - self._clock()) > 0:
                 try:
-                    found = inbox.get(timeout=min(wait, left()))
+                    found = inbox.get(timeout=min(wait, time_left()))
                 except queue.Empty:
-                    left()      # says if it was that
+                    time_left()      # says if it was that
                     break
                 if isinstance(found, Exception):
                     raise found
                 if found is None:
                     return
-                progress, text = self._clock(), self._masked(found)
-                before, parsed = parsed, parse_object(text)
+                progress, text = self._clock(), self._redact(found)
+                before, parsed = parsed, parse_json_object(text)
                 if parsed is None and before:       # cut in a line
                     return
                 if parsed is None:
                     raise TransientError("the model's server sent no JSON object, but "
                                          f"{text[:80]!r}: check OPENROUTER_BASE_URL",
-                                         tries=self._junk)
+                                         max_attempts=self._max_malformed)
                 yield parsed
             raise TransientError("the model's server is too slow: gave up after "
                                  f"{self._clock() - began:.0f} s")
         finally:
             over.set()
 
-    def _fetch(self, path: str, body: dict | None, tell: Callable[[bytes | Exception | None], None],
+    def _read_response(self, path: str, body: dict | None, tell: Callable[[bytes | Exception | None], None],
                over: threading.Event) -> None:
         """Read an answer until it is over: tell each JSON text in it, then None, or what failed."""
         answered = False
@@ -1811,8 +1762,8 @@ class OpenRouter:
             request = urllib.request.Request(self._base + path, sent, {
                 "Content-Type": "application/json", "Authorization": f"Bearer {self._key}",
                 "User-Agent": f"orchestrator/{__version__}"})
-            with self._opener.open(request, timeout=self.IDLE) as answer:
-                answered, room = True, self.MOST
+            with self._opener.open(request, timeout=self.READ_TIMEOUT) as answer:
+                answered, room = True, self.MAX_RESPONSE_BYTES
                 if answer.headers.get_content_type() != "text/event-stream":
                     tell(answer.read(room))
                     room = 0
@@ -1825,18 +1776,18 @@ class OpenRouter:
                         tell(data)
             tell(None)
         except Exception as error:      # the library has more kinds for junk than it says
-            tell(self._trouble(error, answered))
+            tell(self._error_from_exception(error, answered))
 
-    def _trouble(self, error: Exception, answered: bool) -> ModelError:
+    def _error_from_exception(self, error: Exception, answered: bool) -> ModelError:
         """Return what an error of the library means."""
-        reason = _reason(error)
+        reason = _error_reason(error)
         if isinstance(error, urllib.error.HTTPError):
             text = ""
             with error, contextlib.suppress(Exception):
-                text = self._masked(error.read(100_000))
-            return classify(error.code, parse_object(text) or text, error.headers)
+                text = self._redact(error.read(100_000))
+            return error_from_response(error.code, parse_json_object(text) or text, error.headers)
         if refused := re.search(r"Tunnel connection failed: (\d+)", reason):   # by a proxy
-            return classify(int(refused[1]), reason, {})
+            return error_from_response(int(refused[1]), reason, {})
         if answered:
             return TransientError(f"the model's answer broke off: {reason}")
         if isinstance(error, (http.client.InvalidURL, ValueError)):
@@ -1847,39 +1798,39 @@ class OpenRouter:
                               "elsewhere set SSL_CERT_FILE")
         return TransientError(f"{self._base} can't be reached: {reason}")
 
-    def _masked(self, data: bytes) -> str:
+    def _redact(self, data: bytes) -> str:
         """Return what the server said without the key, should it repeat that."""
         text = data.decode("utf-8-sig", "replace")
         return text.replace(self._key, "[key]") if len(self._key) >= 8 else text
 
 
-# -- 7. Memory ------------------------------------------------------------------------------
+# -- 9. Memory ----------------------------------------------------------------------------
 # Facts that outlive a run.  May use: Errors.
 
 class Memory:
     """The facts in a JSON file, an array of strings, shared with other runs in the directory.
 
-    `complaint` says so if the file had to be set aside the last time that it was read.
+    `warning` says so if the file had to be set aside the last time that it was read.
     """
 
-    FACT_LIMIT = 2_000      # characters
+    MAX_FACT_LENGTH = 2_000      # characters
 
     def __init__(self, path: Path, limit: int, *,
                  sleep: Callable[[float], None] = time.sleep) -> None:
         self.facts: list[str] = []
-        self.limit, self.complaint, self._path, self._sleep = limit, "", path, sleep
-        self._left = 0      # facts, by the last compaction
-        self._unsaved: list[str] = []       # could not be written so far
-        self._tries = 1000                  # to get the lock, a hundredth of a second apart
+        self.limit, self.warning, self._path, self._sleep = limit, "", path, sleep
+        self._size_after_compaction = 0      # facts, by the last compaction
+        self._pending_facts: list[str] = []       # could not be written so far
+        self._lock_attempts = 1000                  # to get the lock, a hundredth of a second apart
 
     def load(self) -> str:
         """Read the file; return the complaint, if there is one."""
         try:
-            with self._locked():
-                self.facts = self._known()
+            with self._file_lock():
+                self.facts = self._read_file()
         except OSError as error:
             raise ConfigError(f"{self._path}: can't be read: {error.strerror}") from None
-        return self.complaint
+        return self.warning
 
     def add(self, facts: Iterable[str]) -> list[str]:
         """Remember facts, on disk before this returns; return those that are new.
@@ -1889,12 +1840,12 @@ class Memory:
         def merge(known: list[str]) -> list[str]:
             merged: dict[str, str] = {}
             for fact in [*known, *waiting]:
-                merged.setdefault(self._normal(fact).casefold(), fact)
+                merged.setdefault(self._normalize(fact).casefold(), fact)
             return list(merged.values())
 
-        waiting = self._unsaved = [*self._unsaved, *filter(None, map(self._normal, facts))]
-        added = self._change(merge)
-        self._unsaved = self._unsaved[len(waiting):]
+        waiting = self._pending_facts = [*self._pending_facts, *filter(None, map(self._normalize, facts))]
+        added = self._update_file(merge)
+        self._pending_facts = self._pending_facts[len(waiting):]
         return added
 
     def compact(self, rewrite: Callable[[list[str]], list[str] | None]) -> tuple[int, int] | None:
@@ -1905,40 +1856,40 @@ class Memory:
         next one waits until there are a fifth of the limit more than this one leaves.
         """
         before = list(self.facts)
-        if len(before) <= max(self.limit, self._left + self.limit // 5):
+        if len(before) <= max(self.limit, self._size_after_compaction + self.limit // 5):
             return None
-        self._left, rewritten = len(before), rewrite(before) or []
-        shorter = list(filter(None, map(self._normal, rewritten)))
-        if not 0 < len(shorter) < len(before) or max(map(len, rewritten)) > self.FACT_LIMIT:
+        self._size_after_compaction, rewritten = len(before), rewrite(before) or []
+        shorter = list(filter(None, map(self._normalize, rewritten)))
+        if not 0 < len(shorter) < len(before) or max(map(len, rewritten)) > self.MAX_FACT_LENGTH:
             return None
 
         def replace(known: list[str]) -> list[str]:
             added = [fact for fact in known if fact not in before]
             return shorter + added if len(known) - len(added) == len(before) else known
 
-        self._change(replace)
-        self._left = len(self.facts)
-        return (len(before), self._left) if self.facts[:len(shorter)] == shorter else None
+        self._update_file(replace)
+        self._size_after_compaction = len(self.facts)
+        return (len(before), self._size_after_compaction) if self.facts[:len(shorter)] == shorter else None
 
-    def _normal(self, fact: str) -> str:
-        return " ".join(fact.split())[:self.FACT_LIMIT]
+    def _normalize(self, fact: str) -> str:
+        return " ".join(fact.split())[:self.MAX_FACT_LENGTH]
 
-    def _change(self, change: Callable[[list[str]], list[str]]) -> list[str]:
+    def _update_file(self, change: Callable[[list[str]], list[str]]) -> list[str]:
         """Apply a change to what is on disk now; return what it added."""
-        with self._locked():
-            known = self._known()
+        with self._file_lock():
+            known = self._read_file()
             facts = change(known)
             if facts != known or facts and not self._path.exists():     # it was set aside
-                self._write(facts)
+                self._write_file(facts)
         self.facts, old = facts, set(known)
         return [fact for fact in self.facts if fact not in old]
 
-    def _known(self) -> list[str]:
+    def _read_file(self) -> list[str]:
         """Return the facts on disk; set a file of another form aside, or the link that leads to it.
 
         What is at a link's end may be somebody else's.  A device or a pipe is not read.
         """
-        self.complaint = ""
+        self.warning = ""
         if self._path.exists() and not self._path.is_file():
             raise OSError(errno.EINVAL, "not a regular file")
         try:
@@ -1951,10 +1902,10 @@ class Memory:
         except (ValueError, RecursionError):
             aside = f"{self._path}.bad-{datetime.datetime.now():%Y%m%dT%H%M%S.%f}"
             os.replace(self._path, aside)
-            self.complaint = f"{self._path} was not a JSON array of strings; it is now {aside}"
+            self.warning = f"{self._path} was not a JSON array of strings; it is now {aside}"
             return self.facts
 
-    def _write(self, facts: list[str]) -> None:
+    def _write_file(self, facts: list[str]) -> None:
         """Replace the file in one step, so that a crash leaves the old one."""
         path = Path(os.path.realpath(self._path))
         draft = path.with_name(f".{path.name}.new")
@@ -1972,7 +1923,7 @@ class Memory:
             draft.unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _file_lock(self) -> Iterator[None]:
         """Keep other runs out of the file that the path leads to.
 
         Its directory is the lock, so none is left behind.  NFS can't lock directories, and who
@@ -1981,28 +1932,28 @@ class Memory:
         handle = os.open(os.path.dirname(os.path.realpath(self._path)), os.O_RDONLY)
         try:
             with contextlib.suppress(OSError):
-                for _ in range(self._tries):
+                for _ in range(self._lock_attempts):
                     with contextlib.suppress(BlockingIOError):
                         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                         break
                     self._sleep(0.01)
                 else:
-                    self._tries = 1
+                    self._lock_attempts = 1
             yield
         finally:
             os.close(handle)
 
 
-# -- 8. Journal -----------------------------------------------------------------------------
-# All that a run does, as one list of events: for terminal, browser, file.  May use: Errors, Text.
+# -- 10. Journal --------------------------------------------------------------------------
+# Everything a run does, as one list of events.  May use: Errors, Text.
 
 Event = dict[str, Any]
-LIVE = ("screen", "reply_part")         # for who watches now; not kept
-_BATCH = 1_000_000      # bytes, and one event
-_IN_ITERATION = ("reply", "iteration_end", "error", "recovery")
+LIVE_EVENTS = ("screen", "reply_part")         # for who watches now; not kept
+_MAX_BATCH_BYTES = 1_000_000      # bytes, and one event
+_ITERATION_EVENTS = ("reply", "iteration_end", "error", "recovery")
 
 
-def utc_now() -> str:
+def utc_timestamp() -> str:
     """Return the time as in 2026-01-31T09:00:00.123Z."""
     now = datetime.datetime.now(datetime.timezone.utc)
     return now.isoformat(timespec="milliseconds").replace("+00:00", "Z")
@@ -2010,7 +1961,7 @@ def utc_now() -> str:
 
 def parse_event(line: bytes) -> Event | None:
     """Return the event of a journal's line, None if it is garbage."""
-    event = parse_object(line)
+    event = parse_json_object(line)
     return event if event and isinstance(event.get("type"), str) else None
 
 
@@ -2023,43 +1974,35 @@ def read_events(path: Path, most: int = sys.maxsize) -> list[Event]:
         raise ConfigError(f"{path}: can't be read: {error.strerror}") from None
 
 
-def _pattern(secret: str) -> re.Pattern[str]:
-    """Return what finds a secret (from 8 characters) and each half of a long one, also wrapped."""
-    gap = r"(?:\x1b\[[\d;:]*m|[^!-~]|\|)*"
-    half = len(secret) // 2 if len(secret) >= 32 else len(secret)
-    parts = [gap.join(map(re.escape, part)) for part in (secret[:half], secret[half:]) if part]
-    return re.compile("|".join([gap.join(parts), *parts]) if len(secret) >= 8 else "(?!)")
-
-
 class Batch(NamedTuple):
     """What a reader of the journal gets: lines of JSON, and where to go on from."""
 
-    kept: list[tuple[int, bytes]]       # ids and events
-    live: list[bytes]
-    live_seen: int
-    closed: bool                        # no more will come
+    events: list[tuple[int, bytes]]       # ids and events
+    live_events: list[bytes]
+    last_live_id: int
+    is_closed: bool                        # no more will come
 
 
 class Journal:
     """The run's events: published once, kept in a file, told to listeners and to readers.
 
-    They are in memory only while they can't be written; `complaint` then says why, and an event
-    does so once; if none could any more, it stays `unsaid`.  `secret` is masked wherever it
-    appears.  Threads may publish and read at once; after `complete` nothing is taken.  `guard()`
+    They are in memory only while they can't be written; `write_error` then says why, and an event
+    does so once; if none could any more, it stays `unreported_error`.  `secret` is masked wherever it
+    appears.  Threads may publish and read at once; after `complete` nothing is taken.  `defer_signals()`
     holds Interrupted back while an event is added.  Raises ConfigError if `read_only` and there is
     no such file.
     """
 
     def __init__(self, path: Path | None = None, *, secret: str = "", read_only: bool = False,
-                 guard: Callable[[], Any] = contextlib.nullcontext) -> None:
-        self.path, self.complaint, self.unsaid = path, "", ""
-        self._secret = _pattern(secret)
-        self._guard, self._changed, self._telling = guard, threading.Condition(), threading.RLock()
-        self._places: list[tuple[int, int] | bytes] = []    # offset and length, or the line
+                 defer_signals: Callable[[], Any] = contextlib.nullcontext) -> None:
+        self.path, self.write_error, self.unreported_error = path, "", ""
+        self._secret = _secret_pattern(secret)
+        self._defer_signals, self._condition, self._publish_lock = defer_signals, threading.Condition(), threading.RLock()
+        self._index: list[tuple[int, int] | bytes] = []    # offset and length, or the line
         self._live: dict[str, tuple[int, bytes]] = {}
-        self._live_count = self._iteration = self._readers = self._size = self._written = 0
-        self._listeners: list[Callable[[Event], object]] = []
-        self._ended = self._closed = self._was_read = False
+        self._live_count = self._iteration = self._reader_count = self._file_size = self._written_count = 0
+        self._subscribers: list[Callable[[Event], object]] = []
+        self._is_complete = self._closed = self._had_reader = False
         self._file: Any = None
         try:
             if path and not read_only:
@@ -2070,349 +2013,154 @@ class Journal:
                     file.write(b"\n")
                 self._file = file
         except OSError as error:
-            self._complain(error)
+            self._record_write_error(error)
         try:
             if path:
                 self._file = self._file or open(path, "rb", 0)
                 weakref.finalize(self, self._file.close)
-                self.follow()
+                self.read_appended()
         except OSError as error:
             if read_only:
                 raise ConfigError(f"{path}: can't be read: {error.strerror}") from None
 
-    def follow(self) -> None:
+    def read_appended(self) -> None:
         """Take in what has been added to the file, but for a torn last line."""
-        with self._changed, open(os.dup(self._file.fileno()), "rb") as file:
-            file.seek(self._size)
+        with self._condition, open(os.dup(self._file.fileno()), "rb") as file:
+            file.seek(self._file_size)
             for line in file:
                 event = parse_event(line)
                 if event:
-                    self._places.append((self._size, len(line)))
+                    self._index.append((self._file_size, len(line)))
                     self._iteration = event.get("iteration", self._iteration)
                 elif not line.endswith(b"\n"):
                     break
-                self._size += len(line)
-            self._written = len(self._places)
-            self._changed.notify_all()
+                self._file_size += len(line)
+            self._written_count = len(self._index)
+            self._condition.notify_all()
 
-    def listen(self, listener: Callable[[Event], object]) -> None:
+    def subscribe(self, listener: Callable[[Event], object]) -> None:
         """Call a function with each event published from now on, in the publisher's thread."""
-        self._listeners.append(listener)
+        self._subscribers.append(listener)
 
-    def masked(self, value: Any) -> Any:
+    def redact(self, value: Any) -> Any:
         """Return a text without the secret, or a value without it in any text there."""
         if isinstance(value, dict):
-            return {name: self.masked(each) for name, each in value.items()}
+            return {name: self.redact(each) for name, each in value.items()}
         if isinstance(value, (list, tuple)):
-            return [*map(self.masked, value)]
+            return [*map(self.redact, value)]
         return self._secret.sub("[key]", value) if isinstance(value, str) else value
 
     def publish(self, kind: str, **fields: object) -> None:
         """Add an event; it is in the file when this returns."""
-        with self._telling:         # so that listeners hear of them in their order
-            if self._ended:
+        with self._publish_lock:         # so that listeners hear of them in their order
+            if self._is_complete:
                 return
             event: Event | None = None
             try:
-                with self._guard():
-                    event = self._add(kind, fields)
-                    self._ended = kind == "complete"
+                with self._defer_signals():
+                    event = self._append(kind, fields)
+                    self._is_complete = kind == "complete"
             finally:        # even if a signal was held back and comes now
-                for listener in self._listeners if event else ():
+                for listener in self._subscribers if event else ():
                     listener(event)
-            if self.unsaid and not self._ended:
-                trouble, self.unsaid = self.unsaid, ""
+            if self.unreported_error and not self._is_complete:
+                trouble, self.unreported_error = self.unreported_error, ""
                 self.publish("error", error=trouble)
 
-    def _add(self, kind: str, fields: dict[str, Any]) -> Event:
+    def _append(self, kind: str, fields: dict[str, Any]) -> Event:
         """Add an event; return it as it is kept."""
-        with self._changed:
+        with self._condition:
             if kind == "iteration_start":
                 self._iteration = fields["iteration"]
                 self._live.pop("reply_part", None)      # it was of the reply before
-            elif kind in _IN_ITERATION:
+            elif kind in _ITERATION_EVENTS:
                 fields = {"iteration": self._iteration, **fields}
-            number = {} if kind in LIVE else {"id": len(self._places) + 1}
-            event = {**number, "time": utc_now(), "type": kind, **self.masked(fields)}
+            number = {} if kind in LIVE_EVENTS else {"id": len(self._index) + 1}
+            event = {**number, "time": utc_timestamp(), "type": kind, **self.redact(fields)}
             text = json.dumps(event, ensure_ascii=False) + "\n"
             line = text.encode("utf-8", "backslashreplace")     # as JSON would escape it
-            if kind in LIVE:
+            if kind in LIVE_EVENTS:
                 self._live_count += 1
                 self._live[kind] = (self._live_count, line)
             else:
-                self._places.append(line)
-                self._write()
-            self._changed.notify_all()
+                self._index.append(line)
+                self._flush()
+            self._condition.notify_all()
         return event
 
-    def _write(self) -> None:
+    def _flush(self) -> None:
         """Write the lines that are not in the file yet, and remember where they are."""
-        for number in range(self._written, len(self._places) if self._file else 0):
-            line = rest = self._places[number]
+        for number in range(self._written_count, len(self._index) if self._file else 0):
+            line = rest = self._index[number]
             try:
                 while rest:
                     rest = rest[self._file.write(rest):]
             except OSError as error:
                 with contextlib.suppress(OSError):
-                    self._file.truncate(self._size)     # no half line
-                if not self.complaint:
-                    self._complain(error)
+                    self._file.truncate(self._file_size)     # no half line
+                if not self.write_error:
+                    self._record_write_error(error)
                 return
-            self._places[number] = (self._size, len(line))
-            self._size, self._written = self._size + len(line), number + 1
+            self._index[number] = (self._file_size, len(line))
+            self._file_size, self._written_count = self._file_size + len(line), number + 1
 
-    def _complain(self, error: OSError) -> None:
-        self.complaint = f"the journal can't be written: {self.path}: {error.strerror}"
-        self.unsaid = self.complaint
+    def _record_write_error(self, error: OSError) -> None:
+        self.write_error = f"the journal can't be written: {self.path}: {error.strerror}"
+        self.unreported_error = self.write_error
 
-    def _line(self, number: int) -> bytes:
-        place = self._places[number]
+    def _read_line(self, number: int) -> bytes:
+        place = self._index[number]
         return place if isinstance(place, bytes) else os.pread(
             self._file.fileno(), place[1], place[0])
 
     def events(self) -> list[Event]:
         """Return all events so far."""
-        return [json.loads(self._line(number)) for number in range(len(self._places))]
+        return [json.loads(self._read_line(number)) for number in range(len(self._index))]
 
-    def read(self, after: int, live_seen: int, timeout: float) -> Batch:
+    def read_after(self, after: int, live_seen: int, timeout: float) -> Batch:
         """Return what came after an id, waiting up to `timeout` seconds if there is nothing."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._closed or len(self._places) > after
+        with self._condition:
+            self._condition.wait_for(lambda: self._closed or len(self._index) > after
                                    or self._live_count > live_seen, timeout)
-            known, closed = len(self._places), self._closed
+            known, closed = len(self._index), self._closed
             live = sorted(each for each in self._live.values() if each[0] > live_seen)
         kept: list[tuple[int, bytes]] = []
         size = 0
-        while after + len(kept) < known and size < _BATCH:
-            kept.append((after + len(kept) + 1, self._line(after + len(kept))))
+        while after + len(kept) < known and size < _MAX_BATCH_BYTES:
+            kept.append((after + len(kept) + 1, self._read_line(after + len(kept))))
             size += len(kept[-1][1])
         if after + len(kept) < known:       # live events never come before what is kept
             return Batch(kept, [], live_seen, False)
         return Batch(kept, [line for _, line in live], live[-1][0] if live else live_seen, closed)
 
     @contextlib.contextmanager
-    def reading(self) -> Iterator[None]:
+    def count_reader(self) -> Iterator[None]:
         """Count as a reader while this lasts; live events are worth their making only then."""
-        with self._changed:
-            self._readers, self._was_read = self._readers + 1, True
-            self._changed.notify_all()
+        with self._condition:
+            self._reader_count, self._had_reader = self._reader_count + 1, True
+            self._condition.notify_all()
         try:
             yield
         finally:
-            with self._changed:
-                self._readers -= 1
+            with self._condition:
+                self._reader_count -= 1
 
-    def watched(self) -> bool:
+    def has_readers(self) -> bool:
         """Whether anybody reads."""
-        return self._readers > 0
+        return self._reader_count > 0
 
-    def close(self, expected: bool = False) -> None:
-        """Let the readers go once they have all events; wait two seconds for one `expected`."""
-        with self._changed:
+    def close(self, wait_for_reader: bool = False) -> None:
+        """Let the readers go once they have all events; wait two seconds for one `wait_for_reader`."""
+        with self._condition:
             self._closed = True
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: self._was_read or not expected, 2.0)
+            self._condition.notify_all()
+            self._condition.wait_for(lambda: self._had_reader or not wait_for_reader, 2.0)
 
 
-# -- 9. Dashboard ---------------------------------------------------------------------------
-# The journal in a browser, and the way to step in.  May use: Errors, Text, Journal.
+# -- 11. Conversation ---------------------------------------------------------------------
+# What the model reads and writes: prompts, commands, history.  May use: Text.
 
-_POLICY = ("default-src 'none'; script-src 'nonce-NONCE'; style-src 'nonce-NONCE'; "
-           "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
-           "frame-ancestors 'none'")
-_BODY_LIMIT = 65_536
-_NUMBER = re.compile("[0-9]{1,15}")
-_ACTIONS = ("pause", "resume", "stop", "note")
-
-
-class QuietHandler(http.server.BaseHTTPRequestHandler):
-    """Answers a connection without a word: the terminal belongs to the narration."""
-
-    def handle(self) -> None:
-        """Answer, unless the client goes away."""
-        with contextlib.suppress(OSError):
-            super().handle()
-
-    def log_message(self, *args: object) -> None:
-        """Say nothing."""
-
-
-class _Handler(QuietHandler):
-    """Answers one connection of a browser."""
-
-    server: Any         # the Dashboard
-    timeout = 5         # seconds for a read or write; for a write to a stream, PATIENCE
-    PATIENCE = 20       # a client that can't keep up is dropped, and comes back
-    server_version, sys_version = "orchestrator", ""
-
-    def do_GET(self) -> None:
-        """Serve the page and the stream of events."""
-        path, _, query = self.path.partition("?")
-        if self._refused(urllib.parse.parse_qs(query).get("token", [""])[0]):
-            return
-        if path == "/":
-            self.server.visited.set()
-            nonce, token = secrets.token_urlsafe(16), self.server.token
-            recording = "no" if self.server.control else "yes"
-            page = self.server.page.replace("NONCE", nonce).replace("RECORDING", recording)
-            self._answer(200, page, {
-                "Content-Type": "text/html; charset=utf-8",
-                "Content-Security-Policy": _POLICY.replace("NONCE", nonce),
-                "Set-Cookie": f"{self._cookie}={token}; Path=/; HttpOnly; SameSite=Strict"})
-        elif path == "/events":
-            self._stream()
-        else:
-            self._answer(405 if path == "/control" else 404, "GET goes to / and /events")
-
-    def do_POST(self) -> None:
-        """Pause, resume, stop, or take a note."""
-        length = self.headers.get("Content-Length", "")
-        if self._refused(""):
-            return
-        if self.path != "/control":
-            self._answer(405 if self.path in ("/", "/events") else 404, "POST goes to /control")
-        elif self.headers.get_content_type() != "application/json":
-            self._answer(415, "expected Content-Type: application/json")
-        elif not _NUMBER.fullmatch(length) or int(length) > _BODY_LIMIT:
-            self._answer(413, f"expected a body of 1 to {_BODY_LIMIT} bytes, not chunked")
-        else:
-            order = parse_object(self.rfile.read(int(length))) or {}
-            action, text = order.get("action"), order.get("text", "")
-            fits = isinstance(text, str) and (text.strip() or action != "note")
-            if action not in _ACTIONS or not fits:
-                self._answer(400, f"expected an action ({', '.join(_ACTIONS)}), a note with text")
-            elif not self.server.control:
-                self._answer(409, "this is a recording")
-            else:
-                self.server.control(action, text)
-                self._answer(204, "")
-
-    def _wrong_method(self) -> None:
-        if not self._refused(""):
-            self._answer(405, "GET or POST only")
-
-    do_HEAD = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _wrong_method
-
-    @property
-    def _cookie(self) -> str:
-        """The cookie's name: ports do not keep cookies apart, so each dashboard has its own."""
-        return f"orchestrator-{self.server.server_port}"
-
-    def _refused(self, token: str) -> bool:
-        """Refuse whoever is not our own page, or does not have the token.
-
-        A name that is not ours in Host is a page of somebody else's, rebound to this address.
-        """
-        bound = self.connection.getsockname()[0]
-        names = ("localhost", "127.0.0.1", "[::1]", f"[{bound}]", bound, self.server.name)
-        host, origin = self.headers.get("Host", "").lower(), self.headers.get("Origin")
-        cookies = dict(pair.strip().partition("=")[::2]
-                       for pair in self.headers.get("Cookie", "").split(";"))
-        given = (token or cookies.get(self._cookie, "")).encode("utf-8", "replace")
-        origins = [f"http://{host}"] + [None] * (self.command != "POST")
-        if host not in [f"{name}:{self.server.server_port}" for name in names] \
-                or origin not in origins:
-            self._answer(403, "this address does not belong to the dashboard")
-        elif not secrets.compare_digest(given, self.server.token.encode()):
-            self._answer(403, "open the address that the orchestrator printed: it has the token")
-        else:
-            return False
-        return True
-
-    def _answer(self, status: int, text: str, headers: Mapping[str, str] = {}) -> None:
-        body = text.encode()
-        self._begin(status, {"Content-Type": "text/plain; charset=utf-8",
-                             "Content-Length": str(len(body)), **headers})
-        self.wfile.write(body)
-
-    def _begin(self, status: int, headers: Mapping[str, str]) -> None:
-        self.send_response(status)
-        for name, value in {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
-                            "Referrer-Policy": "no-referrer", **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-
-    def _stream(self) -> None:
-        """Send the run so far, or what was missed, and go on with what comes."""
-        last = self.headers.get("Last-Event-ID", "")
-        after, live_seen, closed = int(last) if _NUMBER.fullmatch(last) else 0, 0, False
-        journal = self.server.journal
-        self.connection.settimeout(self.PATIENCE)
-        self._begin(200, {"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"})
-        with journal.reading():
-            while not closed:
-                kept, live, live_seen, closed = journal.read(after, live_seen, 15.0)
-                chunks = [b"id: %d\ndata: %s\n" % (number, line) for number, line in kept]
-                chunks += [b"data: %s\n" % line for line in live]
-                self.wfile.write(b"".join(chunks) or b": still here\n\n")
-                after = kept[-1][0] if kept else after
-
-
-class Dashboard(http.server.ThreadingHTTPServer):
-    """A server of the page, its events and its controls, in threads of its own.
-
-    `control(action, text)` is called for pause, resume, stop and note; None: it is a recording.
-    Enter it with `with`; raises ConfigError if it can't listen.
-    """
-
-    request_queue_size, timeout = 128, 0
-    VISITORS = 160      # more are turned away: a flood leaves the run its files, on macOS 256
-
-    def __init__(self, journal: Journal, page: str, host: str, port: int,
-                 control: Callable[[str, str], object] | None) -> None:
-        self.journal, self.page, self.control = journal, page, control
-        self._visitors: set[socket.socket] = set()
-        self.token, self.visited = secrets.token_urlsafe(24), threading.Event()     # page opened
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self.name = f"[{host}]" if ":" in host else host
-        try:
-            super().__init__((host, port), _Handler)
-        except (OSError, UnicodeError) as error:
-            raise ConfigError(f"DASHBOARD_HOST={host!r}, DASHBOARD_PORT={port}: can't listen: "
-                              f"{getattr(error, 'strerror', None) or error}") from None
-        shown = self.name.replace("0.0.0.0", "127.0.0.1")
-        self.url = f"http://{shown}:{self.server_port}/?token={self.token}"
-
-    def server_bind(self) -> None:
-        """Bind without the base class's look-up of our own name, which may take seconds."""
-        socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[:2]
-
-    def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Whether there is room for one more visitor."""
-        if len(self._visitors) < self.VISITORS:
-            self._visitors.add(request)
-        return request in self._visitors
-
-    def shutdown_request(self, request: Any) -> None:
-        """Part with a visitor."""
-        super().shutdown_request(request)
-        self._visitors.discard(request)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing of what ends one visitor, as where the machine has no thread for it."""
-
-    def __enter__(self) -> Dashboard:
-        threading.Thread(target=self.serve_forever, args=(0.1,), daemon=True).start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Answer whoever has come so far: two seconds for their streams, then two for the rest."""
-        self.journal.close(expected=self.visited.is_set())
-        self.shutdown()
-        for _ in range(self.request_queue_size):    # those that were not accepted yet
-            self.handle_request()
-        self.server_close()
-        until = time.monotonic() + 2.0
-        while self._visitors and time.monotonic() < until:
-            time.sleep(0.01)
-
-
-# -- 10. Loops ------------------------------------------------------------------------------
-# Chat and autopilot: they only ask and publish.
-# May use: Errors, Configuration, Text, Agent, OpenRouter, Memory, Journal.
-
-_SYSTEM = """\
+_SYSTEM_PROMPT = """\
 You are at the keyboard of {agent}, a coding agent in a terminal, in place of its user. Get it to \
 do the task you are given, check what it did, and end when the task is done. Nobody else watches \
 or answers: what {agent} asks is yours to decide, within the task.
@@ -2441,20 +2189,150 @@ fails, you are shown what it says.
 Any reply may also contain lines of this form, which are not typed:
 MEMORY_SAVE: fact      one short fact that will help in later runs in this directory.
 """
-_SUMMARISE = """\
+_SUMMARY_PROMPT = """\
 Below is the older part of a session in which you direct a coding agent. Summarise it for \
 yourself, in at most 600 words: what was asked, what was done and proved, what failed and why, \
 decisions, names of files and commands that matter, what is still to do. Write only the summary."""
-_COMPACT = """\
+_COMPACTION_PROMPT = """\
 Below are facts remembered from work in one directory, as a JSON object. Return one of the same \
 form with at most {limit} facts, and nothing else: merge what belongs together, drop what is \
 outdated or trivial, keep names and numbers exactly."""
-_TO_AGENT = ("say", "keys", "wait")     # kinds of instructions
-_NOTE = "A note from the user: "
-_GOES_ON = "the run goes on"        # the reason of the state event where a run was resumed
+_AGENT_ACTIONS = ("message", "keys", "wait")     # kinds of instructions
+_NOTE_PREFIX = "A note from the user: "
+_RESUMED_REASON = "the run goes on"        # the reason of the state event where a run was resumed
 
 
-class Control:
+class Action(NamedTuple):
+    """What a reply of the model asks for."""
+
+    kind: str                       # say, keys, wait, complete, failed or nothing
+    text: str = ""                  # what to type, the reason, or why it is nothing
+    keys: tuple[str, ...] = ()
+    seconds: float = 0
+    facts: tuple[str, ...] = ()     # to be remembered
+
+
+_THINKING_BLOCK = re.compile(r"\A\s*<(think|thinking)>.*?(?:</\1>|\Z)|"
+                      r"\A(?:(?!<think).)*?^</think(?:ing)?>", re.S | re.M)
+_FENCED_REPLY = re.compile(r"```[^`\n]*\n((?:(?!```).)*)```", re.S)
+_FENCE_LINE = re.compile(r"\s*(```+|~~~+)\s*([^`]*)")
+_COMMAND_LINE = re.compile(
+    r"[\s\u200b-\u200f\ufeff]*(?:(?:[-*+•✅]|\d+[.)]|#+)\s+)?(?P<marks>[*_`]*)"
+    r"(?:TASK\\?_COMPLETE[*_`]*[.!]?[*_`]*[\s\u200b-\u200f\ufeff]*|"
+    r"(?P<word>KEYS|WAIT|MEMORY\\?_SAVE|TASK\\?_FAILED)(?:(?P=marks):|:(?P=marks)|:)(?P<rest>.*))")
+_TMUX_KEY_NAME = re.compile(r"(?:[CMS]-)*(?:.|Up|Down|Left|Right|Enter|Escape|Tab|BTab|Space|BSpace|Home|End|"
+                  r"PageUp|PageDown|PPage|NPage|PgUp|PgDn|IC|DC|Insert|Delete|F[1-9]|F1[0-2])")
+
+
+def _parse_commands(orders: list[tuple[str, str]], text: str) -> Action:
+    """Return what is asked for by a text of nothing but KEYS and WAIT."""
+    words, rests = zip(*orders)
+    if set(words) == {"KEYS"}:
+        keys = tuple(" ".join(rests).split())
+        unknown = " ".join(key for key in keys if not _TMUX_KEY_NAME.fullmatch(key))
+        if not unknown and 0 < len(keys) <= 100:
+            return Action("keys", text, keys=keys)
+        return Action("invalid", "Nothing was pressed. These are no tmux key names: "
+                           + truncate_middle(unknown or "(none given, or more than 100)", 400))
+    amount = re.fullmatch(r"(\d{1,6}(?:\.\d+)?)\s*([smh])\.?", rests[0])
+    if len(orders) > 1 or not amount:
+        return Action("invalid", "WAIT stands alone, and takes a time like 90s, 10m or 2h.")
+    return Action("wait", text, seconds=float(amount[1]) * SECONDS_PER_UNIT[amount[2]])
+
+
+def parse_reply(reply: str) -> Action:
+    """Return what a reply asks for, by the few words that the system prompt teaches.
+
+    List marks and emphasis around them do not count, nor do a model's thoughts before its answer.
+    """
+    reply = _THINKING_BLOCK.sub("", sanitize(reply), 1)
+    whole = _FENCED_REPLY.fullmatch(reply.strip())
+    kept, facts, orders, failed, complete, fence = [], [], [], [], False, ""
+    for line in (whole[1] if whole else reply).split("\n"):
+        found, mark = None if fence else _COMMAND_LINE.fullmatch(line), _FENCE_LINE.fullmatch(line)
+        if mark and not fence:
+            fence = mark[1]
+        elif mark and mark[1].startswith(fence) and not mark[2]:
+            fence = ""
+        marks, word, rest = found.groups("") if found else ("", "", "")
+        word, rest = word.replace("\\", ""), rest.strip().removesuffix(marks[::-1]).strip()
+        if word == "MEMORY_SAVE":
+            facts += [rest] * bool(rest)
+        elif found and not word:
+            complete = True
+        elif failed or word == "TASK_FAILED":
+            failed.append(line if failed else rest)
+        else:
+            kept.append(line)
+            orders += [(word, rest)] * bool(line.strip())
+    text = "\n".join(kept).strip("\n").rstrip()
+    ordered = bool(orders) and all(word for word, _ in orders)
+    instruction = (
+        Action("invalid", "TASK_COMPLETE came with another order, so neither was followed.")
+        if complete and (failed or ordered) else Action("complete", text) if complete
+        else Action("failed", "\n".join(failed).strip() or "no reason given") if failed
+        else _parse_commands(orders, text) if ordered else Action("message", text) if text
+        else Action("invalid", "Your reply was empty, so nothing was typed."))
+    return instruction._replace(facts=tuple(facts))
+
+
+class Conversation:
+    """What the model is sent: system prompt, opening, then pairs of its reply and what came of it.
+
+    It grows at its end only, until the older pairs are replaced by a summary, so that the prompt
+    stays the same from its beginning and can be cached.
+    """
+
+    KEPT_EXCHANGES = 3        # pairs that are not summarised, if they fit
+
+    def __init__(self, system: str, opening: str) -> None:
+        self._system, self._summary = system, ""
+        self._texts = [opening]     # then replies and outcomes, in turns
+
+    def messages(self) -> list[dict[str, str]]:
+        """Return the messages for the next call."""
+        summary = f"\n\n## Summary of the work so far\n{self._summary}" if self._summary else ""
+        texts = [self._system, self._texts[0] + summary, *self._texts[1:]]
+        roles = ["system", *["user", "assistant"] * len(texts)]
+        return [{"role": role, "content": text} for role, text in zip(roles, texts)]
+
+    def add_exchange(self, reply: str, outcome: str) -> None:
+        """Add what the model said, and what it is to be told."""
+        self._texts += [reply, outcome]
+
+    def append_to_last(self, text: str) -> None:
+        """Add to the newest message."""
+        self._texts[-1] += f"\n\n{text}"
+
+    def character_count(self) -> int:
+        """Return how many characters it has."""
+        return sum(len(message["content"]) for message in self.messages())
+
+    def older_exchanges(self, room: int) -> tuple[int, str]:
+        """Return how many pairs a summary would replace, and their text.
+
+        The newest stay, as many of them as half of `room` characters can hold.
+        """
+        told = [f"YOU: {reply}\n\nRESULT: {outcome}"
+                for reply, outcome in zip(self._texts[1::2], self._texts[2::2])]
+        kept = min(self.KEPT_EXCHANGES, len(told))
+        while kept > 1 and len("".join(told[-kept:])) > room // 2:
+            kept -= 1
+        del told[len(told) - kept:]
+        earlier = [f"EARLIER SUMMARY: {self._summary}"] * bool(self._summary and told)
+        return len(told), "\n\n".join(earlier + told)
+
+    def replace_with_summary(self, summary: str, count: int) -> None:
+        """Put a summary in the place of the `count` oldest pairs."""
+        self._summary = summary
+        del self._texts[1:1 + 2 * count]
+
+
+# -- 12. Loops ----------------------------------------------------------------------------
+# Chat and autopilot: they ask the agent and the model, and publish what happens.
+# May use: Errors, Configuration, Text, Agent, Model client, Memory, Journal, Conversation.
+
+class RunControl:
     """What a person asks for from outside while the loop runs; threads may call it."""
 
     def __init__(self, journal: Journal, stop: Callable[[], object]) -> None:
@@ -2462,10 +2340,10 @@ class Control:
         self._notes: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.paused = False
 
-    def act(self, action: str, text: str = "") -> None:
+    def handle(self, action: str, text: str = "") -> None:
         """Pause after the current turn, resume, stop, or pass on a note."""
         if action == "note":
-            text = self._journal.masked(sanitize(text).strip())
+            text = self._journal.redact(sanitize(text).strip())
             self._notes.put(text)
             self._journal.publish("note", text=text, source="dashboard")
         elif action == "stop":
@@ -2474,55 +2352,55 @@ class Control:
             self.paused = not self.paused
             self._journal.publish("state", state="paused" if self.paused else "resumed")
 
-    def notes(self) -> list[str]:
+    def take_notes(self) -> list[str]:
         """Take the notes that came since the last time."""
-        return [_NOTE + self._notes.get() for _ in range(self._notes.qsize())]
+        return [_NOTE_PREFIX + self._notes.get() for _ in range(self._notes.qsize())]
 
 
-class Totals:
+class RunTotals:
     """What a run has used so far: iterations, tokens, US dollars, and seconds."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
-        self.iterations, self.tokens, self.cost, self.earlier = 0, Tokens(), 0.0, 0.0
-        self._priced = 0        # calls that are in `cost`
-        self._clock, self._began = clock, clock()
+        self.iterations, self.tokens, self.cost, self.earlier_seconds = 0, TokenUsage(), 0.0, 0.0
+        self._priced_calls = 0        # calls that are in `cost`
+        self._clock, self._started_at = clock, clock()
 
     @property
     def seconds(self) -> float:
         """The time that the run has taken, with that of earlier parts."""
-        return self.earlier + self._clock() - self._began
+        return self.earlier_seconds + self._clock() - self._started_at
 
-    def add(self, tokens: Sequence[int], cost: float | None) -> None:
+    def add_call(self, tokens: Sequence[int], cost: float | None) -> None:
         """Count a call to the model; a cost that is not told is taken to be the mean."""
-        self.tokens = Tokens(*map(sum, zip(self.tokens, tokens)))
-        if cost is None and self._priced:
-            cost = self.cost / self._priced
+        self.tokens = TokenUsage(*map(sum, zip(self.tokens, tokens)))
+        if cost is None and self._priced_calls:
+            cost = self.cost / self._priced_calls
         if cost is not None:
-            self.cost, self._priced = self.cost + cost, self._priced + 1
+            self.cost, self._priced_calls = self.cost + cost, self._priced_calls + 1
 
-    def recount(self, past: Sequence[Event]) -> None:
+    def restore(self, past: Sequence[Event]) -> None:
         """Count what earlier parts of a run have used, without the times between them.
 
         An iteration that had no reply yet is begun again.
         """
         previous = None
         for event in past:
-            used, cost = _part(event, "tokens"), _number(event, "cost")
-            tokens = Tokens(*(_count(used, name) for name in Tokens._fields))
+            used, cost = get_object(event, "tokens"), get_number(event, "cost")
+            tokens = TokenUsage(*(get_int(used, name) for name in TokenUsage._fields))
             if event["type"] == "complete":         # has all that was used until then
                 self.tokens, self.cost = tokens, cost or 0.0
             elif used and event["type"] != "iteration_end":     # its reply has told that
-                self.add(tokens, cost)
+                self.add_call(tokens, cost)
             if event["type"] == "reply":
-                self.iterations = max(self.iterations, _count(event, "iteration"))
+                self.iterations = max(self.iterations, get_int(event, "iteration"))
             with contextlib.suppress(TypeError, ValueError):        # no time, or of another form
                 at = datetime.datetime.fromisoformat(event["time"].replace("Z", "+00:00"))
-                if previous and event.get("reason") != _GOES_ON:
-                    self.earlier += max(0.0, (at - previous).total_seconds())
+                if previous and event.get("reason") != _RESUMED_REASON:
+                    self.earlier_seconds += max(0.0, (at - previous).total_seconds())
                 previous = at
 
     @contextlib.contextmanager
-    def concluded(self, journal: Journal) -> Iterator[None]:
+    def publish_outcome(self, journal: Journal) -> Iterator[None]:
         """Publish `complete` at the end of the block, however it ends."""
         def conclude() -> None:
             journal.publish("complete", outcome=outcome, reason=reason, iterations=self.iterations,
@@ -2535,7 +2413,7 @@ class Totals:
             outcome = "complete"
         except BaseException as error:
             outcome = getattr(error, "outcome", outcome)    # a run can go on from what has none
-            reason = journal.masked(str(error) or repr(error))
+            reason = journal.redact(str(error) or repr(error))
             error.args = (reason,)
             raise
         finally:
@@ -2553,22 +2431,22 @@ class Chat:
     """
 
     def __init__(self, config: Config, agent: Agent, journal: Journal,
-                 read: Callable[[str], str | None], *, at_prompt: bool = True) -> None:
-        self._agent, self._journal, self._read, self._at_prompt = agent, journal, read, at_prompt
-        self._limit, self._totals = config.turn_timeout, Totals(time.monotonic)
+                 read: Callable[[str], str | None], *, is_interactive: bool = True) -> None:
+        self._agent, self._journal, self._read, self._is_interactive = agent, journal, read, is_interactive
+        self._limit, self._totals = config.turn_timeout, RunTotals(time.monotonic)
 
     def run(self, task_info: Mapping[str, object]) -> None:
         """Take messages until /quit or the end of input."""
-        with self._totals.concluded(self._journal):
+        with self._totals.publish_outcome(self._journal):
             self._journal.publish("task_info", **task_info)
-            self._say("", self._agent.start)
-            while (message := self._message()) is not None \
+            self._run_turn("", self._agent.start)
+            while (message := self._read_message()) is not None \
                     and message.strip() not in ("/quit", "/exit"):
                 if message:
                     self._totals.iterations += 1
-                    self._say(message, lambda: self._act(message))
+                    self._run_turn(message, lambda: self._execute(message))
 
-    def _message(self) -> str | None:
+    def _read_message(self) -> str | None:
         """Return a line, a pasted block, or what stands between triple quotes."""
         text = self._read("> ")
         if text and text.startswith('"""') and ("\n" not in text or text.rstrip().endswith('"""')):
@@ -2580,82 +2458,30 @@ class Chat:
             text = text.rstrip()[3:-3].strip("\n")
         return text if text is None or sanitize(text).strip() else ""
 
-    def _act(self, message: str) -> Turn:
+    def _execute(self, message: str) -> Turn:
         """Do what a slash word of ours asks for; all else goes to the agent."""
         word, *keys = message.split()
         if word == "/screen":
-            return self._agent.look()
+            return self._agent.read_screen()
         if word == "/keys":
             order = parse_reply(f"KEYS: {' '.join(keys)}")
-            return self._agent.press(order.keys, self._limit) if order.keys else Turn(order.text)
+            return self._agent.send_keys(order.keys, self._limit) if order.keys else Turn(order.text)
         return self._agent.ask(message, self._limit)
 
-    def _say(self, line: str, act: Callable[[], Turn]) -> None:
+    def _run_turn(self, line: str, act: Callable[[], Turn]) -> None:
         self._journal.publish("iteration_start", iteration=self._totals.iterations, max_iter=0)
         began = time.monotonic()
         try:
-            output = act().report()
+            output = act().as_text()
         except Interrupted as interrupt:
-            if interrupt.status != 128 + signal.SIGINT or not (line and self._at_prompt):
+            if interrupt.exit_status != 128 + signal.SIGINT or not (line and self._is_interactive):
                 raise
             output = f"[{self._agent.name} goes on; the next answer will show what it does now.]"
         self._journal.publish("iteration_end", orchestrator=line, agent_output=output,
                               duration_ms=round((time.monotonic() - began) * 1000))
 
 
-class Conversation:
-    """What the model is sent: system prompt, opening, then pairs of its reply and what came of it.
-
-    It grows at its end only, until the older pairs are replaced by a summary, so that the prompt
-    stays the same from its beginning and can be cached.
-    """
-
-    KEEP = 3        # pairs that are not summarised, if they fit
-
-    def __init__(self, system: str, opening: str) -> None:
-        self._system, self._summary = system, ""
-        self._texts = [opening]     # then replies and outcomes, in turns
-
-    def messages(self) -> list[dict[str, str]]:
-        """Return the messages for the next call."""
-        summary = f"\n\n## Summary of the work so far\n{self._summary}" if self._summary else ""
-        texts = [self._system, self._texts[0] + summary, *self._texts[1:]]
-        roles = ["system", *["user", "assistant"] * len(texts)]
-        return [{"role": role, "content": text} for role, text in zip(roles, texts)]
-
-    def add(self, reply: str, outcome: str) -> None:
-        """Add what the model said, and what it is to be told."""
-        self._texts += [reply, outcome]
-
-    def append(self, text: str) -> None:
-        """Add to the newest message."""
-        self._texts[-1] += f"\n\n{text}"
-
-    def size(self) -> int:
-        """Return how many characters it has."""
-        return sum(len(message["content"]) for message in self.messages())
-
-    def older(self, room: int) -> tuple[int, str]:
-        """Return how many pairs a summary would replace, and their text.
-
-        The newest stay, as many of them as half of `room` characters can hold.
-        """
-        told = [f"YOU: {reply}\n\nRESULT: {outcome}"
-                for reply, outcome in zip(self._texts[1::2], self._texts[2::2])]
-        kept = min(self.KEEP, len(told))
-        while kept > 1 and len("".join(told[-kept:])) > room // 2:
-            kept -= 1
-        del told[len(told) - kept:]
-        earlier = [f"EARLIER SUMMARY: {self._summary}"] * bool(self._summary and told)
-        return len(told), "\n\n".join(earlier + told)
-
-    def summarise(self, summary: str, count: int) -> None:
-        """Put a summary in the place of the `count` oldest pairs."""
-        self._summary = summary
-        del self._texts[1:1 + 2 * count]
-
-
-def run_check(command: str, directory: Path, environ: Mapping[str, str],
+def run_shell_command(command: str, directory: Path, environ: Mapping[str, str],
               limit: float) -> tuple[int, str]:
     """Run a shell command; return its status (124 after `limit` seconds) and clipped output."""
     with tempfile.TemporaryFile() as output:
@@ -2672,97 +2498,97 @@ def run_check(command: str, directory: Path, environ: Mapping[str, str],
                 process.wait()
         output.seek(max(0, output.seek(0, os.SEEK_END) - 1_000_000))
         text = output.read().decode("utf-8", "replace")
-    return status, clip(sanitize(text).strip())
+    return status, truncate_middle(sanitize(text).strip())
 
 
 class Autopilot:
     """The model drives the agent until the task is done, given up, or out of budget."""
 
-    MESSAGES = 900              # in a conversation: Claude takes 1,000
-    VERIFY_LIMIT = 600.0        # seconds
-    SAME_FAILURES = 5           # of VERIFY_CMD, until the run is stuck
-    LIMIT_WAIT, LIMIT_MARGIN = 86400.0, 120.0   # seconds: to a usage limit's end, and after it
+    MAX_MESSAGES = 900              # in a conversation: Claude takes 1,000
+    VERIFY_TIMEOUT = 600.0        # seconds
+    MAX_SAME_FAILURES = 5           # of VERIFY_CMD, until the run is stuck
+    MAX_USAGE_LIMIT_SECONDS, USAGE_LIMIT_MARGIN_SECONDS = 86400.0, 120.0   # seconds: to a usage limit's end, and after it
 
     def __init__(self, config: Config, agent: Agent, model: OpenRouter, memory: Memory,
-                 journal: Journal, control: Control, directory: Path, *,
+                 journal: Journal, control: RunControl, directory: Path, *,
                  environ: Mapping[str, str], clock: Callable[[], float] = time.monotonic,
                  sleep: Callable[[float], None] = time.sleep) -> None:
         self._config, self._agent, self._model, self._memory = config, agent, model, memory
         self._journal, self._control, self._directory = journal, control, directory
         self._environ, self._clock, self._sleep = environ, clock, sleep
-        self._conversation, self._totals = Conversation("", ""), Totals(clock)
-        self._history: list[tuple[Instruction, str]] = []   # and fingerprints of what came
-        self._failures: list[str] = []                  # of VERIFY_CMD, in a row
-        self._warned = self._done = False
-        self._trouble = ""          # with the memory, that was told last
-        self._part_shown = 0.0
-        self._bound = math.inf      # characters, less than what the model called too long
+        self._conversation, self._totals = Conversation("", ""), RunTotals(clock)
+        self._recent_steps: list[tuple[Action, str]] = []   # and fingerprints of what came
+        self._recent_failures: list[str] = []                  # of VERIFY_CMD, in a row
+        self._was_warned = self._is_done = False
+        self._last_memory_error = ""          # with the memory, that was told last
+        self._part_published_at = 0.0
+        self._max_characters = math.inf      # characters, less than what the model called too long
 
-    def run(self, task_info: Mapping[str, object], past: Sequence[Event] = ()) -> None:
-        """Drive the agent until the task is done; `past` are the events of a run to go on with.
+    def run(self, task_info: Mapping[str, object], history: Sequence[Event] = ()) -> None:
+        """Drive the agent until the task is done; `history` are the events of a run to go on with.
 
         Raises what ends the run otherwise; `complete` is published in every case.
         """
-        self._totals.recount(past)
-        with self._totals.concluded(self._journal):
-            if past:
+        self._totals.restore(history)
+        with self._totals.publish_outcome(self._journal):
+            if history:
                 self._check_budgets(self._totals.iterations)
-                self._journal.publish("state", state="resumed", reason=_GOES_ON)
+                self._journal.publish("state", state="resumed", reason=_RESUMED_REASON)
             else:
                 self._journal.publish("task_info", **task_info)
-            self._open(self._journal.masked(str(task_info["task"])), past)
-            while not self._done:
+            self._begin(self._journal.redact(str(task_info["task"])), history)
+            while not self._is_done:
                 self._step()
 
     # beginning
 
-    def _open(self, task: str, past: Sequence[Event]) -> None:
+    def _begin(self, task: str, history: Sequence[Event]) -> None:
         """Start the agent and the conversation, or go on with one."""
-        name, talked = self._agent.name, any(event["type"] == "reply" for event in past)
-        told = f"The screen of {name} now:\n{self._agent.start(talked).report()}"
-        facts = clip("".join(f"- {fact}\n" for fact in self._memory.facts))
-        system = _SYSTEM.format(agent=name) + (
+        name, talked = self._agent.name, any(event["type"] == "reply" for event in history)
+        told = f"The screen of {name} now:\n{self._agent.start(talked).as_text()}"
+        facts = truncate_middle("".join(f"- {fact}\n" for fact in self._memory.facts))
+        system = _SYSTEM_PROMPT.format(agent=name) + (
             f"\n## Memory from previous sessions\n{facts}" if facts else "")
         self._conversation = Conversation(
             system, f"Task:\n{task}\n\n{name} works in {self._directory}.")
-        if past:
-            self._retell(past)
-            told = (f"[You were stopped at {past[-1]['time']} and go on now, at {utc_now()}. If "
+        if history:
+            self._rebuild_conversation(history)
+            told = (f"[You were stopped at {history[-1]['time']} and go on now, at {utc_timestamp()}. If "
                     "the screen does not tell whether your last message arrived, find out before "
                     f"you repeat it.]\n\n{told}")
             self._journal.publish("state", state="working", reason="the model is told", told=told)
-        self._conversation.append(self._journal.masked(told))
+        self._conversation.append_to_last(self._journal.redact(told))
 
-    def _retell(self, past: Sequence[Event]) -> None:
+    def _rebuild_conversation(self, history: Sequence[Event]) -> None:
         """Rebuild the conversation from the events of the earlier parts."""
         said, notes, facts = None, [], ()
-        for event in [*past, {"type": "iteration_start", "reason": _GOES_ON}]:
+        for event in [*history, {"type": "iteration_start", "reason": _RESUMED_REASON}]:
             kind = event["type"]
             if kind == "history":
-                self._conversation.summarise(event["summary"], _count(event, "summarised"))
+                self._conversation.replace_with_summary(event["summary"], get_int(event, "summarised"))
             elif kind == "iteration_end" and said is not None:
-                self._tell(said, event["agent_output"] or str(event.get("error", "")))
+                self._add_exchange(said, event["agent_output"] or str(event.get("error", "")))
                 said = None
             elif kind == "note" and event.get("source") == "dashboard":
-                notes.append(_NOTE + event["text"])
-            elif kind == "reply" or event.get("reason") == _GOES_ON:
+                notes.append(_NOTE_PREFIX + event["text"])
+            elif kind == "reply" or event.get("reason") == _RESUMED_REASON:
                 if said is not None:
-                    self._conversation.add(said, "[You were stopped before this was done.]")
+                    self._conversation.add_exchange(said, "[You were stopped before this was done.]")
                     facts += parse_reply(said).facts
                 said = event["text"] if kind == "reply" else None
             elif "told" in event:
-                self._conversation.append(str(event["told"]))
+                self._conversation.append_to_last(str(event["told"]))
                 facts = ()          # were saved before
             if kind == "iteration_start":       # they are told with the next prompt
                 while notes:
-                    self._conversation.append(notes.pop(0))
-        self._remember(facts)
+                    self._conversation.append_to_last(notes.pop(0))
+        self._save_facts(facts)
 
-    def _tell(self, reply: str, outcome: str) -> None:
+    def _add_exchange(self, reply: str, outcome: str) -> None:
         """Add a reply and what came of it to the conversation."""
-        if parse_reply(reply).kind in _TO_AGENT:
+        if parse_reply(reply).kind in _AGENT_ACTIONS:
             outcome = f"{self._agent.name} output:\n{outcome or '(nothing new)'}"
-        self._conversation.add(reply, outcome)
+        self._conversation.add_exchange(reply, outcome)
 
     # one iteration
 
@@ -2771,71 +2597,71 @@ class Autopilot:
         while self._control.paused:
             self._sleep(min(0.2, self._seconds_left()))
         self._check_budgets(self._totals.iterations)
-        for note in self._control.notes():
-            self._conversation.append(note)
+        for note in self._control.take_notes():
+            self._conversation.append_to_last(note)
         self._totals.iterations += 1
         self._journal.publish("iteration_start", iteration=self._totals.iterations,
                               max_iter=self._config.max_iterations)
-        reply, began = self._decide(), self._clock()
+        reply, began = self._query_model(), self._clock()
         instruction = parse_reply(reply.text)
-        self._remember(instruction.facts)
+        self._save_facts(instruction.facts)
         outcome, trouble = "", None
         try:
-            turn = self._outlast(self._act(instruction))
-            outcome = self._journal.masked(turn.report())
-            note = self._circling(instruction, turn)
+            turn = self._wait_for_usage_limit(self._execute(instruction))
+            outcome = self._journal.redact(turn.as_text())
+            note = self._check_stuck(instruction, turn)
             outcome += f"\n\n{note}" * bool(note)
         except OrchestratorError as error:
             trouble = error
         self._journal.publish(
             "iteration_end", agent_output=outcome,
-            orchestrator=instruction.text if instruction.kind in _TO_AGENT else "",
-            duration_ms=round((self._clock() - began) * 1000), **reply.used(),
+            orchestrator=instruction.text if instruction.kind in _AGENT_ACTIONS else "",
+            duration_ms=round((self._clock() - began) * 1000), **reply.usage_fields(),
             **({"error": str(trouble)} if trouble else {}))
         if trouble:
             raise trouble
-        self._tell(reply.text, outcome)
+        self._add_exchange(reply.text, outcome)
 
-    def _decide(self) -> Reply:
+    def _query_model(self) -> Reply:
         """Return the model's next reply; shorten the conversation if it has become too long."""
         overflows, reply = 0, None
         while not reply:
-            if len(self._conversation.messages()) > self.MESSAGES:
+            if len(self._conversation.messages()) > self.MAX_MESSAGES:
                 self._summarise()
-            elif self._conversation.size() > self._room():
-                self._summarise(self._room() // 4)      # for less it is not worth a new prefix
+            elif self._conversation.character_count() > self._conversation_limit():
+                self._summarise(self._conversation_limit() // 4)      # for less it is not worth a new prefix
             try:
-                reply = self._ask(self._conversation.messages(), self._show_part)
-            except ContextOverflow:
+                reply = self._complete(self._conversation.messages(), self._publish_part)
+            except ContextWindowExceeded:
                 overflows += 1
-                self._bound = min(self._bound, 0.75 * self._conversation.size())
+                self._max_characters = min(self._max_characters, 0.75 * self._conversation.character_count())
                 if overflows > 3 or not self._summarise():
                     raise
-        self._journal.publish("reply", text=reply.text, **reply.used(),
+        self._journal.publish("reply", text=reply.text, **reply.usage_fields(),
                               duration_ms=reply.duration_ms)
         if self._config.max_cost and reply.cost is None and not self._totals.cost:
-            raise BudgetReached("MAX_COST is set, but the model's server does not say what a call "
+            raise BudgetExceeded("MAX_COST is set, but the model's server does not say what a call "
                                 "costs: use MAX_ITERATIONS or MAX_MINUTES")
         return reply
 
-    def _show_part(self, text: str) -> None:
-        if self._journal.watched() and self._clock() - self._part_shown >= 0.25:
-            self._part_shown = self._clock()
+    def _publish_part(self, text: str) -> None:
+        if self._journal.has_readers() and self._clock() - self._part_published_at >= 0.25:
+            self._part_published_at = self._clock()
             self._journal.publish("reply_part", text=text)
 
-    def _act(self, instruction: Instruction) -> Turn:
+    def _execute(self, instruction: Action) -> Turn:
         """Do what the reply asks for; return what the model is to be shown of it."""
         kind = instruction.kind
         if kind == "failed":
-            raise GaveUp(f"the model gave up: {instruction.text}")
+            raise TaskFailed(f"the model gave up: {instruction.text}")
         if kind == "complete":
             return self._verify()
         left = self._seconds_left()
         limit = min(self._config.turn_timeout, left)
-        if kind == "say":
+        if kind == "message":
             return self._agent.ask(instruction.text, limit)
         if kind == "keys":
-            return self._agent.press(instruction.keys, limit)
+            return self._agent.send_keys(instruction.keys, limit)
         if kind == "wait":
             seconds = min(instruction.seconds, left)
             self._journal.publish("state", state="waiting", reason=f"up to {seconds:g} s")
@@ -2843,15 +2669,15 @@ class Autopilot:
         saved = "The fact was saved. " if instruction.facts else ""
         return Turn(f"{saved}{instruction.text} Go on with the task, or end it with TASK_COMPLETE.")
 
-    def _outlast(self, turn: Turn) -> Turn:
+    def _wait_for_usage_limit(self, turn: Turn) -> Turn:
         """Wait for the end of a usage limit that says when that is, or until the agent goes on."""
-        if not 0 < turn.limited <= self.LIMIT_WAIT:      # the model may decide to wait for longer
+        if not 0 < turn.usage_limit_seconds <= self.MAX_USAGE_LIMIT_SECONDS:      # the model may decide to wait for longer
             return turn
-        end, later = self._clock() + turn.limited + self.LIMIT_MARGIN, Turn("", "quiet")
+        end, later = self._clock() + turn.usage_limit_seconds + self.USAGE_LIMIT_MARGIN_SECONDS, Turn("", "idle")
         at = datetime.datetime.now() + datetime.timedelta(seconds=end - self._clock())
         self._journal.publish("state", state="waiting", reason=f"{self._agent.name} has reached a "
                               f"usage limit: until {at:%Y-%m-%d %H:%M}")
-        while later.state in ("quiet", "working") and self._clock() < end:
+        while later.state in ("idle", "working") and self._clock() < end:
             later = self._agent.wait(min(end - self._clock(), self._seconds_left()))
         return turn._replace(output=f"{turn.output}\n{later.output}".rstrip(), notes=(
             *turn.notes, *later.notes, "The usage limit was waited for and should be over now."))
@@ -2862,79 +2688,79 @@ class Autopilot:
         if command:
             self._journal.publish("state", state="working", reason=f"checking: {command}")
             try:
-                status, output = run_check(command, self._directory, self._environ,
-                                           min(self.VERIFY_LIMIT, self._seconds_left()))
+                status, output = run_shell_command(command, self._directory, self._environ,
+                                           min(self.VERIFY_TIMEOUT, self._seconds_left()))
             except OSError as error:
                 status, output = 126, f"it can't be run: {error.strerror}"
             self._journal.publish("verify", command=command, status=status, output=output)
-        self._done = status == 0
-        self._failures = [*self._failures, fingerprint(output)][-self.SAME_FAILURES:]
-        if not self._done and self._failures.count(self._failures[-1]) == self.SAME_FAILURES:
-            raise Stuck(f"VERIFY_CMD failed {self.SAME_FAILURES} times with the same output")
-        return Turn("" if self._done else f"The task is not complete: the check `{command}` failed "
+        self._is_done = status == 0
+        self._recent_failures = [*self._recent_failures, normalize_screen(output)][-self.MAX_SAME_FAILURES:]
+        if not self._is_done and self._recent_failures.count(self._recent_failures[-1]) == self.MAX_SAME_FAILURES:
+            raise StuckInLoop(f"VERIFY_CMD failed {self.MAX_SAME_FAILURES} times with the same output")
+        return Turn("" if self._is_done else f"The task is not complete: the check `{command}` failed "
                     f"with status {status}:\n{output}")
 
-    def _remember(self, facts: Sequence[str]) -> None:
+    def _save_facts(self, facts: Sequence[str]) -> None:
         """Save facts, and have the list compacted if it has become too long."""
-        if not (facts or self._trouble):        # what could not be saved is tried again
+        if not (facts or self._last_memory_error):        # what could not be saved is tried again
             return
         used: dict[str, Any] = {}
 
         def rewrite(known: list[str]) -> list[str] | None:
-            with contextlib.suppress(ModelError, BudgetReached):    # the next call tells of it
-                reply = self._ask(Conversation(
-                    _COMPACT.format(limit=self._memory.limit // 2 + 1),
+            with contextlib.suppress(ModelError, BudgetExceeded):    # the next call tells of it
+                reply = self._complete(Conversation(
+                    _COMPACTION_PROMPT.format(limit=self._memory.limit // 2 + 1),
                     json.dumps({"facts": known}, ensure_ascii=False)).messages())
-                used.update(reply.used())
+                used.update(reply.usage_fields())
                 text = reply.text[reply.text.find("{"):reply.text.rfind("}") + 1]
-                facts = (parse_object(text) or {}).get("facts")
+                facts = (parse_json_object(text) or {}).get("facts")
                 if isinstance(facts, list) and all(isinstance(fact, str) for fact in facts):
                     return facts
             return None
 
         try:
-            saved = self._memory.add(map(self._journal.masked, facts))
-            trouble = self._memory.complaint
+            saved = self._memory.add(map(self._journal.redact, facts))
+            trouble = self._memory.warning
             if saved:
                 self._journal.publish("memory", saved=saved, total=len(self._memory.facts))
             before, after = self._memory.compact(rewrite) or (0, 0)
             if before:
                 self._journal.publish("memory", total=after, **used,
                                       compacted={"before": before, "after": after})
-            trouble = self._memory.complaint or trouble
+            trouble = self._memory.warning or trouble
         except OSError as error:
             trouble = f"memory.json can't be written: {error.strerror}"
-        if trouble not in ("", self._trouble):
+        if trouble not in ("", self._last_memory_error):
             self._journal.publish("error", error=trouble)
-        self._trouble = trouble
+        self._last_memory_error = trouble
 
-    def _room(self) -> int:
+    def _conversation_limit(self) -> int:
         """Return how many characters the conversation may have; one answer may have 16,000."""
         wanted = self._config.history_max_tokens * self._model.characters_per_token
-        return int(min(self._bound, max(16_000, wanted)))
+        return int(min(self._max_characters, max(16_000, wanted)))
 
     def _summarise(self, worth: int = 1) -> bool:
         """Replace the conversation's older part by a summary, if it has `worth` characters."""
-        room = self._room()
-        count, older = self._conversation.older(room)
+        room = self._conversation_limit()
+        count, older = self._conversation.older_exchanges(room)
         if len(older) < worth:
             return False
         try:
-            reply = self._ask(Conversation(_SUMMARISE, clip(older, room)).messages())
-            summary, used = reply.text, reply.used()
-        except NoAnswer:        # what else there is ends the run, which has then lost nothing
+            reply = self._complete(Conversation(_SUMMARY_PROMPT, truncate_middle(older, room)).messages())
+            summary, used = reply.text, reply.usage_fields()
+        except RequestRejected:        # what else there is ends the run, which has then lost nothing
             summary = "\n".join(textwrap.shorten(part, 200) for part in older.split("\n\n"))
             used = {}
-        summary = clip(summary, min(16_000, room // 4))
-        self._conversation.summarise(summary, count)
+        summary = truncate_middle(summary, min(16_000, room // 4))
+        self._conversation.replace_with_summary(summary, count)
         self._journal.publish("history", summarised=count, summary=summary, **used)
         return True
 
-    def _ask(self, messages: Messages,
+    def _complete(self, messages: Messages,
              on_text: Callable[[str], object] = lambda text: None) -> Reply:
         """Ask the model within the budgets, which end it too, and count what that uses."""
-        return self._model.complete(messages, on_text=on_text, on_use=self._totals.add,
-                                    left=self._check_budgets)
+        return self._model.complete(messages, on_text=on_text, on_usage=self._totals.add_call,
+                                    time_left=self._check_budgets)
 
     # limits
 
@@ -2942,9 +2768,9 @@ class Autopilot:
         """Raise BudgetReached if one is used up, else return how long the run may go on."""
         config, totals = self._config, self._totals
         if config.max_iterations and iterations >= config.max_iterations:
-            raise BudgetReached(f"MAX_ITERATIONS={config.max_iterations} reached")
+            raise BudgetExceeded(f"MAX_ITERATIONS={config.max_iterations} reached")
         if config.max_cost and totals.cost >= config.max_cost:
-            raise BudgetReached(f"MAX_COST={config.max_cost:g} reached: ${totals.cost:.4f} spent")
+            raise BudgetExceeded(f"MAX_COST={config.max_cost:g} reached: ${totals.cost:.4f} spent")
         return self._seconds_left()
 
     def _seconds_left(self) -> float:
@@ -2952,24 +2778,24 @@ class Autopilot:
         limit = self._config.max_minutes * 60
         left = limit - self._totals.seconds if limit else math.inf
         if left < 0.01:
-            raise BudgetReached(f"MAX_MINUTES={self._config.max_minutes:g} reached")
+            raise BudgetExceeded(f"MAX_MINUTES={self._config.max_minutes:g} reached")
         return left
 
-    def _circling(self, asked: Instruction, turn: Turn) -> str:
+    def _check_stuck(self, asked: Action, turn: Turn) -> str:
         """Return a note for the model if it goes in circles; raise Stuck if it was just told."""
         waits = turn.state == "working" or asked.seconds >= 60
-        if self._done or waits:     # for a long turn, a usage limit or what else takes its time
-            self._history = []
+        if self._is_done or waits:     # for a long turn, a usage limit or what else takes its time
+            self._recent_steps = []
             return ""
-        self._history = last = [*self._history[-5:], (asked, fingerprint(turn.report()))]
+        self._recent_steps = last = [*self._recent_steps[-5:], (asked, normalize_screen(turn.as_text()))]
         same = len(last) >= 3 and len(set(last[-3:])) == 1
         alternating = len(last) == 6 and len(set(last[::2])) == len(set(last[1::2])) == 1
         if not (same or alternating):
-            self._warned &= len(last) < 6       # six turns later it is another circle
+            self._was_warned &= len(last) < 6       # six turns later it is another circle
             return ""
-        if self._warned:
-            raise Stuck("the run goes in circles: the same replies with the same results again")
-        self._warned, self._history = True, []
+        if self._was_warned:
+            raise StuckInLoop("the run goes in circles: the same replies with the same results again")
+        self._was_warned, self._recent_steps = True, []
         note = ("You go in circles: the same replies have had the same results "
                 f"{'three times' if same else 'in turns, six times'}. Try something else, or end "
                 "with TASK_FAILED: and the reason.")
@@ -2977,10 +2803,10 @@ class Autopilot:
         return note
 
 
-# -- 11. Dashboard page ---------------------------------------------------------------------
+# -- 13. Dashboard page -------------------------------------------------------------------
 # The browser's side.  May use: nothing.
 
-PAGE = r"""<!doctype html>
+DASHBOARD_PAGE = r"""<!doctype html>
 <html lang="en" data-recording="RECORDING">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -3548,12 +3374,205 @@ PAGE = r"""<!doctype html>
 """
 
 
-# -- 12. Demo -------------------------------------------------------------------------------
-# The built-in model and agent of --demo: they know one task by heart.
-# May use: Dashboard.
+# -- 14. Dashboard ------------------------------------------------------------------------
+# The journal in a browser, and the controls.  May use: Errors, Text, Journal, Dashboard page.
+
+_CONTENT_SECURITY_POLICY = ("default-src 'none'; script-src 'nonce-NONCE'; style-src 'nonce-NONCE'; "
+           "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+           "frame-ancestors 'none'")
+_MAX_BODY_BYTES = 65_536
+_DIGITS = re.compile("[0-9]{1,15}")
+_CONTROL_ACTIONS = ("pause", "resume", "stop", "note")
+
+
+class QuietHandler(http.server.BaseHTTPRequestHandler):
+    """Answers a connection without a word: the terminal belongs to the narration."""
+
+    def handle(self) -> None:
+        """Answer, unless the client goes away."""
+        with contextlib.suppress(OSError):
+            super().handle()
+
+    def log_message(self, *args: object) -> None:
+        """Say nothing."""
+
+
+class _DashboardHandler(QuietHandler):
+    """Answers one connection of a browser."""
+
+    server: Any         # the Dashboard
+    timeout = 5         # seconds for a read or write; for a write to a stream, PATIENCE
+    WRITE_TIMEOUT = 20       # a client that can't keep up is dropped, and comes back
+    server_version, sys_version = "orchestrator", ""
+
+    def do_GET(self) -> None:
+        """Serve the page and the stream of events."""
+        path, _, query = self.path.partition("?")
+        if self._refused(urllib.parse.parse_qs(query).get("token", [""])[0]):
+            return
+        if path == "/":
+            self.server.page_opened.set()
+            nonce, token = secrets.token_urlsafe(16), self.server.token
+            recording = "no" if self.server.control else "yes"
+            page = self.server.page.replace("NONCE", nonce).replace("RECORDING", recording)
+            self._send_text(200, page, {
+                "Content-Type": "text/html; charset=utf-8",
+                "Content-Security-Policy": _CONTENT_SECURITY_POLICY.replace("NONCE", nonce),
+                "Set-Cookie": f"{self._cookie_name}={token}; Path=/; HttpOnly; SameSite=Strict"})
+        elif path == "/events":
+            self._stream_events()
+        else:
+            self._send_text(405 if path == "/control" else 404, "GET goes to / and /events")
+
+    def do_POST(self) -> None:
+        """Pause, resume, stop, or take a note."""
+        length = self.headers.get("Content-Length", "")
+        if self._refused(""):
+            return
+        if self.path != "/control":
+            self._send_text(405 if self.path in ("/", "/events") else 404, "POST goes to /control")
+        elif self.headers.get_content_type() != "application/json":
+            self._send_text(415, "expected Content-Type: application/json")
+        elif not _DIGITS.fullmatch(length) or int(length) > _MAX_BODY_BYTES:
+            self._send_text(413, f"expected a body of 1 to {_MAX_BODY_BYTES} bytes, not chunked")
+        else:
+            order = parse_json_object(self.rfile.read(int(length))) or {}
+            action, text = order.get("action"), order.get("text", "")
+            fits = isinstance(text, str) and (text.strip() or action != "note")
+            if action not in _CONTROL_ACTIONS or not fits:
+                self._send_text(400, f"expected an action ({', '.join(_CONTROL_ACTIONS)}), a note with text")
+            elif not self.server.control:
+                self._send_text(409, "this is a recording")
+            else:
+                self.server.control(action, text)
+                self._send_text(204, "")
+
+    def _reject_method(self) -> None:
+        if not self._refused(""):
+            self._send_text(405, "GET or POST only")
+
+    do_HEAD = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _reject_method
+
+    @property
+    def _cookie_name(self) -> str:
+        """The cookie's name: ports do not keep cookies apart, so each dashboard has its own."""
+        return f"orchestrator-{self.server.server_port}"
+
+    def _refused(self, token: str) -> bool:
+        """Refuse whoever is not our own page, or does not have the token.
+
+        A name that is not ours in Host is a page of somebody else's, rebound to this address.
+        """
+        bound = self.connection.getsockname()[0]
+        names = ("localhost", "127.0.0.1", "[::1]", f"[{bound}]", bound, self.server.name)
+        host, origin = self.headers.get("Host", "").lower(), self.headers.get("Origin")
+        cookies = dict(pair.strip().partition("=")[::2]
+                       for pair in self.headers.get("Cookie", "").split(";"))
+        given = (token or cookies.get(self._cookie_name, "")).encode("utf-8", "replace")
+        origins = [f"http://{host}"] + [None] * (self.command != "POST")
+        if host not in [f"{name}:{self.server.server_port}" for name in names] \
+                or origin not in origins:
+            self._send_text(403, "this address does not belong to the dashboard")
+        elif not secrets.compare_digest(given, self.server.token.encode()):
+            self._send_text(403, "open the address that the orchestrator printed: it has the token")
+        else:
+            return False
+        return True
+
+    def _send_text(self, status: int, text: str, headers: Mapping[str, str] = {}) -> None:
+        body = text.encode()
+        self._send_headers(status, {"Content-Type": "text/plain; charset=utf-8",
+                             "Content-Length": str(len(body)), **headers})
+        self.wfile.write(body)
+
+    def _send_headers(self, status: int, headers: Mapping[str, str]) -> None:
+        self.send_response(status)
+        for name, value in {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
+                            "Referrer-Policy": "no-referrer", **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def _stream_events(self) -> None:
+        """Send the run so far, or what was missed, and go on with what comes."""
+        last = self.headers.get("Last-Event-ID", "")
+        after, live_seen, closed = int(last) if _DIGITS.fullmatch(last) else 0, 0, False
+        journal = self.server.journal
+        self.connection.settimeout(self.WRITE_TIMEOUT)
+        self._send_headers(200, {"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"})
+        with journal.count_reader():
+            while not closed:
+                kept, live, live_seen, closed = journal.read_after(after, live_seen, 15.0)
+                chunks = [b"id: %d\ndata: %s\n" % (number, line) for number, line in kept]
+                chunks += [b"data: %s\n" % line for line in live]
+                self.wfile.write(b"".join(chunks) or b": still here\n\n")
+                after = kept[-1][0] if kept else after
+
+
+class Dashboard(http.server.ThreadingHTTPServer):
+    """A server of the page, its events and its controls, in threads of its own.
+
+    `control(action, text)` is called for pause, resume, stop and note; None: it is a recording.
+    Enter it with `with`; raises ConfigError if it can't listen.
+    """
+
+    request_queue_size, timeout = 128, 0
+    MAX_CONNECTIONS = 160      # more are turned away: a flood leaves the run its files, on macOS 256
+
+    def __init__(self, journal: Journal, page: str, host: str, port: int,
+                 control: Callable[[str, str], object] | None) -> None:
+        self.journal, self.page, self.control = journal, page, control
+        self._connections: set[socket.socket] = set()
+        self.token, self.page_opened = secrets.token_urlsafe(24), threading.Event()     # page opened
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self.name = f"[{host}]" if ":" in host else host
+        try:
+            super().__init__((host, port), _DashboardHandler)
+        except (OSError, UnicodeError) as error:
+            raise ConfigError(f"DASHBOARD_HOST={host!r}, DASHBOARD_PORT={port}: can't listen: "
+                              f"{getattr(error, 'strerror', None) or error}") from None
+        shown = self.name.replace("0.0.0.0", "127.0.0.1")
+        self.url = f"http://{shown}:{self.server_port}/?token={self.token}"
+
+    def server_bind(self) -> None:
+        """Bind without the base class's look-up of our own name, which may take seconds."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Whether there is room for one more visitor."""
+        if len(self._connections) < self.MAX_CONNECTIONS:
+            self._connections.add(request)
+        return request in self._connections
+
+    def shutdown_request(self, request: Any) -> None:
+        """Part with a visitor."""
+        super().shutdown_request(request)
+        self._connections.discard(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of what ends one visitor, as where the machine has no thread for it."""
+
+    def __enter__(self) -> Dashboard:
+        threading.Thread(target=self.serve_forever, args=(0.1,), daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Answer whoever has come so far: two seconds for their streams, then two for the rest."""
+        self.journal.close(wait_for_reader=self.page_opened.is_set())
+        self.shutdown()
+        for _ in range(self.request_queue_size):    # those that were not accepted yet
+            self.handle_request()
+        self.server_close()
+        until = time.monotonic() + 2.0
+        while self._connections and time.monotonic() < until:
+            time.sleep(0.01)
+
+
+# -- 15. Demo -----------------------------------------------------------------------------
+# The built-in model and agent.  May use: Dashboard.
 
 DEMO_TASK = "Write primes.py with a function primes(n) that returns the primes below n; prove it."
-DEMO_CHECK = f"{shlex.quote(sys.executable)} check.py"
+DEMO_VERIFY_CMD = f"{shlex.quote(sys.executable)} check.py"
 _DEMO_REPLIES = (
     "Write the file primes.py:\n```\ndef primes(n):\n"
     "    return [k for k in range(1, n) if all(k % d for d in range(2, k))]\n```",
@@ -3561,15 +3580,15 @@ _DEMO_REPLIES = (
     "for n, expected in ((2, []), (12, [2, 3, 5, 7, 11])):\n"
     "    assert primes(n) == expected, f\"primes({n}) is {primes(n)}, not {expected}\"\n"
     "print(\"all checks passed\")\n```",
-    f"Run the command: {DEMO_CHECK}",
+    f"Run the command: {DEMO_VERIFY_CMD}",
     "1 is not a prime: the range begins at 2. Write the file primes.py:\n```\ndef primes(n):\n"
     "    return [k for k in range(2, n) if all(k % d for d in range(2, k))]\n```",
-    f"Run the command: {DEMO_CHECK}",
+    f"Run the command: {DEMO_VERIFY_CMD}",
     "The check failed on 1, was repaired, and now passes.\n"
     "MEMORY_SAVE: check.py proves primes.py: run it after each change\n\nTASK_COMPLETE")
 
 
-class DemoModel(QuietHandler):
+class DemoModelHandler(QuietHandler):
     """Answers chat completions as OpenRouter does, streamed, with the next of the replies."""
 
     def do_POST(self) -> None:
@@ -3592,7 +3611,7 @@ class DemoModel(QuietHandler):
         self.wfile.write(b"data: [DONE]\n\n")
 
 
-def _do_as_told(message: str) -> str:
+def _execute_demo_message(message: str) -> str:
     """Write the file or run the command that a message names; return what there is to show."""
     file = re.search(r"Write the file (\w+\.py):\n```\n(.*?\n)```", message, re.S)
     command = re.search(r"Run the command: (.+)", message)
@@ -3606,7 +3625,7 @@ def _do_as_told(message: str) -> str:
     return "● Tell me: Write the file NAME.py: with a code block, or Run the command: ..."
 
 
-def demo_agent() -> None:
+def run_demo_agent() -> None:
     """Be a small coding agent in a terminal: write files and run commands, as it is told.
 
     It does on a screen what the real ones do: bracketed paste, an input line, and while it works
@@ -3625,7 +3644,7 @@ def demo_agent() -> None:
             if typed.endswith((b"\x1b[200~", b"\x1b[201~")):
                 pasting, typed = typed.endswith(b"\x1b[200~"), typed[:-6]
                 write("" if pasting else typed.decode().replace("\n", "\n  "))
-        answer = _do_as_told(typed.decode("utf-8", "replace"))
+        answer = _execute_demo_message(typed.decode("utf-8", "replace"))
         for frame in "⠋⠙⠹⠸⠼⠴⠦⠧":
             write(f"\x1b]0;{frame} demo agent\x07\r\x1b[K• Working (esc to interrupt) {frame}"
                   if frame != "⠋" else "\n")
@@ -3633,67 +3652,11 @@ def demo_agent() -> None:
         write(f"\r\x1b[K{answer}\n\n\x1b]0;demo agent\x07")
 
 
-# -- 13. Command line -----------------------------------------------------------------------
-# Arguments, narration, wiring, exit status: the only code that prints or asks.
-# May use: everything above.
+# -- 16. Terminal -------------------------------------------------------------------------
+# The only code that prints or reads the terminal.  May use: Errors, Text, Screens, Journal.
 
-class Place(NamedTuple):
-    """Where a run works, and what surrounds it."""
-
-    directory: Path
-    state: Path                     # journals and locks
-    environ: Mapping[str, str]      # for what is started
-    kept: bool = True               # the two directories, after the run
-
-
-class Signals:
-    """SIGINT, SIGTERM and SIGHUP as Interrupted, raised in the main thread.
-
-    They are held back inside `held()`, so that the journal never loses count of its lines.
-    What comes while one is being dealt with leaves HURRY seconds for that.
-    """
-
-    HURRY = 0.5
-    _depth = _pending = 0       # how many times held; the number of the last signal meanwhile
-
-    def __enter__(self) -> Signals:
-        wanted = {number: self._handle for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-                  if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN}  # nohup
-        wanted[signal.SIGALRM] = lambda *_: os._exit(getattr(sys.exc_info()[1], "status", 130))
-        self._before = {number: signal.signal(number, wanted[number]) for number in wanted}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Hold signals back while this lasts; other threads than the main one get none anyway."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        self._depth += 1
-        try:
-            yield
-        finally:
-            self._depth -= 1
-            if self._pending and not self._depth:
-                number, self._pending = self._pending, 0
-                raise Interrupted(number)
-
-    def _handle(self, number: int, frame: object) -> None:
-        if isinstance(sys.exc_info()[1], Interrupted):
-            signal.setitimer(signal.ITIMER_REAL, self.HURRY)
-        elif self._depth:
-            self._pending = number
-        else:
-            raise Interrupted(number)
-
-
-FINISHED = ("complete", "failed", "stuck")      # outcomes that leave nothing to resume
-_SAID = {       # what the terminal says about an event, and the field that it shows below that
+FINAL_OUTCOMES = ("complete", "failed", "stuck")      # outcomes that leave nothing to resume
+_EVENT_TEMPLATES = {       # what the terminal says about an event, and the field that it shows below that
     "task_info": ("Task:  {task}\nModel: {model}\nAgent: {agent} in {workdir}\n"
                   "Watch: {attach}", ""),
     "reply": ("\n[{iteration}] model, {time}, {tokens[total]:,} tokens{cache}{dollars}", "text"),
@@ -3709,23 +3672,18 @@ _SAID = {       # what the terminal says about an event, and the field that it s
     "complete": ("\n{how}: {iterations}, {tokens[total]:,} tokens{cache}{dollars}, {time}", "")}
 
 
-def span(seconds: float) -> str:
-    """Return a time as people say it: 4.2 s, 9 min 12 s."""
-    return f"{seconds:.3g} s" if seconds < 60 else f"{seconds // 60:.0f} min {int(seconds % 60)} s"
-
-
-def narrate(event: Event, kept: bool = True) -> str:
+def format_event(event: Event, is_persistent: bool = True) -> str:
     """Return what the terminal says about an event of an autonomous run, nothing for some."""
-    head, below = _SAID.get("compacted" if "compacted" in event else event["type"], ("", ""))
+    head, below = _EVENT_TEMPLATES.get("compacted" if "compacted" in event else event["type"], ("", ""))
     cache = [f"{event['tokens'][each]:,} {each}" for each in ("cached", "written")
              if (event.get("tokens") or {}).get(each)]
     outcome, body, count = event.get("outcome"), event.get(below), event.get("iterations")
     if event["type"] == "iteration_end" and not body or "told" in event:
         return ""       # it ended the run, who says why; or is only for a resumed one
-    words = {"time": span(round(event.get("duration_ms", 0) / 1000, 1)),
+    words = {"time": format_duration(round(event.get("duration_ms", 0) / 1000, 1)),
              "iterations": f"{count} iteration" + "s" * (count != 1),
              "how": "Task complete" if outcome == "complete" else f"Ended ({outcome})" + (
-                 ", --resume goes on with it" * (kept and outcome not in FINISHED)),
+                 ", --resume goes on with it" * (is_persistent and outcome not in FINAL_OUTCOMES)),
              "cache": f" ({', '.join(cache)})" if cache else "",
              "dollars": f", ${event['cost']:.4f}" if event.get("cost") is not None else "",
              "again": f"; trying again in {event['retry_in']:g} s" if "retry_in" in event else "",
@@ -3736,97 +3694,208 @@ def narrate(event: Event, kept: bool = True) -> str:
     return f"{said}\n{textwrap.indent(body, '    ')}" if body else said
 
 
-def narrate_chat(event: Event) -> str:
+def format_chat_event(event: Event) -> str:
     """Return what the terminal says about an event of a chat: what the agent said, and troubles."""
     if event["type"] == "task_info":
         return (f"{event['agent']} in {event['workdir']}\nWatch: {event['attach']}\n"
                 "/quit leaves, /screen shows its screen, /keys Down Enter presses keys")
     if event["type"] == "iteration_end":
         return event["agent_output"]
-    return narrate(event) if event["type"] in ("error", "note") else ""
+    return format_event(event) if event["type"] in ("error", "note") else ""
 
 
-def narrate_json(event: Event) -> str:
+def format_json_event(event: Event) -> str:
     """Return an event as --json prints it; the live screen is only for browsers."""
-    return "" if event["type"] in LIVE else json.dumps(event)
+    return "" if event["type"] in LIVE_EVENTS else json.dumps(event)
 
 
-def put(text: str, stream: TextIO | None = None) -> None:
+def write_output(text: str, stream: TextIO | None = None) -> None:
     """Print text as it is, if somebody still reads."""
     try:
         print(text, end="", file=stream or sys.stdout, flush=True)
     except OSError as error:    # `| head`, or the terminal was closed: go on without narration
         os.dup2(os.open(os.devnull, os.O_WRONLY), (stream or sys.stdout).fileno())
         if error.errno == errno.ENOSPC and stream is not sys.stderr:
-            put(f"orchestrator: the output can't be written: {error.strerror}\n", sys.stderr)
+            write_output(f"orchestrator: the output can't be written: {error.strerror}\n", sys.stderr)
 
 
-def say(text: str, stream: TextIO | None = None) -> None:
+def print_line(text: str, stream: TextIO | None = None) -> None:
     """Print a line, if there is something in it."""
-    put(f"{sanitize(text)}\n" if text else "", stream)
+    write_output(f"{sanitize(text)}\n" if text else "", stream)
 
 
-class Narrator:
+def print_error(text: object) -> None:
+    """Say on standard error what is wrong, if anything, in one line."""
+    print_line(f"orchestrator: {text}" if text else "", sys.stderr)
+
+
+class TerminalReporter:
     """Tells events on standard output; if that is `live`, its last line shows what is waited for.
 
     It says for how long, and what came last on the agent's screen.  It is drawn while the agent
     is waited for, so that it takes no thread, and erased before anything else is printed.
     """
 
-    def __init__(self, tell: Callable[[Event], str], waits: Mapping[str, str], *, live: bool,
+    def __init__(self, format_event: Callable[[Event], str], wait_labels: Mapping[str, str], *, live: bool,
                  clock: Callable[[], float] = time.monotonic) -> None:
-        self._live, self._tell, self._clock = live, tell, clock
+        self._live, self._format_event, self._clock = live, format_event, clock
         self._drawing = threading.RLock()       # a person's note is heard in another thread
-        self._waits = waits     # what is waited for after an event, by its state or its type
-        self._now = self._words = self._drawn = ""
-        self._since = self._looked = 0.0
+        self._wait_labels = wait_labels     # what is waited for after an event, by its state or its type
+        self._waiting_for = self._last_agent_line = self._drawn_line = ""
+        self._waiting_since = self._screen_at = 0.0
 
-    def watches(self) -> bool:
+    def wants_screen(self) -> bool:
         """Whether a screen is wanted; each costs a call of tmux, so once a second is enough."""
-        return self._live and self._clock() - self._looked >= 1.0
+        return self._live and self._clock() - self._screen_at >= 1.0
 
-    def hear(self, event: Event) -> None:
+    def on_event(self, event: Event) -> None:
         """Say what there is to say about an event, and show what is waited for now."""
-        told, kind = self._tell(event), event.get("state", event["type"])
+        told, kind = self._format_event(event), event.get("state", event["type"])
         with self._drawing:
             if told:
-                self._draw("")
-                say(told)
+                self._replace_status_line("")
+                print_line(told)
             if kind == "screen":
-                self._words, self._looked = last_words(event["text"]), self._clock()
-            elif kind in self._waits:
-                self._now, self._words, self._since = self._waits[kind], "", self._clock()
-            self._show()
+                self._last_agent_line, self._screen_at = last_text_line(event["text"]), self._clock()
+            elif kind in self._wait_labels:
+                self._waiting_for, self._last_agent_line, self._waiting_since = self._wait_labels[kind], "", self._clock()
+            self._draw_status()
 
     def sleep(self, seconds: float) -> None:
         """Sleep, with the line drawn."""
         with self._drawing:
-            self._show()
+            self._draw_status()
         time.sleep(seconds)
 
-    def _show(self) -> None:
-        seconds = int(self._clock() - self._since)
-        line = f"waiting for {self._now}" + f", {span(seconds)}" * bool(seconds) + (
-            f": {self._words}" * bool(self._words))
-        self._draw(line if self._now else "")
+    def _draw_status(self) -> None:
+        seconds = int(self._clock() - self._waiting_since)
+        line = f"waiting for {self._waiting_for}" + f", {format_duration(seconds)}" * bool(seconds) + (
+            f": {self._last_agent_line}" * bool(self._last_agent_line))
+        self._replace_status_line(line if self._waiting_for else "")
 
-    def _draw(self, line: str) -> None:
+    def _replace_status_line(self, line: str) -> None:
         """Put a line in the place of the last; the terminal cuts what is wider than it, too."""
         line = line[:shutil.get_terminal_size().columns - 1]
-        if self._live and line != self._drawn:
-            self._drawn = line
-            put(f"\r\x1b[K\x1b[?7l{line}\x1b[?7h" if line else "\r\x1b[K")
+        if self._live and line != self._drawn_line:
+            self._drawn_line = line
+            write_output(f"\r\x1b[K\x1b[?7l{line}\x1b[?7h" if line else "\r\x1b[K")
 
 
-def complain(text: object) -> None:
-    """Say on standard error what is wrong, if anything, in one line."""
-    say(f"orchestrator: {text}" if text else "", sys.stderr)
+def wait_for_enter(stream: TextIO) -> None:
+    """Wait for Enter or Ctrl-C where a person is at the terminal, in the foreground."""
+    try:
+        if sys.stdin.isatty() and stream.isatty() and os.tcgetpgrp(0) == os.getpgrp():
+            termios.tcflush(0, termios.TCIFLUSH)        # what was typed before is no answer
+            print_line("The dashboard stays open until you press Enter or Ctrl-C.", stream)
+            sys.stdin.readline()
+    except (OSError, termios.error):        # it is not our terminal, or not any more
+        return
+    except Interrupted as interrupt:
+        if interrupt.exit_status != 128 + signal.SIGINT:
+            raise
 
 
-def manual() -> str:
+def read_message(prompt: str) -> str | None:
+    """Return what a person types, or a line of another standard input; None at its end.
+
+    A pasted block is one message.  GNU readline takes it whole; elsewhere the lines that come at
+    once with the first belong to it, unless they were typed ahead.
+    """
+    if not sys.stdin.isatty():
+        line = sys.stdin.readline()
+        return line.rstrip("\n") if line else None
+    with contextlib.suppress(ImportError):
+        import readline     # line editing and history for input()
+        readline.parse_and_bind("set enable-bracketed-paste on")
+
+    def waiting(seconds: float) -> bool:
+        return bool(select.select([sys.stdin], [], [], seconds)[0])
+
+    asks = sys.stdout if sys.stdout.isatty() else sys.stderr
+    lines: list[str] = []
+    typed_ahead = waiting(0)
+    try:
+        with contextlib.redirect_stdout(asks):
+            while not lines or not typed_ahead and waiting(0.1):
+                lines.append(input("" if lines else prompt))
+    except (EOFError, KeyboardInterrupt) as end:
+        write_output("\n", asks)
+        if isinstance(end, KeyboardInterrupt):
+            raise
+    return "\n".join(lines).rstrip("\n") if lines else None
+
+
+def read_task(given: str | None) -> str:
+    """Return the task: as given, as typed at the prompt, or all of standard input."""
+    if given is None:
+        given = read_message("Enter task description: ") if sys.stdin.isatty() else sys.stdin.read()
+    if not given or not given.strip():
+        raise ConfigError("there is no task: give it by --task, at the prompt or on standard input")
+    return sanitize(given).strip()
+
+
+# -- 17. Command line ---------------------------------------------------------------------
+# Arguments, wiring and exit statuses.  May use: everything above.
+
+class Workspace(NamedTuple):
+    """Where a run works, and what surrounds it."""
+
+    directory: Path
+    state_directory: Path                     # journals and locks
+    environ: Mapping[str, str]      # for what is started
+    is_persistent: bool = True               # the two directories, after the run
+
+
+class SignalHandler:
+    """SIGINT, SIGTERM and SIGHUP as Interrupted, raised in the main thread.
+
+    They are held back inside `deferred()`, so that the journal never loses count of its lines.
+    What comes while one is being dealt with leaves GRACE_SECONDS seconds for that.
+    """
+
+    GRACE_SECONDS = 0.5
+    _depth = _pending = 0       # how many times held; the number of the last signal meanwhile
+
+    def __enter__(self) -> SignalHandler:
+        wanted = {number: self._handle for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+                  if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN}  # nohup
+        wanted[signal.SIGALRM] = lambda *_: os._exit(getattr(sys.exc_info()[1], "exit_status", 130))
+        self._before = {number: signal.signal(number, wanted[number]) for number in wanted}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Hold signals back while this lasts; other threads than the main one get none anyway."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+            if self._pending and not self._depth:
+                number, self._pending = self._pending, 0
+                raise Interrupted(number)
+
+    def _handle(self, number: int, frame: object) -> None:
+        if isinstance(sys.exc_info()[1], Interrupted):
+            signal.setitimer(signal.ITIMER_REAL, self.GRACE_SECONDS)
+        elif self._depth:
+            self._pending = number
+        else:
+            raise Interrupted(number)
+
+
+def help_text() -> str:
     """Return what --help prints: the module's docstring and the settings."""
     lines = ["Settings, from the environment or a .env file in the current directory"]
-    for name, field in Config.settings().items():
+    for name, field in Config.fields_by_variable().items():
         default = str(field.default).removesuffix(".0").lower() or "none"
         lines += textwrap.wrap(f"{field.metadata['meaning']} ({default})", 96,
                                initial_indent=f"    {name:<21} ", subsequent_indent=" " * 26)
@@ -3856,9 +3925,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 @contextlib.contextmanager
-def sole_driver(config: Config, place: Place) -> Iterator[None]:
+def session_lock(config: Config, place: Workspace) -> Iterator[None]:
     """Hold the lock of a session; raise ConfigError with the process that has it."""
-    path = place.state / "locks" / f"{config.claude_tmux_socket}.{config.claude_tmux_session}"
+    path = place.state_directory / "locks" / f"{config.claude_tmux_socket}.{config.claude_tmux_session}"
     with contextlib.ExitStack() as stack:
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -3875,22 +3944,8 @@ def sole_driver(config: Config, place: Place) -> Iterator[None]:
         yield
 
 
-def linger(stream: TextIO) -> None:
-    """Wait for Enter or Ctrl-C where a person is at the terminal, in the foreground."""
-    try:
-        if sys.stdin.isatty() and stream.isatty() and os.tcgetpgrp(0) == os.getpgrp():
-            termios.tcflush(0, termios.TCIFLUSH)        # what was typed before is no answer
-            say("The dashboard stays open until you press Enter or Ctrl-C.", stream)
-            sys.stdin.readline()
-    except (OSError, termios.error):        # it is not our terminal, or not any more
-        return
-    except Interrupted as interrupt:
-        if interrupt.status != 128 + signal.SIGINT:
-            raise
-
-
 @contextlib.contextmanager
-def served(config: Config, journal: Journal, control: Callable[[str, str], object] | None,
+def serve_dashboard(config: Config, journal: Journal, control: Callable[[str, str], object] | None,
            stream: TextIO) -> Iterator[None]:
     """Serve the dashboard and say where; a run goes on without, a recording has nothing else.
 
@@ -3898,15 +3953,15 @@ def served(config: Config, journal: Journal, control: Callable[[str, str], objec
     for a person who has opened it.
     """
     try:
-        dashboard = Dashboard(journal, PAGE, config.dashboard_host, config.dashboard_port, control)
+        dashboard = Dashboard(journal, DASHBOARD_PAGE, config.dashboard_host, config.dashboard_port, control)
     except ConfigError as error:
         if not control:
             raise
-        complain(f"no dashboard: {error}")
+        print_error(f"no dashboard: {error}")
         yield
         return
     with dashboard:
-        say(f"Dashboard: {dashboard.url}", stream)
+        print_line(f"Dashboard: {dashboard.url}", stream)
         has_screen = any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY")))
         opened = config.dashboard_open and (has_screen or sys.platform == "darwin")
         if opened:      # without the key, and away from the terminal, which a browser may draw on
@@ -3919,70 +3974,31 @@ def served(config: Config, journal: Journal, control: Callable[[str, str], objec
             yield
         finally:
             if not isinstance(sys.exc_info()[1], KeyboardInterrupt):
-                dashboard.visited.wait(5.0 if opened else 0)
-                if dashboard.visited.is_set():
-                    linger(stream)
+                dashboard.page_opened.wait(5.0 if opened else 0)
+                if dashboard.page_opened.is_set():
+                    wait_for_enter(stream)
 
 
-def read_line(prompt: str) -> str | None:
-    """Return what a person types, or a line of another standard input; None at its end.
-
-    A pasted block is one message.  GNU readline takes it whole; elsewhere the lines that come at
-    once with the first belong to it, unless they were typed ahead.
-    """
-    if not sys.stdin.isatty():
-        line = sys.stdin.readline()
-        return line.rstrip("\n") if line else None
-    with contextlib.suppress(ImportError):
-        import readline     # line editing and history for input()
-        readline.parse_and_bind("set enable-bracketed-paste on")
-
-    def waiting(seconds: float) -> bool:
-        return bool(select.select([sys.stdin], [], [], seconds)[0])
-
-    asks = sys.stdout if sys.stdout.isatty() else sys.stderr
-    lines: list[str] = []
-    typed_ahead = waiting(0)
-    try:
-        with contextlib.redirect_stdout(asks):
-            while not lines or not typed_ahead and waiting(0.1):
-                lines.append(input("" if lines else prompt))
-    except (EOFError, KeyboardInterrupt) as end:
-        put("\n", asks)
-        if isinstance(end, KeyboardInterrupt):
-            raise
-    return "\n".join(lines).rstrip("\n") if lines else None
-
-
-def read_task(given: str | None) -> str:
-    """Return the task: as given, as typed at the prompt, or all of standard input."""
-    if given is None:
-        given = read_line("Enter task description: ") if sys.stdin.isatty() else sys.stdin.read()
-    if not given or not given.strip():
-        raise ConfigError("there is no task: give it by --task, at the prompt or on standard input")
-    return sanitize(given).strip()
-
-
-_TEXTS = {       # what a run needs to go on from an event, besides its time
+_REQUIRED_FIELDS = {       # what a run needs to go on from an event, besides its time
     "task_info": ("task", "model", "agent", "workdir", "attach"), "reply": ("text",),
     "iteration_end": ("agent_output",), "history": ("summary",), "note": ("text",)}
 
 
-def is_intact(event: Event) -> bool:
+def is_resumable_event(event: Event) -> bool:
     """Whether a run can go on from an event: it has the texts that its type should have."""
     return all(isinstance(event.get(name), str) for name in (
-        "time", *_TEXTS.get(event["type"], ())))
+        "time", *_REQUIRED_FIELDS.get(event["type"], ())))
 
 
-def last_unfinished(place: Place, attach: str) -> tuple[Path, list[Event]]:
+def find_unfinished_run(place: Workspace, attach: str) -> tuple[Path, list[Event]]:
     """Return journal and events of the directory's last run with the session that `attach` shows.
 
     Raises ConfigError if it is finished, or there is none.
     """
     why = ""
-    for path in sorted((place.state / "runs").glob("*.jsonl"), reverse=True):
+    for path in sorted((place.state_directory / "runs").glob("*.jsonl"), reverse=True):
         with contextlib.suppress(ConfigError):      # not ours to read
-            first = next(filter(is_intact, read_events(path, 1)), {})
+            first = next(filter(is_resumable_event, read_events(path, 1)), {})
             if first.get("type") != "task_info" or first.get("mode") == "chat" \
                     or first["workdir"] != str(place.directory):
                 continue
@@ -3990,29 +4006,29 @@ def last_unfinished(place: Place, attach: str) -> tuple[Path, list[Event]]:
             outcome = events[-1].get("outcome")
             if first["attach"] != attach:
                 why = why or f": the last one had another session, {first['attach']}"
-            elif outcome not in FINISHED:
-                return path, list(filter(is_intact, events))
+            elif outcome not in FINAL_OUTCOMES:
+                return path, list(filter(is_resumable_event, events))
             else:
                 why = f": the last one has ended ({outcome}): {path}"
                 break
     raise ConfigError(f"there is no run to resume in {place.directory}{why}")
 
 
-def autopilot(config: Config, place: Place, agent: Agent, model: OpenRouter, journal: Journal,
+def run_autopilot(config: Config, place: Workspace, agent: Agent, model: OpenRouter, journal: Journal,
               stream: TextIO, task_info: Mapping[str, object], past: Sequence[Event]) -> None:
     """Let the model drive the agent, with the dashboard; `stream` is told where that is."""
     memory = Memory(place.directory / "memory.json", config.memory_max_facts)
-    complain(memory.load())
-    control = Control(journal, lambda: signal.pthread_kill(
+    print_error(memory.load())
+    control = RunControl(journal, lambda: signal.pthread_kill(
         threading.main_thread().ident or 0, signal.SIGINT))
     pilot = Autopilot(config, agent, model, memory, journal, control, place.directory,
                       environ=place.environ)
-    with served(config, journal, control.act, stream) if config.dashboard_enabled \
+    with serve_dashboard(config, journal, control.handle, stream) if config.dashboard_enabled \
             else contextlib.nullcontext():
         pilot.run({**task_info, "memories": memory.facts}, past)
 
 
-def run(config: Config, place: Place, *, task: Callable[[], str] = lambda: "", chat: bool = False,
+def run(config: Config, place: Workspace, *, task: Callable[[], str] = lambda: "", chat: bool = False,
         as_json: bool = False, resume: bool = False) -> int:
     """Wire the parts together and let a person or the model drive the agent; return 0.
 
@@ -4021,17 +4037,17 @@ def run(config: Config, place: Place, *, task: Callable[[], str] = lambda: "", c
     if not chat and not config.openrouter_api_key:
         raise ConfigError("OPENROUTER_API_KEY is not set: export it, put it into .env, or --chat")
     with contextlib.ExitStack() as stack:
-        signals = stack.enter_context(Signals())
-        stack.enter_context(sole_driver(config, place))
+        signals = stack.enter_context(SignalHandler())
+        stack.enter_context(session_lock(config, place))
         tmux = Tmux(config.claude_tmux_socket, config.claude_tmux_session, place.environ)
         now = datetime.datetime.now(datetime.timezone.utc)
         name = f"{now:%Y%m%dT%H%M%S.%f}-{config.claude_tmux_session}.jsonl"
-        path, past = last_unfinished(place, tmux.attach_command) if resume else (
-            place.state / "runs" / name, [])
-        program = choose_program(config.default_model, config.claude_cmd)
-        narrator = Narrator(
-            narrate_json if as_json else narrate_chat if chat else
-            lambda event: narrate(event, place.kept),
+        path, past = find_unfinished_run(place, tmux.attach_command) if resume else (
+            place.state_directory / "runs" / name, [])
+        program = select_profile(config.default_model, config.claude_cmd)
+        narrator = TerminalReporter(
+            format_json_event if as_json else format_chat_event if chat else
+            lambda event: format_event(event, place.is_persistent),
             {**dict.fromkeys(("task_info", "reply", "waiting"), program.name),
              "iteration_start": program.name if chat else "the model", "working": "the check",
              "iteration_end": "", "complete": ""},
@@ -4041,62 +4057,62 @@ def run(config: Config, place: Place, *, task: Callable[[], str] = lambda: "", c
             journal.publish(kind, **fields)     # which is made once a run can start
 
         agent = Agent(tmux, program, place.directory, publish=publish, sleep=narrator.sleep,
-                      watched=lambda: narrator.watches() or journal.watched())
-        tmux.version()
-        agent.check()
-        agent.find()
+                      has_viewers=lambda: narrator.wants_screen() or journal.has_readers())
+        tmux.check_version()
+        agent.check_installed()
+        agent.find_session()
         if not chat:
             model = OpenRouter(config.openrouter_base_url, config.openrouter_api_key,
                                config.openrouter_model, publish=publish)
             with contextlib.suppress(TransientError):   # an outage may be over by the first call
-                model.check()
+                model.check_access()
         info = past[0] if past else {
             "task": "" if chat else task(), "mode": "chat" if chat else "autonomous",
             "agent": agent.name, "model": "" if chat else config.openrouter_model,
             "workdir": str(place.directory), "session": tmux.session,
             "attach": tmux.attach_command, "max_iter": config.max_iterations,
             "max_cost": config.max_cost, "max_minutes": config.max_minutes}
-        journal = Journal(path, guard=signals.held, secret=config.openrouter_api_key)
-        stack.callback(lambda: complain(journal.unsaid))
-        journal.listen(narrator.hear)
+        journal = Journal(path, defer_signals=signals.deferred, secret=config.openrouter_api_key)
+        stack.callback(lambda: print_error(journal.unreported_error))
+        journal.subscribe(narrator.on_event)
         if config.terminate_when_quit:
-            stack.callback(signals.held()(agent.stop))      # all of it, should one come now
+            stack.callback(signals.deferred()(agent.stop))      # all of it, should one come now
         if past and not as_json:
-            say(narrate({name: info[name] for name in ("type", *_TEXTS["task_info"])}))
+            print_line(format_event({name: info[name] for name in ("type", *_REQUIRED_FIELDS["task_info"])}))
         if chat:
-            Chat(config, agent, journal, read_line, at_prompt=sys.stdin.isatty()).run(info)
+            Chat(config, agent, journal, read_message, is_interactive=sys.stdin.isatty()).run(info)
         else:
             stream = sys.stderr if as_json else sys.stdout
-            autopilot(config, place, agent, model, journal, stream, info, past)
+            run_autopilot(config, place, agent, model, journal, stream, info, past)
     return 0
 
 
-def replay(path: Path, config: Config) -> int:
+def run_replay(path: Path, config: Config) -> int:
     """Serve the dashboard of a recorded run until a signal; follow it while it is written."""
     if not read_events(path, 1):
         raise ConfigError(f"{path}: there are no events in it")
     journal = Journal(path, read_only=True)
-    with Signals(), served(config, journal, None, sys.stdout):
-        say("Ctrl-C ends it.")
+    with SignalHandler(), serve_dashboard(config, journal, None, sys.stdout):
+        print_line("Ctrl-C ends it.")
         while True:
             time.sleep(0.5)
-            journal.follow()
+            journal.read_appended()
 
 
-def demo(config: Config, environ: Mapping[str, str], as_json: bool) -> int:
+def run_demo(config: Config, environ: Mapping[str, str], as_json: bool) -> int:
     """Run the whole loop in a scratch directory, with the built-in model and agent."""
     scratch = Path(tempfile.mkdtemp(prefix="orchestrator-demo-")).resolve()
-    place = Place(scratch / "work", scratch / "state", environ, kept=False)
+    place = Workspace(scratch / "work", scratch / "state", environ, is_persistent=False)
     place.directory.mkdir()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), DemoModel)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), DemoModelHandler)
     threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
-    code = f"import runpy; runpy.run_path({str(Path(__file__).resolve())!r})['demo_agent']()"
+    code = f"import runpy; runpy.run_path({str(Path(__file__).resolve())!r})['run_demo_agent']()"
     shown = {name: value for name, value in vars(config).items() if name.startswith("dashboard")}
     config = Config(
         claude_tmux_socket=scratch.name, claude_cmd=shlex.join([sys.executable, "-c", code]),
         openrouter_base_url=f"http://127.0.0.1:{server.server_port}/api/v1",
         openrouter_api_key="the-key-of-the-demo", openrouter_model="built-in demo",
-        verify_cmd=DEMO_CHECK, terminate_when_quit=True, **shown)
+        verify_cmd=DEMO_VERIFY_CMD, terminate_when_quit=True, **shown)
     try:
         return run(config, place, task=lambda: DEMO_TASK, as_json=as_json)
     finally:
@@ -4107,10 +4123,10 @@ def demo(config: Config, environ: Mapping[str, str], as_json: bool) -> int:
             os.unlink(f"{environ.get('TMUX_TMPDIR') or '/tmp'}/tmux-{os.getuid()}/{scratch.name}")
 
 
-def doctor(config: Config, place: Place, wrong: Sequence[str]) -> int:
+def run_doctor(config: Config, place: Workspace, wrong: Sequence[str]) -> int:
     """Tell of each thing that a run needs, and what is `wrong`; return 0 if one could start."""
     tmux = Tmux(config.claude_tmux_socket, config.claude_tmux_session, place.environ)
-    program = choose_program(config.default_model, config.claude_cmd)
+    program = select_profile(config.default_model, config.claude_cmd)
     agent = Agent(tmux, program, place.directory)
     failed = 0
 
@@ -4120,10 +4136,10 @@ def doctor(config: Config, place: Place, wrong: Sequence[str]) -> int:
         found: list[str] = []
         try:
             yield found
-            say(f"{name:<9} ok      {', '.join(found)}")
+            print_line(f"{name:<9} ok      {', '.join(found)}")
         except (OrchestratorError, OSError, ValueError) as error:
             failed |= trouble == "FAILED"
-            say(f"{name:<9} {trouble:<7} {error}")
+            print_line(f"{name:<9} {trouble:<7} {error}")
 
     with line("python") as found:
         found.append(".".join(map(str, sys.version_info[:3])))
@@ -4131,34 +4147,34 @@ def doctor(config: Config, place: Place, wrong: Sequence[str]) -> int:
         with line("settings"):
             raise ConfigError(what)
     with line("tmux") as found:
-        found.append(tmux.version())
+        found.append(tmux.check_version())
     with line("agent") as found:
-        found.append(agent.check())
-        if program.install:     # another program may take --version for a task
-            command = f"{program.start[0]} --version"
-            status, text = run_check(command, place.directory, place.environ, 20)
+        found.append(agent.check_installed())
+        if program.install_command:     # another program may take --version for a task
+            command = f"{program.start_command[0]} --version"
+            status, text = run_shell_command(command, place.directory, place.environ, 20)
             if status:
-                raise AgentError(f"{command}: status {status}, {text[-200:]}: {program.install}")
+                raise AgentError(f"{command}: status {status}, {text[-200:]}: {program.install_command}")
             found += text.splitlines()[-1:]
     with line("model") as found:
         if config.autonomous_mode and not config.openrouter_api_key:
             raise ConfigError("OPENROUTER_API_KEY is not set: export it, or put it into .env")
         found.append("none is needed for chat" if not config.autonomous_mode else OpenRouter(
-            config.openrouter_base_url, config.openrouter_api_key, config.openrouter_model).check())
-    with line("session") as found, sole_driver(config, place):
-        found.append(f"{tmux.session}: {'runs already, and is joined' if agent.find() else 'free'}")
+            config.openrouter_base_url, config.openrouter_api_key, config.openrouter_model).check_access())
+    with line("session") as found, session_lock(config, place):
+        found.append(f"{tmux.session}: {'runs already, and is joined' if agent.find_session() else 'free'}")
     with line("state") as found:
         try:
-            (place.state / "runs").mkdir(mode=0o700, parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=place.state / "runs").close()
+            (place.state_directory / "runs").mkdir(mode=0o700, parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=place.state_directory / "runs").close()
         except OSError as error:
-            raise ConfigError(f"{place.state}: {error.strerror}: set XDG_STATE_HOME to a directory "
+            raise ConfigError(f"{place.state_directory}: {error.strerror}: set XDG_STATE_HOME to a directory "
                               "that can be written") from None
-        found.append(f"{place.state} can be written")
+        found.append(f"{place.state_directory} can be written")
     if config.dashboard_enabled:
         with line("dashboard", "warning") as found:     # a run goes on without
             host, port = config.dashboard_host, config.dashboard_port
-            Dashboard(Journal(), PAGE, host, port, None).server_close()
+            Dashboard(Journal(), DASHBOARD_PAGE, host, port, None).server_close()
             found.append(f"can listen on {host}, port {port or 'any'}")
     return failed
 
@@ -4166,26 +4182,26 @@ def doctor(config: Config, place: Place, wrong: Sequence[str]) -> int:
 def dispatch(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     """Do what the arguments ask for; return the exit status."""
     if options.help or options.version:
-        say(manual() if options.help else f"orchestrator {__version__}")
+        print_line(help_text() if options.help else f"orchestrator {__version__}")
         return 0
     wrong: list[str] = []
     env_file = {} if options.demo else read_env_file(Path(".env"), wrong.append)
     if options.replay:      # needs no other settings, and no other program's .env is in its way
-        return replay(Path(options.replay), Config.read(*(
+        return run_replay(Path(options.replay), Config.from_env(*(
             {name: value for name, value in source.items() if name.startswith("DASHBOARD_")}
             for source in (environ, env_file))))
-    config = Config.read(environ, env_file, wrong.append)
+    config = Config.from_env(environ, env_file, wrong.append)
     if wrong and not options.doctor:
         raise ConfigError(wrong[0])
     for name in ("CLAUDE_CMD", "VERIFY_CMD", "OPENROUTER_BASE_URL"):
         if env_file.get(name) and not environ.get(name):
-            complain(f"{name}={env_file[name]} comes from .env")
-    for name in env_file.keys() - Config.settings().keys():
-        for meant in difflib.get_close_matches(name, Config.settings(), 1, 0.85):
-            complain(f"{name} in .env is no setting: do you mean {meant}?")
+            print_error(f"{name}={env_file[name]} comes from .env")
+    for name in env_file.keys() - Config.fields_by_variable().keys():
+        for meant in difflib.get_close_matches(name, Config.fields_by_variable(), 1, 0.85):
+            print_error(f"{name} in .env is no setting: do you mean {meant}?")
     children = child_environment(environ)
     if options.demo:
-        return demo(config, children, options.json)
+        return run_demo(config, children, options.json)
     try:
         directory = Path(options.directory or ".").expanduser().resolve()
         home = environ.get("XDG_STATE_HOME", "")
@@ -4196,9 +4212,9 @@ def dispatch(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     except (OSError, RuntimeError) as error:        # deleted under us, or no home
         advice = " Set HOME and XDG_STATE_HOME" * isinstance(error, RuntimeError)
         raise ConfigError(f"{options.directory or '.'}: {error}{advice}") from None
-    place = Place(directory, state, children)
+    place = Workspace(directory, state, children)
     if options.doctor:
-        return doctor(config, place, wrong)
+        return run_doctor(config, place, wrong)
     chat = options.chat or not (config.autonomous_mode or options.resume)
     if chat and options.task is not None:
         raise ConfigError("a chat takes no --task: AUTONOMOUS_MODE=false is set")
@@ -4218,10 +4234,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return dispatch(parse_arguments(argv), os.environ)
     except (OrchestratorError, OSError, RuntimeError) as error:     # that: no more threads
-        complain(error)
-        return getattr(error, "status", 1)
+        print_error(error)
+        return getattr(error, "exit_status", 1)
     except KeyboardInterrupt as interrupt:      # Interrupted, or Ctrl-C before Signals are entered
-        return getattr(interrupt, "status", 130)
+        return getattr(interrupt, "exit_status", 130)
 
 
 if __name__ == "__main__":

@@ -586,15 +586,15 @@ class Terminal:
     def enter(self, text: str) -> None:
         """Type a line."""
         self.type(text)
-        self.press("Enter")
+        self.send_keys("Enter")
 
-    def paste(self, text: str, *, brackets: bool) -> None:
+    def paste_text(self, text: str, *, brackets: bool) -> None:
         """Paste text, with brackets around it if the program wants them."""
         file = self._directory / "pasted"
         file.write_text(text, encoding="utf-8")
         self._tmux("load-buffer", str(file), ";", "paste-buffer", *["-p"] * brackets)
 
-    def press(self, *keys: str) -> None:
+    def send_keys(self, *keys: str) -> None:
         """Press keys, by the names that tmux gives them."""
         self._tmux("send-keys", *keys)
 
@@ -1283,7 +1283,7 @@ def test_a_person_chats_in_a_terminal(world):
         terminal.enter("echo it's; here;")
         terminal.wait_for("\nit's; here;\n")
         terminal.wait_for("\n> echo it's; here;\n")
-        terminal.press("Up", "Up", "Up", "BSpace", "Enter")
+        terminal.send_keys("Up", "Up", "Up", "BSpace", "Enter")
         terminal.wait_for("\nit's; here\n")
         terminal.enter("/keys Nokey Enter")
         terminal.wait_for("no tmux key names: Nokey")
@@ -1311,14 +1311,14 @@ def test_a_pasted_block_is_one_message(how, world):
         world.env["PYTHONPATH"] = str(world.home)
     block = "echo one\n\n\techo ä\n" + "".join(f"{number}: {'x' * 70}\n" for number in range(40))
     with chatting(world) as terminal:
-        terminal.paste(block, brackets=how == "with brackets")
+        terminal.paste_text(block, brackets=how == "with brackets")
         if how == "with brackets":
             terminal.wait_for("39: xxx")
             assert world.log("took") == []
-            terminal.press("Enter")
+            terminal.send_keys("Enter")
         assert world.taken(block.rstrip()), world.log("took")
         at_prompt(terminal)
-        terminal.press("C-d")
+        terminal.send_keys("C-d")
         assert terminal.exit_status() == 0
     assert world.log("took") == [block.rstrip()]
 
@@ -1336,14 +1336,14 @@ def test_ctrl_c_gives_the_prompt_back_and_leaves_at_the_prompt(world):
     with chatting(world) as terminal:
         terminal.enter("echo begun && sleep 5 && echo over")
         terminal.wait_for(" s: begun")
-        terminal.press("C-c")
+        terminal.send_keys("C-c")
         screen = terminal.wait_for("goes on; the next answer")
         assert "waiting for" not in screen and not world.log("done")
         assert poll(lambda: world.log("done"), 15)
         terminal.enter("echo next")
         assert "\nover\n" in terminal.wait_for("\nnext\n")
         at_prompt(terminal)
-        terminal.press("C-c")
+        terminal.send_keys("C-c")
         assert terminal.exit_status() == 130
 
 
@@ -1368,7 +1368,7 @@ def test_nothing_moves_and_nothing_but_events_is_in_the_output_where_that_is_no(
         assert poll(lambda: "waiting for" in terminal.screen() or world.log("done"), 20) == [
             "echo begun && sleep 1 && echo over"]
         at_prompt(terminal)
-        terminal.press("C-d")
+        terminal.send_keys("C-d")
         assert terminal.exit_status() == 0
     if surroundings == "out.jsonl":
         lines = (world.work / "out.jsonl").read_text().splitlines()
@@ -2406,17 +2406,17 @@ def test_ctrl_c_in_a_chat_gives_the_prompt_back_and_at_the_prompt_leaves_a_sane_
     with Terminal([*IN_BASH, "--chat"], world.env, world.work) as terminal:
         terminal.wait_for("\n>", 30)
         terminal.type("sleep 3 && echo finished")
-        terminal.press("Enter")
+        terminal.send_keys("Enter")
         assert world.taken("sleep 3 && echo finished")
-        terminal.press("C-c")
+        terminal.send_keys("C-c")
         terminal.wait_for("goes on")
         assert poll(lambda: world.log("done"), 30)
         terminal.type("echo two")
-        terminal.press("Enter")
+        terminal.send_keys("Enter")
         assert "finished" in terminal.wait_for("\ntwo\n")
         assert poll(lambda: terminal.screen().endswith("\n>"), 15), terminal.screen()
         terminal.type("half a li")
-        terminal.press("C-c")
+        terminal.send_keys("C-c")
         terminal.wait_for("sane")
         assert "status 130" in terminal.screen() and "Traceback" not in terminal.screen()
     assert world.events()[-1]["reason"] == "SIGINT"
@@ -2437,12 +2437,12 @@ def test_the_dashboard_stays_for_a_person_who_has_opened_it_until(key, world):
     with Terminal([*IN_BASH, "--task", "x"], world.env, world.work) as terminal:
         terminal.wait_for("Dashboard:", 30)
         site = Site(re.search(r"Dashboard: (\S+)", terminal.screen())[1])
-        terminal.press("Enter")         # too early to be an answer
+        terminal.send_keys("Enter")         # too early to be an answer
         gate.set()
         terminal.wait_for("until you press Enter or Ctrl-C")
         assert site.ask("/").status == 200 and site.control("note", "too late") == 204
         assert kinds(site.events(lambda event: event["type"] == "complete"))[0] == "task_info"
-        terminal.press(key)
+        terminal.send_keys(key)
         terminal.wait_for("sane")
         assert "status 0" in terminal.screen()
     assert world.events()[-1]["outcome"] == "complete"
@@ -3259,8 +3259,8 @@ def test_a_replay_shows_what_the_live_page_showed_even_of_a_torn_journal(world, 
     torn.write_bytes(whole[:whole.index(b'"type": "complete"')])
     controls = "document.getElementById('controls').checkVisibility()"
     for path, headline in [(world.journals()[0], "Task complete"), (torn, "Between two turns")]:
-        replay = world.start("--replay", str(path))
-        site = replay.site()
+        run_replay = world.start("--replay", str(path))
+        site = run_replay.site()
         browser.open(site.url)
         assert shows(browser, headline), visible(browser)
         assert poll(lambda: iterations(browser)[:2] == live[:2], 15), (iterations(browser), live)
@@ -3268,7 +3268,7 @@ def test_a_replay_shows_what_the_live_page_showed_even_of_a_torn_journal(world, 
         assert not browser.evaluate(controls) and site.control("pause") == 409
         assert browser.console == []
         browser.open("about:blank")
-        assert replay.end(by=signal.SIGTERM).status == 143
+        assert run_replay.end(by=signal.SIGTERM).status == 143
 
 
 def test_a_person_steps_in_with_the_keyboard_alone(world, browser):
@@ -3325,9 +3325,9 @@ def test_hostile_text_in_every_field_of_a_journal_is_text_and_the_page_stays_qui
         {"type": "iteration_end", "orchestrator": f"typed {evil}", "error": f"trouble {evil}",
          "agent_output": f"output {evil}\n\x1b[31m\0" + "x" * 10_000_000, **used},
         {"type": "complete", "outcome": evil, "reason": f"reason {evil}", **used})
-    replay = world.start("--replay", str(path))
+    run_replay = world.start("--replay", str(path))
     browser.size(1280, 900)
-    browser.open(replay.site().url)
+    browser.open(run_replay.site().url)
     names = ["task", "model", "agent", "workdir", "attach", "memory", "reply", "fact", "error",
              "what", "check", "out", "summary", "note", "screen", "typed", "trouble", "output",
              "reason"]
@@ -3348,8 +3348,8 @@ def test_a_run_of_2000_iterations_stays_light(world, browser):
                    {"type": "reply", "iteration": number, "text": f"echo {number}", **used},
                    {"type": "iteration_end", "iteration": number, "orchestrator": f"echo {number}",
                     "agent_output": f"output of {number}\n" + "0123456 é\n" * 1600}]
-    replay = world.start("--replay", str(written(world, *events)))
-    site, slowest, heaps = replay.site(), 0.0, []
+    run_replay = world.start("--replay", str(written(world, *events)))
+    site, slowest, heaps = run_replay.site(), 0.0, []
     for _ in range(2):                  # at first, and loaded again
         browser.open(site.url)
         deadline, rows = time.monotonic() + 60, 0
@@ -3501,8 +3501,8 @@ def test_benchmark_of_a_replay_of_5000_events(world, browser, asked_for):
                     "agent_output": "a line of output\n" * 50}]
     path = written(world, *events, {"type": "complete", "outcome": "complete"})
     began = time.monotonic()
-    replay = world.start("--replay", str(path))
-    site = replay.site()
+    run_replay = world.start("--replay", str(path))
+    site = run_replay.site()
     opened = time.monotonic()
     browser.open(site.url)
     rows = "document.querySelectorAll('.iteration').length"

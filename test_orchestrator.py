@@ -36,14 +36,14 @@ import pytest
 
 import orchestrator
 from orchestrator import (
-    Agent, AgentError, AgentExited, Autopilot, BudgetReached, Chat, Config, ConfigError,
-    ContextOverflow, Control, Conversation, Dashboard, GaveUp, Interrupted, Journal, Memory,
-    ModelError, Narrator, NoAnswer, OpenRouter, OrchestratorError, Pane, Place, Program, Question,
-    Reply, Signals, Stuck, Tmux, TmuxDied, TmuxError, TmuxGone, Tokens, TransientError, Turn,
-    Watch, above_box, birth, child_environment, choose_program, clip, draft_in_box, fingerprint,
-    holds_draft, is_intact, known_question, last_unfinished, last_words, main, menu_on, narrate,
-    narrate_chat, new_lines, parse_env, parse_object, parse_reply, read_env_file, read_events,
-    run_check, sanitize, say, says_busy, shows_input, sole_driver, span, tidy, usage_limit)
+    Agent, AgentError, AgentExited, Autopilot, BudgetExceeded, Chat, Config, ConfigError,
+    ContextWindowExceeded, RunControl, Conversation, Dashboard, TaskFailed, Interrupted, Journal, Memory,
+    ModelError, TerminalReporter, RequestRejected, OpenRouter, OrchestratorError, PaneSnapshot, Workspace, AgentProfile, StartupDialog,
+    Reply, SignalHandler, StuckInLoop, Tmux, TmuxServerLost, TmuxError, TmuxSessionLost, TokenUsage, TransientError, Turn,
+    TurnDetector, strip_input_box, process_start_time, child_environment, select_profile, truncate_middle, find_draft, normalize_screen,
+    is_message_unsent, is_resumable_event, find_startup_dialog, find_unfinished_run, last_text_line, main, describe_menu, format_event,
+    format_chat_event, find_new_lines, parse_env, parse_json_object, parse_reply, read_env_file, read_events,
+    run_shell_command, sanitize, print_line, is_busy, has_input_box, session_lock, format_duration, trimmed_lines, parse_usage_limit)
 
 SOURCE = Path(orchestrator.__file__).read_text(encoding="utf-8")
 KEY = "sk-or-v1-0123456789abcdef"
@@ -74,7 +74,7 @@ def signals_reach_children_only(monkeypatch):
         monkeypatch.setattr(os, name, send)
 
 
-# -- Vocabulary -----------------------------------------------------------------------------
+# -- Vocabulary ---------------------------------------------------------------------------
 
 class Clock:
     """Time that passes only while somebody sleeps; `at` has things happen meanwhile."""
@@ -135,14 +135,14 @@ class ScriptedModel:
     def __init__(self, *replies) -> None:
         self.calls, self._replies = [], list(replies)
 
-    def complete(self, messages, *, on_text, on_use, left):
+    def complete(self, messages, *, on_text, on_usage, time_left):
         self.calls.append(messages)
-        assert left() > 0
+        assert time_left() > 0
         reply = play(self._replies, AssertionError("the model was asked once too often"))
         on_text(reply)
         if not isinstance(reply, Reply):
-            reply = Reply(reply, Tokens(100, 10, 110, 50, 20), 0.25, 5)
-        on_use(reply.tokens, reply.cost)
+            reply = Reply(reply, TokenUsage(100, 10, 110, 50, 20), 0.25, 5)
+        on_usage(reply.tokens, reply.cost)
         return reply
 
 
@@ -154,16 +154,16 @@ class Hands:
     def __init__(self, *turns) -> None:
         self.told, self._turns = [], list(turns)
 
-    def start(self, talked=False):
+    def start(self, resume=False):
         return Turn("the first screen")
 
-    def look(self):
+    def read_screen(self):
         return Turn("the screen")
 
-    def ask(self, message, limit=0):
+    def ask(self, message, timeout=0):
         return self._next(message)
 
-    def press(self, keys, limit=0):
+    def send_keys(self, keys, timeout=0):
         return self._next(tuple(keys))
 
     def wait(self, seconds):
@@ -192,39 +192,39 @@ class Terminal:
         self.refusals = self.lost_enters = 0
         self.seen, self.failures = {}, []       # what looks have of their own, and how they fail
 
-    def find(self):
+    def find_pane(self):
         return self.existing or ("", "")
 
-    def create(self, command, directory, mark):
+    def new_session(self, command, directory, mark):
         self.existing = (mark, "%1")
-        self.respawn("%1", command, directory)
+        self.respawn_pane("%1", command, directory)
         return "%1"
 
-    def respawn(self, pane_id, command, directory):
+    def respawn_pane(self, pane_id, command, directory):
         self.started.append(tuple(command))
-        self.title, self.command, self.status = orchestrator.UNNAMED, "claude", ""
+        self.title, self.command, self.status = orchestrator.INITIAL_TITLE, "claude", ""
         self.draft, self.box, self.seen = "", False, {}
         self.take = self.typed = lambda text: None
         self.keyed = None
         (self._programs.pop(0) if len(self._programs) > 1 else self._programs[0])(self)
 
-    def look(self, pane_id):
+    def snapshot(self, pane_id):
         play(self.failures, None)
         drawn = self._drawn()
         row = len(drawn) - 3 if self.box else len(drawn) - 1
         hidden = max(0, len(drawn) - 50)
-        pane = Pane("%1", 1, 0, bool(self.status), self.status, self.in_mode,
+        pane = PaneSnapshot("%1", 1, 0, bool(self.status), self.status, self.in_mode,
                     self.alternate, row - hidden, len(drawn[row]), self.command, self.title,
                     tuple(drawn[hidden:]))
         return pane._replace(**self.seen)
 
-    def history(self, pane_id):
+    def capture_history(self, pane_id):
         return "\n".join(self._drawn())
 
-    def picture(self, pane_id):
-        return "\x1b[1m" + self.history(pane_id)
+    def capture_ansi(self, pane_id):
+        return "\x1b[1m" + self.capture_history(pane_id)
 
-    def paste(self, pane, text):
+    def paste_text(self, pane, text):
         if self.in_mode or self.refusals:
             self.refusals -= not self.in_mode
             return False
@@ -233,7 +233,7 @@ class Terminal:
         self.typed(text)
         return True
 
-    def press(self, pane, *keys):
+    def send_keys(self, pane, *keys):
         self._drawn()
         if self.in_mode:
             return False
@@ -252,7 +252,7 @@ class Terminal:
                 self.take(message)
         return True
 
-    def leave_mode(self, pane_id):
+    def exit_copy_mode(self, pane_id):
         self.in_mode = False
 
     def die(self, *words):
@@ -264,11 +264,11 @@ class Terminal:
         """End the whole server."""
         self.existing, self.lines = None, []
 
-    kill = vanish
+    kill_session = vanish
 
     def _drawn(self):
         if not self.existing:
-            raise TmuxGone("tmux: no server running on /tmp/tmux-1000/private")
+            raise TmuxSessionLost("tmux: no server running on /tmp/tmux-1000/private")
         first, *more = self.draft.split("\n")
         box = ["─" * 40, f"❯ {first}", *(f"  {line}" for line in more), "─" * 40, "  ? for help"]
         return self.lines + box * self.box
@@ -318,7 +318,7 @@ def doomed(event):
     return program
 
 
-PROGRAM = Program("Claude Code", ("sh", "--start"), ("sh", "--continue"), "npm install -g it")
+PROGRAM = AgentProfile("Claude Code", ("sh", "--start"), ("sh", "--continue"), "npm install -g it")
 
 
 class Desk:
@@ -434,7 +434,7 @@ class Client(OpenRouter):
     def say(self, messages=({"role": "system", "content": "You drive."},
                             {"role": "user", "content": "Go — 漢字"}), **how):
         """Return the reply to a conversation; `used` is what the tries for it took."""
-        return self.complete(messages, on_use=lambda *used: self.used.append(used), **how)
+        return self.complete(messages, on_usage=lambda *used: self.used.append(used), **how)
 
 
 class Flight:
@@ -444,7 +444,7 @@ class Flight:
         self.clock, self.model, self.agent = Clock(), ScriptedModel(*replies), Hands(*turns)
         self.journal, self.error = Journal(directory / "run.jsonl", secret=secret), None
         self.memory = Memory(directory / "memory.json", settings.get("memory_max_facts", 50))
-        self.control = Control(self.journal, lambda: None)
+        self.control = RunControl(self.journal, lambda: None)
         self.pilot = Autopilot(
             Config(**settings), self.agent, self.model, self.memory, self.journal, self.control,
             directory, environ=child_environment(os.environ), clock=self.clock,
@@ -468,7 +468,7 @@ class Flight:
         return self.model.calls[call][-1]["content"]
 
 
-# -- The file itself ------------------------------------------------------------------------
+# -- The file itself ----------------------------------------------------------------------
 
 class Definition:
     """One top-level statement: the section it stands in, what it defines and what it uses."""
@@ -545,11 +545,11 @@ def test_each_outside_thing_has_one_door():
     calls = [(section_of(node.lineno), ast.unparse(node.func), ast.unparse(node))
              for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, ast.Call)]
     doors = {"Tmux": lambda function, text: "subprocess" in function and "'tmux'" in text,
-             "OpenRouter": lambda function, text: "urllib.request" in text,
-             "Command line": lambda function, text: function in ("print", "input", "sys.exit")}
+             "Model client": lambda function, text: "urllib.request" in text,
+             "Terminal": lambda function, text: function in ("print", "input", "sys.exit")}
     for home, door in doors.items():
         assert {section for section, *call in calls if door(*call)} <= {home}
-    assert "os.environ" not in SOURCE[:SOURCE.index("# -- 13. ")]
+    assert "os.environ" not in SOURCE[:SOURCE.index("# -- 17. ")]
 
 
 def test_the_file_reads_on_python_3_9_and_stays_narrow():
@@ -574,26 +574,26 @@ def test_the_examples_in_the_docstrings_hold():
 
 def test_the_page_builds_nothing_from_text_and_loads_nothing():
     assert not re.findall(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(",
-                          orchestrator.PAGE)
-    addresses = re.findall(r"(?:https?:)?//[\w.-]+\.\w+[^\s\"'`)]*", orchestrator.PAGE)
+                          orchestrator.DASHBOARD_PAGE)
+    addresses = re.findall(r"(?:https?:)?//[\w.-]+\.\w+[^\s\"'`)]*", orchestrator.DASHBOARD_PAGE)
     assert all(address.startswith("http://www.w3.org/") for address in addresses)
 
 
-# -- 1. Errors ------------------------------------------------------------------------------
+# -- 1. Errors ----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("error, status, outcome", [
     (OrchestratorError("x"), 1, "interrupted"), (ConfigError("x"), 2, "interrupted"),
-    (BudgetReached("x"), 3, "budget"), (GaveUp("x"), 4, "failed"), (Stuck("x"), 4, "stuck"),
+    (BudgetExceeded("x"), 3, "budget"), (TaskFailed("x"), 4, "failed"), (StuckInLoop("x"), 4, "stuck"),
     (AgentError("x"), 5, "agent"), (AgentExited("x"), 5, "agent"), (TmuxError("x"), 5, "agent"),
-    (TmuxGone("x"), 5, "agent"), (ModelError("x"), 6, "model"), (ContextOverflow("x"), 6, "model"),
+    (TmuxSessionLost("x"), 5, "agent"), (ModelError("x"), 6, "model"), (ContextWindowExceeded("x"), 6, "model"),
     (TransientError("x"), 6, "model"), (Interrupted(signal.SIGINT), 130, "interrupted"),
     (Interrupted(signal.SIGTERM), 143, "interrupted")])
 def test_each_error_knows_how_it_ends_a_run(error, status, outcome):
-    assert (error.status, error.outcome) == (status, outcome)
+    assert (error.exit_status, error.outcome) == (status, outcome)
     assert isinstance(error, OrchestratorError) != isinstance(error, KeyboardInterrupt)
 
 
-# -- 2. Configuration -----------------------------------------------------------------------
+# -- 2. Configuration ---------------------------------------------------------------------
 
 @pytest.mark.parametrize("line, value", [
     ("A=b", "b"), ("A = b ", "b"), ("export A=b", "b"), ("  A=b", "b"), ("A=", ""), ("A=''", ""),
@@ -632,10 +632,10 @@ def test_an_env_file_may_be_a_pipe_of_a_password_manager(tmp_path):
 
 def test_the_environment_wins_over_the_file_and_empty_counts_as_unset():
     file = {"DEFAULT_MODEL": "gpt", "MAX_COST": "2"}
-    assert Config.read({"DEFAULT_MODEL": "opus"}, file).default_model == "opus"
-    assert Config.read({"DEFAULT_MODEL": ""}, file).default_model == "gpt"
-    assert Config.read({"DEFAULT_MODEL": ""}, {}) == Config.read({}, {}) == Config()
-    assert Config.read({}, file).max_cost == 2.0
+    assert Config.from_env({"DEFAULT_MODEL": "opus"}, file).default_model == "opus"
+    assert Config.from_env({"DEFAULT_MODEL": ""}, file).default_model == "gpt"
+    assert Config.from_env({"DEFAULT_MODEL": ""}, {}) == Config.from_env({}, {}) == Config()
+    assert Config.from_env({}, file).max_cost == 2.0
 
 
 @pytest.mark.parametrize("name, text, value", [
@@ -648,7 +648,7 @@ def test_the_environment_wins_over_the_file_and_empty_counts_as_unset():
     ("VERIFY_CMD", "make test && echo ok", "make test && echo ok"),
     ("OPENROUTER_BASE_URL", "http://[::1]:8080/v1", "http://[::1]:8080/v1")])
 def test_what_a_setting_takes(name, text, value):
-    assert getattr(Config.read({name: text}, {}), name.lower()) == value
+    assert getattr(Config.from_env({name: text}, {}), name.lower()) == value
 
 
 @pytest.mark.parametrize("name, texts", [
@@ -664,7 +664,7 @@ def test_what_a_setting_takes(name, text, value):
 def test_a_wrong_value_is_an_error_that_names_it(name, texts):
     for text in texts:
         with pytest.raises(ConfigError) as caught:
-            Config.read({name: text}, {})
+            Config.from_env({name: text}, {})
         shown = "(hidden)" if name == "OPENROUTER_API_KEY" else repr(text)
         assert str(caught.value).startswith(f"{name}={shown}: expected ")
 
@@ -673,7 +673,7 @@ def test_the_readme_lists_the_settings_as_they_are():
     readme = (Path(orchestrator.__file__).parent / "README.md").read_text(encoding="utf-8")
     rows = [[cell.strip() for cell in line.strip().strip("|").split("|")]
             for line in readme.splitlines() if line.startswith("|")]
-    for name, field in Config.settings().items():
+    for name, field in Config.fields_by_variable().items():
         (row,) = [row for row in rows if row[0] == f"`{name}`"]
         shown, default = row[1].replace("`", ""), field.default
         plain = str(default).lower() if isinstance(default, bool) else (
@@ -689,7 +689,7 @@ def test_children_get_neither_the_key_nor_signs_of_our_surroundings():
         "PATH": "/bin", "CLAUDE_CODE_DISABLE_ALTERNATE_SCREEN": "1"}
 
 
-# -- 3. Text --------------------------------------------------------------------------------
+# -- 3. Text ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("text, kept", [
     ("a\tb\nc", "a\tb\nc"), ("a\r\nb\rc", "a\nb\nc"), ("\x1b[31mred", "[31mred"),
@@ -700,26 +700,26 @@ def test_sanitized_text_cannot_act_on_a_terminal(text, kept):
 
 
 def test_tidy_drops_the_blanks_that_a_screen_is_filled_with():
-    assert tidy("a  \n\n  b \n\n   \n") == ["a", "", "  b"]
-    assert tidy("  \n\n") == tidy("") == []
+    assert trimmed_lines("a  \n\n  b \n\n   \n") == ["a", "", "  b"]
+    assert trimmed_lines("  \n\n") == trimmed_lines("") == []
 
 
 def test_what_is_no_object_is_none():
     for text in ("", "no", "[1]", "null", '"x"', '{"a": 1', b"\xff", '{"a":' * 100_000):
-        assert parse_object(text) is None
-    assert parse_object('{"a": 1}') == parse_object(b'{"a": 1}') == {"a": 1}
+        assert parse_json_object(text) is None
+    assert parse_json_object('{"a": 1}') == parse_json_object(b'{"a": 1}') == {"a": 1}
 
 
 def test_clipping_keeps_whole_lines_of_head_and_tail_and_says_what_went():
     lines = [f"line {number}" for number in range(1000)]
-    short = clip("\n".join(lines), 500)
+    short = truncate_middle("\n".join(lines), 500)
     head, middle, tail = re.fullmatch(r"(.*)\n\[\.\.\. (.*) left out \.\.\.\]\n(.*)", short,
                                       re.S).groups()
     kept = head.split("\n") + tail.split("\n")
     assert lines[0] in kept and lines[-1] in kept and set(kept) <= set(lines)
     assert middle == f"{1000 - len(kept)} lines" and len(short) < 600
-    assert clip("short") == "short"
-    assert clip("x" * 50_000).count("x") == 16_000 and "34,000 characters" in clip("x" * 50_000)
+    assert truncate_middle("short") == "short"
+    assert truncate_middle("x" * 50_000).count("x") == 16_000 and "34,000 characters" in truncate_middle("x" * 50_000)
 
 
 OLD = [f"line {number}" for number in range(300)]
@@ -742,50 +742,7 @@ BOX = ["────", "❯", "────", "  ? for help"]
     (["", "a"], ["", "b"], None), (["y"] * 300, ["y"] * 200 + ["new"], None),
     (["banner", *OLD], ["banner", "cleared"], None)])
 def test_what_is_new_on_a_screen(before, after, new):
-    assert new_lines(before, after) == new
-
-
-@pytest.mark.parametrize("screen, busy", [
-    (["● Reading", *BOX[:-1], "  ⏵⏵ bypass permissions on · esc to interrupt"], True),
-    (["working", "Press Ctrl+C to interrupt", ""], True),
-    (["• Working (12s • esc to interrupt)", "", "› Ask Codex", "", "  gpt-5", "  hints"], True),
-    (["✻ Thinking… (1m 3s · ↓ 2k tokens · esc to interrupt)", *BOX], True),
-    (["● Press esc to interrupt it", *BOX], False),
-    (["(12s • esc to interrupt)", *map(str, range(12))], False),
-    (["done", *BOX], False), ([], False), (["press esc to interrupted"], False)])
-def test_which_screens_say_that_the_agent_works(screen, busy):
-    assert says_busy(screen) is busy
-
-
-@pytest.mark.parametrize("screen, shows", [
-    (BOX, True), (["› Ask Codex to do anything", "", "  gpt-5"], True), (["│ > │"], True),
-    (["> "], True), (["❯ 1. Yes", "  2. No"], True), (["starting"], False), ([], False),
-    (["❯ No, exit", "  Yes, I trust this folder", "Enter to confirm · Esc to cancel"], False),
-    (["❯", *map(str, range(16))], False), (["a > b"], False)])
-def test_which_screens_show_an_input_box(screen, shows):
-    assert shows_input(screen) is shows
-
-
-@pytest.mark.parametrize("screen, words", [
-    (["● Bash(make)", "\x1b[2m  ⎿  Running…  12 s", "", "─" * 40, "❯ a draft", "─" * 40,
-      "  ? help"], "⎿ Running… 12 s"),
-    (["› earlier", "", "• Working (3s)", "", "› Ask", "", "  gpt-5"], "• Working (3s)"),
-    (["text", "╭" + "─" * 40, "│ > ", "╰" + "─" * 40, "  ? help"], "text"),
-    (["$ make", "\x1b[38;5;2mcc x.c\x1b[0m", "", "", ""], "cc x.c"),
-    (["❯ make", "cc x.c"], "cc x.c"), (["", "───", ""], ""), ([], "")])
-def test_the_last_words_on_a_screen(screen, words):
-    assert last_words("\n".join(screen)) == words
-
-
-@pytest.mark.parametrize("line, message, holds", [
-    ("❯ fix it", "fix it", True), ("│ > fix it        │", "fix it", True),
-    ("  the last line", "the first line\nthe last line", True), ("  of a line", "start of a line",
-                                                                 True),
-    ("❯ [Pasted text #1 +400 lines]", "x", True), ("› [Pasted Content 30000 chars]", "x", True),
-    ("❯ fix it\u00a0", "fix it\n", True), ("❯\u00a0", "fix it", False), ("", "fix it", False),
-    ("❯ what next", "fix it", False), ("❯ ", "", False)])
-def test_whether_the_line_of_the_cursor_holds_the_message(line, message, holds):
-    assert holds_draft(line, message) is holds
+    assert find_new_lines(before, after) == new
 
 
 TRUST = [" Quick safety check: Is this a project you created or one you trust?"]
@@ -803,6 +760,124 @@ def asks(question, cursor=""):
     return f"The screen asks {question!r}{at}; it takes keys, not text."
 
 
+def test_fingerprints_differ_in_more_than_times_and_tokens():
+    assert normalize_screen("failed after 12 s (09:00)") == normalize_screen("failed after 7.5s (9:01:30)")
+    assert normalize_screen("✻ Writing (3s · 1.2k tokens)") == normalize_screen("✻ Writing (12s · 90 tokens)")
+    assert normalize_screen("3 of 5 done") != normalize_screen("4 of 5 done")
+    assert normalize_screen("failed after 12 s") != normalize_screen("passed after 12 s")
+    assert normalize_screen("Attempt 3, 2026-11-22 10:15: pid 77") == normalize_screen(
+        "Attempt 4, 2026-11-23 11:16: pid 8")
+    assert normalize_screen("a.py:40:12: too long") != normalize_screen("a.py:55:10: too long")
+    assert normalize_screen("3 failed, 17 passed") != normalize_screen("2 failed, 18 passed")
+    assert normalize_screen("done\n✻ Brewed for 4s") == normalize_screen("done\n✻ Churned for 1m 2s")
+
+
+# -- 4. Agent profiles --------------------------------------------------------------------
+
+def test_the_program_follows_from_the_settings():
+    assert select_profile("claude").start_command == (
+        "claude", "--dangerously-skip-permissions", "--setting-sources", "user")
+    assert select_profile("Claude") == select_profile("claude")
+    assert select_profile("claude").resume_command == (*select_profile("claude").start_command, "--continue")
+    assert select_profile("opus").start_command[-2:] == ("--model", "opus")
+    assert select_profile("gpt").start_command == (
+        "codex", "--no-alt-screen", "--ask-for-approval", "never", "--sandbox", "workspace-write")
+    assert select_profile("GPT-5").start_command[:3] == ("codex", "--model", "GPT-5")
+    assert select_profile("gpt").resume_command[:3] == ("codex", "resume", "--last")
+    assert select_profile("gpt", "X=1 ./mine --now") == AgentProfile(
+        "mine", ("/bin/sh", "-c", "X=1 ./mine --now"))
+
+
+def test_a_shell_is_read_by_its_stillness():
+    desk = Desk(shell(), program=select_profile("", "sh"))
+    assert desk.agent.ask("ls").output == "$ ls\nhello"
+    assert desk.agent.ask("ls").output == "$ ls\nhello"
+
+
+def test_a_usage_limit_is_told_with_the_time_until_its_end():
+    desk = Desk(claude(answer="You've hit your limit, try again in 5 hours"))
+    turn = desk.agent.ask("one")
+    assert turn.usage_limit_seconds == 18000 and "usage limit of Claude Code" in turn.as_text()
+    assert Desk(shell("You've hit your limit, try again in 5 hours"), program=select_profile(
+        "", "sh")).agent.ask("one").usage_limit_seconds == 0
+
+
+def test_a_draft_is_left_alone_in_a_program_that_we_know_nothing_of():
+    desk = Desk(claude(), program=select_profile("", "sh"))
+    desk.terminal.draft = "half "
+    assert desk.agent.ask("one").notes == () and desk.terminal.taken == ["half one"]
+
+
+@pytest.mark.parametrize("message", ["❯", "x ❯", "Yes", "> ", "one\n\n"])
+def test_a_taken_enter_is_not_doubled_by_a_message_that_looks_like_a_prompt(message):
+    def silent(terminal):
+        claude(seconds=0)(terminal)
+        terminal.take = lambda message: terminal.lines.append("● Done")
+
+    for program in (PROGRAM, select_profile("", "sh")):
+        desk = Desk(silent, program=program)
+        desk.agent.ask(message)
+        assert desk.terminal.taken == [message] and desk.terminal.pressed == ["Enter"]
+
+
+def test_a_program_that_is_typed_to_while_it_works_is_not_taken_for_one_that_waits():
+    def program(terminal):
+        def take(message):
+            terminal.lines, terminal.command = [*terminal.lines, ""], "make"
+            terminal.clock.at(100, lambda: setattr(terminal, "command", "bash"))
+
+        shell()(terminal)
+        terminal.command, terminal.take = "bash", take
+
+    desk = Desk(program, program=select_profile("", "sh"))
+    assert [desk.agent.ask(message, 10).state for message in ("make", "ready?")] == ["working"] * 2
+
+
+# -- 5. Screens ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize("screen, busy", [
+    (["● Reading", *BOX[:-1], "  ⏵⏵ bypass permissions on · esc to interrupt"], True),
+    (["working", "Press Ctrl+C to interrupt", ""], True),
+    (["• Working (12s • esc to interrupt)", "", "› Ask Codex", "", "  gpt-5", "  hints"], True),
+    (["✻ Thinking… (1m 3s · ↓ 2k tokens · esc to interrupt)", *BOX], True),
+    (["● Press esc to interrupt it", *BOX], False),
+    (["(12s • esc to interrupt)", *map(str, range(12))], False),
+    (["done", *BOX], False), ([], False), (["press esc to interrupted"], False)])
+def test_which_screens_say_that_the_agent_works(screen, busy):
+    assert is_busy(screen) is busy
+
+
+@pytest.mark.parametrize("screen, shows", [
+    (BOX, True), (["› Ask Codex to do anything", "", "  gpt-5"], True), (["│ > │"], True),
+    (["> "], True), (["❯ 1. Yes", "  2. No"], True), (["starting"], False), ([], False),
+    (["❯ No, exit", "  Yes, I trust this folder", "Enter to confirm · Esc to cancel"], False),
+    (["❯", *map(str, range(16))], False), (["a > b"], False)])
+def test_which_screens_show_an_input_box(screen, shows):
+    assert has_input_box(screen) is shows
+
+
+@pytest.mark.parametrize("screen, words", [
+    (["● Bash(make)", "\x1b[2m  ⎿  Running…  12 s", "", "─" * 40, "❯ a draft", "─" * 40,
+      "  ? help"], "⎿ Running… 12 s"),
+    (["› earlier", "", "• Working (3s)", "", "› Ask", "", "  gpt-5"], "• Working (3s)"),
+    (["text", "╭" + "─" * 40, "│ > ", "╰" + "─" * 40, "  ? help"], "text"),
+    (["$ make", "\x1b[38;5;2mcc x.c\x1b[0m", "", "", ""], "cc x.c"),
+    (["❯ make", "cc x.c"], "cc x.c"), (["", "───", ""], ""), ([], "")])
+def test_the_last_words_on_a_screen(screen, words):
+    assert last_text_line("\n".join(screen)) == words
+
+
+@pytest.mark.parametrize("line, message, holds", [
+    ("❯ fix it", "fix it", True), ("│ > fix it        │", "fix it", True),
+    ("  the last line", "the first line\nthe last line", True), ("  of a line", "start of a line",
+                                                                 True),
+    ("❯ [Pasted text #1 +400 lines]", "x", True), ("› [Pasted Content 30000 chars]", "x", True),
+    ("❯ fix it\u00a0", "fix it\n", True), ("❯\u00a0", "fix it", False), ("", "fix it", False),
+    ("❯ what next", "fix it", False), ("❯ ", "", False)])
+def test_whether_the_line_of_the_cursor_holds_the_message(line, message, holds):
+    assert is_message_unsent(line, message) is holds
+
+
 @pytest.mark.parametrize("screen, menu", [
     (ASKED, asks("Do you want to proceed?", "1. Yes")),
     ([*ASKED[:1], "   1. Yes", " ❯ 2. No", "", ASKED[3]], asks("Do you want to proceed?", "2. No")),
@@ -812,7 +887,7 @@ def asks(question, cursor=""):
     ([*ASKED, RULE, "❯", RULE, "  ? for shortcuts"], ""),
     (["press esc to cancel", "› Ask Codex", "  gpt-5", "  ? for shortcuts"], ""), ([], "")])
 def test_which_screens_ask_for_keys(screen, menu):
-    assert menu_on(screen) == menu
+    assert describe_menu(screen) == menu
 
 
 @pytest.mark.parametrize("lines, above", [
@@ -823,7 +898,7 @@ def test_which_screens_ask_for_keys(screen, menu):
     (["● ❯ is a prompt", "❯ this", "● done"], ["● ❯ is a prompt", "❯ this", "● done"]),
     (ASKED, ASKED), ([RULE, "❯", RULE], []), ([], [])])
 def test_the_input_box_and_the_footer_are_left_out(lines, above):
-    assert above_box(lines) == above
+    assert strip_input_box(lines) == above
 
 
 @pytest.mark.parametrize("lines, column, draft", [
@@ -834,119 +909,29 @@ def test_the_input_box_and_the_footer_are_left_out(lines, above):
     (["❯ one", RULE, "  ? for help"], 12, ""), ([RULE, "!"], 2, "!"), ([RULE, "! ls"], 4, "!ls")])
 def test_what_stands_in_an_input_box(lines, column, draft):
     row = len(lines) - 1
-    assert draft_in_box(lines, row, column) == draft
-    assert draft_in_box([*lines, RULE, "  ? for help"], row, column) == draft
-    assert draft_in_box([*lines, "", "  gpt-5 default"], row, column) == draft
+    assert find_draft(lines, row, column) == draft
+    assert find_draft([*lines, RULE, "  ? for help"], row, column) == draft
+    assert find_draft([*lines, "", "  gpt-5 default"], row, column) == draft
 
 
 def test_a_draft_may_stand_below_the_cursor():
-    assert draft_in_box([RULE, "❯", "  two", RULE, "  ? for help"], 1, 2) == "\ntwo"
+    assert find_draft([RULE, "❯", "  two", RULE, "  ? for help"], 1, 2) == "\ntwo"
 
 
 @pytest.mark.parametrize("screen, question", [
-    ([*TRUST, f" ❯ 1. {YES}", "   2. No, exit"], Question(YES, "Enter")),
-    ([*TRUST, f"   1. {YES}", " ❯ 2. No, exit"], Question(YES, "Up")),
-    ([*TRUST, " ❯ No, exit", f"   {YES}"], Question(YES, "Down")),
-    ([*TRUST, "   No, exit", f" ❯ {YES}"], Question(YES, "Enter")),
-    ([*TRUST, f" ❯ 1. {YES} ✔", "   2. No, exit"], Question(YES, "Enter")),
-    ([*BYPASS, "  ❯ 1. No, exit", f"    2. {ACCEPT}"], Question(ACCEPT, "Down")),
-    ([*BYPASS, "    1. No, exit", f"  ❯ 2. {ACCEPT}"], Question(ACCEPT, "Enter")),
-    ([*BYPASS, "  ❯ No, exit", f"    {ACCEPT}"], Question(ACCEPT, "Down")),
+    ([*TRUST, f" ❯ 1. {YES}", "   2. No, exit"], StartupDialog(YES, "Enter")),
+    ([*TRUST, f"   1. {YES}", " ❯ 2. No, exit"], StartupDialog(YES, "Up")),
+    ([*TRUST, " ❯ No, exit", f"   {YES}"], StartupDialog(YES, "Down")),
+    ([*TRUST, "   No, exit", f" ❯ {YES}"], StartupDialog(YES, "Enter")),
+    ([*TRUST, f" ❯ 1. {YES} ✔", "   2. No, exit"], StartupDialog(YES, "Enter")),
+    ([*BYPASS, "  ❯ 1. No, exit", f"    2. {ACCEPT}"], StartupDialog(ACCEPT, "Down")),
+    ([*BYPASS, "    1. No, exit", f"  ❯ 2. {ACCEPT}"], StartupDialog(ACCEPT, "Enter")),
+    ([*BYPASS, "  ❯ No, exit", f"    {ACCEPT}"], StartupDialog(ACCEPT, "Down")),
     ([" Do you want to proceed?", " ❯ 1. Yes", "   2. No"], None),
     ([*TRUST, "   No, exit", f"   {YES}"], None),
     ([*BYPASS, *BOX], None), (["● I shall trust this folder", *BOX], None), ([], None)])
 def test_which_start_up_questions_are_known(screen, question):
-    assert known_question(screen) == question
-
-
-@pytest.mark.parametrize("reply, text", [
-    ("run the tests", "run the tests"), ("one\n\n  two\n", "one\n\n  two"), ("a\r\nb\r\n", "a\nb"),
-    ("```\nls -l\n```", "ls -l"), ("```bash\nls\npwd\n```\n", "ls\npwd"),
-    ("```\na\n```\nand\n```\nb\n```", "```\na\n```\nand\n```\nb\n```"),
-    ("a\x1b[201~b", "a[201~b"), ("/clear", "/clear"), ("-n", "-n"), ("x;", "x;"),
-    ("say TASK_COMPLETE when done", "say TASK_COMPLETE when done"), ("task_complete", None),
-    ("> TASK_COMPLETE", None), ('"TASK_COMPLETE"', None), ("TASK_COMPLETED", None),
-    ("Print this:\n```\nTASK_COMPLETE\n```", None), ("x\n````\nTASK_COMPLETE\n````", None),
-    ("NOT TASK_COMPLETE", None), ("TASK_COMPLETE?", None), ("- [ ] TASK_COMPLETE", None),
-    ("~~TASK_COMPLETE~~", None), ("Write:\n~~~\nTASK_COMPLETE\n~~~", None),
-    ("Write:\n````\n```\nTASK_COMPLETE\n```\n````", None),
-    ("<think>Is it\nTASK_COMPLETE\nor not?</think>\n\nrun it", "run it"),
-    ("Is it\nTASK_COMPLETE\nor not?\n</think>\nrun it", "run it"),
-    ("Print <think>\n</think>", None),
-    ("KEYS: Down\nthen look", None), ("WAIT: 10m\nthen look", None), ("Press KEYS: Up", None),
-    ("If it fails say TASK_FAILED: why", None), ("x" * 100_000, None), ("` " * 50_000 + "x", None),
-    ("```\n" * 25_000 + "x", None)], ids=lambda text: text and text[:12])
-def test_most_replies_are_typed(reply, text):
-    assert parse_reply(reply) == ("say", reply if text is None else text, (), 0, ())
-
-
-@pytest.mark.parametrize("reply", [
-    "TASK_COMPLETE", "TASK_COMPLETE.", "  TASK_COMPLETE\t", "TASK_COMPLETE\r\n",
-    "**TASK_COMPLETE**", "`TASK_COMPLETE`", "_TASK_COMPLETE_.", "**TASK_COMPLETE.**",
-    "- TASK_COMPLETE", "* **TASK_COMPLETE**", "1. TASK_COMPLETE", "TASK_COMPLETE\n\nTASK_COMPLETE",
-    "```\nTASK_COMPLETE\n```", "## TASK_COMPLETE", "✅ TASK_COMPLETE!", "TASK\\_COMPLETE",
-    "\ufeffTASK_COMPLETE\u200b", "\u200eTASK_COMPLETE\u200f",
-    "<thinking>\nall pass\n</thinking>\nTASK_COMPLETE"])
-def test_the_marker_on_a_line_of_its_own_completes_the_task(reply):
-    assert parse_reply(reply) == ("complete", "", (), 0, ())
-
-
-@pytest.mark.parametrize("reply, expected", [
-    ("All pass.\n\nTASK_COMPLETE", ("complete", "All pass.", (), 0, ())),
-    ("TASK_COMPLETE\nAll pass.", ("complete", "All pass.", (), 0, ())),
-    ("```\nx\n```\nTASK_COMPLETE", ("complete", "```\nx\n```", (), 0, ())),
-    ("```ls```\nTASK_COMPLETE", ("complete", "```ls```", (), 0, ())),
-    ("MEMORY_SAVE: a\nTASK_COMPLETE", ("complete", "", (), 0, ("a",))),
-    ("TASK_FAILED: no key", ("failed", "no key", (), 0, ())),
-    ("**TASK_FAILED:** no key", ("failed", "no key", (), 0, ())),
-    ("**TASK_FAILED: no key**", ("failed", "no key", (), 0, ())),
-    ("TASK_FAILED: one\ntwo", ("failed", "one\ntwo", (), 0, ())),
-    ("TASK_FAILED:", ("failed", "no reason given", (), 0, ())),
-    ("I can't do it.\n\nTASK_FAILED: no key\nnor door", ("failed", "no key\nnor door", (), 0, ())),
-    ("Say:\n```\nTASK_FAILED: x\n```", ("say", "Say:\n```\nTASK_FAILED: x\n```", (), 0, ())),
-    ("```\nTASK_FAILED: no key\n```", ("failed", "no key", (), 0, ())),
-    ("KEYS: Down Enter", ("keys", "KEYS: Down Enter", ("Down", "Enter"), 0, ())),
-    ("KEYS: C-c y 2\n\nKEYS: M-Left F5", (
-        "keys", "KEYS: C-c y 2\n\nKEYS: M-Left F5", ("C-c", "y", "2", "M-Left", "F5"), 0, ())),
-    ("WAIT: 90s", ("wait", "WAIT: 90s", (), 90, ())),
-    ("WAIT: 10m", ("wait", "WAIT: 10m", (), 600, ())),
-    ("WAIT: 1.5h", ("wait", "WAIT: 1.5h", (), 5400, ())),
-    ("**KEYS:** Down\n- `KEYS: *`", ("keys", "**KEYS:** Down\n- `KEYS: *`", ("Down", "*"), 0, ())),
-    ("**`WAIT: 10m`**", ("wait", "**`WAIT: 10m`**", (), 600, ())),
-    ("- **MEMORY_SAVE**: a `b`\n* `MEMORY_SAVE: c`\nrun it",
-     ("say", "run it", (), 0, ("a `b`", "c"))),
-    ("- **TASK\\_FAILED**: no key", ("failed", "no key", (), 0, ())),
-    ("MEMORY_SAVE: a b\nrun it\nMEMORY_SAVE:  c ", ("say", "run it", (), 0, ("a b", "c"))),
-    ("MEMORY_SAVE: \nrun it", ("say", "run it", (), 0, ())),
-    ("Write:\n```\nMEMORY_SAVE: a\n```", ("say", "Write:\n```\nMEMORY_SAVE: a\n```", (), 0, ()))])
-def test_some_replies_are_orders(reply, expected):
-    assert parse_reply(reply) == expected
-
-
-@pytest.mark.parametrize("reply, facts, hint", [
-    ("", (), "empty"), (" \n\t\r\n", (), "empty"), ("```\n\n```", (), "empty"),
-    ("MEMORY_SAVE: a", ("a",), "empty"), ("KEYS: Dwon Enter", (), "Dwon"),
-    ("KEYS: X-y", (), "X-y"), ("KEYS:", (), "no tmux key"), ("WAIT: soon", (), "90s"),
-    ("WAIT: 10", (), "90s"), ("WAIT: -5s", (), "90s"), ("WAIT: 5d", (), "90s"),
-    ("WAIT: 5s\nKEYS: Up", (), "stands alone"), (f"KEYS:{' Down' * 101}", (), "more than 100"),
-    ("<think>\nTASK_COMPLETE\nor", (), "empty"), ("KEYS: Up\n\nTASK_COMPLETE", (), "neither"),
-    ("TASK_COMPLETE\nTASK_FAILED: no", (), "neither"),
-    ("MEMORY_SAVE: a\nWAIT: 5m\nTASK_COMPLETE", ("a",), "neither")])
-def test_a_reply_that_asks_for_nothing_says_why(reply, facts, hint):
-    kind, text, keys, seconds, found = parse_reply(reply)
-    assert (kind, keys, seconds, found) == ("nothing", (), 0, facts) and hint in text
-
-
-def test_fingerprints_differ_in_more_than_times_and_tokens():
-    assert fingerprint("failed after 12 s (09:00)") == fingerprint("failed after 7.5s (9:01:30)")
-    assert fingerprint("✻ Writing (3s · 1.2k tokens)") == fingerprint("✻ Writing (12s · 90 tokens)")
-    assert fingerprint("3 of 5 done") != fingerprint("4 of 5 done")
-    assert fingerprint("failed after 12 s") != fingerprint("passed after 12 s")
-    assert fingerprint("Attempt 3, 2026-11-22 10:15: pid 77") == fingerprint(
-        "Attempt 4, 2026-11-23 11:16: pid 8")
-    assert fingerprint("a.py:40:12: too long") != fingerprint("a.py:55:10: too long")
-    assert fingerprint("3 failed, 17 passed") != fingerprint("2 failed, 18 passed")
-    assert fingerprint("done\n✻ Brewed for 4s") == fingerprint("done\n✻ Churned for 1m 2s")
+    assert find_startup_dialog(screen) == question
 
 
 @pytest.mark.parametrize("output, hours", [
@@ -967,23 +952,11 @@ def test_fingerprints_differ_in_more_than_times_and_tokens():
     ("print(\"You've hit your limit · resets 3am\")", None), ("\"You've hit your limit\"", None),
     ("You've hit your limit · resets 3am\n" + "● and then\n" * 8, None)])
 def test_a_usage_limit_is_read_at_the_end_of_an_output(output, hours):
-    said, seconds = usage_limit(output, datetime.datetime(2026, 11, 22, 15, 0))
+    said, seconds = parse_usage_limit(output, datetime.datetime(2026, 11, 22, 15, 0))
     assert (bool(said), seconds) == (hours is not None, (hours or 0) * 3600)
 
 
-@pytest.mark.parametrize("filling", [".", "3", "1.", "\n", "─", " x", "and ", "</think", "KEYS: "])
-def test_no_output_makes_understanding_it_take_long(filling):
-    text, began = filling * (16_000 // len(filling)), time.process_time()
-    for line in (f"You've hit your limit · try again in 3m{text}", f"{' ' * 16_000}x", text):
-        usage_limit(line, datetime.datetime(2026, 11, 22, 15, 0))
-        fingerprint(line)
-        menu_on([line])
-        above_box(["❯", line])
-        parse_reply(f"```\n{line * 4}")
-    assert time.process_time() - began < 3      # without bounds it is minutes
-
-
-# -- 4. Tmux --------------------------------------------------------------------------------
+# -- 6. Tmux ------------------------------------------------------------------------------
 
 class FakeTmux:
     """A program called tmux that says what it is told to, and keeps what it was given."""
@@ -1027,31 +1000,31 @@ def fake(tmp_path):
     return FakeTmux(tmp_path)
 
 
-PANE = Pane("%1", 10, 20, False, "", False, False, 0, 0, "claude", "", ())
+PANE = PaneSnapshot("%1", 10, 20, False, "", False, False, 0, 0, "claude", "", ())
 
 
 @pytest.mark.parametrize("stderr, kind", [
-    ("no server running on /tmp/tmux-0/x", TmuxGone),
-    ("error connecting to /tmp/x (No such file or directory)", TmuxGone),
-    ("error connecting to /tmp/x (Connection refused)", TmuxGone),
+    ("no server running on /tmp/tmux-0/x", TmuxSessionLost),
+    ("error connecting to /tmp/x (No such file or directory)", TmuxSessionLost),
+    ("error connecting to /tmp/x (Connection refused)", TmuxSessionLost),
     ("error connecting to /tmp/x (Permission denied)", TmuxError),
     ("error connecting to /tmp/x/long (File name too long)", TmuxError),
-    ("server exited unexpectedly", TmuxError), ("lost server", TmuxDied),
-    ("server exited", TmuxDied),
-    ("can't find session: work", TmuxGone), ("can't find window: 1", TmuxGone),
-    ("can't find pane: %1", TmuxGone), ("unknown command: frobnicate", TmuxError),
+    ("server exited unexpectedly", TmuxError), ("lost server", TmuxServerLost),
+    ("server exited", TmuxServerLost),
+    ("can't find session: work", TmuxSessionLost), ("can't find window: 1", TmuxSessionLost),
+    ("can't find pane: %1", TmuxSessionLost), ("unknown command: frobnicate", TmuxError),
     ("", TmuxError)])
 def test_what_is_gone_is_told_apart_from_what_went_wrong(fake, stderr, kind):
     fake.says("", stderr, status=1)
     with pytest.raises(TmuxError) as caught:
-        fake.tmux.history("%1")
+        fake.tmux.capture_history("%1")
     assert type(caught.value) is kind and "\n" not in str(caught.value)
     assert (stderr or "status 1") in str(caught.value)
 
 
 def test_an_empty_answer_is_doubted(fake):
-    for ask in (fake.tmux.find, lambda: fake.tmux.look("%1"), lambda: fake.tmux.history("%1"),
-                lambda: fake.tmux.paste(PANE, "x")):
+    for ask in (fake.tmux.find_pane, lambda: fake.tmux.snapshot("%1"), lambda: fake.tmux.capture_history("%1"),
+                lambda: fake.tmux.paste_text(PANE, "x")):
         with pytest.raises(TmuxError, match="on socket private of another version") as caught:
             ask()
         assert type(caught.value) is TmuxError
@@ -1060,9 +1033,9 @@ def test_an_empty_answer_is_doubted(fake):
 def test_a_server_that_died_is_told_apart_from_one_of_another_version(fake):
     fake.says("", "server exited unexpectedly", status=1)
     with pytest.raises(TmuxError, match="is the server on socket private of another version"):
-        fake.tmux.find()
+        fake.tmux.find_pane()
     fake.says("", "server exited unexpectedly", status=1, then="no server running on /tmp/x")
-    assert fake.tmux.find() == ("", "")
+    assert fake.tmux.find_pane() == ("", "")
 
 
 @pytest.mark.parametrize("text, accepted", [
@@ -1071,22 +1044,22 @@ def test_a_server_that_died_is_told_apart_from_one_of_another_version(fake):
 def test_which_versions_of_tmux_will_do(fake, text, accepted):
     fake.says(f"{text}\n")
     if accepted:
-        assert fake.tmux.version() == text
+        assert fake.tmux.check_version() == text
     else:
         with pytest.raises(AgentError, match=f"{text} is too old"):
-            fake.tmux.version()
+            fake.tmux.check_version()
 
 
 def test_a_missing_tmux_says_how_to_get_it(tmp_path):
     with pytest.raises(AgentError, match="not installed.*apt install tmux"):
-        Tmux("private", "work", {"PATH": str(tmp_path)}).version()
+        Tmux("private", "work", {"PATH": str(tmp_path)}).check_version()
 
 
 def test_a_command_and_its_directory_reach_the_program_as_they_are(fake, tmp_path):
     directory = tmp_path / "a#[x]#{pid};"
     directory.mkdir()
     fake.says("%7\n")
-    assert fake.tmux.create(("sh", "-c", "echo hi;"), str(directory), "the mark") == "%7"
+    assert fake.tmux.new_session(("sh", "-c", "echo hi;"), str(directory), "the mark") == "%7"
     *_, arguments = fake.calls()
     start = arguments.index("--")
     assert fake.given("cwd") == f"{directory}\n" and "-c" not in arguments[:start]
@@ -1097,11 +1070,11 @@ def test_a_command_and_its_directory_reach_the_program_as_they_are(fake, tmp_pat
 
 def test_a_signal_to_our_terminal_does_not_reach_tmux(tmp_path, fake):
     (tmp_path / "tmux").write_text("#!/bin/sh\nps -o sid= -p $$\n")
-    assert int(fake.tmux.history("%1")) != os.getsid(0)
+    assert int(fake.tmux.capture_history("%1")) != os.getsid(0)
 
 
 def test_neither_tmux_nor_what_it_starts_sees_the_key(fake):
-    fake.tmux.leave_mode("%1")
+    fake.tmux.exit_copy_mode("%1")
     assert KEY not in fake.given("environ") and "TMUX=" not in fake.given("environ")
 
 
@@ -1109,57 +1082,43 @@ def test_neither_tmux_nor_what_it_starts_sees_the_key(fake):
                                   "x" * 300_000], ids=lambda text: text[:5])
 def test_text_goes_by_standard_input_and_never_as_an_argument(fake, text):
     fake.says("TAKEN\n")
-    assert fake.tmux.paste(PANE, text) is True
+    assert fake.tmux.paste_text(PANE, text) is True
     assert fake.given("stdin") == text and text not in "".join(fake.calls()[0])
     fake.says("REFUSED\n")
-    assert fake.tmux.paste(PANE, text) is False and fake.tmux.press(PANE, "Enter") is False
+    assert fake.tmux.paste_text(PANE, text) is False and fake.tmux.send_keys(PANE, "Enter") is False
 
 
 def test_a_look_returns_the_facts_and_the_screen(fake):
     fake.says("%1:10:20:1:0:1:2:7:3:\nbash\n⠂ title: x\nfirst  \n\nthird\n\n")
-    pane = fake.tmux.look("%1")
+    pane = fake.tmux.snapshot("%1")
     assert pane[:9] == ("%1", 10, 20, True, "status 3", False, True, 2, 7)
-    assert (pane.command, pane.title, pane.cursor_line) == ("bash", "⠂ title: x", "third")
+    assert (pane.foreground_command, pane.title, pane.cursor_line) == ("bash", "⠂ title: x", "third")
     assert pane.text == "first\n\nthird"
     fake.says("%1:10:20:1:1:0:0:0::9\nbash\n\n\n")
-    assert fake.tmux.look("%1")[4:7] == ("signal 9", True, False)
+    assert fake.tmux.snapshot("%1")[4:7] == ("signal 9", True, False)
     fake.says("::::::::::\n\n\n")
-    with pytest.raises(TmuxGone):
-        fake.tmux.look("%1")
+    with pytest.raises(TmuxSessionLost):
+        fake.tmux.snapshot("%1")
 
 
 def test_a_session_is_found_by_its_name_or_is_none(fake):
     fake.says("\t%0\n'mark'\t%1\n\t%12\n")
-    assert fake.tmux.find() == ("'mark'", "%1")
+    assert fake.tmux.find_pane() == ("'mark'", "%1")
     fake.says("\t%3\n")
-    assert fake.tmux.find() == ("", "%3")
+    assert fake.tmux.find_pane() == ("", "%3")
     fake.says("", "no server running on /tmp/x", 1)
-    assert fake.tmux.find() == ("", "")
+    assert fake.tmux.find_pane() == ("", "")
 
 
-# -- 5. Agent -------------------------------------------------------------------------------
+# -- 7. Agent -----------------------------------------------------------------------------
 
-def test_the_program_follows_from_the_settings():
-    assert choose_program("claude").start == (
-        "claude", "--dangerously-skip-permissions", "--setting-sources", "user")
-    assert choose_program("Claude") == choose_program("claude")
-    assert choose_program("claude").resume == (*choose_program("claude").start, "--continue")
-    assert choose_program("opus").start[-2:] == ("--model", "opus")
-    assert choose_program("gpt").start == (
-        "codex", "--no-alt-screen", "--ask-for-approval", "never", "--sandbox", "workspace-write")
-    assert choose_program("GPT-5").start[:3] == ("codex", "--model", "GPT-5")
-    assert choose_program("gpt").resume[:3] == ("codex", "resume", "--last")
-    assert choose_program("gpt", "X=1 ./mine --now") == Program(
-        "mine", ("/bin/sh", "-c", "X=1 ./mine --now"))
-
-
-def verdicts(*looks, draft="", titled=False, patience=15.0):
+def verdicts(*looks, draft="", has_title_spinner=False, idle_timeout=15.0):
     """Return what a Watch says to (second, screen, title, command) after a quiet first look."""
-    watch = Watch(PANE._replace(screen=("❯",)), 0.0, ["claude"], titled=titled, patience=patience,
-                  untaken=lambda pane: bool(draft) and holds_draft(pane.cursor_line, draft))
-    return [watch.see(PANE._replace(screen=tuple(screen.split("\n")), title=title,
+    watch = TurnDetector(PANE._replace(screen=("❯",)), 0.0, ["claude"], has_title_spinner=has_title_spinner, idle_timeout=idle_timeout,
+                  is_unsent=lambda pane: bool(draft) and is_message_unsent(pane.cursor_line, draft))
+    return [watch.update(PANE._replace(screen=tuple(screen.split("\n")), title=title,
                                     cursor_row=screen.count("\n"),
-                                    command=(*command, "claude")[0]), now)
+                                    foreground_command=(*command, "claude")[0]), now)
             for now, screen, title, *command in looks]
 
 
@@ -1179,29 +1138,29 @@ def test_a_sign_that_stands_still_counts_for_fifteen_seconds(screen, title, comm
     looks = [(now, screen, title, command) for now in (0.1, 5, 10, 15)]
     assert verdicts(*looks) == ["wait"] * 4
     assert verdicts(*looks, (15.3, screen, title, command))[-1] == (
-        "quiet" if command == "sleep" else "done")
+        "idle" if command == "sleep" else "done")
 
 
 def test_a_spinner_that_a_dead_program_left_in_the_title_is_no_sign_of_work():
-    watch = Watch(PANE._replace(title="⠂ x"), 0.0, ["claude"])
+    watch = TurnDetector(PANE._replace(title="⠂ x"), 0.0, ["claude"])
     looks = [(0.1, "⠂ x"), (2.2, "⠂ x"), (2.3, "⠐ x"), (2.4, "⠂ x")]
-    assert [watch.see(PANE._replace(title=title, screen=("a",)), now) for now, title in looks] == [
+    assert [watch.update(PANE._replace(title=title, screen=("a",)), now) for now, title in looks] == [
         "wait", "done", "wait", "wait"]
 
 
 @pytest.mark.parametrize("box, over", [("❯\n  hints", 5.3), ("❯ hi\n  hints", 7.0)])
 def test_words_that_give_way_to_what_a_person_types_have_not_gone(box, over):
-    watch = Watch(PANE._replace(screen=("❯", "  hints")), 0.0, ["claude"])
+    watch = TurnDetector(PANE._replace(screen=("❯", "  hints")), 0.0, ["claude"])
     looks = [(1.0, FOOTER), (2.0, FOOTER), (3.0, "{}\n❯ hi\n  hints"), (4.9, "{}\n❯ hi\n  hints"),
              (5.0, "done\n" + box), (over - 0.1, "done\n" + box), (over, "done\n" + box)]
-    assert [watch.see(PANE._replace(cursor_row=1, screen=tuple(text.format(now).split("\n"))), now)
+    assert [watch.update(PANE._replace(cursor_row=1, screen=tuple(text.format(now).split("\n"))), now)
             for now, text in looks] == ["wait"] * 6 + ["done"]
 
 
 def test_words_are_not_asked_once_a_title_has_shown_a_spinner():
     quoted = [(now, FOOTER, "✳ x") for now in (1.0, 1.3, 3.1)]
     assert verdicts((0.1, "a", "⠂ x"), *quoted) == ["wait", "wait", "done", "done"]
-    assert verdicts(*quoted, titled=True) == ["wait", "wait", "done"]
+    assert verdicts(*quoted, has_title_spinner=True) == ["wait", "wait", "done"]
     assert verdicts(*quoted) == ["wait", "wait", "wait"]
 
 
@@ -1218,7 +1177,7 @@ def test_a_message_that_is_kept_until_the_agent_has_started_is_not_taken_yet():
 
 def test_another_program_in_the_foreground_is_work():
     assert verdicts((0.1, "a", "", "make"), (9, "b", "", "make"), (23, "b", "", "make"),
-                    (24, "b", "", "make")) == ["wait", "wait", "wait", "quiet"]
+                    (24, "b", "", "make")) == ["wait", "wait", "wait", "idle"]
     assert verdicts((0.1, "a", "", "make"), (9, "b", ""), (9.25, "b", "")) == [
         "wait", "wait", "done"]
     between_two = [(0.1, "a", "", "make"), (2.1, "a", "", "make"), (2.2, "a", ""),
@@ -1227,15 +1186,15 @@ def test_another_program_in_the_foreground_is_work():
 
 
 def test_where_nothing_changes_the_turn_is_quiet():
-    assert verdicts((0.1, "❯", ""), (14, "❯", ""), (15, "❯", "")) == ["wait", "wait", "quiet"]
-    assert verdicts((2, "❯", ""), patience=2.0) == ["quiet"]
+    assert verdicts((0.1, "❯", ""), (14, "❯", ""), (15, "❯", "")) == ["wait", "wait", "idle"]
+    assert verdicts((2, "❯", ""), idle_timeout=2.0) == ["idle"]
 
 
 def test_enter_is_pressed_again_three_times_while_the_draft_stands_which_is_no_end_of_a_turn():
     looks = [(number / 10, "❯ fix it", "") for number in range(1, 152)]
     told = {at: word for (at, *_), word in zip(looks, verdicts(*looks, draft="fix it"))
             if word != "wait"}
-    assert told == {0.6: "enter", 1.6: "enter", 3.6: "enter", 15.1: "quiet"}
+    assert told == {0.6: "enter", 1.6: "enter", 3.6: "enter", 15.1: "idle"}
     assert "enter" not in verdicts(*[(now, "> fix it\n❯", "") for now, *_ in looks], draft="fix it")
     assert "enter" not in verdicts((0.1, "❯ fix it", "⠂"), *looks[1:], draft="fix it")
 
@@ -1256,17 +1215,11 @@ def test_long_messages_and_long_answers_survive():
     assert turn.output.endswith("row 298\nrow 299") and len(turn.output) < 17_000
 
 
-def test_a_shell_is_read_by_its_stillness():
-    desk = Desk(shell(), program=choose_program("", "sh"))
-    assert desk.agent.ask("ls").output == "$ ls\nhello"
-    assert desk.agent.ask("ls").output == "$ ls\nhello"
-
-
 def test_a_screen_without_history_is_shown_as_it_is():
     desk = Desk(claude())
     desk.terminal.alternate = True
     turn = desk.agent.ask("one")
-    assert "Welcome" in turn.output and "visible screen" in turn.report()
+    assert "Welcome" in turn.output and "visible screen" in turn.as_text()
 
 
 def test_a_turn_that_leaves_the_screen_as_it_was_is_shown_whole():
@@ -1274,7 +1227,7 @@ def test_a_turn_that_leaves_the_screen_as_it_was_is_shown_whole():
     for _ in range(2):
         desk.clock.at(3.1, lambda: setattr(desk.terminal, "lines", ["same"]))
         turn = desk.agent.ask("/clear")
-        assert turn.output.startswith("same\n") and "visible screen" in turn.report()
+        assert turn.output.startswith("same\n") and "visible screen" in turn.as_text()
 
 
 def test_copy_mode_is_left_before_anything_is_typed():
@@ -1302,21 +1255,13 @@ def test_nothing_is_typed_into_a_question_and_the_model_is_told_what_it_is():
     desk = Desk(claude())
     desk.terminal.box, desk.terminal.lines = False, list(ASKED)
     turn = desk.agent.ask("one")
-    assert desk.terminal.pasted == [] and "Nothing was typed" in turn.report()
-    assert "'Do you want to proceed?'" in turn.report() and "'1. Yes'" in turn.report()
+    assert desk.terminal.pasted == [] and "Nothing was typed" in turn.as_text()
+    assert "'Do you want to proceed?'" in turn.as_text() and "'1. Yes'" in turn.as_text()
     assert turn.output == "\n".join(ASKED)
     desk.terminal.keyed = lambda key: setattr(desk.terminal, "box", True)
-    assert "takes keys" not in desk.agent.press(["Enter"]).report()
+    assert "takes keys" not in desk.agent.send_keys(["Enter"]).as_text()
     desk.terminal.keyed = None
     assert desk.agent.ask("one").output == "> one\n● Done: one"
-
-
-def test_a_usage_limit_is_told_with_the_time_until_its_end():
-    desk = Desk(claude(answer="You've hit your limit, try again in 5 hours"))
-    turn = desk.agent.ask("one")
-    assert turn.limited == 18000 and "usage limit of Claude Code" in turn.report()
-    assert Desk(shell("You've hit your limit, try again in 5 hours"), program=choose_program(
-        "", "sh")).agent.ask("one").limited == 0
 
 
 @pytest.mark.parametrize("draft", ["rm -rf ", "one\ntwo\n\nthree", "\n"])
@@ -1325,7 +1270,7 @@ def test_a_draft_that_somebody_left_is_removed_and_told(draft):
     desk.terminal.draft = draft
     turn = desk.agent.ask("one")
     assert desk.terminal.taken == ["one"] and turn.output == "> one\n● Done: one"
-    assert f"held a draft, which was removed: {draft.strip()!r}" in turn.report()
+    assert f"held a draft, which was removed: {draft.strip()!r}" in turn.as_text()
     assert desk.terminal.pressed.count("Enter") == 1
 
 
@@ -1333,16 +1278,16 @@ def test_a_draft_that_somebody_left_is_removed_and_told(draft):
 def test_what_stands_behind_a_cursor_at_the_start_is_a_draft_unless_it_is_dim(dim):
     desk = Desk(claude())
     desk.terminal.draft, desk.terminal.seen = "words", {"cursor_column": 2}
-    desk.terminal.picture = lambda pane_id: f"Welcome to Claude Code\n{'─' * 40}\n❯ {dim}words"
+    desk.terminal.capture_ansi = lambda pane_id: f"Welcome to Claude Code\n{'─' * 40}\n❯ {dim}words"
     placeholder = dim == "\x1b[2m"
-    assert ("was removed: 'words'" in desk.agent.ask("one").report()) is not placeholder
+    assert ("was removed: 'words'" in desk.agent.ask("one").as_text()) is not placeholder
     assert desk.terminal.pressed.count("C-u") == 20 * (not placeholder)
 
 
 def test_a_draft_is_seen_above_the_long_list_that_it_has_opened():
     desk = Desk(claude())
-    look, desk.terminal.draft = desk.terminal.look, "/"
-    desk.terminal.look = lambda pane_id: look(pane_id)._replace(
+    look, desk.terminal.draft = desk.terminal.snapshot, "/"
+    desk.terminal.snapshot = lambda pane_id: look(pane_id)._replace(
         screen=(*look(pane_id).screen, *(f"    /{number}  a command" for number in range(20))))
     desk.agent.ask("one")
     assert desk.terminal.taken == ["one"]
@@ -1353,17 +1298,11 @@ def test_nothing_is_typed_behind_a_draft_that_does_not_go():
     desk.terminal.draft = "stays"
     desk.terminal.keyed = lambda key: setattr(desk.terminal, "draft", "stays")
     turn = desk.agent.ask("one")
-    assert "Nothing was typed" in turn.report() and "does not go: 'stays'" in turn.report()
+    assert "Nothing was typed" in turn.as_text() and "does not go: 'stays'" in turn.as_text()
     assert "❯ stays" in turn.output and not desk.terminal.pasted
 
 
-def test_a_draft_is_left_alone_in_a_program_that_we_know_nothing_of():
-    desk = Desk(claude(), program=choose_program("", "sh"))
-    desk.terminal.draft = "half "
-    assert desk.agent.ask("one").notes == () and desk.terminal.taken == ["half one"]
-
-
-@pytest.mark.parametrize("call", ["paste", "press"])
+@pytest.mark.parametrize("call", ["paste_text", "send_keys"])
 @pytest.mark.parametrize("arrives", [True, False])
 def test_a_write_that_tmux_does_not_answer_is_repeated_only_if_it_did_not_arrive(call, arrives):
     desk = Desk(claude())
@@ -1398,21 +1337,9 @@ def test_a_lost_enter_is_pressed_again_but_nothing_is_pasted_twice(lost, taken):
     assert desk.terminal.pressed == ["Enter"] * min(lost + 1, 4)
 
 
-@pytest.mark.parametrize("message", ["❯", "x ❯", "Yes", "> ", "one\n\n"])
-def test_a_taken_enter_is_not_doubled_by_a_message_that_looks_like_a_prompt(message):
-    def silent(terminal):
-        claude(seconds=0)(terminal)
-        terminal.take = lambda message: terminal.lines.append("● Done")
-
-    for program in (PROGRAM, choose_program("", "sh")):
-        desk = Desk(silent, program=program)
-        desk.agent.ask(message)
-        assert desk.terminal.taken == [message] and desk.terminal.pressed == ["Enter"]
-
-
 def test_an_enter_that_became_a_new_line_is_pressed_again():
     desk = Desk(claude())
-    press, lost = desk.terminal.press, [1]
+    press, lost = desk.terminal.send_keys, [1]
 
     def deaf(pane, key):
         if lost:
@@ -1420,7 +1347,7 @@ def test_an_enter_that_became_a_new_line_is_pressed_again():
             return True
         return press(pane, key)
 
-    desk.terminal.press = deaf
+    desk.terminal.send_keys = deaf
     desk.agent.ask("one")
     assert desk.terminal.taken == ["one\n"]
 
@@ -1428,39 +1355,26 @@ def test_an_enter_that_became_a_new_line_is_pressed_again():
 def test_a_turn_over_its_limit_is_still_working_and_can_be_waited_for():
     desk = Desk(claude(seconds=100))
     turn = desk.agent.ask("one", 10)
-    assert turn.state == "working" and "still working" in turn.report()
+    assert turn.state == "working" and "still working" in turn.as_text()
     assert desk.clock.now < 1020
     assert desk.agent.wait(600) == Turn("● Done: one") and 1100 < desk.clock.now < 1110
 
 
-def test_a_program_that_is_typed_to_while_it_works_is_not_taken_for_one_that_waits():
-    def program(terminal):
-        def take(message):
-            terminal.lines, terminal.command = [*terminal.lines, ""], "make"
-            terminal.clock.at(100, lambda: setattr(terminal, "command", "bash"))
-
-        shell()(terminal)
-        terminal.command, terminal.take = "bash", take
-
-    desk = Desk(program, program=choose_program("", "sh"))
-    assert [desk.agent.ask(message, 10).state for message in ("make", "ready?")] == ["working"] * 2
-
-
 def test_keys_and_waits_that_change_nothing_say_so():
     desk = Desk(claude())
-    said = desk.agent.press(["Down", "Tab"]).report()
+    said = desk.agent.send_keys(["Down", "Tab"]).as_text()
     assert said == f"[Nothing more happens on the screen.]\n{desk.first.output}"
     assert desk.terminal.pressed == ["Down", "Tab"]
     began = desk.clock.now
-    assert desk.agent.wait(60).state == "quiet" and 60 <= desk.clock.now - began < 61
+    assert desk.agent.wait(60).state == "idle" and 60 <= desk.clock.now - began < 61
 
 
 def test_an_agent_that_ended_is_started_again_with_its_conversation():
     desk = Desk(doomed(lambda terminal: terminal.die("Segmentation fault")), claude())
     turn = desk.agent.ask("one")
     assert turn.state == "exited" and "Segmentation fault" in turn.output
-    assert "status 1" in turn.report() and "remembers the conversation" in turn.report()
-    assert desk.terminal.started == [PROGRAM.start, PROGRAM.resume]
+    assert "status 1" in turn.as_text() and "remembers the conversation" in turn.as_text()
+    assert desk.terminal.started == [PROGRAM.start_command, PROGRAM.resume_command]
     ((kind, fields),) = desk.told
     assert kind == "recovery" and fields["resumed"] and "Segmentation fault" in fields["what"]
     assert desk.agent.ask("two").output == "> two\n● Done: two"
@@ -1469,8 +1383,8 @@ def test_an_agent_that_ended_is_started_again_with_its_conversation():
 def test_an_agent_that_cannot_go_on_with_its_conversation_starts_afresh():
     desk = Desk(doomed(lambda terminal: terminal.die()),
                 lambda terminal: terminal.die("No conversation found to continue"), claude())
-    assert "remembers nothing" in desk.agent.ask("one").report()
-    assert desk.terminal.started == [PROGRAM.start, PROGRAM.resume, PROGRAM.start]
+    assert "remembers nothing" in desk.agent.ask("one").as_text()
+    assert desk.terminal.started == [PROGRAM.start_command, PROGRAM.resume_command, PROGRAM.start_command]
     assert not desk.told[-1][1]["resumed"]
 
 
@@ -1493,14 +1407,14 @@ def deaf(terminal):
 def test_a_message_lost_before_its_enter_is_delivered_once():
     desk = Desk(fragile, claude())
     turn = desk.agent.ask("one")
-    assert turn.output == "> one\n● Done: one" and "started again" in turn.report()
+    assert turn.output == "> one\n● Done: one" and "started again" in turn.as_text()
     assert desk.terminal.taken == ["one"]
 
 
 def test_a_message_is_delivered_if_the_server_ends_between_its_text_and_its_enter():
     desk = Desk(claude())
     desk.terminal.typed = lambda text: desk.terminal.failures.append(desk.terminal.vanish)
-    assert "started again" in desk.agent.ask("one").report()
+    assert "started again" in desk.agent.ask("one").as_text()
     assert desk.terminal.taken == ["one"]
 
 
@@ -1520,19 +1434,19 @@ def test_a_message_is_not_repeated_once_its_enter_was_pressed():
     assert desk.agent.ask("two").output == "> two\n● Done: two"
 
 
-@pytest.mark.parametrize("error", [TmuxError, TmuxDied])
+@pytest.mark.parametrize("error", [TmuxError, TmuxServerLost])
 def test_a_message_is_not_repeated_if_its_enter_was_pressed_though_tmux_did_not_say_so(error):
     desk = Desk(doomed(lambda terminal: terminal.die("killed by it")), claude())
-    press, failures = desk.terminal.press, [error("no answer")]
-    desk.terminal.press = lambda *what: press(*what) and play(failures, True)
+    press, failures = desk.terminal.send_keys, [error("no answer")]
+    desk.terminal.send_keys = lambda *what: press(*what) and play(failures, True)
     turn = desk.agent.ask("one")
-    assert turn.state == "exited" and "It may have taken the message" in turn.report()
+    assert turn.state == "exited" and "It may have taken the message" in turn.as_text()
     assert desk.terminal.taken == desk.terminal.pasted == ["one"]
 
 
 def test_a_text_that_tmux_never_takes_ends_it():
     desk = Desk(claude())
-    desk.terminal.paste = lambda *what: play([], TmuxError("no answer"))
+    desk.terminal.paste_text = lambda *what: play([], TmuxError("no answer"))
     with pytest.raises(TmuxError, match="no answer, twice, and Claude Code got no text"):
         desk.agent.ask("one")
 
@@ -1567,21 +1481,21 @@ def test_a_session_of_the_same_directory_and_command_is_joined():
     third = desk.hire()
     third.start()
     desk.terminal.die()
-    assert "remembers the conversation" in third.ask("three").report()
+    assert "remembers the conversation" in third.ask("three").as_text()
 
 
 def test_a_session_that_is_gone_is_made_again_with_the_conversation_if_there_was_one():
     desk = Desk(claude(), start=False)
-    assert "remembers the conversation" in desk.agent.start(talked=True).report()
-    assert desk.terminal.started == [PROGRAM.resume] and desk.told[0][0] == "recovery"
+    assert "remembers the conversation" in desk.agent.start(resume=True).as_text()
+    assert desk.terminal.started == [PROGRAM.resume_command] and desk.told[0][0] == "recovery"
     desk = Desk(lambda terminal: terminal.die("No conversation found"), claude(), start=False)
-    assert "remembers nothing" in desk.agent.start(talked=True).report()
-    assert desk.terminal.started == [PROGRAM.resume, PROGRAM.start]
+    assert "remembers nothing" in desk.agent.start(resume=True).as_text()
+    assert desk.terminal.started == [PROGRAM.resume_command, PROGRAM.start_command]
 
 
 def test_a_session_that_was_made_for_something_else_is_left_alone():
     desk = Desk(claude(), start=False)
-    desk.terminal.create(("vim", "secret.txt"), "/home/me", "'vim secret.txt' in '/home/me'")
+    desk.terminal.new_session(("vim", "secret.txt"), "/home/me", "'vim secret.txt' in '/home/me'")
     with pytest.raises(ConfigError, match="work runs 'vim secret.txt' in '/home/me'.*CLAUDE_TMUX"):
         desk.agent.start()
     assert not desk.terminal.pasted and not desk.terminal.pressed
@@ -1602,16 +1516,16 @@ def test_a_session_that_took_the_place_of_ours_is_neither_typed_into_nor_ended()
     ("at 9", "at 9"), ("at 9", "on another day"), ("at 9", ""), ("", "")])
 def test_a_program_that_outlives_its_pane_is_ended_if_its_id_is_surely_not_another_ones(
         born, found, monkeypatch):
-    monkeypatch.setattr(orchestrator, "birth", lambda pid: born)
+    monkeypatch.setattr(orchestrator, "process_start_time", lambda pid: born)
     with subprocess.Popen(["bash", "-c", "trap '' HUP; echo; read x"], stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE, start_new_session=True) as orphan:
         orphan.stdout.readline()
         desk = Desk(claude())
         desk.terminal.seen = {"pid": orphan.pid}
         desk.agent.ask("one")
-        desk.terminal.failures = [TmuxGone("lost server")]
-        monkeypatch.setattr(orchestrator, "birth", lambda pid: found)
-        assert "remembers the conversation" in desk.agent.ask("two").report()
+        desk.terminal.failures = [TmuxSessionLost("lost server")]
+        monkeypatch.setattr(orchestrator, "process_start_time", lambda pid: found)
+        assert "remembers the conversation" in desk.agent.ask("two").as_text()
         orphan.stdin.close()
     assert orphan.returncode == (-signal.SIGKILL if born == found != "" else 1)
 
@@ -1619,11 +1533,11 @@ def test_a_program_that_outlives_its_pane_is_ended_if_its_id_is_surely_not_anoth
 def test_a_program_that_was_never_seen_alive_is_no_orphan_of_ours(monkeypatch):
     """Its id may be another's since long before the session was joined."""
     asked = []
-    monkeypatch.setattr(orchestrator, "birth", asked.append)
+    monkeypatch.setattr(orchestrator, "process_start_time", asked.append)
     desk = Desk(claude())
     desk.terminal.die()
     desk.terminal.seen = {"pid": 4321}
-    assert "remembers the conversation" in desk.hire().start().report()
+    assert "remembers the conversation" in desk.hire().start().as_text()
     assert 4321 not in asked
 
 
@@ -1633,30 +1547,30 @@ def test_when_a_process_was_started_is_known_by_proc_or_by_ps(proc, path, monkey
     monkeypatch.setattr(os, "defpath", path)
     if not proc:
         monkeypatch.setattr(Path, "read_text", lambda path, **how: os.write(-1, b"no /proc"))
-    if (proc or path) and not birth(os.getpid()):
+    if (proc or path) and not process_start_time(os.getpid()):
         pytest.skip("this is such a machine")
     waits = [sys.executable, "-c", "import sys; sys.stdin.read()"]
     with subprocess.Popen(waits, stdin=subprocess.PIPE) as process:
-        born = birth(process.pid)
-        assert bool(born) == bool(proc or path) and born == birth(process.pid)
-    assert birth(process.pid) == ""
+        born = process_start_time(process.pid)
+        assert bool(born) == bool(proc or path) and born == process_start_time(process.pid)
+    assert process_start_time(process.pid) == ""
 
 
 @pytest.mark.parametrize("pid", [0, 1])
 def test_where_every_process_is_in_session_0_none_is_taken_for_an_orphan(pid, monkeypatch):
     monkeypatch.setattr(os, "getsid", lambda pid: pid)
     desk = Desk(claude())
-    desk.terminal.seen, desk.terminal.failures = {"pid": pid}, [None, TmuxGone("lost server")]
-    assert "remembers nothing" in desk.agent.ask("one").report()
+    desk.terminal.seen, desk.terminal.failures = {"pid": pid}, [None, TmuxSessionLost("lost server")]
+    assert "remembers nothing" in desk.agent.ask("one").as_text()
 
 
 def test_a_server_that_dies_at_the_start_is_started_again():
     """It may have been the last session of another run's that ended."""
     desk = Desk(claude(), start=False)
-    create, deaths = desk.terminal.create, [TmuxDied("server exited unexpectedly")]
-    desk.terminal.create = lambda *what: play(deaths, lambda: create(*what))
-    assert "server exited unexpectedly" in desk.agent.start().report()
-    assert desk.terminal.started == [PROGRAM.start]
+    create, deaths = desk.terminal.new_session, [TmuxServerLost("server exited unexpectedly")]
+    desk.terminal.new_session = lambda *what: play(deaths, lambda: create(*what))
+    assert "server exited unexpectedly" in desk.agent.start().as_text()
+    assert desk.terminal.started == [PROGRAM.start_command]
     assert desk.agent.ask("one") == Turn("> one\n● Done: one")
 
 
@@ -1667,7 +1581,7 @@ def test_a_program_that_ends_at_once_leaves_its_last_words():
 
 def test_a_missing_program_says_how_to_get_it():
     with pytest.raises(AgentError, match="there is no no-such-agent on the PATH: npm install"):
-        Desk(claude(), program=PROGRAM._replace(start=("no-such-agent",)))
+        Desk(claude(), program=PROGRAM._replace(start_command=("no-such-agent",)))
 
 
 @pytest.mark.parametrize("rows, at", [
@@ -1708,8 +1622,8 @@ def test_a_start_up_question_is_answered_though_tmux_gives_no_answer_once():
         terminal.lines, terminal.keyed = [*TRUST, f" ❯ {YES}"], keyed
 
     desk = Desk(asking, start=False)
-    press, failures = desk.terminal.press, [TmuxError("no answer")]
-    desk.terminal.press = lambda *what: play([], failures.pop()) if failures else press(*what)
+    press, failures = desk.terminal.send_keys, [TmuxError("no answer")]
+    desk.terminal.send_keys = lambda *what: play([], failures.pop()) if failures else press(*what)
     assert "Welcome" in desk.agent.start().output and desk.terminal.pressed == ["Enter"]
 
 
@@ -1719,7 +1633,7 @@ def test_an_unknown_question_gets_no_keys():
 
 
 def test_the_screen_is_published_twice_a_second_while_somebody_watches():
-    watched = Desk(claude(seconds=4), watched=lambda: True)
+    watched = Desk(claude(seconds=4), has_viewers=lambda: True)
     unwatched = Desk(claude(seconds=4))
     for desk in (watched, unwatched):
         desk.agent.ask("one")
@@ -1728,10 +1642,10 @@ def test_the_screen_is_published_twice_a_second_while_somebody_watches():
     assert not unwatched.told
 
 
-# -- 6. OpenRouter --------------------------------------------------------------------------
+# -- 8. Model client ----------------------------------------------------------------------
 
 TASK = [{"role": "system", "content": "You drive."}, {"role": "user", "content": "Go — 漢字"}]
-HELLO = Tokens(7, 2, 9, 4)
+HELLO = TokenUsage(7, 2, 9, 4)
 STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
 CHUNKED = STREAM + b"Transfer-Encoding: chunked\r\n\r\n"
 COMMENT = ": OPENROUTER PROCESSING\n\n"
@@ -1800,7 +1714,7 @@ def final(answer, told, outcome=ModelError):
 
 def bounded(answer, times, told):
     """Return the case of a failure that is taken only so many times."""
-    return Case(answer, outcome=NoAnswer, calls=times, told=f"{told}, {times} times",
+    return Case(answer, outcome=RequestRejected, calls=times, told=f"{told}, {times} times",
                 waits=(2, 4, 8, 16)[:times - 1])
 
 
@@ -1955,20 +1869,20 @@ CASES = {
     "a redirect": final(answer("", 302, Location="/elsewhere"), "302"),
     "a redirect of a POST": final(answer("", 307, Location="/elsewhere"), "307"),
     # a conversation that is too long
-    "overflow": final(answer(refusal(400, "prompt is too long"), 400), "too long", ContextOverflow),
+    "overflow": final(answer(refusal(400, "prompt is too long"), 400), "too long", ContextWindowExceeded),
     "overflow by type": final(answer(refusal(400, "no", metadata={
-        "error_type": "context_length_exceeded"}), 400), "400: no", ContextOverflow),
+        "error_type": "context_length_exceeded"}), 400), "400: no", ContextWindowExceeded),
     "overflow by the code of others": final(answer(refusal("context_length_exceeded", "no"), 400),
-                                            "no", ContextOverflow),
+                                            "no", ContextWindowExceeded),
     "overflow in the provider's words": final(answer(refusal(
         400, "Provider returned error", metadata={"raw": "context_length_exceeded"})), "context",
-        ContextOverflow),
+        ContextWindowExceeded),
     "overflow by the input": final(answer(refusal(400, OVERFLOW.format(8192, 24_100, 8100)), 400),
-                                   "8100", ContextOverflow),
+                                   "8100", ContextWindowExceeded),
     "overflow, Anthropic": final(answer(refusal(
         400, "input length and `max_tokens` exceed context limit: 190000 + 16000 > 200000"), 400),
-        "190000 + 16000", ContextOverflow),
-    "413": final(answer("too large", 413), "413", ContextOverflow),
+        "190000 + 16000", ContextWindowExceeded),
+    "413": final(answer("too large", 413), "413", ContextWindowExceeded),
     # requests that can be mended
     "402, afford enough": mended(answer(refusal(402, TOO_MUCH.format(8000)), 402),
                                  "with max_tokens=7600", max_tokens=7600),
@@ -2040,14 +1954,14 @@ def test_only_openrouter_is_sent_what_only_it_knows():
 
     messages = TASK + [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]
     home = Client("https://openrouter.ai/api/v1", model="anthropic/claude-opus-4.6")
-    assert home.body(messages)["session_id"] == home.body(TASK)["session_id"]
-    assert marks(home.body(messages)) == ["system", "user"] and len(marks(home.body(TASK))) == 2
-    assert messages[-1]["content"] == "b" and "cache_control" not in home.body(messages)
+    assert home.build_request(messages)["session_id"] == home.build_request(TASK)["session_id"]
+    assert marks(home.build_request(messages)) == ["system", "user"] and len(marks(home.build_request(TASK))) == 2
+    assert messages[-1]["content"] == "b" and "cache_control" not in home.build_request(messages)
     other = Client("https://openrouter.ai/api/v1", model="openai/gpt-5")
-    assert "session_id" in other.body(messages) and not marks(other.body(messages))
+    assert "session_id" in other.build_request(messages) and not marks(other.build_request(messages))
     for url in ("http://localhost:1234/v1", "https://openrouter.ai.example.org/v1"):
         foreign = Client(url, model="anthropic/claude-opus-4.6")
-        assert "session_id" not in foreign.body(messages) and not marks(foreign.body(messages))
+        assert "session_id" not in foreign.build_request(messages) and not marks(foreign.build_request(messages))
 
 
 class Home(Client):
@@ -2094,7 +2008,7 @@ def test_an_answer_that_was_cut_at_its_length_goes_on(api):
     client, parts = Client(api.url), []
     reply = client.say(on_text=parts.append)
     assert reply.text == "Hello" and parts[-1] == "Hello" and reply.cost == 1.0
-    assert reply.tokens == Tokens(14, 4, 18, 8) and len(client.used) == 2
+    assert reply.tokens == TokenUsage(14, 4, 18, 8) and len(client.used) == 2
     *start, cut, more = api.requests[-1][2]["messages"]
     assert (start, cut) == (TASK, {"role": "assistant", "content": "Hel"})
     assert more["role"] == "user" and "Go on exactly where it stopped" in more["content"]
@@ -2108,30 +2022,30 @@ def test_failed_tries_are_paid_for_too(api):
     bill = {"usage": {"prompt_tokens": 10, "completion_tokens": 0, "cost": 0.25}}
     failed = streamed(said("Hel"), {**refusal(502), **bill})
     api.answers, client = [failed, answer(whole("", **bill)), GOOD], Client(api.url)
-    assert client.say()[1:3] == (Tokens(27, 2, 29, 4), 1.0)
+    assert client.say()[1:3] == (TokenUsage(27, 2, 29, 4), 1.0)
     api.answers, client = [failed, answer(refusal(401), 401)], Client(api.url)
     with pytest.raises(ModelError):
         client.say()
-    assert client.used == [(Tokens(10, 0, 10), 0.25)]
+    assert client.used == [(TokenUsage(10, 0, 10), 0.25)]
     thought = {"choices": [{"delta": {"reasoning": "hm"}}]}
     api.answers = [streamed(said("Hel"), end=""), streamed(thought, end=""), streamed(end=""), GOOD]
     client = Client(api.url)
-    assert client.say().cost == 0.5 and client.used == [(Tokens(), None)] * 2 + [(HELLO, 0.5)]
+    assert client.say().cost == 0.5 and client.used == [(TokenUsage(), None)] * 2 + [(HELLO, 0.5)]
     end = {"choices": [{"delta": {}, "finish_reason": "stop"}]}
     api.answers, client = [streamed(said("Hello"), end)], Client(api.url)
-    assert client.say().cost is None and client.used == [(Tokens(), None)]
+    assert client.say().cost is None and client.used == [(TokenUsage(), None)]
 
 
 @pytest.mark.parametrize("usage, tokens, cost", [
     ({"prompt_tokens": 7, "completion_tokens": 2, "cost": 0.5, "prompt_tokens_details": {
-        "cached_tokens": 4, "cache_write_tokens": 3}}, Tokens(7, 2, 9, 4, 3), 0.5),
-    ({"prompt_tokens": "7", "completion_tokens": "2", "cost": "0.5"}, Tokens(7, 2, 9), 0.5),
-    ({"prompt_tokens": 7.0, "prompt_tokens_details": None, "cost": 0}, Tokens(7, 0, 7), 0),
-    ({"prompt_tokens": 0, "completion_tokens": 0, "cost": 0}, Tokens(), 0),
-    ({"prompt_tokens": 7, "cost": -1}, Tokens(7, 0, 7), None),
-    ({"prompt_tokens": 7, "cost": float("nan")}, Tokens(7, 0, 7), None),
-    ({"prompt_tokens": 7, "cost": 10 ** 400}, Tokens(7, 0, 7), None),
-    ({"prompt_tokens": 7, "prompt_tokens_details": [], "cost": [1]}, Tokens(7, 0, 7), None)])
+        "cached_tokens": 4, "cache_write_tokens": 3}}, TokenUsage(7, 2, 9, 4, 3), 0.5),
+    ({"prompt_tokens": "7", "completion_tokens": "2", "cost": "0.5"}, TokenUsage(7, 2, 9), 0.5),
+    ({"prompt_tokens": 7.0, "prompt_tokens_details": None, "cost": 0}, TokenUsage(7, 0, 7), 0),
+    ({"prompt_tokens": 0, "completion_tokens": 0, "cost": 0}, TokenUsage(), 0),
+    ({"prompt_tokens": 7, "cost": -1}, TokenUsage(7, 0, 7), None),
+    ({"prompt_tokens": 7, "cost": float("nan")}, TokenUsage(7, 0, 7), None),
+    ({"prompt_tokens": 7, "cost": 10 ** 400}, TokenUsage(7, 0, 7), None),
+    ({"prompt_tokens": 7, "prompt_tokens_details": [], "cost": [1]}, TokenUsage(7, 0, 7), None)])
 def test_what_a_call_used_is_read_as_far_as_it_makes_sense(api, usage, tokens, cost):
     api.answers = [answer(whole(usage=usage))]
     assert Client(api.url).say()[1:3] == (tokens, cost)
@@ -2140,7 +2054,7 @@ def test_what_a_call_used_is_read_as_far_as_it_makes_sense(api, usage, tokens, c
 def test_the_length_of_a_token_is_learnt_from_what_the_server_counts(api):
     api.answers, client = [answer(whole())], Client(api.url)
     talk = [{"role": "user", "content": "y" * 400}]
-    assert client.say(talk)[1:3] == (Tokens(), None) and client.characters_per_token == 4.0
+    assert client.say(talk)[1:3] == (TokenUsage(), None) and client.characters_per_token == 4.0
     for counted, length in ((200, 2.0), (10 ** 14, 0.5), (1, 8.0)):
         api.answers = [answer(whole(usage={"prompt_tokens": counted}))]
         assert client.say(talk).tokens.prompt == counted
@@ -2193,11 +2107,11 @@ def test_each_try_has_to_be_within_the_budgets(api):
 
     def left():
         if len(spent) == 2:
-            raise BudgetReached("no money")
+            raise BudgetExceeded("no money")
         return 1e9
 
-    with pytest.raises(BudgetReached):
-        client.complete(TASK, on_use=lambda *used: spent.append(used), left=left)
+    with pytest.raises(BudgetExceeded):
+        client.complete(TASK, on_usage=lambda *used: spent.append(used), time_left=left)
     assert len(api.requests) == 2 and sum(cost for _, cost in spent) == 1.0
 
 
@@ -2207,11 +2121,11 @@ def test_no_wait_outlasts_the_time_that_is_left(api):
 
     def left():
         if client.time.now >= end:
-            raise BudgetReached("no time")
+            raise BudgetExceeded("no time")
         return end - client.time.now
 
-    with pytest.raises(BudgetReached):
-        client.say(left=left)
+    with pytest.raises(BudgetExceeded):
+        client.say(time_left=left)
     assert client.time.slept == [90] and len(api.requests) == 1
 
 
@@ -2224,7 +2138,7 @@ def test_no_wait_outlasts_the_time_that_is_left(api):
     ids=["silence", "headers", "comments", "a silent stream", "a body", "a line", "data"])
 def test_what_trickles_or_stalls_is_given_up(api, answer):
     class Hasty(Client):
-        IDLE, PROGRESS, CALL = 5.0, 0.2, 0.4
+        READ_TIMEOUT, STREAM_TIMEOUT, REQUEST_TIMEOUT = 5.0, 0.2, 0.4
 
     api.answers = [answer, GOOD]
     client = Hasty(api.url, clock=Clock())
@@ -2233,19 +2147,19 @@ def test_what_trickles_or_stalls_is_given_up(api, answer):
 
     def left():
         if time.monotonic() - began > 0.1:
-            raise BudgetReached("no time")
+            raise BudgetExceeded("no time")
         return max(0.0, began + 0.11 - time.monotonic())
 
     api.answers, began = [answer], time.monotonic()
-    with pytest.raises(BudgetReached):
-        client.say(left=left)
+    with pytest.raises(BudgetExceeded):
+        client.say(time_left=left)
 
 
 @pytest.mark.parametrize("piece", [COMMENT.encode(), one("x" * 1_000), b"x"],
                          ids=["comments", "data", "a line"])
 def test_an_answer_without_end_is_given_up(api, piece):
     class Thrifty(Client):
-        MOST = 100_000
+        MAX_RESPONSE_BYTES = 100_000
 
     api.answers = [wire(STREAM + b"\r\n", piece * 1_000, end="again"), GOOD]
     client = Thrifty(api.url)
@@ -2254,7 +2168,7 @@ def test_an_answer_without_end_is_given_up(api, piece):
 
 def test_a_connection_without_a_byte_is_given_up(api):
     class Hasty(Client):
-        IDLE = 0.2
+        READ_TIMEOUT = 0.2
 
     api.answers = [wire(STREAM + b"\r\n" + one("Hel"), end="silence"), wire(end="silence"), GOOD]
     client = Hasty(api.url)
@@ -2283,7 +2197,7 @@ def test_a_proxy_is_used_and_not_for_this_machine_and_sees_no_key_of_others(api,
     (407, "check the proxy"), (403, "does not allow"), (503, "gave up after an hour")])
 def test_a_proxy_that_refuses_is_told_from_one_that_is_busy(api, monkeypatch, status, told):
     monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{api.port}")
-    monkeypatch.setattr(Client, "PATIENCE", 100.0)
+    monkeypatch.setattr(Client, "RETRY_TIMEOUT", 100.0)
     api.answers = [answer("", status)]
     with pytest.raises(ModelError, match=f"{status}.*{told}|{told}.*{status}"):
         Client("https://models.test/v1").say()
@@ -2328,7 +2242,7 @@ MODELS = {"data": [{"id": "some/model", "canonical_slug": "some/model-4.6", "pri
     ("any", {"models": 7}, "not checked"), ("any", {"data": {"id": 1}}, "not checked")])
 def test_the_model_is_known_by_all_its_names(api, model, listed, told):
     api.answers = [answer(listed)]
-    assert Client(api.url, model=model).check().startswith(told) or "not checked" in told
+    assert Client(api.url, model=model).check_access().startswith(told) or "not checked" in told
     assert [path for path, _, _ in api.requests] == ["/api/v1/models"]
 
 
@@ -2340,7 +2254,7 @@ def test_the_model_is_known_by_all_its_names(api, model, listed, told):
 def test_before_a_run_what_is_wrong_is_found_by_one_free_call(api, answers, kind, told):
     api.answers, client = answers, Client(api.url, model="other/lagre")
     with pytest.raises(ModelError, match=told) as caught:
-        client.check()
+        client.check_access()
     assert type(caught.value) is kind and len(api.requests) == 1 and not client.time.slept
 
 
@@ -2350,7 +2264,7 @@ def test_openrouter_is_asked_for_the_credit_of_the_key(api):
                        ({"limit_remaining": None}, ""), (None, "")):
         api.answers = [answer({"data": data}), answer(MODELS)]
         try:
-            assert Home(api).check().startswith("some/model") and not told
+            assert Home(api).check_access().startswith("some/model") and not told
         except ModelError as error:
             assert told and told in str(error)
     assert [path for path, _, _ in api.requests[:2]] == ["/api/v1/key"] * 2
@@ -2359,10 +2273,10 @@ def test_openrouter_is_asked_for_the_credit_of_the_key(api):
 def test_a_server_that_does_not_list_its_models_is_no_obstacle(api):
     for status in (404, 405, 501):
         api.answers = [answer("", status)]
-        assert "not checked" in Client(api.url).check()
+        assert "not checked" in Client(api.url).check_access()
 
 
-# -- 7. Memory ------------------------------------------------------------------------------
+# -- 9. Memory ----------------------------------------------------------------------------
 
 def stored(directory):
     return json.loads((directory / "memory.json").read_text(encoding="utf-8"))
@@ -2411,9 +2325,9 @@ def test_a_file_that_is_broken_meanwhile_is_set_aside_and_no_fact_is_lost(memory
     memory.add(["b"])
     (aside,) = tmp_path.glob("memory.json.bad-*")
     assert aside.read_text() == "by hand, not yet done" and stored(tmp_path) == ["a", "b"]
-    assert aside.name in memory.complaint
+    assert aside.name in memory.warning
     memory.add(["c"])
-    assert memory.complaint == "" and stored(tmp_path) == ["a", "b", "c"]
+    assert memory.warning == "" and stored(tmp_path) == ["a", "b", "c"]
 
 
 def test_a_file_that_was_set_aside_is_written_anew_even_if_nothing_is_new(memory, tmp_path):
@@ -2504,9 +2418,9 @@ def test_what_a_link_leads_to_is_left_as_it_is_if_it_has_no_facts(memory, tmp_pa
     assert memory.add(["b"]) == ["b"] and stored(tmp_path) == [*known, "b"]
     assert target.read_text() == "ssh-rsa AAAA" and len(list(target.parent.iterdir())) == 1
     (aside,) = tmp_path.glob("memory.json.bad-*")
-    assert aside.name in memory.complaint and os.readlink(aside) == str(target)
+    assert aside.name in memory.warning and os.readlink(aside) == str(target)
     assert memory.add(["c"]) == ["c"] and stored(tmp_path) == [*known, "b", "c"]
-    assert memory.complaint == "" and target.read_text() == "ssh-rsa AAAA"
+    assert memory.warning == "" and target.read_text() == "ssh-rsa AAAA"
 
 
 def test_the_lock_is_where_the_file_is_and_a_missing_one_stops_nothing(tmp_path, monkeypatch):
@@ -2562,7 +2476,7 @@ def test_a_compaction_that_another_run_has_overtaken_is_given_up(memory, tmp_pat
     assert memory.compact(rewrite) is None and stored(tmp_path) == ["ab", "cd"] == memory.facts
 
 
-# -- 8. Journal -----------------------------------------------------------------------------
+# -- 10. Journal --------------------------------------------------------------------------
 
 @pytest.fixture
 def fly(tmp_path):
@@ -2577,7 +2491,7 @@ def ids(journal):
 def test_events_have_ids_and_times_and_are_in_the_file_at_once(tmp_path):
     path, heard = tmp_path / "runs" / "run.jsonl", []
     journal = Journal(path)
-    journal.listen(heard.append)
+    journal.subscribe(heard.append)
     journal.publish("iteration_start", iteration=3, max_iter=0)
     journal.publish("reply", text="漢字", place="/not-utf8-\udcff")
     lines = path.read_bytes().splitlines()
@@ -2591,11 +2505,11 @@ def test_events_have_ids_and_times_and_are_in_the_file_at_once(tmp_path):
 def test_a_secret_never_enters_an_event(tmp_path):
     path, heard = tmp_path / "run.jsonl", []
     journal = Journal(path, secret=KEY)
-    journal.listen(heard.append)
+    journal.subscribe(heard.append)
     journal.publish("note", text=f"the key is {KEY}.", more=[{"deep": KEY}])
     journal.publish("screen", text=KEY)
     assert heard[0]["text"] == "the key is [key]." and KEY not in path.read_text()
-    assert KEY not in str(heard) and KEY.encode() not in journal.read(0, 0, 0).live[0]
+    assert KEY not in str(heard) and KEY.encode() not in journal.read_after(0, 0, 0).live_events[0]
 
 
 @pytest.mark.parametrize("secret", ["12345678", "iteration", "orchestrator", "duration_ms"])
@@ -2627,9 +2541,9 @@ def test_a_long_secret_is_masked_wherever_it_is_wrapped_cut_or_coloured(tmp_path
     journal = Journal(tmp_path / "run.jsonl", secret=LONG_KEY)
     journal.publish("note", text=text)
     kept = journal.events()[0]["text"]
-    assert kept == journal.masked(text) and LONG_KEY[36:] not in kept and LONG_KEY[:36] not in kept
+    assert kept == journal.redact(text) and LONG_KEY[36:] not in kept and LONG_KEY[:36] not in kept
     assert kept == masked or masked is None
-    assert Journal(secret="short").masked("a short word") == "a short word"
+    assert Journal(secret="short").redact("a short word") == "a short word"
 
 
 @pytest.mark.parametrize("end", [b'{"id": 3, "type": "no', b"\xff\xfe\n", b"[]\nnull\n\n", b"{}\n",
@@ -2655,7 +2569,7 @@ def test_a_late_reader_gets_old_events_first_and_all_before_the_end(tmp_path):
     journal.close()
     seen, closed = [], False
     while not closed:
-        kept, _, _, closed = journal.read(len(seen), 0, 0)
+        kept, _, _, closed = journal.read_after(len(seen), 0, 0)
         seen += [json.loads(line)["text"] for _, line in kept]
     assert seen == [str(number) for number in range(250)]
 
@@ -2664,21 +2578,21 @@ def test_live_events_are_seen_but_not_kept(tmp_path):
     journal = Journal(tmp_path / "run.jsonl")
     journal.publish("screen", text="old")
     journal.publish("screen", text="new")
-    batch = journal.read(0, 0, 0)
-    assert [json.loads(line)["text"] for line in batch.live] == ["new"] and not batch.kept
-    assert not journal.read(0, batch.live_seen, 0).live
+    batch = journal.read_after(0, 0, 0)
+    assert [json.loads(line)["text"] for line in batch.live_events] == ["new"] and not batch.events
+    assert not journal.read_after(0, batch.last_live_id, 0).live_events
     assert journal.events() == [] and (tmp_path / "run.jsonl").read_bytes() == b""
 
 
 def test_a_journal_that_cannot_be_written_goes_on_in_memory_and_says_so_once(tmp_path):
     (tmp_path / "file").write_text("")
     journal = Journal(tmp_path / "file" / "runs" / "run.jsonl")
-    assert "run.jsonl" in journal.complaint and "\n" not in journal.complaint
+    assert "run.jsonl" in journal.write_error and "\n" not in journal.write_error
     journal.publish("note", text="a")
     journal.publish("note", text="b")
     assert [event["type"] for event in journal.events()] == ["note", "error", "note"]
-    assert journal.events()[1]["error"] == journal.complaint
-    assert ids(journal) == [1, 2, 3] and journal.read(0, 0, 0).kept[0][0] == 1
+    assert journal.events()[1]["error"] == journal.write_error
+    assert ids(journal) == [1, 2, 3] and journal.read_after(0, 0, 0).events[0][0] == 1
 
 
 @contextlib.contextmanager
@@ -2703,7 +2617,7 @@ def test_a_disk_that_is_full_is_said_once_and_what_came_before_is_kept(tmp_path)
     journal.publish("note", text="d")       # there is space again
     assert read_events(tmp_path / "run.jsonl") == journal.events()
     assert [event.get("text") for event in journal.events()] == ["a", "b", None, "c", "d"]
-    assert journal.unsaid == ""
+    assert journal.unreported_error == ""
 
 
 def test_a_disk_that_is_full_in_the_end_is_said_by_whoever_has_the_journal(tmp_path):
@@ -2711,7 +2625,7 @@ def test_a_disk_that_is_full_in_the_end_is_said_by_whoever_has_the_journal(tmp_p
     with room_for(20):
         journal.publish("complete", outcome="complete")
     assert [event["type"] for event in journal.events()] == ["complete"]
-    assert "File too large" in journal.unsaid
+    assert "File too large" in journal.unreported_error
 
 
 def test_a_run_whose_journal_can_only_be_read_goes_on_from_it(tmp_path, monkeypatch):
@@ -2728,16 +2642,16 @@ def test_a_run_whose_journal_can_only_be_read_goes_on_from_it(tmp_path, monkeypa
         journal = Journal(path)
     journal.publish("note", text="b")
     assert [event.get("text") for event in journal.events()] == ["a", "b", None]
-    assert "Read-only" in journal.complaint and path.read_bytes() == before
+    assert "Read-only" in journal.write_error and path.read_bytes() == before
 
 
 def test_nothing_is_taken_after_the_last_event(tmp_path):
     journal = Journal(tmp_path / "run.jsonl")
     journal.publish("complete", outcome="complete")
-    Control(journal, lambda: None).act("note", "too late")
+    RunControl(journal, lambda: None).handle("note", "too late")
     journal.publish("screen", text="x")
     assert [event["type"] for event in read_events(tmp_path / "run.jsonl")] == ["complete"]
-    assert not journal.read(0, 0, 0).live
+    assert not journal.read_after(0, 0, 0).live_events
     again = Journal(tmp_path / "run.jsonl")
     again.publish("state", state="resumed")
     assert ids(again) == [1, 2]
@@ -2751,14 +2665,14 @@ def test_listeners_hear_of_events_in_their_order_one_by_one(tmp_path):
         heard.append((event["id"], len(inside)))
         inside.pop()
 
-    journal.listen(listener)
+    journal.subscribe(listener)
     at_once(*[lambda: [journal.publish("note", text="x") for _ in range(50)]] * 4)
     assert heard == [(number, 1) for number in range(1, 201)]
 
 
 def test_a_journal_cut_anywhere_at_its_end_is_read_resumed_and_replayed(fly, tmp_path):
     """At every byte of its last 2 KB with BENCHMARK=1, else at every seventh."""
-    first = fly("one", "two", "TASK_COMPLETE", Reply("ä\nMEMORY_SAVE: a", Tokens(5000), 0.0, 1),
+    first = fly("one", "two", "TASK_COMPLETE", Reply("ä\nMEMORY_SAVE: a", TokenUsage(5000), 0.0, 1),
                 "in short", "five", verify_cmd="exit 1", history_max_tokens=1000,
                 turns=["did one", "did two", "did four", Interrupted(signal.SIGINT)])
     with pytest.raises(Interrupted):
@@ -2778,7 +2692,7 @@ def test_a_journal_cut_anywhere_at_its_end_is_read_resumed_and_replayed(fly, tmp
             resumed.add(len(events))
             (tmp_path / str(cut)).mkdir()
             again = Flight(tmp_path / str(cut), "TASK_COMPLETE")
-            assert again.run([*filter(is_intact, events)]) == "complete"
+            assert again.run([*filter(is_resumable_event, events)]) == "complete"
     assert len(resumed) > 10
 
 
@@ -2789,7 +2703,7 @@ def test_a_recorded_run_is_followed_while_it_is_written(tmp_path):
     reader = Journal(path, read_only=True)
     writer.publish("note", text="b")
     assert ids(reader) == [1]
-    reader.follow()
+    reader.read_appended()
     assert reader.events() == writer.events()
     with pytest.raises(ConfigError, match="can't be read"):
         Journal(tmp_path / "nothing", read_only=True)
@@ -2797,10 +2711,10 @@ def test_a_recorded_run_is_followed_while_it_is_written(tmp_path):
 
 def test_listeners_hear_of_an_event_that_a_signal_came_upon(tmp_path):
     heard = []
-    with Signals() as signals:
-        journal = Journal(tmp_path / "run.jsonl", guard=signals.held)
-        journal._write = lambda: signal.raise_signal(signal.SIGINT)
-        journal.listen(heard.append)
+    with SignalHandler() as signals:
+        journal = Journal(tmp_path / "run.jsonl", defer_signals=signals.deferred)
+        journal._flush = lambda: signal.raise_signal(signal.SIGINT)
+        journal.subscribe(heard.append)
         with pytest.raises(Interrupted):
             journal.publish("complete", outcome="complete")
     assert [event["type"] for event in heard] == ["complete"]
@@ -2812,7 +2726,727 @@ def test_threads_may_publish_at_once(tmp_path):
     assert ids(journal) == ids(Journal(tmp_path / "run.jsonl")) == list(range(1, 201))
 
 
-# -- 9. Dashboard ---------------------------------------------------------------------------
+# -- 11. Conversation ---------------------------------------------------------------------
+
+@pytest.mark.parametrize("reply, text", [
+    ("run the tests", "run the tests"), ("one\n\n  two\n", "one\n\n  two"), ("a\r\nb\r\n", "a\nb"),
+    ("```\nls -l\n```", "ls -l"), ("```bash\nls\npwd\n```\n", "ls\npwd"),
+    ("```\na\n```\nand\n```\nb\n```", "```\na\n```\nand\n```\nb\n```"),
+    ("a\x1b[201~b", "a[201~b"), ("/clear", "/clear"), ("-n", "-n"), ("x;", "x;"),
+    ("say TASK_COMPLETE when done", "say TASK_COMPLETE when done"), ("task_complete", None),
+    ("> TASK_COMPLETE", None), ('"TASK_COMPLETE"', None), ("TASK_COMPLETED", None),
+    ("Print this:\n```\nTASK_COMPLETE\n```", None), ("x\n````\nTASK_COMPLETE\n````", None),
+    ("NOT TASK_COMPLETE", None), ("TASK_COMPLETE?", None), ("- [ ] TASK_COMPLETE", None),
+    ("~~TASK_COMPLETE~~", None), ("Write:\n~~~\nTASK_COMPLETE\n~~~", None),
+    ("Write:\n````\n```\nTASK_COMPLETE\n```\n````", None),
+    ("<think>Is it\nTASK_COMPLETE\nor not?</think>\n\nrun it", "run it"),
+    ("Is it\nTASK_COMPLETE\nor not?\n</think>\nrun it", "run it"),
+    ("Print <think>\n</think>", None),
+    ("KEYS: Down\nthen look", None), ("WAIT: 10m\nthen look", None), ("Press KEYS: Up", None),
+    ("If it fails say TASK_FAILED: why", None), ("x" * 100_000, None), ("` " * 50_000 + "x", None),
+    ("```\n" * 25_000 + "x", None)], ids=lambda text: text and text[:12])
+def test_most_replies_are_typed(reply, text):
+    assert parse_reply(reply) == ("message", reply if text is None else text, (), 0, ())
+
+
+@pytest.mark.parametrize("reply", [
+    "TASK_COMPLETE", "TASK_COMPLETE.", "  TASK_COMPLETE\t", "TASK_COMPLETE\r\n",
+    "**TASK_COMPLETE**", "`TASK_COMPLETE`", "_TASK_COMPLETE_.", "**TASK_COMPLETE.**",
+    "- TASK_COMPLETE", "* **TASK_COMPLETE**", "1. TASK_COMPLETE", "TASK_COMPLETE\n\nTASK_COMPLETE",
+    "```\nTASK_COMPLETE\n```", "## TASK_COMPLETE", "✅ TASK_COMPLETE!", "TASK\\_COMPLETE",
+    "\ufeffTASK_COMPLETE\u200b", "\u200eTASK_COMPLETE\u200f",
+    "<thinking>\nall pass\n</thinking>\nTASK_COMPLETE"])
+def test_the_marker_on_a_line_of_its_own_completes_the_task(reply):
+    assert parse_reply(reply) == ("complete", "", (), 0, ())
+
+
+@pytest.mark.parametrize("reply, expected", [
+    ("All pass.\n\nTASK_COMPLETE", ("complete", "All pass.", (), 0, ())),
+    ("TASK_COMPLETE\nAll pass.", ("complete", "All pass.", (), 0, ())),
+    ("```\nx\n```\nTASK_COMPLETE", ("complete", "```\nx\n```", (), 0, ())),
+    ("```ls```\nTASK_COMPLETE", ("complete", "```ls```", (), 0, ())),
+    ("MEMORY_SAVE: a\nTASK_COMPLETE", ("complete", "", (), 0, ("a",))),
+    ("TASK_FAILED: no key", ("failed", "no key", (), 0, ())),
+    ("**TASK_FAILED:** no key", ("failed", "no key", (), 0, ())),
+    ("**TASK_FAILED: no key**", ("failed", "no key", (), 0, ())),
+    ("TASK_FAILED: one\ntwo", ("failed", "one\ntwo", (), 0, ())),
+    ("TASK_FAILED:", ("failed", "no reason given", (), 0, ())),
+    ("I can't do it.\n\nTASK_FAILED: no key\nnor door", ("failed", "no key\nnor door", (), 0, ())),
+    ("Say:\n```\nTASK_FAILED: x\n```", ("message", "Say:\n```\nTASK_FAILED: x\n```", (), 0, ())),
+    ("```\nTASK_FAILED: no key\n```", ("failed", "no key", (), 0, ())),
+    ("KEYS: Down Enter", ("keys", "KEYS: Down Enter", ("Down", "Enter"), 0, ())),
+    ("KEYS: C-c y 2\n\nKEYS: M-Left F5", (
+        "keys", "KEYS: C-c y 2\n\nKEYS: M-Left F5", ("C-c", "y", "2", "M-Left", "F5"), 0, ())),
+    ("WAIT: 90s", ("wait", "WAIT: 90s", (), 90, ())),
+    ("WAIT: 10m", ("wait", "WAIT: 10m", (), 600, ())),
+    ("WAIT: 1.5h", ("wait", "WAIT: 1.5h", (), 5400, ())),
+    ("**KEYS:** Down\n- `KEYS: *`", ("keys", "**KEYS:** Down\n- `KEYS: *`", ("Down", "*"), 0, ())),
+    ("**`WAIT: 10m`**", ("wait", "**`WAIT: 10m`**", (), 600, ())),
+    ("- **MEMORY_SAVE**: a `b`\n* `MEMORY_SAVE: c`\nrun it",
+     ("message", "run it", (), 0, ("a `b`", "c"))),
+    ("- **TASK\\_FAILED**: no key", ("failed", "no key", (), 0, ())),
+    ("MEMORY_SAVE: a b\nrun it\nMEMORY_SAVE:  c ", ("message", "run it", (), 0, ("a b", "c"))),
+    ("MEMORY_SAVE: \nrun it", ("message", "run it", (), 0, ())),
+    ("Write:\n```\nMEMORY_SAVE: a\n```", ("message", "Write:\n```\nMEMORY_SAVE: a\n```", (), 0, ()))])
+def test_some_replies_are_orders(reply, expected):
+    assert parse_reply(reply) == expected
+
+
+@pytest.mark.parametrize("reply, facts, hint", [
+    ("", (), "empty"), (" \n\t\r\n", (), "empty"), ("```\n\n```", (), "empty"),
+    ("MEMORY_SAVE: a", ("a",), "empty"), ("KEYS: Dwon Enter", (), "Dwon"),
+    ("KEYS: X-y", (), "X-y"), ("KEYS:", (), "no tmux key"), ("WAIT: soon", (), "90s"),
+    ("WAIT: 10", (), "90s"), ("WAIT: -5s", (), "90s"), ("WAIT: 5d", (), "90s"),
+    ("WAIT: 5s\nKEYS: Up", (), "stands alone"), (f"KEYS:{' Down' * 101}", (), "more than 100"),
+    ("<think>\nTASK_COMPLETE\nor", (), "empty"), ("KEYS: Up\n\nTASK_COMPLETE", (), "neither"),
+    ("TASK_COMPLETE\nTASK_FAILED: no", (), "neither"),
+    ("MEMORY_SAVE: a\nWAIT: 5m\nTASK_COMPLETE", ("a",), "neither")])
+def test_a_reply_that_asks_for_nothing_says_why(reply, facts, hint):
+    kind, text, keys, seconds, found = parse_reply(reply)
+    assert (kind, keys, seconds, found) == ("invalid", (), 0, facts) and hint in text
+
+
+@pytest.mark.parametrize("filling", [".", "3", "1.", "\n", "─", " x", "and ", "</think", "KEYS: "])
+def test_no_output_makes_understanding_it_take_long(filling):
+    text, began = filling * (16_000 // len(filling)), time.process_time()
+    for line in (f"You've hit your limit · try again in 3m{text}", f"{' ' * 16_000}x", text):
+        parse_usage_limit(line, datetime.datetime(2026, 11, 22, 15, 0))
+        normalize_screen(line)
+        describe_menu([line])
+        strip_input_box(["❯", line])
+        parse_reply(f"```\n{line * 4}")
+    assert time.process_time() - began < 3      # without bounds it is minutes
+
+
+# -- 12. Loops ----------------------------------------------------------------------------
+
+def test_a_conversation_grows_at_its_end_only_until_it_is_summarised():
+    talk, seen = Conversation("system", "opening"), [[]]
+    for number in range(5):
+        seen.append(talk.messages())
+        assert seen[-1][:len(seen[-2])] == seen[-2]
+        talk.add_exchange(f"reply {number}", f"outcome {number}")
+        talk.append_to_last("more")
+    assert [message["role"] for message in talk.messages()] == ["system", "user"] + [
+        "assistant", "user"] * 5
+    count, older = talk.older_exchanges(1_000)
+    assert "reply 1" in older and "outcome 1\n\nmore" in older and "reply 2" not in older
+    assert [talk.older_exchanges(room)[0] for room in (1_000, 160, 100, 0)] == [2, 3, 4, 4] and count == 2
+    assert talk.character_count() == len("".join(message["content"] for message in talk.messages()))
+    talk.replace_with_summary("in short", count)
+    system, opening, *rest = [message["content"] for message in talk.messages()]
+    assert (system, len(rest), rest[0]) == ("system", 6, "reply 2")
+    assert opening.startswith("opening") and opening.endswith("in short")
+    assert talk.older_exchanges(1_000) == (0, "")
+    talk.add_exchange("reply 5", "outcome 5")
+    assert "in short" in talk.older_exchanges(1_000)[1]
+
+
+def test_a_run_tells_the_agent_what_the_model_says_until_the_task_is_complete(fly):
+    flight = fly("Take the red paint", "Well done.\nTASK_COMPLETE", turns=["It is red."])
+    assert flight.run() == "complete"
+    assert flight.agent.told == ["Take the red paint"]
+    system, opening = [message["content"] for message in flight.model.calls[0]]
+    assert "Agent" in system and "Memory from previous" not in system
+    assert "Paint the shed" in opening and "the first screen" in opening
+    assert flight.shown(1) == "Agent output:\nIt is red."
+    assert [event["type"] for event in flight.journal.events()] == [
+        "task_info", "iteration_start", "reply", "iteration_end", "iteration_start", "reply",
+        "iteration_end", "complete"]
+    end = flight.of("complete")[0]
+    assert (end["iterations"], end["cost"], end["tokens"]["total"]) == (2, 0.5, 220)
+
+
+def test_each_call_repeats_the_one_before_and_adds_what_is_new(fly):
+    flight = fly("one", "two", "three", "TASK_COMPLETE")
+    flight.run()
+    for earlier, later in zip(flight.model.calls, flight.model.calls[1:]):
+        assert later[:len(earlier)] == earlier and len(later) == len(earlier) + 2
+
+
+def test_a_model_that_gives_up_ends_the_run(fly):
+    flight = fly("TASK_FAILED: there is no paint")
+    assert flight.run() == "failed" and flight.error.exit_status == 4
+    assert "there is no paint" in flight.of("complete")[0]["reason"] and not flight.agent.told
+
+
+@pytest.mark.parametrize("settings, turn, done, reason", [
+    ({"max_iterations": 2}, 0, 2, "MAX_ITERATIONS=2"), ({"max_cost": 0.6}, 0, 3, "MAX_COST=0.6"),
+    ({"max_cost": 0.25}, 0, 1, "MAX_COST=0.25"), ({"max_minutes": 1.5}, 50, 2, "MAX_MINUTES=1.5")])
+def test_a_budget_ends_the_run(fly, settings, turn, done, reason):
+    flight = fly("one", "two", "three", "four", **settings)
+    flight.agent.ask = lambda message, limit=0: flight.clock.sleep(turn) or Turn(f"did {message}")
+    assert flight.run() == "budget" and flight.error.exit_status == 3
+    assert reason in str(flight.error) and flight.of("complete")[0]["iterations"] == done
+
+
+def test_what_a_call_used_that_failed_counts_in_the_end_and_after_a_resume(fly):
+    def failing(messages, on_usage, **how):
+        on_usage(TokenUsage(10, 0, 10), 0.5)
+        raise ModelError("no more")
+
+    flight = fly("one")
+    flight.agent.ask = lambda message, limit: setattr(flight.model, "complete", failing) or Turn("")
+    assert flight.run() == "model" and flight.of("complete")[0]["cost"] == 0.75
+    second = fly("TASK_COMPLETE")
+    second.run(flight.journal.events())
+    assert second.of("complete")[-1]["cost"] == 1.0
+    assert second.of("complete")[-1]["tokens"]["total"] == 230
+
+
+def test_a_try_whose_cost_is_not_told_counts_as_the_mean(fly):
+    flight = fly("one", "two", "three", "four", max_cost=1.0)
+    complete = flight.model.complete
+
+    def cut_once(messages, on_usage, **how):
+        on_usage(TokenUsage(), None)
+        return complete(messages, on_usage=on_usage, **how)
+
+    flight.model.complete = cut_once
+    assert flight.run() == "budget" and flight.agent.told == ["one", "two"]
+    assert flight.of("complete")[0]["cost"] == 1.0
+    past = flight.journal.events()[:-1]
+    past = [{**event, "cost": None} if event.get("iteration") == 2 else event for event in past]
+    second = fly("TASK_COMPLETE")
+    assert second.run(past) == "complete" and second.of("complete")[-1]["cost"] == 0.75
+    third = fly(Reply("TASK_COMPLETE", TokenUsage(), None, 1))
+    assert third.run(second.journal.events()) == "complete"
+    assert third.of("complete")[-1]["cost"] == 1.0
+
+
+def test_no_summary_and_no_compaction_is_paid_for_beyond_the_budget(fly, tmp_path):
+    flight = fly("one", "two", "three", "four", turns=LONG, history_max_tokens=5_000, max_cost=1.0)
+    assert flight.run() == "budget" and len(flight.model.calls) == 4
+    assert not flight.of("history")
+    flight = fly("MEMORY_SAVE: a\nMEMORY_SAVE: b\nTASK_COMPLETE", memory_max_facts=1, max_cost=0.2)
+    assert flight.run() == "complete" and stored(tmp_path) == ["a", "b"]
+
+
+def test_the_time_of_a_run_ends_a_pause_and_a_call_too(fly):
+    flight = fly("one", max_minutes=1)
+    flight.control.handle("pause")
+    assert flight.run() == "budget" and flight.clock.now == pytest.approx(1060)
+    flight = fly("one", max_minutes=1)
+    flight.model.complete = lambda messages, time_left, **how: [
+        flight.clock.sleep(min(50, time_left())) for _ in range(3)]
+    assert flight.run() == "budget" and flight.clock.now == pytest.approx(1060)
+    assert "MAX_MINUTES=1" in str(flight.error)
+
+
+def test_a_cost_limit_needs_a_server_that_says_what_it_costs(fly):
+    flight = fly(Reply("one", TokenUsage(), None, 1), max_cost=1.0)
+    assert flight.run() == "budget" and "MAX_COST" in str(flight.error)
+    assert not flight.agent.told
+    flight = fly(Reply("TASK_COMPLETE", TokenUsage(), None, 1))
+    assert flight.run() == "complete" and flight.of("complete")[-1]["cost"] == 0
+
+
+@pytest.mark.parametrize("reply, hint", [
+    ("", "empty"), ("MEMORY_SAVE: paint is wet", "The fact was saved"), ("KEYS: Dwon", "Dwon"),
+    ("WAIT: soon", "90s")])
+def test_what_asks_for_nothing_is_never_typed_and_the_model_is_told(fly, reply, hint):
+    flight = fly(Reply(reply, TokenUsage(), 0.0, 1), "TASK_COMPLETE")
+    assert flight.run() == "complete" and flight.agent.told == []
+    assert hint in flight.shown(1) and "Agent output" not in flight.shown(1)
+
+
+def test_keys_are_pressed_and_times_waited(fly):
+    flight = fly("KEYS: Down Enter", "WAIT: 10m", "TASK_COMPLETE", turns=["menu", "finished"])
+    assert flight.run() == "complete" and flight.agent.told == [("Down", "Enter"), 600.0]
+    assert flight.shown(1) == "Agent output:\nmenu" and flight.of("state")[0]["state"] == "waiting"
+
+
+def test_facts_are_remembered_at_once_and_told_to_the_next_run(fly, tmp_path):
+    first = fly("MEMORY_SAVE: paint is wet\ngo on", turns=[lambda: stored(tmp_path)[0]],
+                max_iterations=1)
+    first.run()
+    assert first.agent.told == ["go on"]
+    assert first.of("iteration_end")[0]["agent_output"] == "paint is wet"
+    assert first.of("memory")[0]["saved"] == ["paint is wet"]
+    second = fly("TASK_COMPLETE")
+    second.memory.load()
+    second.run()
+    assert "## Memory from previous sessions\n- paint is wet" in second.model.calls[0][0]["content"]
+
+
+def test_facts_of_a_megabyte_are_kept_but_only_told_in_part(fly, tmp_path):
+    big, said = "x " * 500_000, "y" * 1_000_000
+    (tmp_path / "memory.json").write_text(json.dumps([big, "the last fact"]))
+    flight = fly(f"MEMORY_SAVE: {said}\none", "TASK_COMPLETE")
+    flight.memory.load()
+    assert flight.run() == "complete" and stored(tmp_path) == [big, "the last fact", "y" * 2000]
+    system = flight.model.calls[0][0]["content"]
+    assert len(system) < 20_000 and "the last fact" in system
+
+
+def test_a_trouble_with_the_memory_is_told_once_and_again_if_it_is_another(
+        fly, monkeypatch, tmp_path):
+    def fail(number):
+        monkeypatch.setattr(os, "fsync", mend if number is None else lambda _: fails(number))
+
+    def fails(number):
+        raise OSError(number, os.strerror(number))
+
+    mend, weather = os.fsync, [errno.ENOSPC, errno.ENOSPC, errno.EIO, None, errno.EIO]
+    replies = [lambda number=number, each=each: fail(each) or f"MEMORY_SAVE: {number}\ngo {number}"
+               for number, each in enumerate(weather)]
+    flight = fly(*replies, lambda: fail(None) or "TASK_COMPLETE")
+    assert flight.run() == "complete" and stored(tmp_path) == list("01234")
+    said = [f"memory.json can't be written: {os.strerror(number)}"
+            for number in (errno.ENOSPC, errno.EIO, errno.EIO)]
+    assert [event["error"] for event in flight.of("error")] == said
+
+
+def test_a_long_memory_is_compacted_by_the_model(fly, tmp_path):
+    flight = fly("MEMORY_SAVE: a\nMEMORY_SAVE: b\nMEMORY_SAVE: c\ngo", 'Sure: {"facts": ["abc"]}',
+                 "TASK_COMPLETE", memory_max_facts=2)
+    assert flight.run() == "complete" and stored(tmp_path) == ["abc"]
+    assert flight.of("memory")[1]["compacted"] == {"before": 3, "after": 1}
+    assert flight.of("complete")[0]["cost"] == 0.75
+
+
+@pytest.mark.parametrize("answer", ["nonsense", '{"facts": [1]}', '{"facts": "a"}', "[]",
+                                    ModelError("refused")])
+def test_a_failed_compaction_changes_nothing(fly, tmp_path, answer):
+    flight = fly("MEMORY_SAVE: a\nMEMORY_SAVE: b\ngo", answer, "TASK_COMPLETE", memory_max_facts=1)
+    assert flight.run() == "complete" and stored(tmp_path) == ["a", "b"]
+
+
+def test_a_memory_that_is_broken_while_it_is_compacted_is_told(fly, tmp_path):
+    path = tmp_path / "memory.json"
+    flight = fly("MEMORY_SAVE: a\nMEMORY_SAVE: b\ngo",
+                 lambda: path.write_text("by hand") and '{"facts": ["ab"]}',
+                 "TASK_COMPLETE", memory_max_facts=1)
+    assert flight.run() == "complete" and stored(tmp_path) == ["ab"]
+    (trouble,) = flight.of("error")
+    assert "was not a JSON array of strings" in trouble["error"]
+
+
+def test_a_failed_compaction_is_not_paid_for_again_at_every_fact(fly):
+    replies = [f"MEMORY_SAVE: fact {number}\n{number}" for number in range(20)]
+    asked, flight = [], fly(*replies, "TASK_COMPLETE", memory_max_facts=10)
+    complete = flight.model.complete
+
+    def none(messages, **how):
+        if "facts remembered" not in messages[0]["content"]:
+            return complete(messages, **how)
+        asked.append(len(flight.memory.facts))
+        return Reply("nonsense", TokenUsage(), 0.25, 1)
+
+    flight.model.complete = none
+    assert flight.run() == "complete" and asked == [11, 14, 17, 20]
+
+
+def test_the_task_is_complete_only_once_its_check_passes(fly, tmp_path):
+    flight = fly("TASK_COMPLETE", "make it", "TASK_COMPLETE",
+                 turns=[lambda: (tmp_path / "done").write_text("x") and "made"],
+                 verify_cmd="test -f done && echo there || { echo missing; exit 3; }")
+    assert flight.run() == "complete" and flight.agent.told == ["make it"]
+    assert [(event["status"], event["output"]) for event in flight.of("verify")] == [
+        (3, "missing"), (0, "there")]
+    assert "status 3" in flight.shown(1) and "missing" in flight.shown(1)
+
+
+def test_a_check_that_fails_five_times_alike_is_stuck(fly):
+    replies = [reply for number in range(5) for reply in ("TASK_COMPLETE", f"try {number}")]
+    flight = fly(*replies, verify_cmd="echo bad in 0.$$ s; exit 3")
+    assert flight.run() == "stuck" and "VERIFY_CMD failed 5 times" in str(flight.error)
+    assert len(flight.of("verify")) == 5 and len(flight.agent.told) == 4
+    flight = fly(*replies, "TASK_FAILED: no", verify_cmd="echo x >> tries; wc -l < tries; exit 3")
+    assert flight.run() == "failed" and len(flight.agent.told) == 5
+
+
+LIMITED = Turn("You've hit your limit", usage_limit_seconds=7200.0)
+
+
+def test_a_usage_limit_is_waited_out(fly):
+    flight = fly("go on", "TASK_COMPLETE")
+    flight.agent._turns = [
+        LIMITED, *[lambda: flight.clock.sleep(4000) or Turn("the screen", "idle")] * 2]
+    assert flight.run() == "complete" and flight.clock.now == 9000
+    assert flight.agent.told == ["go on", 7320.0, 3320.0]
+    assert "You've hit your limit" in flight.shown(1) and "waited for" in flight.shown(1)
+    (waiting,) = flight.of("state")
+    assert waiting["state"] == "waiting" and "usage limit" in waiting["reason"]
+
+
+def test_an_agent_that_goes_on_or_ends_before_its_usage_limit_does_is_not_waited_for(fly):
+    for turn, told in (("somebody typed", "somebody typed"),
+                       (Turn("", "exited", ("It was restarted.",)), "It was restarted.")):
+        flight = fly("go on", "TASK_COMPLETE", turns=[LIMITED, turn])
+        assert flight.run() == "complete" and told in flight.shown(1)
+
+
+def test_a_usage_limit_that_outlasts_the_time_of_the_run_ends_it(fly):
+    flight = fly("go on", max_minutes=10.0)
+    flight.agent._turns = [LIMITED, lambda: flight.clock.sleep(600) or Turn("")]
+    assert flight.run() == "budget" and flight.agent.told == ["go on", 600.0]
+
+
+def test_a_check_that_cannot_be_run_has_not_passed(fly, monkeypatch, tmp_path):
+    flight = fly("TASK_COMPLETE", "TASK_FAILED: so be it", verify_cmd="true")
+    monkeypatch.setattr(orchestrator.tempfile, "tempdir", str(tmp_path / "missing"))
+    assert flight.run() == "failed" and flight.of("verify")[0]["status"] == 126
+    assert "can't be run" in flight.shown(1) and "No such file" in flight.shown(1)
+
+
+def test_a_run_in_circles_is_warned_once_and_then_ended(fly):
+    flight = fly(*["try again"] * 6, turns=[f"failed after {number} s" for number in range(6)])
+    assert flight.run() == "stuck" and flight.error.exit_status == 4
+    assert len(flight.agent.told) == 6 and len(flight.of("note")) == 1
+    assert "circles" in flight.shown(3) and "circles" not in flight.shown(2) + flight.shown(4)
+
+
+def test_a_circle_that_was_left_is_forgotten(fly):
+    replies = [*["try again"] * 3, *"abcdef", *["once more"] * 3, "TASK_COMPLETE"]
+    flight = fly(*replies, turns=["no"] * 12)
+    assert flight.run() == "complete" and len(flight.of("note")) == 2
+
+
+def test_two_replies_in_turns_are_a_circle_too(fly):
+    flight = fly(*["left", "right"] * 6)
+    assert flight.run() == "stuck" and len(flight.agent.told) == 12
+    assert "circles" in flight.shown(6)
+
+
+def test_the_same_reply_with_another_result_is_no_circle(fly):
+    flight = fly(*["try again"] * 8, "TASK_COMPLETE", turns=list("abcdefgh"))
+    assert flight.run() == "complete" and not flight.of("note")
+
+
+def test_waiting_for_a_usage_limit_or_a_long_turn_is_no_circle(fly):
+    assert fly(*["WAIT: 30m"] * 9, "TASK_COMPLETE", turns=["limit"] * 9).run() == "complete"
+    asking = ["WAIT: 10m", "is it built?"] * 9
+    assert fly(*asking, "TASK_COMPLETE", turns=["", "not yet"] * 9).run() == "complete"
+    assert fly(*["WAIT: 5s"] * 9, turns=["nothing"] * 9).run() == "stuck"
+    working = [Turn("compiling", "working")] * 9
+    assert fly(*["WAIT: 5s"] * 9, "TASK_COMPLETE", turns=working).run() == "complete"
+
+
+def test_thoughts_of_ever_new_words_do_not_hide_a_circle(fly):
+    thinking = [f"<think>{number}</think>again" for number in range(9)]
+    assert fly(*thinking, turns=["no"] * 9).run() == "stuck"
+
+
+def test_a_growing_reply_is_shown_while_somebody_watches(fly):
+    flight = fly("TASK_COMPLETE")
+    with flight.journal.count_reader():
+        flight.run()
+    (part,) = map(json.loads, flight.journal.read_after(0, 0, 0).live_events)
+    assert (part["type"], part["text"]) == ("reply_part", "TASK_COMPLETE")
+    assert not flight.of("reply_part")
+
+
+def test_a_note_of_a_person_reaches_the_next_prompt(fly):
+    flight = fly("one", "two", "TASK_COMPLETE",
+                 turns=[lambda: flight.control.handle("note", "use \x1b[1mblue") or "did one"])
+    flight.run()
+    assert "use [1mblue" in flight.shown(1) and "blue" not in flight.shown(2)
+    assert flight.of("note")[0]["source"] == "dashboard"
+    assert flight.of("note")[0]["text"] == "use [1mblue"        # as a resumed run tells it
+
+
+def test_a_paused_run_waits_for_its_person(fly):
+    flight = fly("one", "TASK_COMPLETE")
+    flight.control.handle("pause")
+    flight.control.handle("pause")
+    flight.clock.at(500, lambda: flight.control.handle("resume"))
+    assert flight.run() == "complete" and flight.clock.now >= 1500
+    assert [event["state"] for event in flight.of("state")] == ["paused", "resumed"]
+
+
+LONG = [f"{letter} {'x' * 4_900}" for letter in "abcd"]     # fills a conversation of 5,000 tokens
+
+
+def test_a_long_conversation_is_summarised_by_the_model(fly):
+    flight = fly("one", "two", "three", "four", "what happened so far", "TASK_COMPLETE",
+                 turns=LONG, history_max_tokens=5_000)
+    assert flight.run() == "complete" and flight.agent.told == ["one", "two", "three", "four"]
+    assert "YOU: two" in flight.shown(4) and "YOU: three" not in flight.shown(4)
+    opening, *rest = [message["content"] for message in flight.model.calls[5][1:]]
+    assert opening.endswith("Summary of the work so far\nwhat happened so far")
+    assert rest[0] == "three" and len(rest) == 4
+    assert flight.of("history")[0]["summarised"] == 2
+    assert flight.of("complete")[0]["cost"] == 1.5
+
+
+def test_where_no_summary_can_be_had_first_lines_will_do(fly):
+    flight = fly("one", "two", "three", "four", RequestRejected("refused"), "TASK_COMPLETE", turns=LONG,
+                 history_max_tokens=5_000)
+    assert flight.run() == "complete" and "YOU: one" in flight.model.calls[5][1]["content"]
+    second = fly("TASK_COMPLETE")
+    second.run(flight.journal.events()[:-1])        # nothing was used for them
+    assert flight.of("complete")[0]["cost"] == 1.25 and second.of("complete")[-1]["cost"] == 1.5
+
+
+def test_a_run_that_ends_where_a_summary_is_due_has_lost_nothing(fly):
+    first = fly("one", "two", "three", "four", ModelError("no credit"), turns=LONG,
+                history_max_tokens=5_000)
+    assert first.run() == "model" and not first.of("history")
+    second = fly("in short", "TASK_COMPLETE", history_max_tokens=5_000)
+    assert second.run(first.journal.events()) == "complete"
+    assert LONG[0] in second.shown(0) and "in short" in second.model.calls[1][1]["content"]
+
+
+def test_no_conversation_has_more_messages_than_a_model_takes(fly):
+    flight = fly(*map(str, range(1_000)), "TASK_COMPLETE", turns=map(str, range(1_000)))
+    flight.model.complete = summarising(flight.model.complete)
+    assert flight.run() == "complete" and len(flight.of("history")) == 2
+    assert max(map(len, flight.model.calls)) <= 902
+
+
+def summarising(complete):
+    """Return a model's complete that gives summaries besides its script."""
+    return lambda messages, **how: complete(messages, **how) \
+        if "Summarise it" not in messages[0]["content"] else Reply("in short", TokenUsage(), 0.0, 1)
+
+
+def test_the_prompt_stays_within_its_bound_in_steps_that_keep_its_beginning(fly):
+    sizes = [10, 16_000, 3_000, 16_000, 16_000, 200, 9_000] * 20
+    flight = fly(*[f"step {number}" for number in range(len(sizes))], "TASK_COMPLETE",
+                 turns=[f"{number}: {'x' * size}" for number, size in enumerate(sizes)],
+                 history_max_tokens=15_000)
+    flight.model.complete = summarising(flight.model.complete)
+    assert flight.run() == "complete"
+    calls = [[message["content"] for message in call] for call in flight.model.calls]
+    assert max(len("".join(call)) for call in calls) <= 60_000      # 15,000 tokens
+    kept = [later[:len(earlier)] == earlier for earlier, later in zip(calls, calls[1:])]
+    assert kept.count(False) == len(flight.of("history")) < len(sizes) / 4
+
+
+def test_a_setting_that_is_too_small_does_not_cost_a_summary_each_turn(fly):
+    flight = fly(*[f"step {number}" for number in range(40)], "TASK_COMPLETE",
+                 turns=[f"{number}: {'x' * 500}" for number in range(40)], history_max_tokens=1)
+    flight.model.complete = summarising(flight.model.complete)
+    assert flight.run() == "complete" and len(flight.of("history")) <= 4
+
+
+def test_a_context_overflow_is_answered_by_a_summary_once(fly):
+    replies = ["one", "two", "three", "four", ContextWindowExceeded("too long"), "in short"]
+    flight = fly(*replies, "TASK_COMPLETE")
+    assert flight.run() == "complete" and len(flight.of("history")) == 1
+    flight = fly(*replies, ContextWindowExceeded("too long"))
+    assert flight.run() == "model" and flight.error.exit_status == 6
+    assert fly(ContextWindowExceeded("too long")).run() == "model"
+
+
+@pytest.mark.parametrize("trouble, outcome, status", [
+    (AgentError("gone"), "agent", 5), (ModelError("refused"), "model", 6)])
+def test_trouble_that_ends_a_run_is_its_outcome(fly, trouble, outcome, status):
+    flight = fly(trouble) if outcome == "model" else fly("one", turns=[trouble])
+    assert flight.run() == outcome and flight.error.exit_status == status
+    assert flight.of("complete")[0]["reason"] == str(trouble)
+
+
+def test_even_a_bug_a_signal_and_the_world_leave_a_last_event_and_a_run_to_resume(fly):
+    for error, reason in ((ZeroDivisionError("bug"), "bug"),
+                          (Interrupted(signal.SIGTERM), "SIGTERM"),
+                          (OSError(errno.ENOSPC, "No space left"), "[Errno 28] No space left")):
+        flight = fly("one", turns=[error])
+        with pytest.raises(type(error)):
+            flight.run()
+        end = flight.journal.events()[-1]
+        assert (end["type"], end["outcome"], end["reason"]) == ("complete", "interrupted", reason)
+
+
+def test_a_resumed_run_goes_on_with_conversation_and_totals(fly):
+    first = fly("one", "two", turns=["did it", "did more"], max_iterations=2)
+    assert first.run() == "budget"
+    past = first.journal.events()
+    second = fly("three", "TASK_COMPLETE", max_iterations=4)
+    assert second.run(past) == "complete"
+    texts = [message["content"] for message in second.model.calls[0]]
+    assert texts[2:5] == ["one", "Agent output:\ndid it", "two"]
+    assert "Paint the shed" in texts[1] and "did more" in texts[5] and "go on now" in texts[5]
+    assert "the first screen" in texts[5]
+    end = second.of("complete")[-1]
+    assert (end["iterations"], end["cost"], end["tokens"]["total"]) == (4, 1.0, 440)
+    assert len(second.of("task_info")) == 1
+
+
+def test_a_run_that_is_stopped_twice_knows_what_it_was_told_in_between(fly):
+    """What the model was told when it went on, and notes, stand where they stood for it."""
+    def noting(text, *rest):
+        return lambda: first.control.handle("note", text) or (rest[0] if rest else "did it")
+
+    first = fly("one", "two", turns=[noting("mind the gap"), Interrupted(signal.SIGINT)])
+    with pytest.raises(Interrupted):
+        first.run()
+    second = fly("three", Interrupted(signal.SIGTERM))
+    second.control.handle("note", "not told yet")
+    with pytest.raises(Interrupted):
+        second.run(first.journal.events())
+    third = fly("TASK_COMPLETE")
+    third.run(second.journal.events())
+    told, again = second.model.calls[1], third.model.calls[0]
+    assert again[:len(told) - 1] == told[:-1] and "mind the gap" in told[3]["content"]
+    assert again[-1]["content"].startswith(told[-1]["content"])
+    texts = [message["content"] for message in again]
+    assert texts[4:6] == ["two", texts[5]] and texts[5].count("[You were stopped") == 2
+    assert "the first screen" in texts[5] and texts[5].endswith("not told yet")
+    assert [texts[6], texts[7].count("[You were stopped at")] == ["three", 1]
+    assert third.of("complete")[-1]["iterations"] == 4      # the fourth had no reply: begun again
+
+
+def test_facts_of_a_reply_that_was_broken_off_are_saved_and_only_then(fly, tmp_path):
+    past = [{"type": "task_info", "time": "2026-01-31T09:00:00.000Z"},
+            {"type": "reply", "time": "2026-01-31T09:00:01.000Z", "text": "MEMORY_SAVE: a\none"}]
+    going_on = {"type": "state", "time": "2026-01-31T09:00:02.000Z", "reason": "the run goes on"}
+    told = {**going_on, "reason": "the model is told", "told": "go on"}
+    for facts, more in ((["a"], []), (["a"], [going_on]), ([], [going_on, told]),
+                        ([], [going_on, told, {**past[1], "text": "two"}])):
+        (tmp_path / "memory.json").write_text("[]")
+        assert fly("TASK_COMPLETE").run([*past, *more]) == "complete" and stored(tmp_path) == facts
+
+
+def test_odd_events_of_an_earlier_part_are_passed_over(fly):
+    odd = [{"type": "reply"}, {"type": "reply", "text": 7}, {"type": "history"}, {"type": "note"},
+           {"type": "iteration_end", "agent_output": None}, {"type": "of the future", "text": []},
+           {"type": "reply", "text": "x", "tokens": 7, "cost": "much", "iteration": "one"},
+           {"type": "history", "summary": "s", "summarised": [], "tokens": {"prompt": "x"}},
+           {"type": "state", "told": 7}, {"type": "complete", "outcome": [], "iteration": 9},
+           {"type": "state", "reason": "the run goes on", "text": 7}]
+    events = [{"type": "task_info", "task": "x", "model": "M", "agent": "A", "attach": "attach",
+               "workdir": "/"}, *odd]
+    events = [{"time": "2026-01-31" if number % 2 else "2026-01-31T09:00:00.000Z", **event}
+              for number, event in enumerate(events)] + odd
+    intact = list(filter(is_resumable_event, events))
+    assert len(intact) == 7 and [is_resumable_event(event) for event in odd] == [False] * len(odd)
+    flight = fly("TASK_COMPLETE")
+    assert flight.run(intact) == "complete" and flight.of("complete")[0]["iterations"] == 1
+
+
+def test_the_agent_is_told_whether_it_was_talked_to(fly):
+    for past, talked in (([], False), ([{"type": "task_info", "time": ""}], False),
+                         ([{"type": "reply", "time": "", "text": "x"}], True)):
+        flight = fly("TASK_COMPLETE")
+        flight.agent.start = lambda given: asked.append(given) or Turn("")
+        asked = []
+        flight.run(past)
+        assert asked == [talked]
+
+
+def test_what_the_model_is_shown_and_what_is_remembered_has_no_secret(fly, tmp_path):
+    flight = fly(f"MEMORY_SAVE: it is {KEY}\none", "TASK_COMPLETE", turns=[f"the key is {KEY}"],
+                 secret=KEY)
+    flight.control.handle("note", f"mind {KEY}")
+    assert flight.run() == "complete" and stored(tmp_path) == ["it is [key]"]
+    assert "the key is [key]" in flight.shown(1) and "mind [key]" in flight.shown(0)
+
+
+def test_the_time_between_two_parts_of_a_run_does_not_count(fly):
+    times = [("task_info", "09:00:00", ""), ("complete", "09:01:00", ""),
+             ("state", "11:00:00", "the run goes on"), ("complete", "11:00:30", "")]
+    past = [{"id": number, "time": f"2026-01-31T{time}.000Z", "type": kind, "reason": reason}
+            for number, (kind, time, reason) in enumerate(times, 1)]
+    flight = fly("TASK_COMPLETE", max_minutes=2)
+    assert flight.run(past) == "complete" and flight.of("complete")[0]["duration_ms"] == 90_000
+    flight = fly(max_minutes=1)
+    assert flight.run(past) == "budget" and len(flight.of("state")) == 2    # of the first one
+
+
+def test_a_resumed_run_knows_of_its_summary_and_of_a_broken_off_turn(fly):
+    first = fly("one", "two", "three", "four", "in short", "five",
+                turns=[*LONG, Interrupted(signal.SIGINT)], history_max_tokens=5_000)
+    with pytest.raises(Interrupted):
+        first.run()
+    second = fly("TASK_COMPLETE")
+    second.run(first.journal.events())
+    texts = [message["content"] for message in second.model.calls[0]]
+    assert "in short" in texts[1] and texts[2] == "three" and "one" not in texts
+    assert texts[-2] == "five" and "stopped" in texts[-1]
+
+
+class Talk:
+    """A chat of a person who types these lines; `journal` has what came of it."""
+
+    def __init__(self, *lines, agent=None, **options) -> None:
+        self.left, self.prompts, self.journal = list(lines), [], Journal()
+        self.agent = agent or Hands()
+        self.chat = Chat(Config(), self.agent, self.journal, self._read, **options)
+
+    def _read(self, prompt):
+        self.prompts.append(prompt)
+        return self.left.pop(0) if self.left else None
+
+    def run(self):
+        """Chat to the end; return what the agent answered, its first screen left out."""
+        self.chat.run({"agent": "Agent"})
+        return [event["agent_output"] for event in self.journal.events()
+                if event["type"] == "iteration_end"][1:]
+
+
+def test_a_chat_passes_lines_on_until_quit():
+    for end in ("/quit", " /quit ", "/exit", None):
+        talk = Talk("hello", "", " \t", "/status", "\x1b", "  a\n\nblock", end, "never")
+        assert talk.run() == ["did hello", "did /status", "did   a\n\nblock"]
+        assert talk.left == ["never"] and set(talk.prompts) == {"> "}
+        assert talk.journal.events()[-1]["type"] == "complete"
+        assert talk.journal.events()[-1]["outcome"] == "complete"
+
+
+@pytest.mark.parametrize("lines, message", [
+    (['"""', "one", "", "  two", '"""'], "one\n\n  two"), (['"""one', 'two"""  '], "one\ntwo"),
+    (['"""one"""'], "one"), (['"""', '"""'], None),
+    (['"""', ' "quoted"', "/quit", '"""'], ' "quoted"\n/quit'),
+    (['"""\none\n\ntwo\n"""'], "one\n\ntwo"), (['"""Doc."""\nimport os'], '"""Doc."""\nimport os')])
+def test_triple_quotes_hold_a_message_of_several_lines(lines, message):
+    talk = Talk(*lines)
+    assert talk.run() == ([f"did {message}"] if message else []) and not talk.left
+    assert talk.prompts == ["> ", *["... "] * (len(lines) - 1), "> "]
+
+
+def test_a_message_whose_quotes_are_never_closed_is_not_said():
+    assert Talk('"""one', "two", None).run() == []
+
+
+def test_a_person_presses_keys_and_looks_at_the_screen():
+    talk = Talk("/keys Down  C-c", "/keys Foo Down", "/keys", " /screen", "/keyboard")
+    pressed, foo, none, screen, other = talk.run()
+    assert talk.agent.told == [("Down", "C-c"), "/keyboard"] and screen == "the screen"
+    assert "no tmux key names: Foo" in foo and "none given" in none
+
+
+def test_an_interrupted_turn_gives_the_prompt_back():
+    talk = Talk("hello", "again", agent=Hands(Interrupted(signal.SIGINT)))
+    assert "goes on" in talk.run()[0] and talk.agent.told == ["hello", "again"]
+    with pytest.raises(Interrupted):        # no prompt to give back
+        Talk("x", agent=Hands(Interrupted(signal.SIGINT)), is_interactive=False).run()
+
+
+@pytest.mark.parametrize("error, outcome", [
+    (Interrupted(signal.SIGTERM), "interrupted"), (AgentError("gone"), "agent")])
+def test_what_ends_a_chat_is_its_outcome(error, outcome):
+    talk = Talk("hello", agent=Hands(error))
+    with pytest.raises(type(error)):
+        talk.run()
+    assert talk.journal.events()[-1]["outcome"] == outcome
+
+
+def test_a_check_returns_its_status_and_its_output(tmp_path):
+    environ = child_environment({**os.environ, "OPENROUTER_API_KEY": KEY})
+    assert run_shell_command("pwd; echo \x1b[1m >&2; exit 7", tmp_path, environ, 30) == (
+        7, f"{tmp_path.resolve()}\n[1m")
+    assert KEY not in run_shell_command("env", tmp_path, environ, 30)[1]
+    assert run_shell_command("cat", tmp_path, environ, 30) == (0, "")
+    assert len(run_shell_command("yes | head -100000", tmp_path, environ, 30)[1]) < 17_000
+
+
+def test_a_check_that_takes_too_long_is_ended_with_all_it_started(tmp_path):
+    os.mkfifo(tmp_path / "alive")
+    reader = os.open(tmp_path / "alive", os.O_RDONLY | os.O_NONBLOCK)
+    writer = os.open(tmp_path / "alive", os.O_WRONLY)
+    try:
+        status, output = run_shell_command("exec 9> alive; echo begun; sleep 600 & wait", tmp_path,
+                                   os.environ, 0.2)
+        assert status == 124 and output in ("begun", "")
+        os.close(writer)
+        assert select.select([reader], [], [], 10)[0] and os.read(reader, 1) == b""
+    finally:
+        os.close(reader)
+
+
+# -- 14. Dashboard ------------------------------------------------------------------------
 
 class Visitor:
     """A browser at a dashboard whose journal and orders are at hand."""
@@ -2853,7 +3487,7 @@ def visitor():
     with visitor.dashboard:
         yield visitor
         visitor.leave()
-        visitor.dashboard.visited.clear()       # it is not waited for
+        visitor.dashboard.page_opened.clear()       # it is not waited for
 
 
 def events_of(response, count):
@@ -2870,7 +3504,7 @@ def events_of(response, count):
 
 
 def test_visitors_for_whom_there_is_no_thread_are_turned_away(monkeypatch, capfd):
-    monkeypatch.setattr(Dashboard, "VISITORS", 1)
+    monkeypatch.setattr(Dashboard, "MAX_CONNECTIONS", 1)
     visitor = Visitor(Journal())
     with visitor.dashboard:
         without_threads(monkeypatch, 2)
@@ -2891,7 +3525,7 @@ def test_the_printed_address_opens_the_page_and_gives_a_cookie(visitor):
     assert "Access-Control-Allow-Origin" not in response.headers
     again = visitor.ask("GET", "/", {"Cookie": cookie.split(";")[0]})
     assert again.status == 200 and nonce not in again.read().decode()
-    assert visitor.dashboard.visited.is_set()
+    assert visitor.dashboard.page_opened.is_set()
 
 
 def test_who_is_let_in(visitor):
@@ -2999,7 +3633,7 @@ def test_who_knocks_before_the_end_is_still_answered():
 
 def test_who_leaves_in_the_middle_of_an_answer_is_no_trouble():
     body = '{"messages": []}'
-    for handler in (orchestrator.QuietHandler, orchestrator.DemoModel):
+    for handler in (orchestrator.QuietHandler, orchestrator.DemoModelHandler):
         ours, theirs = socket.socketpair()
         theirs.sendall(f"POST / HTTP/1.0\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
         theirs.close()
@@ -3016,635 +3650,91 @@ def test_an_address_that_cannot_be_listened_on_is_named():
                 Dashboard(Journal(), "", host, port, print)
 
 
-# -- 10. Loops ------------------------------------------------------------------------------
-
-def test_a_conversation_grows_at_its_end_only_until_it_is_summarised():
-    talk, seen = Conversation("system", "opening"), [[]]
-    for number in range(5):
-        seen.append(talk.messages())
-        assert seen[-1][:len(seen[-2])] == seen[-2]
-        talk.add(f"reply {number}", f"outcome {number}")
-        talk.append("more")
-    assert [message["role"] for message in talk.messages()] == ["system", "user"] + [
-        "assistant", "user"] * 5
-    count, older = talk.older(1_000)
-    assert "reply 1" in older and "outcome 1\n\nmore" in older and "reply 2" not in older
-    assert [talk.older(room)[0] for room in (1_000, 160, 100, 0)] == [2, 3, 4, 4] and count == 2
-    assert talk.size() == len("".join(message["content"] for message in talk.messages()))
-    talk.summarise("in short", count)
-    system, opening, *rest = [message["content"] for message in talk.messages()]
-    assert (system, len(rest), rest[0]) == ("system", 6, "reply 2")
-    assert opening.startswith("opening") and opening.endswith("in short")
-    assert talk.older(1_000) == (0, "")
-    talk.add("reply 5", "outcome 5")
-    assert "in short" in talk.older(1_000)[1]
-
-
-def test_a_run_tells_the_agent_what_the_model_says_until_the_task_is_complete(fly):
-    flight = fly("Take the red paint", "Well done.\nTASK_COMPLETE", turns=["It is red."])
-    assert flight.run() == "complete"
-    assert flight.agent.told == ["Take the red paint"]
-    system, opening = [message["content"] for message in flight.model.calls[0]]
-    assert "Agent" in system and "Memory from previous" not in system
-    assert "Paint the shed" in opening and "the first screen" in opening
-    assert flight.shown(1) == "Agent output:\nIt is red."
-    assert [event["type"] for event in flight.journal.events()] == [
-        "task_info", "iteration_start", "reply", "iteration_end", "iteration_start", "reply",
-        "iteration_end", "complete"]
-    end = flight.of("complete")[0]
-    assert (end["iterations"], end["cost"], end["tokens"]["total"]) == (2, 0.5, 220)
-
-
-def test_each_call_repeats_the_one_before_and_adds_what_is_new(fly):
-    flight = fly("one", "two", "three", "TASK_COMPLETE")
-    flight.run()
-    for earlier, later in zip(flight.model.calls, flight.model.calls[1:]):
-        assert later[:len(earlier)] == earlier and len(later) == len(earlier) + 2
-
-
-def test_a_model_that_gives_up_ends_the_run(fly):
-    flight = fly("TASK_FAILED: there is no paint")
-    assert flight.run() == "failed" and flight.error.status == 4
-    assert "there is no paint" in flight.of("complete")[0]["reason"] and not flight.agent.told
-
-
-@pytest.mark.parametrize("settings, turn, done, reason", [
-    ({"max_iterations": 2}, 0, 2, "MAX_ITERATIONS=2"), ({"max_cost": 0.6}, 0, 3, "MAX_COST=0.6"),
-    ({"max_cost": 0.25}, 0, 1, "MAX_COST=0.25"), ({"max_minutes": 1.5}, 50, 2, "MAX_MINUTES=1.5")])
-def test_a_budget_ends_the_run(fly, settings, turn, done, reason):
-    flight = fly("one", "two", "three", "four", **settings)
-    flight.agent.ask = lambda message, limit=0: flight.clock.sleep(turn) or Turn(f"did {message}")
-    assert flight.run() == "budget" and flight.error.status == 3
-    assert reason in str(flight.error) and flight.of("complete")[0]["iterations"] == done
-
-
-def test_what_a_call_used_that_failed_counts_in_the_end_and_after_a_resume(fly):
-    def failing(messages, on_use, **how):
-        on_use(Tokens(10, 0, 10), 0.5)
-        raise ModelError("no more")
-
-    flight = fly("one")
-    flight.agent.ask = lambda message, limit: setattr(flight.model, "complete", failing) or Turn("")
-    assert flight.run() == "model" and flight.of("complete")[0]["cost"] == 0.75
-    second = fly("TASK_COMPLETE")
-    second.run(flight.journal.events())
-    assert second.of("complete")[-1]["cost"] == 1.0
-    assert second.of("complete")[-1]["tokens"]["total"] == 230
-
-
-def test_a_try_whose_cost_is_not_told_counts_as_the_mean(fly):
-    flight = fly("one", "two", "three", "four", max_cost=1.0)
-    complete = flight.model.complete
-
-    def cut_once(messages, on_use, **how):
-        on_use(Tokens(), None)
-        return complete(messages, on_use=on_use, **how)
-
-    flight.model.complete = cut_once
-    assert flight.run() == "budget" and flight.agent.told == ["one", "two"]
-    assert flight.of("complete")[0]["cost"] == 1.0
-    past = flight.journal.events()[:-1]
-    past = [{**event, "cost": None} if event.get("iteration") == 2 else event for event in past]
-    second = fly("TASK_COMPLETE")
-    assert second.run(past) == "complete" and second.of("complete")[-1]["cost"] == 0.75
-    third = fly(Reply("TASK_COMPLETE", Tokens(), None, 1))
-    assert third.run(second.journal.events()) == "complete"
-    assert third.of("complete")[-1]["cost"] == 1.0
-
-
-def test_no_summary_and_no_compaction_is_paid_for_beyond_the_budget(fly, tmp_path):
-    flight = fly("one", "two", "three", "four", turns=LONG, history_max_tokens=5_000, max_cost=1.0)
-    assert flight.run() == "budget" and len(flight.model.calls) == 4
-    assert not flight.of("history")
-    flight = fly("MEMORY_SAVE: a\nMEMORY_SAVE: b\nTASK_COMPLETE", memory_max_facts=1, max_cost=0.2)
-    assert flight.run() == "complete" and stored(tmp_path) == ["a", "b"]
-
-
-def test_the_time_of_a_run_ends_a_pause_and_a_call_too(fly):
-    flight = fly("one", max_minutes=1)
-    flight.control.act("pause")
-    assert flight.run() == "budget" and flight.clock.now == pytest.approx(1060)
-    flight = fly("one", max_minutes=1)
-    flight.model.complete = lambda messages, left, **how: [
-        flight.clock.sleep(min(50, left())) for _ in range(3)]
-    assert flight.run() == "budget" and flight.clock.now == pytest.approx(1060)
-    assert "MAX_MINUTES=1" in str(flight.error)
-
-
-def test_a_cost_limit_needs_a_server_that_says_what_it_costs(fly):
-    flight = fly(Reply("one", Tokens(), None, 1), max_cost=1.0)
-    assert flight.run() == "budget" and "MAX_COST" in str(flight.error)
-    assert not flight.agent.told
-    flight = fly(Reply("TASK_COMPLETE", Tokens(), None, 1))
-    assert flight.run() == "complete" and flight.of("complete")[-1]["cost"] == 0
-
-
-@pytest.mark.parametrize("reply, hint", [
-    ("", "empty"), ("MEMORY_SAVE: paint is wet", "The fact was saved"), ("KEYS: Dwon", "Dwon"),
-    ("WAIT: soon", "90s")])
-def test_what_asks_for_nothing_is_never_typed_and_the_model_is_told(fly, reply, hint):
-    flight = fly(Reply(reply, Tokens(), 0.0, 1), "TASK_COMPLETE")
-    assert flight.run() == "complete" and flight.agent.told == []
-    assert hint in flight.shown(1) and "Agent output" not in flight.shown(1)
-
-
-def test_keys_are_pressed_and_times_waited(fly):
-    flight = fly("KEYS: Down Enter", "WAIT: 10m", "TASK_COMPLETE", turns=["menu", "finished"])
-    assert flight.run() == "complete" and flight.agent.told == [("Down", "Enter"), 600.0]
-    assert flight.shown(1) == "Agent output:\nmenu" and flight.of("state")[0]["state"] == "waiting"
-
-
-def test_facts_are_remembered_at_once_and_told_to_the_next_run(fly, tmp_path):
-    first = fly("MEMORY_SAVE: paint is wet\ngo on", turns=[lambda: stored(tmp_path)[0]],
-                max_iterations=1)
-    first.run()
-    assert first.agent.told == ["go on"]
-    assert first.of("iteration_end")[0]["agent_output"] == "paint is wet"
-    assert first.of("memory")[0]["saved"] == ["paint is wet"]
-    second = fly("TASK_COMPLETE")
-    second.memory.load()
-    second.run()
-    assert "## Memory from previous sessions\n- paint is wet" in second.model.calls[0][0]["content"]
-
-
-def test_facts_of_a_megabyte_are_kept_but_only_told_in_part(fly, tmp_path):
-    big, said = "x " * 500_000, "y" * 1_000_000
-    (tmp_path / "memory.json").write_text(json.dumps([big, "the last fact"]))
-    flight = fly(f"MEMORY_SAVE: {said}\none", "TASK_COMPLETE")
-    flight.memory.load()
-    assert flight.run() == "complete" and stored(tmp_path) == [big, "the last fact", "y" * 2000]
-    system = flight.model.calls[0][0]["content"]
-    assert len(system) < 20_000 and "the last fact" in system
-
-
-def test_a_trouble_with_the_memory_is_told_once_and_again_if_it_is_another(
-        fly, monkeypatch, tmp_path):
-    def fail(number):
-        monkeypatch.setattr(os, "fsync", mend if number is None else lambda _: fails(number))
-
-    def fails(number):
-        raise OSError(number, os.strerror(number))
-
-    mend, weather = os.fsync, [errno.ENOSPC, errno.ENOSPC, errno.EIO, None, errno.EIO]
-    replies = [lambda number=number, each=each: fail(each) or f"MEMORY_SAVE: {number}\ngo {number}"
-               for number, each in enumerate(weather)]
-    flight = fly(*replies, lambda: fail(None) or "TASK_COMPLETE")
-    assert flight.run() == "complete" and stored(tmp_path) == list("01234")
-    said = [f"memory.json can't be written: {os.strerror(number)}"
-            for number in (errno.ENOSPC, errno.EIO, errno.EIO)]
-    assert [event["error"] for event in flight.of("error")] == said
-
-
-def test_a_long_memory_is_compacted_by_the_model(fly, tmp_path):
-    flight = fly("MEMORY_SAVE: a\nMEMORY_SAVE: b\nMEMORY_SAVE: c\ngo", 'Sure: {"facts": ["abc"]}',
-                 "TASK_COMPLETE", memory_max_facts=2)
-    assert flight.run() == "complete" and stored(tmp_path) == ["abc"]
-    assert flight.of("memory")[1]["compacted"] == {"before": 3, "after": 1}
-    assert flight.of("complete")[0]["cost"] == 0.75
-
-
-@pytest.mark.parametrize("answer", ["nonsense", '{"facts": [1]}', '{"facts": "a"}', "[]",
-                                    ModelError("refused")])
-def test_a_failed_compaction_changes_nothing(fly, tmp_path, answer):
-    flight = fly("MEMORY_SAVE: a\nMEMORY_SAVE: b\ngo", answer, "TASK_COMPLETE", memory_max_facts=1)
-    assert flight.run() == "complete" and stored(tmp_path) == ["a", "b"]
-
-
-def test_a_memory_that_is_broken_while_it_is_compacted_is_told(fly, tmp_path):
-    path = tmp_path / "memory.json"
-    flight = fly("MEMORY_SAVE: a\nMEMORY_SAVE: b\ngo",
-                 lambda: path.write_text("by hand") and '{"facts": ["ab"]}',
-                 "TASK_COMPLETE", memory_max_facts=1)
-    assert flight.run() == "complete" and stored(tmp_path) == ["ab"]
-    (trouble,) = flight.of("error")
-    assert "was not a JSON array of strings" in trouble["error"]
-
-
-def test_a_failed_compaction_is_not_paid_for_again_at_every_fact(fly):
-    replies = [f"MEMORY_SAVE: fact {number}\n{number}" for number in range(20)]
-    asked, flight = [], fly(*replies, "TASK_COMPLETE", memory_max_facts=10)
-    complete = flight.model.complete
-
-    def none(messages, **how):
-        if "facts remembered" not in messages[0]["content"]:
-            return complete(messages, **how)
-        asked.append(len(flight.memory.facts))
-        return Reply("nonsense", Tokens(), 0.25, 1)
-
-    flight.model.complete = none
-    assert flight.run() == "complete" and asked == [11, 14, 17, 20]
-
-
-def test_the_task_is_complete_only_once_its_check_passes(fly, tmp_path):
-    flight = fly("TASK_COMPLETE", "make it", "TASK_COMPLETE",
-                 turns=[lambda: (tmp_path / "done").write_text("x") and "made"],
-                 verify_cmd="test -f done && echo there || { echo missing; exit 3; }")
-    assert flight.run() == "complete" and flight.agent.told == ["make it"]
-    assert [(event["status"], event["output"]) for event in flight.of("verify")] == [
-        (3, "missing"), (0, "there")]
-    assert "status 3" in flight.shown(1) and "missing" in flight.shown(1)
-
-
-def test_a_check_that_fails_five_times_alike_is_stuck(fly):
-    replies = [reply for number in range(5) for reply in ("TASK_COMPLETE", f"try {number}")]
-    flight = fly(*replies, verify_cmd="echo bad in 0.$$ s; exit 3")
-    assert flight.run() == "stuck" and "VERIFY_CMD failed 5 times" in str(flight.error)
-    assert len(flight.of("verify")) == 5 and len(flight.agent.told) == 4
-    flight = fly(*replies, "TASK_FAILED: no", verify_cmd="echo x >> tries; wc -l < tries; exit 3")
-    assert flight.run() == "failed" and len(flight.agent.told) == 5
-
-
-LIMITED = Turn("You've hit your limit", limited=7200.0)
-
-
-def test_a_usage_limit_is_waited_out(fly):
-    flight = fly("go on", "TASK_COMPLETE")
-    flight.agent._turns = [
-        LIMITED, *[lambda: flight.clock.sleep(4000) or Turn("the screen", "quiet")] * 2]
-    assert flight.run() == "complete" and flight.clock.now == 9000
-    assert flight.agent.told == ["go on", 7320.0, 3320.0]
-    assert "You've hit your limit" in flight.shown(1) and "waited for" in flight.shown(1)
-    (waiting,) = flight.of("state")
-    assert waiting["state"] == "waiting" and "usage limit" in waiting["reason"]
-
-
-def test_an_agent_that_goes_on_or_ends_before_its_usage_limit_does_is_not_waited_for(fly):
-    for turn, told in (("somebody typed", "somebody typed"),
-                       (Turn("", "exited", ("It was restarted.",)), "It was restarted.")):
-        flight = fly("go on", "TASK_COMPLETE", turns=[LIMITED, turn])
-        assert flight.run() == "complete" and told in flight.shown(1)
-
-
-def test_a_usage_limit_that_outlasts_the_time_of_the_run_ends_it(fly):
-    flight = fly("go on", max_minutes=10.0)
-    flight.agent._turns = [LIMITED, lambda: flight.clock.sleep(600) or Turn("")]
-    assert flight.run() == "budget" and flight.agent.told == ["go on", 600.0]
-
-
-def test_a_check_that_cannot_be_run_has_not_passed(fly, monkeypatch, tmp_path):
-    flight = fly("TASK_COMPLETE", "TASK_FAILED: so be it", verify_cmd="true")
-    monkeypatch.setattr(orchestrator.tempfile, "tempdir", str(tmp_path / "missing"))
-    assert flight.run() == "failed" and flight.of("verify")[0]["status"] == 126
-    assert "can't be run" in flight.shown(1) and "No such file" in flight.shown(1)
-
-
-def test_a_run_in_circles_is_warned_once_and_then_ended(fly):
-    flight = fly(*["try again"] * 6, turns=[f"failed after {number} s" for number in range(6)])
-    assert flight.run() == "stuck" and flight.error.status == 4
-    assert len(flight.agent.told) == 6 and len(flight.of("note")) == 1
-    assert "circles" in flight.shown(3) and "circles" not in flight.shown(2) + flight.shown(4)
-
-
-def test_a_circle_that_was_left_is_forgotten(fly):
-    replies = [*["try again"] * 3, *"abcdef", *["once more"] * 3, "TASK_COMPLETE"]
-    flight = fly(*replies, turns=["no"] * 12)
-    assert flight.run() == "complete" and len(flight.of("note")) == 2
-
-
-def test_two_replies_in_turns_are_a_circle_too(fly):
-    flight = fly(*["left", "right"] * 6)
-    assert flight.run() == "stuck" and len(flight.agent.told) == 12
-    assert "circles" in flight.shown(6)
-
-
-def test_the_same_reply_with_another_result_is_no_circle(fly):
-    flight = fly(*["try again"] * 8, "TASK_COMPLETE", turns=list("abcdefgh"))
-    assert flight.run() == "complete" and not flight.of("note")
-
-
-def test_waiting_for_a_usage_limit_or_a_long_turn_is_no_circle(fly):
-    assert fly(*["WAIT: 30m"] * 9, "TASK_COMPLETE", turns=["limit"] * 9).run() == "complete"
-    asking = ["WAIT: 10m", "is it built?"] * 9
-    assert fly(*asking, "TASK_COMPLETE", turns=["", "not yet"] * 9).run() == "complete"
-    assert fly(*["WAIT: 5s"] * 9, turns=["nothing"] * 9).run() == "stuck"
-    working = [Turn("compiling", "working")] * 9
-    assert fly(*["WAIT: 5s"] * 9, "TASK_COMPLETE", turns=working).run() == "complete"
-
-
-def test_thoughts_of_ever_new_words_do_not_hide_a_circle(fly):
-    thinking = [f"<think>{number}</think>again" for number in range(9)]
-    assert fly(*thinking, turns=["no"] * 9).run() == "stuck"
-
-
-def test_a_growing_reply_is_shown_while_somebody_watches(fly):
-    flight = fly("TASK_COMPLETE")
-    with flight.journal.reading():
-        flight.run()
-    (part,) = map(json.loads, flight.journal.read(0, 0, 0).live)
-    assert (part["type"], part["text"]) == ("reply_part", "TASK_COMPLETE")
-    assert not flight.of("reply_part")
-
-
-def test_a_note_of_a_person_reaches_the_next_prompt(fly):
-    flight = fly("one", "two", "TASK_COMPLETE",
-                 turns=[lambda: flight.control.act("note", "use \x1b[1mblue") or "did one"])
-    flight.run()
-    assert "use [1mblue" in flight.shown(1) and "blue" not in flight.shown(2)
-    assert flight.of("note")[0]["source"] == "dashboard"
-    assert flight.of("note")[0]["text"] == "use [1mblue"        # as a resumed run tells it
-
-
-def test_a_paused_run_waits_for_its_person(fly):
-    flight = fly("one", "TASK_COMPLETE")
-    flight.control.act("pause")
-    flight.control.act("pause")
-    flight.clock.at(500, lambda: flight.control.act("resume"))
-    assert flight.run() == "complete" and flight.clock.now >= 1500
-    assert [event["state"] for event in flight.of("state")] == ["paused", "resumed"]
-
-
-LONG = [f"{letter} {'x' * 4_900}" for letter in "abcd"]     # fills a conversation of 5,000 tokens
-
-
-def test_a_long_conversation_is_summarised_by_the_model(fly):
-    flight = fly("one", "two", "three", "four", "what happened so far", "TASK_COMPLETE",
-                 turns=LONG, history_max_tokens=5_000)
-    assert flight.run() == "complete" and flight.agent.told == ["one", "two", "three", "four"]
-    assert "YOU: two" in flight.shown(4) and "YOU: three" not in flight.shown(4)
-    opening, *rest = [message["content"] for message in flight.model.calls[5][1:]]
-    assert opening.endswith("Summary of the work so far\nwhat happened so far")
-    assert rest[0] == "three" and len(rest) == 4
-    assert flight.of("history")[0]["summarised"] == 2
-    assert flight.of("complete")[0]["cost"] == 1.5
-
-
-def test_where_no_summary_can_be_had_first_lines_will_do(fly):
-    flight = fly("one", "two", "three", "four", NoAnswer("refused"), "TASK_COMPLETE", turns=LONG,
-                 history_max_tokens=5_000)
-    assert flight.run() == "complete" and "YOU: one" in flight.model.calls[5][1]["content"]
-    second = fly("TASK_COMPLETE")
-    second.run(flight.journal.events()[:-1])        # nothing was used for them
-    assert flight.of("complete")[0]["cost"] == 1.25 and second.of("complete")[-1]["cost"] == 1.5
-
-
-def test_a_run_that_ends_where_a_summary_is_due_has_lost_nothing(fly):
-    first = fly("one", "two", "three", "four", ModelError("no credit"), turns=LONG,
-                history_max_tokens=5_000)
-    assert first.run() == "model" and not first.of("history")
-    second = fly("in short", "TASK_COMPLETE", history_max_tokens=5_000)
-    assert second.run(first.journal.events()) == "complete"
-    assert LONG[0] in second.shown(0) and "in short" in second.model.calls[1][1]["content"]
-
-
-def test_no_conversation_has_more_messages_than_a_model_takes(fly):
-    flight = fly(*map(str, range(1_000)), "TASK_COMPLETE", turns=map(str, range(1_000)))
-    flight.model.complete = summarising(flight.model.complete)
-    assert flight.run() == "complete" and len(flight.of("history")) == 2
-    assert max(map(len, flight.model.calls)) <= 902
-
-
-def summarising(complete):
-    """Return a model's complete that gives summaries besides its script."""
-    return lambda messages, **how: complete(messages, **how) \
-        if "Summarise it" not in messages[0]["content"] else Reply("in short", Tokens(), 0.0, 1)
-
-
-def test_the_prompt_stays_within_its_bound_in_steps_that_keep_its_beginning(fly):
-    sizes = [10, 16_000, 3_000, 16_000, 16_000, 200, 9_000] * 20
-    flight = fly(*[f"step {number}" for number in range(len(sizes))], "TASK_COMPLETE",
-                 turns=[f"{number}: {'x' * size}" for number, size in enumerate(sizes)],
-                 history_max_tokens=15_000)
-    flight.model.complete = summarising(flight.model.complete)
-    assert flight.run() == "complete"
-    calls = [[message["content"] for message in call] for call in flight.model.calls]
-    assert max(len("".join(call)) for call in calls) <= 60_000      # 15,000 tokens
-    kept = [later[:len(earlier)] == earlier for earlier, later in zip(calls, calls[1:])]
-    assert kept.count(False) == len(flight.of("history")) < len(sizes) / 4
-
-
-def test_a_setting_that_is_too_small_does_not_cost_a_summary_each_turn(fly):
-    flight = fly(*[f"step {number}" for number in range(40)], "TASK_COMPLETE",
-                 turns=[f"{number}: {'x' * 500}" for number in range(40)], history_max_tokens=1)
-    flight.model.complete = summarising(flight.model.complete)
-    assert flight.run() == "complete" and len(flight.of("history")) <= 4
-
-
-def test_a_context_overflow_is_answered_by_a_summary_once(fly):
-    replies = ["one", "two", "three", "four", ContextOverflow("too long"), "in short"]
-    flight = fly(*replies, "TASK_COMPLETE")
-    assert flight.run() == "complete" and len(flight.of("history")) == 1
-    flight = fly(*replies, ContextOverflow("too long"))
-    assert flight.run() == "model" and flight.error.status == 6
-    assert fly(ContextOverflow("too long")).run() == "model"
-
-
-@pytest.mark.parametrize("trouble, outcome, status", [
-    (AgentError("gone"), "agent", 5), (ModelError("refused"), "model", 6)])
-def test_trouble_that_ends_a_run_is_its_outcome(fly, trouble, outcome, status):
-    flight = fly(trouble) if outcome == "model" else fly("one", turns=[trouble])
-    assert flight.run() == outcome and flight.error.status == status
-    assert flight.of("complete")[0]["reason"] == str(trouble)
-
-
-def test_even_a_bug_a_signal_and_the_world_leave_a_last_event_and_a_run_to_resume(fly):
-    for error, reason in ((ZeroDivisionError("bug"), "bug"),
-                          (Interrupted(signal.SIGTERM), "SIGTERM"),
-                          (OSError(errno.ENOSPC, "No space left"), "[Errno 28] No space left")):
-        flight = fly("one", turns=[error])
-        with pytest.raises(type(error)):
-            flight.run()
-        end = flight.journal.events()[-1]
-        assert (end["type"], end["outcome"], end["reason"]) == ("complete", "interrupted", reason)
-
-
-def test_a_resumed_run_goes_on_with_conversation_and_totals(fly):
-    first = fly("one", "two", turns=["did it", "did more"], max_iterations=2)
-    assert first.run() == "budget"
-    past = first.journal.events()
-    second = fly("three", "TASK_COMPLETE", max_iterations=4)
-    assert second.run(past) == "complete"
-    texts = [message["content"] for message in second.model.calls[0]]
-    assert texts[2:5] == ["one", "Agent output:\ndid it", "two"]
-    assert "Paint the shed" in texts[1] and "did more" in texts[5] and "go on now" in texts[5]
-    assert "the first screen" in texts[5]
-    end = second.of("complete")[-1]
-    assert (end["iterations"], end["cost"], end["tokens"]["total"]) == (4, 1.0, 440)
-    assert len(second.of("task_info")) == 1
-
-
-def test_a_run_that_is_stopped_twice_knows_what_it_was_told_in_between(fly):
-    """What the model was told when it went on, and notes, stand where they stood for it."""
-    def noting(text, *rest):
-        return lambda: first.control.act("note", text) or (rest[0] if rest else "did it")
-
-    first = fly("one", "two", turns=[noting("mind the gap"), Interrupted(signal.SIGINT)])
-    with pytest.raises(Interrupted):
-        first.run()
-    second = fly("three", Interrupted(signal.SIGTERM))
-    second.control.act("note", "not told yet")
-    with pytest.raises(Interrupted):
-        second.run(first.journal.events())
-    third = fly("TASK_COMPLETE")
-    third.run(second.journal.events())
-    told, again = second.model.calls[1], third.model.calls[0]
-    assert again[:len(told) - 1] == told[:-1] and "mind the gap" in told[3]["content"]
-    assert again[-1]["content"].startswith(told[-1]["content"])
-    texts = [message["content"] for message in again]
-    assert texts[4:6] == ["two", texts[5]] and texts[5].count("[You were stopped") == 2
-    assert "the first screen" in texts[5] and texts[5].endswith("not told yet")
-    assert [texts[6], texts[7].count("[You were stopped at")] == ["three", 1]
-    assert third.of("complete")[-1]["iterations"] == 4      # the fourth had no reply: begun again
-
-
-def test_facts_of_a_reply_that_was_broken_off_are_saved_and_only_then(fly, tmp_path):
-    past = [{"type": "task_info", "time": "2026-01-31T09:00:00.000Z"},
-            {"type": "reply", "time": "2026-01-31T09:00:01.000Z", "text": "MEMORY_SAVE: a\none"}]
-    going_on = {"type": "state", "time": "2026-01-31T09:00:02.000Z", "reason": "the run goes on"}
-    told = {**going_on, "reason": "the model is told", "told": "go on"}
-    for facts, more in ((["a"], []), (["a"], [going_on]), ([], [going_on, told]),
-                        ([], [going_on, told, {**past[1], "text": "two"}])):
-        (tmp_path / "memory.json").write_text("[]")
-        assert fly("TASK_COMPLETE").run([*past, *more]) == "complete" and stored(tmp_path) == facts
-
-
-def test_odd_events_of_an_earlier_part_are_passed_over(fly):
-    odd = [{"type": "reply"}, {"type": "reply", "text": 7}, {"type": "history"}, {"type": "note"},
-           {"type": "iteration_end", "agent_output": None}, {"type": "of the future", "text": []},
-           {"type": "reply", "text": "x", "tokens": 7, "cost": "much", "iteration": "one"},
-           {"type": "history", "summary": "s", "summarised": [], "tokens": {"prompt": "x"}},
-           {"type": "state", "told": 7}, {"type": "complete", "outcome": [], "iteration": 9},
-           {"type": "state", "reason": "the run goes on", "text": 7}]
-    events = [{"type": "task_info", "task": "x", "model": "M", "agent": "A", "attach": "attach",
-               "workdir": "/"}, *odd]
-    events = [{"time": "2026-01-31" if number % 2 else "2026-01-31T09:00:00.000Z", **event}
-              for number, event in enumerate(events)] + odd
-    intact = list(filter(is_intact, events))
-    assert len(intact) == 7 and [is_intact(event) for event in odd] == [False] * len(odd)
-    flight = fly("TASK_COMPLETE")
-    assert flight.run(intact) == "complete" and flight.of("complete")[0]["iterations"] == 1
-
-
-def test_the_agent_is_told_whether_it_was_talked_to(fly):
-    for past, talked in (([], False), ([{"type": "task_info", "time": ""}], False),
-                         ([{"type": "reply", "time": "", "text": "x"}], True)):
-        flight = fly("TASK_COMPLETE")
-        flight.agent.start = lambda given: asked.append(given) or Turn("")
-        asked = []
-        flight.run(past)
-        assert asked == [talked]
-
-
-def test_what_the_model_is_shown_and_what_is_remembered_has_no_secret(fly, tmp_path):
-    flight = fly(f"MEMORY_SAVE: it is {KEY}\none", "TASK_COMPLETE", turns=[f"the key is {KEY}"],
-                 secret=KEY)
-    flight.control.act("note", f"mind {KEY}")
-    assert flight.run() == "complete" and stored(tmp_path) == ["it is [key]"]
-    assert "the key is [key]" in flight.shown(1) and "mind [key]" in flight.shown(0)
-
-
-def test_the_time_between_two_parts_of_a_run_does_not_count(fly):
-    times = [("task_info", "09:00:00", ""), ("complete", "09:01:00", ""),
-             ("state", "11:00:00", "the run goes on"), ("complete", "11:00:30", "")]
-    past = [{"id": number, "time": f"2026-01-31T{time}.000Z", "type": kind, "reason": reason}
-            for number, (kind, time, reason) in enumerate(times, 1)]
-    flight = fly("TASK_COMPLETE", max_minutes=2)
-    assert flight.run(past) == "complete" and flight.of("complete")[0]["duration_ms"] == 90_000
-    flight = fly(max_minutes=1)
-    assert flight.run(past) == "budget" and len(flight.of("state")) == 2    # of the first one
-
-
-def test_a_resumed_run_knows_of_its_summary_and_of_a_broken_off_turn(fly):
-    first = fly("one", "two", "three", "four", "in short", "five",
-                turns=[*LONG, Interrupted(signal.SIGINT)], history_max_tokens=5_000)
-    with pytest.raises(Interrupted):
-        first.run()
-    second = fly("TASK_COMPLETE")
-    second.run(first.journal.events())
-    texts = [message["content"] for message in second.model.calls[0]]
-    assert "in short" in texts[1] and texts[2] == "three" and "one" not in texts
-    assert texts[-2] == "five" and "stopped" in texts[-1]
-
-
-class Talk:
-    """A chat of a person who types these lines; `journal` has what came of it."""
-
-    def __init__(self, *lines, agent=None, **options) -> None:
-        self.left, self.prompts, self.journal = list(lines), [], Journal()
-        self.agent = agent or Hands()
-        self.chat = Chat(Config(), self.agent, self.journal, self._read, **options)
-
-    def _read(self, prompt):
-        self.prompts.append(prompt)
-        return self.left.pop(0) if self.left else None
-
-    def run(self):
-        """Chat to the end; return what the agent answered, its first screen left out."""
-        self.chat.run({"agent": "Agent"})
-        return [event["agent_output"] for event in self.journal.events()
-                if event["type"] == "iteration_end"][1:]
-
-
-def test_a_chat_passes_lines_on_until_quit():
-    for end in ("/quit", " /quit ", "/exit", None):
-        talk = Talk("hello", "", " \t", "/status", "\x1b", "  a\n\nblock", end, "never")
-        assert talk.run() == ["did hello", "did /status", "did   a\n\nblock"]
-        assert talk.left == ["never"] and set(talk.prompts) == {"> "}
-        assert talk.journal.events()[-1]["type"] == "complete"
-        assert talk.journal.events()[-1]["outcome"] == "complete"
-
-
-@pytest.mark.parametrize("lines, message", [
-    (['"""', "one", "", "  two", '"""'], "one\n\n  two"), (['"""one', 'two"""  '], "one\ntwo"),
-    (['"""one"""'], "one"), (['"""', '"""'], None),
-    (['"""', ' "quoted"', "/quit", '"""'], ' "quoted"\n/quit'),
-    (['"""\none\n\ntwo\n"""'], "one\n\ntwo"), (['"""Doc."""\nimport os'], '"""Doc."""\nimport os')])
-def test_triple_quotes_hold_a_message_of_several_lines(lines, message):
-    talk = Talk(*lines)
-    assert talk.run() == ([f"did {message}"] if message else []) and not talk.left
-    assert talk.prompts == ["> ", *["... "] * (len(lines) - 1), "> "]
-
-
-def test_a_message_whose_quotes_are_never_closed_is_not_said():
-    assert Talk('"""one', "two", None).run() == []
-
-
-def test_a_person_presses_keys_and_looks_at_the_screen():
-    talk = Talk("/keys Down  C-c", "/keys Foo Down", "/keys", " /screen", "/keyboard")
-    pressed, foo, none, screen, other = talk.run()
-    assert talk.agent.told == [("Down", "C-c"), "/keyboard"] and screen == "the screen"
-    assert "no tmux key names: Foo" in foo and "none given" in none
-
-
-def test_an_interrupted_turn_gives_the_prompt_back():
-    talk = Talk("hello", "again", agent=Hands(Interrupted(signal.SIGINT)))
-    assert "goes on" in talk.run()[0] and talk.agent.told == ["hello", "again"]
-    with pytest.raises(Interrupted):        # no prompt to give back
-        Talk("x", agent=Hands(Interrupted(signal.SIGINT)), at_prompt=False).run()
-
-
-@pytest.mark.parametrize("error, outcome", [
-    (Interrupted(signal.SIGTERM), "interrupted"), (AgentError("gone"), "agent")])
-def test_what_ends_a_chat_is_its_outcome(error, outcome):
-    talk = Talk("hello", agent=Hands(error))
-    with pytest.raises(type(error)):
-        talk.run()
-    assert talk.journal.events()[-1]["outcome"] == outcome
-
-
-def test_a_check_returns_its_status_and_its_output(tmp_path):
-    environ = child_environment({**os.environ, "OPENROUTER_API_KEY": KEY})
-    assert run_check("pwd; echo \x1b[1m >&2; exit 7", tmp_path, environ, 30) == (
-        7, f"{tmp_path.resolve()}\n[1m")
-    assert KEY not in run_check("env", tmp_path, environ, 30)[1]
-    assert run_check("cat", tmp_path, environ, 30) == (0, "")
-    assert len(run_check("yes | head -100000", tmp_path, environ, 30)[1]) < 17_000
-
-
-def test_a_check_that_takes_too_long_is_ended_with_all_it_started(tmp_path):
-    os.mkfifo(tmp_path / "alive")
-    reader = os.open(tmp_path / "alive", os.O_RDONLY | os.O_NONBLOCK)
-    writer = os.open(tmp_path / "alive", os.O_WRONLY)
-    try:
-        status, output = run_check("exec 9> alive; echo begun; sleep 600 & wait", tmp_path,
-                                   os.environ, 0.2)
-        assert status == 124 and output in ("begun", "")
-        os.close(writer)
-        assert select.select([reader], [], [], 10)[0] and os.read(reader, 1) == b""
-    finally:
+# -- 16. Terminal -------------------------------------------------------------------------
+
+@pytest.mark.parametrize("seconds, words", [
+    (0, "0 s"), (1.5, "1.5 s"), (12, "12 s"), (48.2, "48.2 s"), (59.9, "59.9 s"),
+    (60, "1 min 0 s"), (119.9, "1 min 59 s"), (552, "9 min 12 s")])
+def test_how_a_time_is_said(seconds, words):
+    assert format_duration(seconds) == words
+
+
+class Stage:
+    """A narrator of a chat on a terminal of 40 columns, or on none."""
+
+    def __init__(self, monkeypatch, capsys, live=True) -> None:
+        monkeypatch.setenv("COLUMNS", "40")
+        self.clock, self._capsys = Clock(), capsys
+        self.narrator = TerminalReporter(format_chat_event, {"iteration_start": "Agent", "iteration_end": ""},
+                                 live=live, clock=self.clock)
+
+    def drawn(self, kind="", **fields):
+        """Hear an event, or look again; return what was printed."""
+        if kind:
+            self.narrator.on_event({"type": kind, **fields})
+        else:
+            self.narrator.sleep(0)
+        return self._capsys.readouterr().out
+
+
+TOKENS = {"prompt": 1000, "completion": 200, "total": 1200, "cached": 0, "written": 0}
+
+
+@pytest.mark.parametrize("event, words", [
+    ({"type": "task_info", "task": "T\x1b", "model": "M", "agent": "A", "workdir": "/w\x9b",
+      "session": "s", "attach": "tmux attach", "max_iter": 0, "memories": []},
+     ["T", "M", "A in /w", "tmux attach"]),
+    ({"type": "iteration_start", "iteration": 1, "max_iter": 0}, None),
+    ({"type": "reply", "iteration": 1, "text": "say\x1b[2J it", "tokens": TOKENS, "cost": 0.5,
+      "duration_ms": 1500}, ["[1]", "say[2J it", "1,200", "$0.5", "1.5 s"]),
+    ({"type": "reply", "iteration": 1, "text": "say", "tokens": TOKENS, "cost": None,
+      "duration_ms": 1}, ["say"]),
+    ({"type": "reply", "iteration": 1, "text": "x", "tokens": {**TOKENS, "cached": 900,
+      "written": 50}, "cost": 0.5, "duration_ms": 1},
+     ["1,200 tokens (900 cached, 50 written), $0.5"]),
+    ({"type": "iteration_end", "iteration": 1, "orchestrator": "say", "agent_output": "a\x07\n\tb",
+      "duration_ms": 9, "tokens": TOKENS, "cost": None}, ["[1]", "a\n", "b"]),
+    ({"type": "iteration_end", "iteration": 1, "agent_output": "", "error": "main says it",
+      "duration_ms": 9}, None),
+    ({"type": "error", "iteration": 1, "error": "429", "retry_in": 2.5}, ["429", "2.5 s"]),
+    ({"type": "error", "iteration": 1, "error": "full"}, ["full"]),
+    ({"type": "recovery", "iteration": 1, "what": "it ended", "resumed": True}, ["it ended"]),
+    ({"type": "memory", "saved": ["a", "b"], "total": 2}, ["a", "b"]),
+    ({"type": "memory", "total": 1, "compacted": {"before": 60, "after": 20}}, ["60", "20"]),
+    ({"type": "verify", "command": "make", "status": 2, "output": "no\x9b"}, ["make", "2", "no"]),
+    ({"type": "history", "summarised": 9, "summary": "s"}, ["9"]),
+    ({"type": "note", "text": "hi\x1b]0;x\x07", "source": "dashboard"}, ["dashboard", "hi"]),
+    ({"type": "state", "state": "paused"}, ["paused"]),
+    ({"type": "state", "state": "waiting", "reason": "up to 60 s"}, ["waiting", "60 s"]),
+    ({"type": "screen", "text": "\x1b[1mx"}, None), ({"type": "reply_part", "text": "x"}, None),
+    ({"type": "complete", "outcome": "complete", "reason": "", "iterations": 3, "tokens": TOKENS,
+      "cost": 0.5, "duration_ms": 61_000}, ["complete: 3 iterations", "1,200", "$0.5", "1 min"]),
+    ({"type": "complete", "outcome": "budget", "reason": "", "iterations": 1, "tokens": TOKENS,
+      "cost": 0.5, "duration_ms": 1}, [": 1 iteration,", "--resume"]),
+    ({"type": "complete", "outcome": "stuck", "reason": "circles", "iterations": 3,
+      "tokens": TOKENS, "cost": 0.5, "duration_ms": 1}, ["stuck"])],
+    ids=lambda case: case and case["type"] if isinstance(case, dict) else "")
+def test_the_terminal_says_what_happens_and_obeys_nobody(event, words, capsys):
+    event = {"id": 1, "time": "2026-01-31T09:00:00.123Z", **event}
+    print_line(format_event(event))
+    text = capsys.readouterr().out
+    assert bool(text) is bool(words) and all(word in text for word in words or ())
+    assert "--resume" not in format_event(event, is_persistent=False)
+    print_line(format_chat_event(event))
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", text + capsys.readouterr().out)
+
+
+def test_a_closed_pipe_ends_the_narration_and_not_the_run():
+    reader, writer = os.pipe()
+    with open(writer, "w") as stream:
+        print_line("heard", stream)
+        assert os.read(reader, 100) == b"heard\n"
         os.close(reader)
+        print_line("unheard", stream)
+        print_line("neither", stream)
 
 
-# -- 13. Command line -----------------------------------------------------------------------
+# -- 17. Command line ---------------------------------------------------------------------
 
 @pytest.fixture
 def scene(tmp_path, monkeypatch, capsys):
@@ -3652,7 +3742,7 @@ def scene(tmp_path, monkeypatch, capsys):
     home = tmp_path / "home"
     home.mkdir()
     monkeypatch.chdir(home)
-    for name in (*Config.settings(), "TMUX", "CLAUDECODE"):
+    for name in (*Config.fields_by_variable(), "TMUX", "CLAUDECODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
@@ -3697,7 +3787,7 @@ def test_wrong_use_is_one_line_that_says_what_to_change(scene, arguments, enviro
 @pytest.mark.parametrize("error", [
     OSError(24, "Too many open files"), RuntimeError("can't start new thread")])
 def test_what_the_world_does_unexpectedly_is_one_line_and_status_1(error, scene, monkeypatch):
-    monkeypatch.setattr(orchestrator, "demo", lambda *_: play([error], None))
+    monkeypatch.setattr(orchestrator, "run_demo", lambda *_: play([error], None))
     assert scene("--demo") == (1, "", f"orchestrator: {error}\n")
 
 
@@ -3705,7 +3795,7 @@ def test_the_manual_lists_the_arguments_and_the_settings(scene):
     for option in ("--help", "-h"):
         status, out, err = scene(option, "--json")
         assert (status, err) == (0, "") and out.startswith(orchestrator.__doc__.rstrip())
-        for name, field in Config.settings().items():
+        for name, field in Config.fields_by_variable().items():
             assert re.search(rf"^ +{name} +\S", out, re.M)
     assert scene("--version") == (0, f"orchestrator {orchestrator.__version__}\n", "")
 
@@ -3726,7 +3816,7 @@ def test_settings_that_run_something_are_announced_when_they_come_from_a_file(sc
 
 
 @pytest.fixture
-def doctor(scene, tmp_path):
+def run_doctor(scene, tmp_path):
     """Return a function that calls the doctor: settings in, status and the line of each thing."""
     def call(**environ):
         status, out, err = scene("--doctor", **environ)
@@ -3741,8 +3831,8 @@ def doctor(scene, tmp_path):
     return call
 
 
-def test_the_doctor_has_a_line_for_each_thing_and_says_what_is_wrong(doctor):
-    status, lines = doctor(CLAUDE_CMD="cat", PATH="/nowhere")
+def test_the_doctor_has_a_line_for_each_thing_and_says_what_is_wrong(run_doctor):
+    status, lines = run_doctor(CLAUDE_CMD="cat", PATH="/nowhere")
     assert status == 1 and list(lines) == ["python", "tmux", "agent", "model", "session", "state",
                                            "dashboard"]
     for name, words in {"python": "ok", "tmux": "FAILED  tmux is not installed: apt",
@@ -3752,81 +3842,56 @@ def test_the_doctor_has_a_line_for_each_thing_and_says_what_is_wrong(doctor):
         assert lines[name].startswith(words)
 
 
-def test_the_doctor_is_content_where_a_chat_could_start(doctor):
-    status, lines = doctor(AUTONOMOUS_MODE="no", CLAUDE_CMD="cat", DASHBOARD_ENABLED="no")
+def test_the_doctor_is_content_where_a_chat_could_start(run_doctor):
+    status, lines = run_doctor(AUTONOMOUS_MODE="no", CLAUDE_CMD="cat", DASHBOARD_ENABLED="no")
     assert status == 0, lines
     assert lines["session"] == "ok      gt-claude-loop: free" and "chat" in lines["model"]
 
 
-def test_the_doctor_asks_known_agents_for_their_version_without_the_key(doctor, tmp_path):
+def test_the_doctor_asks_known_agents_for_their_version_without_the_key(run_doctor, tmp_path):
     ask = {"DEFAULT_MODEL": "gpt", "AUTONOMOUS_MODE": "no", "OPENROUTER_API_KEY": KEY}
-    assert doctor(**ask)[1]["agent"] == f"ok      Codex: {tmp_path}/codex, codex 0.1 --version"
+    assert run_doctor(**ask)[1]["agent"] == f"ok      Codex: {tmp_path}/codex, codex 0.1 --version"
     (tmp_path / "codex").write_text("#!/bin/sh\necho no licence; exit 3\n")
-    status, lines = doctor(**ask)
+    status, lines = run_doctor(**ask)
     assert status == 1
     assert lines["agent"] == ("FAILED  codex --version: status 3, no licence: "
                               "npm install -g @openai/codex")
 
 
-def test_the_doctor_says_who_has_the_session_the_port_and_the_state_directory(doctor, tmp_path):
-    place = Place(tmp_path, tmp_path / "state" / "orchestrator", {})
+def test_the_doctor_says_who_has_the_session_the_port_and_the_state_directory(run_doctor, tmp_path):
+    place = Workspace(tmp_path, tmp_path / "state" / "orchestrator", {})
     ask = {"AUTONOMOUS_MODE": "no", "CLAUDE_CMD": "cat"}
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         ask["DASHBOARD_PORT"] = str(taken.getsockname()[1])
-        assert doctor(**ask)[0] == 0        # a run goes on without
-        with sole_driver(Config(), place):
-            status, lines = doctor(**ask)
+        assert run_doctor(**ask)[0] == 0        # a run goes on without
+        with session_lock(Config(), place):
+            status, lines = run_doctor(**ask)
     assert status == 1 and f"process {os.getpid()}: set CLAUDE_TMUX_SESSION" in lines["session"]
     assert re.match(r"warning +DASHBOARD_HOST=.*DASHBOARD_PORT=.*can't listen", lines["dashboard"])
     (tmp_path / "file").touch()
-    status, lines = doctor(XDG_STATE_HOME=str(tmp_path / "file"))
+    status, lines = run_doctor(XDG_STATE_HOME=str(tmp_path / "file"))
     assert status == 1 and lines["state"].startswith(f"FAILED  {tmp_path}/file/orchestrator: ")
     assert "XDG_STATE_HOME" in lines["state"]
 
 
-def test_the_doctor_names_all_wrong_settings_and_checks_the_rest(doctor, tmp_path):
+def test_the_doctor_names_all_wrong_settings_and_checks_the_rest(run_doctor, tmp_path):
     for content, words in ((b"\xff", ".env: can't be read: not UTF-8"), (b"a b", ".env line 1: "),
                            (b"MAX_COST=$5\nDEFAULT_MODEL=gpt", "MAX_COST='$5': expected a number")):
         Path(".env").write_bytes(content)
-        status, lines = doctor(AUTONOMOUS_MODE="no")
+        status, lines = run_doctor(AUTONOMOUS_MODE="no")
         assert status == 1 and lines["settings"].startswith(f"FAILED  {words}")
     assert lines["agent"].startswith(f"ok      Codex: {tmp_path}/codex")
 
 
 def test_a_replay_needs_no_settings_but_those_of_the_dashboard(scene, monkeypatch):
     replayed = []
-    monkeypatch.setattr(orchestrator, "replay", lambda path, config: replayed.append(config) or 0)
+    monkeypatch.setattr(orchestrator, "run_replay", lambda path, config: replayed.append(config) or 0)
     Path(".env").write_text("MAX_COST=lots\nno assignment\nDASHBOARD_PORT=80\n")
     assert scene("--replay", "x", MAX_MINUTES="soon") == (0, "", "")
     assert replayed == [Config(dashboard_port=80)]
     assert scene("--replay", "x", DASHBOARD_PORT="web")[0] == 2
     assert scene("--task", "x")[0] == 2
-
-
-@pytest.mark.parametrize("seconds, words", [
-    (0, "0 s"), (1.5, "1.5 s"), (12, "12 s"), (48.2, "48.2 s"), (59.9, "59.9 s"),
-    (60, "1 min 0 s"), (119.9, "1 min 59 s"), (552, "9 min 12 s")])
-def test_how_a_time_is_said(seconds, words):
-    assert span(seconds) == words
-
-
-class Stage:
-    """A narrator of a chat on a terminal of 40 columns, or on none."""
-
-    def __init__(self, monkeypatch, capsys, live=True) -> None:
-        monkeypatch.setenv("COLUMNS", "40")
-        self.clock, self._capsys = Clock(), capsys
-        self.narrator = Narrator(narrate_chat, {"iteration_start": "Agent", "iteration_end": ""},
-                                 live=live, clock=self.clock)
-
-    def drawn(self, kind="", **fields):
-        """Hear an event, or look again; return what was printed."""
-        if kind:
-            self.narrator.hear({"type": kind, **fields})
-        else:
-            self.narrator.sleep(0)
-        return self._capsys.readouterr().out
 
 
 def test_a_line_shows_what_is_waited_for_and_goes_before_anything_else_is_printed(
@@ -3839,11 +3904,11 @@ def test_a_line_shows_what_is_waited_for_and_goes_before_anything_else_is_printe
     assert stage.drawn() == ""
     stage.clock.sleep(61)
     assert stage.drawn() == line("waiting for Agent, 1 min 1 s")
-    assert stage.narrator.watches()
+    assert stage.narrator.wants_screen()
     screen = "\x1b[1m\x1b]0;x\x07● Bash(make)\x1b[0m\n  running \t" + "x" * 40
     assert stage.drawn("screen", text=screen) == line(
         "waiting for Agent, 1 min 1 s: running xxxxxxxxx"[:39])
-    assert not stage.narrator.watches()
+    assert not stage.narrator.wants_screen()
     assert stage.drawn("note", source="A", text="hi").startswith(
         "\r\x1b[K* A: hi\n\r\x1b[K\x1b[?7lw")
     assert stage.drawn("iteration_end", agent_output="done") == "\r\x1b[Kdone\n"
@@ -3856,7 +3921,7 @@ def test_the_line_is_not_drawn_between_its_erasure_and_what_is_said_in_another_t
     stage, shown = Stage(monkeypatch, capsys), []
     draws = threading.Thread(target=stage.narrator.sleep, args=(0,))
 
-    def put(text, stream=None):
+    def write_output(text, stream=None):
         shown.append(text)
         if text == "\r\x1b[K":
             stage.clock.sleep(5)
@@ -3864,7 +3929,7 @@ def test_the_line_is_not_drawn_between_its_erasure_and_what_is_said_in_another_t
             draws.join(0.05)
 
     stage.drawn("iteration_start", iteration=1)
-    monkeypatch.setattr(orchestrator, "put", put)
+    monkeypatch.setattr(orchestrator, "write_output", write_output)
     stage.drawn("note", source="A", text="hi")
     draws.join()
     assert shown == ["\r\x1b[K", "* A: hi\n", "\r\x1b[K\x1b[?7lwaiting for Agent, 5 s\x1b[?7h"]
@@ -3872,68 +3937,11 @@ def test_the_line_is_not_drawn_between_its_erasure_and_what_is_said_in_another_t
 
 def test_no_line_is_drawn_where_there_is_no_terminal(monkeypatch, capsys):
     stage = Stage(monkeypatch, capsys, live=False)
-    assert not stage.narrator.watches()
+    assert not stage.narrator.wants_screen()
     assert stage.drawn("iteration_start", iteration=1) == ""
     stage.clock.sleep(2)
     assert stage.drawn() + stage.drawn("screen", text="x") == ""
     assert stage.drawn("iteration_end", agent_output="done\x1b[2J") == "done[2J\n"
-
-
-TOKENS = {"prompt": 1000, "completion": 200, "total": 1200, "cached": 0, "written": 0}
-
-
-@pytest.mark.parametrize("event, words", [
-    ({"type": "task_info", "task": "T\x1b", "model": "M", "agent": "A", "workdir": "/w\x9b",
-      "session": "s", "attach": "tmux attach", "max_iter": 0, "memories": []},
-     ["T", "M", "A in /w", "tmux attach"]),
-    ({"type": "iteration_start", "iteration": 1, "max_iter": 0}, None),
-    ({"type": "reply", "iteration": 1, "text": "say\x1b[2J it", "tokens": TOKENS, "cost": 0.5,
-      "duration_ms": 1500}, ["[1]", "say[2J it", "1,200", "$0.5", "1.5 s"]),
-    ({"type": "reply", "iteration": 1, "text": "say", "tokens": TOKENS, "cost": None,
-      "duration_ms": 1}, ["say"]),
-    ({"type": "reply", "iteration": 1, "text": "x", "tokens": {**TOKENS, "cached": 900,
-      "written": 50}, "cost": 0.5, "duration_ms": 1},
-     ["1,200 tokens (900 cached, 50 written), $0.5"]),
-    ({"type": "iteration_end", "iteration": 1, "orchestrator": "say", "agent_output": "a\x07\n\tb",
-      "duration_ms": 9, "tokens": TOKENS, "cost": None}, ["[1]", "a\n", "b"]),
-    ({"type": "iteration_end", "iteration": 1, "agent_output": "", "error": "main says it",
-      "duration_ms": 9}, None),
-    ({"type": "error", "iteration": 1, "error": "429", "retry_in": 2.5}, ["429", "2.5 s"]),
-    ({"type": "error", "iteration": 1, "error": "full"}, ["full"]),
-    ({"type": "recovery", "iteration": 1, "what": "it ended", "resumed": True}, ["it ended"]),
-    ({"type": "memory", "saved": ["a", "b"], "total": 2}, ["a", "b"]),
-    ({"type": "memory", "total": 1, "compacted": {"before": 60, "after": 20}}, ["60", "20"]),
-    ({"type": "verify", "command": "make", "status": 2, "output": "no\x9b"}, ["make", "2", "no"]),
-    ({"type": "history", "summarised": 9, "summary": "s"}, ["9"]),
-    ({"type": "note", "text": "hi\x1b]0;x\x07", "source": "dashboard"}, ["dashboard", "hi"]),
-    ({"type": "state", "state": "paused"}, ["paused"]),
-    ({"type": "state", "state": "waiting", "reason": "up to 60 s"}, ["waiting", "60 s"]),
-    ({"type": "screen", "text": "\x1b[1mx"}, None), ({"type": "reply_part", "text": "x"}, None),
-    ({"type": "complete", "outcome": "complete", "reason": "", "iterations": 3, "tokens": TOKENS,
-      "cost": 0.5, "duration_ms": 61_000}, ["complete: 3 iterations", "1,200", "$0.5", "1 min"]),
-    ({"type": "complete", "outcome": "budget", "reason": "", "iterations": 1, "tokens": TOKENS,
-      "cost": 0.5, "duration_ms": 1}, [": 1 iteration,", "--resume"]),
-    ({"type": "complete", "outcome": "stuck", "reason": "circles", "iterations": 3,
-      "tokens": TOKENS, "cost": 0.5, "duration_ms": 1}, ["stuck"])],
-    ids=lambda case: case and case["type"] if isinstance(case, dict) else "")
-def test_the_terminal_says_what_happens_and_obeys_nobody(event, words, capsys):
-    event = {"id": 1, "time": "2026-01-31T09:00:00.123Z", **event}
-    say(narrate(event))
-    text = capsys.readouterr().out
-    assert bool(text) is bool(words) and all(word in text for word in words or ())
-    assert "--resume" not in narrate(event, kept=False)
-    say(narrate_chat(event))
-    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", text + capsys.readouterr().out)
-
-
-def test_a_closed_pipe_ends_the_narration_and_not_the_run():
-    reader, writer = os.pipe()
-    with open(writer, "w") as stream:
-        say("heard", stream)
-        assert os.read(reader, 100) == b"heard\n"
-        os.close(reader)
-        say("unheard", stream)
-        say("neither", stream)
 
 
 def test_a_reader_that_is_late_loses_nothing():
@@ -3946,28 +3954,28 @@ def test_a_reader_that_is_late_loses_nothing():
 
 
 def test_one_orchestrator_drives_a_session_at_a_time(tmp_path):
-    place = Place(tmp_path, tmp_path / "state", {})
-    with sole_driver(Config(), place):
+    place = Workspace(tmp_path, tmp_path / "state", {})
+    with session_lock(Config(), place):
         with pytest.raises(ConfigError, match=f"gt-claude-loop.*process {os.getpid()}: set"):
-            with sole_driver(Config(), place):
+            with session_lock(Config(), place):
                 pass
-        with sole_driver(Config(claude_tmux_session="other"), place):
+        with session_lock(Config(claude_tmux_session="other"), place):
             pass
-    with sole_driver(Config(claude_tmux_socket="a-b", claude_tmux_session="c"), place):
-        with sole_driver(Config(claude_tmux_socket="a", claude_tmux_session="b-c"), place):
+    with session_lock(Config(claude_tmux_socket="a-b", claude_tmux_session="c"), place):
+        with session_lock(Config(claude_tmux_socket="a", claude_tmux_session="b-c"), place):
             pass
-    with sole_driver(Config(), place):
+    with session_lock(Config(), place):
         pass
 
 
 def test_a_file_system_without_locks_stops_nobody(tmp_path, monkeypatch):
     monkeypatch.setattr(orchestrator.fcntl, "flock", lambda *_: os.write(-1, b"no locks"))
-    with sole_driver(Config(), Place(tmp_path, tmp_path / "state", {})):
+    with session_lock(Config(), Workspace(tmp_path, tmp_path / "state", {})):
         pass
 
 
 def test_the_run_to_resume_is_the_last_of_the_directory_with_this_session(tmp_path):
-    place, runs = Place(tmp_path, tmp_path / "state", {}), tmp_path / "state" / "runs"
+    place, runs = Workspace(tmp_path, tmp_path / "state", {}), tmp_path / "state" / "runs"
     first = {"type": "task_info", "task": "x", "model": "M", "agent": "A", "attach": "attach a",
              "workdir": str(tmp_path)}
     ended = {"type": "complete", "outcome": "complete"}
@@ -3978,7 +3986,7 @@ def test_the_run_to_resume_is_the_last_of_the_directory_with_this_session(tmp_pa
 
     runs.mkdir(parents=True)
     with pytest.raises(ConfigError, match="there is no run to resume in [^:]+$"):
-        last_unfinished(place, "attach a")
+        find_unfinished_run(place, "attach a")
     write("1", {**first, "workdir": "/elsewhere"})
     write("2", first, {**ended, "outcome": "budget"}, {"type": "unknown"})
     write("3", {**first, "mode": "chat"})
@@ -3986,29 +3994,29 @@ def test_the_run_to_resume_is_the_last_of_the_directory_with_this_session(tmp_pa
     write("5", {**first, "task": 7})
     (runs / "6.jsonl").mkdir()
     (runs / "7.jsonl").write_bytes(b"\0" * 5000)
-    assert last_unfinished(place, "attach a")[0] == runs / "2.jsonl"
-    assert [event["type"] for event in last_unfinished(place, "attach a")[1]] == [
+    assert find_unfinished_run(place, "attach a")[0] == runs / "2.jsonl"
+    assert [event["type"] for event in find_unfinished_run(place, "attach a")[1]] == [
         "task_info", "complete", "unknown"]
     write("8", {**first, "attach": "attach b"})
-    assert last_unfinished(place, "attach a")[0] == runs / "2.jsonl"
+    assert find_unfinished_run(place, "attach a")[0] == runs / "2.jsonl"
     with pytest.raises(ConfigError, match="the last one had another session, attach b$"):
-        last_unfinished(place, "attach c")
+        find_unfinished_run(place, "attach c")
     write("9", first, ended)
     with pytest.raises(ConfigError, match=r"has ended \(complete\): .*9.jsonl$"):
-        last_unfinished(place, "attach a")
+        find_unfinished_run(place, "attach a")
 
 
 def test_a_run_in_a_directory_whose_name_is_no_text_is_found_again(tmp_path):
     work = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xe4"))
-    place = Place(work, tmp_path / "state", {})
-    journal = Journal(place.state / "runs" / "run.jsonl")
+    place = Workspace(work, tmp_path / "state", {})
+    journal = Journal(place.state_directory / "runs" / "run.jsonl")
     journal.publish("task_info", task="x", model="M", agent="A", attach="attach", workdir=str(work))
-    assert last_unfinished(place, "attach") == (journal.path, journal.events())
+    assert find_unfinished_run(place, "attach") == (journal.path, journal.events())
     assert journal.path.read_bytes().decode("utf-8")
 
 
 def test_the_run_to_resume_is_found_among_more_runs_than_may_be_open(tmp_path):
-    place, runs = Place(tmp_path, tmp_path / "state", {}), tmp_path / "state" / "runs"
+    place, runs = Workspace(tmp_path, tmp_path / "state", {}), tmp_path / "state" / "runs"
     runs.mkdir(parents=True)
     for number in range(100):
         event = {"id": 1, "time": "2026-01-31T09:00:00.123Z", "type": "task_info", "task": "x",
@@ -4020,23 +4028,23 @@ def test_the_run_to_resume_is_found_among_more_runs_than_may_be_open(tmp_path):
     os.close(last)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (last + 50, hard))
-        assert last_unfinished(place, "attach")[0] == runs / "000.jsonl"
+        assert find_unfinished_run(place, "attach")[0] == runs / "000.jsonl"
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_signals_are_held_back_where_nothing_may_be_cut_in_two():
     done, before = [], signal.getsignal(signal.SIGTERM)
-    with Signals() as signals:
+    with SignalHandler() as signals:
         with pytest.raises(Interrupted) as caught:
-            with signals.held():
+            with signals.deferred():
                 signal.raise_signal(signal.SIGTERM)
                 done.append("the rest of the line")
-        assert done and caught.value.status == 143
+        assert done and caught.value.exit_status == 143
         for number, status in ((signal.SIGINT, 130), (signal.SIGHUP, 129)):
             with pytest.raises(Interrupted) as caught:
                 signal.raise_signal(number)
-            assert caught.value.status == status
+            assert caught.value.exit_status == status
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -4045,7 +4053,7 @@ def test_a_signal_right_before_the_last_event_does_not_keep_it_back(monkeypatch)
     publish = journal.publish
     monkeypatch.setattr(journal, "publish", lambda kind, **fields: play(
         signals, lambda: publish(kind, **fields)))
-    with pytest.raises(Interrupted), orchestrator.Totals(Clock()).concluded(journal):
+    with pytest.raises(Interrupted), orchestrator.RunTotals(Clock()).publish_outcome(journal):
         pass
     assert [event["type"] for event in journal.events()] == ["complete"]
 
@@ -4054,12 +4062,12 @@ def test_a_second_signal_hurries_what_the_first_has_begun(monkeypatch):
     timers = []
     monkeypatch.setattr(signal, "setitimer", lambda which, seconds: timers.append(seconds))
     monkeypatch.setattr(os, "_exit", timers.append)
-    with Signals() as signals:
+    with SignalHandler() as signals:
         try:
             signal.raise_signal(signal.SIGTERM)
         except Interrupted:
             signal.raise_signal(signal.SIGINT)
-            with signals.held():
+            with signals.deferred():
                 signal.raise_signal(signal.SIGINT)
             assert timers == [0.5, 0.5]
             signal.raise_signal(signal.SIGALRM)
@@ -4071,7 +4079,7 @@ def test_a_second_signal_hurries_what_the_first_has_begun(monkeypatch):
 def test_a_hangup_that_was_to_be_ignored_is_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with Signals():
+        with SignalHandler():
             signal.raise_signal(signal.SIGHUP)
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
