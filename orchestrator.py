@@ -2807,7 +2807,7 @@ class Autopilot:
 # The browser's side.  May use: nothing.
 
 DASHBOARD_PAGE = r"""<!doctype html>
-<html lang="en" data-recording="RECORDING">
+<html lang="en" data-recording="RECORDING" data-now="SERVER_TIME" data-journal="JOURNAL_PATH">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>orchestrator</title>
@@ -2817,144 +2817,199 @@ DASHBOARD_PAGE = r"""<!doctype html>
     color-scheme: light dark; --mono: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace;
     --page: #f3f5f7; --card: #fff; --ink: #1c2228; --muted: #57606a; --line: #d5dae0;
     --going: #0860ca; --good: #1a7535; --warn: #8a5a00; --bad: #c21f2b; --second: #9a63e8;
-    --screen: #10151b; --screen-ink: #d5dce4;
+    --screen: #10151b; --screen-ink: #d5dce4; --mark: #ffe08a;
   }
   @media (prefers-color-scheme: dark) { :root {
     --page: #0e1217; --card: #161b22; --ink: #e3e9ef; --muted: #98a2ad; --line: #2c343e;
     --going: #5aa7ff; --good: #46bd5c; --warn: #d9a032; --bad: #ff6a62; --screen: #090c10;
+    --mark: #6b5200;
   } }
   * { box-sizing: border-box; margin: 0; }
-  [hidden], output:empty, .card:has(#iterations:empty) { display: none !important; }
+  [hidden], output:empty, #recording:empty, .card:has(#iterations:empty) {
+    display: none !important; }
   body { max-width: 1760px; margin: auto; padding: 0 16px 32px; background: var(--page);
     color: var(--ink); font: 14px/1.45 system-ui, sans-serif; font-variant-numeric: tabular-nums }
   header, .card { background: var(--card); border: 1px solid var(--line); border-radius: 6px;
-    padding: 10px 14px; margin-top: 12px; min-width: 0; overflow-wrap: anywhere; }
+    padding: 7px 12px; margin-top: 8px; min-width: 0; overflow-wrap: anywhere; }
   h1, h2, summary { font-size: 14px; font-weight: 600; }
-  h1, .excerpt { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-  small, dt, output, code, pre, .label, .figure, .flag { font-size: 12px; }
-  small, dt, output, .label, .figure, .quiet, #elapsed, #advice { color: var(--muted); }
+  .excerpt, #figures dd { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+  small, dt, output, code, pre, .label, .figure, .flag, time { font-size: 12px; }
+  small, dt, output, .label, .figure, .quiet, #elapsed, #advice, time { color: var(--muted); }
   .going { color: var(--going); } .good { color: var(--good); } .warn { color: var(--warn); }
-  .bad { color: var(--bad); } code, pre { font-family: var(--mono); }
+  .bad { color: var(--bad); } code, pre { font-family: var(--mono); } a { color: var(--going); }
+  mark { background: var(--mark); color: inherit; }
   button, summary { cursor: pointer; } :focus-visible { outline: 2px solid var(--going); }
-  button, input, #stop summary { font: inherit; color: inherit; background: var(--page);
-    padding: 3px 10px; border: 1px solid var(--line); border-radius: 5px; list-style: none; }
-  button:hover, #stop summary:hover { border-color: var(--muted); }
-  header, #controls, form, #stop[open] { display: flex; flex-wrap: wrap; align-items: center;
-    gap: 8px; } header { margin: 0; } #now { flex: 1 1 280px; min-width: 0; margin-left: 4px; }
-  #status { display: inline; } #status, #elapsed, .value { font-size: 19px; line-height: 1.3; }
-  #status, .value { font-weight: 600; } #controls { flex: 0 1 520px; } form { flex: 1 1 240px; }
-  #note { flex: 1; min-width: 0; } output { flex-basis: 100%; } #stop-now { color: var(--bad); }
-  dl { display: flex; flex-wrap: wrap; gap: 4px 28px; margin-top: 4px; }
-  #copy { font-size: 12px; padding: 0 8px; }
-  #figures { display: grid; gap: 0 12px; grid-template-columns: repeat(4, 1fr); }
-  progress { display: block; width: 100%; height: 5px; margin: 4px 0 2px; appearance: none;
+  button, input, select, textarea { font: inherit; color: inherit; padding: 2px 9px;
+    min-height: 26px; background: var(--page); border: 1px solid var(--line); border-radius: 5px; }
+  button:hover:enabled { border-color: var(--muted); }
+  button:disabled { color: var(--muted); cursor: default; } summary { min-height: 24px; }
+  header, #controls, form, #finder, #terminal-bar { display: flex; flex-wrap: wrap;
+    align-items: center; gap: 6px; }
+  header { margin: 0; border-radius: 0 0 6px 6px; } #now { flex: 1 1 200px; margin-left: 4px; }
+  #now, #note { min-width: 0; } #status { display: inline; font-size: 18px; font-weight: 600; }
+  #status, #elapsed { line-height: 1.3; } #elapsed { margin-left: 6px; }
+  #recording { border: 1px solid; border-radius: 5px; padding: 1px 7px; margin-left: 6px;
+    color: var(--warn); white-space: nowrap; }
+  #controls { flex: 0 1 620px; } form { flex: 1 1 300px; } output { flex-basis: 100%; }
+  #note { flex: 1; resize: vertical; field-sizing: content; max-height: 120px; }
+  #stop-now { color: var(--bad); } #stop-box { margin: auto; color: var(--ink); }
+  .copy { font-size: 12px; }
+  .facts { display: flex; gap: 3px 22px; } .facts div { flex: 0 1 auto; min-width: 44px; }
+  .facts .fixed { flex-shrink: 0; } #figures .broad { flex: 1 1 120px; } #title { display: inline; }
+  #end-words { white-space: pre-wrap; font-size: 16px; margin-bottom: 5px; }
+  #end-facts { flex-wrap: wrap; align-items: baseline; } #end-facts div:has(code + button),
+  #end-facts div:has(code + button) ~ div { flex-basis: 100%; display: flex; gap: 12px; }
+  #end-facts dt { flex-shrink: 0; }
+  progress { display: block; width: 100%; height: 4px; margin: 1px 0; appearance: none;
     border: 0; background: var(--line); color: var(--going); } .near { color: var(--warn); }
   progress::-webkit-progress-bar { background: var(--line); }
   progress::-webkit-progress-value { background: currentColor; }
   progress::-moz-progress-bar { background: currentColor; }
-  #screen-box { container-type: inline-size; overflow-x: auto; margin-top: 8px;
-    border-radius: 4px; background: var(--screen); }
-  #screen { width: max-content; min-width: 100%; padding: 8px 12px; color: var(--screen-ink);
-    line-height: 1.25; font-size: clamp(9px, calc((100cqw - 25px) / 120.6), 14px); }
-  .stale #screen-box { opacity: .5; } .bold { font-weight: 700; } .italic { font-style: italic; }
+  #terminal { position: relative; padding-bottom: 10px; }
+  #terminal-bar { position: absolute; top: 4px; right: 12px; }
+  #screen-box { container-type: inline-size; overflow: auto; margin-top: 5px; border-radius: 4px;
+    background: var(--screen); }
+  #screen { position: relative; width: max-content; min-width: 100%; padding: 6px 10px;
+    color: var(--screen-ink); line-height: 1.2; min-height: calc(1.2em * var(--rows) + 12px);
+    font-size: clamp(8px, min((100cqw - 22px) / (var(--columns) * 0.605),
+      (100svh - min(var(--above), 220px) - 34px) / (var(--rows) * 1.2)), 14px); }
+  .actual #screen { font-size: 14px; }
+  .cursor { position: absolute; width: 1ch; height: 1.2em; outline: 1px solid; opacity: .8;
+    left: calc(10px + 1ch * var(--column)); top: calc(6px + 1.2em * var(--row)); }
+  .bold { font-weight: 700; } .italic { font-style: italic; }
   .underline { text-decoration: underline; } .strike { text-decoration: line-through; }
-  .cell { display: inline-block; width: 1ch; height: 1.25em; vertical-align: top;
+  .underline.strike { text-decoration: underline line-through; }
+  .cell { display: inline-block; width: 1ch; height: 1.2em; vertical-align: top;
     text-decoration: inherit; } .wide { width: 2ch; }
-  #board { display: grid; gap: 0 12px; align-items: start; } figure + figure { margin-top: 12px; }
+  #board { display: grid; gap: 0 8px; align-items: start; } figure + figure { margin-top: 12px; }
   figcaption { display: flex; justify-content: space-between; }
   svg { display: block; width: 100%; height: 84px; }
   .key { border-left: 9px solid var(--going); padding-left: 4px; margin-left: 8px; }
   .key + .key { border-color: var(--second); } rect { fill: var(--going); }
   rect + rect { fill: var(--second); } path { stroke: var(--line); }
   text { font-size: 10px; fill: var(--muted); text-anchor: end; }
-  aside ul { padding-left: 18px; max-height: 320px; overflow-y: auto; white-space: pre-line; }
-  #task { padding: 0; list-style: none; }
+  aside ul { padding-left: 18px; white-space: pre-line; } #task { padding: 0; list-style: none; }
+  #finder { margin-bottom: 6px; } #finder h2 { margin-right: auto; } #search { flex: 0 1 220px; }
+  #finder a { padding: 3px 0; } output#matches { flex-basis: auto; }
   .iteration { border-top: 1px solid var(--line); content-visibility: auto;
-    contain-intrinsic-size: auto 31px; }
+    contain-intrinsic-size: auto 31px; scroll-margin-top: 80px; }
   .iteration summary { display: grid; gap: 0 10px; padding: 5px 0; font-weight: 400;
-    align-items: baseline; grid-template-columns: 10px 4ch 1fr auto repeat(3, 7ch); }
+    align-items: baseline; grid-template-columns: 10px 5ch 7ch 1fr auto repeat(3, 7ch); }
   .iteration summary::before { content: "\25b8"; color: var(--muted); }
   .iteration[open] summary::before { content: "\25be"; }
-  .iteration b, .figure { text-align: right; } .flag { margin-left: 8px; display: inline-block; }
+  .iteration a, .figure { text-align: right; } .iteration a { color: inherit; font-weight: 600;
+    text-decoration: none; } .iteration a:hover { text-decoration: underline; }
+  .flag { margin-left: 8px; display: inline-block; }
   .entry { display: grid; grid-template-columns: 108px minmax(0, 1fr); margin: 0 0 8px 24px;
     line-height: 1.8; }
   .entry pre { max-height: 480px; overflow-y: auto; background: var(--page); padding: 5px 9px;
     white-space: pre-wrap; border-radius: 4px; line-height: 1.45; }
   @media (min-width: 1000px) {
     header { position: sticky; top: 0; z-index: 1; }
+    #advice { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
     #board { grid-template-columns: minmax(0, 1fr) 360px; } aside { grid-area: 1 / 2; }
   }
+  @media (max-width: 999px) { #figures { flex-wrap: wrap; } }
   @media (max-width: 640px) {
-    body { padding: 0 8px 24px; } #figures { grid-template-columns: 1fr 1fr; }
-    .iteration summary { grid-template-columns: 10px 4ch 1fr repeat(3, 7ch); }
-    .excerpt { grid-column: 3 / -1; } .flags { grid-area: 2 / 1 / auto / 4; }
-    .flag { margin: 0 8px 0 0; } .entry { display: block; margin-left: 0; }
+    body { padding: 0 8px 24px; } header, .card { padding: 7px 9px; }
+    #figures div { flex: 1 1 40%; } #figures .broad { flex-basis: 100%; }
+    #search { flex: 1 1 100%; }
+    .iteration summary { grid-template-columns: 10px 5ch 7ch 1fr 6ch 6ch; gap: 0 6px; }
+    .excerpt { grid-area: 2 / 2 / auto / -1; } .flags { grid-area: 3 / 2 / auto / -1; }
+    .flag { margin: 0 8px 0 0; } .figure:nth-of-type(4) { grid-column: 4; }
+    .entry { display: block; margin-left: 0; }
+    #terminal-bar { position: static; }
   }
 </style>
 <header>
   <img id="mark" alt="" width="26" height="26">
-  <div id="now"><p id="status" role="status"></p> <span id="elapsed"></span>
-    <p id="advice"></p></div>
-  <div id="controls" role="group" aria-label="Step in" hidden>
-    <button id="pause">Pause</button>
-    <details id="stop"><summary>Stop</summary>
-      <button id="stop-now">End the run now</button></details>
-    <form id="note-form"><input id="note" aria-label="Note to the model" autocomplete="off"
-      placeholder="Note to the model"><button>Send</button></form> <output id="answer"></output>
+  <div id="now"><p id="status" role="status"></p><span id="elapsed"></span>
+    <small id="recording"></small><p id="advice"></p></div>
+  <div id="controls" role="group" aria-label="Steer the run" hidden>
+    <button id="pause">Pause</button> <button id="continue">Go on now</button>
+    <button id="stop" popovertarget="stop-box">Stop</button>
+    <div id="stop-box" class="card" popover>
+      Stop the run? <button id="stop-now">Stop now</button></div>
+    <form id="note-form"><textarea id="note" aria-label="Note to the model" rows="1"
+      placeholder="Note to the model" title="Enter sends, Shift+Enter begins a new line"></textarea>
+      <button>Send</button> <button id="interrupt" type="button"
+        title="Press Escape in the agent's turn, and send the note">Interrupt</button></form>
+    <output id="answer"></output>
   </div>
 </header>
-<section class="card" aria-label="Run"><h1 id="title"></h1><dl>
-  <div><dt>model</dt><dd id="model"></dd></div> <div><dt>agent</dt><dd id="agent"></dd></div>
-  <div><dt>directory</dt><dd><code id="workdir"></code></dd></div>
-  <div><dt>watch it or type along</dt><dd><code id="attach"></code>
-    <button id="copy" aria-label="Copy the attach command">copy</button></dd></div></dl></section>
-<section id="figures" aria-label="Progress">
-  <div class="card"><p class="label">iterations</p><p id="iterations-done" class="value"></p>
-    <progress aria-label="Iterations used"></progress><small></small></div>
-  <div class="card"><p class="label">time</p><p id="time" class="value"></p>
-    <progress aria-label="Time used"></progress><small></small></div>
-  <div class="card"><p class="label">cost</p><p id="cost" class="value"></p>
-    <progress aria-label="Money used"></progress><small></small></div>
-  <div class="card"><p class="label">tokens</p><p id="tokens" class="value"></p>
-    <small id="token-kinds"></small></div></section>
-<details id="terminal" class="card" open hidden><summary>Terminal</summary>
-  <div id="screen-box"><pre id="screen" aria-label="The agent's screen"></pre></div></details>
-<main id="board">
-  <section class="card"><h2>Iterations</h2><div id="iterations"></div></section>
-  <aside>
-    <section id="charts" class="card" aria-label="Charts" hidden></section>
-    <details class="card" open><summary>Task</summary><ul id="task"></ul></details>
-    <details class="card" open><summary>Facts remembered</summary><ul id="facts"></ul></details>
-    <details class="card" open><summary>Summaries</summary><ul id="summaries"></ul></details>
-  </aside>
+<main>
+  <section id="end" class="card" aria-label="The end of the run" hidden>
+    <p id="end-words"></p><dl id="end-facts" class="facts"></dl></section>
+  <section class="card" aria-label="The run"><dl id="figures" class="facts">
+    <div class="broad"><dt>task</dt><dd><h1 id="title"></h1></dd></div>
+    <div class="fixed"><dt>iterations</dt><dd><b id="iterations-done"></b> <small></small>
+      <progress aria-label="Iterations used"></progress></dd></div>
+    <div class="fixed"><dt>time</dt><dd><b id="time"></b> <small></small>
+      <progress aria-label="Time used"></progress></dd></div>
+    <div class="fixed"><dt>cost</dt><dd><b id="cost"></b> <small></small>
+      <progress aria-label="Money used"></progress></dd></div>
+    <div class="fixed"><dt>tokens</dt><dd><b id="tokens"></b> <small id="cached"></small></dd></div>
+    <div><dt>model</dt><dd id="model"></dd></div> <div><dt>agent</dt><dd id="agent"></dd></div>
+    <div><dt>directory</dt><dd><code id="workdir"></code></dd></div></dl></section>
+  <details id="terminal" class="card" open hidden><summary>Agent's screen</summary>
+    <div id="terminal-bar"><small id="held" role="status"></small>
+      <div id="watch"><code id="attach"></code> <button class="copy">copy</button></div>
+      <button id="size">Actual size</button></div>
+    <div id="screen-box" tabindex="0" role="region" aria-label="The agent's screen">
+      <pre id="screen"></pre></div></details>
+  <div id="board">
+    <section class="card" aria-label="Iterations"><div id="finder" role="search">
+      <h2>Iterations</h2><output id="matches"></output>
+      <input id="search" type="search" aria-label="Search all texts" placeholder="Search all texts">
+      <select id="filter" aria-label="Show only"><option value="">all</option>
+        <option value="error">errors</option><option value="note">notes</option>
+        <option value="check">failed checks</option></select>
+      <button id="expand">Expand all</button>
+      <a id="download" href="journal" download>Download journal</a></div>
+      <div id="iterations"></div></section>
+    <aside aria-label="Background">
+      <section id="charts" class="card" aria-label="Charts" hidden></section>
+      <details class="card" open><summary>Task</summary><ul id="task"></ul></details>
+      <details class="card" open><summary>Facts remembered</summary><ul id="facts"></ul></details>
+    </aside>
+  </div>
 </main>
 <script nonce="NONCE">
   "use strict";
-  const RECORDED = document.documentElement.dataset.recording === "yes";
-  const CLIP = 20000;                     // characters of one text that are shown until asked for
-  history.replaceState(null, "", location.pathname);      // the cookie is enough: hide the token
+  const {recording, now: servedAt, journal: journalPath} = document.documentElement.dataset;
+  const IS_RECORDING = recording === "yes";
+  const MAX_SHOWN = 20000;                // characters of one text that are shown until asked for
+  const MAX_SILENCE = 40000;              // milliseconds; the server sends something every 15 s
   const OUTCOMES = {
     __proto__: null, complete: ["good", "Task complete"], budget: ["warn", "Stopped at its limit"],
-    failed: ["bad", "Failed"], stuck: ["bad", "Stuck: it went in circles"],
-    agent: ["bad", "The agent cannot be kept alive"], interrupted: ["warn", "Interrupted"],
-    model: ["bad", "The model cannot be reached"],
+    failed: ["bad", "Failed"], stuck: ["bad", "Stuck: it repeats itself"],
+    agent: ["bad", "The agent can't be kept alive"], interrupted: ["warn", "Interrupted"],
+    model: ["bad", "The model can't be reached"],
   };
+  const FINAL_OUTCOMES = ["complete", "failed", "stuck"];
   const MARKS = {
     quiet: ["#6e7781", ""], going: ["#2f81f7", "M6 4.5l5.5 3.5L6 11.5z"],
     warn: ["#bf8700", "M5 4.5h2v7H5zM9 4.5h2v7H9z"], bad: ["#da3633", "M7 3.5h2v5H7zM7 10h2v2H7z"],
     good: ["#2da44e", "M4 8.2l1.4-1.4 1.7 1.7 3.6-3.7 1.4 1.4-5 5.1z"],
   };
+  const FILTERS = {"": () => true, error: entry => ["error", "restarted"].includes(entry.label),
+                   note: entry => entry.label.startsWith("note"),
+                   check: entry => entry.label === "check failed"};
+  const COMMANDS = /^(MEMORY_SAVE: .*|\W*TASK_COMPLETE\b.*)$/gm;
+  history.replaceState(null, "", location.pathname + location.hash);    // hide the token
+
   const byId = id => document.getElementById(id);
-  const amount = value => Number.isFinite(value) ? value : 0;
+  const finiteOrZero = value => Number.isFinite(value) ? value : 0;
   const list = value => Array.isArray(value) ? value : [];
   const text = value => typeof value === "string" ? value
     : value == null ? "" : JSON.stringify(value);
   const firstLine = value => text(value).slice(0, 2000).trim().split("\n")[0].slice(0, 300);
-  const moment = event => Date.parse(event.time) || Date.now();
   const short = value => value.toPrecision(3).replace(/\.?0+$/, "");
   const count = value => value < 999.5 ? String(Math.round(value))
     : value < 999500 ? `${short(value / 1e3)}k` : `${short(value / 1e6)}M`;
   const money = value => `$${value.toFixed(value && value < 0.1 ? 4 : 2)}`;
+  const quoted = word => `'${word.replaceAll("'", `'"'"'`)}'`;          // for a shell
+  const shellWord = word => /^[\w@%+=:,./-]+$/.test(word) ? word : quoted(word);
 
   function duration(milliseconds) {
     const seconds = Math.max(0, milliseconds) / 1000, whole = Math.round(seconds);
@@ -2963,25 +3018,49 @@ DASHBOARD_PAGE = r"""<!doctype html>
     return parts.map(part => String(part).padStart(2, "0")).join(":").replace(/^(00:)?0?/, "");
   }
 
-  function node(tag, given, ...children) {         // given: a class, or attributes of an SVG shape
-    const [space, attributes] = typeof given === "string" ? ["1999/xhtml", {class: given}]
-      : ["2000/svg", given];
-    const element = document.createElementNS("http://www.w3.org/" + space, tag);
-    for (const name in attributes) element.setAttribute(name, attributes[name]);
+  // The server's clock counts, whatever the browser's says, and stands still without a connection.
+  let clockOffset = 0;
+  const setClock = time => { clockOffset = (Date.parse(time) || Date.now()) - Date.now(); };
+  const serverTime = () => run.lostAt ?? Date.now() + clockOffset;
+  const timeOf = event => Date.parse(event.time) || run.latest || serverTime();
+
+  function clockTime(at) {
+    const isToday = new Date(at).toDateString() === new Date(serverTime()).toDateString();
+    const style = {timeStyle: "medium", hourCycle: "h23"};
+    return new Date(at).toLocaleString([], isToday ? style : {dateStyle: "medium", ...style});
+  }
+
+  function createElement(tag, className, ...children) {
+    const element = document.createElement(tag);
+    element.className = className;
     element.append(...children);
+    return element;
+  }
+
+  function createShape(tag, attributes, ...children) {
+    const shape = document.createElementNS("http://www.w3.org/2000/svg", tag);
+    for (const name in attributes) shape.setAttribute(name, attributes[name]);
+    shape.append(...children);
+    return shape;
+  }
+
+  function createTime(at, words = clockTime(at)) {
+    const element = createElement("time", "", words);
+    element.title = new Date(at).toLocaleString([], {dateStyle: "full", timeStyle: "full"});
     return element;
   }
 
   // The run: what the events have told so far.
   const run = {
-    info: {}, task: [], facts: [], summaries: [], iterations: new Map(), changed: new Set(),
-    tokens: {prompt: 0, completion: 0, cached: 0, total: 0}, cost: null, spent: 0, lastId: 0,
-    now: {level: "quiet", headline: "Waiting for the run to begin", advice: ""}, latest: null,
-    current: null, paused: null, outcome: null, lost: "",
+    info: {}, task: [], facts: [], iterations: new Map(), changed: new Set(),
+    tokens: {prompt: 0, completion: 0, cached: 0, total: 0}, cost: null, unpriced: 0,
+    activity: {level: "quiet", headline: "Waiting for the run to begin", advice: ""},
+    started: null, latest: null, spent: 0, lastId: 0, current: null, busy: false, paused: null,
+    outcome: null, lost: "", lostAt: null, restarts: 0, errors: 0, check: null, lastReply: "",
   };
 
-  function doing(event, headline, advice, more) {
-    run.now = {level: "going", headline, advice, since: moment(event), ...more};
+  function setActivity(event, headline, advice, more) {
+    run.activity = {level: "going", headline, advice, since: timeOf(event), ...more};
   }
 
   function iterationOf(event) {
@@ -2992,17 +3071,18 @@ DASHBOARD_PAGE = r"""<!doctype html>
     return run.iterations.get(number);
   }
 
-  function enter(event, label, body, level = "") {        // with a level, its row shows it too
+  function addEntry(event, label, body, level = "") {     // with a level, its row shows it too
     const entry = {label, level, body: text(body)};
     iterationOf(event).entries.push(entry);
     return entry;
   }
 
-  function addUp({tokens, cost}, combine) {
+  function addUsage({tokens, cost}, combine = (sum, more) => sum + more) {
     for (const [kind, sum] of Object.entries(run.tokens)) {
-      run.tokens[kind] = combine(sum, amount(tokens?.[kind]));
+      run.tokens[kind] = combine(sum, finiteOrZero(tokens?.[kind]));
     }
     if (Number.isFinite(cost)) run.cost = combine(run.cost ?? 0, cost);
+    else run.unpriced += 1;
   }
 
   const handlers = {
@@ -3010,171 +3090,236 @@ DASHBOARD_PAGE = r"""<!doctype html>
     task_info(event) {
       const facts = list(event.memories).map(text);
       Object.assign(run, {info: event, task: [text(event.task)], facts, outcome: null});
-      doing(event, "Starting", "The agent is being started.");
+      setActivity(event, "Starting", "The agent is being started.");
     },
     iteration_start(event) {
       Object.assign(run, {current: iterationOf(event), outcome: null, busy: true});
-      run.current.started = moment(event);
-      doing(event, "Model is thinking", "It reads what the agent showed.", {thinking: true});
+      run.current.started = timeOf(event);
+      setActivity(event, "Model is thinking", "It reads what the agent showed.", {thinking: true});
     },
     reply_part(event) {
-      if (!run.now.thinking || !run.current) return;
-      run.current.reply ??= enter({}, "model");
+      if (!run.activity.thinking || !run.current) return;
+      run.current.reply ??= addEntry({}, "model");
       run.current.reply.body = text(event.text);
       run.changed.add(run.current);
     },
     reply(event) {
-      const iteration = iterationOf(event), said = text(event.text), replied = moment(event);
-      (iteration.reply ?? enter(event, "model")).body = said;
-      addUp(event, (sum, more) => sum + more);
+      const iteration = iterationOf(event), said = text(event.text), replied = timeOf(event);
+      (iteration.reply ?? addEntry(event, "model")).body = said;
+      addUsage(event);
       Object.assign(iteration, {
         said, replied, excerpt: firstLine(said.replace(/^MEMORY_SAVE: .*$/gm, "")), reply: null,
-        model: replied - iteration.started || amount(event.duration_ms),
+        model: replied - iteration.started || finiteOrZero(event.duration_ms),
         tokens: event.tokens ?? {}, cost: event.cost, costSoFar: run.cost ?? 0,
       });
-      doing(event, "Agent is working", iteration.excerpt);
+      run.lastReply = said.replace(COMMANDS, "").trim();
+      setActivity(event, "Agent is working", iteration.excerpt);
     },
     iteration_end(event) {
-      const iteration = iterationOf(event), typed = text(event.orchestrator);
-      if (typed.trim() !== iteration.said.trim()) enter(event, "typed", typed);
-      enter(event, "agent", event.agent_output);
-      if (event.error) enter(event, "error", event.error, "bad");
+      const iteration = iterationOf(event), typed = text(event.orchestrator).trim();
+      if (typed && typed !== iteration.said.trim()) addEntry(event, "typed", event.orchestrator);
+      if (event.agent_output) addEntry(event, "agent", event.agent_output);
+      if (event.error) addEntry(event, "error", event.error, "bad");
       iteration.excerpt ||= firstLine(typed);
-      iteration.agent = moment(event) - iteration.replied || amount(event.duration_ms);
+      iteration.ended = timeOf(event);
+      iteration.agent = iteration.ended - iteration.replied || finiteOrZero(event.duration_ms);
       run.busy = false;
-      doing(event, "Between two turns", "");
+      setActivity(event, "Between two turns", "");
     },
     error(event) {
-      const more = {level: "warn", thinking: true, until: moment(event) + 1000 * event.retry_in};
-      enter(event, "error", event.error, "warn");
-      if (more.until) doing(event, "Trouble, tries again", firstLine(event.error), more);
+      const more = {level: "warn", thinking: true, until: timeOf(event) + 1000 * event.retry_in};
+      run.errors += 1;
+      addEntry(event, "error", event.error, "warn");
+      if (more.until) setActivity(event, "Trouble, tries again", firstLine(event.error), more);
     },
     recovery(event) {
       const kept = event.resumed ? "It knows its conversation." : "It begins a new conversation.";
-      enter(event, "restarted", `${text(event.what)}\n${kept}`, "warn");
+      run.restarts += 1;
+      addEntry(event, "restarted", `${text(event.what)}\n${kept}`, "warn");
     },
     memory(event) {
       const saved = list(event.saved).map(text), {before, after} = event.compacted ?? {};
       run.facts = [...new Set([...run.facts, ...saved])];
-      if (saved.length) enter(event, "remembered", saved.join("\n"), "good");
-      if (before) enter(event, "memory", `${text(before)} facts became ${text(after)}`);
+      if (event.tokens) addUsage(event);
+      if (saved.length) addEntry(event, "remembered", saved.join("\n"), "good");
+      if (before) addEntry(event, "memory", `${text(before)} facts became ${text(after)}`);
     },
     verify(event) {
-      const [label, level] = event.status === 0 ? ["verified", "good"] : ["not verified", "bad"];
       const [command, output, status] = [event.command, event.output, event.status].map(text);
-      enter(event, label, `$ ${command}\n${output}\nstatus ${status}`, level);
+      const [word, level] = event.status === 0 ? ["passed", "good"] : ["failed", "bad"];
+      run.check = {command, level, result: `${word}, status ${status}: `};
+      addEntry(event, `check ${word}`, `$ ${command}\n${output}\nstatus ${status}`, level);
+    },
+    confirm(event) {
+      const doubts = list(event.unproved).map(text);
+      addEntry(event, "confirm", [text(event.evidence), ...doubts].join("\n"), "quiet");
     },
     history(event) {
-      const summary = text(event.summary);
-      run.summaries = [...run.summaries, summary];
-      enter(event, "summary", `of ${text(event.summarised)} exchanges\n${summary}`, "quiet");
+      const {summarised, summary} = event;
+      if (event.tokens) addUsage(event);
+      addEntry(event, "summary", `of ${text(summarised)} exchanges\n${text(summary)}`, "quiet");
     },
     note(event) {
-      enter(event, `note (${firstLine(event.source)})`, event.text, "going");
-      if (event.text !== byId("note").value.trim()) return;
-      byId("note").value = "";
-      show("answer", "Noted; the model reads it with its next prompt.");
+      addEntry(event, `note (${firstLine(event.source)})`, event.text, "going");
     },
     state(event) {
-      const reason = firstLine(event.reason);
-      if (event.state === "paused") run.paused = moment(event);
+      const reason = firstLine(event.reason), until = Date.parse(event.until), waits = true;
+      const working = reason.startsWith("checking: ") ? "Running the check" : "Agent is working";
+      if (event.state === "paused") run.paused = timeOf(event);
       if (event.state === "resumed") run.paused = null;
-      if (event.state === "waiting") doing(event, "Waiting", reason || "The model asked to wait.");
-      if (event.state === "working") doing(event, "Agent is working", reason);
-      show("answer", "");
+      if (event.state === "waiting") setActivity(event, "Waiting", reason, {waits, until});
+      if (event.state === "working") setActivity(event, working, reason);
+      setText("answer", "");
     },
     complete(event) {
-      const spent = Math.max(run.spent, amount(event.duration_ms));
-      Object.assign(run, {outcome: event, paused: null, spent});
-      addUp(event, Math.max);
-      show("answer", "");
+      const spent = Math.max(run.spent, finiteOrZero(event.duration_ms));
+      Object.assign(run, {outcome: event, paused: null, busy: false, spent});
+      addUsage({...event, cost: event.cost || run.cost}, Math.max);   // old ones: 0 for unknown
+      setText("answer", "");
     },
   };
 
   function receive(event) {
-    if (event?.type === "screen") drawScreen(text(event.text));
+    if (event?.type === "now") setClock(event.time);      // all that there is has come
+    if (event?.type === "now" && document.hidden) source.close();
+    if (event?.type === "screen") drawScreen(event);
     if (!handlers[event?.type] || event.id <= run.lastId) return;
-    const now = moment(event), away = run.outcome || event.type === "task_info";
-    if (run.latest && !away) run.spent += Math.max(0, now - run.latest);
+    const now = timeOf(event), isNewPart = event.state === "resumed" && event.reason;
+    const isFirst = run.outcome || event.type === "task_info" || isNewPart;
+    if (run.latest && !isFirst) run.spent += Math.max(0, now - run.latest);
     handlers[event.type](event);
-    Object.assign(run, {lastId: event.id ?? run.lastId, latest: now});
+    Object.assign(run, {lastId: event.id ?? run.lastId, latest: now, started: run.started ?? now});
     drawSoon();
   }
 
   // The page: what is shown of it.
-  function show(id, words) {              // what has not changed is not announced again
+  function setText(id, words) {           // what has not changed is not announced again
     if (byId(id).textContent !== words) byId(id).textContent = words;
   }
 
-  function glance() {
+  function currentStatus() {
     const [level, headline] = OUTCOMES[run.outcome?.outcome] ?? ["warn", "Ended"];
-    const over = ["complete", "failed", "stuck"].includes(run.outcome?.outcome);
-    const hint = over ? "" : " (--resume goes on with it)";
-    if (run.outcome) return {level, headline, advice: firstLine(run.outcome.reason) + hint};
+    const {latest, activity} = run, last = latest && clockTime(latest);
+    if (run.outcome) return {level, headline, advice: `at ${last}, after ${duration(run.spent)}`};
+    if (IS_RECORDING && latest) {
+      const advice = `The last event is of ${last}: ${activity.headline}`;
+      return {level: "quiet", headline: "Unfinished", advice};
+    }
     if (run.lost) return {level: "bad", headline: "Connection lost", advice: run.lost};
-    if (run.paused == null) return run.now;
-    if (run.busy) return {...run.now, advice: "It pauses after this turn."};
+    if (run.paused == null) return activity;
+    if (run.busy && !activity.waits) return {...activity, advice: "It pauses after this turn."};
     return {level: "warn", headline: "Paused", since: run.paused,
             advice: "It waits for you: resume it, leave a note, or stop it."};
   }
 
   function drawStatus() {
-    const {level, headline, advice, since, until} = glance(), [colour, path] = MARKS[level];
+    const {level, headline, advice, since, until} = currentStatus(), [colour, path] = MARKS[level];
     const image = "data:image/svg+xml," + encodeURIComponent(
       '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><circle cx="8" cy="8" r="8" ' +
       `fill="${colour}"/><path fill="#fff" d="${path}"/></svg>`);
-    const over = run.outcome || RECORDED;
-    const spent = run.spent + (over || !run.latest ? 0 : Date.now() - run.latest);
+    const isOver = run.outcome != null || IS_RECORDING, now = serverTime();
+    const spent = run.spent + (isOver || !run.latest ? 0 : Math.max(0, now - run.latest));
+    const elapsed = since ? duration(now - since) : "";
+    const left = until > now ? `${duration(until - now)} left, until ${clockTime(until)}` : "";
     if (byId("mark").src !== image) byId("mark").src = byId("icon").href = image;
     document.title = [headline, firstLine(run.info.task)].filter(Boolean).join(" · ");
-    show("status", headline);
-    show("elapsed", since && !over ? duration(Date.now() - since) : "");
-    show("advice", until > Date.now() ? `in ${duration(until - Date.now())}: ${advice}` : advice);
-    show("pause", run.paused == null ? "Pause" : "Resume");
+    setText("status", headline);
+    setText("elapsed", left || elapsed);
+    setText("advice", advice);
+    setText("pause", run.paused == null ? "Pause" : "Resume");
     byId("status").className = level;
-    byId("controls").hidden = !run.lastId || over;
-    byId("terminal").classList.toggle("stale", run.outcome != null || run.lost !== "");
+    byId("controls").hidden = !run.lastId || isOver;
+    byId("continue").hidden = !run.activity.waits;
+    byId("interrupt").disabled = !run.busy;
+    byId("download").hidden = !journalPath || !run.lastId || run.lost !== "";
+    byId("watch").hidden = !run.info.attach || isOver;
     drawFigure("time", duration(spent), spent / 60000, run.info.max_minutes,
                limit => `${limit} min`);
   }
 
   function drawFigure(id, value, used, limit, unit) {
-    const [, shown, bar, note] = byId(id).parentElement.children;
-    shown.textContent = value;
-    note.textContent = limit > 0 ? `of ${unit(limit)}` : "no limit";
+    const [, note, bar] = byId(id).parentElement.children;
+    setText(id, value);
+    note.textContent = limit > 0 ? `of ${unit(limit)}` : "";
     Object.assign(bar, {hidden: !(limit > 0), max: limit > 0 ? limit : 1, value: used});
     bar.classList.toggle("near", used >= 0.85 * limit);
   }
 
   function drawRun() {
-    const {info, tokens, cost} = run, done = run.current?.number ?? 0;
-    const cached = `${Math.round(100 * tokens.cached / (tokens.prompt || 1))} % cached`;
-    show("title", firstLine(info.task) || "No run yet");
-    show("tokens", count(tokens.total || tokens.prompt + tokens.completion));
-    show("token-kinds", `${count(tokens.prompt)} in, ${cached}; ${count(tokens.completion)} out`);
-    drawFigure("iterations-done", done, done, info.max_iter, String);
-    drawFigure("cost", cost == null ? "–" : money(cost), cost ?? 0, info.max_cost, money);
+    const {info, tokens, cost, unpriced} = run, done = run.current?.number ?? 0;
+    const unknown = unpriced ? "not reported" : "–";
+    setText("title", firstLine(info.task) || "No run yet");
+    setText("tokens", count(tokens.total || tokens.prompt + tokens.completion));
+    setText("cached", `${Math.round(100 * tokens.cached / (tokens.prompt || 1))} % cached`);
+    byId("tokens").title = `${count(tokens.prompt)} in, ${count(tokens.completion)} out`;
+    drawFigure("iterations-done", String(done), done, info.max_iter, String);
+    drawFigure("cost", cost == null ? unknown : money(cost), cost ?? 0, info.max_cost, money);
+    byId("cost").title = unpriced ? `${unpriced} calls did not report their cost` : "";
     for (const name of ["model", "agent", "workdir", "attach"]) {
-      show(name, firstLine(info[name]));
+      setText(name, byId(name).title = firstLine(info[name]));
       byId(name).closest("div").hidden = !info[name];
     }
-    for (const name of ["task", "facts", "summaries"]) {
+    if (IS_RECORDING && run.started) setText("recording", `Recording of ${new Date(run.started)
+      .toLocaleString([], {dateStyle: "medium"})}`);
+    for (const name of ["task", "facts"]) {
       if (byId(name).shown === run[name]) continue;
       byId(name).shown = run[name];
       byId(name).closest(".card").hidden = !run[name].length;
-      byId(name).replaceChildren(...run[name].map(item => fill(node("li", ""), item)));
+      byId(name).replaceChildren(...run[name].map(item => fill(createElement("li", ""), item)));
     }
   }
 
-  function fill(element, body) {
-    const more = node("button", "", `show ${count(body.length - CLIP)} more characters`);
+  function drawEnd() {
+    const {outcome, info, check, latest, started, spent} = run, card = byId("end");
+    card.hidden = !outcome && !(IS_RECORDING && latest);
+    if (card.hidden || card.shown === latest) return;
+    card.shown = latest;
+    const files = outcome?.files_changed, isFinal = FINAL_OUTCOMES.includes(outcome?.outcome);
+    const code = words => createElement("code", "", words);
+    const command = words => [code(`python3 orchestrator.py ${words}`), " ",
+                              createElement("button", "copy", "copy")];
+    const rows = [
+      ["last check", check ? createElement("span", check.level, check.result, code(check.command))
+        : "none"],
+      ["started", createTime(started)], ["ended", createTime(latest), `, after ${duration(spent)}`],
+      ["restarts", text(outcome?.restarts ?? run.restarts)],
+      ["errors", text(outcome?.errors ?? run.errors)],
+      files != null && ["files changed", Array.isArray(files) ? files.join(", ") : text(files)],
+      outcome?.last_words && ["agent's last words", text(outcome.last_words)],
+      !isFinal && ["resume", ...command(`${shellWord(text(info.workdir))} --resume`)],
+      journalPath && ["replay", ...command(`--replay ${shellWord(journalPath)}`)],
+      journalPath && ["journal", code(journalPath)],
+    ];
+    setText("end-words", outcome ? text(outcome.reason) || run.lastReply
+      : "The journal has no last event: the run was killed, or still goes on.");
+    byId("end-facts").replaceChildren(...rows.filter(Boolean).map(([name, ...parts]) =>
+      createElement("div", "", createElement("dt", "", name), createElement("dd", "", ...parts))));
+  }
+
+  // Iterations: one row each, newest first, and what is searched for in them.
+  let searched = "", wanted = FILTERS[""];
+  const findMatch = ({entries}) => entries.find(entry =>
+    wanted(entry) && entry.body.toLowerCase().includes(searched));
+
+  function fill(element, body) {          // what is searched for is marked, far down too
+    const end = searched ? 10 * MAX_SHOWN : MAX_SHOWN, parts = [];
+    const more = createElement("button", "", `show ${count(body.length - end)} more characters`);
+    const lower = searched && body.slice(0, end).toLowerCase();
+    let from = 0;
+    while (searched && lower.includes(searched, from)) {
+      const at = lower.indexOf(searched, from), to = at + searched.length;
+      parts.push(body.slice(from, at), createElement("mark", "", body.slice(at, to)));
+      from = to;
+    }
     more.onclick = () => { element.textContent = body; };
-    element.replaceChildren(body.slice(0, CLIP), ...body.length > CLIP ? ["\n", more] : []);
+    element.replaceChildren(...parts, body.slice(from, end));
+    if (body.length > end) element.append("\n", more);
     return element;
   }
 
   function addRow(iteration) {
-    const row = node("details", "iteration", node("summary", ""), node("div", ""));
+    const row = createElement("details", "iteration", createElement("summary", ""),
+                              createElement("div", ""));
     const newest = byId("iterations").firstChild;
     row.dataset.iteration = iteration.number;
     row.open = newest?.open ?? true;      // the newest is open, until someone closes it
@@ -3186,30 +3331,74 @@ DASHBOARD_PAGE = r"""<!doctype html>
   }
 
   function drawRow(iteration) {
-    const {number, tokens, cost, entries, model, agent} = iteration;
-    const used = amount(tokens.total) || amount(tokens.prompt) + amount(tokens.completion);
-    const flags = entries.filter(entry => entry.level).slice(-4);
+    const {number, tokens, cost, entries, model, agent, started} = iteration;
+    const {total, prompt, completion} = tokens, match = findMatch(iteration);
+    const used = finiteOrZero(total) || finiteOrZero(prompt) + finiteOrZero(completion);
     const figures = [model + agent ? duration(model + agent) : "", used ? count(used) : "",
                      Number.isFinite(cost) ? money(cost) : ""];
+    const flags = entries.filter(entry => entry.level).slice(-4)
+      .map(({level, label}) => createElement("span", `flag ${level}`, label));
+    let excerpt = iteration.excerpt;
+    if (searched && match) {
+      const at = match.body.toLowerCase().indexOf(searched);
+      excerpt = `${match.label}: ${match.body.slice(Math.max(0, at - 30), at + 200)}`;
+    }
+    const link = createElement("a", "", number || "–"), time = createElement("span", "");
+    link.href = `#${number}`;
+    if (started) time.append(createTime(started, new Date(started).toTimeString().slice(0, 5)));
     iteration.row ??= addRow(iteration);
+    iteration.row.hidden = !match && (searched !== "" || wanted !== FILTERS[""]);
     iteration.row.firstChild.replaceChildren(
-      node("b", "", number || "–"), node("span", "excerpt", iteration.excerpt),
-      node("span", "flags", ...flags.map(({level, label}) => node("span", `flag ${level}`, label))),
-      ...figures.map(figure => node("span", "figure", figure)));
+      link, time,
+      createElement("span", "excerpt", excerpt),
+      createElement("span", "flags", ...flags),
+      ...figures.map(figure => createElement("span", "figure", figure)));
     drawEntries(iteration);
   }
 
-  function drawEntries({row, entries}) {  // built when opened and dropped when closed: stays light
-    const shown = row.lastChild;
-    if (!row.open) return shown.replaceChildren();
+  function drawEntries(iteration) {       // built when opened and dropped when closed: stays light
+    const {row, entries} = iteration, shown = row.lastChild;
+    if (!row.open || row.hidden) return shown.replaceChildren();
     entries.forEach(({label, level, body}, index) => {
-      const entry = shown.children[index] ?? shown.appendChild(
-        node("div", "entry", node("div", `label ${level}`, label), node("pre", "")));
-      if (entry.shown !== body) fill(entry.lastChild, entry.shown = body);
+      const entry = shown.children[index] ?? shown.appendChild(createElement("div", "entry",
+        createElement("div", `label ${level}`, label), createElement("pre", "")));
+      if (entry.shown === body && entry.searched === searched) return;
+      Object.assign(entry, {shown: body, searched});
+      fill(entry.lastChild, body);
+      if (body.length > 800 || body.split("\n", 26).length > 25) entry.lastChild.tabIndex = 0;
     });
   }
 
-  function drawChart({svg, unit, parts}, iterations) {
+  function openLinked() {                 // the iteration that the address names, as in #12
+    const row = run.iterations.get(parseInt(location.hash.slice(1)))?.row;
+    if (!row) return false;
+    row.open = row.dataset.touched = true;
+    row.scrollIntoView();
+    return true;
+  }
+
+  function search() {
+    searched = byId("search").value.trim().toLowerCase();
+    wanted = FILTERS[byId("filter").value];
+    run.iterations.forEach(iteration => run.changed.add(iteration));
+    drawSoon();
+  }
+
+  function expandAll() {
+    const isOpen = byId("expand").textContent === "Expand all";
+    document.querySelectorAll(".iteration").forEach(row => { row.open = isOpen; });
+    setText("expand", isOpen ? "Collapse all" : "Expand all");
+  }
+
+  // Charts.
+  const timeUnit = peak => peak < 6e4 ? 1e3 : peak < 3.6e6 ? 6e4 : 3.6e6;     // s, min, h
+
+  function axisTop(peak, unit) {          // a round number of units, and so is its half
+    const power = unit * 10 ** Math.floor(Math.log10(peak / unit));
+    return power * [1, 2, 4, 10].find(factor => factor * power >= peak);
+  }
+
+  function drawChart({svg, format, unit, parts}, iterations) {
     const width = svg.clientWidth, base = svg.clientHeight - 18, left = 50, bars = [];
     const bucket = Math.ceil(iterations.length * 3 / Math.max(60, width - left));
     iterations.forEach((iteration, index) => {     // of those that share three pixels: the highest
@@ -3217,40 +3406,41 @@ DASHBOARD_PAGE = r"""<!doctype html>
       const bar = {number: iteration.number, parts: parts(iteration), sum: low + high};
       if (!(bars[at]?.sum >= bar.sum)) bars[at] = bar;
     });
-    const peak = Math.max(...bars.map(bar => bar.sum)) || 1;
-    const power = 10 ** Math.floor(Math.log10(peak));
-    const top = power * [1, 2, 5, 10].find(factor => factor * power >= peak);
+    const peak = Math.max(...bars.map(bar => bar.sum)), top = axisTop(peak || 1, unit(peak));
     const step = Math.min(24, (width - left) / bars.length), end = left + step * bars.length;
     const height = value => (base - 6) * value / top;
-    const label = (x, y, words) => node("text", {x, y}, words);
-    svg.setAttribute("aria-label", `latest ${unit(bars.at(-1).sum)}, most ${unit(peak)}`);
+    const label = (x, y, words) => createShape("text", {x, y}, words);
+    svg.setAttribute("aria-label", `latest ${format(bars.at(-1).sum)}, most ${format(peak)}`);
     svg.replaceChildren(label(left + 8, base + 14, bars[0].number),
       label(end, base + 14, end > left + 40 ? bars.at(-1).number : ""),
-      ...[0, top / 2, top].flatMap(value => [label(left - 6, base - height(value) + 4, unit(value)),
-        node("path", {d: `M${left} ${base - height(value)}H${width}`})]),
+      ...[0, top / 2, top].flatMap(value => [
+        label(left - 6, base - height(value) + 4, format(value)),
+        createShape("path", {d: `M${left} ${base - height(value)}H${width}`})]),
       ...bars.map((bar, index) => {
         const shape = {x: left + index * step, width: step - (step > 4), y: base};
-        const title = `${bar.number}: ${bar.parts.map(unit).join(" + ")}`;
-        return node("g", {}, node("title", {}, title), ...bar.parts.map(part => node("rect",
-          {...shape, y: shape.y -= height(part), height: height(part)})));
+        const title = `${bar.number}: ${bar.parts.map(format).join(" + ")}`;
+        return createShape("g", {}, createShape("title", {}, title), ...bar.parts.map(part =>
+          createShape("rect", {...shape, y: shape.y -= height(part), height: height(part)})));
       }));
   }
 
-  function addChart(title, kinds, unit, parts) {
-    const svg = node("svg", {role: "img"}), keys = kinds.map(kind => node("span", "key", kind));
-    const caption = node("figcaption", "", node("h2", "", title), node("small", "", ...keys));
-    byId("charts").append(node("figure", "", caption, svg));
-    return {svg, unit, parts};
+  function addChart(title, kinds, format, parts, unit = () => 1) {
+    const keys = kinds.map(kind => createElement("span", "key", kind));
+    const caption = createElement("figcaption", "", createElement("h2", "", title),
+                                  createElement("small", "", ...keys));
+    const svg = createShape("svg", {role: "img"});
+    byId("charts").append(createElement("figure", "", caption, svg));
+    return {svg, format, parts, unit};
   }
 
   const charts = [
     addChart("Tokens per iteration", ["prompt", "completion"], count,
-             ({tokens}) => [amount(tokens.prompt), amount(tokens.completion)]),
+             ({tokens}) => [finiteOrZero(tokens.prompt), finiteOrZero(tokens.completion)]),
     addChart("Time per iteration", ["agent", "model"], duration,
-             ({agent, model}) => [agent, model]),
-    addChart("Cost so far", [], money, ({costSoFar}) => [costSoFar]),
+             ({agent, model}) => [agent, model], timeUnit),
+    addChart("Cost so far", [], value => `$${short(value)}`, ({costSoFar}) => [costSoFar]),
   ];
-  let timer = null;
+  let timer = null, isLinkPending = location.hash !== "";
   const drawSoon = () => { timer ??= setTimeout(draw, 60); };
 
   function draw() {
@@ -3260,21 +3450,30 @@ DASHBOARD_PAGE = r"""<!doctype html>
     run.changed.clear();
     drawRun();
     drawStatus();
+    drawEnd();
+    const all = byId("iterations").childElementCount;
+    const shown = document.querySelectorAll(".iteration:not([hidden])").length;
+    setText("matches", shown < all ? `${shown} of ${all}` : "");
     byId("charts").hidden = !replied.length;
-    if (replied.length) charts.forEach(chart => drawChart(chart, replied));
+    byId("charts").lastChild.hidden = run.cost == null;
+    charts.filter(({svg}) => svg.clientWidth).forEach(chart => drawChart(chart, replied));
+    byId("screen").style.setProperty("--above", `${byId("screen-box").offsetTop}px`);
+    if (isLinkPending && openLinked()) isLinkPending = false;
   }
 
   // The terminal: text with SGR escapes, as tmux prints it.
   const ESCAPE = new RegExp("\x1b\\[([\\d;:]*)m|\x1b\\[[^@-~]*[@-~]|" +
     "\x1b\\][^\x07\x1b]*(?:\x07|\x1b\\\\)?|[\0-\x09\x0b-\x1f\x7f]", "g");
-  const ODD = /([^\0-\u024f\u2500-\u259f\p{M}](?:\p{M}|\u200d.)*)/u;   // other fonts, other widths
-  const WIDE = new RegExp("^[\\p{Emoji_Presentation}\\u1100-\\u115f\\u2e80-\\u303e\\u3041-\\ua4cf" +
-    "\\uac00-\\ud7a3\\uf900-\\ufaff\\ufe30-\\ufe6f\\uff01-\\uff60\\u{20000}-\\u{3fffd}]", "u");
-  const ATTRIBUTES = {1: "bold", 2: "dim", 3: "italic", 4: "underline", 7: "reverse", 9: "strike"};
-  const PLACES = {3: "ink", 4: "paper", 9: "ink", 10: "paper"};       // by the tens of the code
-  const ANSI = ("#5c6570 #ff7b72 #4fc26a #d9a032 #6cb0ff #c79bff #4cc3d1 #c3ccd6 " +
+  const NON_ASCII = /([^\0-\u024f\u2500-\u259f\p{M}](?:\p{M}|\u200d.)*)/u;    // other widths
+  const DOUBLE_WIDTH = new RegExp("^[\\p{Emoji_Presentation}\\u1100-\\u115f\\u2e80-\\u303e" +
+    "\\u3041-\\ua4cf\\uac00-\\ud7a3\\uf900-\\ufaff\\ufe30-\\ufe6f\\uff01-\\uff60" +
+    "\\u{20000}-\\u{3fffd}]", "u");
+  const ATTRIBUTES = {1: "bold", 2: "dim", 3: "italic", 4: "underline", 7: "reverse",
+                      8: "concealed", 9: "strike"};
+  const COLOUR_TARGETS = {3: "ink", 4: "paper", 9: "ink", 10: "paper"};    // by tens of the code
+  const ANSI = ("#000000 #ff7b72 #4fc26a #d9a032 #6cb0ff #c79bff #4cc3d1 #c3ccd6 " +
     "#818b96 #ffa198 #6fdd87 #f0c35c #93c7ff #dcbfff #7fdde8 #ffffff").split(" ");
-  let screen = "", rows = 0;
+  let lastScreen = null, columns = 80, rows = 1;
 
   function colour(index) {
     const level = step => step && 55 + 40 * step, cube = index - 16, grey = 8 + 10 * (index - 232);
@@ -3285,7 +3484,7 @@ DASHBOARD_PAGE = r"""<!doctype html>
 
   function restyle(style, codes) {
     for (let i = 0; i < codes.length; i++) {
-      const code = codes[i], place = PLACES[Math.floor(code / 10)];
+      const code = codes[i], target = COLOUR_TARGETS[Math.floor(code / 10)];
       if (code === 0) style = {};
       else if (code === 22) style = {...style, bold: false, dim: false};
       else if (ATTRIBUTES[code]) style = {...style, [ATTRIBUTES[code]]: true};
@@ -3293,81 +3492,153 @@ DASHBOARD_PAGE = r"""<!doctype html>
       else if (code === 38 || code === 48 || code === 58) {
         const indexed = codes[i + 1] === 5;
         const value = indexed ? colour(codes[i + 2]) : `rgb(${codes.slice(i + 2, i + 5)})`;
-        style = {...style, [place]: value};
+        style = {...style, [target]: value};
         i += indexed ? 2 : 4;
-      } else if (place) {
-        style = {...style, [place]: code % 10 < 8 && ANSI[code % 10 + (code < 90 ? 0 : 8)]};
+      } else if (target) {
+        style = {...style, [target]: code % 10 < 8 && ANSI[code % 10 + (code < 90 ? 0 : 8)]};
       }
     }
     return style;
   }
 
-  function piece(words, style) {
+  function createSpan(words, style) {
     const ink = style.ink || "var(--screen-ink)", paper = style.paper || "var(--screen)";
     const [front, back] = style.reverse ? [paper, ink] : [ink, paper];
-    const span = node("span", Object.values(ATTRIBUTES).filter(name => style[name]).join(" "));
-    span.style.color = style.dim ? `color-mix(in srgb, ${front} 60%, ${back})` : front;
+    const classes = Object.values(ATTRIBUTES).filter(name => style[name]).join(" ");
+    const span = createElement("span", classes);
+    span.style.color = style.dim ? `color-mix(in srgb, ${front} 70%, ${back})` : front;
+    if (style.concealed) span.style.color = back;
     if (back !== "var(--screen)") span.style.backgroundColor = back;
-    span.append(...words.split(ODD).map((part, index) => index % 2 === 0 ? part
-      : node("span", WIDE.test(part) ? "cell wide" : "cell", part)));
+    span.append(...words.split(NON_ASCII).map((part, index) => index % 2 === 0 ? part
+      : createElement("span", DOUBLE_WIDTH.test(part) ? "cell wide" : "cell", part)));
     return span;
   }
 
-  function drawScreen(latest = screen) {
-    const view = byId("screen"), selection = getSelection(), pieces = [];
-    const selecting = !selection.isCollapsed && view.contains(selection.anchorNode);
-    screen = latest.slice(0, 200000).trimEnd();
+  function isSelecting() {
+    const selection = getSelection();
+    return !selection.isCollapsed && byId("screen").contains(selection.anchorNode);
+  }
+
+  function drawScreen(event = lastScreen) {
+    const screen = text(event?.text).slice(0, 200000).trimEnd(), view = byId("screen"), spans = [];
+    lastScreen = event;
     byId("terminal").hidden = !screen;
-    if (document.hidden || !byId("terminal").open || selecting) return;
+    if (!screen || !byId("terminal").open) return;
+    setText("held", isSelecting() ? "Held while you select text; Escape lets it go on." : "");
+    if (isSelecting()) return;
     let style = {}, from = 0;
     for (const {0: escape, 1: codes, index} of screen.matchAll(ESCAPE)) {
-      if (from < index) pieces.push(piece(screen.slice(from, index), style));
+      if (from < index) spans.push(createSpan(screen.slice(from, index), style));
       from = index + escape.length;
       if (codes != null) style = restyle(style, codes.split(";").map(code => parseInt(code) || 0));
     }
-    view.replaceChildren(...pieces, piece(screen.slice(from), style));
-    rows = Math.max(rows, screen.split("\n").length);
-    view.style.minHeight = `calc(${1.25 * rows}em + 16px)`;          // it grows, but does not jump
+    view.replaceChildren(...spans, createSpan(screen.slice(from), style));
+    const lines = screen.replace(ESCAPE, "").split("\n"), [row, column] = list(event.cursor);
+    columns = event.columns || Math.max(columns, ...lines.map(line => line.length));
+    rows = event.rows || Math.max(rows, lines.length);      // it grows, but does not jump
+    if (row != null && !run.outcome) view.append(createElement("span", "cursor"));
+    for (const [name, value] of Object.entries({rows, columns, row, column})) {
+      view.style.setProperty(`--${name}`, value);
+    }
   }
 
-  // Stepping in, and the line to the server.
-  async function ask(action, message, words = "") {
-    const headers = {"Content-Type": "application/json"};
-    const request = {method: "POST", headers, body: JSON.stringify({action, text: words})};
-    show("answer", message);
-    const reply = await fetch("control", request).catch(error => ({text: () => error.message}));
-    if (!reply.ok) show("answer", `Not done: ${firstLine(await reply.text()) || reply.status}`);
+  // The connection to the server.
+  let source = null, lastHeard = 0;
+
+  function setLost(words) {
+    run.lostAt = words ? serverTime() : null;
+    run.lost = words;
+    drawSoon();
   }
 
-  function connect() {
-    const source = new EventSource("events");
-    source.onmessage = message => receive(JSON.parse(message.data));
-    source.onopen = () => { run.lost = ""; drawSoon(); };
-    source.onerror = () => {
-      const refused = source.readyState === EventSource.CLOSED;
-      run.lost = refused ? "The server refuses this page: open the address that the run printed."
-        : "It is tried again; what you see is how it was last.";
-      if (refused) setTimeout(connect, 3000);
-      drawSoon();
+  function connect() {                    // a hidden tab lets go: all tabs share six connections
+    source?.close();
+    source = new EventSource(`events?after=${run.lastId}`);
+    lastHeard = performance.now();
+    source.onopen = () => setLost("");
+    source.onmessage = message => {
+      lastHeard = performance.now();
+      receive(JSON.parse(message.data));
+    };
+    source.onerror = ({target}) => {
+      const isRefused = target.readyState === EventSource.CLOSED;
+      setLost(isRefused ? "The server refuses this page: open the address that the run printed."
+        : "It is tried again; what you see is how it was last.");
+      if (isRefused) setTimeout(connect, 3000);
     };
   }
 
+  function tick() {
+    if (!document.hidden && performance.now() - lastHeard > MAX_SILENCE) {
+      setLost("Nothing has come for a while; it is tried again.");
+      connect();
+    }
+    drawStatus();
+  }
+
+  // Steering, and what else a person does.
+  async function postControl(action, message, words = "") {
+    const headers = {"Content-Type": "application/json"};
+    const request = {method: "POST", headers, body: JSON.stringify({action, text: words})};
+    const reply = await fetch("control", request).catch(error => ({text: () => error.message}));
+    const refusal = reply.ok ? "" : firstLine(await reply.text()) || String(reply.status);
+    setText("answer", refusal ? `Not done: ${refusal}` : message);
+    return reply.ok;
+  }
+
+  async function sendNote(action, message) {
+    const note = byId("note"), words = note.value.trim();
+    if (action === "note" && !words) return;
+    if (await postControl(action, message, words) && note.value.trim() === words) note.value = "";
+    note.oninput();
+  }
+
+  async function copyText(button) {
+    const source = button.parentElement.querySelector("code");
+    getSelection().selectAllChildren(source);       // also where there is no clipboard
+    const isWritten = navigator.clipboard?.writeText(source.textContent)
+      .then(() => true, () => false);
+    const isCopied = await isWritten || document.execCommand("copy");
+    button.textContent = isCopied ? "copied" : "press Ctrl+C";
+    setTimeout(() => { button.textContent = "copy"; }, 3000);
+  }
+
   byId("pause").onclick = () => run.paused == null
-    ? ask("pause", "It pauses after this turn.") : ask("resume", "It goes on.");
-  byId("stop-now").onclick = () => ask("stop", "It is being stopped.");
+    ? postControl("pause", "It pauses after this turn.") : postControl("resume", "It goes on.");
+  byId("continue").onclick = () => postControl("continue", "It goes on.");
+  byId("stop-now").onclick = () => postControl("stop", "It is being stopped.");
+  byId("interrupt").onclick = () => sendNote("interrupt", "The agent is interrupted.");
   byId("note-form").onsubmit = event => {
-    const words = byId("note").value.trim();
     event.preventDefault();
-    if (words) ask("note", "Your note is on its way.", words);
+    sendNote("note", "Noted; the model reads it with its next prompt.");
   };
-  byId("copy").onclick = async () => {
-    getSelection().selectAllChildren(byId("attach"));     // also where there is no clipboard
-    await navigator.clipboard?.writeText(byId("attach").textContent);
-    show("copy", "copied");
+  byId("note").onkeydown = event => {
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+    event.preventDefault();
+    byId("note-form").requestSubmit();
   };
-  byId("terminal").ontoggle = document.onvisibilitychange = () => drawScreen();
+  byId("note").value = sessionStorage.getItem("note");      // after a reload
+  byId("note").oninput = () => sessionStorage.setItem("note", byId("note").value);
+  byId("search").oninput = byId("filter").onchange = search;
+  byId("expand").onclick = expandAll;
+  byId("size").onclick = () => {
+    const isActual = byId("terminal").classList.toggle("actual");
+    setText("size", isActual ? "Fit the window" : "Actual size");
+  };
+  document.onclick = event => { if (event.target.matches(".copy")) copyText(event.target); };
+  document.onkeydown = event => {
+    if (event.key === "Escape" && isSelecting()) getSelection().removeAllRanges();
+  };
+  document.onselectionchange = () => {
+    if (byId("held").textContent && !isSelecting()) drawScreen();
+  };
+  document.onvisibilitychange = connect;
+  byId("terminal").ontoggle = () => drawScreen();
+  window.onhashchange = openLinked;
   window.onresize = drawSoon;
-  setInterval(drawStatus, 1000);
+  setInterval(tick, 1000);
+  setInterval(() => document.hidden && connect(), 30000);     // its title and icon stay true
+  setClock(servedAt);
   draw();
   connect();
 </script>
