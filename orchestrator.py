@@ -224,69 +224,89 @@ def check_session_name(name: str, what: str) -> None:
         raise ConfigError(f"{what} is {name!r}: expected {expected}")
 
 
-def _raise_config_error(what: str) -> None:
-    raise ConfigError(what)
+def _raise_config_error(message: str) -> None:
+    raise ConfigError(message)
 
 
-def _setting(default: object, accept: tuple[str, str], meaning: str) -> Any:
-    """Return a Config field: default, the pattern of its text and that in words, and meaning."""
-    return dataclasses.field(default=default, metadata={"accept": accept, "meaning": meaning})
+def _setting(default: object, value_format: tuple[str, str], help: str) -> Any:
+    """Return a Config field; `value_format` is a pattern and its description."""
+    return dataclasses.field(default=default,
+                             metadata={"value_format": value_format, "help": help})
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """All that a run can be told.  A field's environment variable is its name in capitals."""
+    """The settings of a run.  A field's environment variable is its name in capitals."""
 
-    claude_tmux_session: str = _setting("gt-claude-loop", _SESSION_NAME, "tmux session name")
+    claude_tmux_session: str = _setting(
+        "gt-claude-loop", _SESSION_NAME,
+        "tmux session name; if it is not set and the session is in use for another directory or "
+        "command, a name of the directory's own is used")
     claude_tmux_socket: str = _setting(
         "gt-claude-loop", _SESSION_NAME, "tmux socket name (-L), apart from your own tmux")
     default_model: str = _setting(
-        "claude", _SINGLE_WORD, "the agent: gpt... is Codex, anything else Claude Code; "
-        "a name more exact than claude or gpt is passed on with --model")
-    claude_cmd: str = _setting("", _ANY_TEXT, "shell command to run in the pane instead")
-    terminate_when_quit: bool = _setting(False, _BOOLEAN, "kill the tmux session at the end")
-    autonomous_mode: bool = _setting(True, _BOOLEAN, "false: chat")
-    openrouter_api_key: str = _setting("", _API_KEY, "required when autonomous")
-    openrouter_model: str = _setting("anthropic/claude-opus-4.6", _SINGLE_WORD, "the orchestrating model")
+        "claude", _SINGLE_WORD, "the agent: codex or gpt... starts Codex, anything else Claude "
+        "Code; any other name than claude, codex or gpt is passed to the agent with --model")
+    claude_cmd: str = _setting("", _ANY_TEXT, "command to run in the pane instead")
+    terminate_when_quit: bool = _setting(
+        False, _BOOLEAN, "end the tmux session, and all that runs in it, at the end")
+    autonomous_mode: bool = _setting(True, _BOOLEAN, "false: chat mode")
+    openrouter_api_key: str = _setting("", _API_KEY, "required in autonomous mode")
+    openrouter_model: str = _setting(
+        "anthropic/claude-opus-4.6", _SINGLE_WORD, "the model that takes your place")
     openrouter_base_url: str = _setting(
-        "https://openrouter.ai/api/v1", _URL, "any OpenAI-compatible server")
-    max_iterations: int = _setting(0, _NON_NEGATIVE_INT, "model turns, 0: no limit")
-    max_cost: float = _setting(0.0, _NON_NEGATIVE_NUMBER, "US dollars, 0: no limit")
-    max_minutes: float = _setting(0.0, _NON_NEGATIVE_NUMBER, "wall clock of the run, 0: no limit")
-    turn_timeout: int = _setting(1800, _POSITIVE_INT, "seconds until a turn is reported as still working")
+        "https://openrouter.ai/api/v1", _URL, "OpenRouter or any OpenAI-compatible server")
+    max_iterations: int = _setting(0, _NON_NEGATIVE_INT, "replies of the model; 0: no limit")
+    max_cost: float = _setting(0.0, _NON_NEGATIVE_NUMBER, "US dollars; 0: no limit")
+    max_minutes: float = _setting(
+        0.0, _NON_NEGATIVE_NUMBER, "minutes that the run may take; 0: no limit")
+    turn_timeout: int = _setting(
+        1800, _POSITIVE_INT, "seconds after which a turn is reported as still working")
     history_max_tokens: int = _setting(
-        60000, _POSITIVE_INT, "size of the conversation above which its older part is summarised")
+        60000, _POSITIVE_INT,
+        "tokens; a longer conversation is shortened by summarising its older part")
     verify_cmd: str = _setting(
-        "", _ANY_TEXT, "shell command that has to pass before the task is complete")
-    memory_max_facts: int = _setting(50, _POSITIVE_INT, "above this the memory is compacted")
+        "", _ANY_TEXT, "shell command that must pass before the task is complete")
+    confirm_complete: bool = _setting(
+        True, _BOOLEAN, "without VERIFY_CMD: ask the model to confirm that the task is complete")
+    notify_cmd: str = _setting(
+        "", _ANY_TEXT, "shell command to run when a run ends or needs you; it gets a sentence on "
+        "standard input")
+    memory_max_facts: int = _setting(
+        50, _POSITIVE_INT, "number of facts above which memory.json is compacted")
     dashboard_enabled: bool = _setting(True, _BOOLEAN, "serve the dashboard")
-    dashboard_host: str = _setting("127.0.0.1", _SINGLE_WORD, "address it listens on")
-    dashboard_port: int = _setting(0, _PORT, "0: any free port")
-    dashboard_open: bool = _setting(True, _BOOLEAN, "open it in a browser, where there is one")
+    dashboard_host: str = _setting("127.0.0.1", _SINGLE_WORD, "address that it listens on")
+    dashboard_port: int = _setting(0, _PORT, "port that it listens on; 0: any free port")
+    dashboard_open: bool = _setting(True, _BOOLEAN, "open it in a browser if there is one")
+    dashboard_url: str = _setting(
+        "", _URL, "address under which a proxy publishes it; printed instead of its own")
 
     @classmethod
-    def fields_by_variable(cls) -> dict[str, dataclasses.Field]:
+    def fields_by_variable(cls) -> dict[str, dataclasses.Field[Any]]:
         """Return the fields by the names of their environment variables."""
         return {field.name.upper(): field for field in dataclasses.fields(cls)}
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str], env_file: Mapping[str, str],
-             wrong: Callable[[str], object] = _raise_config_error) -> Config:
+                 on_error: Callable[[str], object] = _raise_config_error) -> Config:
         """Return the settings; a variable that is set and not empty wins over the file.
 
-        Raises ConfigError for a value that does not fit, naming variable, value and what is
-        accepted; if `wrong` is told of that instead, the default stays.
+        `on_error` gets a message about each invalid value: variable, value and what is accepted.
+        If it returns, the default is used.
         """
         values: dict[str, Any] = {}
         for name, field in cls.fields_by_variable().items():
             text = (environ.get(name) or env_file.get(name) or "").strip()
-            (pattern, expected), kind = field.metadata["accept"], type(field.default)
-            if text and not re.fullmatch(pattern, text):
+            pattern, description = field.metadata["value_format"]
+            if not text:
+                continue
+            if not re.fullmatch(pattern, text):
                 shown = "(hidden)" if name == "OPENROUTER_API_KEY" else repr(text)
-                wrong(f"{name}={shown}: expected {expected}")
-            elif text:
-                true = text.lower() in ("true", "1", "yes", "on")
-                values[field.name] = true if kind is bool else kind(text)
+                on_error(f"{name}={shown}: expected {description}")
+            elif isinstance(field.default, bool):
+                values[field.name] = text.lower() in ("true", "1", "yes", "on")
+            else:
+                values[field.name] = type(field.default)(text)
         return cls(**values)
 
 
@@ -4038,7 +4058,7 @@ def help_text() -> str:
     lines = ["Settings, from the environment or a .env file in the current directory"]
     for name, field in Config.fields_by_variable().items():
         default = str(field.default).removesuffix(".0").lower() or "none"
-        lines += textwrap.wrap(f"{field.metadata['meaning']} ({default})", 96,
+        lines += textwrap.wrap(f"{field.metadata['help']} ({default})", 96,
                                initial_indent=f"    {name:<21} ", subsequent_indent=" " * 26)
     return f"{(__doc__ or '').rstrip()}\n\n" + "\n".join(lines)
 

@@ -649,6 +649,8 @@ def test_the_environment_wins_over_the_file_and_empty_counts_as_unset():
     ("MAX_COST", ".5", 0.5), ("MAX_COST", "3", 3.0), ("MAX_MINUTES", "1.5", 1.5),
     ("MAX_ITERATIONS", "007", 7), ("DASHBOARD_PORT", "65535", 65535),
     ("VERIFY_CMD", "make test && echo ok", "make test && echo ok"),
+    ("CONFIRM_COMPLETE", "off", False), ("NOTIFY_CMD", "mail me", "mail me"),
+    ("DASHBOARD_URL", "https://example.org/runs/1", "https://example.org/runs/1"),
     ("OPENROUTER_BASE_URL", "http://[::1]:8080/v1", "http://[::1]:8080/v1")])
 def test_what_a_setting_takes(name, text, value):
     assert getattr(Config.from_env({name: text}, {}), name.lower()) == value
@@ -663,7 +665,8 @@ def test_what_a_setting_takes(name, text, value):
     ("MAX_MINUTES", ["soon"]), ("TURN_TIMEOUT", ["0", "-5", "30m"]),
     ("HISTORY_MAX_TOKENS", ["0", "60k"]), ("MEMORY_MAX_FACTS", ["0", "x"]),
     ("DASHBOARD_ENABLED", ["y e s"]), ("DASHBOARD_HOST", ["a b"]),
-    ("DASHBOARD_PORT", ["web", "65536", "-1", "99999"]), ("DASHBOARD_OPEN", ["always"])])
+    ("DASHBOARD_PORT", ["web", "65536", "-1", "99999"]), ("DASHBOARD_OPEN", ["always"]),
+    ("CONFIRM_COMPLETE", ["twice"]), ("DASHBOARD_URL", ["example.org", "/runs"])])
 def test_a_wrong_value_is_an_error_that_names_it(name, texts):
     for text in texts:
         with pytest.raises(ConfigError) as caught:
