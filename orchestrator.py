@@ -111,13 +111,17 @@ __all__ = [
 # What can go wrong, by what the caller can do about it.  May use: nothing.
 
 class OrchestratorError(Exception):
-    """A failure told in one line; `exit_status` is the exit status, `outcome` how it ends a run."""
+    """A failure, told in one line.
 
-    exit_status, outcome = 1, "interrupted"
+    `exit_status` is the status with which the program ends, `outcome` is the one of the run.
+    """
+
+    exit_status = 1
+    outcome = "interrupted"
 
 
 class ConfigError(OrchestratorError):
-    """A setting, an argument or a file is wrong, and the user can mend it."""
+    """A setting, an argument or a file is wrong, and you can correct it."""
 
     exit_status = 2
 
@@ -125,69 +129,80 @@ class ConfigError(OrchestratorError):
 class BudgetExceeded(OrchestratorError):
     """The run has used up its iterations, its money or its time."""
 
-    exit_status, outcome = 3, "budget"
+    exit_status = 3
+    outcome = "budget"
 
 
 class TaskFailed(OrchestratorError):
-    """The model said that the task can't be done."""
+    """The model gave up the task."""
 
-    exit_status, outcome = 4, "failed"
+    exit_status = 4
+    outcome = "failed"
 
 
 class StuckInLoop(TaskFailed):
-    """The run goes in circles."""
+    """The run repeats itself without progress."""
 
     outcome = "stuck"
 
 
 class AgentError(OrchestratorError):
-    """The agent could not be started or kept alive; `last_output` is what it showed last."""
+    """The agent could not be started or kept alive.  `last_output` is what it showed last."""
 
-    exit_status, outcome, last_output = 5, "agent", ""
+    exit_status = 5
+    outcome = "agent"
+    last_output = ""
 
 
 class TmuxError(AgentError):
-    """tmux could not be asked: look again."""
+    """A call to tmux failed.  The same call may succeed later."""
 
 
 class TmuxSessionLost(TmuxError):
-    """The pane, its session or the server is no longer there: make it again."""
+    """The pane, its session or the tmux server no longer exists.  Make a new one."""
 
 
 class TmuxServerLost(TmuxSessionLost):
-    """The server ended during a call, which may have been carried out."""
+    """The tmux server ended during a call, so the call may or may not have taken effect."""
 
 
 class AgentExited(AgentError):
-    """The program in the pane has ended."""
+    """The program in the pane has exited."""
 
 
 class ModelError(OrchestratorError):
-    """The model refused or could not be reached, and asking the same again is no use.
+    """The model server refused a request or could not be reached; a retry would not help.
 
-    `http_status` is the HTTP status, if there was one; `suggested_options` has options of the request that would
-    have to be lower, or None where one would have to go.
+    `http_status` is the HTTP status, or 0.  `suggested_options` maps options of the request to
+    the lower value that would be accepted, or to None if the option has to be left out.
     """
 
-    exit_status, outcome, http_status = 6, "model", 0
+    exit_status = 6
+    outcome = "model"
+    http_status = 0
     suggested_options: Mapping[str, int | None] = {}
 
 
 class RequestRejected(ModelError):
-    """However often it is asked, the model does not answer this conversation."""
+    """The model can't or won't answer this request.  Sending it again fails again."""
 
 
 class ContextWindowExceeded(RequestRejected):
-    """The conversation is longer than the model takes: shorten it."""
+    """The conversation is longer than the model's context window.  Shorten it."""
 
 
 class TransientError(ModelError):
-    """A call to the model failed in a way that may pass: wait, then ask again."""
+    """A request failed in a way that may pass.  Wait, then send it again.
 
-    def __init__(self, message: str, *, retry_after: float | None = None, max_attempts: int = 0) -> None:
+    `retry_after` is the number of seconds that the server asked for, or None.  `max_attempts`
+    limits the attempts in a row; 0 means that only the retry timeout does.
+    """
+
+    def __init__(self, message: str, *, retry_after: float | None = None,
+                 max_attempts: int = 0) -> None:
         super().__init__(message)
-        self.retry_after = retry_after      # seconds, when the server said so
-        self.max_attempts = max_attempts      # how often in a row at most, 0: as long as patience lasts
+        self.retry_after = retry_after
+        self.max_attempts = max_attempts
 
 
 class Interrupted(KeyboardInterrupt):
@@ -1918,23 +1933,32 @@ class OpenRouter:
 # Facts that outlive a run.  May use: Errors.
 
 class Memory:
-    """The facts in a JSON file, an array of strings, shared with other runs in the directory.
+    """The facts in a JSON file (an array of strings), which several runs may share.
 
-    `warning` says so if the file had to be set aside the last time that it was read.
+    `facts` is the list as it was last read or written.  `warning` says so if the file was unusable
+    when it was last read, and therefore renamed.
+
+    >>> memory = Memory(Path(tempfile.mkdtemp()) / "memory.json")
+    >>> memory.add(["The tests need Python 3.13."])
+    ['The tests need Python 3.13.']
     """
 
-    MAX_FACT_LENGTH = 2_000      # characters
+    MAX_FACT_LENGTH = 2_000         # characters
+    _LOCK_INTERVAL_SECONDS = 0.01
 
-    def __init__(self, path: Path, limit: int, *,
+    def __init__(self, path: Path, max_facts: int = 50, *,
                  sleep: Callable[[float], None] = time.sleep) -> None:
         self.facts: list[str] = []
-        self.limit, self.warning, self._path, self._sleep = limit, "", path, sleep
-        self._size_after_compaction = 0      # facts, by the last compaction
-        self._pending_facts: list[str] = []       # could not be written so far
-        self._lock_attempts = 1000                  # to get the lock, a hundredth of a second apart
+        self.max_facts = max_facts
+        self.warning = ""
+        self._path = path
+        self._sleep = sleep
+        self._size_after_compaction = 0
+        self._pending_facts: list[str] = []     # not written yet, because the last write failed
+        self._lock_attempts = 1000
 
     def load(self) -> str:
-        """Read the file; return the complaint, if there is one."""
+        """Read the file and return the warning, if any; raise ConfigError if it can't be read."""
         try:
             with self._file_lock():
                 self.facts = self._read_file()
@@ -1943,61 +1967,75 @@ class Memory:
         return self.warning
 
     def add(self, facts: Iterable[str]) -> list[str]:
-        """Remember facts, on disk before this returns; return those that are new.
+        """Add facts, write them to disk at once, and return those that are new.
 
-        Raises OSError where they can't be written; the next call tries that again.
+        Raises OSError if they can't be written; the next call tries to write them again.
         """
+        for fact in map(self._normalize, facts):
+            if fact:
+                self._pending_facts.append(fact)
+        pending = list(self._pending_facts)
+
         def merge(known: list[str]) -> list[str]:
             merged: dict[str, str] = {}
-            for fact in [*known, *waiting]:
+            for fact in known + pending:
                 merged.setdefault(self._normalize(fact).casefold(), fact)
             return list(merged.values())
 
-        waiting = self._pending_facts = [*self._pending_facts, *filter(None, map(self._normalize, facts))]
         added = self._update_file(merge)
-        self._pending_facts = self._pending_facts[len(waiting):]
+        del self._pending_facts[:len(pending)]
         return added
 
     def compact(self, rewrite: Callable[[list[str]], list[str] | None]) -> tuple[int, int] | None:
-        """Let `rewrite` shorten a list that is too long; return the lengths before and after.
+        """Have `rewrite` shorten a list above `max_facts`; return the lengths before and after.
 
-        What it returns counts only if it is shorter, not empty and without overlong facts, and if
-        nothing was taken out of the file meanwhile.  What another run adds meanwhile is kept.  The
-        next one waits until there are a fifth of the limit more than this one leaves.
+        Returns None, and keeps the list, if there is no need, or if the rewritten one is not
+        shorter, is empty or has overlong facts, or if another run removed facts meanwhile.  Facts
+        that another run added meanwhile are kept.  The next compaction waits until the list has
+        grown by a fifth of `max_facts`.
         """
         before = list(self.facts)
-        if len(before) <= max(self.limit, self._size_after_compaction + self.limit // 5):
+        if len(before) <= max(self.max_facts, self._size_after_compaction + self.max_facts // 5):
             return None
-        self._size_after_compaction, rewritten = len(before), rewrite(before) or []
-        shorter = list(filter(None, map(self._normalize, rewritten)))
-        if not 0 < len(shorter) < len(before) or max(map(len, rewritten)) > self.MAX_FACT_LENGTH:
+        self._size_after_compaction = len(before)
+        rewritten = rewrite(before) or []
+        shorter = [fact for fact in map(self._normalize, rewritten) if fact]
+        if not 0 < len(shorter) < len(before):
+            return None
+        if max(map(len, rewritten)) > self.MAX_FACT_LENGTH:
             return None
 
         def replace(known: list[str]) -> list[str]:
             added = [fact for fact in known if fact not in before]
-            return shorter + added if len(known) - len(added) == len(before) else known
+            was_shortened_elsewhere = len(known) - len(added) != len(before)
+            return known if was_shortened_elsewhere else shorter + added
 
         self._update_file(replace)
         self._size_after_compaction = len(self.facts)
-        return (len(before), self._size_after_compaction) if self.facts[:len(shorter)] == shorter else None
+        if self.facts[:len(shorter)] != shorter:
+            return None
+        return len(before), len(self.facts)
 
     def _normalize(self, fact: str) -> str:
         return " ".join(fact.split())[:self.MAX_FACT_LENGTH]
 
     def _update_file(self, change: Callable[[list[str]], list[str]]) -> list[str]:
-        """Apply a change to what is on disk now; return what it added."""
+        """Apply a change to the facts on disk and return the facts that it added."""
         with self._file_lock():
             known = self._read_file()
             facts = change(known)
-            if facts != known or facts and not self._path.exists():     # it was set aside
+            was_set_aside = bool(facts) and not self._path.exists()
+            if facts != known or was_set_aside:
                 self._write_file(facts)
-        self.facts, old = facts, set(known)
-        return [fact for fact in self.facts if fact not in old]
+        self.facts = facts
+        old = set(known)
+        return [fact for fact in facts if fact not in old]
 
     def _read_file(self) -> list[str]:
-        """Return the facts on disk; set a file of another form aside, or the link that leads to it.
+        """Return the facts on disk; rename a file of another form.
 
-        What is at a link's end may be somebody else's.  A device or a pipe is not read.
+        Of a link, the link is renamed: the file behind it may belong to something else.  A device
+        or a pipe raises OSError.
         """
         self.warning = ""
         if self._path.exists() and not self._path.is_file():
@@ -2012,14 +2050,15 @@ class Memory:
         except (ValueError, RecursionError):
             aside = f"{self._path}.bad-{datetime.datetime.now():%Y%m%dT%H%M%S.%f}"
             os.replace(self._path, aside)
-            self.warning = f"{self._path} was not a JSON array of strings; it is now {aside}"
+            self.warning = (f"{self._path} was not a JSON array of strings. It was renamed to "
+                            f"{aside}, and the memory starts empty.")
             return self.facts
 
     def _write_file(self, facts: list[str]) -> None:
-        """Replace the file in one step, so that a crash leaves the old one."""
+        """Replace the file in one step, so that a crash leaves the old one intact."""
         path = Path(os.path.realpath(self._path))
         draft = path.with_name(f".{path.name}.new")
-        draft.unlink(missing_ok=True)       # of a run that was killed here
+        draft.unlink(missing_ok=True)       # left by a run that was killed here
         try:
             with open(draft, "x", encoding="utf-8", errors="backslashreplace") as file:
                 if path.exists():
@@ -2034,37 +2073,41 @@ class Memory:
 
     @contextlib.contextmanager
     def _file_lock(self) -> Iterator[None]:
-        """Keep other runs out of the file that the path leads to.
+        """Keep other runs from changing the file at the same time.
 
-        Its directory is the lock, so none is left behind.  NFS can't lock directories, and who
-        holds one for ten seconds is no run of ours: `flock . python orchestrator.py`.
+        The directory is what gets locked, so no lock file is left behind.  Where that is impossible
+        (NFS), or something else holds the lock for ten seconds (`flock . python orchestrator.py`),
+        the block runs without the lock.
         """
         handle = os.open(os.path.dirname(os.path.realpath(self._path)), os.O_RDONLY)
         try:
             with contextlib.suppress(OSError):
-                for _ in range(self._lock_attempts):
-                    with contextlib.suppress(BlockingIOError):
-                        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                        break
-                    self._sleep(0.01)
-                else:
-                    self._lock_attempts = 1
+                self._acquire_lock(handle)
             yield
         finally:
             os.close(handle)
+
+    def _acquire_lock(self, handle: int) -> None:
+        for _ in range(self._lock_attempts):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                self._sleep(self._LOCK_INTERVAL_SECONDS)
+        self._lock_attempts = 1     # do not wait ten seconds for each fact
 
 
 # -- 10. Journal --------------------------------------------------------------------------
 # Everything a run does, as one list of events.  May use: Errors, Text.
 
 Event = dict[str, Any]
-LIVE_EVENTS = ("screen", "reply_part")         # for who watches now; not kept
-_MAX_BATCH_BYTES = 1_000_000      # bytes, and one event
-_ITERATION_EVENTS = ("reply", "iteration_end", "error", "recovery")
+LIVE_EVENTS = ("screen", "reply_part")      # shown to viewers while they happen, and not kept
+_ITERATION_EVENTS = ("reply", "iteration_end", "error", "recovery")     # get an iteration number
+_MAX_BATCH_BYTES = 1_000_000
 
 
 class TaskInfo(TypedDict):
-    """The fields of a run's first event, `task_info`."""
+    """The fields of `task_info`, the first event of a run."""
 
     task: str           # "" in a chat
     mode: str           # autonomous or chat
@@ -2073,84 +2116,114 @@ class TaskInfo(TypedDict):
     workdir: str
     session: str
     attach: str         # the command that shows the agent's session
-    max_iter: int       # the budgets: 0 is no limit
+    max_iter: int       # the budgets; 0: no limit
     max_cost: float
     max_minutes: float
     memories: list[str]
 
 
 def utc_timestamp() -> str:
-    """Return the time as in 2026-01-31T09:00:00.123Z."""
+    """Return the time in the form 2026-01-31T09:00:00.123Z."""
     now = datetime.datetime.now(datetime.timezone.utc)
     return now.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def parse_event(line: bytes) -> Event | None:
-    """Return the event of a journal's line, None if it is garbage."""
+    """Return the event in a line of a journal, or None if the line holds none."""
     event = parse_json_object(line)
-    return event if event and isinstance(event.get("type"), str) else None
+    if event is None or not isinstance(event.get("type"), str):
+        return None
+    return event
 
 
-def read_events(path: Path, most: int = sys.maxsize) -> list[Event]:
-    """Return the first events of a journal's file; raise ConfigError if it can't be read."""
+def read_events(path: Path, limit: int = sys.maxsize) -> list[Event]:
+    """Return the first `limit` events of a journal file; raise ConfigError if it can't be read."""
     try:
         with open(path, "rb") as file:
-            return list(itertools.islice(filter(None, map(parse_event, file)), most))
+            events = (event for event in map(parse_event, file) if event)
+            return list(itertools.islice(events, limit))
     except OSError as error:
         raise ConfigError(f"{path}: can't be read: {error.strerror}") from None
 
 
 class Batch(NamedTuple):
-    """What a reader of the journal gets: lines of JSON, and where to go on from."""
+    """The part of a journal that `Journal.read_after` returns, as lines of JSON."""
 
-    events: list[tuple[int, bytes]]       # ids and events
+    events: list[tuple[int, bytes]]     # each with its id
     live_events: list[bytes]
-    last_live_id: int
-    is_closed: bool                        # no more will come
+    last_live_id: int                   # pass it to the next call
+    is_closed: bool                     # no more events will come
 
 
 class Journal:
-    """The run's events: published once, kept in a file, told to listeners and to readers.
+    """The events of a run: appended to a file, passed to subscribers, read by the dashboard.
 
-    They are in memory only while they can't be written; `write_error` then says why, and an event
-    does so once; if none could any more, it stays `unreported_error`.  `secret` is masked wherever it
-    appears.  Threads may publish and read at once; after `complete` nothing is taken.  `defer_signals()`
-    holds Interrupted back while an event is added.  Raises ConfigError if `read_only` and there is
-    no such file.
+    Threads may publish and read at the same time.  After `complete`, further events are ignored.
+    `secret` is replaced by [key] wherever it appears.  `defer_signals()` is a context manager that
+    holds signals back while an event is written.
+
+    If the file can't be written, events stay in memory until it can.  `write_error` then says why.
+    An `error` event reports that once; if none could be published, it is in `unreported_error`.
+
+    Raises ConfigError if `read_only` is set and the file can't be read.
+
+    >>> journal = Journal()
+    >>> journal.publish("note", text="hello", source="me")
+    >>> [event["text"] for event in journal.events()]
+    ['hello']
     """
 
     def __init__(self, path: Path | None = None, *, secret: str = "", read_only: bool = False,
-                 defer_signals: Callable[[], Any] = contextlib.nullcontext) -> None:
-        self.path, self.write_error, self.unreported_error = path, "", ""
+                 defer_signals: Callable[[], contextlib.AbstractContextManager[Any]]
+                 = contextlib.nullcontext) -> None:
+        self.path = path
+        self.write_error = ""
+        self.unreported_error = ""
         self._secret = _secret_pattern(secret)
-        self._defer_signals, self._condition, self._publish_lock = defer_signals, threading.Condition(), threading.RLock()
-        self._index: list[tuple[int, int] | bytes] = []    # offset and length, or the line
-        self._live: dict[str, tuple[int, bytes]] = {}
-        self._live_count = self._iteration = self._reader_count = self._file_size = self._written_count = 0
+        self._defer_signals = defer_signals
+        self._condition = threading.Condition()
+        self._publish_lock = threading.RLock()
         self._subscribers: list[Callable[[Event], object]] = []
-        self._is_complete = self._closed = self._had_reader = False
         self._file: Any = None
+        self._file_size = 0
+        self._index: list[tuple[int, int] | bytes] = []     # offset and length in the file, or
+        self._written_count = 0                             # the line, if it is not written yet
+        self._live: dict[str, tuple[int, bytes]] = {}       # the latest live event of each type
+        self._live_count = 0
+        self._iteration = 0
+        self._reader_count = 0
+        self._had_reader = False
+        self._is_complete = False
+        self._closed = False
+        if path and not read_only:
+            self._open_for_append(path)
+        if path:
+            self._open_for_reading(path, read_only)
+
+    def _open_for_append(self, path: Path) -> None:
         try:
-            if path and not read_only:
-                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                file = open(path, "ab+", 0, opener=lambda *how: os.open(*how, 0o600))
-                size = file.tell()
-                if size and os.pread(file.fileno(), 1, size - 1) != b"\n":      # a torn line
-                    file.write(b"\n")
-                self._file = file
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            file = open(  # noqa: SIM115  (closed by a finalizer)
+                path, "ab+", 0, opener=lambda name, flags: os.open(name, flags, 0o600))
+            size = file.tell()
+            if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
+                file.write(b"\n")       # ends a line that a crash cut off
+            self._file = file
         except OSError as error:
             self._record_write_error(error)
+
+    def _open_for_reading(self, path: Path, read_only: bool) -> None:
         try:
-            if path:
-                self._file = self._file or open(path, "rb", 0)
-                weakref.finalize(self, self._file.close)
-                self.read_appended()
+            if not self._file:
+                self._file = open(path, "rb", 0)  # noqa: SIM115  (closed by a finalizer)
+            weakref.finalize(self, self._file.close)
+            self.read_appended()
         except OSError as error:
             if read_only:
                 raise ConfigError(f"{path}: can't be read: {error.strerror}") from None
 
     def read_appended(self) -> None:
-        """Take in what has been added to the file, but for a torn last line."""
+        """Take in events that another process has appended, except for an unfinished last line."""
         with self._condition, open(os.dup(self._file.fileno()), "rb") as file:
             file.seek(self._file_size)
             for line in file:
@@ -2165,20 +2238,22 @@ class Journal:
             self._condition.notify_all()
 
     def subscribe(self, listener: Callable[[Event], object]) -> None:
-        """Call a function with each event published from now on, in the publisher's thread."""
+        """Call a function with each event from now on, in the thread that publishes it."""
         self._subscribers.append(listener)
 
     def redact(self, value: Any) -> Any:
-        """Return a text without the secret, or a value without it in any text there."""
+        """Return a value without the secret in any of its texts."""
         if isinstance(value, dict):
-            return {name: self.redact(each) for name, each in value.items()}
+            return {name: self.redact(item) for name, item in value.items()}
         if isinstance(value, (list, tuple)):
-            return [*map(self.redact, value)]
-        return self._secret.sub("[key]", value) if isinstance(value, str) else value
+            return [self.redact(item) for item in value]
+        if isinstance(value, str):
+            return self._secret.sub("[key]", value)
+        return value
 
     def publish(self, kind: str, **fields: object) -> None:
         """Add an event; it is in the file when this returns."""
-        with self._publish_lock:         # so that listeners hear of them in their order
+        with self._publish_lock:        # so that subscribers get the events in order
             if self._is_complete:
                 return
             event: Event | None = None
@@ -2186,25 +2261,28 @@ class Journal:
                 with self._defer_signals():
                     event = self._append(kind, fields)
                     self._is_complete = kind == "complete"
-            finally:        # even if a signal was held back and comes now
-                for listener in self._subscribers if event else ():
-                    listener(event)
+            finally:                    # also if a signal was held back and is raised now
+                if event:
+                    for listener in self._subscribers:
+                        listener(event)
             if self.unreported_error and not self._is_complete:
-                trouble, self.unreported_error = self.unreported_error, ""
-                self.publish("error", error=trouble)
+                error = self.unreported_error
+                self.unreported_error = ""
+                self.publish("error", error=error)
 
     def _append(self, kind: str, fields: dict[str, Any]) -> Event:
-        """Add an event; return it as it is kept."""
+        """Add an event and return it as it is kept."""
         with self._condition:
             if kind == "iteration_start":
                 self._iteration = fields["iteration"]
-                self._live.pop("reply_part", None)      # it was of the reply before
+                self._live.pop("reply_part", None)      # it belongs to the previous reply
             elif kind in _ITERATION_EVENTS:
                 fields = {"iteration": self._iteration, **fields}
-            number = {} if kind in LIVE_EVENTS else {"id": len(self._index) + 1}
-            event = {**number, "time": utc_timestamp(), "type": kind, **self.redact(fields)}
+            event: Event = {"time": utc_timestamp(), "type": kind, **self.redact(fields)}
+            if kind not in LIVE_EVENTS:
+                event = {"id": len(self._index) + 1, **event}
             text = json.dumps(event, ensure_ascii=False) + "\n"
-            line = text.encode("utf-8", "backslashreplace")     # as JSON would escape it
+            line = text.encode("utf-8", "backslashreplace")     # lone surrogates, as JSON escapes
             if kind in LIVE_EVENTS:
                 self._live_count += 1
                 self._live[kind] = (self._live_count, line)
@@ -2216,54 +2294,73 @@ class Journal:
 
     def _flush(self) -> None:
         """Write the lines that are not in the file yet, and remember where they are."""
-        for number in range(self._written_count, len(self._index) if self._file else 0):
-            line = rest = self._index[number]
+        if not self._file:
+            return
+        for number in range(self._written_count, len(self._index)):
+            line = self._index[number]
+            assert isinstance(line, bytes)
             try:
+                rest = line
                 while rest:
                     rest = rest[self._file.write(rest):]
             except OSError as error:
                 with contextlib.suppress(OSError):
-                    self._file.truncate(self._file_size)     # no half line
+                    self._file.truncate(self._file_size)        # leave no half line
                 if not self.write_error:
                     self._record_write_error(error)
                 return
             self._index[number] = (self._file_size, len(line))
-            self._file_size, self._written_count = self._file_size + len(line), number + 1
+            self._file_size += len(line)
+            self._written_count = number + 1
 
     def _record_write_error(self, error: OSError) -> None:
         self.write_error = f"the journal can't be written: {self.path}: {error.strerror}"
         self.unreported_error = self.write_error
 
     def _read_line(self, number: int) -> bytes:
-        place = self._index[number]
-        return place if isinstance(place, bytes) else os.pread(
-            self._file.fileno(), place[1], place[0])
+        entry = self._index[number]
+        if isinstance(entry, bytes):
+            return entry
+        offset, length = entry
+        return os.pread(self._file.fileno(), length, offset)
 
     def events(self) -> list[Event]:
         """Return all events so far."""
         return [json.loads(self._read_line(number)) for number in range(len(self._index))]
 
-    def read_after(self, after: int, live_seen: int, timeout: float) -> Batch:
-        """Return what came after an id, waiting up to `timeout` seconds if there is nothing."""
+    def read_after(self, last_id: int, last_live_id: int, timeout: float) -> Batch:
+        """Return what came after two ids; wait up to `timeout` seconds if there is nothing.
+
+        Live events are held back until the reader has all kept events.
+        """
+        def has_news() -> bool:
+            return (self._closed or len(self._index) > last_id
+                    or self._live_count > last_live_id)
+
         with self._condition:
-            self._condition.wait_for(lambda: self._closed or len(self._index) > after
-                                   or self._live_count > live_seen, timeout)
-            known, closed = len(self._index), self._closed
-            live = sorted(each for each in self._live.values() if each[0] > live_seen)
-        kept: list[tuple[int, bytes]] = []
+            self._condition.wait_for(has_news, timeout)
+            count = len(self._index)
+            is_closed = self._closed
+            live = sorted(entry for entry in self._live.values() if entry[0] > last_live_id)
+        events: list[tuple[int, bytes]] = []
         size = 0
-        while after + len(kept) < known and size < _MAX_BATCH_BYTES:
-            kept.append((after + len(kept) + 1, self._read_line(after + len(kept))))
-            size += len(kept[-1][1])
-        if after + len(kept) < known:       # live events never come before what is kept
-            return Batch(kept, [], live_seen, False)
-        return Batch(kept, [line for _, line in live], live[-1][0] if live else live_seen, closed)
+        while last_id < count and size < _MAX_BATCH_BYTES:
+            line = self._read_line(last_id)
+            last_id += 1
+            events.append((last_id, line))
+            size += len(line)
+        if last_id < count:
+            return Batch(events, [], last_live_id, False)
+        if live:
+            last_live_id = live[-1][0]
+        return Batch(events, [line for _, line in live], last_live_id, is_closed)
 
     @contextlib.contextmanager
     def count_reader(self) -> Iterator[None]:
-        """Count as a reader while this lasts; live events are worth their making only then."""
+        """Count a reader while the block runs; live events are made only for readers."""
         with self._condition:
-            self._reader_count, self._had_reader = self._reader_count + 1, True
+            self._reader_count += 1
+            self._had_reader = True
             self._condition.notify_all()
         try:
             yield
@@ -2272,15 +2369,19 @@ class Journal:
                 self._reader_count -= 1
 
     def has_readers(self) -> bool:
-        """Whether anybody reads."""
+        """Whether somebody reads the journal right now."""
         return self._reader_count > 0
 
     def close(self, wait_for_reader: bool = False) -> None:
-        """Let the readers go once they have all events; wait two seconds for one `wait_for_reader`."""
+        """Tell readers that no more events will come.
+
+        With `wait_for_reader`, give a reader that is expected two seconds to connect.
+        """
         with self._condition:
             self._closed = True
             self._condition.notify_all()
-            self._condition.wait_for(lambda: self._had_reader or not wait_for_reader, 2.0)
+            if wait_for_reader:
+                self._condition.wait_for(lambda: self._had_reader, 2.0)
 
 
 # -- 11. Conversation ---------------------------------------------------------------------
@@ -2869,7 +2970,7 @@ class Autopilot:
         def rewrite(known: list[str]) -> list[str] | None:
             with contextlib.suppress(ModelError, BudgetExceeded):    # the next call tells of it
                 reply = self._complete(Conversation(
-                    _COMPACTION_PROMPT.format(limit=self._memory.limit // 2 + 1),
+                    _COMPACTION_PROMPT.format(limit=self._memory.max_facts // 2 + 1),
                     json.dumps({"facts": known}, ensure_ascii=False)).messages())
                 used.update(reply.usage_fields())
                 text = reply.text[reply.text.find("{"):reply.text.rfind("}") + 1]
