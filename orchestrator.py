@@ -276,35 +276,49 @@ class Config:
         return cls(**values)
 
 
-_ENV_LINE = re.compile(r"""\s* (?:export\s+)? (?P<name>[A-Za-z_][A-Za-z0-9_.]*) \s*=\s*
-    (?: '(?P<single>[^']*)' | "(?P<double>[^"]*)" | (?P<bare>(?:[^\s'"#]|(?<==)\#).*?) )?
-    (?:\s+\#.*)? \s*""", re.VERBOSE)
+_ENV_ENTRY = re.compile(r"""[ \t]* (?:export[ \t]+)? (?:
+    (?P<name>[A-Za-z_][\w.]*) [ \t]*=[ \t]*
+    (?: '(?P<single>[^']*)' | "(?P<double>(?:[^"\\]|\\.)*)"
+      | (?P<bare>(?:[^\s'"#]|(?<==)\#)[^\n]*?) )?
+    (?:[ \t]+\#[^\n]*)? [^\S\n]* (?:\n|\Z)
+    | (?P<first_word>\w*) [^\n]* (?:\n|\Z) )""", re.VERBOSE | re.DOTALL | re.ASCII)
 
 
-def parse_env(text: str, wrong: Callable[[str], object] = _raise_config_error) -> dict[str, str]:
-    r"""Return the NAME=value pairs of a .env file; raise ConfigError for a line of another form.
+def parse_env(
+        text: str, on_error: Callable[[str], object] = _raise_config_error) -> dict[str, str]:
+    r"""Return the NAME=value pairs of a .env file.  A value in quotes may span lines.
+
+    The file may belong to another program, so a line of any other form sets its first word to
+    nothing.  Only if that word is a setting of ours, this is a ConfigError, or `on_error` is told.
 
     >>> parse_env('# a comment\nexport KEY="a b"\nPORT=80 # web')
     {'KEY': 'a b', 'PORT': '80'}
     """
     values = {}
-    for number, line in enumerate(text.split("\n"), 1):
-        match = _ENV_LINE.fullmatch(line)
-        if match:
-            values[match["name"]] = match["single"] or match["double"] or match["bare"] or ""
-        elif line.strip() and not line.lstrip().startswith("#"):    # may hold a secret: not shown
-            wrong(f".env line {number}: expected NAME=value, NAME='value' or # comment")
+    for entry in _ENV_ENTRY.finditer(text):
+        name = entry["name"] or entry["first_word"]
+        if entry["double"]:
+            values[name] = re.sub(r'\\(["\\])', r"\1", entry["double"])
+        elif name:
+            values[name] = entry["single"] or entry["bare"] or ""
+        if name in Config.fields_by_variable() and not entry["name"]:
+            line_number = text.count("\n", 0, entry.start()) + 1
+            on_error(f".env line {line_number}: {name} can't be read. "
+                     f"Write {name}=value or {name}='value'.")
     return values
 
 
-def read_env_file(path: Path, wrong: Callable[[str], object] = _raise_config_error) -> dict[str, str]:
-    """Return what a .env file sets, nothing where there is none."""
+def read_env_file(
+        path: Path, on_error: Callable[[str], object] = _raise_config_error) -> dict[str, str]:
+    """Return what a .env file sets.  Without a file, and for a directory, that is nothing."""
     try:
-        return parse_env(path.read_text(encoding="utf-8-sig"), wrong)
-    except (OSError, UnicodeDecodeError) as error:
-        if not isinstance(error, (FileNotFoundError, IsADirectoryError)):   # a virtual environment
-            wrong(f"{path}: can't be read: {getattr(error, 'strerror', None) or 'not UTF-8 text'}")
+        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    except (FileNotFoundError, IsADirectoryError):      # .env may be a virtual environment
         return {}
+    except OSError as error:
+        on_error(f"{path}: can't be read: {error.strerror}")
+        return {}
+    return parse_env(text, on_error)
 
 
 _VARIABLES_NOT_INHERITED = ("OPENROUTER_API_KEY", "TMUX", "TMUX_PANE", "CLAUDECODE", "CLAUDE_CODE_ENTRYPOINT")

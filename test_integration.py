@@ -2140,12 +2140,22 @@ def test_a_wrong_key_is_not_shown(world):
     assert KEY not in done.stderr
 
 
-@pytest.mark.parametrize("line", ["no equals sign", "A B=1", "KEY='open", "=1", "1A=2"])
-def test_a_malformed_line_of_the_env_file_is_named_but_not_shown(line, world):
-    (world.work / ".env").write_text(f"# fine\n{line}\n")
+def test_a_setting_that_cannot_be_read_from_the_env_file_is_named_and_not_shown(
+        world: World) -> None:
+    (world.work / ".env").write_text(f"# fine\nOPENROUTER_API_KEY='{KEY}\n")
     done = world.run("--task", "x")
-    assert_refused(done, 2, ".env line 2")
-    assert line not in done.stderr
+    assert_refused(done, 2, ".env line 2: OPENROUTER_API_KEY")
+    assert KEY not in done.stderr
+
+
+def test_the_env_file_of_another_project_stops_neither_a_chat_nor_a_run(world: World) -> None:
+    (world.work / ".env").write_bytes(
+        b'PRIVATE_KEY="-----BEGIN PRIVATE KEY-----\nMAX_COST=none\n-----END PRIVATE KEY-----"\n'
+        b"[database]\nurl: postgres://\nAPP='never closed\n# Schl\xfcssel\nif [ -f x ]; then\n")
+    world.model("echo one", "TASK_COMPLETE")
+    for arguments in (["--chat"], ["--task", "x"]):
+        done = world.run(*arguments, stdin="echo one\n")
+        assert (done.status, done.stderr) == (0, "")
 
 
 def test_settings_that_run_or_redirect_are_announced_when_they_come_from_the_env_file(world):
