@@ -86,7 +86,6 @@ import termios
 import textwrap
 import threading
 import time
-import tty
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -3625,13 +3624,21 @@ class DemoModelHandler(QuietHandler):
         self.wfile.write(b"data: [DONE]\n\n")
 
 
-def _execute_demo_message(message: str) -> str:
-    """Write the file or run the command that a message names; return what there is to show."""
+# The agent is the text of a program, because there may be no file to start it from: with
+# `curl ... | python3 -` this one is read once and gone.  It does on a screen what the real agents
+# do: bracketed paste, an input line, and while it works a spinner in the title and a busy footer.
+DEMO_AGENT = r'''
+import os, re, subprocess, sys, time, tty
+from pathlib import Path
+
+
+def execute(message):
     file = re.search(r"Write the file (\w+\.py):\n```\n(.*?\n)```", message, re.S)
-    command = re.search(r"Run the command: (.+)", message)
     if file:
-        Path(file[1]).write_text(file[2], encoding="utf-8")
-        return f"● Wrote {file[1]}, {file[2].count(chr(10))} lines."
+        name, content = file.groups()
+        Path(name).write_text(content, encoding="utf-8")
+        return f"● Wrote {name}, {len(content.splitlines())} lines."
+    command = re.search(r"Run the command: (.+)", message)
     if command:
         done = subprocess.run(command[1], shell=True, stdin=subprocess.DEVNULL, text=True,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -3639,31 +3646,40 @@ def _execute_demo_message(message: str) -> str:
     return "● Tell me: Write the file NAME.py: with a code block, or Run the command: ..."
 
 
-def run_demo_agent() -> None:
-    """Be a small coding agent in a terminal: write files and run commands, as it is told.
+def write(text):
+    os.write(sys.stdout.fileno(), text.encode())
 
-    It does on a screen what the real ones do: bracketed paste, an input line, and while it works
-    a spinner in the title and a line that says so.
-    """
-    def write(text: str) -> None:
-        os.write(sys.stdout.fileno(), text.encode())
 
-    tty.setcbreak(sys.stdin)
-    write("\x1b[?2004h\x1b]0;demo agent\x07Demo agent: I write files and run commands.\n\n")
-    while True:
-        write("❯ ")
-        typed, pasting = b"", False
-        while pasting or not typed.endswith((b"\r", b"\n")):
-            typed += os.read(sys.stdin.fileno(), 1)
-            if typed.endswith((b"\x1b[200~", b"\x1b[201~")):
-                pasting, typed = typed.endswith(b"\x1b[200~"), typed[:-6]
-                write("" if pasting else typed.decode().replace("\n", "\n  "))
-        answer = _execute_demo_message(typed.decode("utf-8", "replace"))
-        for frame in "⠋⠙⠹⠸⠼⠴⠦⠧":
-            write(f"\x1b]0;{frame} demo agent\x07\r\x1b[K• Working (esc to interrupt) {frame}"
-                  if frame != "⠋" else "\n")
-            time.sleep(0.1)
-        write(f"\r\x1b[K{answer}\n\n\x1b]0;demo agent\x07")
+def read_message():
+    typed = b""
+    is_pasting = False
+    while is_pasting or not typed.endswith((b"\r", b"\n")):
+        typed += os.read(sys.stdin.fileno(), 1)
+        if typed.endswith(b"\x1b[200~"):
+            is_pasting = True
+            typed = b""
+        elif typed.endswith(b"\x1b[201~"):
+            is_pasting = False
+            typed = typed[:-6]
+            write(typed.decode("utf-8", "replace").replace("\n", "\n  "))
+    return typed.decode("utf-8", "replace")
+
+
+def show_spinner():
+    write("\n")
+    for frame in "⠙⠹⠸⠼⠴⠦⠧⠇":
+        write(f"\x1b]0;{frame} demo agent\x07\r\x1b[K• Working (esc to interrupt) {frame}")
+        time.sleep(0.1)
+
+
+tty.setcbreak(sys.stdin)
+write("\x1b[?2004h\x1b]0;demo agent\x07Demo agent: I write files and run commands.\n\n")
+while True:
+    write("❯ ")
+    answer = execute(read_message())
+    show_spinner()
+    write(f"\r\x1b[K{answer}\n\n\x1b]0;demo agent\x07")
+'''
 
 
 # -- 16. Terminal -------------------------------------------------------------------------
@@ -3807,6 +3823,15 @@ def wait_for_enter(stream: TextIO) -> None:
     except Interrupted as interrupt:
         if interrupt.exit_status != 128 + signal.SIGINT:
             raise
+
+
+def read_from_terminal() -> None:
+    """Make the terminal our standard input, if there is one.
+
+    In `curl ... | python3 -` standard input was this program, not a task or a chat.
+    """
+    with contextlib.suppress(OSError):
+        os.dup2(os.open("/dev/tty", os.O_RDWR), 0)
 
 
 def read_message(prompt: str) -> str | None:
@@ -4120,10 +4145,11 @@ def run_demo(config: Config, environ: Mapping[str, str], as_json: bool) -> int:
     place.directory.mkdir()
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), DemoModelHandler)
     threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
-    code = f"import runpy; runpy.run_path({str(Path(__file__).resolve())!r})['run_demo_agent']()"
+    agent = scratch / "demo_agent.py"
+    agent.write_text(DEMO_AGENT, encoding="utf-8")
     shown = {name: value for name, value in vars(config).items() if name.startswith("dashboard")}
     config = Config(
-        claude_tmux_socket=scratch.name, claude_cmd=shlex.join([sys.executable, "-c", code]),
+        claude_tmux_socket=scratch.name, claude_cmd=shlex.join([sys.executable, str(agent)]),
         openrouter_base_url=f"http://127.0.0.1:{server.server_port}/api/v1",
         openrouter_api_key="the-key-of-the-demo", openrouter_model="built-in demo",
         verify_cmd=DEMO_VERIFY_CMD, terminate_when_quit=True, **shown)
@@ -4255,6 +4281,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    if __file__ == "<stdin>":
+        read_from_terminal()
     status = main()
     signal.signal(signal.SIGINT, signal.SIG_IGN)    # there is nothing left to interrupt
     raise SystemExit(status)

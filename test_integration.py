@@ -31,6 +31,7 @@ import tempfile
 import threading
 import time
 import urllib.parse
+import zipfile
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, Mapping, NamedTuple, Sequence
 
@@ -1081,6 +1082,49 @@ def test_the_demo_completes_again_and_again_without_a_terminal_and_in_one(world)
     assert "Task complete: 6 iterations" in screen and "Dashboard: http://127.0.0.1:" in screen
     assert_nothing_is_left(world)
     assert list(world.work.iterdir()) == []
+
+
+def test_the_demo_completes_however_the_file_is_run(world: World) -> None:
+    """By its name, a link, a pipe, a process substitution, as a zip archive, by uv and by pipx."""
+    link, archive = world.directory / "orchestrator", world.directory / "orchestrator.pyz"
+    link.symlink_to(TOOL)
+    with zipfile.ZipFile(archive, "w") as zipped:
+        zipped.write(TOOL, "__main__.py")
+    (world.home / "python3").symlink_to(sys.executable)
+    commands = [f"{TOOL} --demo", f"{link} --demo", f"cat {TOOL} | python3 - --demo",
+                f"python3 <(cat {TOOL}) --demo", f"python3 {archive} --demo"]
+    for runner in ("uv", "pipx"):
+        if shutil.which(runner):
+            commands.append(f"{runner} run {TOOL} --demo")
+    env = {**world.env, "PATH": f"{world.home}:{world.env['PATH']}"}
+    runs = [(command, Run(["bash", "-c", command], None, world.directory / f"demo-{number}",
+                          world.work, env)) for number, command in enumerate(commands)]
+    for command, run in runs:
+        done = run.end(60)
+        assert (done.status, done.stderr) == (0, ""), (command, done)
+        assert "all checks passed" in done.stdout and "Task complete" in done.stdout, command
+    for lock in world.tmp.glob("uv-*.lock"):
+        lock.unlink()
+    assert_nothing_is_left(world)
+
+
+def test_a_chat_reads_the_terminal_if_standard_input_is_the_program(world: World) -> None:
+    command = f"cat {TOOL} | {sys.executable} - --chat"
+    with Terminal(["sh", "-c", command], world.env, world.work) as terminal:
+        at_prompt(terminal)
+        terminal.enter("echo one")
+        assert world.taken("echo one")
+        at_prompt(terminal)
+        terminal.send_keys("C-d")
+        assert terminal.exit_status() == 0
+
+
+def test_a_program_on_standard_input_is_no_task(world: World) -> None:
+    with TOOL.open() as program:
+        done = subprocess.run([sys.executable, "-"], cwd=world.work, env=world.env, text=True,
+                              stdin=program, capture_output=True, start_new_session=True,
+                              timeout=30)
+    assert (done.returncode, done.stdout) == (2, "") and "there is no task" in done.stderr
 
 
 def test_a_demo_that_is_interrupted_while_its_model_speaks_leaves_no_trace(world):
