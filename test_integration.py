@@ -2836,6 +2836,30 @@ def test_the_doctor_says_what_a_run_needs(world):
         assert re.search(f"^{line}", done.stdout, re.M), done.stdout
 
 
+# -- Vendoring ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("mode", ["prepend", "append", "importlib"])
+def test_a_vendored_copy_runs_imports_and_passes_its_tests_with_import_mode(
+        mode: str, world: World) -> None:
+    tools = world.work / "tools"
+    tools.mkdir()
+    for file in (TOOL, TOOL.with_name("test_orchestrator.py")):
+        shutil.copy(file, tools)
+    if mode == "append":
+        (tools / "__init__.py").touch()
+        (tools / "README.md").write_text("# Our tools\n")
+    selection = "readme or contents or docstrings or import or env"
+    tests = ["-m", "pytest", "-q", f"--import-mode={mode}", "tools", "-k", selection]
+    for arguments, expected in (
+            (["tools/orchestrator.py", "--version"], r"orchestrator \d+\.\d+\.\d+\n"),
+            (["-c", "from tools import orchestrator; print(orchestrator.Agent.__name__)"],
+             r"Agent\n"),
+            (tests, r"(?s).*\b[1-9]\d passed, [1-9]\d* skipped, \d+ deselected.*")):
+        done = subprocess.run([sys.executable, "-B", *arguments], cwd=world.work, text=True,
+                              capture_output=True, timeout=60)
+        assert done.returncode == 0 and re.fullmatch(expected, done.stdout), done
+
+
 # -- Pythons ------------------------------------------------------------------------------------
 
 PYTHONS = ["3.9", "3.10", "3.11", "3.12", "3.13", "3.14"]
