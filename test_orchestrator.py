@@ -154,7 +154,7 @@ class ScriptedModel:
 class Hands:
     """An agent that does at once what it is told: a list of turns, then an echo."""
 
-    name = "Agent"
+    name, directory, tmux = "Agent", Path("/"), Tmux("private", "work", {})
 
     def __init__(self, *turns) -> None:
         self.told, self._turns = [], list(turns)
@@ -337,7 +337,7 @@ class Desk:
 
     def hire(self, program=PROGRAM, **options):
         """Return one more agent at the same terminal."""
-        return Agent(self.terminal, program, Path("/"), clock=self.clock, sleep=self.clock.sleep,
+        return Agent(program, Path("/"), tmux=self.terminal, clock=self.clock, sleep=self.clock.sleep,
                      publish=lambda kind, **fields: self.told.append((kind, fields)), **options)
 
 
@@ -450,15 +450,16 @@ class Flight:
         self.journal, self.error = Journal(directory / "run.jsonl", secret=secret), None
         self.memory = Memory(directory / "memory.json", settings.get("memory_max_facts", 50))
         self.control = RunControl(self.journal, lambda: None)
+        self.agent.directory = directory
         self.pilot = Autopilot(
-            Config(**settings), self.agent, self.model, self.memory, self.journal, self.control,
-            directory, environ=child_environment(os.environ), clock=self.clock,
+            self.agent, self.model, config=Config(**settings), memory=self.memory,
+            journal=self.journal, control=self.control, environ=os.environ, clock=self.clock,
             sleep=self.clock.sleep)
 
     def run(self, past=()):
         """Run to the end; return how it ended."""
         try:
-            self.pilot.run({"task": "Paint the shed"}, past)
+            self.pilot.run("Paint the shed", history=past)
         except OrchestratorError as error:
             self.error = error
         assert [event["type"] for event in self.journal.events()][-1] == "complete"
@@ -554,7 +555,9 @@ def test_each_outside_thing_has_one_door():
              "Terminal": lambda function, text: function in ("print", "input", "sys.exit")}
     for home, door in doors.items():
         assert {section for section, *call in calls if door(*call)} <= {home}
-    assert "os.environ" not in SOURCE[:SOURCE.index("# -- 17. ")]
+    readers = {section_of(node.lineno) for node in ast.walk(ast.parse(SOURCE))
+               if isinstance(node, ast.Attribute) and ast.unparse(node) == "os.environ"}
+    assert readers <= {"Configuration", "Command line"}
 
 
 def test_the_file_reads_on_python_3_9_and_stays_narrow():
@@ -668,6 +671,8 @@ def test_the_environment_wins_over_the_file_and_empty_counts_as_unset():
     ("MAX_COST", ".5", 0.5), ("MAX_COST", "3", 3.0), ("MAX_MINUTES", "1.5", 1.5),
     ("MAX_ITERATIONS", "007", 7), ("DASHBOARD_PORT", "65535", 65535),
     ("VERIFY_CMD", "make test && echo ok", "make test && echo ok"),
+    ("CONFIRM_COMPLETE", "off", False), ("NOTIFY_CMD", "mail me", "mail me"),
+    ("DASHBOARD_URL", "https://example.org/runs/1", "https://example.org/runs/1"),
     ("OPENROUTER_BASE_URL", "http://[::1]:8080/v1", "http://[::1]:8080/v1")])
 def test_what_a_setting_takes(name, text, value):
     assert getattr(Config.from_env({name: text}, {}), name.lower()) == value
@@ -682,7 +687,8 @@ def test_what_a_setting_takes(name, text, value):
     ("MAX_MINUTES", ["soon"]), ("TURN_TIMEOUT", ["0", "-5", "30m"]),
     ("HISTORY_MAX_TOKENS", ["0", "60k"]), ("MEMORY_MAX_FACTS", ["0", "x"]),
     ("DASHBOARD_ENABLED", ["y e s"]), ("DASHBOARD_HOST", ["a b"]),
-    ("DASHBOARD_PORT", ["web", "65536", "-1", "99999"]), ("DASHBOARD_OPEN", ["always"])])
+    ("DASHBOARD_PORT", ["web", "65536", "-1", "99999"]), ("DASHBOARD_OPEN", ["always"]),
+    ("CONFIRM_COMPLETE", ["twice"]), ("DASHBOARD_URL", ["example.org", "/runs"])])
 def test_a_wrong_value_is_an_error_that_names_it(name, texts):
     for text in texts:
         with pytest.raises(ConfigError) as caught:
@@ -1519,7 +1525,7 @@ def test_a_session_that_is_gone_is_made_again_with_the_conversation_if_there_was
 def test_a_session_that_was_made_for_something_else_is_left_alone():
     desk = Desk(claude(), start=False)
     desk.terminal.new_session(("vim", "secret.txt"), "/home/me", "'vim secret.txt' in '/home/me'")
-    with pytest.raises(ConfigError, match="work runs 'vim secret.txt' in '/home/me'.*CLAUDE_TMUX"):
+    with pytest.raises(ConfigError, match="work is in use for 'vim secret.txt' in '/home/me'.*CLAUDE_TMUX"):
         desk.agent.start()
     assert not desk.terminal.pasted and not desk.terminal.pressed
 
@@ -1528,7 +1534,7 @@ def test_a_session_that_took_the_place_of_ours_is_neither_typed_into_nor_ended()
     desk = Desk(claude())
     desk.terminal.existing = other = ("'vim' in '/'", "%1")
     desk.terminal.seen = {"server_pid": 2}
-    with pytest.raises(ConfigError, match="work runs 'vim'"):
+    with pytest.raises(ConfigError, match="work is in use for 'vim'"):
         desk.agent.ask("one")
     desk.agent.stop()
     assert desk.terminal.existing is other
@@ -3386,7 +3392,7 @@ class Talk:
     def __init__(self, *lines, agent=None, **options) -> None:
         self.left, self.prompts, self.journal = list(lines), [], Journal()
         self.agent = agent or Hands()
-        self.chat = Chat(Config(), self.agent, self.journal, self._read, **options)
+        self.chat = Chat(self.agent, self._read, journal=self.journal, **options)
 
     def _read(self, prompt):
         self.prompts.append(prompt)
@@ -3394,7 +3400,7 @@ class Talk:
 
     def run(self):
         """Chat to the end; return what the agent answered, its first screen left out."""
-        self.chat.run({"agent": "Agent"})
+        self.chat.run()
         return [event["agent_output"] for event in self.journal.events()
                 if event["type"] == "iteration_end"][1:]
 
@@ -3477,8 +3483,8 @@ class Visitor:
     def __init__(self, journal, recording=False) -> None:
         self.journal, self.orders, self._open = journal, [], []
         self.dashboard = Dashboard(
-            journal, "<p nonce=NONCE>page", "127.0.0.1", 0,
-            None if recording else lambda action, text: self.orders.append((action, text)))
+            journal, page="<p nonce=NONCE>page",
+            control=None if recording else lambda action, text: self.orders.append((action, text)))
         _, self.host, self._token = re.split(r"http://|/\?token=", self.dashboard.url)
 
     @property
@@ -3670,7 +3676,7 @@ def test_an_address_that_cannot_be_listened_on_is_named():
         taken.listen()
         for host, port in (("127.0.0.1", taken.getsockname()[1]), ("192.0.2.1", 0)):
             with pytest.raises(ConfigError, match=f"HOST='{host}', DASHBOARD_PORT={port}: can't"):
-                Dashboard(Journal(), "", host, port, print)
+                Dashboard(Journal(), host=host, port=port, control=print)
 
 
 # -- 16. Terminal -------------------------------------------------------------------------
