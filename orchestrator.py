@@ -86,7 +86,6 @@ import termios
 import textwrap
 import threading
 import time
-import tty
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -325,35 +324,49 @@ class Config:
         return cls(**values)
 
 
-_ENV_LINE = re.compile(r"""\s* (?:export\s+)? (?P<name>[A-Za-z_][A-Za-z0-9_.]*) \s*=\s*
-    (?: '(?P<single>[^']*)' | "(?P<double>[^"]*)" | (?P<bare>(?:[^\s'"#]|(?<==)\#).*?) )?
-    (?:\s+\#.*)? \s*""", re.VERBOSE)
+_ENV_ENTRY = re.compile(r"""[ \t]* (?:export[ \t]+)? (?:
+    (?P<name>[A-Za-z_][\w.]*) [ \t]*=[ \t]*
+    (?: '(?P<single>[^']*)' | "(?P<double>(?:[^"\\]|\\.)*)"
+      | (?P<bare>(?:[^\s'"#]|(?<==)\#)[^\n]*?) )?
+    (?:[ \t]+\#[^\n]*)? [^\S\n]* (?:\n|\Z)
+    | (?P<first_word>\w*) [^\n]* (?:\n|\Z) )""", re.VERBOSE | re.DOTALL | re.ASCII)
 
 
-def parse_env(text: str, wrong: Callable[[str], object] = _raise_config_error) -> dict[str, str]:
-    r"""Return the NAME=value pairs of a .env file; raise ConfigError for a line of another form.
+def parse_env(
+        text: str, on_error: Callable[[str], object] = _raise_config_error) -> dict[str, str]:
+    r"""Return the NAME=value pairs of a .env file.  A value in quotes may span lines.
+
+    The file may belong to another program, so a line of any other form sets its first word to
+    nothing.  Only if that word is a setting of ours, this is a ConfigError, or `on_error` is told.
 
     >>> parse_env('# a comment\nexport KEY="a b"\nPORT=80 # web')
     {'KEY': 'a b', 'PORT': '80'}
     """
     values = {}
-    for number, line in enumerate(text.split("\n"), 1):
-        match = _ENV_LINE.fullmatch(line)
-        if match:
-            values[match["name"]] = match["single"] or match["double"] or match["bare"] or ""
-        elif line.strip() and not line.lstrip().startswith("#"):    # may hold a secret: not shown
-            wrong(f".env line {number}: expected NAME=value, NAME='value' or # comment")
+    for entry in _ENV_ENTRY.finditer(text):
+        name = entry["name"] or entry["first_word"]
+        if entry["double"]:
+            values[name] = re.sub(r'\\(["\\])', r"\1", entry["double"])
+        elif name:
+            values[name] = entry["single"] or entry["bare"] or ""
+        if name in Config.fields_by_variable() and not entry["name"]:
+            line_number = text.count("\n", 0, entry.start()) + 1
+            on_error(f".env line {line_number}: {name} can't be read. "
+                     f"Write {name}=value or {name}='value'.")
     return values
 
 
-def read_env_file(path: Path, wrong: Callable[[str], object] = _raise_config_error) -> dict[str, str]:
-    """Return what a .env file sets, nothing where there is none."""
+def read_env_file(
+        path: Path, on_error: Callable[[str], object] = _raise_config_error) -> dict[str, str]:
+    """Return what a .env file sets.  Without a file, and for a directory, that is nothing."""
     try:
-        return parse_env(path.read_text(encoding="utf-8-sig"), wrong)
-    except (OSError, UnicodeDecodeError) as error:
-        if not isinstance(error, (FileNotFoundError, IsADirectoryError)):   # a virtual environment
-            wrong(f"{path}: can't be read: {getattr(error, 'strerror', None) or 'not UTF-8 text'}")
+        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    except (FileNotFoundError, IsADirectoryError):      # .env may be a virtual environment
         return {}
+    except OSError as error:
+        on_error(f"{path}: can't be read: {error.strerror}")
+        return {}
+    return parse_env(text, on_error)
 
 
 _VARIABLES_NOT_INHERITED = ("OPENROUTER_API_KEY", "TMUX", "TMUX_PANE", "CLAUDECODE", "CLAUDE_CODE_ENTRYPOINT")
@@ -3873,13 +3886,21 @@ class DemoModelHandler(QuietHandler):
         self.wfile.write(b"data: [DONE]\n\n")
 
 
-def _execute_demo_message(message: str) -> str:
-    """Write the file or run the command that a message names; return what there is to show."""
+# The agent is the text of a program, because there may be no file to start it from: with
+# `curl ... | python3 -` this one is read once and gone.  It does on a screen what the real agents
+# do: bracketed paste, an input line, and while it works a spinner in the title and a busy footer.
+DEMO_AGENT = r'''
+import os, re, subprocess, sys, time, tty
+from pathlib import Path
+
+
+def execute(message):
     file = re.search(r"Write the file (\w+\.py):\n```\n(.*?\n)```", message, re.S)
-    command = re.search(r"Run the command: (.+)", message)
     if file:
-        Path(file[1]).write_text(file[2], encoding="utf-8")
-        return f"● Wrote {file[1]}, {file[2].count(chr(10))} lines."
+        name, content = file.groups()
+        Path(name).write_text(content, encoding="utf-8")
+        return f"● Wrote {name}, {len(content.splitlines())} lines."
+    command = re.search(r"Run the command: (.+)", message)
     if command:
         done = subprocess.run(command[1], shell=True, stdin=subprocess.DEVNULL, text=True,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -3887,31 +3908,40 @@ def _execute_demo_message(message: str) -> str:
     return "● Tell me: Write the file NAME.py: with a code block, or Run the command: ..."
 
 
-def run_demo_agent() -> None:
-    """Be a small coding agent in a terminal: write files and run commands, as it is told.
+def write(text):
+    os.write(sys.stdout.fileno(), text.encode())
 
-    It does on a screen what the real ones do: bracketed paste, an input line, and while it works
-    a spinner in the title and a line that says so.
-    """
-    def write(text: str) -> None:
-        os.write(sys.stdout.fileno(), text.encode())
 
-    tty.setcbreak(sys.stdin)
-    write("\x1b[?2004h\x1b]0;demo agent\x07Demo agent: I write files and run commands.\n\n")
-    while True:
-        write("❯ ")
-        typed, pasting = b"", False
-        while pasting or not typed.endswith((b"\r", b"\n")):
-            typed += os.read(sys.stdin.fileno(), 1)
-            if typed.endswith((b"\x1b[200~", b"\x1b[201~")):
-                pasting, typed = typed.endswith(b"\x1b[200~"), typed[:-6]
-                write("" if pasting else typed.decode().replace("\n", "\n  "))
-        answer = _execute_demo_message(typed.decode("utf-8", "replace"))
-        for frame in "⠋⠙⠹⠸⠼⠴⠦⠧":
-            write(f"\x1b]0;{frame} demo agent\x07\r\x1b[K• Working (esc to interrupt) {frame}"
-                  if frame != "⠋" else "\n")
-            time.sleep(0.1)
-        write(f"\r\x1b[K{answer}\n\n\x1b]0;demo agent\x07")
+def read_message():
+    typed = b""
+    is_pasting = False
+    while is_pasting or not typed.endswith((b"\r", b"\n")):
+        typed += os.read(sys.stdin.fileno(), 1)
+        if typed.endswith(b"\x1b[200~"):
+            is_pasting = True
+            typed = b""
+        elif typed.endswith(b"\x1b[201~"):
+            is_pasting = False
+            typed = typed[:-6]
+            write(typed.decode("utf-8", "replace").replace("\n", "\n  "))
+    return typed.decode("utf-8", "replace")
+
+
+def show_spinner():
+    write("\n")
+    for frame in "⠙⠹⠸⠼⠴⠦⠧⠇":
+        write(f"\x1b]0;{frame} demo agent\x07\r\x1b[K• Working (esc to interrupt) {frame}")
+        time.sleep(0.1)
+
+
+tty.setcbreak(sys.stdin)
+write("\x1b[?2004h\x1b]0;demo agent\x07Demo agent: I write files and run commands.\n\n")
+while True:
+    write("❯ ")
+    answer = execute(read_message())
+    show_spinner()
+    write(f"\r\x1b[K{answer}\n\n\x1b]0;demo agent\x07")
+'''
 
 
 # -- 16. Terminal -------------------------------------------------------------------------
@@ -4055,6 +4085,15 @@ def wait_for_enter(stream: TextIO) -> None:
     except Interrupted as interrupt:
         if interrupt.exit_status != 128 + signal.SIGINT:
             raise
+
+
+def read_from_terminal() -> None:
+    """Make the terminal our standard input, if there is one.
+
+    In `curl ... | python3 -` standard input was this program, not a task or a chat.
+    """
+    with contextlib.suppress(OSError):
+        os.dup2(os.open("/dev/tty", os.O_RDWR), 0)
 
 
 def read_message(prompt: str) -> str | None:
@@ -4365,10 +4404,11 @@ def run_demo(config: Config, environ: Mapping[str, str], as_json: bool) -> int:
     place.directory.mkdir()
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), DemoModelHandler)
     threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
-    code = f"import runpy; runpy.run_path({str(Path(__file__).resolve())!r})['run_demo_agent']()"
+    agent = scratch / "demo_agent.py"
+    agent.write_text(DEMO_AGENT, encoding="utf-8")
     shown = {name: value for name, value in vars(config).items() if name.startswith("dashboard")}
     config = Config(
-        claude_tmux_socket=scratch.name, claude_cmd=shlex.join([sys.executable, "-c", code]),
+        claude_tmux_socket=scratch.name, claude_cmd=shlex.join([sys.executable, str(agent)]),
         openrouter_base_url=f"http://127.0.0.1:{server.server_port}/api/v1",
         openrouter_api_key="the-key-of-the-demo", openrouter_model="built-in demo",
         verify_cmd=DEMO_VERIFY_CMD, terminate_when_quit=True, **shown)
@@ -4500,6 +4540,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    if __file__ == "<stdin>":
+        read_from_terminal()
     status = main()
     signal.signal(signal.SIGINT, signal.SIG_IGN)    # there is nothing left to interrupt
     raise SystemExit(status)

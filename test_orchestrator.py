@@ -34,6 +34,7 @@ from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))     # whatever pytest's import mode is
 import orchestrator
 from orchestrator import (
     Agent, AgentError, AgentExited, Autopilot, BudgetExceeded, Chat, Config, ConfigError,
@@ -47,6 +48,10 @@ from orchestrator import (
 
 SOURCE = Path(orchestrator.__file__).read_text(encoding="utf-8")
 KEY = "sk-or-v1-0123456789abcdef"
+README = Path(orchestrator.__file__).with_name("README.md")
+with_our_readme = pytest.mark.skipif(
+    not README.exists() or not README.read_text(encoding="utf-8").startswith("# orchestrator\n"),
+    reason="there is no README.md of ours beside the file: it was vendored")
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -603,17 +608,34 @@ def test_each_error_knows_how_it_ends_a_run(error, status, outcome):
     ("A='b c'", "b c"), ('A="b c"', "b c"), ('A="it\'s"', "it's"), ("A='say \"b\"'", 'say "b"'),
     ("A=b c", "b c"), ("A=b # c", "b"), ("A=b#c", "b#c"), ('A="b # c"', "b # c"),
     ('A="b" # c', "b"), ("A=b=c", "b=c"), ("A=b\r", "b"), ("A=x\nA=b", "b"), ("# x\n\nA=b\n", "b"),
-    ("A=$HOME", "$HOME"), ("A=ä ö", "ä ö")])
-def test_a_line_of_an_env_file(line, value):
+    ("A=$HOME", "$HOME"), ("A=ä ö", "ä ö"), ("A=#b", "#b"), ("A= # b", ""), ("A=it's", "it's"),
+    ("A='b\nc'", "b\nc"), ('A="b\nc" # d\n', "b\nc"), ("A='\nb=c\n'", "\nb=c\n"),
+    ('A="say \\"b\\""', 'say "b"'), ('A="b\\\\"', "b\\"), ('A="b\\n"', "b\\n"), (r"A='\\'", r"\\")])
+def test_an_entry_of_an_env_file(line: str, value: str) -> None:
     assert parse_env(line) == {"A": value}
 
 
-@pytest.mark.parametrize("line", ["secret", "A 'secret'", "A='secret", 'A="secret', "=secret",
-                                  "1A=secret", "A-B=secret", "A='b' secret", "export A secret"])
-def test_a_malformed_line_is_named_by_its_number_and_not_shown(line):
+PRIVATE_KEY = "-----BEGIN PRIVATE KEY-----\nMIIEvQ==\nMAX_COST=none\n-----END PRIVATE KEY-----\n"
+
+
+@pytest.mark.parametrize("lines", [
+    f'KEY="{PRIVATE_KEY}"', f"KEY='{PRIVATE_KEY}'", "key: value", "[section]", "if [ -f x ]; then",
+    ". ./other.env", "A 'b'", "A='b' c", "=b", "1A=b", "A-B=b", "export A b", "A=`pwd`", "<<<<<<<",
+    "A='never closed", 'A="never closed', "\0\0", "\udcff=\udcfe", "-----END PRIVATE KEY-----"])
+def test_lines_of_other_programs_are_passed_over(lines: str) -> None:
+    values = parse_env(f"MAX_ITERATIONS=1\n{lines}\nMAX_MINUTES='2'\n")
+    ours = {name: values[name] for name in values if name in Config.fields_by_variable()}
+    assert ours == {"MAX_ITERATIONS": "1", "MAX_MINUTES": "2"}
+
+
+@pytest.mark.parametrize("line", [
+    "VERIFY_CMD", "VERIFY_CMD 'secret'", "VERIFY_CMD='secret", 'VERIFY_CMD="secret',
+    "VERIFY_CMD: secret", "VERIFY_CMD='b' secret", "export VERIFY_CMD secret"])
+def test_a_setting_of_ours_that_cannot_be_read_is_named_with_its_line_and_not_shown(
+        line: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        parse_env(f"# first\nB=c\n{line}\n")
-    assert "line 3" in str(caught.value) and "secret" not in str(caught.value)
+        parse_env(f"# first\nB='c\nd'\n{line}\n")
+    assert "line 4: VERIFY_CMD" in str(caught.value) and "secret" not in str(caught.value)
 
 
 def test_an_env_file_may_be_missing_or_a_virtual_environment_but_not_unreadable(tmp_path):
@@ -621,10 +643,10 @@ def test_an_env_file_may_be_missing_or_a_virtual_environment_but_not_unreadable(
     assert read_env_file(path) == read_env_file(tmp_path) == {}
     path.write_bytes(b"\xef\xbb\xbfA=b\r\nC=d\r\n")
     assert read_env_file(path) == {"A": "b", "C": "d"}
-    path.write_bytes(b"A=\xff\n")
-    for wrong in (path, path / ".env"):
-        with pytest.raises(ConfigError, match=str(wrong)):
-            read_env_file(wrong)
+    path.write_bytes(b"# Schl\xfcssel\nVERIFY_CMD=grep \xfc\n")     # the shell gets the same bytes
+    assert os.fsencode(read_env_file(path)["VERIFY_CMD"]) == b"grep \xfc"
+    with pytest.raises(ConfigError, match=str(path / ".env")):
+        read_env_file(path / ".env")
 
 
 def test_an_env_file_may_be_a_pipe_of_a_password_manager(tmp_path):
@@ -675,8 +697,9 @@ def test_a_wrong_value_is_an_error_that_names_it(name, texts):
         assert str(caught.value).startswith(f"{name}={shown}: expected ")
 
 
-def test_the_readme_lists_the_settings_as_they_are():
-    readme = (Path(orchestrator.__file__).parent / "README.md").read_text(encoding="utf-8")
+@with_our_readme
+def test_the_readme_lists_the_settings_as_they_are() -> None:
+    readme = README.read_text(encoding="utf-8")
     rows = [[cell.strip() for cell in line.strip().strip("|").split("|")]
             for line in readme.splitlines() if line.startswith("|")]
     for name, field in Config.fields_by_variable().items():
@@ -3816,9 +3839,12 @@ def test_settings_that_run_something_are_announced_when_they_come_from_a_file(sc
     err = scene("--task", "")[2]
     assert "MAX_ITERATION in .env is no setting: do you mean MAX_ITERATIONS?" in err
     assert "PORT" not in err
-    Path(".env").write_text("MAX_COST=1\nsk-secret\n")
+    Path(".env").write_text("MAX_ITERATION: 3\nMAX_COST 1\nsk-secret\n")
     status, out, err = scene("--chat")
     assert status == 2 and ".env line 2" in err and "sk-secret" not in err
+    Path(".env").write_text("MAX_ITERATION: 3\nsk-secret\n")
+    err = scene("--chat")[2]
+    assert "MAX_ITERATION in .env" in err and "secret" not in err
 
 
 @pytest.fixture
@@ -3882,7 +3908,7 @@ def test_the_doctor_says_who_has_the_session_the_port_and_the_state_directory(ru
 
 
 def test_the_doctor_names_all_wrong_settings_and_checks_the_rest(run_doctor, tmp_path):
-    for content, words in ((b"\xff", ".env: can't be read: not UTF-8"), (b"a b", ".env line 1: "),
+    for content, words in ((b"MAX_COST $5", ".env line 1: MAX_COST can't be read"),
                            (b"MAX_COST=$5\nDEFAULT_MODEL=gpt", "MAX_COST='$5': expected a number")):
         Path(".env").write_bytes(content)
         status, lines = run_doctor(AUTONOMOUS_MODE="no")
