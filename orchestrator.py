@@ -3171,8 +3171,7 @@ DASHBOARD_PAGE = r"""<!doctype html>
     align-items: baseline; grid-template-columns: 10px 5ch 7ch 1fr auto repeat(3, 7ch); }
   .iteration summary::before { content: "\25b8"; color: var(--muted); }
   .iteration[open] summary::before { content: "\25be"; }
-  .iteration a, .figure { text-align: right; } .iteration a { color: inherit; font-weight: 600;
-    text-decoration: none; } .iteration a:hover { text-decoration: underline; }
+  .iteration b, .figure { text-align: right; }
   .flag { margin-left: 8px; display: inline-block; }
   .entry { display: grid; grid-template-columns: 108px minmax(0, 1fr); margin: 0 0 8px 24px;
     line-height: 1.8; }
@@ -3524,7 +3523,7 @@ DASHBOARD_PAGE = r"""<!doctype html>
     const unknown = unpriced ? "not reported" : "–";
     setText("title", firstLine(info.task) || "No run yet");
     setText("tokens", count(tokens.total || tokens.prompt + tokens.completion));
-    setText("cached", `${Math.round(100 * tokens.cached / (tokens.prompt || 1))} % cached`);
+    if (tokens.prompt) setText("cached", `${Math.round(100 * tokens.cached / tokens.prompt)} % cached`);
     byId("tokens").title = `${count(tokens.prompt)} in, ${count(tokens.completion)} out`;
     drawFigure("iterations-done", String(done), done, info.max_iter, String);
     drawFigure("cost", cost == null ? unknown : money(cost), cost ?? 0, info.max_cost, money);
@@ -3598,7 +3597,10 @@ DASHBOARD_PAGE = r"""<!doctype html>
     row.dataset.iteration = iteration.number;
     row.open = newest?.open ?? true;      // the newest is open, until someone closes it
     if (newest && !newest.dataset.touched) newest.open = false;
-    row.firstChild.onclick = () => { row.dataset.touched = true; };
+    row.firstChild.onclick = () => {      // the address then leads to it
+      row.dataset.touched = true;
+      history.replaceState(null, "", `#${iteration.number}`);
+    };
     row.ontoggle = () => drawEntries(iteration);
     byId("iterations").prepend(row);
     return row;
@@ -3617,14 +3619,12 @@ DASHBOARD_PAGE = r"""<!doctype html>
       const at = match.body.toLowerCase().indexOf(searched);
       excerpt = `${match.label}: ${match.body.slice(Math.max(0, at - 30), at + 200)}`;
     }
-    const link = createElement("a", "", number || "–"), time = createElement("span", "");
-    link.href = `#${number}`;
+    const time = createElement("span", "");
     if (started) time.append(createTime(started, new Date(started).toTimeString().slice(0, 5)));
     iteration.row ??= addRow(iteration);
     iteration.row.hidden = !match && (searched !== "" || wanted !== FILTERS[""]);
     iteration.row.firstChild.replaceChildren(
-      link, time,
-      createElement("span", "excerpt", excerpt),
+      createElement("b", "", number || "–"), time, createElement("span", "excerpt", excerpt),
       createElement("span", "flags", ...flags),
       ...figures.map(figure => createElement("span", "figure", figure)));
     drawEntries(iteration);
