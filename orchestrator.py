@@ -411,52 +411,65 @@ def sanitize(text: str) -> str:
     return _CONTROL_CHARACTERS.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
-def parse_json_object(text: str | bytes) -> dict | None:
-    """Return the JSON object that a text is, None if it is not one."""
+JsonObject = dict[str, Any]
+
+
+def parse_json_object(text: str | bytes) -> JsonObject | None:
+    """Return the JSON object in a text, or None if the text is anything else."""
     try:
-        found = json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return value if isinstance(value, dict) else None
 
 
-def get_object(holder: Mapping, name: str) -> dict:
-    """Return an object inside another, or in a list there; an empty one where there is none."""
-    found = holder.get(name)
-    found = found[0] if isinstance(found, list) and found else found
-    return found if isinstance(found, dict) else {}
+def get_object(holder: Mapping[str, Any], name: str) -> JsonObject:
+    """Return the object under a name, or the first of a list of objects; {} if there is none."""
+    value = holder.get(name)
+    if isinstance(value, list) and value:
+        value = value[0]
+    return value if isinstance(value, dict) else {}
 
 
-def get_text(message: Mapping, name: str) -> str:
-    """Return a text, which may come as a list of parts."""
-    found = message.get(name)
-    parts = found if isinstance(found, list) else [{"text": found}]
+def get_text(holder: Mapping[str, Any], name: str) -> str:
+    """Return the text under a name, which may be a list of parts; "" if there is none.
+
+    >>> get_text({"content": [{"type": "text", "text": "a"}, {"text": "b"}]}, "content")
+    'ab'
+    """
+    value = holder.get(name)
+    parts = value if isinstance(value, list) else [{"text": value}]
     texts = [part.get("text") for part in parts if isinstance(part, dict)]
     return "".join(text for text in texts if isinstance(text, str))
 
 
-def get_number(holder: Mapping, name: str) -> float | None:
-    """Return a number or the text of one, None where there is none, or one that can't be."""
+def get_number(holder: Mapping[str, Any], name: str) -> float | None:
+    """Return the non-negative number under a name, also if it is written as text, else None."""
     with contextlib.suppress(TypeError, ValueError, OverflowError):
-        found = float(holder.get(name, ""))
-        return found if 0 <= found < 1e15 else None
+        number = float(holder.get(name, ""))
+        if 0 <= number < 1e15:
+            return number
     return None
 
 
-def get_int(holder: Mapping, name: str) -> int:
+def get_int(holder: Mapping[str, Any], name: str) -> int:
+    """Return the whole number under a name, or 0."""
     return int(get_number(holder, name) or 0)
 
 
 def trimmed_lines(capture: str) -> list[str]:
-    """Return the lines of a capture without trailing blanks, and without the blank last lines."""
-    return [line.rstrip() for line in capture.rstrip().split("\n")] if capture.strip() else []
+    """Return the lines of a screen capture without trailing blanks and blank last lines."""
+    if not capture.strip():
+        return []
+    return [line.rstrip() for line in capture.rstrip().split("\n")]
 
 
 def truncate_middle(text: str, limit: int = 16_000) -> str:
-    """Return text of some `limit` characters at most: its head and tail, whole lines if it can."""
+    """Return the head and the tail of a text, some `limit` characters, in whole lines if possible."""
     if len(text) <= limit:
         return text
-    head, tail = text[:limit // 2], text[-(limit // 2):]
+    head = text[:limit // 2]
+    tail = text[-(limit // 2):]
     head = head[:head.rfind("\n", limit // 4) + 1] or head
     tail = tail[tail.find("\n", 0, limit // 4) + 1:]
     middle = text[len(head):len(text) - len(tail)]
@@ -519,16 +532,29 @@ SECONDS_PER_UNIT = {"s": 1, "m": 60, "h": 3600}
 
 
 def format_duration(seconds: float) -> str:
-    """Return a time as people say it: 4.2 s, 9 min 12 s."""
-    return f"{seconds:.3g} s" if seconds < 60 else f"{seconds // 60:.0f} min {int(seconds % 60)} s"
+    """Return a duration for people.
+
+    >>> format_duration(4.2), format_duration(552)
+    ('4.2 s', '9 min 12 s')
+    """
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes} min {rest} s"
 
 
-def _secret_pattern(secret: str) -> re.Pattern[str]:
-    """Return what finds a secret (from 8 characters) and each half of a long one, also wrapped."""
+def secret_pattern(secret: str) -> re.Pattern[str]:
+    """Return a pattern that finds a secret, also where a terminal has wrapped or coloured it.
+
+    Of a long secret each half is found, too.  One of fewer than 8 characters is never found: it
+    would match ordinary text.
+    """
+    if len(secret) < 8:
+        return re.compile("(?!)")
     gap = r"(?:\x1b\[[\d;:]*m|[^!-~]|\|)*"
     half = len(secret) // 2 if len(secret) >= 32 else len(secret)
     parts = [gap.join(map(re.escape, part)) for part in (secret[:half], secret[half:]) if part]
-    return re.compile("|".join([gap.join(parts), *parts]) if len(secret) >= 8 else "(?!)")
+    return re.compile("|".join([gap.join(parts), *parts]))
 
 
 # -- 4. Agent profiles --------------------------------------------------------------------
@@ -2192,7 +2218,7 @@ class Journal:
         self.path = path
         self.write_error = ""
         self.unreported_error = ""
-        self._secret = _secret_pattern(secret)
+        self._secret = secret_pattern(secret)
         self._defer_signals = defer_signals
         self._condition = threading.Condition()
         self._publish_lock = threading.RLock()
