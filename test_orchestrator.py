@@ -35,6 +35,7 @@ from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))     # whatever pytest's import mode is
 import orchestrator
 from orchestrator import (
     Agent, AgentError, AgentExited, Autopilot, BudgetExceeded, Chat, Config, ConfigError,
@@ -48,6 +49,10 @@ from orchestrator import (
 
 SOURCE = Path(orchestrator.__file__).read_text(encoding="utf-8")
 KEY = "sk-or-v1-0123456789abcdef"
+README = Path(orchestrator.__file__).with_name("README.md")
+with_our_readme = pytest.mark.skipif(
+    not README.exists() or not README.read_text(encoding="utf-8").startswith("# orchestrator\n"),
+    reason="there is no README.md of ours beside the file: it was vendored")
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -150,7 +155,7 @@ class ScriptedModel:
 class Hands:
     """An agent that does at once what it is told: a list of turns, then an echo."""
 
-    name = "Agent"
+    name, directory, tmux = "Agent", Path("/"), Tmux("private", "work", {})
 
     def __init__(self, *turns) -> None:
         self.told, self._turns = [], list(turns)
@@ -334,7 +339,7 @@ class Desk:
 
     def hire(self, program=PROGRAM, **options):
         """Return one more agent at the same terminal."""
-        return Agent(self.terminal, program, Path("/"), clock=self.clock, sleep=self.clock.sleep,
+        return Agent(program, Path("/"), tmux=self.terminal, clock=self.clock, sleep=self.clock.sleep,
                      publish=lambda kind, **fields: self.told.append((kind, fields)), **options)
 
 
@@ -447,15 +452,16 @@ class Flight:
         self.journal, self.error = Journal(directory / "run.jsonl", secret=secret), None
         self.memory = Memory(directory / "memory.json", settings.get("memory_max_facts", 50))
         self.control = RunControl(self.journal, lambda: None)
+        self.agent.directory = directory
         self.pilot = Autopilot(
-            Config(**settings), self.agent, self.model, self.memory, self.journal, self.control,
-            directory, environ=child_environment(os.environ), clock=self.clock,
+            self.agent, self.model, config=Config(**settings), memory=self.memory,
+            journal=self.journal, control=self.control, environ=os.environ, clock=self.clock,
             sleep=self.clock.sleep)
 
     def run(self, past=()):
         """Run to the end; return how it ended."""
         try:
-            self.pilot.run({"task": "Paint the shed"}, past)
+            self.pilot.run("Paint the shed", history=past)
         except OrchestratorError as error:
             self.error = error
         assert [event["type"] for event in self.journal.events()][-1] == "complete"
@@ -551,7 +557,9 @@ def test_each_outside_thing_has_one_door():
              "Terminal": lambda function, text: function in ("print", "input", "sys.exit")}
     for home, door in doors.items():
         assert {section for section, *call in calls if door(*call)} <= {home}
-    assert "os.environ" not in SOURCE[:SOURCE.index("# -- 17. ")]
+    readers = {section_of(node.lineno) for node in ast.walk(ast.parse(SOURCE))
+               if isinstance(node, ast.Attribute) and ast.unparse(node) == "os.environ"}
+    assert readers <= {"Agent profiles", "Command line"}
 
 
 def test_the_file_reads_on_python_3_9_and_stays_narrow():
@@ -602,17 +610,34 @@ def test_each_error_knows_how_it_ends_a_run(error, status, outcome):
     ("A='b c'", "b c"), ('A="b c"', "b c"), ('A="it\'s"', "it's"), ("A='say \"b\"'", 'say "b"'),
     ("A=b c", "b c"), ("A=b # c", "b"), ("A=b#c", "b#c"), ('A="b # c"', "b # c"),
     ('A="b" # c', "b"), ("A=b=c", "b=c"), ("A=b\r", "b"), ("A=x\nA=b", "b"), ("# x\n\nA=b\n", "b"),
-    ("A=$HOME", "$HOME"), ("A=ä ö", "ä ö")])
-def test_a_line_of_an_env_file(line, value):
+    ("A=$HOME", "$HOME"), ("A=ä ö", "ä ö"), ("A=#b", "#b"), ("A= # b", ""), ("A=it's", "it's"),
+    ("A='b\nc'", "b\nc"), ('A="b\nc" # d\n', "b\nc"), ("A='\nb=c\n'", "\nb=c\n"),
+    ('A="say \\"b\\""', 'say "b"'), ('A="b\\\\"', "b\\"), ('A="b\\n"', "b\\n"), (r"A='\\'", r"\\")])
+def test_an_entry_of_an_env_file(line: str, value: str) -> None:
     assert parse_env(line) == {"A": value}
 
 
-@pytest.mark.parametrize("line", ["secret", "A 'secret'", "A='secret", 'A="secret', "=secret",
-                                  "1A=secret", "A-B=secret", "A='b' secret", "export A secret"])
-def test_a_malformed_line_is_named_by_its_number_and_not_shown(line):
+PRIVATE_KEY = "-----BEGIN PRIVATE KEY-----\nMIIEvQ==\nMAX_COST=none\n-----END PRIVATE KEY-----\n"
+
+
+@pytest.mark.parametrize("lines", [
+    f'KEY="{PRIVATE_KEY}"', f"KEY='{PRIVATE_KEY}'", "key: value", "[section]", "if [ -f x ]; then",
+    ". ./other.env", "A 'b'", "A='b' c", "=b", "1A=b", "A-B=b", "export A b", "A=`pwd`", "<<<<<<<",
+    "A='never closed", 'A="never closed', "\0\0", "\udcff=\udcfe", "-----END PRIVATE KEY-----"])
+def test_lines_of_other_programs_are_passed_over(lines: str) -> None:
+    values = parse_env(f"MAX_ITERATIONS=1\n{lines}\nMAX_MINUTES='2'\n")
+    ours = {name: values[name] for name in values if name in Config.fields_by_variable()}
+    assert ours == {"MAX_ITERATIONS": "1", "MAX_MINUTES": "2"}
+
+
+@pytest.mark.parametrize("line", [
+    "VERIFY_CMD", "VERIFY_CMD 'secret'", "VERIFY_CMD='secret", 'VERIFY_CMD="secret',
+    "VERIFY_CMD: secret", "VERIFY_CMD='b' secret", "export VERIFY_CMD secret"])
+def test_a_setting_of_ours_that_cannot_be_read_is_named_with_its_line_and_not_shown(
+        line: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        parse_env(f"# first\nB=c\n{line}\n")
-    assert "line 3" in str(caught.value) and "secret" not in str(caught.value)
+        parse_env(f"# first\nB='c\nd'\n{line}\n")
+    assert "line 4: VERIFY_CMD" in str(caught.value) and "secret" not in str(caught.value)
 
 
 def test_an_env_file_may_be_missing_or_a_virtual_environment_but_not_unreadable(tmp_path):
@@ -620,10 +645,10 @@ def test_an_env_file_may_be_missing_or_a_virtual_environment_but_not_unreadable(
     assert read_env_file(path) == read_env_file(tmp_path) == {}
     path.write_bytes(b"\xef\xbb\xbfA=b\r\nC=d\r\n")
     assert read_env_file(path) == {"A": "b", "C": "d"}
-    path.write_bytes(b"A=\xff\n")
-    for wrong in (path, path / ".env"):
-        with pytest.raises(ConfigError, match=str(wrong)):
-            read_env_file(wrong)
+    path.write_bytes(b"# Schl\xfcssel\nVERIFY_CMD=grep \xfc\n")     # the shell gets the same bytes
+    assert os.fsencode(read_env_file(path)["VERIFY_CMD"]) == b"grep \xfc"
+    with pytest.raises(ConfigError, match=str(path / ".env")):
+        read_env_file(path / ".env")
 
 
 def test_an_env_file_may_be_a_pipe_of_a_password_manager(tmp_path):
@@ -648,6 +673,8 @@ def test_the_environment_wins_over_the_file_and_empty_counts_as_unset():
     ("MAX_COST", ".5", 0.5), ("MAX_COST", "3", 3.0), ("MAX_MINUTES", "1.5", 1.5),
     ("MAX_ITERATIONS", "007", 7), ("DASHBOARD_PORT", "65535", 65535),
     ("VERIFY_CMD", "make test && echo ok", "make test && echo ok"),
+    ("CONFIRM_COMPLETE", "off", False), ("NOTIFY_CMD", "mail me", "mail me"),
+    ("DASHBOARD_URL", "https://example.org/runs/1", "https://example.org/runs/1"),
     ("OPENROUTER_BASE_URL", "http://[::1]:8080/v1", "http://[::1]:8080/v1")])
 def test_what_a_setting_takes(name, text, value):
     assert getattr(Config.from_env({name: text}, {}), name.lower()) == value
@@ -662,7 +689,8 @@ def test_what_a_setting_takes(name, text, value):
     ("MAX_MINUTES", ["soon"]), ("TURN_TIMEOUT", ["0", "-5", "30m"]),
     ("HISTORY_MAX_TOKENS", ["0", "60k"]), ("MEMORY_MAX_FACTS", ["0", "x"]),
     ("DASHBOARD_ENABLED", ["y e s"]), ("DASHBOARD_HOST", ["a b"]),
-    ("DASHBOARD_PORT", ["web", "65536", "-1", "99999"]), ("DASHBOARD_OPEN", ["always"])])
+    ("DASHBOARD_PORT", ["web", "65536", "-1", "99999"]), ("DASHBOARD_OPEN", ["always"]),
+    ("CONFIRM_COMPLETE", ["twice"]), ("DASHBOARD_URL", ["example.org", "/runs"])])
 def test_a_wrong_value_is_an_error_that_names_it(name, texts):
     for text in texts:
         with pytest.raises(ConfigError) as caught:
@@ -671,8 +699,9 @@ def test_a_wrong_value_is_an_error_that_names_it(name, texts):
         assert str(caught.value).startswith(f"{name}={shown}: expected ")
 
 
-def test_the_readme_lists_the_settings_as_they_are():
-    readme = (Path(orchestrator.__file__).parent / "README.md").read_text(encoding="utf-8")
+@with_our_readme
+def test_the_readme_lists_the_settings_as_they_are() -> None:
+    readme = README.read_text(encoding="utf-8")
     rows = [[cell.strip() for cell in line.strip().strip("|").split("|")]
             for line in readme.splitlines() if line.startswith("|")]
     for name, field in Config.fields_by_variable().items():
@@ -1542,7 +1571,7 @@ def test_a_session_that_is_gone_is_made_again_with_the_conversation_if_there_was
 def test_a_session_that_was_made_for_something_else_is_left_alone():
     desk = Desk(claude(), start=False)
     desk.terminal.new_session(("vim", "secret.txt"), "/home/me", "'vim secret.txt' in '/home/me'")
-    with pytest.raises(ConfigError, match="work runs 'vim secret.txt' in '/home/me'.*CLAUDE_TMUX"):
+    with pytest.raises(ConfigError, match="work is in use for 'vim secret.txt' in '/home/me'.*CLAUDE_TMUX"):
         desk.agent.start()
     assert not desk.terminal.pasted and not desk.terminal.pressed
 
@@ -1551,7 +1580,7 @@ def test_a_session_that_took_the_place_of_ours_is_neither_typed_into_nor_ended()
     desk = Desk(claude())
     desk.terminal.existing = other = ("'vim' in '/'", "%1")
     desk.terminal.seen = {"server_pid": 2}
-    with pytest.raises(ConfigError, match="work runs 'vim'"):
+    with pytest.raises(ConfigError, match="work is in use for 'vim'"):
         desk.agent.ask("one")
     desk.agent.stop()
     assert desk.terminal.existing is other
@@ -3410,7 +3439,7 @@ class Talk:
     def __init__(self, *lines, agent=None, **options) -> None:
         self.left, self.prompts, self.journal = list(lines), [], Journal()
         self.agent = agent or Hands()
-        self.chat = Chat(Config(), self.agent, self.journal, self._read, **options)
+        self.chat = Chat(self.agent, self._read, journal=self.journal, **options)
 
     def _read(self, prompt):
         self.prompts.append(prompt)
@@ -3418,7 +3447,7 @@ class Talk:
 
     def run(self):
         """Chat to the end; return what the agent answered, its first screen left out."""
-        self.chat.run({"agent": "Agent"})
+        self.chat.run()
         return [event["agent_output"] for event in self.journal.events()
                 if event["type"] == "iteration_end"][1:]
 
@@ -3501,8 +3530,8 @@ class Visitor:
     def __init__(self, journal, recording=False) -> None:
         self.journal, self.orders, self._open = journal, [], []
         self.dashboard = Dashboard(
-            journal, "<p nonce=NONCE>page", "127.0.0.1", 0,
-            None if recording else lambda action, text: self.orders.append((action, text)))
+            journal, page="<p nonce=NONCE>page",
+            control=None if recording else lambda action, text: self.orders.append((action, text)))
         _, self.host, self._token = re.split(r"http://|/\?token=", self.dashboard.url)
 
     @property
@@ -3694,7 +3723,7 @@ def test_an_address_that_cannot_be_listened_on_is_named():
         taken.listen()
         for host, port in (("127.0.0.1", taken.getsockname()[1]), ("192.0.2.1", 0)):
             with pytest.raises(ConfigError, match=f"HOST='{host}', DASHBOARD_PORT={port}: can't"):
-                Dashboard(Journal(), "", host, port, print)
+                Dashboard(Journal(), host=host, port=port, control=print)
 
 
 # -- 16. Terminal -------------------------------------------------------------------------
@@ -3857,9 +3886,12 @@ def test_settings_that_run_something_are_announced_when_they_come_from_a_file(sc
     err = scene("--task", "")[2]
     assert "MAX_ITERATION in .env is no setting: do you mean MAX_ITERATIONS?" in err
     assert "PORT" not in err
-    Path(".env").write_text("MAX_COST=1\nsk-secret\n")
+    Path(".env").write_text("MAX_ITERATION: 3\nMAX_COST 1\nsk-secret\n")
     status, out, err = scene("--chat")
     assert status == 2 and ".env line 2" in err and "sk-secret" not in err
+    Path(".env").write_text("MAX_ITERATION: 3\nsk-secret\n")
+    err = scene("--chat")[2]
+    assert "MAX_ITERATION in .env" in err and "secret" not in err
 
 
 @pytest.fixture
@@ -3923,7 +3955,7 @@ def test_the_doctor_says_who_has_the_session_the_port_and_the_state_directory(ru
 
 
 def test_the_doctor_names_all_wrong_settings_and_checks_the_rest(run_doctor, tmp_path):
-    for content, words in ((b"\xff", ".env: can't be read: not UTF-8"), (b"a b", ".env line 1: "),
+    for content, words in ((b"MAX_COST $5", ".env line 1: MAX_COST can't be read"),
                            (b"MAX_COST=$5\nDEFAULT_MODEL=gpt", "MAX_COST='$5': expected a number")):
         Path(".env").write_bytes(content)
         status, lines = run_doctor(AUTONOMOUS_MODE="no")
