@@ -2353,28 +2353,52 @@ class Conversation:
 # May use: Errors, Configuration, Text, Agent, Model client, Memory, Journal, Conversation.
 
 class RunControl:
-    """What a person asks for from outside while the loop runs; threads may call it."""
+    """What the user asks for from outside while a run goes on.  Other threads may call `handle`."""
 
     def __init__(self, journal: Journal, stop: Callable[[], object]) -> None:
-        self._journal, self._stop = journal, stop
+        self._journal = journal
+        self._stop = stop
         self._notes: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self.paused = False
+        self._interrupt_requested = False
+        self._continue_requested = False
+        self.is_paused = False
+        self.is_stopped = False
 
     def handle(self, action: str, text: str = "") -> None:
-        """Pause after the current turn, resume, stop, or pass on a note."""
-        if action == "note":
-            text = self._journal.redact(sanitize(text).strip())
-            self._notes.put(text)
-            self._journal.publish("note", text=text, source="dashboard")
+        """Carry out an action: pause, resume, stop, note, continue or interrupt."""
+        if action in ("note", "interrupt") and text.strip():
+            note = self._journal.redact(sanitize(text).strip())
+            self._notes.put(note)
+            self._journal.publish("note", text=note, source="dashboard")
+        if action == "interrupt":
+            self._interrupt_requested = True
+            self._journal.publish("state", state="interrupted", reason="from the dashboard")
+        elif action == "continue":
+            self._continue_requested = True
         elif action == "stop":
+            self.is_stopped = True
             self._stop()
-        elif self.paused != (action == "pause"):
-            self.paused = not self.paused
-            self._journal.publish("state", state="paused" if self.paused else "resumed")
+        elif action in ("pause", "resume") and self.is_paused != (action == "pause"):
+            self.is_paused = action == "pause"
+            self._journal.publish("state", state="paused" if self.is_paused else "resumed")
 
     def take_notes(self) -> list[str]:
-        """Take the notes that came since the last time."""
+        """Return the notes that came since the last call."""
         return [_NOTE_PREFIX + self._notes.get() for _ in range(self._notes.qsize())]
+
+    def take_interrupt(self) -> bool:
+        """Tell whether an interruption was asked for since the last call."""
+        was_requested = self._interrupt_requested
+        self._interrupt_requested = False
+        return was_requested
+
+    def begin_wait(self) -> None:
+        """Forget what was asked for before a wait that "continue" can end."""
+        self._continue_requested = False
+
+    def ends_wait(self) -> bool:
+        """Tell whether a wait must end now: for a note, or because the user says so."""
+        return self._continue_requested or not self._notes.empty()
 
 
 class RunTotals:
@@ -2614,7 +2638,7 @@ class Autopilot:
 
     def _step(self) -> None:
         """Ask the model what to say, say it to the agent, and note what came of it."""
-        while self._control.paused:
+        while self._control.is_paused:
             self._sleep(min(0.2, self._seconds_left()))
         self._check_budgets(self._totals.iterations)
         for note in self._control.take_notes():
