@@ -221,7 +221,7 @@ _POSITIVE_INT = (r"0*[1-9][0-9]{0,8}", "a whole number, 1 or more")
 _NON_NEGATIVE_NUMBER = (r"[0-9]{1,9}(\.[0-9]*)?|\.[0-9]+", "a number, 0 or more")
 _PORT = (r"[0-5]?\d{1,4}|6[0-4]\d{3}|65[0-4]\d\d|655[0-2]\d|6553[0-5]",
          "a whole number, 0 to 65535")
-_URL = (rf"https?://([\w.-]+|\[[\da-fA-F:.]+\])(:({_PORT[0]}))?(/[^\s?#]*)?",
+_URL = (rf"https?://([\w.-]+|\[[\da-fA-F:.]+\])(:({_PORT[0]}))?(/[^\s?#]*)?(\?[^\s#]*)?",
         "an http:// or https:// address")
 
 
@@ -1850,7 +1850,7 @@ class _Completion:
         part = delta or message
         self._is_whole |= bool(message) or chunk is _END_OF_STREAM
         self.has_begun |= bool(part)
-        self._has_tool_call |= bool(part.get("tool_calls") or part.get("function_call"))
+        self._has_tool_call |= bool(part.get("tool_calls")) or self.finish_reason == "tool_calls"
         self.refusal += get_text(part, "refusal")
         self._streamed += get_text(delta, "content")
         if not delta:
@@ -4615,9 +4615,9 @@ def run(config: Config, place: Workspace, *, task: Callable[[], str] = lambda: "
         agent.find_session()
         if not chat:
             model = OpenRouter(config.openrouter_base_url, config.openrouter_api_key,
-                               config.openrouter_model, publish=publish)
+                               config.openrouter_model, session_id=path.stem, publish=publish)
             with contextlib.suppress(TransientError):   # an outage may be over by the first call
-                model.check_access()
+                print_error(model.check_access().warning)
         wanted = str(past[0]["task"]) if past else "" if chat else task()
         journal = Journal(path, defer_signals=signals.deferred, secret=config.openrouter_api_key)
         stack.callback(lambda: print_error(journal.unreported_error))
@@ -4708,7 +4708,8 @@ def run_doctor(config: Config, place: Workspace, wrong: Sequence[str]) -> int:
         if config.autonomous_mode and not config.openrouter_api_key:
             raise ConfigError("OPENROUTER_API_KEY is not set: export it, or put it into .env")
         found.append("none is needed for chat" if not config.autonomous_mode else OpenRouter(
-            config.openrouter_base_url, config.openrouter_api_key, config.openrouter_model).check_access())
+            config.openrouter_base_url, config.openrouter_api_key,
+            config.openrouter_model).check_access().description)
     with line("session") as found, session_lock(config, place):
         found.append(f"{tmux.session}: {'runs already, and is joined' if agent.find_session() else 'free'}")
     with line("state") as found:
