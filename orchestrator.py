@@ -88,7 +88,6 @@ import termios
 import textwrap
 import threading
 import time
-import tty
 import unicodedata
 import urllib.error
 import urllib.parse
@@ -96,24 +95,35 @@ import urllib.request
 import weakref
 from pathlib import Path
 from typing import (
-    Any, Callable, Generator, Iterable, Iterator, Mapping, NamedTuple, Sequence, TextIO)
+    Any, Callable, Generator, Iterable, Iterator, Mapping, NamedTuple, Protocol, Sequence, TextIO,
+    TypedDict)
 
 __version__ = "1.0.0"
-__all__ = ["Agent", "Autopilot", "Chat", "Config", "Dashboard", "Journal", "Memory", "OpenRouter",
-           "OrchestratorError", "Tmux", "child_environment", "select_profile", "main"]
+__all__ = [
+    "Agent", "AgentProfile", "Turn", "Tmux", "child_environment", "select_profile",
+    "Autopilot", "Chat", "Config", "Memory", "RunControl",
+    "ChatModel", "OpenRouter", "Reply", "TokenUsage",
+    "Dashboard", "Event", "Journal", "TaskInfo", "read_events",
+    "AgentError", "AgentExited", "BudgetExceeded", "ConfigError", "ContextWindowExceeded",
+    "Interrupted", "ModelError", "OrchestratorError", "StuckInLoop", "TaskFailed",
+    "TransientError", "main"]
 
 
 # -- 1. Errors ----------------------------------------------------------------------------
 # What can go wrong, by what the caller can do about it.  May use: nothing.
 
 class OrchestratorError(Exception):
-    """A failure told in one line; `exit_status` is the exit status, `outcome` how it ends a run."""
+    """A failure, told in one line.
 
-    exit_status, outcome = 1, "interrupted"
+    `exit_status` is the status with which the program ends, `outcome` is the one of the run.
+    """
+
+    exit_status = 1
+    outcome = "interrupted"
 
 
 class ConfigError(OrchestratorError):
-    """A setting, an argument or a file is wrong, and the user can mend it."""
+    """A setting, an argument or a file is wrong, and you can correct it."""
 
     exit_status = 2
 
@@ -121,69 +131,80 @@ class ConfigError(OrchestratorError):
 class BudgetExceeded(OrchestratorError):
     """The run has used up its iterations, its money or its time."""
 
-    exit_status, outcome = 3, "budget"
+    exit_status = 3
+    outcome = "budget"
 
 
 class TaskFailed(OrchestratorError):
-    """The model said that the task can't be done."""
+    """The model gave up the task."""
 
-    exit_status, outcome = 4, "failed"
+    exit_status = 4
+    outcome = "failed"
 
 
 class StuckInLoop(TaskFailed):
-    """The run goes in circles."""
+    """The run repeats itself without progress."""
 
     outcome = "stuck"
 
 
 class AgentError(OrchestratorError):
-    """The agent could not be started or kept alive; `last_output` is what it showed last."""
+    """The agent could not be started or kept alive.  `last_output` is what it showed last."""
 
-    exit_status, outcome, last_output = 5, "agent", ""
+    exit_status = 5
+    outcome = "agent"
+    last_output = ""
 
 
 class TmuxError(AgentError):
-    """tmux could not be asked: look again."""
+    """A call to tmux failed.  The same call may succeed later."""
 
 
 class TmuxSessionLost(TmuxError):
-    """The pane, its session or the server is no longer there: make it again."""
+    """The pane, its session or the tmux server no longer exists.  Make a new one."""
 
 
 class TmuxServerLost(TmuxSessionLost):
-    """The server ended during a call, which may have been carried out."""
+    """The tmux server ended during a call, so the call may or may not have taken effect."""
 
 
 class AgentExited(AgentError):
-    """The program in the pane has ended."""
+    """The program in the pane has exited."""
 
 
 class ModelError(OrchestratorError):
-    """The model refused or could not be reached, and asking the same again is no use.
+    """The model server refused a request or could not be reached; a retry would not help.
 
-    `http_status` is the HTTP status, if there was one; `suggested_options` has options of the request that would
-    have to be lower, or None where one would have to go.
+    `http_status` is the HTTP status, or 0.  `suggested_options` maps options of the request to
+    the lower value that would be accepted, or to None if the option has to be left out.
     """
 
-    exit_status, outcome, http_status = 6, "model", 0
+    exit_status = 6
+    outcome = "model"
+    http_status = 0
     suggested_options: Mapping[str, int | None] = {}
 
 
 class RequestRejected(ModelError):
-    """However often it is asked, the model does not answer this conversation."""
+    """The model can't or won't answer this request.  Sending it again fails again."""
 
 
 class ContextWindowExceeded(RequestRejected):
-    """The conversation is longer than the model takes: shorten it."""
+    """The conversation is longer than the model's context window.  Shorten it."""
 
 
 class TransientError(ModelError):
-    """A call to the model failed in a way that may pass: wait, then ask again."""
+    """A request failed in a way that may pass.  Wait, then send it again.
 
-    def __init__(self, message: str, *, retry_after: float | None = None, max_attempts: int = 0) -> None:
+    `retry_after` is the number of seconds that the server asked for, or None.  `max_attempts`
+    limits the attempts in a row; 0 means that only the retry timeout does.
+    """
+
+    def __init__(self, message: str, *, retry_after: float | None = None,
+                 max_attempts: int = 0) -> None:
         super().__init__(message)
-        self.retry_after = retry_after      # seconds, when the server said so
-        self.max_attempts = max_attempts      # how often in a row at most, 0: as long as patience lasts
+        self.retry_after = retry_after
+        self.max_attempts = max_attempts
 
 
 class Interrupted(KeyboardInterrupt):
@@ -213,118 +234,171 @@ _URL = (rf"https?://([\w.-]+|\[[\da-fA-F:.]+\])(:({_PORT[0]}))?(/[^\s?#]*)?",
         "an http:// or https:// address")
 
 
-def _raise_config_error(what: str) -> None:
-    raise ConfigError(what)
+def check_session_name(name: str, what: str) -> None:
+    """Raise ConfigError if a name of a tmux session or socket has characters that tmux changes."""
+    pattern, expected = _SESSION_NAME
+    if not re.fullmatch(pattern, name):
+        raise ConfigError(f"{what} is {name!r}: expected {expected}")
 
 
-def _setting(default: object, accept: tuple[str, str], meaning: str) -> Any:
-    """Return a Config field: default, the pattern of its text and that in words, and meaning."""
-    return dataclasses.field(default=default, metadata={"accept": accept, "meaning": meaning})
+def _raise_config_error(message: str) -> None:
+    raise ConfigError(message)
+
+
+def _setting(default: object, value_format: tuple[str, str], help: str) -> Any:
+    """Return a Config field; `value_format` is a pattern and its description."""
+    return dataclasses.field(default=default,
+                             metadata={"value_format": value_format, "help": help})
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """All that a run can be told.  A field's environment variable is its name in capitals."""
+    """The settings of a run.  A field's environment variable is its name in capitals."""
 
-    claude_tmux_session: str = _setting("gt-claude-loop", _SESSION_NAME, "tmux session name")
+    claude_tmux_session: str = _setting(
+        "gt-claude-loop", _SESSION_NAME,
+        "tmux session name; if it is not set and the session is in use for another directory or "
+        "command, a name of the directory's own is used")
     claude_tmux_socket: str = _setting(
         "gt-claude-loop", _SESSION_NAME, "tmux socket name (-L), apart from your own tmux")
     default_model: str = _setting(
-        "claude", _SINGLE_WORD, "the agent: gpt... is Codex, anything else Claude Code; "
-        "a name more exact than claude or gpt is passed on with --model")
-    claude_cmd: str = _setting("", _ANY_TEXT, "shell command to run in the pane instead")
-    terminate_when_quit: bool = _setting(False, _BOOLEAN, "kill the tmux session at the end")
-    autonomous_mode: bool = _setting(True, _BOOLEAN, "false: chat")
-    openrouter_api_key: str = _setting("", _API_KEY, "required when autonomous")
-    openrouter_model: str = _setting("anthropic/claude-opus-4.6", _SINGLE_WORD, "the orchestrating model")
+        "claude", _SINGLE_WORD, "the agent: codex or gpt... starts Codex, anything else Claude "
+        "Code; any other name than claude, codex or gpt is passed to the agent with --model")
+    claude_cmd: str = _setting("", _ANY_TEXT, "command to run in the pane instead")
+    terminate_when_quit: bool = _setting(
+        False, _BOOLEAN, "end the tmux session, and all that runs in it, at the end")
+    autonomous_mode: bool = _setting(True, _BOOLEAN, "false: chat mode")
+    openrouter_api_key: str = _setting("", _API_KEY, "required in autonomous mode")
+    openrouter_model: str = _setting(
+        "anthropic/claude-opus-4.6", _SINGLE_WORD, "the model that takes your place")
     openrouter_base_url: str = _setting(
-        "https://openrouter.ai/api/v1", _URL, "any OpenAI-compatible server")
-    max_iterations: int = _setting(0, _NON_NEGATIVE_INT, "model turns, 0: no limit")
-    max_cost: float = _setting(0.0, _NON_NEGATIVE_NUMBER, "US dollars, 0: no limit")
-    max_minutes: float = _setting(0.0, _NON_NEGATIVE_NUMBER, "wall clock of the run, 0: no limit")
-    turn_timeout: int = _setting(1800, _POSITIVE_INT, "seconds until a turn is reported as still working")
+        "https://openrouter.ai/api/v1", _URL, "OpenRouter or any OpenAI-compatible server")
+    max_iterations: int = _setting(0, _NON_NEGATIVE_INT, "replies of the model; 0: no limit")
+    max_cost: float = _setting(0.0, _NON_NEGATIVE_NUMBER, "US dollars; 0: no limit")
+    max_minutes: float = _setting(
+        0.0, _NON_NEGATIVE_NUMBER, "minutes that the run may take; 0: no limit")
+    turn_timeout: int = _setting(
+        1800, _POSITIVE_INT, "seconds after which a turn is reported as still working")
     history_max_tokens: int = _setting(
-        60000, _POSITIVE_INT, "size of the conversation above which its older part is summarised")
+        60000, _POSITIVE_INT,
+        "tokens; a longer conversation is shortened by summarising its older part")
     verify_cmd: str = _setting(
-        "", _ANY_TEXT, "shell command that has to pass before the task is complete")
-    memory_max_facts: int = _setting(50, _POSITIVE_INT, "above this the memory is compacted")
+        "", _ANY_TEXT, "shell command that must pass before the task is complete")
+    confirm_complete: bool = _setting(
+        True, _BOOLEAN, "without VERIFY_CMD: ask the model to confirm that the task is complete")
+    notify_cmd: str = _setting(
+        "", _ANY_TEXT, "shell command to run when a run ends or needs you; it gets a sentence on "
+        "standard input")
+    memory_max_facts: int = _setting(
+        50, _POSITIVE_INT, "number of facts above which memory.json is compacted")
     dashboard_enabled: bool = _setting(True, _BOOLEAN, "serve the dashboard")
-    dashboard_host: str = _setting("127.0.0.1", _SINGLE_WORD, "address it listens on")
-    dashboard_port: int = _setting(0, _PORT, "0: any free port")
-    dashboard_open: bool = _setting(True, _BOOLEAN, "open it in a browser, where there is one")
+    dashboard_host: str = _setting("127.0.0.1", _SINGLE_WORD, "address that it listens on")
+    dashboard_port: int = _setting(0, _PORT, "port that it listens on; 0: any free port")
+    dashboard_open: bool = _setting(True, _BOOLEAN, "open it in a browser if there is one")
+    dashboard_url: str = _setting(
+        "", _URL, "address under which a proxy publishes it; printed instead of its own")
 
     @classmethod
-    def fields_by_variable(cls) -> dict[str, dataclasses.Field]:
+    def fields_by_variable(cls) -> dict[str, dataclasses.Field[Any]]:
         """Return the fields by the names of their environment variables."""
         return {field.name.upper(): field for field in dataclasses.fields(cls)}
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str], env_file: Mapping[str, str],
-             wrong: Callable[[str], object] = _raise_config_error) -> Config:
+                 on_error: Callable[[str], object] = _raise_config_error) -> Config:
         """Return the settings; a variable that is set and not empty wins over the file.
 
-        Raises ConfigError for a value that does not fit, naming variable, value and what is
-        accepted; if `wrong` is told of that instead, the default stays.
+        `on_error` gets a message about each invalid value: variable, value and what is accepted.
+        If it returns, the default is used.
         """
         values: dict[str, Any] = {}
         for name, field in cls.fields_by_variable().items():
             text = (environ.get(name) or env_file.get(name) or "").strip()
-            (pattern, expected), kind = field.metadata["accept"], type(field.default)
-            if text and not re.fullmatch(pattern, text):
+            pattern, description = field.metadata["value_format"]
+            if not text:
+                continue
+            if not re.fullmatch(pattern, text):
                 shown = "(hidden)" if name == "OPENROUTER_API_KEY" else repr(text)
-                wrong(f"{name}={shown}: expected {expected}")
-            elif text:
-                true = text.lower() in ("true", "1", "yes", "on")
-                values[field.name] = true if kind is bool else kind(text)
+                on_error(f"{name}={shown}: expected {description}")
+            elif isinstance(field.default, bool):
+                values[field.name] = text.lower() in ("true", "1", "yes", "on")
+            else:
+                values[field.name] = type(field.default)(text)
         return cls(**values)
 
 
-_ENV_LINE = re.compile(r"""\s* (?:export\s+)? (?P<name>[A-Za-z_][A-Za-z0-9_.]*) \s*=\s*
-    (?: '(?P<single>[^']*)' | "(?P<double>[^"]*)" | (?P<bare>(?:[^\s'"#]|(?<==)\#).*?) )?
-    (?:\s+\#.*)? \s*""", re.VERBOSE)
+_ENV_ENTRY = re.compile(r"""[ \t]* (?:export[ \t]+)? (?:
+    (?P<name>[A-Za-z_][\w.]*) [ \t]*=[ \t]*
+    (?: '(?P<single>[^']*)' | "(?P<double>(?:[^"\\]|\\.)*)"
+      | (?P<bare>(?:[^\s'"#]|(?<==)\#)[^\n]*?) )?
+    (?:[ \t]+\#[^\n]*)? [^\S\n]* (?:\n|\Z)
+    | (?P<first_word>\w*) [^\n]* (?:\n|\Z) )""", re.VERBOSE | re.DOTALL | re.ASCII)
 
 
-def parse_env(text: str, wrong: Callable[[str], object] = _raise_config_error) -> dict[str, str]:
-    r"""Return the NAME=value pairs of a .env file; raise ConfigError for a line of another form.
+def parse_env(
+        text: str, on_error: Callable[[str], object] = _raise_config_error) -> dict[str, str]:
+    r"""Return the NAME=value pairs of a .env file.  A value in quotes may span lines.
+
+    The file may belong to another program, so a line of any other form sets its first word to
+    nothing.  Only if that word is a setting of ours, this is a ConfigError, or `on_error` is told.
 
     >>> parse_env('# a comment\nexport KEY="a b"\nPORT=80 # web')
     {'KEY': 'a b', 'PORT': '80'}
     """
     values = {}
-    for number, line in enumerate(text.split("\n"), 1):
-        match = _ENV_LINE.fullmatch(line)
-        if match:
-            values[match["name"]] = match["single"] or match["double"] or match["bare"] or ""
-        elif line.strip() and not line.lstrip().startswith("#"):    # may hold a secret: not shown
-            wrong(f".env line {number}: expected NAME=value, NAME='value' or # comment")
+    for entry in _ENV_ENTRY.finditer(text):
+        name = entry["name"] or entry["first_word"]
+        if entry["double"]:
+            values[name] = re.sub(r'\\(["\\])', r"\1", entry["double"])
+        elif name:
+            values[name] = entry["single"] or entry["bare"] or ""
+        if name in Config.fields_by_variable() and not entry["name"]:
+            line_number = text.count("\n", 0, entry.start()) + 1
+            on_error(f".env line {line_number}: {name} can't be read. "
+                     f"Write {name}=value or {name}='value'.")
     return values
 
 
-def read_env_file(path: Path, wrong: Callable[[str], object] = _raise_config_error) -> dict[str, str]:
-    """Return what a .env file sets, nothing where there is none."""
+def read_env_file(
+        path: Path, on_error: Callable[[str], object] = _raise_config_error) -> dict[str, str]:
+    """Return what a .env file sets.  Without a file, and for a directory, that is nothing."""
     try:
-        return parse_env(path.read_text(encoding="utf-8-sig"), wrong)
-    except (OSError, UnicodeDecodeError) as error:
-        if not isinstance(error, (FileNotFoundError, IsADirectoryError)):   # a virtual environment
-            wrong(f"{path}: can't be read: {getattr(error, 'strerror', None) or 'not UTF-8 text'}")
+        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    except (FileNotFoundError, IsADirectoryError):      # .env may be a virtual environment
         return {}
+    except OSError as error:
+        on_error(f"{path}: can't be read: {error.strerror}")
+        return {}
+    return parse_env(text, on_error)
 
 
 _VARIABLES_NOT_INHERITED = ("OPENROUTER_API_KEY", "TMUX", "TMUX_PANE", "CLAUDECODE", "CLAUDE_CODE_ENTRYPOINT")
 
 
-def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment for what we start: without the key, nor signs of our surroundings.
+def child_environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the environment for programs that we start (`environ` or our own, with changes).
 
-    Claude Code refuses to run where CLAUDECODE is set, and where it may use the alternate screen
-    it leaves no scrollback.
+    It lacks the API key and the variables that tell a program that it runs inside another agent
+    or tmux.  Claude Code refuses to start where CLAUDECODE is set, and leaves no scrollback where
+    it may use the alternate screen.
     """
-    kept = {name: value for name, value in environ.items() if name not in _VARIABLES_NOT_INHERITED}
+    source = os.environ if environ is None else environ
+    kept = {name: value for name, value in source.items() if name not in _VARIABLES_NOT_INHERITED}
     return {**kept, "CLAUDE_CODE_DISABLE_ALTERNATE_SCREEN": "1"}
 
 
 # -- 3. Text ------------------------------------------------------------------------------
 # Pure functions that know nothing of agents or models.  May use: nothing.
+
+
+def ignore(*args: object, **fields: object) -> None:
+    """Do nothing: the default of optional callbacks."""
+
+
+def never() -> bool:
+    """Return False: the default of optional conditions."""
+    return False
+
 
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -665,7 +739,8 @@ def parse_usage_limit(output: str, now: datetime.datetime) -> tuple[str, float]:
 
 
 # -- 6. Tmux ------------------------------------------------------------------------------
-# Sessions, panes, pastes and keys; no policy.  The only code that runs tmux.  May use: Errors.
+# Sessions, panes, pastes and keys; no policy.  The only code that runs tmux.
+# May use: Errors, Configuration.
 
 _SERVER_LOST = re.compile("server exited|lost server")
 _SESSION_LOST = re.compile(r"no server running|error connecting to .*\((No such file|Connection refused)|"
@@ -708,10 +783,22 @@ class PaneSnapshot(NamedTuple):
 
 
 class Tmux:
-    """One session on a tmux server of its own.  Methods raise TmuxGone, or another TmuxError."""
+    """One session on a tmux server of its own.
 
-    def __init__(self, socket_name: str, session: str, environ: Mapping[str, str]) -> None:
-        self.socket_name, self.session, self._environ = socket_name, session, dict(environ)
+    The names of the socket and of the session take letters, digits, `_` and `-`: tmux would change
+    others.  Methods raise TmuxSessionLost if the session is gone, otherwise TmuxError.
+
+    >>> Tmux("my-socket", "docs").attach_command
+    'tmux -L my-socket attach -t docs'
+    """
+
+    def __init__(self, socket_name: str, session: str,
+                 environ: Mapping[str, str] | None = None) -> None:
+        for what, name in (("socket", socket_name), ("session", session)):
+            check_session_name(name, f"the tmux {what} name")
+        self.socket_name = socket_name
+        self.session = session
+        self._environ = child_environment(environ)
         self._server_hint = f"is the server on socket {socket_name} of another version, or stopped?"
 
     @property
@@ -880,7 +967,7 @@ class Tmux:
 
 # -- 7. Agent -----------------------------------------------------------------------------
 # Starts, asks, waits for and restarts the program in the pane; no tmux syntax.
-# May use: Errors, Text, Agent profiles, Screens, Tmux.
+# May use: Errors, Configuration, Text, Agent profiles, Screens, Tmux.
 
 class Turn(NamedTuple):
     """What came of a message: all that is new on the screen, and how the turn ended."""
@@ -973,11 +1060,20 @@ def process_start_time(pid: int) -> str:
 
 
 class Agent:
-    """The program in the pane, as the loops see it: start, ask, press, wait, look, stop.
+    """A coding agent in a tmux pane: start it, ask it, send it keys, read its screen, stop it.
 
-    A dead program, session or server is started again on the way; more than three restarts
-    within ten minutes without a finished turn raise AgentError.  `publish` is told of each
-    recovery, and of the screen twice a second while `has_viewers()`.
+    `profile` is an AgentProfile or the name of an agent ("claude", "codex", or a model's name, as
+    in DEFAULT_MODEL).  If the program, its session or the tmux server dies, the agent is started
+    again; more than three restarts within ten minutes without a finished turn raise AgentError.
+    `publish` is called for each recovery, and with the screen twice a second while `has_viewers()`.
+
+        with Agent("claude", "~/src/project", session="docs") as agent:
+            turn = agent.ask("Run the tests", timeout=600)
+            print(turn.state, turn.output)
+
+    The block starts or joins the session, and ends it if it made it, unless `keep_session`.
+    Raises ConfigError for a session that belongs to something else, AgentError if tmux or the
+    program is missing or the program ends at once.
     """
 
     # Seconds that a first screen stands still: a ready one, unknown words, a box without a title.
@@ -987,14 +1083,22 @@ class Agent:
     STATE_SECONDS = 0.3
     TMUX_TIMEOUT = 25.0   # seconds: how long a tmux that does not answer is asked again
 
-    def __init__(self, tmux: Tmux, profile: AgentProfile, directory: Path, *,
-                 publish: Callable[..., object] = lambda kind, **fields: None,
-                 has_viewers: Callable[[], bool] = lambda: False,
+    def __init__(self, profile: AgentProfile | str = "claude", directory: Path | str = ".", *,
+                 session: str = Config.claude_tmux_session, socket: str = Config.claude_tmux_socket,
+                 environ: Mapping[str, str] | None = None, tmux: Tmux | None = None,
+                 keep_session: bool = False, publish: Callable[..., object] = ignore,
+                 has_viewers: Callable[[], bool] = never,
                  clock: Callable[[], float] = time.monotonic,
                  sleep: Callable[[float], None] = time.sleep) -> None:
+        if isinstance(profile, str):
+            profile = select_profile(profile)
         self.name = profile.name
+        self.tmux = tmux or Tmux(socket, session, environ)
+        self.directory = Path(directory).expanduser().resolve()
+        self._keep_session = keep_session
+        self._made_session = False
         self._is_known = bool(profile.install_command)     # what its screens mean is known
-        self._tmux, self._profile, self._directory = tmux, profile, str(directory)
+        self._tmux, self._profile, self._directory = self.tmux, profile, str(self.directory)
         self._publish, self._has_viewers, self._clock, self._sleep = publish, has_viewers, clock, sleep
         self._session_mark = f"{shlex.join(profile.start_command)!r} in {self._directory!r}"
         self._pane_id, self._server_pid = "", 0     # a new server counts its panes from %0 again
@@ -1005,6 +1109,16 @@ class Agent:
         self._blocked_by_dialog = False                      # it shows no input box, but something unknown
         self._restart_times: list[float] = []
         self._last_published: tuple[float, tuple[str, ...]] = (0.0, ())
+
+    def __enter__(self) -> Agent:
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """End the session if this object made it; an error of the caller is never hidden."""
+        if self._made_session and not self._keep_session:
+            with contextlib.suppress(OSError):
+                self.stop()
 
     def check_installed(self) -> str:
         """Return where the agent's program is; raise AgentError if it is not there."""
@@ -1019,8 +1133,8 @@ class Agent:
         mark, pane_id = self._tmux.find_pane()
         if pane_id and mark != self._session_mark:
             raise ConfigError(
-                f"session {self._tmux.session} runs {mark or 'something else'}: "
-                "set CLAUDE_TMUX_SESSION to another name, or end it with "
+                f"the tmux session {self._tmux.session} is in use for {mark or 'something else'}. "
+                "Choose another name (CLAUDE_TMUX_SESSION, or the argument session), or close it: "
                 f"tmux -L {self._tmux.socket_name} kill-session -t {self._tmux.session}")
         return pane_id
 
@@ -1100,7 +1214,7 @@ class Agent:
                 self._tmux.kill_session()
 
     def _with_recovery(self, act: Callable[[PaneSnapshot], Turn],
-                 again: Callable[[], bool] = lambda: False) -> Turn:
+                 again: Callable[[], bool] = never) -> Turn:
         """Do something to the pane; if its program is gone restart it, and do it `again` or not."""
         notes: tuple[str, ...] = ()
         while True:
@@ -1313,6 +1427,7 @@ class Agent:
             self._tmux.respawn_pane(self._pane_id, command, self._directory)
         else:
             self._pane_id = self._tmux.new_session(command, self._directory, self._session_mark)
+            self._made_session = True
         self._wait_until_ready()
 
     def _wait_until_ready(self) -> None:
@@ -1414,16 +1529,39 @@ class TokenUsage(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """A whole answer of the model, and what all the tries for it used."""
+    """A complete answer of the model, and what all attempts to get it used."""
 
     text: str
-    tokens: TokenUsage
-    cost: float | None      # US dollars, None where the server does not say
-    duration_ms: int
+    tokens: TokenUsage = TokenUsage()
+    cost: float | None = None       # US dollars; None: the server did not report it
+    duration_ms: int = 0
 
     def usage_fields(self) -> dict[str, Any]:
         """Return what it used, as events tell it."""
         return {"tokens": self.tokens._asdict(), "cost": self.cost}
+
+
+class ChatModel(Protocol):
+    """What Autopilot needs of a model: OpenRouter is one, your own class can be another.
+
+        class Echo:
+            characters_per_token = 4.0
+
+            def complete(self, messages, *, on_text, on_usage, time_left):
+                return Reply("TASK_COMPLETE")
+
+    `messages` are dicts with "role" and "content".  `on_text` may be called with the text so far,
+    `on_usage` with the tokens and the cost of each attempt.  `time_left()` returns the seconds
+    that the call may take, and raises BudgetExceeded, which must pass through.
+    """
+
+    characters_per_token: float
+
+    def complete(self, messages: Messages, *, on_text: Callable[[str], object],
+                 on_usage: Callable[[TokenUsage, float | None], object],
+                 time_left: Callable[[], float]) -> Reply:
+        """Return the model's answer to a conversation."""
+        ...
 
 
 class _NoRedirectHandler(urllib.request.HTTPRedirectHandler):
@@ -1546,7 +1684,7 @@ class OpenRouter:
     MAX_REPLY_PARTS = 4               # of an answer that is cut at its length again and again
 
     def __init__(self, base_url: str, key: str, model: str, *,
-                 publish: Callable[..., object] = lambda kind, **fields: None,
+                 publish: Callable[..., object] = ignore,
                  clock: Callable[[], float] = time.monotonic,
                  sleep: Callable[[float], None] = time.sleep) -> None:
         if not re.fullmatch(r"[!-~]*", key):    # an error of the library would show it
@@ -1596,8 +1734,8 @@ class OpenRouter:
                                         for kind, price in prices if price is not None)])
 
     def complete(self, messages: Messages, *,
-                 on_text: Callable[[str], object] = lambda text: None,
-                 on_usage: Callable[[TokenUsage, float | None], object] = lambda tokens, cost: None,
+                 on_text: Callable[[str], object] = ignore,
+                 on_usage: Callable[[TokenUsage, float | None], object] = ignore,
                  time_left: Callable[[], float] = lambda: math.inf) -> Reply:
         """Return the model's answer; `on_text` is given what there is of it while it comes.
 
@@ -1818,23 +1956,32 @@ class OpenRouter:
 # Facts that outlive a run.  May use: Errors.
 
 class Memory:
-    """The facts in a JSON file, an array of strings, shared with other runs in the directory.
+    """The facts in a JSON file (an array of strings), which several runs may share.
 
-    `warning` says so if the file had to be set aside the last time that it was read.
+    `facts` is the list as it was last read or written.  `warning` says so if the file was unusable
+    when it was last read, and therefore renamed.
+
+    >>> memory = Memory(Path(tempfile.mkdtemp()) / "memory.json")
+    >>> memory.add(["The tests need Python 3.13."])
+    ['The tests need Python 3.13.']
     """
 
-    MAX_FACT_LENGTH = 2_000      # characters
+    MAX_FACT_LENGTH = 2_000         # characters
+    _LOCK_INTERVAL_SECONDS = 0.01
 
-    def __init__(self, path: Path, limit: int, *,
+    def __init__(self, path: Path, max_facts: int = 50, *,
                  sleep: Callable[[float], None] = time.sleep) -> None:
         self.facts: list[str] = []
-        self.limit, self.warning, self._path, self._sleep = limit, "", path, sleep
-        self._size_after_compaction = 0      # facts, by the last compaction
-        self._pending_facts: list[str] = []       # could not be written so far
-        self._lock_attempts = 1000                  # to get the lock, a hundredth of a second apart
+        self.max_facts = max_facts
+        self.warning = ""
+        self._path = path
+        self._sleep = sleep
+        self._size_after_compaction = 0
+        self._pending_facts: list[str] = []     # not written yet, because the last write failed
+        self._lock_attempts = 1000
 
     def load(self) -> str:
-        """Read the file; return the complaint, if there is one."""
+        """Read the file and return the warning, if any; raise ConfigError if it can't be read."""
         try:
             with self._file_lock():
                 self.facts = self._read_file()
@@ -1843,61 +1990,75 @@ class Memory:
         return self.warning
 
     def add(self, facts: Iterable[str]) -> list[str]:
-        """Remember facts, on disk before this returns; return those that are new.
+        """Add facts, write them to disk at once, and return those that are new.
 
-        Raises OSError where they can't be written; the next call tries that again.
+        Raises OSError if they can't be written; the next call tries to write them again.
         """
+        for fact in map(self._normalize, facts):
+            if fact:
+                self._pending_facts.append(fact)
+        pending = list(self._pending_facts)
+
         def merge(known: list[str]) -> list[str]:
             merged: dict[str, str] = {}
-            for fact in [*known, *waiting]:
+            for fact in known + pending:
                 merged.setdefault(self._normalize(fact).casefold(), fact)
             return list(merged.values())
 
-        waiting = self._pending_facts = [*self._pending_facts, *filter(None, map(self._normalize, facts))]
         added = self._update_file(merge)
-        self._pending_facts = self._pending_facts[len(waiting):]
+        del self._pending_facts[:len(pending)]
         return added
 
     def compact(self, rewrite: Callable[[list[str]], list[str] | None]) -> tuple[int, int] | None:
-        """Let `rewrite` shorten a list that is too long; return the lengths before and after.
+        """Have `rewrite` shorten a list above `max_facts`; return the lengths before and after.
 
-        What it returns counts only if it is shorter, not empty and without overlong facts, and if
-        nothing was taken out of the file meanwhile.  What another run adds meanwhile is kept.  The
-        next one waits until there are a fifth of the limit more than this one leaves.
+        Returns None, and keeps the list, if there is no need, or if the rewritten one is not
+        shorter, is empty or has overlong facts, or if another run removed facts meanwhile.  Facts
+        that another run added meanwhile are kept.  The next compaction waits until the list has
+        grown by a fifth of `max_facts`.
         """
         before = list(self.facts)
-        if len(before) <= max(self.limit, self._size_after_compaction + self.limit // 5):
+        if len(before) <= max(self.max_facts, self._size_after_compaction + self.max_facts // 5):
             return None
-        self._size_after_compaction, rewritten = len(before), rewrite(before) or []
-        shorter = list(filter(None, map(self._normalize, rewritten)))
-        if not 0 < len(shorter) < len(before) or max(map(len, rewritten)) > self.MAX_FACT_LENGTH:
+        self._size_after_compaction = len(before)
+        rewritten = rewrite(before) or []
+        shorter = [fact for fact in map(self._normalize, rewritten) if fact]
+        if not 0 < len(shorter) < len(before):
+            return None
+        if max(map(len, rewritten)) > self.MAX_FACT_LENGTH:
             return None
 
         def replace(known: list[str]) -> list[str]:
             added = [fact for fact in known if fact not in before]
-            return shorter + added if len(known) - len(added) == len(before) else known
+            was_shortened_elsewhere = len(known) - len(added) != len(before)
+            return known if was_shortened_elsewhere else shorter + added
 
         self._update_file(replace)
         self._size_after_compaction = len(self.facts)
-        return (len(before), self._size_after_compaction) if self.facts[:len(shorter)] == shorter else None
+        if self.facts[:len(shorter)] != shorter:
+            return None
+        return len(before), len(self.facts)
 
     def _normalize(self, fact: str) -> str:
         return " ".join(fact.split())[:self.MAX_FACT_LENGTH]
 
     def _update_file(self, change: Callable[[list[str]], list[str]]) -> list[str]:
-        """Apply a change to what is on disk now; return what it added."""
+        """Apply a change to the facts on disk and return the facts that it added."""
         with self._file_lock():
             known = self._read_file()
             facts = change(known)
-            if facts != known or facts and not self._path.exists():     # it was set aside
+            was_set_aside = bool(facts) and not self._path.exists()
+            if facts != known or was_set_aside:
                 self._write_file(facts)
-        self.facts, old = facts, set(known)
-        return [fact for fact in self.facts if fact not in old]
+        self.facts = facts
+        old = set(known)
+        return [fact for fact in facts if fact not in old]
 
     def _read_file(self) -> list[str]:
-        """Return the facts on disk; set a file of another form aside, or the link that leads to it.
+        """Return the facts on disk; rename a file of another form.
 
-        What is at a link's end may be somebody else's.  A device or a pipe is not read.
+        Of a link, the link is renamed: the file behind it may belong to something else.  A device
+        or a pipe raises OSError.
         """
         self.warning = ""
         if self._path.exists() and not self._path.is_file():
@@ -1912,14 +2073,15 @@ class Memory:
         except (ValueError, RecursionError):
             aside = f"{self._path}.bad-{datetime.datetime.now():%Y%m%dT%H%M%S.%f}"
             os.replace(self._path, aside)
-            self.warning = f"{self._path} was not a JSON array of strings; it is now {aside}"
+            self.warning = (f"{self._path} was not a JSON array of strings. It was renamed to "
+                            f"{aside}, and the memory starts empty.")
             return self.facts
 
     def _write_file(self, facts: list[str]) -> None:
-        """Replace the file in one step, so that a crash leaves the old one."""
+        """Replace the file in one step, so that a crash leaves the old one intact."""
         path = Path(os.path.realpath(self._path))
         draft = path.with_name(f".{path.name}.new")
-        draft.unlink(missing_ok=True)       # of a run that was killed here
+        draft.unlink(missing_ok=True)       # left by a run that was killed here
         try:
             with open(draft, "x", encoding="utf-8", errors="backslashreplace") as file:
                 if path.exists():
@@ -1934,107 +2096,157 @@ class Memory:
 
     @contextlib.contextmanager
     def _file_lock(self) -> Iterator[None]:
-        """Keep other runs out of the file that the path leads to.
+        """Keep other runs from changing the file at the same time.
 
-        Its directory is the lock, so none is left behind.  NFS can't lock directories, and who
-        holds one for ten seconds is no run of ours: `flock . python orchestrator.py`.
+        The directory is what gets locked, so no lock file is left behind.  Where that is impossible
+        (NFS), or something else holds the lock for ten seconds (`flock . python orchestrator.py`),
+        the block runs without the lock.
         """
         handle = os.open(os.path.dirname(os.path.realpath(self._path)), os.O_RDONLY)
         try:
             with contextlib.suppress(OSError):
-                for _ in range(self._lock_attempts):
-                    with contextlib.suppress(BlockingIOError):
-                        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                        break
-                    self._sleep(0.01)
-                else:
-                    self._lock_attempts = 1
+                self._acquire_lock(handle)
             yield
         finally:
             os.close(handle)
+
+    def _acquire_lock(self, handle: int) -> None:
+        for _ in range(self._lock_attempts):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                self._sleep(self._LOCK_INTERVAL_SECONDS)
+        self._lock_attempts = 1     # do not wait ten seconds for each fact
 
 
 # -- 10. Journal --------------------------------------------------------------------------
 # Everything a run does, as one list of events.  May use: Errors, Text.
 
 Event = dict[str, Any]
-LIVE_EVENTS = ("screen", "reply_part")         # for who watches now; not kept
-_MAX_BATCH_BYTES = 1_000_000      # bytes, and one event
-_ITERATION_EVENTS = ("reply", "iteration_end", "error", "recovery")
+LIVE_EVENTS = ("screen", "reply_part")      # shown to viewers while they happen, and not kept
+_ITERATION_EVENTS = ("reply", "iteration_end", "error", "recovery")     # get an iteration number
+_MAX_BATCH_BYTES = 1_000_000
+
+
+class TaskInfo(TypedDict):
+    """The fields of `task_info`, the first event of a run."""
+
+    task: str           # "" in a chat
+    mode: str           # autonomous or chat
+    agent: str
+    model: str          # "" in a chat
+    workdir: str
+    session: str
+    attach: str         # the command that shows the agent's session
+    max_iter: int       # the budgets; 0: no limit
+    max_cost: float
+    max_minutes: float
+    memories: list[str]
 
 
 def utc_timestamp() -> str:
-    """Return the time as in 2026-01-31T09:00:00.123Z."""
+    """Return the time in the form 2026-01-31T09:00:00.123Z."""
     now = datetime.datetime.now(datetime.timezone.utc)
     return now.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def parse_event(line: bytes) -> Event | None:
-    """Return the event of a journal's line, None if it is garbage."""
+    """Return the event in a line of a journal, or None if the line holds none."""
     event = parse_json_object(line)
-    return event if event and isinstance(event.get("type"), str) else None
+    if event is None or not isinstance(event.get("type"), str):
+        return None
+    return event
 
 
-def read_events(path: Path, most: int = sys.maxsize) -> list[Event]:
-    """Return the first events of a journal's file; raise ConfigError if it can't be read."""
+def read_events(path: Path, limit: int = sys.maxsize) -> list[Event]:
+    """Return the first `limit` events of a journal file; raise ConfigError if it can't be read."""
     try:
         with open(path, "rb") as file:
-            return list(itertools.islice(filter(None, map(parse_event, file)), most))
+            events = (event for event in map(parse_event, file) if event)
+            return list(itertools.islice(events, limit))
     except OSError as error:
         raise ConfigError(f"{path}: can't be read: {error.strerror}") from None
 
 
 class Batch(NamedTuple):
-    """What a reader of the journal gets: lines of JSON, and where to go on from."""
+    """The part of a journal that `Journal.read_after` returns, as lines of JSON."""
 
-    events: list[tuple[int, bytes]]       # ids and events
+    events: list[tuple[int, bytes]]     # each with its id
     live_events: list[bytes]
-    last_live_id: int
-    is_closed: bool                        # no more will come
+    last_live_id: int                   # pass it to the next call
+    is_closed: bool                     # no more events will come
 
 
 class Journal:
-    """The run's events: published once, kept in a file, told to listeners and to readers.
+    """The events of a run: appended to a file, passed to subscribers, read by the dashboard.
 
-    They are in memory only while they can't be written; `write_error` then says why, and an event
-    does so once; if none could any more, it stays `unreported_error`.  `secret` is masked wherever it
-    appears.  Threads may publish and read at once; after `complete` nothing is taken.  `defer_signals()`
-    holds Interrupted back while an event is added.  Raises ConfigError if `read_only` and there is
-    no such file.
+    Threads may publish and read at the same time.  After `complete`, further events are ignored.
+    `secret` is replaced by [key] wherever it appears.  `defer_signals()` is a context manager that
+    holds signals back while an event is written.
+
+    If the file can't be written, events stay in memory until it can.  `write_error` then says why.
+    An `error` event reports that once; if none could be published, it is in `unreported_error`.
+
+    Raises ConfigError if `read_only` is set and the file can't be read.
+
+    >>> journal = Journal()
+    >>> journal.publish("note", text="hello", source="me")
+    >>> [event["text"] for event in journal.events()]
+    ['hello']
     """
 
     def __init__(self, path: Path | None = None, *, secret: str = "", read_only: bool = False,
-                 defer_signals: Callable[[], Any] = contextlib.nullcontext) -> None:
-        self.path, self.write_error, self.unreported_error = path, "", ""
+                 defer_signals: Callable[[], contextlib.AbstractContextManager[Any]]
+                 = contextlib.nullcontext) -> None:
+        self.path = path
+        self.write_error = ""
+        self.unreported_error = ""
         self._secret = _secret_pattern(secret)
-        self._defer_signals, self._condition, self._publish_lock = defer_signals, threading.Condition(), threading.RLock()
-        self._index: list[tuple[int, int] | bytes] = []    # offset and length, or the line
-        self._live: dict[str, tuple[int, bytes]] = {}
-        self._live_count = self._iteration = self._reader_count = self._file_size = self._written_count = 0
+        self._defer_signals = defer_signals
+        self._condition = threading.Condition()
+        self._publish_lock = threading.RLock()
         self._subscribers: list[Callable[[Event], object]] = []
-        self._is_complete = self._closed = self._had_reader = False
         self._file: Any = None
+        self._file_size = 0
+        self._index: list[tuple[int, int] | bytes] = []     # offset and length in the file, or
+        self._written_count = 0                             # the line, if it is not written yet
+        self._live: dict[str, tuple[int, bytes]] = {}       # the latest live event of each type
+        self._live_count = 0
+        self._iteration = 0
+        self._reader_count = 0
+        self._had_reader = False
+        self._is_complete = False
+        self._closed = False
+        if path and not read_only:
+            self._open_for_append(path)
+        if path:
+            self._open_for_reading(path, read_only)
+
+    def _open_for_append(self, path: Path) -> None:
         try:
-            if path and not read_only:
-                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                file = open(path, "ab+", 0, opener=lambda *how: os.open(*how, 0o600))
-                size = file.tell()
-                if size and os.pread(file.fileno(), 1, size - 1) != b"\n":      # a torn line
-                    file.write(b"\n")
-                self._file = file
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            file = open(  # noqa: SIM115  (closed by a finalizer)
+                path, "ab+", 0, opener=lambda name, flags: os.open(name, flags, 0o600))
+            size = file.tell()
+            if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
+                file.write(b"\n")       # ends a line that a crash cut off
+            self._file = file
         except OSError as error:
             self._record_write_error(error)
+
+    def _open_for_reading(self, path: Path, read_only: bool) -> None:
         try:
-            if path:
-                self._file = self._file or open(path, "rb", 0)
-                weakref.finalize(self, self._file.close)
-                self.read_appended()
+            if not self._file:
+                self._file = open(path, "rb", 0)  # noqa: SIM115  (closed by a finalizer)
+            weakref.finalize(self, self._file.close)
+            self.read_appended()
         except OSError as error:
             if read_only:
                 raise ConfigError(f"{path}: can't be read: {error.strerror}") from None
 
     def read_appended(self) -> None:
-        """Take in what has been added to the file, but for a torn last line."""
+        """Take in events that another process has appended, except for an unfinished last line."""
         with self._condition, open(os.dup(self._file.fileno()), "rb") as file:
             file.seek(self._file_size)
             for line in file:
@@ -2049,20 +2261,22 @@ class Journal:
             self._condition.notify_all()
 
     def subscribe(self, listener: Callable[[Event], object]) -> None:
-        """Call a function with each event published from now on, in the publisher's thread."""
+        """Call a function with each event from now on, in the thread that publishes it."""
         self._subscribers.append(listener)
 
     def redact(self, value: Any) -> Any:
-        """Return a text without the secret, or a value without it in any text there."""
+        """Return a value without the secret in any of its texts."""
         if isinstance(value, dict):
-            return {name: self.redact(each) for name, each in value.items()}
+            return {name: self.redact(item) for name, item in value.items()}
         if isinstance(value, (list, tuple)):
-            return [*map(self.redact, value)]
-        return self._secret.sub("[key]", value) if isinstance(value, str) else value
+            return [self.redact(item) for item in value]
+        if isinstance(value, str):
+            return self._secret.sub("[key]", value)
+        return value
 
     def publish(self, kind: str, **fields: object) -> None:
         """Add an event; it is in the file when this returns."""
-        with self._publish_lock:         # so that listeners hear of them in their order
+        with self._publish_lock:        # so that subscribers get the events in order
             if self._is_complete:
                 return
             event: Event | None = None
@@ -2070,25 +2284,28 @@ class Journal:
                 with self._defer_signals():
                     event = self._append(kind, fields)
                     self._is_complete = kind == "complete"
-            finally:        # even if a signal was held back and comes now
-                for listener in self._subscribers if event else ():
-                    listener(event)
+            finally:                    # also if a signal was held back and is raised now
+                if event:
+                    for listener in self._subscribers:
+                        listener(event)
             if self.unreported_error and not self._is_complete:
-                trouble, self.unreported_error = self.unreported_error, ""
-                self.publish("error", error=trouble)
+                error = self.unreported_error
+                self.unreported_error = ""
+                self.publish("error", error=error)
 
     def _append(self, kind: str, fields: dict[str, Any]) -> Event:
-        """Add an event; return it as it is kept."""
+        """Add an event and return it as it is kept."""
         with self._condition:
             if kind == "iteration_start":
                 self._iteration = fields["iteration"]
-                self._live.pop("reply_part", None)      # it was of the reply before
+                self._live.pop("reply_part", None)      # it belongs to the previous reply
             elif kind in _ITERATION_EVENTS:
                 fields = {"iteration": self._iteration, **fields}
-            number = {} if kind in LIVE_EVENTS else {"id": len(self._index) + 1}
-            event = {**number, "time": utc_timestamp(), "type": kind, **self.redact(fields)}
+            event: Event = {"time": utc_timestamp(), "type": kind, **self.redact(fields)}
+            if kind not in LIVE_EVENTS:
+                event = {"id": len(self._index) + 1, **event}
             text = json.dumps(event, ensure_ascii=False) + "\n"
-            line = text.encode("utf-8", "backslashreplace")     # as JSON would escape it
+            line = text.encode("utf-8", "backslashreplace")     # lone surrogates, as JSON escapes
             if kind in LIVE_EVENTS:
                 self._live_count += 1
                 self._live[kind] = (self._live_count, line)
@@ -2100,54 +2317,73 @@ class Journal:
 
     def _flush(self) -> None:
         """Write the lines that are not in the file yet, and remember where they are."""
-        for number in range(self._written_count, len(self._index) if self._file else 0):
-            line = rest = self._index[number]
+        if not self._file:
+            return
+        for number in range(self._written_count, len(self._index)):
+            line = self._index[number]
+            assert isinstance(line, bytes)
             try:
+                rest = line
                 while rest:
                     rest = rest[self._file.write(rest):]
             except OSError as error:
                 with contextlib.suppress(OSError):
-                    self._file.truncate(self._file_size)     # no half line
+                    self._file.truncate(self._file_size)        # leave no half line
                 if not self.write_error:
                     self._record_write_error(error)
                 return
             self._index[number] = (self._file_size, len(line))
-            self._file_size, self._written_count = self._file_size + len(line), number + 1
+            self._file_size += len(line)
+            self._written_count = number + 1
 
     def _record_write_error(self, error: OSError) -> None:
         self.write_error = f"the journal can't be written: {self.path}: {error.strerror}"
         self.unreported_error = self.write_error
 
     def _read_line(self, number: int) -> bytes:
-        place = self._index[number]
-        return place if isinstance(place, bytes) else os.pread(
-            self._file.fileno(), place[1], place[0])
+        entry = self._index[number]
+        if isinstance(entry, bytes):
+            return entry
+        offset, length = entry
+        return os.pread(self._file.fileno(), length, offset)
 
     def events(self) -> list[Event]:
         """Return all events so far."""
         return [json.loads(self._read_line(number)) for number in range(len(self._index))]
 
-    def read_after(self, after: int, live_seen: int, timeout: float) -> Batch:
-        """Return what came after an id, waiting up to `timeout` seconds if there is nothing."""
+    def read_after(self, last_id: int, last_live_id: int, timeout: float) -> Batch:
+        """Return what came after two ids; wait up to `timeout` seconds if there is nothing.
+
+        Live events are held back until the reader has all kept events.
+        """
+        def has_news() -> bool:
+            return (self._closed or len(self._index) > last_id
+                    or self._live_count > last_live_id)
+
         with self._condition:
-            self._condition.wait_for(lambda: self._closed or len(self._index) > after
-                                   or self._live_count > live_seen, timeout)
-            known, closed = len(self._index), self._closed
-            live = sorted(each for each in self._live.values() if each[0] > live_seen)
-        kept: list[tuple[int, bytes]] = []
+            self._condition.wait_for(has_news, timeout)
+            count = len(self._index)
+            is_closed = self._closed
+            live = sorted(entry for entry in self._live.values() if entry[0] > last_live_id)
+        events: list[tuple[int, bytes]] = []
         size = 0
-        while after + len(kept) < known and size < _MAX_BATCH_BYTES:
-            kept.append((after + len(kept) + 1, self._read_line(after + len(kept))))
-            size += len(kept[-1][1])
-        if after + len(kept) < known:       # live events never come before what is kept
-            return Batch(kept, [], live_seen, False)
-        return Batch(kept, [line for _, line in live], live[-1][0] if live else live_seen, closed)
+        while last_id < count and size < _MAX_BATCH_BYTES:
+            line = self._read_line(last_id)
+            last_id += 1
+            events.append((last_id, line))
+            size += len(line)
+        if last_id < count:
+            return Batch(events, [], last_live_id, False)
+        if live:
+            last_live_id = live[-1][0]
+        return Batch(events, [line for _, line in live], last_live_id, is_closed)
 
     @contextlib.contextmanager
     def count_reader(self) -> Iterator[None]:
-        """Count as a reader while this lasts; live events are worth their making only then."""
+        """Count a reader while the block runs; live events are made only for readers."""
         with self._condition:
-            self._reader_count, self._had_reader = self._reader_count + 1, True
+            self._reader_count += 1
+            self._had_reader = True
             self._condition.notify_all()
         try:
             yield
@@ -2156,15 +2392,19 @@ class Journal:
                 self._reader_count -= 1
 
     def has_readers(self) -> bool:
-        """Whether anybody reads."""
+        """Whether somebody reads the journal right now."""
         return self._reader_count > 0
 
     def close(self, wait_for_reader: bool = False) -> None:
-        """Let the readers go once they have all events; wait two seconds for one `wait_for_reader`."""
+        """Tell readers that no more events will come.
+
+        With `wait_for_reader`, give a reader that is expected two seconds to connect.
+        """
         with self._condition:
             self._closed = True
             self._condition.notify_all()
-            self._condition.wait_for(lambda: self._had_reader or not wait_for_reader, 2.0)
+            if wait_for_reader:
+                self._condition.wait_for(lambda: self._had_reader, 2.0)
 
 
 # -- 11. Conversation ---------------------------------------------------------------------
@@ -2575,7 +2815,7 @@ class Conversation:
 class RunControl:
     """What a person asks for from outside while the loop runs; threads may call it."""
 
-    def __init__(self, journal: Journal, stop: Callable[[], object]) -> None:
+    def __init__(self, journal: Journal, stop: Callable[[], object] = ignore) -> None:
         self._journal, self._stop = journal, stop
         self._notes: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.paused = False
@@ -2679,21 +2919,37 @@ class RunTotals:
                 raise
 
 
+def describe_run(agent: Agent, config: Config, *, task: str = "", model: str = "",
+                 memories: Sequence[str] = ()) -> TaskInfo:
+    """Return the fields of the event that begins a run, or a chat if there is no task."""
+    return TaskInfo(
+        task=task, mode="autonomous" if task else "chat", agent=agent.name, model=model,
+        workdir=str(agent.directory), session=agent.tmux.session, attach=agent.tmux.attach_command,
+        max_iter=config.max_iterations, max_cost=config.max_cost, max_minutes=config.max_minutes,
+        memories=list(memories))
+
+
 class Chat:
     """A person types, the agent answers.  `read(prompt)` returns what was typed, None at the end.
 
     Ctrl-C in a turn gives the prompt back, if there is one; the agent goes on.
     """
 
-    def __init__(self, config: Config, agent: Agent, journal: Journal,
-                 read: Callable[[str], str | None], *, is_interactive: bool = True) -> None:
-        self._agent, self._journal, self._read, self._is_interactive = agent, journal, read, is_interactive
-        self._limit, self._totals = config.turn_timeout, RunTotals(time.monotonic)
+    def __init__(self, agent: Agent, read: Callable[[str], str | None], *,
+                 config: Config = Config(), journal: Journal | None = None,
+                 is_interactive: bool = True) -> None:
+        self._agent = agent
+        self._read = read
+        self._journal = journal or Journal()
+        self._is_interactive = is_interactive
+        self._limit = config.turn_timeout
+        self._config = config
+        self._totals = RunTotals(time.monotonic)
 
-    def run(self, task_info: Mapping[str, object]) -> None:
+    def run(self) -> None:
         """Take messages until /quit or the end of input."""
         with self._totals.publish_outcome(self._journal):
-            self._journal.publish("task_info", **task_info)
+            self._journal.publish("task_info", **describe_run(self._agent, self._config))
             self._run_turn("", self._agent.start)
             while (message := self._read_message()) is not None \
                     and message.strip() not in ("/quit", "/exit"):
@@ -2864,14 +3120,13 @@ class ProgressTracker:
         A new sentence is no news if at least half of its words are known; a line with figures,
         paths or code is, unless only times and counters differ.
         """
-        message = normalize_screen(message).lower()
-        lines = {" ".join(line.split()) for line in normalize_screen(output).lower().split("\n")
-                 if not _is_echo(line, message)}
+        text = "\n".join(line for line in output.split("\n") if not _is_echo(line, message))
+        lines = {" ".join(line.split()) for line in normalize_screen(text).lower().split("\n")}
         known_lines, known_words = set().union(*self._lines), set().union(*self._words)
-        if lines:
+        if text:
             self._lines.append(lines)
             self._words.append(set(_LONG_WORD.findall("\n".join(lines))))
-        for line in lines - known_lines:
+        for line in lines - known_lines - {""}:
             words = set(_LONG_WORD.findall(line))
             is_prose = bool(words) and not _TECHNICAL_TEXT.search(line)
             if not is_prose or len(words & known_words) < len(words) / 2:
@@ -2880,7 +3135,14 @@ class ProgressTracker:
 
 
 class Autopilot:
-    """The model drives the agent until the task is done, given up, or out of budget."""
+    """The model drives the agent until the task is done, given up, or out of budget.
+
+    `model` is an OpenRouter or any ChatModel.  Without `memory` the facts are those of
+    `memory.json` in the agent's directory; without `journal` the events stay in memory.
+
+        with Agent("claude", "~/src/project") as agent:
+            Autopilot(agent, MyModel(), config=Config(max_minutes=30)).run("Make the tests pass")
+    """
 
     MAX_MESSAGES = 900                  # in a conversation: Claude takes 1,000
     VERIFY_TIMEOUT = 600.0              # seconds
@@ -2891,13 +3153,21 @@ class Autopilot:
     MAX_USAGE_LIMIT_SECONDS = 86400.0   # to its end: the model may decide to wait for longer
     USAGE_LIMIT_MARGIN_SECONDS = 120.0  # after its end
 
-    def __init__(self, config: Config, agent: Agent, model: OpenRouter, memory: Memory,
-                 journal: Journal, control: RunControl, directory: Path, *,
-                 environ: Mapping[str, str], clock: Callable[[], float] = time.monotonic,
+    def __init__(self, agent: Agent, model: ChatModel, *, config: Config = Config(),
+                 memory: Memory | None = None, journal: Journal | None = None,
+                 control: RunControl | None = None, environ: Mapping[str, str] | None = None,
+                 clock: Callable[[], float] = time.monotonic,
                  sleep: Callable[[float], None] = time.sleep) -> None:
-        self._config, self._agent, self._model, self._memory = config, agent, model, memory
-        self._journal, self._control, self._directory = journal, control, directory
-        self._environ, self._clock, self._sleep = environ, clock, sleep
+        self._agent = agent
+        self._model = model
+        self._config = config
+        self._directory = agent.directory
+        self._journal = journal or Journal()
+        self._memory = memory or Memory(agent.directory / "memory.json", config.memory_max_facts)
+        self._control = control or RunControl(self._journal)
+        self._environ = child_environment(environ)
+        self._clock = clock
+        self._sleep = sleep
         self._task = ""
         self._output_label = f"{agent.name} output:\n"
         self._conversation = Conversation("")
@@ -2916,7 +3186,7 @@ class Autopilot:
         self._part_published_at = 0.0
         self._max_characters = math.inf     # less than what the model called too long
 
-    def run(self, task_info: Mapping[str, object], history: Sequence[Event] = ()) -> None:
+    def run(self, task: str, *, history: Sequence[Event] = ()) -> None:
         """Drive the agent until the task is done; `history` are the events of a run to go on with.
 
         Raises what ends the run otherwise; `complete` is published in every case.
@@ -2926,9 +3196,12 @@ class Autopilot:
             if history:
                 self._check_budgets(self._totals.iterations)
                 self._journal.publish("state", state="resumed", reason=_RESUMED_REASON)
+                task = str(history[0].get("task") or task)
             else:
-                self._journal.publish("task_info", **task_info)
-            self._begin(str(task_info["task"]), history)
+                self._journal.publish("task_info", **describe_run(
+                    self._agent, self._config, task=task, memories=self._memory.facts,
+                    model=getattr(self._model, "model", type(self._model).__name__)))
+            self._begin(task, history)
             while not self._is_done:
                 self._step()
 
@@ -3290,7 +3563,7 @@ class Autopilot:
     def _compact_facts(self, facts: list[str], used: dict[str, Any]) -> list[str] | None:
         """Return fewer facts that say the same, or None; note in `used` what the call used."""
         conversation = Conversation(
-            _COMPACTION_PROMPT.format(limit=self._memory.limit // 2 + 1),
+            _COMPACTION_PROMPT.format(limit=self._memory.max_facts // 2 + 1),
             json.dumps({"facts": facts}, ensure_ascii=False))
         with contextlib.suppress(ModelError, BudgetExceeded):    # the next call tells of it
             reply = self._complete(conversation.messages())
@@ -3324,8 +3597,7 @@ class Autopilot:
         self._journal.publish("history", summarised=count, summary=summary, **used)
         return True
 
-    def _complete(self, messages: Messages, on_text: Callable[[str], object] = lambda text: None
-                  ) -> Reply:
+    def _complete(self, messages: Messages, on_text: Callable[[str], object] = ignore) -> Reply:
         """Ask the model within the budgets, which end it too, and count what that uses."""
         return self._model.complete(messages, on_text=on_text, on_usage=self._totals.add_call,
                                     time_left=self._check_budgets)
@@ -4065,8 +4337,9 @@ class Dashboard(http.server.ThreadingHTTPServer):
     request_queue_size, timeout = 128, 0
     MAX_CONNECTIONS = 160      # more are turned away: a flood leaves the run its files, on macOS 256
 
-    def __init__(self, journal: Journal, page: str, host: str, port: int,
-                 control: Callable[[str, str], object] | None) -> None:
+    def __init__(self, journal: Journal, *, host: str = "127.0.0.1", port: int = 0,
+                 control: Callable[[str, str], object] | None = None,
+                 page: str = DASHBOARD_PAGE) -> None:
         self.journal, self.page, self.control = journal, page, control
         self._connections: set[socket.socket] = set()
         self.token, self.page_opened = secrets.token_urlsafe(24), threading.Event()     # page opened
@@ -4158,13 +4431,21 @@ class DemoModelHandler(QuietHandler):
         self.wfile.write(b"data: [DONE]\n\n")
 
 
-def _execute_demo_message(message: str) -> str:
-    """Write the file or run the command that a message names; return what there is to show."""
+# The agent is the text of a program, because there may be no file to start it from: with
+# `curl ... | python3 -` this one is read once and gone.  It does on a screen what the real agents
+# do: bracketed paste, an input line, and while it works a spinner in the title and a busy footer.
+DEMO_AGENT = r'''
+import os, re, subprocess, sys, time, tty
+from pathlib import Path
+
+
+def execute(message):
     file = re.search(r"Write the file (\w+\.py):\n```\n(.*?\n)```", message, re.S)
-    command = re.search(r"Run the command: (.+)", message)
     if file:
-        Path(file[1]).write_text(file[2], encoding="utf-8")
-        return f"● Wrote {file[1]}, {file[2].count(chr(10))} lines."
+        name, content = file.groups()
+        Path(name).write_text(content, encoding="utf-8")
+        return f"● Wrote {name}, {len(content.splitlines())} lines."
+    command = re.search(r"Run the command: (.+)", message)
     if command:
         done = subprocess.run(command[1], shell=True, stdin=subprocess.DEVNULL, text=True,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -4172,31 +4453,40 @@ def _execute_demo_message(message: str) -> str:
     return "● Tell me: Write the file NAME.py: with a code block, or Run the command: ..."
 
 
-def run_demo_agent() -> None:
-    """Be a small coding agent in a terminal: write files and run commands, as it is told.
+def write(text):
+    os.write(sys.stdout.fileno(), text.encode())
 
-    It does on a screen what the real ones do: bracketed paste, an input line, and while it works
-    a spinner in the title and a line that says so.
-    """
-    def write(text: str) -> None:
-        os.write(sys.stdout.fileno(), text.encode())
 
-    tty.setcbreak(sys.stdin)
-    write("\x1b[?2004h\x1b]0;demo agent\x07Demo agent: I write files and run commands.\n\n")
-    while True:
-        write("❯ ")
-        typed, pasting = b"", False
-        while pasting or not typed.endswith((b"\r", b"\n")):
-            typed += os.read(sys.stdin.fileno(), 1)
-            if typed.endswith((b"\x1b[200~", b"\x1b[201~")):
-                pasting, typed = typed.endswith(b"\x1b[200~"), typed[:-6]
-                write("" if pasting else typed.decode().replace("\n", "\n  "))
-        answer = _execute_demo_message(typed.decode("utf-8", "replace"))
-        for frame in "⠋⠙⠹⠸⠼⠴⠦⠧":
-            write(f"\x1b]0;{frame} demo agent\x07\r\x1b[K• Working (esc to interrupt) {frame}"
-                  if frame != "⠋" else "\n")
-            time.sleep(0.1)
-        write(f"\r\x1b[K{answer}\n\n\x1b]0;demo agent\x07")
+def read_message():
+    typed = b""
+    is_pasting = False
+    while is_pasting or not typed.endswith((b"\r", b"\n")):
+        typed += os.read(sys.stdin.fileno(), 1)
+        if typed.endswith(b"\x1b[200~"):
+            is_pasting = True
+            typed = b""
+        elif typed.endswith(b"\x1b[201~"):
+            is_pasting = False
+            typed = typed[:-6]
+            write(typed.decode("utf-8", "replace").replace("\n", "\n  "))
+    return typed.decode("utf-8", "replace")
+
+
+def show_spinner():
+    write("\n")
+    for frame in "⠙⠹⠸⠼⠴⠦⠧⠇":
+        write(f"\x1b]0;{frame} demo agent\x07\r\x1b[K• Working (esc to interrupt) {frame}")
+        time.sleep(0.1)
+
+
+tty.setcbreak(sys.stdin)
+write("\x1b[?2004h\x1b]0;demo agent\x07Demo agent: I write files and run commands.\n\n")
+while True:
+    write("❯ ")
+    answer = execute(read_message())
+    show_spinner()
+    write(f"\r\x1b[K{answer}\n\n\x1b]0;demo agent\x07")
+'''
 
 
 # -- 16. Terminal -------------------------------------------------------------------------
@@ -4342,6 +4632,15 @@ def wait_for_enter(stream: TextIO) -> None:
             raise
 
 
+def read_from_terminal() -> None:
+    """Make the terminal our standard input, if there is one.
+
+    In `curl ... | python3 -` standard input was this program, not a task or a chat.
+    """
+    with contextlib.suppress(OSError):
+        os.dup2(os.open("/dev/tty", os.O_RDWR), 0)
+
+
 def read_message(prompt: str) -> str | None:
     """Return what a person types, or a line of another standard input; None at its end.
 
@@ -4444,7 +4743,7 @@ def help_text() -> str:
     lines = ["Settings, from the environment or a .env file in the current directory"]
     for name, field in Config.fields_by_variable().items():
         default = str(field.default).removesuffix(".0").lower() or "none"
-        lines += textwrap.wrap(f"{field.metadata['meaning']} ({default})", 96,
+        lines += textwrap.wrap(f"{field.metadata['help']} ({default})", 96,
                                initial_indent=f"    {name:<21} ", subsequent_indent=" " * 26)
     return f"{(__doc__ or '').rstrip()}\n\n" + "\n".join(lines)
 
@@ -4500,7 +4799,8 @@ def serve_dashboard(config: Config, journal: Journal, control: Callable[[str, st
     for a person who has opened it.
     """
     try:
-        dashboard = Dashboard(journal, DASHBOARD_PAGE, config.dashboard_host, config.dashboard_port, control)
+        dashboard = Dashboard(journal, host=config.dashboard_host, port=config.dashboard_port,
+                              control=control)
     except ConfigError as error:
         if not control:
             raise
@@ -4562,17 +4862,17 @@ def find_unfinished_run(place: Workspace, attach: str) -> tuple[Path, list[Event
 
 
 def run_autopilot(config: Config, place: Workspace, agent: Agent, model: OpenRouter, journal: Journal,
-              stream: TextIO, task_info: Mapping[str, object], past: Sequence[Event]) -> None:
+              stream: TextIO, task: str, past: Sequence[Event]) -> None:
     """Let the model drive the agent, with the dashboard; `stream` is told where that is."""
     memory = Memory(place.directory / "memory.json", config.memory_max_facts)
     print_error(memory.load())
     control = RunControl(journal, lambda: signal.pthread_kill(
         threading.main_thread().ident or 0, signal.SIGINT))
-    pilot = Autopilot(config, agent, model, memory, journal, control, place.directory,
+    pilot = Autopilot(agent, model, config=config, memory=memory, journal=journal, control=control,
                       environ=place.environ)
     with serve_dashboard(config, journal, control.handle, stream) if config.dashboard_enabled \
             else contextlib.nullcontext():
-        pilot.run({**task_info, "memories": memory.facts}, past)
+        pilot.run(task, history=past)
 
 
 def run(config: Config, place: Workspace, *, task: Callable[[], str] = lambda: "", chat: bool = False,
@@ -4603,7 +4903,7 @@ def run(config: Config, place: Workspace, *, task: Callable[[], str] = lambda: "
         def publish(kind: str, **fields: object) -> None:
             journal.publish(kind, **fields)     # which is made once a run can start
 
-        agent = Agent(tmux, program, place.directory, publish=publish, sleep=narrator.sleep,
+        agent = Agent(program, place.directory, tmux=tmux, publish=publish, sleep=narrator.sleep,
                       has_viewers=lambda: narrator.wants_screen() or journal.has_readers())
         tmux.check_version()
         agent.check_installed()
@@ -4613,24 +4913,20 @@ def run(config: Config, place: Workspace, *, task: Callable[[], str] = lambda: "
                                config.openrouter_model, publish=publish)
             with contextlib.suppress(TransientError):   # an outage may be over by the first call
                 model.check_access()
-        info = past[0] if past else {
-            "task": "" if chat else task(), "mode": "chat" if chat else "autonomous",
-            "agent": agent.name, "model": "" if chat else config.openrouter_model,
-            "workdir": str(place.directory), "session": tmux.session,
-            "attach": tmux.attach_command, "max_iter": config.max_iterations,
-            "max_cost": config.max_cost, "max_minutes": config.max_minutes}
+        wanted = str(past[0]["task"]) if past else "" if chat else task()
         journal = Journal(path, defer_signals=signals.deferred, secret=config.openrouter_api_key)
         stack.callback(lambda: print_error(journal.unreported_error))
         journal.subscribe(narrator.on_event)
         if config.terminate_when_quit:
             stack.callback(signals.deferred()(agent.stop))      # all of it, should one come now
         if past and not as_json:
-            print_line(format_event({name: info[name] for name in ("type", *_REQUIRED_FIELDS["task_info"])}))
+            print_line(format_event({name: past[0][name] for name in ("type", *_REQUIRED_FIELDS["task_info"])}))
         if chat:
-            Chat(config, agent, journal, read_message, is_interactive=sys.stdin.isatty()).run(info)
+            Chat(agent, read_message, config=config, journal=journal,
+                 is_interactive=sys.stdin.isatty()).run()
         else:
             stream = sys.stderr if as_json else sys.stdout
-            run_autopilot(config, place, agent, model, journal, stream, info, past)
+            run_autopilot(config, place, agent, model, journal, stream, wanted, past)
     return 0
 
 
@@ -4653,10 +4949,11 @@ def run_demo(config: Config, environ: Mapping[str, str], as_json: bool) -> int:
     place.directory.mkdir()
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), DemoModelHandler)
     threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
-    code = f"import runpy; runpy.run_path({str(Path(__file__).resolve())!r})['run_demo_agent']()"
+    agent = scratch / "demo_agent.py"
+    agent.write_text(DEMO_AGENT, encoding="utf-8")
     shown = {name: value for name, value in vars(config).items() if name.startswith("dashboard")}
     config = Config(
-        claude_tmux_socket=scratch.name, claude_cmd=shlex.join([sys.executable, "-c", code]),
+        claude_tmux_socket=scratch.name, claude_cmd=shlex.join([sys.executable, str(agent)]),
         openrouter_base_url=f"http://127.0.0.1:{server.server_port}/api/v1",
         openrouter_api_key="the-key-of-the-demo", openrouter_model="built-in demo",
         verify_cmd=DEMO_VERIFY_CMD, terminate_when_quit=True, **shown)
@@ -4674,7 +4971,7 @@ def run_doctor(config: Config, place: Workspace, wrong: Sequence[str]) -> int:
     """Tell of each thing that a run needs, and what is `wrong`; return 0 if one could start."""
     tmux = Tmux(config.claude_tmux_socket, config.claude_tmux_session, place.environ)
     program = select_profile(config.default_model, config.claude_cmd)
-    agent = Agent(tmux, program, place.directory)
+    agent = Agent(program, place.directory, tmux=tmux)
     failed = 0
 
     @contextlib.contextmanager
@@ -4721,7 +5018,7 @@ def run_doctor(config: Config, place: Workspace, wrong: Sequence[str]) -> int:
     if config.dashboard_enabled:
         with line("dashboard", "warning") as found:     # a run goes on without
             host, port = config.dashboard_host, config.dashboard_port
-            Dashboard(Journal(), DASHBOARD_PAGE, host, port, None).server_close()
+            Dashboard(Journal(), host=host, port=port).server_close()
             found.append(f"can listen on {host}, port {port or 'any'}")
     return failed
 
@@ -4788,6 +5085,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    if __file__ == "<stdin>":
+        read_from_terminal()
     status = main()
     signal.signal(signal.SIGINT, signal.SIG_IGN)    # there is nothing left to interrupt
     raise SystemExit(status)
