@@ -1191,7 +1191,7 @@ def parse_usage_limit(
 
 # -- 6. Tmux ------------------------------------------------------------------------------
 # Sessions, panes, pastes and keys; no policy.  The only code that runs tmux.
-# May use: Errors, Agent profiles.
+# May use: Errors, Configuration, Agent profiles.
 
 _SERVER_LOST = re.compile("server exited|lost server")
 _SESSION_LOST = re.compile(r"no server running|error connecting to .*\((No such file|Connection refused)|"
