@@ -2982,10 +2982,11 @@ class TaskInfo(TypedDict):
     memories: list[str]
 
 
-def utc_timestamp() -> str:
-    """Return the time in the form 2026-01-31T09:00:00.123Z."""
+def utc_timestamp(seconds_from_now: float = 0.0) -> str:
+    """Return a time in the form 2026-01-31T09:00:00.123Z."""
     now = datetime.datetime.now(datetime.timezone.utc)
-    return now.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    time = now + datetime.timedelta(seconds=seconds_from_now)
+    return time.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def parse_event(line: bytes) -> Event | None:
@@ -3111,7 +3112,7 @@ class Journal:
             return self._secret.sub("[key]", value)
         return value
 
-    def publish(self, kind: str, **fields: object) -> None:
+    def publish(self, kind: str, /, **fields: object) -> None:
         """Add an event; it is in the file when this returns."""
         with self._publish_lock:        # so that subscribers get the events in order
             if self._is_complete:
@@ -4027,6 +4028,7 @@ class Autopilot:
         self._journal = journal or Journal()
         self._memory = memory or Memory(agent.directory / "memory.json", config.memory_max_facts)
         self._control = control or RunControl(self._journal)
+        agent.take_interrupt = self._control.take_interrupt
         self._environ = child_environment(environ)
         self._clock = clock
         self._sleep = sleep
@@ -4063,9 +4065,14 @@ class Autopilot:
                 self._journal.publish("task_info", **describe_run(
                     self._agent, self._config, task=task, memories=self._memory.facts,
                     model=getattr(self._model, "model", type(self._model).__name__)))
-            self._begin(task, history)
-            while not self._is_done:
-                self._step()
+            try:
+                self._begin(task, history)
+                while not self._is_done:
+                    self._step()
+            except Interrupted as interrupt:
+                if self._control.is_stopped:
+                    interrupt.args = ("stopped from the dashboard",)
+                raise
 
     # beginning
 
@@ -4182,6 +4189,7 @@ class Autopilot:
 
     def _begin_iteration(self) -> None:
         self._check_budgets(self._totals.iterations)
+        self._control.take_interrupt()      # there is nothing now that it could interrupt
         self._conversation.tell(*self._control.take_notes())
         self._totals.iterations += 1
         self._journal.publish("iteration_start", iteration=self._totals.iterations,
@@ -4230,6 +4238,8 @@ class Autopilot:
     def _execute(self, action: Action, is_confirmed: bool) -> Turn:
         """Do what a reply asks for; return what came of it."""
         kind = action.kind
+        if self._control.take_interrupt():
+            return Turn("", "idle", ("The user interrupted: nothing of your reply was done.",))
         if kind == "failed":
             raise TaskFailed(f"the model gave up: {action.text}")
         if kind == "complete":
@@ -4242,8 +4252,11 @@ class Autopilot:
             return self._agent.send_keys(action.keys, timeout)
         if kind == "wait":
             seconds = min(action.seconds, left)
-            self._journal.publish("state", state="waiting", reason=f"up to {seconds:g} s")
-            return self._agent.wait(seconds)
+            self._begin_wait("wait", seconds, f"up to {seconds:g} s")
+            turn = self._agent.wait(seconds, until=self._control.ends_wait)
+            if self._control.ends_wait():
+                turn = turn._replace(notes=(*turn.notes, "The user ended the wait."))
+            return turn
         saved = "The fact was saved. " if action.facts else ""
         return Turn("", notes=(f"{saved}{action.text} Continue with the task, or end it with "
                                "TASK_COMPLETE.",))
@@ -4252,15 +4265,27 @@ class Autopilot:
         """Wait for the end of a usage limit that says when that is, or until the agent goes on."""
         if not 0 < turn.usage_limit_seconds <= self.MAX_USAGE_LIMIT_SECONDS:
             return turn
-        end = self._clock() + turn.usage_limit_seconds + self.USAGE_LIMIT_MARGIN_SECONDS
-        at = datetime.datetime.now() + datetime.timedelta(seconds=end - self._clock())
-        self._journal.publish("state", state="waiting", reason=f"{self._agent.name} has reached a "
-                              f"usage limit: until {at:%Y-%m-%d %H:%M}")
+        seconds = turn.usage_limit_seconds + self.USAGE_LIMIT_MARGIN_SECONDS
+        end = self._clock() + seconds
+        at = datetime.datetime.now() + datetime.timedelta(seconds=seconds)
+        self._begin_wait("usage_limit", seconds, f"{self._agent.name} has reached a usage limit: "
+                         f"until {at:%Y-%m-%d %H:%M}")
         later = Turn("", "idle")
-        while later.state in ("idle", "working") and self._clock() < end:
-            later = self._agent.wait(min(end - self._clock(), self._seconds_left()))
-        return turn._replace(output=f"{turn.output}\n{later.output}".rstrip(), notes=(
-            *turn.notes, *later.notes, "The usage limit was waited for and should be over now."))
+        while later.state in ("idle", "working") and self._clock() < end \
+                and not self._control.ends_wait():
+            later = self._agent.wait(min(end - self._clock(), self._seconds_left()),
+                                     until=self._control.ends_wait)
+        note = "The usage limit was waited for and should be over now."
+        if self._control.ends_wait():
+            note = "The user ended the wait for the usage limit, which may not be over yet."
+        return turn._replace(output=f"{turn.output}\n{later.output}".rstrip(),
+                             notes=(*turn.notes, *later.notes, note))
+
+    def _begin_wait(self, kind: str, seconds: float, reason: str) -> None:
+        """Announce a wait, which the user can end."""
+        self._control.begin_wait()
+        self._journal.publish("state", state="waiting", kind=kind, reason=reason,
+                              until=utc_timestamp(seconds))
 
     # the end
 

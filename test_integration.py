@@ -728,6 +728,10 @@ def obey(order, turn):
         show(f"{turn} of 99\n")
     elif word == "sleep":
         time.sleep(float(rest))
+    elif word == "work":        # until Escape
+        while next(KEYS) != 0x1b:
+            pass
+        show("Interrupted by the user\n")
     elif word == "freeze":
         SIGN.frozen = True
         time.sleep(float(rest))
@@ -3062,6 +3066,35 @@ def test_a_person_pauses_leaves_a_note_and_resumes(world):
                             "note", "resumed", "iteration_start"]
 
 
+@pytest.mark.parametrize("action, text", [("note", "mind\nthe gap"), ("continue", "")])
+def test_a_note_or_going_on_ends_a_wait_at_once(action, text, world):
+    model = world.model("WAIT: 10m", "TASK_COMPLETE")
+    run = world.start("--task", "x")
+    site = run.site()
+    site.events(lambda event: event.get("state") == "waiting")
+    assert site.control("pause") == site.control("resume") == 204       # does not end it
+    started = time.monotonic()
+    assert site.control(action, text) == 204
+    site.events(lambda event: event.get("iteration") == 2)
+    assert time.monotonic() - started < 5
+    assert run.end().status == 0
+    assert "The user ended the wait." in model.last_message(1)
+    assert ("mind\nthe gap" in model.last_message(1)) == bool(text)
+
+
+def test_an_interrupt_presses_escape_in_the_agents_turn_and_delivers_the_note(world):
+    model = world.model("work", "echo on", "TASK_COMPLETE")
+    run = world.start("--task", "x")
+    site = run.site()
+    assert world.taken("work"), run.stdout
+    assert site.control("interrupt", "leave\nthat") == 204
+    assert world.taken("echo on"), run.stdout
+    assert run.end().status == 0
+    told = model.last_message(1)
+    assert "Interrupted by the user" in told and "leave\nthat" in told, told
+    assert "Escape was pressed" in told and "still working" not in told
+
+
 def test_a_person_stops_the_run(world):
     world.model("sleep 60")
     run = world.start("--task", "x")
@@ -3069,7 +3102,9 @@ def test_a_person_stops_the_run(world):
     assert world.taken("sleep 60"), run.stdout
     assert site.control("stop") == 204
     assert run.end(20).status == 130
-    assert world.events()[-1]["outcome"] == "interrupted"
+    end = world.events()[-1]
+    assert (end["outcome"], end["reason"]) == ("interrupted", "stopped from the dashboard")
+    assert "stopped from the dashboard" in run.stdout
 
 
 class Tunnel(socketserver.BaseRequestHandler):

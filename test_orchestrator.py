@@ -179,7 +179,8 @@ class Hands:
     def send_keys(self, keys, timeout=0):
         return self._next(tuple(keys))
 
-    def wait(self, seconds):
+    def wait(self, seconds, until=orchestrator.never):
+        self.until = until
         return self._next(seconds)
 
     def _next(self, order):
@@ -3549,6 +3550,98 @@ def test_a_paused_run_waits_for_its_person(fly):
     flight.clock.at(500, lambda: flight.control.handle("resume"))
     assert flight.run() == "complete" and flight.clock.now >= 1500
     assert [event["state"] for event in flight.of("state")] == ["paused", "resumed"]
+
+
+def test_a_pause_in_a_wait_is_told_at_once_and_holds_after_it(fly):
+    def wait() -> Turn:
+        flight.control.handle("pause")
+        assert not flight.agent.until()
+        flight.clock.at(500, lambda: flight.control.handle("resume"))
+        return Turn("", "idle")
+
+    flight = fly("WAIT: 1h", "TASK_COMPLETE", turns=[wait])
+    assert flight.run() == "complete" and flight.clock.now >= 1500
+    assert [event["state"] for event in flight.of("state")] == ["waiting", "paused", "resumed"]
+
+
+STEPS = [("note", "mind\nthe gap"), ("continue", ""), ("interrupt", "mind\nthe gap")]
+
+
+@pytest.mark.parametrize("action, text", STEPS)
+@pytest.mark.parametrize("kind, turns", [
+    ("wait", []), ("usage_limit", [Turn("limit", usage_limit_seconds=3600.0)])])
+def test_the_user_ends_a_wait(action, text, kind, turns, fly):
+    def wait() -> Turn:
+        assert not flight.agent.until()
+        flight.control.handle(action, text)
+        assert flight.agent.until()
+        return Turn("", "idle")
+
+    reply = "WAIT: 2h" if kind == "wait" else "work"
+    flight = fly(reply, "TASK_COMPLETE", turns=[*turns, wait])
+    flight.control.handle("continue")           # before: there was nothing to end
+    flight.run()
+    waiting = flight.of("state")[0]
+    assert (waiting["state"], waiting["kind"]) == ("waiting", kind)
+    seconds = (datetime.datetime.fromisoformat(waiting["until"].replace("Z", "+00:00"))
+               - datetime.datetime.now(datetime.timezone.utc)).total_seconds()
+    assert (7100 if kind == "wait" else 3600) < seconds < 7300
+    assert "The user ended the wait" in flight.shown(1)
+    assert ("mind\nthe gap" in flight.shown(1)) == bool(text)
+
+
+def test_a_note_before_a_wait_that_the_model_has_not_seen_ends_it(fly):
+    def reply() -> str:
+        flight.control.handle("note", "hurry")
+        return "WAIT: 2h"
+
+    flight = fly(reply, "TASK_COMPLETE", turns=[lambda: Turn(str(flight.agent.until()), "idle")])
+    flight.run()
+    assert "True" in flight.shown(1) and "hurry" in flight.shown(1)
+
+
+def test_an_interrupt_while_the_model_thinks_keeps_its_reply_from_being_done(fly):
+    def reply() -> str:
+        flight.control.handle("interrupt", "not that")
+        return "rm -r everything"
+
+    flight = fly(reply, "better", "TASK_COMPLETE")
+    assert flight.run() == "complete" and flight.agent.told == ["better"]
+    assert "nothing of your reply was done" in flight.shown(1) and "not that" in flight.shown(1)
+    assert [event["state"] for event in flight.of("state")] == ["interrupted"]
+
+
+def test_an_interrupt_between_two_turns_has_nothing_to_interrupt(fly):
+    flight = fly("one", "TASK_COMPLETE")
+    flight.control.handle("pause")
+    flight.control.handle("interrupt", "mind the gap")
+    flight.control.handle("resume")
+    assert flight.run() == "complete" and flight.agent.told == ["one"]
+    assert "mind the gap" in flight.shown(0)
+
+
+def test_an_agent_asks_whether_its_turn_is_to_be_interrupted(fly):
+    def turn() -> str:
+        asked = [flight.agent.take_interrupt()]
+        flight.control.handle("interrupt")
+        asked += [flight.agent.take_interrupt(), flight.agent.take_interrupt()]
+        return str(asked)
+
+    flight = fly("one", "TASK_COMPLETE", turns=[turn])
+    flight.run()
+    assert "[False, True, False]" in flight.shown(1)
+
+
+def test_a_stop_from_the_dashboard_is_told_as_such(fly):
+    def stop() -> None:
+        raise Interrupted(signal.SIGINT)
+
+    flight = fly("one", turns=[lambda: flight.control.handle("stop")])
+    flight.control._stop = stop
+    with pytest.raises(Interrupted):
+        flight.run()
+    end = flight.journal.events()[-1]
+    assert (end["outcome"], end["reason"]) == ("interrupted", "stopped from the dashboard")
 
 
 LONG = [f"{letter} {'x' * 4_900}" for letter in "abcd"]     # fills a conversation of 5,000 tokens
