@@ -4523,54 +4523,46 @@ DASHBOARD_PAGE = r"""<!doctype html>
     color-scheme: light dark; --mono: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace;
     --page: #f3f5f7; --card: #fff; --ink: #1c2228; --muted: #57606a; --line: #d5dae0;
     --going: #0860ca; --good: #1a7535; --warn: #8a5a00; --bad: #c21f2b; --second: #9a63e8;
-    --screen: #10151b; --screen-ink: #d5dce4; --mark: #ffe08a;
+    --screen: #10151b; --screen-ink: #d5dce4; --found: #ffe08a;
   }
   @media (prefers-color-scheme: dark) { :root {
     --page: #0e1217; --card: #161b22; --ink: #e3e9ef; --muted: #98a2ad; --line: #2c343e;
     --going: #5aa7ff; --good: #46bd5c; --warn: #d9a032; --bad: #ff6a62; --screen: #090c10;
-    --mark: #6b5200;
+    --found: #6b5200;
   } }
   * { box-sizing: border-box; margin: 0; }
-  [hidden], output:empty, #recording:empty, .card:has(#iterations:empty) {
+  [hidden], output:empty, #recording:empty, section:has(> :empty#iterations) {
     display: none !important; }
   body { max-width: 1760px; margin: auto; padding: 0 16px 32px; background: var(--page);
     color: var(--ink); font: 14px/1.45 system-ui, sans-serif; font-variant-numeric: tabular-nums }
   header, .card { background: var(--card); border: 1px solid var(--line); border-radius: 6px;
     padding: 7px 12px; margin-top: 8px; min-width: 0; overflow-wrap: anywhere; }
-  h1, h2, summary { font-size: 14px; font-weight: 600; }
-  .excerpt, #figures dd { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-  small, dt, output, code, pre, .label, .figure, .flag, time { font-size: 12px; }
-  small, dt, output, .label, .figure, .quiet, #elapsed, #advice, time { color: var(--muted); }
+  h1, h2, summary { font-size: 14px; font-weight: 600; } summary { min-height: 24px; }
+  small, dt, output, code, pre, time, .copy, .label, .figure, .flag { font-size: 12px; }
+  small, dt, output, time, .label, .figure, .quiet, #elapsed, #advice { color: var(--muted); }
   .going { color: var(--going); } .good { color: var(--good); } .warn { color: var(--warn); }
   .bad { color: var(--bad); } code, pre { font-family: var(--mono); } a { color: var(--going); }
-  mark { background: var(--mark); color: inherit; }
-  button, summary { cursor: pointer; } :focus-visible { outline: 2px solid var(--going); }
-  button, input, select, textarea { font: inherit; color: inherit; padding: 2px 9px;
-    min-height: 26px; background: var(--page); border: 1px solid var(--line); border-radius: 5px; }
-  button:hover:enabled { border-color: var(--muted); }
-  button:disabled { color: var(--muted); cursor: default; } summary { min-height: 24px; }
-  header, #controls, form, #finder, #terminal-bar { display: flex; flex-wrap: wrap;
-    align-items: center; gap: 6px; }
-  header { margin: 0; border-radius: 0 0 6px 6px; } #now { flex: 1 1 200px; margin-left: 4px; }
-  #now, #note { min-width: 0; } #status { display: inline; font-size: 18px; font-weight: 600; }
-  #status, #elapsed { line-height: 1.3; } #elapsed { margin-left: 6px; }
+  .excerpt, #figures dd { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+  mark { background: var(--found); color: inherit; } button, summary { cursor: pointer; }
+  button, input, select, textarea { font: inherit; color: inherit; background: var(--page);
+    min-height: 26px; padding: 2px 9px; border: 1px solid var(--line); border-radius: 5px; }
+  button:disabled { color: var(--muted); } :focus-visible { outline: 2px solid var(--going); }
+  header, #controls, form, #finder, #terminal-bar { display: flex; flex-wrap: wrap; gap: 6px;
+    align-items: center; } header { margin: 0; border-radius: 0 0 6px 6px; }
+  #now { flex: 1 1 200px; margin-left: 4px; } #now, #note { min-width: 0; }
+  #status { display: inline; font-size: 18px; font-weight: 600; } #elapsed { margin-left: 6px; }
   #recording { border: 1px solid; border-radius: 5px; padding: 1px 7px; margin-left: 6px;
-    color: var(--warn); white-space: nowrap; }
-  #controls { flex: 0 1 620px; } form { flex: 1 1 300px; } output { flex-basis: 100%; }
+    color: var(--warn); white-space: nowrap; } output { flex-basis: 100%; }
+  #controls { flex: 0 1 620px; } form { flex: 1 1 300px; } #stop-now { color: var(--bad); }
   #note { flex: 1; resize: vertical; field-sizing: content; max-height: 120px; }
-  #stop-now { color: var(--bad); } #stop-box { margin: auto; color: var(--ink); }
-  .copy { font-size: 12px; }
-  .facts { display: flex; gap: 3px 22px; } .facts div { flex: 0 1 auto; min-width: 44px; }
-  .facts .fixed { flex-shrink: 0; } #figures .broad { flex: 1 1 120px; } #title { display: inline; }
+  #stop-box { margin: auto; color: var(--ink); }
+  .facts { display: flex; gap: 3px 22px; } .facts div { min-width: 44px; } .fixed { flex: none; }
+  #figures .broad { flex: 1 1 120px; } #title { display: inline; } #end-facts { flex-wrap: wrap; }
   #end-words { white-space: pre-wrap; font-size: 16px; margin-bottom: 5px; }
-  #end-facts { flex-wrap: wrap; align-items: baseline; } #end-facts div:has(code + button),
-  #end-facts div:has(code + button) ~ div { flex-basis: 100%; display: flex; gap: 12px; }
-  #end-facts dt { flex-shrink: 0; }
-  progress { display: block; width: 100%; height: 4px; margin: 1px 0; appearance: none;
-    border: 0; background: var(--line); color: var(--going); } .near { color: var(--warn); }
-  progress::-webkit-progress-bar { background: var(--line); }
-  progress::-webkit-progress-value { background: currentColor; }
-  progress::-moz-progress-bar { background: currentColor; }
+  #end-facts div:has(code + button), #end-facts div:has(code + button) ~ div {
+    flex-basis: 100%; display: flex; gap: 12px; } #end-facts dt { flex: none; }
+  progress { display: block; width: 100%; height: 5px; accent-color: var(--going); }
+  progress.near { accent-color: var(--warn); }
   #terminal { position: relative; padding-bottom: 10px; }
   #terminal-bar { position: absolute; top: 4px; right: 12px; }
   #screen-box { container-type: inline-size; overflow: auto; margin-top: 5px; border-radius: 4px;
@@ -4584,46 +4576,40 @@ DASHBOARD_PAGE = r"""<!doctype html>
     left: calc(10px + 1ch * var(--column)); top: calc(6px + 1.2em * var(--row)); }
   .bold { font-weight: 700; } .italic { font-style: italic; }
   .underline { text-decoration: underline; } .strike { text-decoration: line-through; }
-  .underline.strike { text-decoration: underline line-through; }
+  .underline.strike { text-decoration: underline line-through; } .wide.cell { width: 2ch; }
   .cell { display: inline-block; width: 1ch; height: 1.2em; vertical-align: top;
-    text-decoration: inherit; } .wide { width: 2ch; }
+    text-decoration: inherit; }
   #board { display: grid; gap: 0 8px; align-items: start; } figure + figure { margin-top: 12px; }
   figcaption { display: flex; justify-content: space-between; }
-  svg { display: block; width: 100%; height: 84px; }
+  .bars { display: flex; height: 70px; border-bottom: 1px solid var(--line); }
+  .bars span { display: flex; flex: 0 1 26px; flex-direction: column-reverse; }
+  .bars i { background: var(--going); } .bars i + i { background: var(--second); }
   .key { border-left: 9px solid var(--going); padding-left: 4px; margin-left: 8px; }
-  .key + .key { border-color: var(--second); } rect { fill: var(--going); }
-  rect + rect { fill: var(--second); } path { stroke: var(--line); }
-  text { font-size: 10px; fill: var(--muted); text-anchor: end; }
+  .key + .key { border-color: var(--second); } #finder h2 { margin-right: auto; }
   aside ul { padding-left: 18px; white-space: pre-line; } #task { padding: 0; list-style: none; }
-  #finder { margin-bottom: 6px; } #finder h2 { margin-right: auto; } #search { flex: 0 1 220px; }
-  #finder a { padding: 3px 0; } output#matches { flex-basis: auto; }
+  #finder { margin-bottom: 6px; } #search { flex: 0 1 220px; } #matches { flex: none; }
   .iteration { border-top: 1px solid var(--line); content-visibility: auto;
     contain-intrinsic-size: auto 31px; scroll-margin-top: 80px; }
   .iteration summary { display: grid; gap: 0 10px; padding: 5px 0; font-weight: 400;
-    align-items: baseline; grid-template-columns: 10px 5ch 7ch 1fr auto repeat(3, 7ch); }
+    align-items: baseline; grid-template-columns: 10px 5ch 6ch 1fr auto repeat(3, 7ch); }
   .iteration summary::before { content: "\25b8"; color: var(--muted); }
   .iteration[open] summary::before { content: "\25be"; }
-  .iteration b, .figure { text-align: right; }
-  .flag { margin-left: 8px; display: inline-block; }
-  .entry { display: grid; grid-template-columns: 108px minmax(0, 1fr); margin: 0 0 8px 24px;
-    line-height: 1.8; }
+  .iteration b, .figure { text-align: right; } .flag { margin-left: 8px; display: inline-block; }
+  .entry { display: grid; grid-template-columns: 108px minmax(0, 1fr); margin: 0 0 8px 24px; }
   .entry pre { max-height: 480px; overflow-y: auto; background: var(--page); padding: 5px 9px;
-    white-space: pre-wrap; border-radius: 4px; line-height: 1.45; }
+    white-space: pre-wrap; border-radius: 4px; }
   @media (min-width: 1000px) {
-    header { position: sticky; top: 0; z-index: 1; }
+    header { position: sticky; top: 0; z-index: 1; } aside { grid-area: 1 / 2; }
     #advice { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-    #board { grid-template-columns: minmax(0, 1fr) 360px; } aside { grid-area: 1 / 2; }
+    #board { grid-template-columns: minmax(0, 1fr) 360px; }
   }
-  @media (max-width: 999px) { #figures { flex-wrap: wrap; } }
+  @media (max-width: 1199px) { #figures { flex-wrap: wrap; } #terminal-bar { position: static; } }
   @media (max-width: 640px) {
-    body { padding: 0 8px 24px; } header, .card { padding: 7px 9px; }
+    body { padding: 0 8px 24px; } header, .card { padding: 7px 9px; } #search { flex: 1 1 100%; }
     #figures div { flex: 1 1 40%; } #figures .broad { flex-basis: 100%; }
-    #search { flex: 1 1 100%; }
-    .iteration summary { grid-template-columns: 10px 5ch 7ch 1fr 6ch 6ch; gap: 0 6px; }
+    .iteration summary { grid-template-columns: 10px 5ch 6ch 1fr 6ch 7ch; gap: 0 6px; }
     .excerpt { grid-area: 2 / 2 / auto / -1; } .flags { grid-area: 3 / 2 / auto / -1; }
-    .flag { margin: 0 8px 0 0; } .figure:nth-of-type(4) { grid-column: 4; }
-    .entry { display: block; margin-left: 0; }
-    #terminal-bar { position: static; }
+    .flag { margin: 0 8px 0 0; } .entry { display: block; margin-left: 0; }
   }
 </style>
 <header>
@@ -4633,14 +4619,13 @@ DASHBOARD_PAGE = r"""<!doctype html>
   <div id="controls" role="group" aria-label="Steer the run" hidden>
     <button id="pause">Pause</button> <button id="continue">Go on now</button>
     <button id="stop" popovertarget="stop-box">Stop</button>
-    <div id="stop-box" class="card" popover>
-      Stop the run? <button id="stop-now">Stop now</button></div>
-    <form id="note-form"><textarea id="note" aria-label="Note to the model" rows="1"
-      placeholder="Note to the model" title="Enter sends, Shift+Enter begins a new line"></textarea>
+    <div id="stop-box" class="card" popover>Stop the run?
+      <button id="stop-now">Stop now</button></div>
+    <form id="note-form"><textarea id="note" rows="1" aria-label="Note to the model"
+        placeholder="Note to the model" title="Shift+Enter begins a new line"></textarea>
       <button>Send</button> <button id="interrupt" type="button"
         title="Press Escape in the agent's turn, and send the note">Interrupt</button></form>
-    <output id="answer"></output>
-  </div>
+    <output id="answer"></output></div>
 </header>
 <main>
   <section id="end" class="card" aria-label="The end of the run" hidden>
@@ -4658,7 +4643,7 @@ DASHBOARD_PAGE = r"""<!doctype html>
     <div><dt>directory</dt><dd><code id="workdir"></code></dd></div></dl></section>
   <details id="terminal" class="card" open hidden><summary>Agent's screen</summary>
     <div id="terminal-bar"><small id="held" role="status"></small>
-      <div id="watch"><code id="attach"></code> <button class="copy">copy</button></div>
+      <div><code id="attach"></code> <button class="copy">copy</button></div>
       <button id="size">Actual size</button></div>
     <div id="screen-box" tabindex="0" role="region" aria-label="The agent's screen">
       <pre id="screen"></pre></div></details>
@@ -4667,17 +4652,16 @@ DASHBOARD_PAGE = r"""<!doctype html>
       <h2>Iterations</h2><output id="matches"></output>
       <input id="search" type="search" aria-label="Search all texts" placeholder="Search all texts">
       <select id="filter" aria-label="Show only"><option value="">all</option>
-        <option value="error">errors</option><option value="note">notes</option>
-        <option value="check">failed checks</option></select>
-      <button id="expand">Expand all</button>
+        <option value="error">errors</option><option value="restarted">restarts</option>
+        <option value="note">notes</option><option value="check failed">failed checks</option>
+      </select> <button id="expand">Expand all</button>
       <a id="download" href="journal" download>Download journal</a></div>
       <div id="iterations"></div></section>
     <aside aria-label="Background">
       <section id="charts" class="card" aria-label="Charts" hidden></section>
       <details class="card" open><summary>Task</summary><ul id="task"></ul></details>
       <details class="card" open><summary>Facts remembered</summary><ul id="facts"></ul></details>
-    </aside>
-  </div>
+    </aside></div>
 </main>
 <script nonce="NONCE">
   "use strict";
@@ -4691,16 +4675,11 @@ DASHBOARD_PAGE = r"""<!doctype html>
     agent: ["bad", "The agent can't be kept alive"], interrupted: ["warn", "Interrupted"],
     model: ["bad", "The model can't be reached"],
   };
-  const FINAL_OUTCOMES = ["complete", "failed", "stuck"];
   const MARKS = {
     quiet: ["#6e7781", ""], going: ["#2f81f7", "M6 4.5l5.5 3.5L6 11.5z"],
     warn: ["#bf8700", "M5 4.5h2v7H5zM9 4.5h2v7H9z"], bad: ["#da3633", "M7 3.5h2v5H7zM7 10h2v2H7z"],
     good: ["#2da44e", "M4 8.2l1.4-1.4 1.7 1.7 3.6-3.7 1.4 1.4-5 5.1z"],
   };
-  const FILTERS = {"": () => true, error: entry => ["error", "restarted"].includes(entry.label),
-                   note: entry => entry.label.startsWith("note"),
-                   check: entry => entry.label === "check failed"};
-  const COMMANDS = /^(MEMORY_SAVE: .*|\W*TASK_COMPLETE\b.*)$/gm;
   history.replaceState(null, "", location.pathname + location.hash);    // hide the token
 
   const byId = id => document.getElementById(id);
@@ -4713,8 +4692,7 @@ DASHBOARD_PAGE = r"""<!doctype html>
   const count = value => value < 999.5 ? String(Math.round(value))
     : value < 999500 ? `${short(value / 1e3)}k` : `${short(value / 1e6)}M`;
   const money = value => `$${value.toFixed(value && value < 0.1 ? 4 : 2)}`;
-  const quoted = word => `'${word.replaceAll("'", `'"'"'`)}'`;          // for a shell
-  const shellWord = word => /^[\w@%+=:,./-]+$/.test(word) ? word : quoted(word);
+  const shellWord = word => `'${word.replaceAll("'", `'"'"'`)}'`;
 
   function duration(milliseconds) {
     const seconds = Math.max(0, milliseconds) / 1000, whole = Math.round(seconds);
@@ -4742,13 +4720,6 @@ DASHBOARD_PAGE = r"""<!doctype html>
     return element;
   }
 
-  function createShape(tag, attributes, ...children) {
-    const shape = document.createElementNS("http://www.w3.org/2000/svg", tag);
-    for (const name in attributes) shape.setAttribute(name, attributes[name]);
-    shape.append(...children);
-    return shape;
-  }
-
   function createTime(at, words = clockTime(at)) {
     const element = createElement("time", "", words);
     element.title = new Date(at).toLocaleString([], {dateStyle: "full", timeStyle: "full"});
@@ -4757,11 +4728,11 @@ DASHBOARD_PAGE = r"""<!doctype html>
 
   // The run: what the events have told so far.
   const run = {
-    info: {}, task: [], facts: [], iterations: new Map(), changed: new Set(),
+    info: {}, task: [], facts: [], iterations: new Map(), changed: new Set(), current: null,
     tokens: {prompt: 0, completion: 0, cached: 0, total: 0}, cost: null, unpriced: 0,
     activity: {level: "quiet", headline: "Waiting for the run to begin", advice: ""},
-    started: null, latest: null, spent: 0, lastId: 0, current: null, busy: false, paused: null,
-    outcome: null, lost: "", lostAt: null, restarts: 0, errors: 0, check: null, lastReply: "",
+    started: null, latest: null, spent: 0, lastId: 0, busy: false, paused: null, outcome: null,
+    lost: "", lostAt: null, restarts: 0, errors: 0, check: null, lastReply: "",
   };
 
   function setActivity(event, headline, advice, more) {
@@ -4794,7 +4765,7 @@ DASHBOARD_PAGE = r"""<!doctype html>
     __proto__: null,
     task_info(event) {
       const facts = list(event.memories).map(text);
-      Object.assign(run, {info: event, task: [text(event.task)], facts, outcome: null});
+      Object.assign(run, {info: event, task: [text(event.task)], facts});
       setActivity(event, "Starting", "The agent is being started.");
     },
     iteration_start(event) {
@@ -4817,7 +4788,7 @@ DASHBOARD_PAGE = r"""<!doctype html>
         model: replied - iteration.started || finiteOrZero(event.duration_ms),
         tokens: event.tokens ?? {}, cost: event.cost, costSoFar: run.cost ?? 0,
       });
-      run.lastReply = said.replace(COMMANDS, "").trim();
+      run.lastReply = said.replace(/^(MEMORY_SAVE: .*|\W*TASK_COMPLETE\b.*)$/gm, "").trim();
       setActivity(event, "Agent is working", iteration.excerpt);
     },
     iteration_end(event) {
@@ -4826,8 +4797,7 @@ DASHBOARD_PAGE = r"""<!doctype html>
       if (event.agent_output) addEntry(event, "agent", event.agent_output);
       if (event.error) addEntry(event, "error", event.error, "bad");
       iteration.excerpt ||= firstLine(typed);
-      iteration.ended = timeOf(event);
-      iteration.agent = iteration.ended - iteration.replied || finiteOrZero(event.duration_ms);
+      iteration.agent = timeOf(event) - iteration.replied || finiteOrZero(event.duration_ms);
       run.busy = false;
       setActivity(event, "Between two turns", "");
     },
@@ -4880,7 +4850,6 @@ DASHBOARD_PAGE = r"""<!doctype html>
       const spent = Math.max(run.spent, finiteOrZero(event.duration_ms));
       Object.assign(run, {outcome: event, paused: null, busy: false, spent});
       addUsage({...event, cost: event.cost || run.cost}, Math.max);   // old ones: 0 for unknown
-      setText("answer", "");
     },
   };
 
@@ -4890,8 +4859,7 @@ DASHBOARD_PAGE = r"""<!doctype html>
     if (event?.type === "screen") drawScreen(event);
     if (!handlers[event?.type] || event.id <= run.lastId) return;
     const now = timeOf(event), isNewPart = event.state === "resumed" && event.reason;
-    const isFirst = run.outcome || event.type === "task_info" || isNewPart;
-    if (run.latest && !isFirst) run.spent += Math.max(0, now - run.latest);
+    if (run.latest && !run.outcome && !isNewPart) run.spent += Math.max(0, now - run.latest);
     handlers[event.type](event);
     Object.assign(run, {lastId: event.id ?? run.lastId, latest: now, started: run.started ?? now});
     drawSoon();
@@ -4906,10 +4874,8 @@ DASHBOARD_PAGE = r"""<!doctype html>
     const [level, headline] = OUTCOMES[run.outcome?.outcome] ?? ["warn", "Ended"];
     const {latest, activity} = run, last = latest && clockTime(latest);
     if (run.outcome) return {level, headline, advice: `at ${last}, after ${duration(run.spent)}`};
-    if (IS_RECORDING && latest) {
-      const advice = `The last event is of ${last}: ${activity.headline}`;
-      return {level: "quiet", headline: "Unfinished", advice};
-    }
+    const advice = `The last event is of ${last}: ${activity.headline}`;
+    if (IS_RECORDING && latest) return {level: "quiet", headline: "Unfinished", advice};
     if (run.lost) return {level: "bad", headline: "Connection lost", advice: run.lost};
     if (run.paused == null) return activity;
     if (run.busy && !activity.waits) return {...activity, advice: "It pauses after this turn."};
@@ -4925,37 +4891,37 @@ DASHBOARD_PAGE = r"""<!doctype html>
     const isOver = run.outcome != null || IS_RECORDING, now = serverTime();
     const spent = run.spent + (isOver || !run.latest ? 0 : Math.max(0, now - run.latest));
     const elapsed = since ? duration(now - since) : "";
-    const left = until > now ? `${duration(until - now)} left, until ${clockTime(until)}` : "";
     if (byId("mark").src !== image) byId("mark").src = byId("icon").href = image;
     document.title = [headline, firstLine(run.info.task)].filter(Boolean).join(" · ");
+    byId("status").className = level;
     setText("status", headline);
-    setText("elapsed", left || elapsed);
+    setText("elapsed", until > now ? `${duration(until - now)} left, until ${clockTime(until)}`
+      : elapsed);
     setText("advice", advice);
     setText("pause", run.paused == null ? "Pause" : "Resume");
-    byId("status").className = level;
     byId("controls").hidden = !run.lastId || isOver;
     byId("continue").hidden = !run.activity.waits;
     byId("interrupt").disabled = !run.busy;
     byId("download").hidden = !journalPath || !run.lastId || run.lost !== "";
-    byId("watch").hidden = !run.info.attach || isOver;
-    drawFigure("time", duration(spent), spent / 60000, run.info.max_minutes,
-               limit => `${limit} min`);
+    byId("attach").parentElement.hidden = !run.info.attach || isOver;
+    drawFigure("time", duration(spent), spent / 60000, run.info.max_minutes, most => `${most} min`);
   }
 
-  function drawFigure(id, value, used, limit, unit) {
+  function drawFigure(id, value, used, limit, format) {
     const [, note, bar] = byId(id).parentElement.children;
     setText(id, value);
-    note.textContent = limit > 0 ? `of ${unit(limit)}` : "";
+    note.textContent = limit > 0 ? `of ${format(limit)}` : "";
     Object.assign(bar, {hidden: !(limit > 0), max: limit > 0 ? limit : 1, value: used});
-    bar.classList.toggle("near", used >= 0.85 * limit);
+    bar.className = used >= 0.85 * limit ? "near" : "";
   }
 
   function drawRun() {
     const {info, tokens, cost, unpriced} = run, done = run.current?.number ?? 0;
     const unknown = unpriced ? "not reported" : "–";
+    const cached = Math.round(100 * tokens.cached / tokens.prompt);
     setText("title", firstLine(info.task) || "No run yet");
     setText("tokens", count(tokens.total || tokens.prompt + tokens.completion));
-    if (tokens.prompt) setText("cached", `${Math.round(100 * tokens.cached / tokens.prompt)} % cached`);
+    setText("cached", tokens.prompt ? `${cached} % cached` : "");
     byId("tokens").title = `${count(tokens.prompt)} in, ${count(tokens.completion)} out`;
     drawFigure("iterations-done", String(done), done, info.max_iter, String);
     drawFigure("cost", cost == null ? unknown : money(cost), cost ?? 0, info.max_cost, money);
@@ -4964,8 +4930,8 @@ DASHBOARD_PAGE = r"""<!doctype html>
       setText(name, byId(name).title = firstLine(info[name]));
       byId(name).closest("div").hidden = !info[name];
     }
-    if (IS_RECORDING && run.started) setText("recording", `Recording of ${new Date(run.started)
-      .toLocaleString([], {dateStyle: "medium"})}`);
+    const started = new Date(run.started).toLocaleString([], {dateStyle: "medium"});
+    if (IS_RECORDING && run.started) setText("recording", `Recording of ${started}`);
     for (const name of ["task", "facts"]) {
       if (byId(name).shown === run[name]) continue;
       byId(name).shown = run[name];
@@ -4975,18 +4941,19 @@ DASHBOARD_PAGE = r"""<!doctype html>
   }
 
   function drawEnd() {
-    const {outcome, info, check, latest, started, spent} = run, card = byId("end");
-    card.hidden = !outcome && !(IS_RECORDING && latest);
-    if (card.hidden || card.shown === latest) return;
-    card.shown = latest;
-    const files = outcome?.files_changed, isFinal = FINAL_OUTCOMES.includes(outcome?.outcome);
+    const {outcome, info, check, latest} = run, end = byId("end"), files = outcome?.files_changed;
+    end.hidden = !outcome && !(IS_RECORDING && latest);
+    if (end.hidden || end.shown === latest) return;
+    end.shown = latest;
+    const isFinal = ["complete", "failed", "stuck"].includes(outcome?.outcome);
     const code = words => createElement("code", "", words);
     const command = words => [code(`python3 orchestrator.py ${words}`), " ",
                               createElement("button", "copy", "copy")];
     const rows = [
       ["last check", check ? createElement("span", check.level, check.result, code(check.command))
         : "none"],
-      ["started", createTime(started)], ["ended", createTime(latest), `, after ${duration(spent)}`],
+      ["started", createTime(run.started)],
+      ["ended", createTime(latest), `, after ${duration(run.spent)}`],
       ["restarts", text(outcome?.restarts ?? run.restarts)],
       ["errors", text(outcome?.errors ?? run.errors)],
       files != null && ["files changed", Array.isArray(files) ? files.join(", ") : text(files)],
@@ -5002,23 +4969,19 @@ DASHBOARD_PAGE = r"""<!doctype html>
   }
 
   // Iterations: one row each, newest first, and what is searched for in them.
-  let searched = "", wanted = FILTERS[""];
-  const findMatch = ({entries}) => entries.find(entry =>
-    wanted(entry) && entry.body.toLowerCase().includes(searched));
+  let searched = null;                    // a pattern with one group, if anything
+  const findMatch = ({entries}) => entries.find(({label, body}) =>
+    label.startsWith(byId("filter").value) && (!searched || searched.test(body)));
 
-  function fill(element, body) {          // what is searched for is marked, far down too
-    const end = searched ? 10 * MAX_SHOWN : MAX_SHOWN, parts = [];
-    const more = createElement("button", "", `show ${count(body.length - end)} more characters`);
-    const lower = searched && body.slice(0, end).toLowerCase();
-    let from = 0;
-    while (searched && lower.includes(searched, from)) {
-      const at = lower.indexOf(searched, from), to = at + searched.length;
-      parts.push(body.slice(from, at), createElement("mark", "", body.slice(at, to)));
-      from = to;
-    }
+  function fill(element, body) {
+    const rest = count(body.length - MAX_SHOWN);
+    const more = createElement("button", "", `show ${rest} more characters`);
+    const shown = body.slice(0, searched ? 10 * MAX_SHOWN : MAX_SHOWN);
+    const parts = searched ? shown.split(searched) : [shown];
+    element.replaceChildren(...parts.map((part, index) =>
+      index % 2 ? createElement("mark", "", part) : part));
     more.onclick = () => { element.textContent = body; };
-    element.replaceChildren(...parts, body.slice(from, end));
-    if (body.length > end) element.append("\n", more);
+    if (body.length > shown.length) element.append("\n", more);
     return element;
   }
 
@@ -5026,7 +4989,6 @@ DASHBOARD_PAGE = r"""<!doctype html>
     const row = createElement("details", "iteration", createElement("summary", ""),
                               createElement("div", ""));
     const newest = byId("iterations").firstChild;
-    row.dataset.iteration = iteration.number;
     row.open = newest?.open ?? true;      // the newest is open, until someone closes it
     if (newest && !newest.dataset.touched) newest.open = false;
     row.firstChild.onclick = () => {      // the address then leads to it
@@ -5046,24 +5008,22 @@ DASHBOARD_PAGE = r"""<!doctype html>
                      Number.isFinite(cost) ? money(cost) : ""];
     const flags = entries.filter(entry => entry.level).slice(-4)
       .map(({level, label}) => createElement("span", `flag ${level}`, label));
-    let excerpt = iteration.excerpt;
-    if (searched && match) {
-      const at = match.body.toLowerCase().indexOf(searched);
-      excerpt = `${match.label}: ${match.body.slice(Math.max(0, at - 30), at + 200)}`;
-    }
+    const at = searched && match ? Math.max(0, match.body.search(searched) - 30) : 0;
+    const found = searched && match && `${match.label}: ${match.body.slice(at, at + 200)}`;
     const time = createElement("span", "");
     if (started) time.append(createTime(started, new Date(started).toTimeString().slice(0, 5)));
     iteration.row ??= addRow(iteration);
-    iteration.row.hidden = !match && (searched !== "" || wanted !== FILTERS[""]);
+    iteration.row.hidden = !match && (searched != null || byId("filter").value !== "");
     iteration.row.firstChild.replaceChildren(
-      createElement("b", "", number || "–"), time, createElement("span", "excerpt", excerpt),
+      createElement("b", "", number || "–"), time,
+      createElement("span", "excerpt", found || iteration.excerpt),
       createElement("span", "flags", ...flags),
       ...figures.map(figure => createElement("span", "figure", figure)));
     drawEntries(iteration);
   }
 
-  function drawEntries(iteration) {       // built when opened and dropped when closed: stays light
-    const {row, entries} = iteration, shown = row.lastChild;
+  function drawEntries({row, entries}) {  // built when opened and dropped when closed: stays light
+    const shown = row.lastChild;
     if (!row.open || row.hidden) return shown.replaceChildren();
     entries.forEach(({label, level, body}, index) => {
       const entry = shown.children[index] ?? shown.appendChild(createElement("div", "entry",
@@ -5077,74 +5037,53 @@ DASHBOARD_PAGE = r"""<!doctype html>
 
   function openLinked() {                 // the iteration that the address names, as in #12
     const row = run.iterations.get(parseInt(location.hash.slice(1)))?.row;
-    if (!row) return false;
-    row.open = row.dataset.touched = true;
-    row.scrollIntoView();
-    return true;
+    if (row) row.open = row.dataset.touched = true;
+    row?.scrollIntoView();
+    return row != null;
   }
 
   function search() {
-    searched = byId("search").value.trim().toLowerCase();
-    wanted = FILTERS[byId("filter").value];
+    const words = byId("search").value.trim().replace(/[^\w\s]/g, "\\$&");
+    searched = words ? new RegExp(`(${words})`, "i") : null;
     run.iterations.forEach(iteration => run.changed.add(iteration));
     drawSoon();
   }
 
-  function expandAll() {
-    const isOpen = byId("expand").textContent === "Expand all";
-    document.querySelectorAll(".iteration").forEach(row => { row.open = isOpen; });
-    setText("expand", isOpen ? "Collapse all" : "Expand all");
-  }
-
-  // Charts.
-  const timeUnit = peak => peak < 6e4 ? 1e3 : peak < 3.6e6 ? 6e4 : 3.6e6;     // s, min, h
-
-  function axisTop(peak, unit) {          // a round number of units, and so is its half
-    const power = unit * 10 ** Math.floor(Math.log10(peak / unit));
-    return power * [1, 2, 4, 10].find(factor => factor * power >= peak);
-  }
-
-  function drawChart({svg, format, unit, parts}, iterations) {
-    const width = svg.clientWidth, base = svg.clientHeight - 18, left = 50, bars = [];
-    const bucket = Math.ceil(iterations.length * 3 / Math.max(60, width - left));
-    iterations.forEach((iteration, index) => {     // of those that share three pixels: the highest
-      const [low, high = 0] = parts(iteration), at = Math.floor(index / bucket);
-      const bar = {number: iteration.number, parts: parts(iteration), sum: low + high};
-      if (!(bars[at]?.sum >= bar.sum)) bars[at] = bar;
+  // Charts: of iterations that share a bar, the highest.
+  function drawChart({bars, range, format, parts}, iterations) {
+    const size = Math.ceil(iterations.length / 100), chosen = [];
+    const sum = iteration => parts(iteration).reduce((one, other) => one + other);
+    iterations.forEach((iteration, index) => {
+      const at = Math.floor(index / size);
+      if (!chosen[at] || sum(chosen[at]) < sum(iteration)) chosen[at] = iteration;
     });
-    const peak = Math.max(...bars.map(bar => bar.sum)), top = axisTop(peak || 1, unit(peak));
-    const step = Math.min(24, (width - left) / bars.length), end = left + step * bars.length;
-    const height = value => (base - 6) * value / top;
-    const label = (x, y, words) => createShape("text", {x, y}, words);
-    svg.setAttribute("aria-label", `latest ${format(bars.at(-1).sum)}, most ${format(peak)}`);
-    svg.replaceChildren(label(left + 8, base + 14, bars[0].number),
-      label(end, base + 14, end > left + 40 ? bars.at(-1).number : ""),
-      ...[0, top / 2, top].flatMap(value => [
-        label(left - 6, base - height(value) + 4, format(value)),
-        createShape("path", {d: `M${left} ${base - height(value)}H${width}`})]),
-      ...bars.map((bar, index) => {
-        const shape = {x: left + index * step, width: step - (step > 4), y: base};
-        const title = `${bar.number}: ${bar.parts.map(format).join(" + ")}`;
-        return createShape("g", {}, createShape("title", {}, title), ...bar.parts.map(part =>
-          createShape("rect", {...shape, y: shape.y -= height(part), height: height(part)})));
-      }));
+    const peak = Math.max(...chosen.map(sum)), last = iterations.at(-1).number;
+    range.textContent = `iterations ${iterations[0].number} to ${last}, highest ${format(peak)}`;
+    bars.replaceChildren(...chosen.map(iteration => createElement("span", "",
+      ...parts(iteration).map(part => createBar(100 * part / (peak || 1))))));
   }
 
-  function addChart(title, kinds, format, parts, unit = () => 1) {
+  function createBar(percent) {
+    const bar = createElement("i", "");
+    bar.style.height = `${percent}%`;
+    return bar;
+  }
+
+  function addChart(title, kinds, format, parts) {
+    const bars = createElement("div", "bars"), range = createElement("small", "");
     const keys = kinds.map(kind => createElement("span", "key", kind));
-    const caption = createElement("figcaption", "", createElement("h2", "", title),
+    const heading = createElement("figcaption", "", createElement("h2", "", title),
                                   createElement("small", "", ...keys));
-    const svg = createShape("svg", {role: "img"});
-    byId("charts").append(createElement("figure", "", caption, svg));
-    return {svg, format, parts, unit};
+    byId("charts").append(createElement("figure", "", heading, bars, range));
+    return {bars, range, format, parts};
   }
 
   const charts = [
     addChart("Tokens per iteration", ["prompt", "completion"], count,
              ({tokens}) => [finiteOrZero(tokens.prompt), finiteOrZero(tokens.completion)]),
     addChart("Time per iteration", ["agent", "model"], duration,
-             ({agent, model}) => [agent, model], timeUnit),
-    addChart("Cost so far", [], value => `$${short(value)}`, ({costSoFar}) => [costSoFar]),
+             ({agent, model}) => [agent, model]),
+    addChart("Cost so far", [], money, ({costSoFar}) => [costSoFar]),
   ];
   let timer = null, isLinkPending = location.hash !== "";
   const drawSoon = () => { timer ??= setTimeout(draw, 60); };
@@ -5157,14 +5096,13 @@ DASHBOARD_PAGE = r"""<!doctype html>
     drawRun();
     drawStatus();
     drawEnd();
-    const all = byId("iterations").childElementCount;
     const shown = document.querySelectorAll(".iteration:not([hidden])").length;
-    setText("matches", shown < all ? `${shown} of ${all}` : "");
+    setText("matches", shown < run.iterations.size ? `${shown} of ${run.iterations.size}` : "");
     byId("charts").hidden = !replied.length;
     byId("charts").lastChild.hidden = run.cost == null;
-    charts.filter(({svg}) => svg.clientWidth).forEach(chart => drawChart(chart, replied));
+    if (replied.length) charts.forEach(chart => drawChart(chart, replied));
     byId("screen").style.setProperty("--above", `${byId("screen-box").offsetTop}px`);
-    if (isLinkPending && openLinked()) isLinkPending = false;
+    if (isLinkPending) isLinkPending = !openLinked();
   }
 
   // The terminal: text with SGR escapes, as tmux prints it.
@@ -5299,16 +5237,6 @@ DASHBOARD_PAGE = r"""<!doctype html>
     note.oninput();
   }
 
-  async function copyText(button) {
-    const source = button.parentElement.querySelector("code");
-    getSelection().selectAllChildren(source);       // also where there is no clipboard
-    const isWritten = navigator.clipboard?.writeText(source.textContent)
-      .then(() => true, () => false);
-    const isCopied = await isWritten || document.execCommand("copy");
-    button.textContent = isCopied ? "copied" : "press Ctrl+C";
-    setTimeout(() => { button.textContent = "copy"; }, 3000);
-  }
-
   byId("pause").onclick = () => run.paused == null
     ? postControl("pause", "It pauses after this turn.") : postControl("resume", "It goes on.");
   byId("continue").onclick = () => postControl("continue", "It goes on.");
@@ -5326,15 +5254,22 @@ DASHBOARD_PAGE = r"""<!doctype html>
   byId("note").value = sessionStorage.getItem("note");      // after a reload
   byId("note").oninput = () => sessionStorage.setItem("note", byId("note").value);
   byId("search").oninput = byId("filter").onchange = search;
-  byId("expand").onclick = expandAll;
+  byId("expand").onclick = () => {
+    const isOpen = byId("expand").textContent === "Expand all";
+    document.querySelectorAll(".iteration").forEach(row => { row.open = isOpen; });
+    setText("expand", isOpen ? "Collapse all" : "Expand all");
+  };
   byId("size").onclick = () => {
     const isActual = byId("terminal").classList.toggle("actual");
     setText("size", isActual ? "Fit the window" : "Actual size");
   };
-  document.onclick = event => { if (event.target.matches(".copy")) copyText(event.target); };
-  document.onkeydown = event => {
-    if (event.key === "Escape" && isSelecting()) getSelection().removeAllRanges();
+  document.onclick = ({target}) => {
+    if (!target.matches(".copy")) return;
+    getSelection().selectAllChildren(target.parentElement.querySelector("code"));
+    target.textContent = document.execCommand("copy") ? "copied" : "press Ctrl+C";
+    setTimeout(() => { target.textContent = "copy"; }, 3000);
   };
+  document.onkeydown = ({key}) => { if (key === "Escape") getSelection().removeAllRanges(); };
   document.onselectionchange = () => {
     if (byId("held").textContent && !isSelecting()) drawScreen();
   };
