@@ -4854,8 +4854,7 @@ DASHBOARD_PAGE = r"""<!doctype html>
   };
 
   function receive(event) {
-    if (event?.type === "now") setClock(event.time);      // all that there is has come
-    if (event?.type === "now" && document.hidden) source.close();
+    if (event?.type === "now") setClock(event.time);
     if (event?.type === "screen") drawScreen(event);
     if (!handlers[event?.type] || event.id <= run.lastId) return;
     const now = timeOf(event), isNewPart = event.state === "resumed" && event.reason;
@@ -5187,7 +5186,7 @@ DASHBOARD_PAGE = r"""<!doctype html>
   }
 
   // The connection to the server.
-  let source = null, lastHeard = 0;
+  let source = null, isOpen = false, lastHeard = 0;
 
   function setLost(words) {
     run.lostAt = words ? serverTime() : null;
@@ -5197,14 +5196,19 @@ DASHBOARD_PAGE = r"""<!doctype html>
 
   function connect() {                    // a hidden tab lets go: all tabs share six connections
     source?.close();
-    source = new EventSource(`events?after=${run.lastId}`);
+    source = new EventSource(`events?after=${run.lastId}${document.hidden ? "&once=1" : ""}`);
+    isOpen = false;
     lastHeard = performance.now();
-    source.onopen = () => setLost("");
+    source.onopen = () => {
+      isOpen = true;
+      setLost("");
+    };
     source.onmessage = message => {
       lastHeard = performance.now();
       receive(JSON.parse(message.data));
     };
     source.onerror = ({target}) => {
+      if (isOpen && document.hidden) return target.close();
       const isRefused = target.readyState === EventSource.CLOSED;
       setLost(isRefused ? "The server refuses this page: open the address that the run printed."
         : "It is tried again; what you see is how it was last.");
