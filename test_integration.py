@@ -928,6 +928,7 @@ class World:
             "TMUX_TMPDIR": str(directory), "XDG_STATE_HOME": str(directory / "state"),
             "LANG": "C.UTF-8", "TERM": "xterm-256color", "DASHBOARD_OPEN": "false",
             "OPENROUTER_BASE_URL": "http://127.0.0.1:9/v1", "OPENROUTER_API_KEY": KEY,
+            "CONFIRM_COMPLETE": "false",        # one TASK_COMPLETE ends a run
             "CLAUDE_CMD": shlex.join([sys.executable, str(agent)])}
 
     def model(self, *replies: Any) -> ScriptedModel:
@@ -1170,7 +1171,7 @@ def test_a_run_of_five_turns_completes_on_the_real(name, agent, world, agent_api
     assert json.loads((world.work / "memory.json").read_text()) == ["tests need no network"]
 
     shown = [model.last_message(number) for number in range(6)]
-    assert "see five answers" in shown[0] and f"The screen of {agent}" in shown[0]
+    assert "see five answers" in shown[0] and f"\n\n{agent} output:\n" in shown[0]
     for answer, own in (("alpha one", 1), ("beta two", 2), ("gamma three", 3), ("epsilon five", 5)):
         lines = [[line for line in text.split("\n") if re.fullmatch(rf"\W*{answer}", line)]
                  for text in shown]
@@ -2104,12 +2105,14 @@ def test_the_key_reaches_the_model_and_nothing_else_from(source, world):
     arguments: list[bytes] = []
 
     def last() -> str:
+        assert poll(lambda: "/?token=" in str(processes_of(world.directory)), 30), "no browser"
         arguments.extend(processes_of(world.directory).values())
         return "TASK_COMPLETE"
 
     model = world.model("printenv | sort", last)
-    look = ("import sys, urllib.request as web; url = sys.argv[1]; web.urlopen(url); "
-            "web.urlopen(url.replace('?', 'events?')).read()")
+    look = ("import sys, urllib.request as web; url = sys.argv[1]; page = web.urlopen(url); "
+            "cookie = page.headers['Set-Cookie'].split(';')[0]; web.urlopen(web.Request("
+            "url.split('?')[0] + 'events', headers={'Cookie': cookie})).read()")
     browser = f'printenv > ../browser; exec {sys.executable} -c "{look}" "$1"'
     settings = {"CLAUDE_CMD": "bash --norc", "VERIFY_CMD": "printenv > ../check",
                 "PATH": world.program("browser", browser),
@@ -2125,6 +2128,10 @@ def test_the_key_reaches_the_model_and_nothing_else_from(source, world):
             json.dumps([request.body for request in model.requests]), str(arguments)]
     seen += [(world.directory / name).read_text() for name in ("browser", "check")]
     assert [KEY in text for text in seen] == [False] * 6 and "orchestrator.py" in seen[3]
+    (address,) = world.directory.glob("state/orchestrator/runs/*.dashboard")
+    token = json.loads(address.read_text())["token"]
+    seen[0] = world.journals()[0].read_text()
+    assert [token in text for text in seen] == [False] * 6
 
 
 def test_a_key_that_the_agent_prints_is_masked(world):
@@ -2310,7 +2317,7 @@ def test_an_agent_that_ends_at_once_leaves_its_last_words(world):
     (3, "budget", ["echo one", "echo two"], {"MAX_COST": "0.01"}, "MAX_COST=0.01"),
     (3, "budget", ["sleep 60"], {"MAX_MINUTES": "0.05"}, "MAX_MINUTES=0.05"),
     (4, "failed", ["TASK_FAILED: there is no coffee"], {}, "there is no coffee"),
-    (4, "stuck", ["echo round"] * 9, {}, "circles"),
+    (4, "stuck", ["echo round"] * 9, {}, "the same results again"),
     (5, "agent", [], {"CLAUDE_CMD": "echo 'license expired'; exit 3"}, "license expired"),
     (6, "model", [401], {}, "OPENROUTER_API_KEY"),
     (6, "model", [404], {}, "OPENROUTER_MODEL"),
@@ -2370,7 +2377,7 @@ def test_four_runs_at_once_each_complete_in_their_own_directory_and_session(worl
 def test_a_run_needs_no_terminal_no_home_and_no_locale(world):
     model = world.model("echo ä", "TASK_COMPLETE")
     kept = ("TMUX_TMPDIR", "XDG_STATE_HOME", "OPENROUTER_API_KEY", "OPENROUTER_BASE_URL",
-            "CLAUDE_CMD")
+            "CLAUDE_CMD", "CONFIRM_COMPLETE")
     done = subprocess.run([sys.executable, TOOL, "--task", "ü"], cwd=world.work, timeout=60,
                           env={name: world.env[name] for name in kept}, stdin=subprocess.DEVNULL,
                           capture_output=True)
@@ -2934,7 +2941,7 @@ def test_the_dashboard_serves_only_those_who_have_the_token(world):
     for case, expected in [
             (site.ask("/", cookie=""), 403), (site.ask("/?token=wrong", cookie=""), 403),
             (site.ask("/events", cookie=""), 403), (site.ask("/control", order, cookie=""), 403),
-            (site.ask("/", Host="evil.example"), 403), (site.ask("/", Host="127.0.0.1:1"), 403),
+            (site.ask("/", Host="evil.example"), 403), (site.ask("/", Host="192.0.2.77"), 403),
             (site.ask(site.entrance, Host=f"evil.example:{site.host.split(':')[1]}"), 403),
             (site.ask("/", Origin="http://evil.example"), 403),
             (site.ask("/control", order, Origin="http://evil.example"), 403),
