@@ -733,7 +733,8 @@ CODEX = AgentProfile(
                          r"\besc (?:to )?(?:cancel|close|exit|(?:go )?back)\b", re.I),
     startup_dialogs=(
         StartupRule(re.compile("trust the contents of this directory"), "Yes"),
-        StartupRule(re.compile("Update available"), "Skip")),
+        StartupRule(re.compile("Update available"), "Skip"),
+        StartupRule(re.compile("Try new model"), "Use existing model")),
     usage_limit=re.compile(
         r"(?m)^[^\w\"'`]*(?:You['’]ve (?:hit|reached) your .*limit|Usage limit reached)"
         + _LIMIT_END, re.I),
@@ -2050,14 +2051,15 @@ class Agent:
         its cursor jumps back.
         """
         started = self._clock()
-        changed, last_screen, answer = 0.0, None, ""
+        changed, last_state, answer = 0.0, None, ""
         while True:
             pane, now = self._snapshot(), self._clock()
-            if pane.screen != last_screen:
-                last_screen, changed = pane.screen, now
+            dialog = find_startup_dialog(self._profile, pane.screen)
+            state = dialog or find_problem(self._profile, pane.text) or pane.screen
+            if state != last_state:     # not the screen: there may be an animation above a dialog
+                last_state, changed = state, now
             is_late = now - started >= self.READY_TIMEOUT
             if now - changed >= self._required_settle_seconds(pane) or is_late:
-                dialog = find_startup_dialog(self._profile, pane.screen)
                 if answer and (not dialog or dialog.answer != answer):
                     self._publish("note", source="orchestrator",
                                   text=f"answered a question of {self.name}: {answer}")
