@@ -321,21 +321,6 @@ def read_env_file(path: Path, wrong: Callable[[str], object] = _raise_config_err
         return {}
 
 
-_VARIABLES_NOT_INHERITED = ("OPENROUTER_API_KEY", "TMUX", "TMUX_PANE", "CLAUDECODE", "CLAUDE_CODE_ENTRYPOINT")
-
-
-def child_environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return the environment for programs that we start (`environ` or our own, with changes).
-
-    It lacks the API key and the variables that tell a program that it runs inside another agent
-    or tmux.  Claude Code refuses to start where CLAUDECODE is set, and leaves no scrollback where
-    it may use the alternate screen.
-    """
-    source = os.environ if environ is None else environ
-    kept = {name: value for name, value in source.items() if name not in _VARIABLES_NOT_INHERITED}
-    return {**kept, "CLAUDE_CODE_DISABLE_ALTERNATE_SCREEN": "1"}
-
-
 # -- 3. Text ------------------------------------------------------------------------------
 # Pure functions that know nothing of agents or models.  May use: nothing.
 
@@ -483,213 +468,652 @@ def _secret_pattern(secret: str) -> re.Pattern[str]:
     return re.compile("|".join([gap.join(parts), *parts]) if len(secret) >= 8 else "(?!)")
 
 
-# -- 4. Agent profiles --------------------------------------------------------------------
-# What is known of each agent, as data.  May use: nothing.
+# -- 4. Agent profiles ----------------------------------------------------------------------
+# All that is known of single agents, as data.  To add one, add a record here and recorded screens
+# to its test.  May use: nothing.
 
 SPINNER = re.compile("[\u2801-\u28ff\u25d0-\u25d3]")      # Braille, or a turning half-moon
-_BUSY_FOOTER = re.compile(r"\b(?:esc|ctrl\+c) to interrupt\b", re.I)
-_STARTUP_NOTICE = re.compile(r"\s*Waiting for startup\b")
-_BUSY_STATUS_LINE = re.compile(r"\([^()]*\d+s\b[^()]*\b(?:esc|ctrl\+c) to interrupt\b[^()]*\)", re.I)
-_PASTE_PLACEHOLDER = re.compile(r"\[Pasted (?:text|Content)\b[^\]]*\]")
-_BOX_BORDER = re.compile(r"\s*[─╌╭╰][─╌╮╯\s]+")
-_PROMPT_LINE = re.compile(r"\s*(?:[│|]\s*)?[❯›>!](?:\s|$)")
-_MENU_HINT = re.compile(r"\benter (?:to )?(?:confirm|select|continue)\b|"
-                     r"\besc (?:to )?(?:cancel|close|exit|(?:go )?back)\b", re.I)
-_MENU_CURSOR = re.compile(r"\s*(?:[│|]\s*)?[❯›]\s*(\S.*)")
-_STARTUP_DIALOGS = (("trust this folder", "Yes, I trust"),
-              ("Trust this folder?", "Trust and continue"),
-              ("trust the contents of this directory", "Yes"),
-              ("Bypass Permissions mode", "Yes, I accept"))
-_USAGE_LIMIT_NOTICE = re.compile(
-    r"(?m)^[^\w\"'`]*(?:You've (?:hit|reached) your .*limit|API Error: Rate limit reached|"
-    r"(?:Claude (?:AI )?usage|(?:Opus )?(?:5-hour|session|weekly)) limit reached|"
-    r"You're out of extra usage)"
-    r".*(?:\n.*\b(?:resets|try again)\b.*)?", re.I)
 
 
-class AgentProfile(NamedTuple):
-    """An agent program: its name, how it is started, and started again with its conversation."""
+class StartupRule(NamedTuple):
+    """A start-up dialog that the orchestrator answers itself: a menu entry, or a key to press."""
+
+    pattern: re.Pattern[str]    # on the screen while the dialog is open
+    entry: str = ""             # beginning of the menu entry to choose
+    key: str = ""               # or the key to press
+
+
+class ProblemRule(NamedTuple):
+    """A message of an agent about a problem that only you can fix."""
+
+    pattern: re.Pattern[str]
+    advice: str                 # what to do about it
+
+
+_SIMPLE_COMMAND = re.compile(r"[\w@%+:,./-]+( [\w@%+:,./= -]*)?")   # means the same without a shell
+
+
+def _split_command(command: str) -> tuple[str, ...]:
+    """Return the arguments that run a shell command, without a shell if it needs none."""
+    if _SIMPLE_COMMAND.fullmatch(command):
+        return tuple(command.split())
+    return ("/bin/sh", "-c", command)
+
+
+@dataclasses.dataclass(frozen=True)
+class AgentProfile:
+    """How one agent is run, and what its screen means.  The defaults suit an unknown program.
+
+    `arguments` and `optional_arguments` are for the default command only.  The latter set what a
+    user's own settings may have changed; each is left out if the installed version, in an error
+    message with the given name, says that it does not know it.
+    """
 
     name: str
     start_command: tuple[str, ...]
-    resume_command: tuple[str, ...] = ()    # empty: it has no conversation to go on with
-    install_command: str = ""               # empty: we know nothing of how it looks when it is ready
+    resume_command: tuple[str, ...] = ()        # empty: it can't continue a conversation
+    program_names: tuple[str, ...] = ()
+    model_names: tuple[str, ...] = ()           # values of DEFAULT_MODEL that mean this agent
+    model_prefix: str = ""                      # more exact ones, which are passed on, begin so
+    optional_arguments: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    resume_arguments: tuple[str, ...] = ()      # they follow the name of the program
+    approval_arguments: tuple[str, ...] = ()    # so it asks no permission: for you to choose
+    install_command: str = ""
+    environment: tuple[tuple[str, str], ...] = ()       # what it needs to run in a pane
+    variables_not_inherited: tuple[str, ...] = ()       # what makes it refuse to run in one
+    login_status_command: tuple[str, ...] = ()
+    root_check: tuple[str, str] = ("", "")      # refused option for root, variable that allows it
+
+    # The screen.  `prompt_line` is the first row of the input box, `box_border` the row above it.
+    prompt_line: re.Pattern[str] | None = None
+    box_border: re.Pattern[str] | None = None
+    reader_prompt_line: re.Pattern[str] | None = None   # in screen reader mode, without borders
+    reader_footer: re.Pattern[str] | None = None        # at most two rows above that
+    busy_title: re.Pattern[str] = SPINNER
+    busy_words: re.Pattern[str] | None = None           # below the input box
+    status_line: re.Pattern[str] | None = None          # the last unindented line above the box
+    closing_line: re.Pattern[str] | None = None         # the last line of a turn that is over
+    queued_message: re.Pattern[str] | None = None       # typed before the agent had started
+    needs_blank: re.Pattern[str] | None = None          # a message that a blank must follow
+    menu_cursor: re.Pattern[str] | None = None          # a row of a menu, never of the input box
+    menu_hint: re.Pattern[str] | None = None            # the line below a menu that lists its keys
+    startup_dialogs: tuple[StartupRule, ...] = ()
+    usage_limit: re.Pattern[str] | None = None          # a line that says that one was reached
+    problems: tuple[ProblemRule, ...] = ()
+
+    @property
+    def is_known(self) -> bool:
+        """Whether its input box is described, and with it what else its screen shows."""
+        return self.prompt_line is not None
+
+    @classmethod
+    def from_command(cls, command: str) -> AgentProfile:
+        """Return the profile of an unknown program that a shell command runs."""
+        words = (word for word in command.split() if "=" not in word)
+        return cls(next(words, "sh").rsplit("/", 1)[-1], _split_command(command))
+
+    def with_command(self, command: str, end: int) -> AgentProfile:
+        """Return this profile with a shell command, in which the program's name ends at `end`."""
+        resume_command: tuple[str, ...] = ()
+        if self.resume_arguments:
+            inserted = " ".join(self.resume_arguments)
+            resume_command = _split_command(f"{command[:end]} {inserted}{command[end:]}")
+        return dataclasses.replace(self, start_command=_split_command(command),
+                                   resume_command=resume_command, optional_arguments=())
+
+    def with_model(self, model: str) -> AgentProfile:
+        """Return this profile with a model, of DEFAULT_MODEL, in its commands."""
+        program, *arguments = self.start_command
+        if model.lower() not in self.model_names:
+            arguments = ["--model", model, *arguments]
+        return dataclasses.replace(self, start_command=(program, *arguments), resume_command=(
+            program, *self.resume_arguments, *arguments))
 
 
-_INSTALL_COMMANDS = {"claude": "npm install -g @anthropic-ai/claude-code",
-            "codex": "npm install -g @openai/codex"}
+_LIMIT_END = r".*(?:\n.*\b(?:resets?|try again)\b.*)?"      # the time may stand on the next line
+
+CLAUDE_CODE = AgentProfile(
+    name="Claude Code",
+    program_names=("claude", "claude-code"),
+    model_names=("claude",),
+    start_command=("claude", "--dangerously-skip-permissions", "--setting-sources", "user"),
+    resume_arguments=("--continue",),
+    approval_arguments=("--dangerously-skip-permissions",),
+    optional_arguments=(
+        ("--settings", ("--settings", '{"prefersReducedMotion": false, "editorMode": "normal", '
+                        '"statusLine": {"type": "command", "command": "true"}}')),),
+    install_command="npm install -g @anthropic-ai/claude-code",
+    # Where it may use the alternate screen, it leaves no scrollback.
+    environment=(("CLAUDE_CODE_DISABLE_ALTERNATE_SCREEN", "1"),),
+    variables_not_inherited=("CLAUDECODE", "CLAUDE_CODE_ENTRYPOINT"),
+    login_status_command=("claude", "auth", "status"),
+    root_check=("--dangerously-skip-permissions", "IS_SANDBOX"),
+    prompt_line=re.compile(r"(?:│ ?)?[❯>!](?:\s|$)"),      # `!`: a shell command
+    box_border=re.compile(r"[─╭╰]─{9}"),
+    reader_prompt_line=re.compile(r"\$(?:\s|$)"),
+    reader_footer=re.compile(r"\S.*\(shift\+tab to cycle\)"),
+    busy_words=re.compile(r"\b(?:esc|ctrl\+c) to interrupt\b", re.I),
+    status_line=re.compile(r"[·✢✳✶✻✽*●] [^…]{1,200}…(?: \(.*\))?"),
+    closing_line=re.compile(r"[✢✳✶✻✽] \w+ for \d.*"),
+    menu_cursor=re.compile(r"\s+❯ *(\S.*)|❯ *(\d+\. .*)"),
+    menu_hint=re.compile(r"\benter to (?:confirm|select|save|continue)\b|"
+                         r"\besc to (?:cancel|close|exit|clear|go back)\b", re.I),
+    startup_dialogs=(
+        StartupRule(re.compile(r"(?s)(?:trust|Bypass).*Enter y/n:\s*\Z"), key="y"),
+        StartupRule(re.compile(r"(?s)(?:trust|Bypass).*Enter y/n: y\s*\Z"), key="Enter"),
+        StartupRule(re.compile("trust this folder"), "Yes, I trust"),
+        StartupRule(re.compile(r"Trust this folder\?"), "Trust and continue"),
+        StartupRule(re.compile("Bypass Permissions mode"), "Yes, I accept")),
+    usage_limit=re.compile(
+        r"(?m)^[^\w\"'`]*(?:You['’]ve (?:hit|reached) your .*limit|"
+        r"You['’]re out of extra usage|"
+        r"(?:Claude (?:AI )?usage|Usage|(?:Opus )?(?:5-hour|session|weekly)) limit reached|"
+        r"API Error: (?:Rate limit reached|Request rejected \(429\)))" + _LIMIT_END, re.I),
+    problems=(
+        ProblemRule(re.compile(r"cannot be used with root/sudo privileges"),
+                    "It refuses its default options as root. Run as another user, or set "
+                    "IS_SANDBOX=1 where nothing can be damaged, as in a container."),
+        ProblemRule(re.compile(
+            r"(?m)^\W*(?:Not logged in|Invalid API key|OAuth token (?:revoked|has expired)|"
+            r"Login expired|Login reached its time limit|(?:Your )?Session (?:has )?expired)\b"
+            r".*/login|^\W*Please run /login · API Error: 40[13]|"
+            r"\"loggedIn\": false|^\W*Select login method:"),
+            "Start claude in a terminal, log in with /login, and try again."),
+        ProblemRule(re.compile(
+            r"(?m)^\W*(?:Credit balance (?:is )?too low|Your organization has (?:been )?disabled|"
+            r"(?:API Error: 40[03] .*)?This organization has been disabled|"
+            r"Your (?:account|organization) does not have access to Claude)"),
+            "Check the account's plan and billing, or log in with another account."),
+    ))
+
+CODEX = AgentProfile(
+    name="Codex",
+    program_names=("codex", "codex-cli"),
+    model_names=("codex", "gpt"),
+    model_prefix="gpt",
+    start_command=("codex", "--no-alt-screen", "--ask-for-approval", "never",
+                   "--sandbox", "workspace-write"),
+    resume_arguments=("resume", "--last"),
+    approval_arguments=("--ask-for-approval", "never", "--sandbox", "workspace-write"),
+    # Without --no-daemon the turn goes on in a background server after the pane is gone.
+    optional_arguments=(
+        ("--no-daemon", ("--no-daemon",)),
+        ("tui.animations", ("-c", "tui.animations=true")),
+        ("tui.terminal_title", ("-c", 'tui.terminal_title=["spinner","project"]'))),
+    install_command="npm install -g @openai/codex",
+    login_status_command=("codex", "login", "status"),
+    prompt_line=re.compile(r"[›!](?:\s|$)"),
+    status_line=re.compile(r"(?:[•◦] )?\w[^(]{0,80}\((?:\d+[hms] ?)+ • esc to interrupt\).*"),
+    closing_line=re.compile(r"\s+Worked for <?\d.*"),
+    queued_message=re.compile(r"\s*Waiting for startup\b"),
+    needs_blank=re.compile(r"[@$]\S*\Z"),       # else a completion takes the Enter
+    menu_cursor=re.compile(r"[›>] *(\d+\. .*|\[.\] .*)"),
+    menu_hint=re.compile(r"\benter (?:to )?(?:confirm|select|save|continue|resume|submit)\b|"
+                         r"\besc (?:to )?(?:cancel|close|exit|(?:go )?back)\b", re.I),
+    startup_dialogs=(
+        StartupRule(re.compile("trust the contents of this directory"), "Yes"),
+        StartupRule(re.compile("Update available"), "Skip")),
+    usage_limit=re.compile(
+        r"(?m)^[^\w\"'`]*(?:You['’]ve (?:hit|reached) your .*limit|Usage limit reached)"
+        + _LIMIT_END, re.I),
+    problems=(
+        ProblemRule(re.compile(
+            r"(?m)^\W*(?:\d\. )?Sign in with ChatGPT$|^Not logged in|^\W*(?:Your (?:access token|"
+            r"authentication session) could not be refreshed|unexpected status 401 Unauthorized)"),
+            "Run `codex login` in a terminal, and try again."),
+        ProblemRule(re.compile(
+            r"(?m)^\W*(?:You['’]re out of credits|Your workspace is out of credits|"
+            r"To use Codex with your ChatGPT plan, upgrade|Quota exceeded\. Check your plan)"),
+            "Check the account's plan and billing, or log in with another account."),
+    ))
+
+GEMINI = AgentProfile(
+    name="Gemini CLI",
+    program_names=("gemini", "gemini-cli"),
+    start_command=("gemini",),
+    resume_arguments=("--resume", "latest"),
+    approval_arguments=("--yolo", "--skip-trust"),
+    install_command="npm install -g @google/gemini-cli",
+    busy_title=re.compile("✦"),
+    startup_dialogs=(
+        StartupRule(re.compile("Do you trust the files in this folder"), "Trust folder"),),
+    usage_limit=re.compile(
+        r"(?m)^[^\w\"'`]*(?:Usage limit reached for|You have exhausted your .*quota)"
+        + _LIMIT_END, re.I),
+    problems=(
+        ProblemRule(re.compile("How would you like to authenticate for this project"),
+                    "Start gemini in a terminal, choose how to log in, and try again."),))
+
+OPENCODE = AgentProfile(
+    name="opencode",
+    program_names=("opencode", "opencode-ai"),
+    start_command=("opencode",),
+    resume_arguments=("--continue",),
+    approval_arguments=("--auto",),
+    install_command="npm install -g opencode-ai")
+
+QWEN_CODE = AgentProfile(
+    name="Qwen Code",
+    program_names=("qwen", "qwen-code"),
+    start_command=("qwen",),
+    resume_arguments=("--continue",),
+    approval_arguments=("--yolo",),
+    install_command="npm install -g @qwen-code/qwen-code")
+
+COPILOT = AgentProfile(
+    name="Copilot CLI",
+    program_names=("copilot",),
+    start_command=("copilot",),
+    resume_arguments=("--continue",),
+    approval_arguments=("--allow-all",),
+    install_command="npm install -g @github/copilot",
+    startup_dialogs=(
+        StartupRule(re.compile("Do you trust the files in this folder"), "Yes"),))
+
+AIDER = AgentProfile(
+    name="aider",
+    program_names=("aider", "aider-chat"),
+    start_command=("aider",),
+    resume_arguments=("--restore-chat-history",),
+    approval_arguments=("--yes-always",),
+    install_command="pip install aider-chat")
+
+CLINE = AgentProfile(
+    name="Cline",
+    program_names=("cline",),
+    start_command=("cline",),
+    install_command="npm install -g cline",
+    startup_dialogs=(       # Enter would open a browser
+        StartupRule(re.compile("any other key to close"), key="Escape"),))
+
+PI = AgentProfile(
+    name="Pi",
+    program_names=("pi", "pi-coding-agent"),
+    start_command=("pi",),
+    resume_arguments=("--continue",),
+    install_command="npm install -g @mariozechner/pi-coding-agent",
+    usage_limit=re.compile(r"(?m)^[^\w\"'`]*.{0,80}\bTry again in ~\d+ min", re.I))
+
+PROFILES = (CLAUDE_CODE, CODEX, GEMINI, OPENCODE, QWEN_CODE, COPILOT, AIDER, CLINE, PI)
+
+
+_COMMAND_WORD = re.compile(r"[^\s'\"`;|&()]+")
+_VERSION_SUFFIX = (r"(?:[@:](?:latest|next|beta|nightly|stable|[~^]?v?\d[\w.+-]*)|[-_]v?\d[\w.+-]*|"
+                   r"-(?:x86_64|aarch64|arm64|linux|darwin)[\w.-]*|\.(?:exe|cmd|js|mjs))*")
+# A host or a container may have an agent's name, as may the value of an option.
+_PLACE = re.compile(
+    r"\bssh\s+(?:-[bcDEeFIiJLlmOopQRSWw]\s+\S+\s+|-\S+\s+)*\S+|"
+    r"\b(?:docker|podman|nerdctl|kubectl|lxc)\b[^|;&]*?\bexec\s+"
+    r"(?:-[ceunw]\s+\S+\s+|--(?:user|env|workdir|container|namespace)\s+\S+\s+|-\S+\s+)*\S+")
+_OPTION_WITH_VALUE = re.compile(
+    r"(?:^|\s)(?:--(?:name|hostname|user|container|namespace|model|from|package)|-[unp]|cd|su)\s+$")
+
+
+def _find_program(command: str) -> tuple[AgentProfile, int] | None:
+    """Return the profile of the first agent that a command names, and where its name ends."""
+    place = _PLACE.search(command)
+    for word in _COMMAND_WORD.finditer(command):
+        is_place = place and place.start() <= word.start() < place.end()
+        if is_place or _OPTION_WITH_VALUE.search(command[:word.start()]):
+            continue
+        program = word[0].rsplit("/", 1)[-1]
+        for profile in PROFILES:
+            names = "|".join(map(re.escape, profile.program_names))
+            if re.fullmatch(f"(?:{names}){_VERSION_SUFFIX}", program):
+                return profile, word.end()
+    return None
 
 
 def select_profile(default_model: str, command: str = "") -> AgentProfile:
-    """Return Claude Code, Codex, or what a shell command runs; flags as of their newest versions.
+    """Return the profile of the agent that DEFAULT_MODEL and CLAUDE_CMD choose.
 
     >>> select_profile("gpt-5").start_command[:3]
     ('codex', '--model', 'gpt-5')
+    >>> select_profile("claude", "docker exec -it box codex").resume_command[4:]
+    ('codex', 'resume', '--last')
     """
     if command:
-        words = tuple(command.split())
-        name = next((Path(word).name for word in words if "=" not in word), "sh")
-        if not re.fullmatch(r"[\w@%+:,./-]+( [\w@%+:,./= -]*)?", command):      # for a shell
-            words = ("/bin/sh", "-c", command)
-        return AgentProfile(name, words, install_command=_INSTALL_COMMANDS.get(name, ""))
-    model = () if default_model.lower() in ("claude", "gpt") else ("--model", default_model)
-    if default_model.lower().startswith("gpt"):
-        flags = (*model, "--no-alt-screen", "--ask-for-approval", "never",
-                 "--sandbox", "workspace-write")
-        return AgentProfile("Codex", ("codex", *flags), ("codex", "resume", "--last", *flags),
-                       _INSTALL_COMMANDS["codex"])
-    claude = ("claude", "--dangerously-skip-permissions", "--setting-sources", "user", *model)
-    return AgentProfile("Claude Code", claude, (*claude, "--continue"), _INSTALL_COMMANDS["claude"])
+        found = _find_program(command)
+        if not found:
+            return AgentProfile.from_command(command)
+        profile, end = found
+        return profile.with_command(command, end)
+    model = default_model.lower()
+    for profile in PROFILES:
+        prefix = profile.model_prefix
+        if model in profile.model_names or (prefix and model.startswith(prefix)):
+            return profile.with_model(default_model)
+    return CLAUDE_CODE.with_model(default_model)
+
+
+_VARIABLES_NOT_INHERITED = ("OPENROUTER_API_KEY", "TMUX", "TMUX_PANE")
+
+
+def child_environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the environment for programs that we start (`environ` or our own, with changes).
+
+    It lacks the API key and the variables that tell a program that it runs inside another agent
+    or tmux, and has those that the agents need.
+    """
+    source = os.environ if environ is None else environ
+    removed = set(_VARIABLES_NOT_INHERITED)
+    added: dict[str, str] = {}
+    for profile in PROFILES:
+        removed.update(profile.variables_not_inherited)
+        added.update(profile.environment)
+    return {**{name: value for name, value in source.items() if name not in removed}, **added}
 
 
 # -- 5. Screens ---------------------------------------------------------------------------
 # What an agent's screen means: pure functions.  May use: Text, Agent profiles.
+
+_PASTE_PLACEHOLDER = re.compile(r"\[Pasted (?:text|Content)\b[^\]]*\]")
+_HORIZONTAL_RULE = re.compile(r"\s*[─▔]{10}")
+_ANY_CURSOR = re.compile(r"\s*(?:[│|]\s*)?[❯›●>]\s*(\S.*)")      # of any agent
+_NUMBERED_ENTRY = re.compile(r"[\s│❯›●>]*\d+\.\s")
+
 
 def _last_text_lines(screen: Iterable[str], count: int) -> list[str]:
     """Return the last lines of a screen that have text."""
     return [line for line in screen if line.strip()][-count:]
 
 
-def is_busy(screen: Iterable[str]) -> bool:
-    """Whether a screen says that the agent works: Claude Code in its footer, Codex above that."""
-    lines = _last_text_lines(screen, 12)
-    return any(map(_BUSY_FOOTER.search, lines[-3:])) or any(map(_BUSY_STATUS_LINE.search, lines))
+class _InputBox(NamedTuple):
+    """Where the parts of an input box are: row numbers, each the first of its part."""
+
+    start: int      # the border, or in screen reader mode the footer
+    text: int       # the prompt
+    text_end: int
+    end: int        # what follows the box
 
 
-def is_message_queued(screen: Iterable[str]) -> bool:
-    """Whether a screen says that what was typed waits until the agent, Codex, has started."""
-    return any(map(_STARTUP_NOTICE.match, _last_text_lines(screen, 3)))
+def _has_menu_hint(profile: AgentProfile, screen: Sequence[str]) -> bool:
+    """Whether the last lines of a screen list the keys of a menu."""
+    pattern = profile.menu_hint
+    return pattern is not None and any(map(pattern.search, _last_text_lines(screen, 3)))
 
 
-def describe_menu(screen: Iterable[str]) -> str:
-    """Return what a question at the bottom of an agent's screen asks, and where its cursor is.
-
-    Claude Code draws a rule above its questions.
-    """
-    lines = _last_text_lines(screen, 40)
-    if not any(map(_MENU_HINT.search, lines[-3:])):
-        return ""
-    rules = [row + 1 for row, line in enumerate(lines) if line.startswith("─" * 10)]
-    lines = lines[rules[-1] if rules else -16:]
-    cursors = [(row, found[1]) for row, line in enumerate(lines)
-               if (found := _MENU_CURSOR.match(line))]
-    above = lines[:cursors[-1][0] if cursors else -1]
-    asked = [line for line in above if line.endswith("?")][-1:] or above[:1]
-    chosen = f", and the cursor is on {cursors[-1][1].strip()!r}" if cursors else ""
-    return f"The screen asks {''.join(asked).strip()!r}{chosen}; it takes keys, not text."
+def _parse_reader_box(
+        profile: AgentProfile, screen: Sequence[str], row: int) -> _InputBox | None:
+    """Return the input box of screen reader mode with the prompt in this row, if it is one."""
+    footer, prompt = profile.reader_footer, profile.reader_prompt_line
+    if footer and prompt and prompt.match(screen[row]):
+        for start in range(max(0, row - 2), row):
+            if footer.match(screen[start]):
+                return _InputBox(start, row, len(screen), len(screen))
+    return None
 
 
-def has_input_box(screen: Sequence[str]) -> bool:
-    """Whether a screen shows an input box, and not a question with a cursor on its answers."""
-    lines = _last_text_lines(screen, 16)
-    return any(map(_PROMPT_LINE.match, lines)) and not describe_menu(lines)
-
-
-def strip_input_box(lines: list[str]) -> list[str]:
-    """Return the lines of a capture above the input box and the footer, all if there are none.
-
-    Claude Code has rules around its box; nothing but indented lines follows on either's.
-    """
-    for top in range(len(lines) - 1, -1, -1):
-        if _PROMPT_LINE.match(lines[top]) and has_input_box(lines):
-            top -= bool(top) and bool(_BOX_BORDER.fullmatch(lines[top - 1]))
-            return trimmed_lines("\n".join(lines[:top]))
-        if lines[top] and not lines[top].startswith("  ") and not _BOX_BORDER.fullmatch(lines[top]):
+def _parse_bordered_box(
+        border: re.Pattern[str], screen: Sequence[str], row: int) -> _InputBox | None:
+    """Return the input box between borders with the prompt in this row, if it is one."""
+    if row == 0 or not border.match(screen[row - 1]):
+        return None
+    for end in range(row + 1, len(screen)):
+        if border.match(screen[end]):
+            return _InputBox(row - 1, row, end, end + 1)
+        if screen[end][:1] not in ("", " ", "│"):
             break
-    return lines
+    return None
 
 
-def last_text_line(picture: str) -> str:
-    """Return the last line of text on a screen with colours, above the agents' input box."""
-    lines = strip_input_box(trimmed_lines(sanitize(_SGR_SEQUENCE.sub("", picture))))
+def _parse_plain_box(
+        profile: AgentProfile, screen: Sequence[str], row: int) -> _InputBox | None:
+    """Return the input box without borders with the prompt in this row, if it is one.
+
+    A footer follows it after a blank line.  A menu looks the same, but for the keys in its footer.
+    """
+    blank_rows = [end for end in range(row + 1, len(screen))
+                  if not screen[end].strip() and any(screen[end:])]
+    if not blank_rows or _has_menu_hint(profile, screen[blank_rows[-1]:]):
+        return None
+    return _InputBox(row, row, blank_rows[-1], blank_rows[-1])
+
+
+def _find_input_box(profile: AgentProfile, screen: Sequence[str]) -> _InputBox | None:
+    """Return where the agent's input box is, None if there is none."""
+    if profile.prompt_line is None:
+        return None
+    for row in range(len(screen) - 1, -1, -1):
+        box = _parse_reader_box(profile, screen, row)
+        if not box and profile.prompt_line.match(screen[row]):
+            if profile.box_border:
+                box = _parse_bordered_box(profile.box_border, screen, row)
+            else:
+                return _parse_plain_box(profile, screen, row)
+        if box:
+            return box
+        if not profile.box_border and screen[row][:1] not in ("", " "):
+            return None     # only indented lines follow a box without borders
+    return None
+
+
+def has_input_box(profile: AgentProfile, screen: Sequence[str]) -> bool:
+    """Whether a screen shows the agent's input box."""
+    return _find_input_box(profile, screen) is not None
+
+
+def split_at_input_box(profile: AgentProfile, screen: Sequence[str]) -> tuple[
+        list[str], list[str], list[str]]:
+    """Return the lines above the input box, in it, and of its frame and footer.
+
+    Without an input box, all lines are above it.
+    """
+    lines = list(screen)
+    box = _find_input_box(profile, lines)
+    if not box:
+        return lines, [], []
+    frame = lines[box.start:box.text] + lines[box.end:]
+    return lines[:box.start], lines[box.text:box.text_end], frame
+
+
+def strip_input_box(profile: AgentProfile, lines: Sequence[str]) -> list[str]:
+    """Return the lines of a capture above the input box, all if there is none."""
+    return trimmed_lines("\n".join(split_at_input_box(profile, lines)[0]))
+
+
+def find_draft(profile: AgentProfile, screen: Sequence[str], row: int, column: int) -> str:
+    """Return the text in the input box, "" if the cursor, at `row` and `column`, is not in it.
+
+    Behind the cursor in an empty box there may be a placeholder.  Another mark than the usual
+    one, as `!` for a shell command, belongs to the draft.
+    """
+    box = _find_input_box(profile, screen)
+    if not box or not box.text <= row < box.text_end or not profile.prompt_line:
+        return ""
+    prompt = profile.prompt_line.match(screen[box.text])
+    mark = prompt[0] if prompt else ""
+    mode = "!" if "!" in mark else ""
+    rest = [line.strip() for line in screen[box.text + 1:box.text_end]]
+    while rest and not rest[-1] and row < box.text + len(rest):
+        rest.pop()
+    first = screen[box.text][len(mark):] if rest or mode or column > len(mark) else ""
+    return "\n".join([mode + first, *rest])
+
+
+def is_busy(profile: AgentProfile, screen: Sequence[str]) -> bool:
+    """Whether the words on a screen say that the agent is working."""
+    above, box, frame = split_at_input_box(profile, screen)
+    footer = frame if box else _last_text_lines(screen, 3)
+    if profile.busy_words and any(map(profile.busy_words.search, footer)):
+        return True
+    unindented = [line for line in above if line.strip() and not line.startswith(" ")]
+    return bool(profile.status_line and unindented
+                and profile.status_line.fullmatch(unindented[-1]))
+
+
+def is_message_queued(profile: AgentProfile, screen: Iterable[str]) -> bool:
+    """Whether a screen says that the agent will take a message only once it has started."""
+    pattern = profile.queued_message
+    return pattern is not None and any(map(pattern.match, _last_text_lines(screen, 3)))
+
+
+def _is_unindented(line: str) -> bool:
+    return line[:1] not in ("", " ", "↑", "↓")      # arrows: a list that scrolls
+
+
+def _find_menu(
+        lines: list[str], cursor_pattern: re.Pattern[str] | None) -> tuple[int, int | None]:
+    """Return the first row of a menu and the row of its cursor.
+
+    It begins below a rule, which may also stand between its entries, or where no rule is drawn,
+    below the last line that is not indented.
+    """
+    rules = [row for row, line in enumerate(lines[:-1]) if _HORIZONTAL_RULE.match(line)
+             and not _NUMBERED_ENTRY.match(lines[row + 1])]
+    first, cursor = rules[-1] + 1 if rules else 0, None
+    for row in range(len(lines) - 1, first - 1, -1):
+        if cursor_pattern and cursor_pattern.match(lines[row]):
+            cursor = row
+            break
+        if not rules and _is_unindented(lines[row]):
+            break
+    if not rules:
+        first = len(lines) - 1 if cursor is None else cursor
+        while first > 0 and not _is_unindented(lines[first - 1]):
+            first -= 1
+    return first, cursor
+
+
+def _find_question(lines: list[str]) -> str:
+    """Return the question, or else the title, in the lines of a menu above its cursor."""
+    text = [line.strip() for line in lines if line.strip() and not _NUMBERED_ENTRY.match(line)]
+    questions = [found[0] for line in text if (found := re.match(r".*?\?(?=\s|$)", line))]
+    if questions:
+        return questions[-1]
+    return text[0] if text else ""
+
+
+def describe_menu(profile: AgentProfile, screen: Sequence[str]) -> str:
+    """Return what the menu at the bottom of a screen asks and where its cursor is, or ""."""
+    if not profile.is_known or has_input_box(profile, screen):
+        return ""
+    lines = trimmed_lines("\n".join(screen))[-60:]
+    is_hinted = _has_menu_hint(profile, lines)
+    first, cursor = _find_menu(lines, _ANY_CURSOR if is_hinted else profile.menu_cursor)
+    if not is_hinted and (cursor is None or len(_last_text_lines(lines[cursor:], 99)) > 12):
+        return ""
+    text = f"The screen asks {_find_question(lines[first:-1 if cursor is None else cursor])!r}"
+    entry = _ANY_CURSOR.match(lines[cursor]) if cursor is not None else None
+    if entry:
+        text += f", and the cursor is on {entry[1].strip()!r}"
+    return f"{text}; it takes keys, not text."
+
+
+def last_text_line(ansi_screen: str) -> str:
+    """Return the last text line above the input box of an ANSI-coloured screen."""
+    lines = trimmed_lines(sanitize(_SGR_SEQUENCE.sub("", ansi_screen)))
+    for profile in PROFILES:
+        lines = strip_input_box(profile, lines)
     return next((" ".join(line.split()) for line in lines[::-1] if re.search(r"\w", line)), "")
 
 
 def is_message_unsent(line: str, message: str) -> bool:
-    """Whether the line with the cursor still shows the end of a message, or its paste chip."""
+    """Whether the cursor's line still shows the end of a message, or a placeholder for it."""
     shown = line.strip().rstrip("│| \u00a0")
     end = message.rstrip().rsplit("\n", 1)[-1]
-    return bool(_PASTE_PLACEHOLDER.search(line)) or bool(end and shown) and (
-        shown.endswith(end[-20:].strip()) or end.endswith(shown))
-
-
-def find_draft(screen: Sequence[str], row: int, column: int) -> str:
-    """Return what stands in the input box that the cursor is in, nothing if it is in none.
-
-    The box begins with a prompt mark; `!` is that of Claude Code's shell mode, and a draft.  Behind
-    the cursor in an empty box there may be a placeholder.
-    """
-    below = itertools.takewhile(lambda line: line.startswith("  "), screen[row + 1:])
-    for top in range(min(row, len(screen) - 1), -1, -1):
-        mark = _PROMPT_LINE.match(screen[top])
-        if mark:
-            rest = [*screen[top + 1:row + 1], *below]
-            shell = "!" * ("!" in mark[0])
-            first = screen[top][mark.end():] if rest or shell or column > mark.end() else ""
-            return "\n".join([shell + first, *map(str.strip, rest)])
-        if screen[top].strip() and not screen[top].startswith("  "):
-            break
-    return ""
+    if _PASTE_PLACEHOLDER.search(line):
+        return True
+    if not end or not shown:
+        return False
+    return shown.endswith(end[-20:].strip()) or end.endswith(shown)
 
 
 class StartupDialog(NamedTuple):
-    """A start-up question: its known answer, and the next key on the way to choose that."""
+    """A start-up dialog on the screen: our answer, and the next key on the way to it."""
 
     answer: str
     next_key: str
 
 
-def find_startup_dialog(screen: Sequence[str]) -> StartupDialog | None:
-    """Return the start-up question on a screen, if it is one of the agents' known ones."""
-    text = "\n".join(screen)
-    cursors = [row for row, line in enumerate(screen) if _MENU_CURSOR.match(line)]
-    for phrase, label in _STARTUP_DIALOGS:
-        rows = [row for row, line in enumerate(screen) if label in line]
-        if phrase in text and rows and cursors:
-            answer = re.sub(r"^[\s❯›]*(?:\d+\.)?\s*|[\s✔]*$", "", screen[rows[-1]])
-            way = cursors[-1] - rows[-1]
-            return StartupDialog(answer, "Up" if way > 0 else "Down" if way < 0 else "Enter")
+def find_startup_dialog(profile: AgentProfile, screen: Sequence[str]) -> StartupDialog | None:
+    """Return the start-up dialog on a screen that the orchestrator answers itself, or None."""
+    text = "\n".join(screen).rstrip()
+    if has_input_box(profile, screen):
+        return None
+    cursors = [row for row, line in enumerate(screen) if _ANY_CURSOR.match(line)]
+    for rule in profile.startup_dialogs:
+        if not rule.pattern.search(text):
+            continue
+        if rule.key:
+            return StartupDialog(rule.key, rule.key)
+        labels = [re.sub(r"^[\s│❯›●>]*(?:\d+\.)?\s*|[\s✔│]*$", "", line) for line in screen]
+        rows = [row for row, label in enumerate(labels) if label.startswith(rule.entry)]
+        if rows and cursors:
+            distance = rows[0] - cursors[-1]
+            key = "Down" if distance > 0 else "Up" if distance < 0 else "Enter"
+            return StartupDialog(labels[rows[0]], key)
     return None
 
 
-_RESET_DELAY = re.compile(r"\bin ((?:\d+ ?(?:d|h|m|s)[a-z]*[, and]*)+)", re.I)
+def find_problem(profile: AgentProfile, text: str) -> str:
+    """Return what to do about a problem in the agent's text that only you can fix, or ""."""
+    for rule in profile.problems:
+        if rule.pattern.search(text):
+            return rule.advice
+    return ""
+
+
+class UsageLimit(NamedTuple):
+    """A usage limit of the agent, and the seconds until its reset: 0 if not given or just over."""
+
+    notice: str
+    seconds: float
+
+
+_RESET_DELAY = re.compile(r"\bin ~?((?:\d+ ?(?:d|h|m|s)[a-z]*[, and]*)+)", re.I)
 _RESET_TIME = re.compile(
     r"\b(?:resets?|again)(?: at| on)? (?:([A-Z][a-z]{2})[a-z]* (\d+)(?:[a-z]{2})?,?(?: (\d{4}),?)?"
     r"(?: at)? )?(\d+)(?::(\d\d))? ?([ap]m)?\b", re.I)
 
 
-def parse_usage_limit(output: str, now: datetime.datetime) -> tuple[str, float]:
-    """Return what an agent's output ends with of a usage limit, and the seconds until its reset.
+def _parse_delay(text: str) -> float:
+    seconds = {**SECONDS_PER_UNIT, "d": 86400}
+    return float(sum(int(count) * seconds[unit.lower()]
+                     for count, unit in re.findall(r"(\d+) ?([a-z])", text, re.I)))
 
-    Nothing and 0 if there is none; 0 too if no time is said, or it is just over.  The forms are
-    those of Claude Code ("You've hit your limit · resets 3am") and Codex ("try again in 2 hours
-    5 minutes"); both tell the local time.
+
+def _seconds_until(now: datetime.datetime, month: str | None, day: str | None, year: str | None,
+                   hour: str, minute: str | None, half: str | None) -> float:
+    hours = int(hour)
+    if half:
+        hours = hours % 12 + (12 if half.lower() == "pm" else 0)
+    at = now.replace(hour=hours, minute=int(minute or 0), second=0, microsecond=0)
+    if month and day:
+        number = time.strptime(month, "%b").tm_mon
+        is_next_year = now.month - number > 6
+        at = at.replace(month=number, day=int(day), year=int(year or now.year + is_next_year))
+    elif at < now - datetime.timedelta(hours=1):    # else it is just over, not a day away
+        at += datetime.timedelta(days=1)
+    return max(0.0, (at - now).total_seconds())
+
+
+def parse_usage_limit(
+        profile: AgentProfile, output: str, now: datetime.datetime) -> UsageLimit | None:
+    """Return the usage limit that an agent's output ends with, or None.
+
+    The agents give a delay ("try again in 2 hours 5 minutes") or a local time ("resets 3am").
     """
-    found = _USAGE_LIMIT_NOTICE.search("\n".join(line[:400] for line in output.split("\n")[-8:]))
-    said = " ".join(found[0].split()) if found else ""
-    lasting, moment = _RESET_DELAY.search(said), _RESET_TIME.search(said)
-    if lasting:
-        return said, float(sum(int(count) * {**SECONDS_PER_UNIT, "d": 86400}[unit.lower()]
-                               for count, unit in re.findall(r"(\d+) ?([a-z])", lasting[1], re.I)))
-    if not moment:
-        return said, 0.0
-    month, day, year, hour, minute, half = moment.groups()
-    with contextlib.suppress(ValueError):       # there may be no such time
-        hours = int(hour) % 12 + 12 * (half.lower() == "pm") if half else int(hour)
-        at = now.replace(hour=hours, minute=int(minute or 0), second=0, microsecond=0)
-        if month:
-            number = time.strptime(month, "%b").tm_mon
-            turn = now.month - number > 6       # of the year
-            at = at.replace(month=number, day=int(day), year=int(year or now.year + turn))
-        elif at < now - datetime.timedelta(hours=1):    # else it is just over, not a day away
-            at += datetime.timedelta(days=1)
-        return said, max(0.0, (at - now).total_seconds())
-    return said, 0.0
+    if not profile.usage_limit:
+        return None
+    last_lines = "\n".join(line[:400] for line in output.split("\n")[-8:])
+    found = profile.usage_limit.search(last_lines)
+    if not found:
+        return None
+    notice = " ".join(found[0].split())
+    delay = _RESET_DELAY.search(notice)
+    moment = _RESET_TIME.search(notice)
+    if delay:
+        return UsageLimit(notice, _parse_delay(delay[1]))
+    if moment:
+        with contextlib.suppress(ValueError):       # there may be no such time
+            return UsageLimit(notice, _seconds_until(now, *moment.groups()))
+    return UsageLimit(notice, 0.0)
 
 
 # -- 6. Tmux ------------------------------------------------------------------------------
 # Sessions, panes, pastes and keys; no policy.  The only code that runs tmux.
-# May use: Errors, Configuration.
+# May use: Errors, Configuration, Agent profiles.
 
 _SERVER_LOST = re.compile("server exited|lost server")
 _SESSION_LOST = re.compile(r"no server running|error connecting to .*\((No such file|Connection refused)|"
@@ -945,10 +1369,12 @@ class TurnDetector:
     SETTLE_SECONDS, SETTLE_SECONDS_WITHOUT_INDICATOR, STALE_SECONDS = 0.25, 2.0, 15.0
     ENTER_RETRY_SECONDS = (0.5, 1.0, 2.0)        # when to press Enter again, in seconds after the last time
 
-    def __init__(self, before: PaneSnapshot, now: float, prompt_commands: Iterable[str], *, has_title_spinner: bool = False,
+    def __init__(self, profile: AgentProfile, before: PaneSnapshot, now: float,
+                 prompt_commands: Iterable[str], *, has_title_spinner: bool = False,
                  is_unsent: Callable[[PaneSnapshot], bool] = lambda pane: False, idle_timeout: float = STALE_SECONDS,
                  settle_seconds: float = SETTLE_SECONDS_WITHOUT_INDICATOR) -> None:
         self.has_title_spinner = has_title_spinner        # the title has shown a spinner: words are not asked any more
+        self._profile = profile
         self._prompt_commands = frozenset(prompt_commands)      # programs that have waited for us
         self._is_unsent, self._settle_seconds = is_unsent, settle_seconds
         self._idle_timeout = idle_timeout           # seconds without any change
@@ -966,16 +1392,16 @@ class TurnDetector:
         still, elsewhere = now - self._changed, pane.foreground_command not in self._prompt_commands
         if pane.title != self._title:       # one that stands still since before was left behind
             self._title = ""
-        spins = bool(SPINNER.match(pane.title)) and not self._title
+        spins = bool(self._profile.busy_title.match(pane.title)) and not self._title
         self.has_title_spinner |= spins
-        words = not self.has_title_spinner and is_busy(pane.screen)
+        words = not self.has_title_spinner and is_busy(self._profile, pane.screen)
         self._is_busy = still < self.STALE_SECONDS and (spins or elsewhere or words)
         if self._is_busy:
             self._was_busy, self._was_busy_by_text = True, words
             return "wait"
         if elsewhere:
             return "idle"
-        if is_message_queued(pane.screen) and still < self.STALE_SECONDS:
+        if is_message_queued(self._profile, pane.screen) and still < self.STALE_SECONDS:
             return "wait"
         if self._was_busy:
             hidden = self._was_busy_by_text and pane.lines_from_cursor != self._lines_from_cursor
@@ -1044,7 +1470,7 @@ class Agent:
         self.directory = Path(directory).expanduser().resolve()
         self._keep_session = keep_session
         self._made_session = False
-        self._is_known = bool(profile.install_command)     # what its screens mean is known
+        self._is_known = profile.is_known
         self._tmux, self._profile, self._directory = self.tmux, profile, str(self.directory)
         self._publish, self._has_viewers, self._clock, self._sleep = publish, has_viewers, clock, sleep
         self._session_mark = f"{shlex.join(profile.start_command)!r} in {self._directory!r}"
@@ -1190,7 +1616,7 @@ class Agent:
 
     def _capture_transcript(self) -> list[str]:
         lines = trimmed_lines(self._retry_read(self._tmux.capture_history))
-        return strip_input_box(lines) if self._is_known else lines
+        return strip_input_box(self._profile, lines)
 
     def _retry_read(self, question: Callable[[str], Any]) -> Any:
         """Ask about the pane; a call that fails while the pane is there says nothing: ask again."""
@@ -1236,9 +1662,9 @@ class Agent:
 
     def _find_draft(self, pane: PaneSnapshot, column: int = 0) -> str:
         """Return what stands in the input box, nothing for a program whose box we do not know."""
-        if not self._is_known or describe_menu(pane.screen):
+        if not self._is_known or describe_menu(self._profile, pane.screen):
             return ""
-        return find_draft(pane.screen, pane.cursor_row, column or pane.cursor_column)
+        return find_draft(self._profile, pane.screen, pane.cursor_row, column or pane.cursor_column)
 
     def _clear_draft(self, pane: PaneSnapshot) -> tuple[tuple[str, ...], bool]:
         """Empty the input box of what somebody left in it, which a message would be glued to.
@@ -1275,7 +1701,7 @@ class Agent:
                 break
         else:
             raise TmuxError(f"tmux gave no answer, twice, and {self.name} got no text")
-        if self._is_known and has_input_box(before.screen):
+        if self._is_known and has_input_box(self._profile, before.screen):
             return lambda pane: bool(self._find_draft(pane))
         if shown(pasted):
             return lambda pane: pane.cursor_line.startswith(pasted.cursor_line)
@@ -1315,7 +1741,7 @@ class Agent:
                 idle_timeout: float = TurnDetector.STALE_SECONDS) -> Turn:
         """Watch the pane until the turn is over, whose sign may come `late`; return what is new."""
         started = self._clock()
-        watch = TurnDetector(before, started, self._prompt_commands, has_title_spinner=self._has_title_spinner, is_unsent=is_unsent,
+        watch = TurnDetector(self._profile, before, started, self._prompt_commands, has_title_spinner=self._has_title_spinner, is_unsent=is_unsent,
                       idle_timeout=idle_timeout, settle_seconds=self.INDICATOR_DELAY_SECONDS if late else TurnDetector.SETTLE_SECONDS_WITHOUT_INDICATOR)
         while True:
             pane, now = self._snapshot(), self._clock()
@@ -1344,7 +1770,8 @@ class Agent:
                          "is still running in the foreground.")
         lines, exact = self._take_new_output(pane)
         output = "\n".join(lines).strip("\n")
-        limit, seconds = parse_usage_limit(output if self._is_known else "", datetime.datetime.now())
+        limit = parse_usage_limit(self._profile, output, datetime.datetime.now())
+        seconds = limit.seconds if limit else 0.0
         if not output and state != "working":       # no answer; or cleared, and the same again
             output, exact, state = pane.text, state == "idle", "idle"
         if not exact:
@@ -1356,7 +1783,7 @@ class Agent:
         return Turn(truncate_middle(output), state, (*notes, *self._menu_notes(pane)), seconds)
 
     def _menu_notes(self, pane: PaneSnapshot) -> tuple[str, ...]:
-        menu = describe_menu(pane.screen) if self._is_known else ""
+        menu = describe_menu(self._profile, pane.screen)
         return (menu,) * bool(menu)
 
     # starting and reviving
@@ -1385,7 +1812,7 @@ class Agent:
                 last, changed = pane.screen, now
             late = now - started >= self.READY_TIMEOUT
             if now - changed >= self._required_settle_seconds(pane) or late:
-                question = find_startup_dialog(pane.screen) if self._is_known else None
+                question = find_startup_dialog(self._profile, pane.screen)
                 if answered and (not question or question.answer != answered):
                     self._publish("note", source="orchestrator",
                                   text=f"answered a question of {self.name}: {answered}")
@@ -1406,9 +1833,9 @@ class Agent:
         """
         if not self._is_known:
             return self.READY_SETTLE_SECONDS if pane.text else self.UNKNOWN_SETTLE_SECONDS
-        if find_startup_dialog(pane.screen):
+        if find_startup_dialog(self._profile, pane.screen):
             return self.READY_SETTLE_SECONDS
-        if has_input_box(pane.screen):
+        if has_input_box(self._profile, pane.screen):
             return self.UNTITLED_SETTLE_SECONDS if pane.title == INITIAL_TITLE else self.READY_SETTLE_SECONDS
         return self.UNKNOWN_SETTLE_SECONDS if pane.text else self.READY_TIMEOUT
 
@@ -2436,7 +2863,8 @@ class Conversation:
 
 # -- 12. Loops ----------------------------------------------------------------------------
 # Chat and autopilot: they ask the agent and the model, and publish what happens.
-# May use: Errors, Configuration, Text, Agent, Model client, Memory, Journal, Conversation.
+# May use: Errors, Configuration, Text, Agent profiles, Agent, Model client, Memory, Journal,
+# Conversation.
 
 class RunControl:
     """What a person asks for from outside while the loop runs; threads may call it."""
