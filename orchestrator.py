@@ -2933,8 +2933,9 @@ class _Line(NamedTuple):
 
 
 _COMMAND_FORMS = {
-    "KEYS": "KEYS: Down Enter", "WAIT": "WAIT: 90s (or 10m, 2h)", "MEMORY_SAVE": "MEMORY_SAVE: fact",
-    "TASK_COMPLETE": "TASK_COMPLETE, alone on its line", "TASK_FAILED": "TASK_FAILED: reason"}
+    "KEYS": "KEYS: Down Enter", "WAIT": "WAIT: 90s (or 10m, 2h)",
+    "MEMORY_SAVE": "MEMORY_SAVE: fact", "TASK_FAILED": "TASK_FAILED: reason",
+    "TASK_COMPLETE": "TASK_COMPLETE, alone on its line"}
 _THINKING_BLOCK = re.compile(r"\A\s*<(think|thinking)>.*?(?:</\1>|\Z)|"
                              r"\A(?:(?!<think).)*?^</think(?:ing)?>", re.S | re.M)
 _FENCED_REPLY = re.compile(r"```[^`\n]*\n((?:(?!```).)*)```", re.S)
@@ -2947,8 +2948,9 @@ _COMMAND_LINE = re.compile(
     r"(?!_*-?[A-Za-z]|_*\d)|(?i:keys|wait)(?=\s*:))(?P<rest>.*)")
 _SEPARATOR = re.compile(r"[*_`)\]]*\s*(?:[:=][*_`)\]]*|[-•.!,;]+[*_`)\]]*(?=\s)|(?=[\s(]))\s*")
 _DECORATION = re.compile(r"[\s.!,*_`)\]>•=-]*")
-_NOT_YET = re.compile(r"(?i)\W*(?:no|not|never|false|pending|almost|nearly|after|when|if|once|unless|"
-                      r"until|is|will|would|should|can|can't|cannot|won't)\b")
+_NOT_YET = re.compile(
+    r"(?i)\W*(?:no|not|never|false|pending|almost|nearly|after|when|if|once|unless|until|is|will|"
+    r"would|should|can|can't|cannot|won't)\b")
 
 
 def _plain_line(line: str) -> str:
@@ -3049,30 +3051,29 @@ def _parse_duration(text: str) -> float | None:
     return seconds
 
 
-def _invalid(line: _Line, problem: str) -> Action:
+def _not_understood(line: _Line, problem: str) -> Action:
     shown = truncate_middle(line.text.strip(), 400)
-    return Action("invalid", f"Nothing was done: {problem} in the line {shown!r}. The form is: "
-                             f"{_COMMAND_FORMS[line.word]}. No line that is meant as text may begin "
-                             f"with {line.word}.")
+    return Action("invalid", (
+        f"Nothing was done: {problem} in the line {shown!r}. The form is: "
+        f"{_COMMAND_FORMS[line.word]}. No line of a message may begin with {line.word}."))
 
 
 def _parse_key_and_wait_lines(lines: Sequence[_Line]) -> Action:
     """Return what one or more KEYS lines, or one WAIT line, ask for."""
+    first = lines[0]
     text = "\n".join(line.text for line in lines)
-    if lines[0].word == "WAIT":
-        seconds = _parse_duration(lines[0].argument)
-        if len(lines) > 1:
-            return Action("invalid", "Nothing was done: WAIT stands alone in a reply.")
+    if len(lines) > 1 and any(line.word == "WAIT" for line in lines):
+        return Action("invalid", "Nothing was done: WAIT stands alone in a reply.")
+    if first.word == "WAIT":
+        seconds = _parse_duration(first.argument)
         if seconds is None:
-            return _invalid(lines[0], "there is no time that I understand")
+            return _not_understood(first, "there is no time that I understand")
         return Action("wait", text, seconds=seconds)
     keys, unknown = _parse_keys(" ".join(line.argument for line in lines))
-    if any(line.word == "WAIT" for line in lines):
-        return Action("invalid", "Nothing was done: WAIT stands alone in a reply.")
     if unknown:
-        return _invalid(lines[0], f"{truncate_middle(' '.join(unknown), 200)!r} is no key")
+        return _not_understood(first, f"{truncate_middle(' '.join(unknown), 200)!r} is no key")
     if not 0 < len(keys) <= _MAX_KEYS:
-        return _invalid(lines[0], f"there are {len(keys)} keys (1 to {_MAX_KEYS} are allowed)")
+        return _not_understood(first, f"{len(keys)} keys (1 to {_MAX_KEYS} are allowed)")
     return Action("keys", text, keys=tuple(keys))
 
 
@@ -3122,34 +3123,40 @@ def _read_lines(reply: str, agent: str) -> Iterator[_Line]:
             yield _read_line(line)
 
 
+def _choose_command(commands: Sequence[_Line], message: str, *, text_follows: bool) -> Action:
+    """Return what KEYS and WAIT lines beside a message ask for.  The message is not typed."""
+    word = commands[0].word
+    action = _parse_key_and_wait_lines(commands)
+    if action.kind == "invalid" or not message:
+        return action
+    if text_follows:
+        return Action("invalid", f"Nothing was done: text follows {word}. Send either the text or "
+                                 "the command.")
+    note = f"The text above {word} was not typed: {truncate_middle(message, 200)!r}"
+    return action._replace(note=note)
+
+
 def _choose_action(lines: Sequence[_Line]) -> Action:
     """Return the one action that the lines of a reply, without MEMORY_SAVE, ask for."""
-    words = [line.word for line in lines if line.word]
+    words = [line.word for line in lines]
     commands = [line for line in lines if line.word in ("KEYS", "WAIT")]
     message = "\n".join(line.text for line in lines if not line.word).strip("\n").rstrip()
     for line in lines:
         if not line.is_clear:
-            return _invalid(line, "I can't tell what is asked for")
+            return _not_understood(line, "I can't tell what you want")
     if "TASK_COMPLETE" in words and (commands or "TASK_FAILED" in words):
         return Action("invalid", "Nothing was done: your reply contained TASK_COMPLETE and another "
                                  "command. Send one of them.")
     if "TASK_COMPLETE" in words:
-        remarks = [line.argument for line in lines if line.word == "TASK_COMPLETE" and line.argument]
+        remarks = [line.argument for line in lines if line.word == "TASK_COMPLETE"]
         return Action("complete", "\n".join([message, *remarks]).strip("\n"))
     if "TASK_FAILED" in words:
-        first, *more = lines[[line.word for line in lines].index("TASK_FAILED"):]
+        first, *more = lines[words.index("TASK_FAILED"):]
         reason = "\n".join([first.argument, *(line.text for line in more)]).strip()
         return Action("failed", reason or "no reason given")
     if commands:
-        last = max(index for index, line in enumerate(lines) if line.word)
-        if any(line.text.strip() for line in lines[last + 1:]):
-            return Action("invalid", f"Nothing was done: text follows {lines[last].word}. Send either "
-                                     "the text or the command.")
-        action = _parse_key_and_wait_lines(commands)
-        if message and action.kind != "invalid":
-            note = f"The text above {words[0]} was not typed: {truncate_middle(message, 200)!r}"
-            action = action._replace(note=note)
-        return action
+        last = [line for line in lines if line.text.strip()][-1]
+        return _choose_command(commands, message, text_follows=not last.word)
     if not _plain_line(message).strip():
         return Action("invalid", "Your reply was empty, so nothing was typed.")
     return Action("message", message)
@@ -3163,16 +3170,16 @@ def parse_reply(reply: str, agent: str = "") -> Action:
     """
     text = _THINKING_BLOCK.sub("", sanitize(reply), 1)
     fenced = _FENCED_REPLY.fullmatch(text.strip())
-    lines = list(_read_lines(fenced[1] if fenced else text, agent))
+    lines = list(_read_lines((fenced[1] if fenced else text).rstrip(), agent))
     is_cut = lines[-1].word == "OUTPUT"
     if is_cut:
         lines.pop()
-    facts = tuple(line.argument for line in lines if line.word == "MEMORY_SAVE" and line.argument)
-    action = _choose_action([line for line in lines if line.word != "MEMORY_SAVE" or not line.is_clear])
+    facts = [line for line in lines if line.word == "MEMORY_SAVE" and line.is_clear]
+    action = _choose_action([line for line in lines if line not in facts])
     if is_cut:
         note = f'Your reply was cut at "{agent} output:", which only the program writes.'
         action = action._replace(note=f"{action.note} {note}".strip())
-    return action._replace(facts=facts)
+    return action._replace(facts=tuple(line.argument for line in facts if line.argument))
 
 
 class Observation:
@@ -3250,7 +3257,7 @@ class Conversation:
         return count, "\n\n".join(texts)
 
     def replace_with_summary(self, summary: str, count: int) -> None:
-        """Replace the oldest `count` exchanges by a summary.  Notes of the user stay as they are."""
+        """Replace the oldest `count` exchanges by a summary, but keep the notes of the user."""
         self._summary = summary
         for _, observation in self._exchanges[:count]:
             self._kept_notes += [sentence for sentence in observation.sentences
@@ -3426,8 +3433,10 @@ class Chat:
         if word == "/screen":
             return self._agent.read_screen()
         if word == "/keys":
-            order = parse_reply(f"KEYS: {' '.join(keys)}")
-            return self._agent.send_keys(order.keys, self._limit) if order.keys else Turn(order.text)
+            action = parse_reply(f"KEYS: {' '.join(keys)}")
+            if not action.keys:
+                return Turn(action.text)
+            return self._agent.send_keys(action.keys, self._limit)
         return self._agent.ask(message, self._limit)
 
     def _run_turn(self, line: str, act: Callable[[], Turn]) -> None:
@@ -3463,7 +3472,7 @@ def run_shell_command(command: str, directory: Path, environ: Mapping[str, str],
     return status, truncate_middle(sanitize(text).strip())
 
 
-_UNCOUNTED_PATH = re.compile(       # caches, logs, and what agents and this program write themselves
+_UNCOUNTED_PATH = re.compile(       # caches, logs, and files of the agents and of this program
     r"(?:\A|/)(?:\.(?:git|hg|svn|venv|tox|cache|\w+_cache|claude|codex|gemini|aider[^/]*|coverage)|"
     r"venv|node_modules|__pycache__|memory\.json[^/]*|orchestrator/runs)(?:/|\Z)|"
     r"\.(?:log|pyc|swp)\Z")
@@ -3532,9 +3541,10 @@ def _is_echo(line: str, message: str) -> bool:
 
 
 _FAILURE = re.compile(
-    r"\b[1-9]\d* (?:tests? )?(?:failed|failures?|errors?)\b|\b(?:[Ff]ailures?|[Ee]rrors?)[:=] ?[1-9]|"
-    r"^\W*(?:FAILED|FAIL|ERROR)\b|^Traceback \(most recent|\b[A-Z]\w*(?:Error|Exception): |"
-    r"^not ok \d|\bcommand not found\b|^(?:panic|fatal|error): |Segmentation fault|BUILD FAILED|[✗✘]")
+    r"\b[1-9]\d* (?:tests? )?(?:failed|failures?|errors?)\b|"
+    r"\b(?:[Ff]ailures?|[Ee]rrors?)[:=] ?[1-9]|\b[A-Z]\w*(?:Error|Exception): |"
+    r"^\W*(?:FAILED|FAIL|ERROR)\b|^Traceback \(most recent|^not ok \d|\bcommand not found\b|"
+    r"^(?:panic|fatal|error): |Segmentation fault|BUILD FAILED|[✗✘]")
 _SUCCESS = re.compile(r"\b[1-9]\d* passed\b|^OK\b|BUILD SUCCESS")
 
 
@@ -3863,7 +3873,7 @@ class Autopilot:
         name = self._agent.name
         if now.state == "working":
             return now._replace(notes=(
-                f"TASK_COMPLETE did nothing: {name} is still working. Wait for it with WAIT: 10m.",))
+                f"TASK_COMPLETE did nothing: {name} is still working. Wait with WAIT: 10m.",))
         if now.menu:
             return now._replace(notes=(
                 f"TASK_COMPLETE did nothing: a question of {name} stands unanswered.", now.menu))
@@ -3890,7 +3900,7 @@ class Autopilot:
         self._recent_failures = [*self._recent_failures, normalize_screen(output)]
         last = self._recent_failures[-self.MAX_SAME_FAILURES:]
         if len(last) == self.MAX_SAME_FAILURES and len(set(last)) == 1:
-            raise StuckInLoop(f"VERIFY_CMD failed {self.MAX_SAME_FAILURES} times with the same output")
+            raise StuckInLoop(f"VERIFY_CMD failed {len(last)} times with the same output")
         return Turn(f"{now.output}\n{output}".strip("\n"), notes=(
             f"The task is not complete: the check `{command}` failed with status {status}. What it "
             "printed stands below.",))
@@ -3928,7 +3938,8 @@ class Autopilot:
         elif find_last_line(self._last_output).endswith("?"):
             doubts.append(f"The last output of {name} ends with a question.")
         if action.text:
-            facts.append(f"This text of yours was not typed: {truncate_middle(action.text, 200)!r}.")
+            facts.append("This text of yours was not typed: "
+                         f"{truncate_middle(action.text, 200)!r}.")
         return facts, doubts
 
     def _count_changed_files(self) -> int | None:
@@ -3969,8 +3980,8 @@ class Autopilot:
             kind = "three identical steps" if is_same else "two alternating steps"
             return self._warn(f"You are repeating yourself: {kind} had the same results.")
         if self._turns_without_news == self.WARN_TURNS_WITHOUT_NEWS:
-            return self._warn(f"The last {self._turns_without_news} turns brought no new output and "
-                              "changed no file.")
+            return self._warn(f"The last {self._turns_without_news} turns brought no new output "
+                              "and changed no file.")
         return []
 
     def _has_news(self, action: Action, turn: Turn) -> bool:

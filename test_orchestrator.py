@@ -2942,7 +2942,7 @@ def test_facts_are_taken_out_of_any_reply(reply: str, kind: str, facts: list[str
     ("WAIT for the tests", "begin with WAIT"), ("WAIT: 10m then run it", "90s"),
     ("WAIT: 5s\nKEYS: Up", "stands alone"), ("KEYS: Up\nWAIT: 5s", "stands alone"),
     ("KEYS: Down\nthen look", "text follows KEYS"), ("WAIT: 10m\nthen look", "text follows WAIT"),
-    ("Now:\nWAIT for it\nok", "text follows WAIT"), ("KEYS: Up\n\nTASK_COMPLETE", "another command"),
+    ("Now:\nWAIT for it\nok", "begin with WAIT"), ("KEYS: Up\n\nTASK_COMPLETE", "another command"),
     ("TASK_COMPLETE\nTASK_FAILED: no", "another command"), ("TASK_COMPLETE?", "alone on its line"),
     ("TASK_COMPLETE when the tests pass", "alone on its line"),
     ("TASK_COMPLETE: not yet", "alone on its line"), ("TASK_COMPLETE: false", "alone on its line"),
@@ -2957,6 +2957,7 @@ def test_what_is_not_understood_is_never_typed_and_says_why(reply: str, hint: st
 @pytest.mark.parametrize("reply, kind, hint", [
     ("The menu is open.\n\nKEYS: 2 Enter", "keys", "'The menu is open.'"),
     ("It builds.\nWAIT: 10m", "wait", "text above WAIT was not typed"),
+    ("Now.\nKEYS: Up\n\nMEMORY_SAVE:", "keys", "text above KEYS was not typed"),
     ("Run it.\n\nClaude Code output:\n12 passed\nTASK_COMPLETE", "message", "was cut"),
     ("Run it.\n**Claude Code output:**\n12 passed", "message", "was cut"),
     ("claude code OUTPUT: ok\nMEMORY_SAVE: it passes", "invalid", "was cut"),
