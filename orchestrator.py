@@ -2944,7 +2944,7 @@ _FENCED_REPLY = re.compile(r"```[^`\n]*\n((?:(?!```).)*)```", re.S)
 _FENCE_LINE = re.compile(r"\s*(```+|~~~+)\s*([^`]*)")
 _FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}      # to ASCII
 _COMMAND_LINE = re.compile(     # behind list marks, emojis, brackets, but no quotes or empty boxes
-    r"(?!.{0,9}\[ \])(?:[^\w\"'~>]|_|\d{1,3}[.)]\s|\[[xX]\])*?(?P<opening>[*_`(\[<]*)\s*"
+    r"(?!.{0,9}\[ \])(?:[^\w\"'~>]|_|\d{1,3}[.)]\s|\[[xX]\])*?(?P<opening>[*_`(\[<]{0,6})\s{0,3}"
     r"(?P<word>(?:TASK[\W_]{1,3}(?:COMPLETE|FAILED)|MEMORY[\W_]{1,3}SAVE|KEYS|WAIT)"
     r"(?!_*-?[A-Za-z]|_*\d)|(?i:keys|wait)(?=\s*:))(?P<rest>.*)")
 _SEPARATOR = re.compile(
@@ -3006,8 +3006,8 @@ def _parse_keys(text: str) -> tuple[list[str], list[str]]:
 
 
 _DURATION = re.compile(
-    r"(?i)(?:(?:for|about|up to|~) ?)*((?:\d{1,6}(?:[.,]\d{1,3})? ?(?:s|sec(?:ond)?s?|m|min(?:ute)?s?|"
-    r"h|hrs?|hours?)(?![a-z])[\s,]*(?:and )?)+|\d{1,6})\.?(?:\s*[(–—-].*)?")
+    r"(?i)(?:(?:for|about|up to|~) ?)*((?:\d{1,6}(?:[.,]\d{1,3})? ?(?:s|secs?|seconds?|m|mins?|"
+    r"minutes?|h|hrs?|hours?)(?![a-z])[\s,]*(?:and )?)+|\d{1,6})\.?(?:\s*[(–—-].*)?")
 
 
 def _parse_duration(text: str) -> float | None:
@@ -3064,12 +3064,13 @@ def _read_line(text: str) -> _Line:
     closing = match["opening"][::-1].translate({ord("("): ")", ord("["): "]", ord("<"): ">"})
     if closing and closing not in separator[0]:
         argument = argument.removesuffix(closing).strip()
-    if not match["word"].isupper() and _parse_command([_Line(text, word, argument)]).kind == "invalid":
+    line = _Line(text, word, argument)
+    if not match["word"].isupper() and _parse_command([line]).kind == "invalid":
         return _Line(text)      # a sentence, such as "Wait: the build is broken"
     is_blank = not separator[0].strip() and not argument.startswith("(")
     if word.startswith("TASK") and is_blank or word == "TASK_COMPLETE" and _NOT_YET.match(argument):
         return _Line(text, word, None)
-    return _Line(text, word, argument)
+    return line
 
 
 def _read_lines(reply: str, agent: str) -> Iterator[_Line]:
@@ -3328,12 +3329,12 @@ class RunTotals:
                 previous = at
 
     @contextlib.contextmanager
-    def publish_outcome(self, journal: Journal,
-                        count_changed_files: Callable[[], int | None] | None = None
-                        ) -> Iterator[None]:
+    def publish_outcome(self, journal: Journal, find_changed_files: (
+            Callable[[], list[str] | None] | None) = None) -> Iterator[None]:
         """Publish `complete` at the end of the block, however it ends."""
         def conclude() -> None:
-            files_changed = count_changed_files() if count_changed_files else None
+            changed = find_changed_files() if find_changed_files else None
+            files_changed = None if changed is None else len(changed)
             journal.publish("complete", outcome=outcome, reason=reason, iterations=self.iterations,
                             tokens=self.tokens._asdict(), cost=round(self.cost, 6),
                             duration_ms=round(self.seconds * 1000), restarts=self.restarts,
@@ -3457,21 +3458,7 @@ _UNCOUNTED_PATH = re.compile(       # caches, logs, and files of the agents and 
     r"(?:\A|/)(?:\.(?:git|hg|svn|venv|tox|cache|\w+_cache|claude|codex|gemini|aider[^/]*|coverage)|"
     r"venv|node_modules|__pycache__|memory\.json[^/]*|orchestrator/runs)(?:/|\Z)|"
     r"\.(?:log|pyc|swp)\Z")
-
-
-class FileSnapshot(NamedTuple):
-    """The modification times and sizes of the files in a directory."""
-
-    files: Mapping[str, tuple[int, int]]
-    is_complete: bool               # False: there were too many files to look at all of them
-
-    def changed_since(self, earlier: FileSnapshot) -> list[str]:
-        """Return the paths of the files that changed, appeared or disappeared."""
-        changed = {path for path in self.files.keys() & earlier.files.keys()
-                   if self.files[path] != earlier.files[path]}
-        if self.is_complete and earlier.is_complete:
-            changed |= self.files.keys() ^ earlier.files.keys()
-        return sorted(changed)
+Files = Mapping[str, tuple[int, int]]       # modification times and sizes by path
 
 
 def _list_git_files(directory: Path, environ: Mapping[str, str]) -> list[str]:
@@ -3480,24 +3467,23 @@ def _list_git_files(directory: Path, environ: Mapping[str, str]) -> list[str]:
         return []           # without this, macOS offers to install git
     command = ["git", "-c", "core.fsmonitor=false", "ls-files", "-z", "--cached", "--others",
                "--exclude-standard"]
-    try:
-        result = subprocess.run(command, cwd=directory, env=dict(environ), timeout=1.0,
-                                stdin=subprocess.DEVNULL, capture_output=True)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return os.fsdecode(result.stdout).split("\0")[:-1] if result.returncode == 0 else []
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        output = subprocess.run(command, cwd=directory, env=dict(environ), timeout=1.0, check=True,
+                                stdin=subprocess.DEVNULL, capture_output=True).stdout
+        return os.fsdecode(output).split("\0")[:-1]
+    return []
 
 
-def snapshot_files(directory: Path, environ: Mapping[str, str], *, max_files: int = 20_000,
-                   timeout: float = 1.0) -> FileSnapshot:
-    """Look at the files in a directory, except caches and logs, for at most about `timeout` s."""
+def snapshot_files(directory: Path, environ: Mapping[str, str], timeout: float = 1.0
+                   ) -> Files | None:
+    """Look at all files but caches and logs in a directory.  None: there was not enough time."""
     deadline = time.monotonic() + timeout
-    files: dict[str, tuple[int, int]] = {}
+    files = {}
     pending = collections.deque(_list_git_files(directory, environ) or [""])
     while pending:
-        if len(files) >= max_files or time.monotonic() > deadline:
-            return FileSnapshot(files, False)
         path = pending.popleft()
+        if time.monotonic() > deadline:
+            return None
         if _UNCOUNTED_PATH.search(path):
             continue
         with contextlib.suppress(OSError):      # it may be gone by now
@@ -3506,7 +3492,33 @@ def snapshot_files(directory: Path, environ: Mapping[str, str], *, max_files: in
                 pending.extend(os.path.join(path, name) for name in os.listdir(directory / path))
             else:
                 files[path] = (status.st_mtime_ns, status.st_size)
-    return FileSnapshot(files, True)
+    return files
+
+
+def find_changed_files(before: Files | None, after: Files | None) -> list[str] | None:
+    """Return the paths that are in one snapshot only or differ; None if there is no snapshot."""
+    if before is None or after is None:
+        return None
+    paths = before.keys() | after.keys()
+    return sorted(path for path in paths if before.get(path) != after.get(path))
+
+
+_TEST_RESULT = re.compile(
+    r"(?P<failure>\b[1-9]\d* (?:tests? )?(?:failed|failures?|errors?)\b|"
+    r"\b(?:[Ff]ailures?|[Ee]rrors?)[:=] ?[1-9]|\b[A-Z]\w*(?:Error|Exception): |"
+    r"^\W*(?:FAILED|FAIL|ERROR)\b|^Traceback \(most|^not ok \d|\bcommand not found\b|"
+    r"^(?:panic|fatal|error): |Segmentation fault|[✗✘])|\b[1-9]\d* passed\b|^OK\b")
+
+
+def find_failure(output: str) -> str:
+    """Return the last line of an output if it tells of a failure, or "".
+
+    >>> find_failure("FAILED test_a\\n2 failed, 10 passed"), find_failure("0 failed, 12 passed")
+    ('2 failed, 10 passed', '')
+    """
+    lines = [line.strip() for line in output.split("\n") if line.strip()]
+    results = [match for line in lines[-12:] if (match := _TEST_RESULT.search(line[:1_000]))]
+    return truncate_middle(results[-1].string, 200) if results and results[-1]["failure"] else ""
 
 
 _LONG_WORD = re.compile(r"[^\W\d_]{3,}")
@@ -3521,46 +3533,18 @@ def _is_echo(line: str, message: str) -> bool:
     return not text or f" {text} " in f" {' '.join(message.split())} "
 
 
-_FAILURE = re.compile(
-    r"\b[1-9]\d* (?:tests? )?(?:failed|failures?|errors?)\b|"
-    r"\b(?:[Ff]ailures?|[Ee]rrors?)[:=] ?[1-9]|\b[A-Z]\w*(?:Error|Exception): |"
-    r"^\W*(?:FAILED|FAIL|ERROR)\b|^Traceback \(most recent|^not ok \d|\bcommand not found\b|"
-    r"^(?:panic|fatal|error): |Segmentation fault|BUILD FAILED|[✗✘]")
-_SUCCESS = re.compile(r"\b[1-9]\d* passed\b|^OK\b|BUILD SUCCESS")
-
-
-def find_failure(output: str) -> str:
-    """Return the last line at the end of an output that tells of a failure, or "".
-
-    >>> find_failure("FAILED test_a\\n2 failed, 10 passed"), find_failure("0 failed, 12 passed")
-    ('2 failed, 10 passed', '')
-    """
-    lines = [line.strip() for line in output.split("\n") if line.strip()]
-    for line in reversed(lines[-12:]):
-        if _FAILURE.search(line[:1_000]):
-            return truncate_middle(line, 200)
-        if _SUCCESS.search(line[:1_000]):
-            return ""
-    return ""
-
-
-def find_last_line(output: str) -> str:
-    """Return the last line that is not blank, or ""."""
-    return next((line.strip() for line in reversed(output.split("\n")) if line.strip()), "")
-
-
-class ProgressTracker:
-    """Tell turns that bring something new from turns that only repeat or reword."""
+class NewsDetector:
+    """Tell outputs that say something new from those that repeat or reword the last ones."""
 
     def __init__(self) -> None:
         self._lines: collections.deque[set[str]] = collections.deque(maxlen=12)     # of outputs
         self._words: collections.deque[set[str]] = collections.deque(maxlen=50)
 
-    def has_new_lines(self, message: str, output: str) -> bool:
-        """Return whether an output says what the last ones did not, except the echo of a message.
+    def update(self, message: str, output: str) -> bool:
+        """Return whether an output has a new line besides the echo of a message.
 
-        A new sentence is no news if at least half of its words are known; a line with figures,
-        paths or code is, unless only times and counters differ.
+        A sentence is new if most of its words are; a line with figures, paths or code is, unless
+        only times and counters differ.
         """
         text = "\n".join(line for line in output.split("\n") if not _is_echo(line, message))
         lines = {" ".join(line.split()) for line in normalize_screen(text).lower().split("\n")}
@@ -3591,7 +3575,7 @@ class Autopilot:
     MAX_SAME_FAILURES = 5               # of VERIFY_CMD in a row, then the run is stuck
     WARN_TURNS_WITHOUT_NEWS = 5         # then the model is told
     MAX_TURNS_WITHOUT_NEWS = 10         # then the run is stuck
-    LONG_WAIT_SECONDS = 60.0            # a WAIT that is no turn without news
+    LONG_WAIT_SECONDS = 60.0            # a WAIT that is not counted as a turn without news
     MAX_USAGE_LIMIT_SECONDS = 86400.0   # to its end: the model may decide to wait for longer
     USAGE_LIMIT_MARGIN_SECONDS = 120.0  # after its end
 
@@ -3619,11 +3603,12 @@ class Autopilot:
         self._last_output = ""              # of the agent
         self._is_confirming = False         # the last reply was TASK_COMPLETE, and was questioned
         self._recent_failures: list[str] = []   # of VERIFY_CMD, in a row
-        self._progress = ProgressTracker()
+        self._news = NewsDetector()
         self._turns_without_news = 0
         self._recent_steps: list[tuple[Action, str]] = []   # with what came of them, since news
         self._was_warned = False            # of a circle, since there was news
-        self._files_at_start = self._files = FileSnapshot({}, False)
+        self._files_at_start: Files | None = None
+        self._files: Files | None = None    # when they were looked at last
         self._last_memory_error = ""        # was told
         self._part_published_at = 0.0
         self._max_characters = math.inf     # less than what the model called too long
@@ -3634,7 +3619,7 @@ class Autopilot:
         Raises what ends the run otherwise; `complete` is published in every case.
         """
         self._totals.restore(history)
-        with self._totals.publish_outcome(self._journal, self._count_changed_files):
+        with self._totals.publish_outcome(self._journal, self._find_files_changed_since_start):
             if history:
                 self._check_budgets(self._totals.iterations)
                 self._journal.publish("state", state="resumed", reason=_RESUMED_REASON)
@@ -3655,7 +3640,7 @@ class Autopilot:
         self._task = self._journal.redact(task)
         self._files_at_start = self._files = snapshot_files(self._directory, self._environ)
         turn = self._agent.start(any(event["type"] == "reply" for event in history))
-        self._progress.has_new_lines("", turn.output)
+        self._news.update("", turn.output)
         self._conversation = Conversation(
             self._system_prompt(), f"Task:\n{self._task}", f"{name} works in {self._directory}.")
         sentences = [f"[{note}]" for note in self._journal.redact(turn.notes)]
@@ -3803,9 +3788,14 @@ class Autopilot:
         if action.note:
             turn = turn._replace(notes=(action.note, *turn.notes))
         if action.kind in _AGENT_ACTIONS:
-            self._last_output = turn.output or self._last_output
-            self._totals.last_words = truncate_middle(find_last_line(self._last_output), 200)
+            self._note_output(turn.output)
         return turn
+
+    def _note_output(self, output: str) -> None:
+        lines = [line.strip() for line in output.split("\n") if line.strip()]
+        if lines:
+            self._last_output = output
+            self._totals.last_words = truncate_middle(lines[-1], 200)
 
     def _execute(self, action: Action, is_confirmed: bool) -> Turn:
         """Do what a reply asks for; return what came of it."""
@@ -3848,7 +3838,7 @@ class Autopilot:
         """End the run if nothing speaks against it; otherwise return what does."""
         now = self._agent.read_state()
         if now.state == "done":         # there is something new
-            self._last_output = now.output
+            self._note_output(now.output)
         else:
             now = now._replace(output="")
         name = self._agent.name
@@ -3888,78 +3878,70 @@ class Autopilot:
 
     def _ask_for_confirmation(self, action: Action, now: Turn) -> Turn:
         """Return what is known of the work, and the task, for the model to go through it again."""
-        facts, doubts = self._gather_evidence(action)
+        evidence, doubts = self._gather_evidence(action)
         self._is_confirming = True
         self._totals.unproved = doubts
-        self._journal.publish("confirm", evidence=" ".join([*facts, *doubts]), unproved=doubts)
+        self._journal.publish("confirm", evidence=" ".join([*evidence, *doubts]), unproved=doubts)
         return now._replace(notes=(
-            " ".join(["The run has not ended yet.", *facts, *doubts]),
+            " ".join(["The run has not ended yet.", *evidence, *doubts]),
             f"The task again: {truncate_middle(self._task, 4_000)}",
             "Go through it point by point. If you have seen each point proved after the last "
             "change, reply TASK_COMPLETE again. Otherwise continue."))
 
     def _gather_evidence(self, action: Action) -> tuple[list[str], list[str]]:
         """Return sentences on the work that cost nothing to know, and those that raise doubts."""
-        name, facts, doubts = self._agent.name, [], []
+        name, evidence, doubts = self._agent.name, [], []
         if self._messages_sent:
-            facts.append(f"Messages sent to {name}: {self._messages_sent}.")
+            evidence.append(f"Messages sent to {name}: {self._messages_sent}.")
         else:
             doubts.append(f"You have sent {name} no message.")
-        self._files = snapshot_files(self._directory, self._environ)
-        changed = self._files.changed_since(self._files_at_start)
+        changed = self._find_files_changed_since_start()
         if changed:
-            more = ", ..." if len(changed) > 5 else ""
-            facts.append(f"Files changed since the start: {len(changed)} "
-                         f"({truncate_middle(', '.join(changed[:5]), 300)}{more}).")
-        elif self._files.is_complete and self._files_at_start.is_complete:
-            facts.append("No file has changed since the start.")
+            names = ", ".join(changed[:5]) + (", ..." if len(changed) > 5 else "")
+            evidence.append(f"Files changed since the start: {len(changed)} ({names}).")
+        elif changed is not None:
+            evidence.append("No file has changed since the start.")
         failure = find_failure(self._last_output)
         if failure:
             doubts.append(f"The last output of {name} says: {failure!r}.")
-        elif find_last_line(self._last_output).endswith("?"):
+        elif self._totals.last_words.endswith("?"):
             doubts.append(f"The last output of {name} ends with a question.")
         if action.text:
-            facts.append("This text of yours was not typed: "
-                         f"{truncate_middle(action.text, 200)!r}.")
-        return facts, doubts
+            text = truncate_middle(action.text, 200)
+            evidence.append(f"This text of yours was not typed: {text!r}.")
+        return evidence, doubts
 
-    def _count_changed_files(self) -> int | None:
-        """Return how many files changed since the start, or None where there are too many files."""
+    def _find_files_changed_since_start(self) -> list[str] | None:
         self._files = snapshot_files(self._directory, self._environ)
-        if not (self._files.is_complete and self._files_at_start.is_complete):
-            return None
-        return len(self._files.changed_since(self._files_at_start))
+        return find_changed_files(self._files_at_start, self._files)
 
     # circles
 
     def _check_stuck(self, action: Action, turn: Turn) -> list[str]:
         """Return a warning if the last turns brought nothing new; raise StuckInLoop if they go on.
 
-        Waiting is no circle.  Equal replies with equal results are noticed after three turns, two
-        that alternate after six, and reworded ones after WARN_TURNS_WITHOUT_NEWS.
+        Waiting is no circle.  Three equal steps are noticed at once, reworded ones later.
         """
         if self._is_done or turn.state == "working" or action.seconds >= self.LONG_WAIT_SECONDS:
             self._recent_steps = []
             return []
-        step = (action, normalize_screen(turn.as_text()))
         if self._has_news(action, turn):
             self._turns_without_news = 0
             self._was_warned = False
-            self._recent_steps = [step]
+            self._recent_steps = [(action, normalize_screen(turn.as_text()))]
             return []
         self._turns_without_news += 1
-        self._recent_steps = last = [*self._recent_steps[-5:], step]
-        is_same = len(last) >= 3 and len(set(last[-3:])) == 1
-        is_alternating = len(last) == 6 and len(set(last[::2])) == len(set(last[1::2])) == 1
+        self._recent_steps.append((action, normalize_screen(turn.as_text())))
         if self._turns_without_news >= self.MAX_TURNS_WITHOUT_NEWS:
             raise StuckInLoop(f"{self._turns_without_news} turns brought no new output and changed "
                               "no file")
-        if is_same or is_alternating:
+        last = self._recent_steps[-3:]
+        if len(last) == 3 and len(set(last)) == 1:
             if self._was_warned:
                 raise StuckInLoop("the same replies have had the same results again and again")
             self._recent_steps = []
-            kind = "three identical steps" if is_same else "two alternating steps"
-            return self._warn(f"You are repeating yourself: {kind} had the same results.")
+            return self._warn("You are repeating yourself: three identical steps had the same "
+                              "results.")
         if self._turns_without_news == self.WARN_TURNS_WITHOUT_NEWS:
             return self._warn(f"The last {self._turns_without_news} turns brought no new output "
                               "and changed no file.")
@@ -3967,11 +3949,10 @@ class Autopilot:
 
     def _has_news(self, action: Action, turn: Turn) -> bool:
         """Return whether a turn showed new lines, or else changed files."""
-        if self._progress.has_new_lines(action.text, turn.output):
+        if self._news.update(action.text, turn.output):
             return True
-        earlier = self._files
-        self._files = snapshot_files(self._directory, self._environ)
-        return bool(self._files.changed_since(earlier))
+        earlier, self._files = self._files, snapshot_files(self._directory, self._environ)
+        return bool(find_changed_files(earlier, self._files))
 
     def _warn(self, problem: str) -> list[str]:
         self._was_warned = True
