@@ -384,7 +384,7 @@ def ignore(*args: object, **fields: object) -> None:
     """Do nothing: the default of optional callbacks."""
 
 
-def never() -> bool:
+def never(*args: object) -> bool:
     """Return False: the default of optional conditions."""
     return False
 
@@ -487,6 +487,19 @@ def _find_overlap(before: list[str], after: list[str]) -> int:
     return places[0] if len(places) == 1 else len(before)
 
 
+def _find_redrawn(old: list[str], after: list[str]) -> int:
+    """Return where the new lines begin if the old ones were all drawn again further down, else 0.
+
+    Fewer than three lines of text may stand there by chance.
+    """
+    if sum(map(bool, old)) < 3:
+        return 0
+    for start in range(len(after) - len(old), 0, -1):
+        if after[start:start + len(old)] == old:
+            return start + len(old)
+    return 0
+
+
 def find_new_lines(before: list[str], after: list[str]) -> list[str] | None:
     """Return the lines of one capture that an earlier one lacks; None if they share nothing.
 
@@ -501,7 +514,29 @@ def find_new_lines(before: list[str], after: list[str]) -> list[str] | None:
     if before and not any(old[:start]) and not grown:       # blank lines are alike by chance
         return None
     end = _common_prefix_length(old[start:][::-1], after[start:][::-1])
-    return after[start:len(after) - end]
+    redrawn = _find_redrawn(old, after) if start + end < len(old) else 0
+    return after[redrawn:] if redrawn else after[start:len(after) - end]
+
+
+def find_new_blocks(before: list[str], after: list[str]) -> list[str] | None:
+    """Return the lines of a full screen that an earlier one lacks; None if they share nothing.
+
+    They are those outside the common beginning, the common end and equal blocks of three lines.
+
+    >>> find_new_blocks(['title', 'a', 'b', 'c', 'box'], ['title', 'a', 'b', 'c', 'd', 'box'])
+    ['d']
+    """
+    matcher = difflib.SequenceMatcher(None, before, after, autojunk=False)
+    new: list[str] = []
+    end, has_equal_text = 0, False
+    for block in matcher.get_matching_blocks():
+        is_first = block.a == block.b == 0
+        is_last = (block.a + block.size, block.b + block.size) == (len(before), len(after))
+        if block.size >= 3 or is_first or is_last:
+            new += after[end:block.b]
+            end = block.b + block.size
+            has_equal_text |= any(after[block.b:end])
+    return new if has_equal_text else None
 
 
 _VOLATILE_TEXT = re.compile(      # all repetitions are bounded: 16,000 digits must not take seconds
@@ -613,6 +648,7 @@ class AgentProfile:
     busy_title: re.Pattern[str] = SPINNER
     busy_words: re.Pattern[str] | None = None           # below the input box
     status_line: re.Pattern[str] | None = None          # the last unindented line above the box
+    hides_status_line: bool = False                     # while its answer streams
     closing_line: re.Pattern[str] | None = None         # the last line of a turn that is over
     queued_message: re.Pattern[str] | None = None       # typed before the agent had started
     needs_blank: re.Pattern[str] | None = None          # a message that a blank must follow
@@ -725,6 +761,7 @@ CODEX = AgentProfile(
     login_status_command=("codex", "login", "status"),
     prompt_line=re.compile(r"[›!](?:\s|$)"),
     status_line=re.compile(r"(?:[•◦] )?\w[^(]{0,80}\((?:\d+[hms] ?)+ • esc to interrupt\).*"),
+    hides_status_line=True,
     closing_line=re.compile(r"\s+Worked for <?\d.*"),
     queued_message=re.compile(r"\s*Waiting for startup\b"),
     needs_blank=re.compile(r"[@$]\S*\Z"),       # else a completion takes the Enter
@@ -1020,6 +1057,11 @@ def is_busy(profile: AgentProfile, screen: Sequence[str]) -> bool:
                 and profile.status_line.fullmatch(unindented[-1]))
 
 
+def text_lines(lines: Iterable[str]) -> list[str]:
+    """Return the lines that have text."""
+    return [line for line in lines if line.strip()]
+
+
 def is_message_queued(profile: AgentProfile, screen: Iterable[str]) -> bool:
     """Whether a screen says that the agent will take a message only once it has started."""
     pattern = profile.queued_message
@@ -1084,6 +1126,39 @@ def last_text_line(ansi_screen: str) -> str:
     for profile in PROFILES:
         lines = strip_input_box(profile, lines)
     return next((" ".join(line.split()) for line in lines[::-1] if re.search(r"\w", line)), "")
+
+
+_USUAL_BUSY_WORDS = re.compile(
+    r"\b(?:esc|ctrl[+-]c) (?:to )?(?:interrupt|cancel|stop|abort)\b|"
+    r"^[\s│┃|]*[\u2801-\u28ff\u25d0-\u25d3] ", re.I)
+_USUAL_MENU_HINT = re.compile(r"\benter (?:to )?(?:\w+)\b", re.I)
+
+
+def count_usual_busy_lines(screen: Sequence[str]) -> int:
+    """Count the last lines of any program that say, or show by a spinner, that it is working."""
+    return sum(1 for line in _last_text_lines(screen, 12)
+               if _USUAL_BUSY_WORDS.search(line) and not _USUAL_MENU_HINT.search(line))
+
+
+_ANY_PASTE_PLACEHOLDER = re.compile(r"\[[^\[\]]{0,20}\bpasted?\b[^\[\]]{0,40}\]", re.I)
+
+
+def has_appeared(text: str, before: Sequence[str], after: Sequence[str]) -> bool:
+    """Tell whether the end of a text, or a placeholder for it, is on the lines that are new.
+
+    Only letters and digits are compared: lines may be wrapped and framed.
+
+    >>> has_appeared("hello, you", ["> "], ["> hello,", "│ you │"])
+    True
+    """
+    old = set(before)
+    lines = "\n".join(line for line in after if line not in old)
+    end = "".join(filter(str.isalnum, text[-1000:]))
+    if not end or _ANY_PASTE_PLACEHOLDER.search(lines):
+        return True
+    shown = "".join(filter(str.isalnum, lines))
+    parts = (end[-8:], end[-16:-8])     # between which another column may stand
+    return any(part and part in shown for part in parts)
 
 
 def is_message_unsent(line: str, message: str) -> bool:
@@ -1216,6 +1291,10 @@ class PaneSnapshot(NamedTuple):
     foreground_command: str            # the program in the foreground
     title: str
     screen: tuple[str, ...]
+    reads_keys: bool | None = None      # raw mode, not line mode; None: unknown
+    columns: int = 0
+    rows: int = 0
+    cursor_is_visible: bool = True
 
     @property
     def cursor_line(self) -> str:
@@ -1223,14 +1302,23 @@ class PaneSnapshot(NamedTuple):
         return "".join(self.screen[self.cursor_row:self.cursor_row + 1])
 
     @property
-    def lines_from_cursor(self) -> tuple[str, int]:
-        """The line that the cursor is on, and how many have text from there on."""
-        return self.cursor_line, sum(map(bool, self.screen[self.cursor_row:]))
-
-    @property
     def text(self) -> str:
         """The visible lines, without blank ones at the end."""
         return "\n".join(self.screen).rstrip()
+
+
+def is_in_raw_mode(terminal: str) -> bool | None:
+    """Tell whether the program on a terminal reads keys (raw mode), not lines; None: unknown."""
+    try:
+        descriptor = os.open(terminal, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
+    except OSError:
+        return None
+    try:
+        return not termios.tcgetattr(descriptor)[3] & termios.ICANON
+    except termios.error:
+        return None
+    finally:
+        os.close(descriptor)
 
 
 class Tmux:
@@ -1321,18 +1409,25 @@ class Tmux:
     def snapshot(self, pane_id: str) -> PaneSnapshot:
         """Return the state and the screen of a pane, in one call to tmux."""
         facts = ("#{pane_id}:#{pid}:#{pane_pid}:#{pane_dead}:#{pane_in_mode}:#{alternate_on}:"
-                 "#{cursor_y}:#{cursor_x}:#{pane_dead_status}:#{pane_dead_signal}\n"
+                 "#{cursor_y}:#{cursor_x}:#{pane_width}:#{pane_height}:#{cursor_flag}:"
+                 "#{pane_dead_status}:#{pane_dead_signal}:#{pane_tty}\n"
                  "#{pane_current_command}\n#{pane_title}")
         answer = self._query("display-message", "-p", "-t", pane_id, facts, ";",
-                            "capture-pane", "-p", "-t", pane_id)
+                             "capture-pane", "-p", "-t", pane_id)
         first, command, title, screen = (answer + "\n\n\n").split("\n", 3)
         if not first.startswith(pane_id + ":"):     # since tmux 3.2 a wrong target is no error
             raise TmuxSessionLost(f"can't find pane: {pane_id}")
-        _, server, pid, dead, mode, alternate, row, column, status, ended_by = first.split(":")
-        return PaneSnapshot(pane_id, int(server), int(pid or 0), dead == "1",
-                    f"signal {ended_by}" if ended_by else f"status {status}" if status else "",
-                    mode not in ("", "0"), alternate == "1", int(row or 0), int(column or 0),
-                    command, title, tuple(line.rstrip() for line in screen.split("\n")))
+        (_, server, pid, dead, mode, alternate, row, column, columns, rows, cursor_flag,
+         exit_status, exit_signal, terminal) = first.split(":", 13)
+        exit_description = f"status {exit_status}" if exit_status else ""
+        if exit_signal:
+            exit_description = f"signal {exit_signal}"
+        return PaneSnapshot(
+            pane_id, int(server), int(pid or 0), dead == "1", exit_description,
+            mode not in ("", "0"), alternate == "1", int(row or 0), int(column or 0),
+            command, title, tuple(line.rstrip() for line in screen.split("\n")),
+            None if dead == "1" else is_in_raw_mode(terminal), int(columns or 0), int(rows or 0),
+            cursor_flag != "0")
 
     def capture_history(self, pane_id: str) -> str:
         """Return all lines of a pane, wrapped ones joined, those that scrolled off included."""
@@ -1355,6 +1450,10 @@ class Tmux:
     def send_keys(self, pane: PaneSnapshot, *keys: str) -> bool:
         """Press keys by their tmux names; False if the pane would not take them now."""
         return self._run_if_unchanged(pane, f"send-keys -t {pane.id} {shlex.join(keys)}")
+
+    def resize(self, pane: PaneSnapshot, rows: int) -> None:
+        """Give the pane's window another height."""
+        self._run("resize-window", "-t", pane.id, "-x", str(pane.columns), "-y", str(rows))
 
     def exit_copy_mode(self, pane_id: str) -> None:
         """End copy mode or another mode, in which keys would go to tmux."""
@@ -1434,72 +1533,246 @@ class Turn(NamedTuple):
         return "\n".join([*(f"[{note}]" for note in self.notes), self.output]).rstrip("\n")
 
 
-class TurnDetector:
-    """Decide, look by look, whether a turn is over.
+class ProgramHabits:
+    """What the program in the pane has shown of itself, kept from turn to turn."""
 
-    A turn is over when a busy sign has gone and the screen stands still for SETTLE_SECONDS seconds or,
-    for a program that gives none, when the screen has changed and stands still for `settle_seconds`.
-    A sign counts only while something is redrawn: one that stands for STALE_SECONDS is a quotation, or
-    was left behind.  Words below the input box give way to what a person types there: while that
-    looks other than before, they count as gone only once the screen stands still for SETTLE_SECONDS_WITHOUT_INDICATOR.
-    (Measured on Claude Code 2.1 and Codex 0.169, which redraw twice a second.)
+    def __init__(self, profile: AgentProfile) -> None:
+        self.profile = profile
+        self.prompt_commands: set[str] = set()  # programs in the foreground that waited for input
+        self.reads_keys: bool | None = None     # whether it reads in raw mode while it waits
+        self.idle_busy_lines = 0                # lines below its box that say "busy" all the time
+        self.has_title_spinner = False
+        self.has_closing_line = False
+
+    def learn_idle(self, pane: PaneSnapshot) -> None:
+        """Note what the program looks like while it waits for input."""
+        self.prompt_commands.add(pane.foreground_command)
+        self.reads_keys = pane.reads_keys
+
+
+class TurnDetector:
+    """Detect the end of the agent's turn from successive pane snapshots.
+
+    Each rule is one method.  Rules 1 to 5 find a sign of work, in the order of trust.  The turn is
+    over when the sign has gone and the screen has settled.  Without a sign, a closing line, the
+    prompt (rule 6) or stillness alone (rule 7) ends it.  For stillness only the text above and in
+    the input box counts: status lines below it may tick for ever.
     """
 
-    SETTLE_SECONDS, SETTLE_SECONDS_WITHOUT_INDICATOR, STALE_SECONDS = 0.25, 2.0, 15.0
-    ENTER_RETRY_SECONDS = (0.5, 1.0, 2.0)        # when to press Enter again, in seconds after the last time
+    STALE_SECONDS = 15.0                    # a doubtful sign counts so long on a still screen
+    SETTLE_SECONDS = 0.1                    # after a sign of the program's own
+    SETTLE_SECONDS_AFTER_USUAL_WORDS = 1.0
+    SETTLE_SECONDS_AT_PROMPT = 0.5
+    SETTLE_SECONDS_OF_SLASH_COMMANDS = 1.0
+    SETTLE_SECONDS_WITHOUT_INDICATOR = 2.0
+    TOOL_SECONDS = 45.0                     # a new process counts so long on a still screen
+    ENTER_RETRY_SECONDS = (0.5, 1.0, 2.0)   # after the last Enter
 
-    def __init__(self, profile: AgentProfile, before: PaneSnapshot, now: float,
-                 prompt_commands: Iterable[str], *, has_title_spinner: bool = False,
-                 is_unsent: Callable[[PaneSnapshot], bool] = lambda pane: False, idle_timeout: float = STALE_SECONDS,
+    def __init__(self, before: PaneSnapshot, now: float, habits: ProgramHabits, *,
+                 message: str = "", is_unsent: Callable[[PaneSnapshot], bool] = never,
+                 has_new_process: Callable[[], bool] = never, idle_timeout: float = STALE_SECONDS,
                  settle_seconds: float = SETTLE_SECONDS_WITHOUT_INDICATOR) -> None:
-        self.has_title_spinner = has_title_spinner        # the title has shown a spinner: words are not asked any more
-        self._profile = profile
-        self._prompt_commands = frozenset(prompt_commands)      # programs that have waited for us
-        self._is_unsent, self._settle_seconds = is_unsent, settle_seconds
-        self._idle_timeout = idle_timeout           # seconds without any change
-        self._last_state = (before.title, before.foreground_command, before.screen)
-        self._title, self._lines_from_cursor = before.title, before.lines_from_cursor
-        self._started = self._changed = self._last_enter_at = now
-        self._has_changed = self._was_busy = self._was_busy_by_text = self._is_busy = False
+        self.last_sign = ""                     # the last sign of work in this turn
+        self.is_busy = False                    # a sign is shown now
+        self.is_unsent = is_unsent
+        self._before = before
+        self._habits = habits
+        self._profile = habits.profile
+        self._message = message
+        self._has_new_process = has_new_process
+        self._idle_timeout = idle_timeout
+        self._settle_seconds = settle_seconds
+        self._signs = (
+            ("title", self.has_title_spinner),
+            ("own words", self.has_own_words),
+            ("program", self.runs_another_program),
+            ("line mode", self.reads_lines),
+            ("usual words", self.has_usual_words))
+        self._started_at = now
+        self._read_parts(before)
+        self._last_lines_before = text_lines(self._above)[-3:]
+        self._text = (tuple(self._above), tuple(self._box))
+        self._state = (before.title, before.foreground_command, self._text)
+        self._text_changed_at = now
+        self._state_changed_at = now
+        self._has_changed = False
+        self._title_has_changed = False
+        self._quiet_since = now                 # no sign of work has been seen since
+        self._still_seconds = 0.0               # since any change: text, title or program
+        self._last_enter_at = now
         self._enter_retries = 0
+        self._processes_checked_at = -math.inf
+        self._tool_was_running = False
 
     def update(self, pane: PaneSnapshot, now: float) -> str:
-        """Return what to do after a look: wait, enter (it was not taken), done or quiet."""
-        picture = (pane.title, pane.foreground_command, pane.screen)
-        if picture != self._last_state:
-            self._last_state, self._changed, self._has_changed = picture, now, True
-        still, elsewhere = now - self._changed, pane.foreground_command not in self._prompt_commands
-        if pane.title != self._title:       # one that stands still since before was left behind
-            self._title = ""
-        spins = bool(self._profile.busy_title.match(pane.title)) and not self._title
-        self.has_title_spinner |= spins
-        words = not self.has_title_spinner and is_busy(self._profile, pane.screen)
-        self._is_busy = still < self.STALE_SECONDS and (spins or elsewhere or words)
-        if self._is_busy:
-            self._was_busy, self._was_busy_by_text = True, words
+        """Return what to do: "wait", "enter" (it was not taken), or how the turn has ended."""
+        self._note_changes(pane, now)
+        sign = next((name for name, is_shown in self._signs if is_shown(pane)), "")
+        if self.is_busy and not sign:
+            self._quiet_since = now
+        self.is_busy = bool(sign)
+        if sign:
+            self.last_sign = sign
+            is_endless = sign in ("program", "line mode") and self._is_stale
+            return "idle" if is_endless else "wait"
+        if is_message_queued(self._profile, pane.screen) and not self._is_stale:
             return "wait"
-        if elsewhere:
-            return "idle"
-        if is_message_queued(self._profile, pane.screen) and still < self.STALE_SECONDS:
+        if not self.last_sign and self.is_unsent(pane):
+            return self._retry_enter(now)
+        if not self.last_sign and not self._has_changed:
+            return "idle" if self._still_seconds >= self._idle_timeout else "wait"
+        settled_for = now - max(self._text_changed_at, self._quiet_since)
+        if settled_for < self._seconds_to_settle(pane) or self._runs_tool(pane, now):
             return "wait"
-        if self._was_busy:
-            hidden = self._was_busy_by_text and pane.lines_from_cursor != self._lines_from_cursor
-            return "done" if still >= (self.SETTLE_SECONDS_WITHOUT_INDICATOR if hidden else self.SETTLE_SECONDS) else "wait"
-        if self._is_unsent(pane):
-            waits = self.ENTER_RETRY_SECONDS[self._enter_retries:self._enter_retries + 1]
-            if waits and now - max(self._last_enter_at, self._changed) >= waits[0]:
-                self._enter_retries, self._last_enter_at = self._enter_retries + 1, now
-                return "enter"
-        elif self._has_changed:
-            return "done" if still >= self._settle_seconds else "wait"
-        return "idle" if still >= self._idle_timeout else "wait"
+        return "done"
 
     def poll_interval(self, now: float) -> float:
         """Return the seconds until the next look: 2 % of the turn's age, less near its end."""
-        age = now - self._started
-        if age < 1:
+        age = now - self._started_at
+        if age < 1 or (self.last_sign and not self.is_busy):
             return 0.05
-        return 0.1 if self._was_busy and not self._is_busy else min(0.5, max(0.1, 0.02 * age))
+        return min(0.5, max(0.1, 0.02 * age))
+
+    # the rules
+
+    def has_title_spinner(self, pane: PaneSnapshot) -> bool:
+        """Apply rule 1: a spinner begins the title, and was not left there by a dead program."""
+        spinner = self._profile.busy_title or SPINNER
+        if not self._title_has_changed or not spinner.match(pane.title):
+            return False
+        self._habits.has_title_spinner = True
+        return not self._is_stale
+
+    def has_own_words(self, pane: PaneSnapshot) -> bool:
+        """Apply rule 2: the known agent's own words stand in their place.
+
+        They are below its input box (the last lines, if it shows no box), or are the last line
+        above that which is not indented.  Quotations in an answer stand nowhere there.
+        """
+        if not self._profile.is_known or self._shows_closing_line:
+            return False
+        if self._count_busy_lines_below() > self._habits.idle_busy_lines:
+            return True
+        if self._habits.has_title_spinner or not self._profile.status_line:
+            return False
+        outdented = next((line for line in reversed(self._above) if line and line[0] != " "), "")
+        return bool(self._profile.status_line.match(outdented))
+
+    def runs_another_program(self, pane: PaneSnapshot) -> bool:
+        """Apply rule 3: the program in the foreground has never waited for us."""
+        return pane.foreground_command not in self._habits.prompt_commands
+
+    def reads_lines(self, pane: PaneSnapshot) -> bool:
+        """Apply rule 4: the terminal of a program that waits in raw mode is in line mode."""
+        return self._habits.reads_keys is True and pane.reads_keys is False
+
+    def has_usual_words(self, pane: PaneSnapshot) -> bool:
+        """Apply rule 5: an unknown program shows words or a spinner that it did not show before."""
+        if self._profile.is_known or self._is_stale:
+            return False
+        return (count_usual_busy_lines(pane.screen)
+                > count_usual_busy_lines(self._before.screen))
+
+    def has_prompt_again(self, pane: PaneSnapshot) -> bool:
+        """Apply rule 6: below the message, the cursor's line is again what it was before."""
+        prompt = self._before.cursor_line
+        is_as_before = (pane.cursor_line, pane.cursor_column, pane.reads_keys) == (
+            prompt, self._before.cursor_column, self._before.reads_keys)
+        if self._profile.is_known or not prompt or not is_as_before or "\n" in self._message:
+            return False
+        beginning = self._message[:20].rstrip()
+        return bool(beginning) and any(line.startswith(prompt) and beginning in line
+                                       for line in pane.screen[:pane.cursor_row])
+
+    # how they play together
+
+    @property
+    def _is_stale(self) -> bool:
+        """Whether nothing has changed for so long that a doubtful sign counts no more."""
+        return self._still_seconds >= self.STALE_SECONDS
+
+    def _seconds_to_settle(self, pane: PaneSnapshot) -> float:
+        """Return how long the text has to stand still now that no sign of work is seen."""
+        if self.last_sign == "usual words":
+            return self.SETTLE_SECONDS_AFTER_USUAL_WORDS
+        if self.last_sign:
+            return self.STALE_SECONDS if self._lacks_closing_line(pane) else self.SETTLE_SECONDS
+        if self._message.startswith("/"):
+            return self.SETTLE_SECONDS_OF_SLASH_COMMANDS
+        if self._has_new_closing_line():
+            return self.SETTLE_SECONDS
+        if self.has_prompt_again(pane):
+            return self.SETTLE_SECONDS_AT_PROMPT
+        return self._settle_seconds
+
+    def _has_new_closing_line(self) -> bool:
+        """Tell whether a closing line has come since the message: its answer was an instant one."""
+        return (self._shows_closing_line and bool(self._message)
+                and text_lines(self._above)[-3:] != self._last_lines_before)
+
+    def _lacks_closing_line(self, pane: PaneSnapshot) -> bool:
+        """Tell whether an answer may still be going on although its status line has gone.
+
+        Codex shows nothing else while its answer streams, if its user has changed its title.
+        """
+        return (self._profile.hides_status_line and self._habits.has_closing_line
+                and self.last_sign == "own words" and not self._habits.has_title_spinner
+                and not self._shows_closing_line
+                and not describe_menu(self._profile, pane.screen))
+
+    def _runs_tool(self, pane: PaneSnapshot, now: float) -> bool:
+        """Tell whether an unknown program runs a tool that it began since the message.
+
+        A tool may be silent, and so may its agent.  It is looked for once a second.
+        """
+        is_over = self.last_sign not in ("", "usual words") or self.has_prompt_again(pane)
+        if self._profile.is_known or is_over or self._still_seconds >= self.TOOL_SECONDS:
+            return False
+        if now - self._processes_checked_at >= 1:
+            self._processes_checked_at = now
+            self._tool_was_running = self._has_new_process()
+        return self._tool_was_running
+
+    def _retry_enter(self, now: float) -> str:
+        """Return "enter" when it is time to press it again: the message still stands in the box."""
+        if self._still_seconds >= self._idle_timeout:
+            return "idle"
+        waits = self.ENTER_RETRY_SECONDS[self._enter_retries:self._enter_retries + 1]
+        if not waits or now - max(self._last_enter_at, self._state_changed_at) < waits[0]:
+            return "wait"
+        self._enter_retries += 1
+        self._last_enter_at = now
+        return "enter"
+
+    def _note_changes(self, pane: PaneSnapshot, now: float) -> None:
+        self._read_parts(pane)
+        text = (tuple(self._above), tuple(self._box))
+        if text != self._text:
+            self._text = text
+            self._text_changed_at = now
+        state = (pane.title, pane.foreground_command, text)
+        if state != self._state:
+            self._state = state
+            self._state_changed_at = now
+            self._has_changed = True
+        self._title_has_changed |= pane.title != self._before.title
+        self._still_seconds = now - self._state_changed_at
+
+    def _read_parts(self, pane: PaneSnapshot) -> None:
+        """Take the screen apart, and learn what it looks like under a closing line."""
+        self._above, self._box, self._below = split_at_input_box(self._profile, pane.screen)
+        last = text_lines(self._above)[-1:]
+        self._shows_closing_line = bool(
+            last and self._profile.closing_line and self._profile.closing_line.match(last[0]))
+        if self._shows_closing_line:
+            self._habits.has_closing_line = True
+            self._habits.idle_busy_lines = self._count_busy_lines_below()
+
+    def _count_busy_lines_below(self) -> int:
+        """Count the lines with the agent's busy words below its box, or at the bottom without one."""
+        words = self._profile.busy_words
+        lines = self._below or text_lines(self._above)[-3:]
+        return sum(1 for line in lines if words and words.search(line))
 
 
 def process_start_time(pid: int) -> str:
@@ -1510,6 +1783,35 @@ def process_start_time(pid: int) -> str:
         return subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True,
                               stdin=subprocess.DEVNULL, text=True, errors="replace", env={}).stdout
     return ""
+
+
+def process_tree(pid: int) -> dict[int, str]:
+    """Return a process and its descendants, with the session (else the terminal) of each."""
+    parents: dict[int, tuple[int, str]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):      # it has just ended
+            fields = path.read_text(errors="replace").rpartition(")")[2].split()
+            parents[int(path.parent.name)] = int(fields[1]), fields[3]
+    if not parents:
+        with contextlib.suppress(OSError):
+            listed = subprocess.run(["ps", "-axo", "pid=,ppid=,tty="], capture_output=True,
+                                    stdin=subprocess.DEVNULL, text=True, errors="replace")
+            for line in listed.stdout.splitlines():
+                child, parent, terminal = line.split(None, 2)
+                parents[int(child)] = int(parent), terminal
+    family = {pid}
+    while found := {child for child, (parent, _) in parents.items()
+                    if parent in family and child not in family}:
+        family |= found
+    return {member: parents[member][1] for member in family if member in parents}
+
+
+class _Submission:
+    """A message on its way to the agent."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.enter_sent = False     # tmux may have sent Enter: it must not be sent again
 
 
 class Agent:
@@ -1531,7 +1833,12 @@ class Agent:
 
     # Seconds that a first screen stands still: a ready one, unknown words, a box without a title.
     READY_SETTLE_SECONDS, UNKNOWN_SETTLE_SECONDS, UNTITLED_SETTLE_SECONDS, READY_TIMEOUT = 0.4, 10.0, 30.0, 60.0
-    INDICATOR_DELAY_SECONDS = 5.0     # until when the sign of an agent that gives one may come: a busy machine
+    INDICATOR_DELAY_SECONDS = 5.0   # a known agent shows that it works; a busy machine is slow
+    KEY_SETTLE_SECONDS = 1.0        # a known agent's screen after a key that starts no work
+    SHOW_SECONDS = 2.0              # on a still screen, for a pasted text to show
+    ENTER_DELAY_SECONDS = 0.2       # Gemini CLI takes an Enter right after a paste for a line break
+    TALL_ROWS = 500                 # the window in which a full-screen program is read
+    INTERRUPT_SECONDS = 5.0         # for the agent to stop its turn
     MAX_RESTARTS, RESTART_WINDOW_SECONDS = 3, 600.0
     STATE_SECONDS = 0.3
     TMUX_TIMEOUT = 25.0   # seconds: how long a tmux that does not answer is asked again
@@ -1557,8 +1864,10 @@ class Agent:
         self._pane_id, self._server_pid = "", 0     # a new server counts its panes from %0 again
         self._process = 0, ""                    # the program in the pane when last seen: id, birth
         self._last_capture: list[str] = []              # the last capture that was reported
-        self._prompt_commands: set[str] = set()
-        self._has_title_spinner = self._has_conversation = self._turn_in_progress = False
+        self._last_full_screen: list[str] = []          # the same of a full-screen program
+        self._habits = ProgramHabits(profile)
+        self.take_interrupt: Callable[[], bool] = never     # the user asks to interrupt a turn
+        self._has_conversation = self._turn_in_progress = False
         self._blocked_by_dialog = False                      # it shows no input box, but something unknown
         self._restart_times: list[float] = []
         self._last_published: tuple[float, tuple[str, ...]] = (0.0, ())
@@ -1612,7 +1921,8 @@ class Agent:
                 self.stop()     # its words are told; a dead session is in the way
                 raise
             notes = (self._restart(trouble),)
-        self._last_capture, pane = self._capture_transcript(), self._snapshot()
+        self._forget_output()
+        pane = self._snapshot()
         return Turn(pane.text, notes=notes + self._menu_notes(pane))
 
     def ask(self, message: str, timeout: float = 1800) -> Turn:
@@ -1620,37 +1930,31 @@ class Agent:
 
         A turn of more than `timeout` seconds is returned as still working.
         """
-        text, submitted = sanitize(message), False
-
-        def act(before: PaneSnapshot) -> Turn:
-            nonlocal submitted
-            asks = self._menu_notes(before)
-            notes, empty = self._clear_draft(before)
-            if asks or not empty:
-                return Turn(before.text, "idle", ("Nothing was typed.", *notes, *asks))
-            if not self._turn_in_progress:       # else it is not for us that it waits
-                self._prompt_commands.add(before.foreground_command)
-            is_unsent = self._paste_message(before, text)
-            self._retry_write(lambda pane: self._tmux.send_keys(pane, "Enter"))
-            submitted = self._has_conversation = True     # or nobody knows
-            turn = self._wait_for_turn_end(before, timeout, is_unsent=is_unsent, late=self._is_known)
-            return turn._replace(notes=notes + turn.notes)
-
-        turn = self._with_recovery(act, lambda: not submitted)
-        unsure = turn.state == "exited" and submitted
-        return turn._replace(notes=turn.notes + ("It may have taken the message.",) * unsure)
+        submission = _Submission(sanitize(message))
+        turn = self._with_recovery(lambda before: self._submit(before, submission, timeout),
+                                   lambda: not submission.enter_sent)
+        if turn.state == "exited" and submission.enter_sent:
+            note = (f"{self.name} may have received the message. "
+                    "Check before you send it again.")
+            turn = turn._replace(notes=(*turn.notes, note))
+        return turn
 
     def send_keys(self, keys: Sequence[str], timeout: float = 1800) -> Turn:
         """Press keys by their tmux names, and return what is new once the screen stands still."""
-        def act(before: PaneSnapshot) -> Turn:
+        def press(before: PaneSnapshot) -> Turn:
             self._retry_write(lambda pane: self._tmux.send_keys(pane, *keys))
-            return self._wait_for_turn_end(before, timeout, idle_timeout=2.0)
+            detector = self._new_detector(before, idle_timeout=2.0)
+            return self._wait_for_turn_end(detector, timeout)
 
-        return self._with_recovery(act)
+        return self._with_recovery(press)
 
-    def wait(self, seconds: float) -> Turn:
-        """Wait until the screen changes and the agent is done, or the time is over."""
-        return self._with_recovery(lambda before: self._wait_for_turn_end(before, seconds, idle_timeout=seconds))
+    def wait(self, timeout: float, until: Callable[[], bool] = never) -> Turn:
+        """Wait until the screen changes and the agent is done, `until()`, or the time is over."""
+        def watch(before: PaneSnapshot) -> Turn:
+            detector = self._new_detector(before, idle_timeout=timeout)
+            return self._wait_for_turn_end(detector, timeout, until)
+
+        return self._with_recovery(watch)
 
     def read_state(self) -> Turn:
         """Look for a moment; the turn's state is "working" while the agent works."""
@@ -1699,6 +2003,7 @@ class Agent:
         return pane
 
     def _capture_transcript(self) -> list[str]:
+        """Return the whole transcript, without the input box of a known agent."""
         lines = trimmed_lines(self._retry_read(self._tmux.capture_history))
         return strip_input_box(self._profile, lines)
 
@@ -1714,12 +2019,16 @@ class Agent:
                 self._sleep(0.2)
 
     def _publish_screen(self, pane: PaneSnapshot, pause: float) -> None:
-        """Publish a new screen for who watches, `pause` seconds after the last one."""
+        """Publish a new screen for the viewers, `pause` seconds after the last one."""
         now = self._clock()
-        if now - self._last_published[0] >= pause and pane.screen != self._last_published[1] and self._has_viewers():
-            self._last_published = (now, pane.screen)
-            with contextlib.suppress(TmuxError):
-                self._publish("screen", text=self._tmux.capture_ansi(pane.id))
+        last_time, last_screen = self._last_published
+        if now - last_time < pause or pane.screen == last_screen or not self._has_viewers():
+            return
+        self._last_published = (now, pane.screen)
+        cursor = [pane.cursor_row, pane.cursor_column] if pane.cursor_is_visible else None
+        with contextlib.suppress(TmuxError):
+            self._publish("screen", text=self._tmux.capture_ansi(pane.id), columns=pane.columns,
+                          rows=pane.rows, cursor=cursor)
 
     def _exit_error(self, pane: PaneSnapshot) -> AgentExited:
         if not pane.exit_description:         # some builds of tmux lose the signal that a child has ended
@@ -1734,15 +2043,89 @@ class Agent:
         error.last_output = "\n".join(words).strip("\n")
         return error
 
+    def _forget_output(self) -> None:
+        """Take all that is on the screen now for known."""
+        self._last_capture = self._capture_transcript()
+        pane = self._snapshot()
+        if pane.is_alternate_screen:
+            self._last_full_screen = self._capture_full_screen(pane)
+
     def _take_new_output(self, pane: PaneSnapshot) -> tuple[list[str], bool]:
         """Return what is new since the last report, and whether that could be told apart."""
-        lines = None
-        if not pane.is_alternate_screen:      # what is below a full-screen program will be there again
+        lines: list[str] | None
+        if pane.is_alternate_screen:        # what is below it will be there again
+            before, self._last_full_screen = self._last_full_screen, self._capture_full_screen(pane)
+            lines = find_new_blocks(before, self._last_full_screen)
+        else:
             before, self._last_capture = self._last_capture, self._capture_transcript()
             lines = find_new_lines(before, self._last_capture)
         return (pane.text.split("\n"), False) if lines is None else (lines, True)
 
+    def _capture_full_screen(self, pane: PaneSnapshot) -> list[str]:
+        """Return what a full-screen program shows in a tall window, without blank lines.
+
+        Such a program has no scrollback.  On the normal screen, programs would print everything
+        again.
+        """
+        if pane.dead or not pane.rows:
+            return []
+        try:
+            self._tmux.resize(pane, self.TALL_ROWS)
+            tall = self._wait_for_redraw(pane)
+        finally:
+            self._tmux.resize(pane, pane.rows)
+        self._wait_for_redraw(tall)
+        return text_lines(tall.screen)
+
+    def _wait_for_redraw(self, before: PaneSnapshot) -> PaneSnapshot:
+        """Wait until a program has drawn its screen in a window of another size; return that."""
+        pane, since = before, self._clock()
+        until = since + 1.0
+        while self._clock() < until:
+            self._sleep(0.03)
+            new = self._retry_read(self._tmux.snapshot)
+            if new.screen != pane.screen:
+                pane, since = new, self._clock()
+            elif pane is not before and self._clock() - since >= 0.1:
+                break
+        return pane
+
     # writing
+
+    def _submit(self, before: PaneSnapshot, submission: _Submission, timeout: float) -> Turn:
+        """Type a message into an empty input box, and wait for the end of its turn."""
+        menu_notes = self._menu_notes(before)
+        if menu_notes:
+            return Turn(before.text, "idle", ("Nothing was typed.", *menu_notes),
+                        menu="".join(menu_notes))
+        notes, is_empty = self._clear_draft(before)
+        if not is_empty:
+            return Turn(before.text, "idle", ("Nothing was typed.", *notes))
+        if not self._turn_in_progress:      # otherwise it does not wait for us
+            self._habits.learn_idle(before)
+        old_processes = set(self._tool_processes(before))
+        pasted = self._paste_message(before, submission.text)
+        if not self._is_ready_for_enter(before, pasted, submission.text):
+            note = (f"{self.name} did not show the text within {self.SHOW_SECONDS:g} seconds, so "
+                    "Enter was not pressed. Is a question on the screen, or a hidden input?")
+            return Turn(pasted.text, "idle", (*notes, "Nothing was sent.", note))
+        is_unsent = self._unsent_test(before, pasted, submission.text)
+        self._retry_write(lambda pane: self._tmux.send_keys(pane, "Enter"))
+        submission.enter_sent = self._has_conversation = True   # or nobody knows
+        detector = self._new_detector(
+            before, message=submission.text, is_unsent=is_unsent,
+            has_new_process=lambda: bool(set(self._tool_processes(before)) - old_processes),
+            settle_seconds=(self.INDICATOR_DELAY_SECONDS if self._profile.is_known
+                            else TurnDetector.SETTLE_SECONDS_WITHOUT_INDICATOR))
+        turn = self._wait_for_turn_end(detector, timeout)
+        return turn._replace(notes=(*notes, *turn.notes))
+
+    def _tool_processes(self, pane: PaneSnapshot) -> list[int]:
+        """Return the processes that an unknown program has started in sessions of their own."""
+        if self._profile.is_known:
+            return []
+        sessions = process_tree(pane.pid)
+        return [pid for pid, session in sessions.items() if session != sessions.get(pane.pid)]
 
     def _find_draft(self, pane: PaneSnapshot, column: int = 0) -> str:
         """Return what stands in the input box, nothing for a program whose box we do not know."""
@@ -1770,24 +2153,61 @@ class Agent:
         said = f"The input line held a draft, which {fate}: {truncate_middle(draft.strip(), 400)!r}"
         return (said,) * bool(draft), not left
 
-    def _paste_message(self, before: PaneSnapshot, text: str) -> Callable[[PaneSnapshot], bool]:
-        """Paste text and give it half a second to show; return what tells whether it still stands.
-
-        That is known by the box, or by the line that the cursor is on with it, or by the text.
-        """
-        def shown(pane: PaneSnapshot) -> bool:
-            return pane.screen != before.screen and is_message_unsent(pane.cursor_line, text)
-
+    def _paste_message(self, before: PaneSnapshot, text: str) -> PaneSnapshot:
+        """Paste a text once, and return the pane when it shows, or has not shown for long."""
+        needs_blank = self._profile.needs_blank
+        if needs_blank and needs_blank.search(text):
+            text += " "
         for _ in range(2):
-            answered = self._retry_write(lambda pane: self._tmux.paste_text(pane, text))
-            pasted = self._poll_until(shown)
-            if answered or self._find_draft(pasted) or shown(pasted):
-                break
-        else:
-            raise TmuxError(f"tmux gave no answer, twice, and {self.name} got no text")
-        if self._is_known and has_input_box(self._profile, before.screen):
+            was_answered = self._retry_write(lambda pane: self._tmux.paste_text(pane, text))
+            pasted = self._wait_for_text(before, text)
+            if was_answered or self._is_shown(before, pasted, text):
+                return pasted
+        raise TmuxError(f"tmux gave no answer, twice, and {self.name} got no text")
+
+    def _wait_for_text(self, before: PaneSnapshot, text: str) -> PaneSnapshot:
+        """Wait for a pasted text to show; a long one may take its time, while something moves."""
+        last_screen, changed_at = before.screen, self._clock()
+        until = changed_at + 5 * self.SHOW_SECONDS
+        while True:
+            pane, now = self._snapshot(), self._clock()
+            if pane.screen != last_screen:
+                last_screen, changed_at = pane.screen, now
+            patience = 0.5
+            if pane.reads_keys:
+                patience = self.SHOW_SECONDS + len(text) / 100_000
+            if self._is_shown(before, pane, text) or now - changed_at >= patience or now >= until:
+                return pane
+            self._sleep(0.02)
+
+    def _is_shown(self, before: PaneSnapshot, pane: PaneSnapshot, text: str) -> bool:
+        """Tell whether a pasted text is on the screen, in the input box if that is known."""
+        if self._find_draft(pane):
+            return True
+        if self._profile.is_known and has_input_box(self._profile, pane.screen):
+            return False
+        return has_appeared(text, before.screen, pane.screen)
+
+    def _is_ready_for_enter(self, before: PaneSnapshot, pasted: PaneSnapshot, text: str) -> bool:
+        """Tell whether Enter will submit a text that was pasted, and not answer a question.
+
+        In line mode the terminal itself keeps the text, shown or not.
+        """
+        if not pasted.reads_keys:
+            return True
+        if not self._profile.is_known:
+            self._sleep(self.ENTER_DELAY_SECONDS)
+        return self._is_shown(before, pasted, text)
+
+    def _unsent_test(self, before: PaneSnapshot, pasted: PaneSnapshot,
+                     text: str) -> Callable[[PaneSnapshot], bool]:
+        """Return what tells whether a message still stands in the input line.
+
+        That is known by the box, by the line that the cursor is on with it, or by the text.
+        """
+        if self._profile.is_known and has_input_box(self._profile, before.screen):
             return lambda pane: bool(self._find_draft(pane))
-        if shown(pasted):
+        if pasted.screen != before.screen and is_message_unsent(pasted.cursor_line, text):
             return lambda pane: pane.cursor_line.startswith(pasted.cursor_line)
         return lambda pane: is_message_unsent(pane.cursor_line, text)
 
@@ -1820,56 +2240,84 @@ class Agent:
 
     # waiting
 
-    def _wait_for_turn_end(self, before: PaneSnapshot, timeout: float, *, late: bool = False,
-                is_unsent: Callable[[PaneSnapshot], bool] = lambda pane: False,
-                idle_timeout: float = TurnDetector.STALE_SECONDS) -> Turn:
-        """Watch the pane until the turn is over, whose sign may come `late`; return what is new."""
-        started = self._clock()
-        watch = TurnDetector(self._profile, before, started, self._prompt_commands, has_title_spinner=self._has_title_spinner, is_unsent=is_unsent,
-                      idle_timeout=idle_timeout, settle_seconds=self.INDICATOR_DELAY_SECONDS if late else TurnDetector.SETTLE_SECONDS_WITHOUT_INDICATOR)
+    def _new_detector(self, before: PaneSnapshot, **options: Any) -> TurnDetector:
+        if self._profile.is_known:
+            options.setdefault("settle_seconds", self.KEY_SETTLE_SECONDS)
+        return TurnDetector(before, self._clock(), self._habits, **options)
+
+    def _wait_for_turn_end(self, detector: TurnDetector, timeout: float,
+                           until: Callable[[], bool] = never) -> Turn:
+        """Look at the pane until the turn is over; return what is new."""
+        started_at = self._clock()
+        notes: tuple[str, ...] = ()
         while True:
             pane, now = self._snapshot(), self._clock()
-            verdict = watch.update(pane, now)
-            self._has_title_spinner = watch.has_title_spinner
+            verdict = detector.update(pane, now)
+            if self.take_interrupt():
+                self._retry_write(lambda pane: self._tmux.send_keys(pane, "Escape"))
+                timeout = min(timeout, now - started_at + self.INTERRUPT_SECONDS)
+                notes = (f"The user interrupted {self.name} (Escape was pressed).",)
             if verdict == "enter":
-                self._retry_write(lambda now: not is_unsent(now) or self._tmux.send_keys(now, "Enter"))
+                self._press_enter_if(detector.is_unsent)
             elif verdict != "wait":
-                return self._finish_turn(pane, verdict)
-            elif now - started >= timeout:
-                return self._finish_turn(pane, "working")
-            self._sleep(min(watch.poll_interval(now), max(0.0, started + timeout - now)))
+                break
+            elif until() or now - started_at >= timeout:
+                verdict = "working" if detector.is_busy or not until() else "idle"
+                break
+            self._sleep(min(detector.poll_interval(now),
+                            max(0.0, started_at + timeout - now)))
+        turn = self._finish_turn(pane, verdict, detector)
+        return turn._replace(notes=(*notes, *turn.notes))
 
-    def _finish_turn(self, pane: PaneSnapshot, state: str) -> Turn:
-        """Return what is new since the last report."""
+    def _press_enter_if(self, is_unsent: Callable[[PaneSnapshot], bool]) -> None:
+        """Press Enter again, if the message still stands in the input line."""
+        def press(pane: PaneSnapshot) -> bool:
+            return not is_unsent(pane) or self._tmux.send_keys(pane, "Enter")
+
+        self._retry_write(press)
+
+    def _finish_turn(self, pane: PaneSnapshot, state: str, detector: TurnDetector) -> Turn:
+        """Return what is new since the last report, and how the turn has ended."""
         self._publish_screen(pane, 0.0)
-        self._turn_in_progress, notes = state == "working", []
+        self._turn_in_progress = state == "working"
         if state == "done":
             self._restart_times.clear()
-        elif state == "working":
-            notes.append(f"{self.name} is still working.")
-        elif pane.foreground_command in self._prompt_commands:
-            notes.append("Nothing more happens on the screen.")
-        else:
-            notes.append(f"Nothing has changed for {TurnDetector.STALE_SECONDS:g} seconds, but {pane.foreground_command} "
-                         "is still running in the foreground.")
-        lines, exact = self._take_new_output(pane)
+        notes = self._state_notes(pane, state, detector)
+        lines, is_exact = self._take_new_output(pane)
         output = "\n".join(lines).strip("\n")
         limit = parse_usage_limit(self._profile, output, datetime.datetime.now())
-        seconds = limit.seconds if limit else 0.0
         if not output and state != "working":       # no answer; or cleared, and the same again
-            output, exact, state = pane.text, state == "idle", "idle"
-        if not exact:
-            notes.append("This is the visible screen; what is new on it can't be told apart.")
+            output = pane.text
+            is_exact = state == "idle"
+            state = "idle"
+        if not is_exact:
+            notes.append("This is the whole visible screen. The new part could not be identified.")
         if limit:
-            notes.append(f"This is a usage limit of {self.name}"
-                         + f", over in {seconds / 60:.0f} minutes" * bool(seconds)
-                         + ". Never choose to pay for more.")
+            end = f", over in {limit.seconds / 60:.0f} minutes" if limit.seconds else ""
+            notes.append(f"This is a usage limit of {self.name}{end}. Never choose to pay for more.")
         menu = self._menu_notes(pane)
-        return Turn(truncate_middle(output), state, (*notes, *menu), seconds, "".join(menu))
+        return Turn(truncate_middle(output), state, (*notes, *menu),
+                    limit.seconds if limit else 0.0, "".join(menu))
+
+    def _state_notes(self, pane: PaneSnapshot, state: str, detector: TurnDetector) -> list[str]:
+        """Return what is to be said of the end of a turn, unless it is simply done."""
+        still = f"Nothing has changed for {detector.STALE_SECONDS:g} seconds, but"
+        if state == "done":
+            return []
+        if state == "working":
+            return [f"{self.name} is still working."]
+        if pane.foreground_command not in self._habits.prompt_commands:
+            return [f"{still} {pane.foreground_command} is still running in the foreground."]
+        if detector.reads_lines(pane):
+            return [f"{still} {self.name} is not at its prompt: it works, or waits for a line."]
+        if detector.is_unsent(pane):
+            return ["The message still stands in the input line: Enter was pressed, but "
+                    f"{self.name} did not take it."]
+        return ["Nothing more happens on the screen."]
 
     def _menu_notes(self, pane: PaneSnapshot) -> tuple[str, ...]:
         menu = describe_menu(self._profile, pane.screen)
-        return (menu,) * bool(menu)
+        return (menu,) if menu else ()
 
     # starting and reviving
 
@@ -1903,7 +2351,7 @@ class Agent:
                                   text=f"answered a question of {self.name}: {answered}")
                 if not question or late:
                     self._turn_in_progress = False
-                    self._prompt_commands.add(pane.foreground_command)
+                    self._habits.learn_idle(pane)
                     self._blocked_by_dialog = self._is_known and (
                         bool(question) or self._required_settle_seconds(pane) > self.READY_SETTLE_SECONDS)
                     return
@@ -1944,7 +2392,7 @@ class Agent:
                 if remembers:       # the other way to start it is no restart more
                     self._restart_times.pop()
                 latest, remembers = error, False
-        self._last_capture = self._capture_transcript()
+        self._forget_output()
         what += "; it was started again"
         self._publish("recovery", what=what, resumed=remembers)
         return f"{what} and " + ("remembers the conversation." if remembers

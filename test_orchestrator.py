@@ -44,7 +44,7 @@ from orchestrator import (
     ContextWindowExceeded, RunControl, Conversation, Dashboard, TaskFailed, Interrupted, Journal, Memory,
     CLAUDE_CODE, CODEX, ModelError, TerminalReporter, RequestRejected, OpenRouter, OrchestratorError, PaneSnapshot, Workspace, AgentProfile, StartupDialog,
     Reply, SignalHandler, StuckInLoop, Tmux, TmuxServerLost, TmuxError, TmuxSessionLost, TokenUsage, TransientError, Turn,
-    TurnDetector, strip_input_box, process_start_time, child_environment, select_profile, truncate_middle, find_draft, normalize_screen,
+    ProgramHabits, TurnDetector, strip_input_box, process_start_time, child_environment, select_profile, truncate_middle, find_draft, normalize_screen,
     is_message_unsent, is_resumable_event, find_startup_dialog, find_unfinished_run, last_text_line, main, describe_menu, format_event,
     format_chat_event, find_new_lines, parse_env, parse_json_object, parse_reply, read_env_file, read_events,
     run_shell_command, sanitize, print_line, is_busy, has_input_box, session_lock, format_duration, trimmed_lines, parse_usage_limit)
@@ -1188,13 +1188,15 @@ def test_text_goes_by_standard_input_and_never_as_an_argument(fake, text):
 
 
 def test_a_look_returns_the_facts_and_the_screen(fake):
-    fake.says("%1:10:20:1:0:1:2:7:3:\nbash\n⠂ title: x\nfirst  \n\nthird\n\n")
+    fake.says("%1:10:20:1:0:1:2:7:200:50:1:3::/dev/pts/1\nbash\n⠂ title: x\nfirst  \n\nthird\n\n")
     pane = fake.tmux.snapshot("%1")
     assert pane[:9] == ("%1", 10, 20, True, "status 3", False, True, 2, 7)
     assert (pane.foreground_command, pane.title, pane.cursor_line) == ("bash", "⠂ title: x", "third")
     assert pane.text == "first\n\nthird"
-    fake.says("%1:10:20:1:1:0:0:0::9\nbash\n\n\n")
+    fake.says("%1:10:20:1:1:0:0:0:200:50:0::9:\nbash\n\n\n")
     assert fake.tmux.snapshot("%1")[4:7] == ("signal 9", True, False)
+    assert (pane.columns, pane.rows, pane.cursor_is_visible, pane.reads_keys) == (
+        200, 50, True, None)
     fake.says("::::::::::\n\n\n")
     with pytest.raises(TmuxSessionLost):
         fake.tmux.snapshot("%1")
@@ -1211,91 +1213,282 @@ def test_a_session_is_found_by_its_name_or_is_none(fake):
 
 # -- 7. Agent -----------------------------------------------------------------------------
 
-def verdicts(*looks, draft="", has_title_spinner=False, idle_timeout=15.0, profile=CLAUDE_CODE):
-    """Return what a Watch says to (second, screen, title, command) after a quiet first look."""
-    watch = TurnDetector(profile, PANE._replace(screen=("❯",)), 0.0, ["claude"], has_title_spinner=has_title_spinner, idle_timeout=idle_timeout,
-                  is_unsent=lambda pane: bool(draft) and is_message_unsent(pane.cursor_line, draft))
-    return [watch.update(PANE._replace(screen=tuple(screen.split("\n")), title=title,
-                                    cursor_row=screen.count("\n"),
-                                    foreground_command=(*command, "claude")[0]), now)
-            for now, screen, title, *command in looks]
+LINE = "─" * 20
+CLAUDE_FOOTER = "  ⏵⏵ bypass permissions on (shift+tab to cycle)"
 
 
-FOOTER = "{}\n❯\n  esc to interrupt"
+def claude_screen(*text: str, draft: str = "", footer: str = CLAUDE_FOOTER) -> tuple[str, ...]:
+    """Return a screen as Claude Code 2.1 draws it: text, input box, footer."""
+    return (*text, "", LINE, f"❯ {draft}".rstrip(), LINE, footer)
 
 
-def test_a_turn_is_over_when_the_sign_of_work_has_gone_and_the_screen_stands():
-    assert verdicts((0.1, "a", "⠂ x"), (1, "b", "⠐ x"), (2, "c", "✳ x"), (2.2, "c", "✳ x"),
-                    (2.3, "c", "✳ x")) == ["wait"] * 4 + ["done"]
-    assert verdicts((0.1, FOOTER.format(1), ""), (1, FOOTER.format(2), ""), (2, "done\n❯", ""),
-                    (2.3, "done\n❯", "")) == ["wait"] * 3 + ["done"]
+def codex_screen(*text: str, draft: str = "Ask Codex to do anything") -> tuple[str, ...]:
+    """Return a screen as Codex 0.169 draws it."""
+    return (*text, "", "", f"› {draft}", "", "  gpt-5 default · ~/src", "  ? for shortcuts")
 
 
-@pytest.mark.parametrize("screen, title, command", [
-    ("a", "⠂ x", "claude"), ("a", "◐ x", "claude"), (FOOTER, "", "claude"), ("a", "", "sleep")])
-def test_a_sign_that_stands_still_counts_for_fifteen_seconds(screen, title, command):
-    looks = [(now, screen, title, command) for now in (0.1, 5, 10, 15)]
-    assert verdicts(*looks) == ["wait"] * 4
-    assert verdicts(*looks, (15.3, screen, title, command))[-1] == (
-        "idle" if command == "sleep" else "done")
+class Turns:
+    """A detector of the end of turns, and the pane that it looks at."""
+
+    def __init__(self, profile: AgentProfile, *screen: str, message: str = "go", draft: str = "",
+                 has_title_spinner: bool = False, **options: Any) -> None:
+        self.profile = profile
+        self.pane = PANE._replace(screen=screen, reads_keys=True, cursor_row=len(screen) - 1)
+        self.habits = ProgramHabits(profile)
+        self.habits.learn_idle(self.pane)
+        self.habits.has_title_spinner = has_title_spinner
+        if draft:
+            options["is_unsent"] = lambda pane: is_message_unsent(pane.cursor_line, draft)
+        self.detector = TurnDetector(self.pane, 0.0, self.habits, message=message, **options)
+
+    def look(self, now: float, *screen: str, **changes: Any) -> str:
+        """Return the verdict on what the pane shows from now on."""
+        if screen:
+            changes.update(screen=screen, cursor_row=len(screen) - 1)
+        self.pane = self.pane._replace(**changes)
+        return self.detector.update(self.pane, now)
+
+    def ends(self, now: float, *screen: str, limit: float = 60.0, **changes: Any) -> float | None:
+        """Return the seconds after which the turn is told as over if the screen stands still."""
+        verdict = self.look(now, *screen, **changes)
+        for step in range(round(limit * 20)):
+            if verdict in ("done", "idle"):
+                return round(step / 20 - 0.01, 1)       # looks are 0.05 s apart
+            verdict = self.look(now + (step + 1) / 20)
+        return None
 
 
-def test_a_spinner_that_a_dead_program_left_in_the_title_is_no_sign_of_work():
-    watch = TurnDetector(CLAUDE_CODE, PANE._replace(title="⠂ x"), 0.0, ["claude"])
-    looks = [(0.1, "⠂ x"), (2.2, "⠂ x"), (2.3, "⠐ x"), (2.4, "⠂ x")]
-    assert [watch.update(PANE._replace(title=title, screen=("a",)), now) for now, title in looks] == [
-        "wait", "done", "wait", "wait"]
+UNKNOWN = AgentProfile.from_command("tool")
+ECHO = ("❯ go", "")
+TICKING = "  clock 12:00:{:02}"
+# The profile, the screens before and while it works (as recorded), and which sign of work it is.
+SIGNS = {
+    "footer": (CLAUDE_CODE, claude_screen("● hi"), claude_screen(
+        *ECHO, footer=f"{CLAUDE_FOOTER} · esc to interrupt"), "own words"),
+    "vim mode": (CLAUDE_CODE, claude_screen("● hi"), claude_screen(
+        *ECHO, "✻ Stewing… (8s · ↓ 2 tokens)", footer="  -- INSERT --"), "own words"),
+    "reduced motion": (CLAUDE_CODE, claude_screen("● hi"), claude_screen(
+        *ECHO, "● Jitterbugging…", footer="  -- INSERT --"), "own words"),
+    "a tip below the status line": (CLAUDE_CODE, claude_screen("● hi"), claude_screen(
+        *ECHO, "✢ Stewing…", "  ⎿  Tip: ask for a plan", footer="  x"), "own words"),
+    "a draft of the user": (CLAUDE_CODE, claude_screen("● hi"), claude_screen(
+        *ECHO, "· Stewing… (1m 8s · thinking)", draft="and"), "own words"),
+    "screen reader": (CLAUDE_CODE, ("claude: hi", "bypass permissions on (shift+tab to cycle)", "$"),
+                      ("you: go", "Stewing…", "bypass permissions on (shift+tab to cycle)  ·  "
+                       "esc to interrupt", "effort: medium · /effort", "$"), "own words"),
+    "Codex": (CODEX, codex_screen("• hi"), codex_screen(
+        "› go", "", "• Working (3s • esc to interrupt)"), "own words"),
+    "Codex, minutes": (CODEX, codex_screen("• hi"), codex_screen(
+        "› go", "", "◦ Working (1m 03s • esc to interrupt)"), "own words"),
+    "Codex, no animations": (CODEX, codex_screen("• hi"), codex_screen(
+        "› go", "", "Working (0s • esc to interrupt)"), "own words"),
+    "Gemini CLI": (UNKNOWN, ("✦ hi", " *   Type"), (
+        " > go", " ⠹ Thinking... (esc to cancel, 21s)", " *   Type"), "usual words"),
+    "opencode": (UNKNOWN, ("  ┃  Build",), (
+        "  ┃  Build", "   ■■⬝⬝  esc interrupt      ctrl+p commands"), "usual words"),
+    "opencode, a tool": (UNKNOWN, ("  ┃  Build",), ("  ┃  ⠦ sleep 10", "  ┃"), "usual words"),
+    "Qwen Code": (UNKNOWN, ("*   Type",), (
+        "  > go", "  ... Feeling Lucky (0s · ↓ 1 tokens · esc to cancel)", "*  "), "usual words"),
+    "Copilot CLI": (UNKNOWN, ("❯",), (
+        " ❯ go", "❯", LINE, " ◎ Working · 65 B esc esc interrupt"), "usual words"),
+    "Pi": (UNKNOWN, (LINE,), (" go", "", " ⠇ Working...", LINE), "usual words")}
 
 
-@pytest.mark.parametrize("box, over", [("❯\n  hints", 5.3), ("❯ hi\n  hints", 7.0)])
-def test_words_that_give_way_to_what_a_person_types_have_not_gone(box, over):
-    watch = TurnDetector(CLAUDE_CODE, PANE._replace(screen=("❯", "  hints")), 0.0, ["claude"])
-    looks = [(1.0, FOOTER), (2.0, FOOTER), (3.0, "{}\n❯ hi\n  hints"), (4.9, "{}\n❯ hi\n  hints"),
-             (5.0, "done\n" + box), (over - 0.1, "done\n" + box), (over, "done\n" + box)]
-    assert [watch.update(PANE._replace(cursor_row=1, screen=tuple(text.format(now).split("\n"))), now)
-            for now, text in looks] == ["wait"] * 6 + ["done"]
+@pytest.mark.parametrize("case", SIGNS)
+def test_recorded_screens_of_agents_at_work_are_signs_of_work(case: str) -> None:
+    profile, before, working, sign = SIGNS[case]
+    turns = Turns(profile, *before)
+    assert turns.look(0.1, *working) == "wait" and turns.detector.last_sign == sign
+    expected = {"own words": 0.1, "usual words": 1.0}[sign]
+    assert turns.ends(5.0, *before) == expected
 
 
-def test_words_are_not_asked_once_a_title_has_shown_a_spinner():
-    quoted = [(now, FOOTER, "✳ x") for now in (1.0, 1.3, 3.1)]
-    assert verdicts((0.1, "a", "⠂ x"), *quoted) == ["wait", "wait", "done", "done"]
-    assert verdicts(*quoted, has_title_spinner=True) == ["wait", "wait", "done"]
-    assert verdicts(*quoted) == ["wait", "wait", "wait"]
+@pytest.mark.parametrize("case", [name for name, case in SIGNS.items() if case[3] == "own words"])
+def test_the_agents_own_words_in_their_place_count_on_a_screen_that_stands_still(case: str) -> None:
+    profile, before, working, _ = SIGNS[case]
+    assert Turns(profile, *before).ends(0.1, *working, limit=600) is None
 
 
-def test_a_program_without_a_sign_ends_after_two_seconds_of_stillness():
-    assert verdicts((0.1, "a", ""), (1.5, "b", ""), (3.4, "b", ""), (3.5, "b", "")) == [
-        "wait", "wait", "wait", "done"]
+@pytest.mark.parametrize("profile, screen", [
+    (CLAUDE_CODE, claude_screen("● It says:", "  ✻ Thinking… (12s · esc to interrupt)")),
+    (CLAUDE_CODE, claude_screen("● (12s • esc to interrupt)")),
+    (CLAUDE_CODE, claude_screen("● Thinking…", "", "✻ Cooked for 4s · done 1:33 AM")),
+    (CLAUDE_CODE, claude_screen("● press esc to interrupt", "", "✻ Churned for 1m 2s")),
+    (CODEX, codex_screen("• Working (3s • esc to interrupt)", "", "  Worked for 7s • 01:35")),
+    (UNKNOWN, ("press enter to confirm or esc to cancel",)), (UNKNOWN, ("press esc to cancels",)),
+    (UNKNOWN, ("(3s · esc to cancel)", *map(str, range(12)))), (UNKNOWN, ("a ⠦ sleep",))])
+def test_quotations_are_no_signs_of_work(profile: AgentProfile, screen: tuple[str, ...]) -> None:
+    turns = Turns(profile, "hi")
+    turns.look(0.1, *screen)
+    assert turns.detector.last_sign == ""
 
 
-def test_a_message_that_is_kept_until_the_agent_has_started_is_not_taken_yet():
-    kept, taken = "> hi\n❯\n  Waiting for startup · esc cancel", "> hi\n❯"
-    looks = [(0.1, kept, ""), (9, kept, ""), (9.5, taken, ""), (11.4, taken, ""), (11.5, taken, "")]
-    assert verdicts(*looks, profile=CODEX) == ["wait"] * 4 + ["done"]
+def test_words_that_an_unknown_program_showed_before_are_no_sign_of_work() -> None:
+    hint = "  esc to cancel"
+    assert Turns(UNKNOWN, "> ", hint).ends(0.1, "> go", "hello", hint) == 2.0
+    assert Turns(UNKNOWN, "> ", hint).ends(0.1, "> (1s, esc to cancel)", hint) == 16.0
 
 
-def test_another_program_in_the_foreground_is_work():
-    assert verdicts((0.1, "a", "", "make"), (9, "b", "", "make"), (23, "b", "", "make"),
-                    (24, "b", "", "make")) == ["wait", "wait", "wait", "idle"]
-    assert verdicts((0.1, "a", "", "make"), (9, "b", ""), (9.25, "b", "")) == [
-        "wait", "wait", "done"]
-    between_two = [(0.1, "a", "", "make"), (2.1, "a", "", "make"), (2.2, "a", ""),
-                   (2.3, "a", "", "cc"), (2.4, "a", ""), (2.7, "a", "")]
-    assert verdicts(*between_two) == ["wait"] * 5 + ["done"]
+def test_a_spinner_in_the_title_is_a_sign_of_work_until_it_goes() -> None:
+    for spinner in ("⠂ Claude Code", "◐ Claude Code", "⠧ src"):
+        turns = Turns(CLAUDE_CODE, *claude_screen())
+        assert turns.look(0.1, *claude_screen("● hi"), title=spinner) == "wait"
+        assert turns.detector.last_sign == "title" and turns.habits.has_title_spinner
+        assert turns.ends(9.0, title="✳ Claude Code") == 0.1
+    gemini = dataclasses.replace(UNKNOWN, busy_title=re.compile("✦"))
+    assert Turns(gemini, ">").ends(0.1, "a", title="✦  Working… (src)", limit=9.0) is None
 
 
-def test_where_nothing_changes_the_turn_is_quiet():
-    assert verdicts((0.1, "❯", ""), (14, "❯", ""), (15, "❯", "")) == ["wait", "wait", "idle"]
-    assert verdicts((2, "❯", ""), idle_timeout=2.0) == ["idle"]
+def test_a_title_that_stands_still_counts_for_fifteen_seconds() -> None:
+    assert Turns(UNKNOWN, ">").ends(0.1, "a", title="⠂ x") == 15.1
 
 
-def test_enter_is_pressed_again_three_times_while_the_draft_stands_which_is_no_end_of_a_turn():
-    looks = [(number / 10, "❯ fix it", "") for number in range(1, 152)]
-    told = {at: word for (at, *_), word in zip(looks, verdicts(*looks, draft="fix it"))
-            if word != "wait"}
-    assert told == {0.6: "enter", 1.6: "enter", 3.6: "enter", 15.1: "idle"}
-    assert "enter" not in verdicts(*[(now, "> fix it\n❯", "") for now, *_ in looks], draft="fix it")
-    assert "enter" not in verdicts((0.1, "❯ fix it", "⠂"), *looks[1:], draft="fix it")
+def test_a_spinner_that_a_dead_program_left_in_the_title_is_no_sign_of_work() -> None:
+    turns = Turns(UNKNOWN, ">")
+    turns.detector = TurnDetector(PANE._replace(title="⠂ x"), 0.0, turns.habits)
+    assert turns.look(0.1, "a", title="⠂ x") == "wait" and turns.detector.last_sign == ""
+    turns.look(0.2, title="⠐ x")
+    assert turns.detector.last_sign == "title"
+
+
+def test_another_program_in_the_foreground_is_work() -> None:
+    turns = Turns(UNKNOWN, "$")
+    assert turns.look(0.1, "$ make", foreground_command="make") == "wait"
+    assert turns.ends(9.0, "$ make", "$", foreground_command="claude") == 0.1
+    assert turns.look(10.0, foreground_command="cc") == "wait"
+    assert turns.ends(10.1, foreground_command="cc") == 14.9
+    assert turns.look(40.0) == "idle"
+
+
+def test_a_terminal_in_line_mode_is_work_for_a_program_that_waits_in_raw_mode() -> None:
+    turns = Turns(UNKNOWN, ">>>")
+    assert turns.look(0.1, ">>> sleep(9)", reads_keys=False) == "wait"
+    assert turns.detector.last_sign == "line mode"
+    assert turns.look(9.0, reads_keys=False) == "wait"
+    assert turns.ends(9.1, ">>> sleep(9)", ">>>", reads_keys=True) == 0.1
+    assert Turns(UNKNOWN, ">").ends(0.1, "Name?", reads_keys=False) == 15.0
+    turns = Turns(UNKNOWN, ">")
+    turns.habits.reads_keys = False         # it always reads lines
+    turns.look(0.1, "a", reads_keys=False)
+    assert turns.detector.last_sign == ""
+
+
+@pytest.mark.parametrize("message, screen, seconds", [
+    ("ls", ("$ ls", "a", "$"), 0.5), ("ls", ("$ ls", "a"), 2.0), ("ls", ("a", "$"), 2.0),
+    ("ls", ("$ ls", "a", "$ x"), 2.0), ("ls", ("$ echo", "a", "$"), 2.0),
+    ("ls\nsleep 9", ("$ ls", "a", "$"), 2.0), ("", ("$ ls", "a", "$"), 2.0)])
+def test_the_prompt_that_is_back_below_the_message_ends_a_turn(
+        message: str, screen: tuple[str, ...], seconds: float) -> None:
+    assert Turns(UNKNOWN, "$", message=message).ends(0.1, *screen) == seconds
+
+
+def test_the_prompt_is_not_back_while_the_terminal_is_in_another_mode() -> None:
+    turns = Turns(UNKNOWN, "$")
+    turns.detector = TurnDetector(
+        turns.pane._replace(reads_keys=False), 0.0, turns.habits, message="go")
+    assert turns.ends(0.1, "$ go", "$") == 2.0
+
+
+@pytest.mark.parametrize("profile, message, seconds", [
+    (UNKNOWN, "go", 2.0), (UNKNOWN, "/help", 1.0), (CLAUDE_CODE, "/clear", 1.0),
+    (CODEX, "/status", 1.0), (CLAUDE_CODE, "go", 5.0)])
+def test_without_a_sign_stillness_ends_a_turn(
+        profile: AgentProfile, message: str, seconds: float) -> None:
+    screen = codex_screen if profile is CODEX else claude_screen
+    delay = {"settle_seconds": 5.0} if profile.is_known else {}
+    turns = Turns(profile, *screen(), message=message, **delay)
+    assert turns.look(0.1, *screen("a")) == "wait"
+    assert turns.ends(0.9, *screen("a", "b")) == seconds
+
+
+@pytest.mark.parametrize("profile, before, after", [
+    (CLAUDE_CODE, claude_screen("❯ go", "● old", "", "✻ Brewed for 2s"), claude_screen(
+        "❯ go", "● old", "", "✻ Brewed for 2s", *ECHO, "● new", "", "✻ Cooked for 0s · done 1:33 AM")),
+    (CODEX, codex_screen("› go", "• old", "", "  Worked for 2s • 01:33"), codex_screen(
+        "› go", "", "• new", "", "  Worked for <1s • 01:33"))])
+def test_an_instant_answer_ends_with_the_line_that_closes_a_turn(
+        profile: AgentProfile, before: tuple[str, ...], after: tuple[str, ...]) -> None:
+    assert Turns(profile, *before, settle_seconds=5.0).ends(0.1, *after) == 0.1
+    scrolled = Turns(profile, *before, settle_seconds=5.0)      # by a list that opened
+    assert scrolled.ends(0.1, "a", *before) == 5.0
+
+
+def test_codex_without_a_title_is_at_work_until_the_line_that_closes_a_turn() -> None:
+    working = codex_screen("› go", "", "• Working (0s • esc to interrupt)")
+    pausing = codex_screen("› go", "", "• Delta one two")
+    done = codex_screen("› go", "", "• Delta one two three", "", "  Worked for 7s • 01:36")
+    menu = ("Would you like to run it?", "› 1. Yes", "  2. No", "", "  Press enter to confirm")
+    for screen, seconds in ((pausing, 15.0), (menu, 0.1), (done, 0.1)):
+        turns = Turns(CODEX, *codex_screen())
+        turns.habits.has_closing_line = True
+        turns.look(0.1, *working)
+        assert turns.ends(0.3, *screen) == seconds
+    turns = Turns(CODEX, *codex_screen(), has_title_spinner=True)
+    turns.habits.has_closing_line = True
+    turns.look(0.1, *pausing, title="⠧ src")
+    assert turns.ends(0.3, title="src") == 0.1
+
+
+def test_a_status_line_that_ticks_below_the_input_box_keeps_no_turn_from_its_end() -> None:
+    turns = Turns(CLAUDE_CODE, *claude_screen(footer=TICKING.format(0)), message="/clear")
+    verdicts = [turns.look(second, *claude_screen("cleared", footer=TICKING.format(second)))
+                for second in range(1, 4)]
+    assert verdicts == ["wait", "done", "done"]
+    assert Turns(UNKNOWN, "❯", TICKING).look(1.0, "❯", TICKING.format(1)) == "wait"
+
+
+def test_a_status_line_with_busy_words_is_known_from_the_end_of_a_turn() -> None:
+    footer = "  press esc to interrupt"
+    turns = Turns(CLAUDE_CODE, *claude_screen(footer=footer))
+    assert turns.look(0.1, *claude_screen(*ECHO, "✻ Stewing…", footer=footer)) == "wait"
+    assert turns.ends(9.0, *claude_screen(*ECHO, "● hi", "✻ Brewed for 4s", footer=footer)) == 0.1
+    turns.detector = TurnDetector(turns.pane, 20.0, turns.habits, message="/clear")
+    assert turns.ends(20.1, *claude_screen("cleared", footer=footer)) == 1.0
+
+
+def test_a_tool_in_a_session_of_its_own_is_work_for_45_seconds_of_stillness() -> None:
+    looks: list[int] = []
+
+    def has_new_process() -> bool:
+        looks.append(1)
+        return len(looks) < 8
+
+    turns = Turns(UNKNOWN, ">", has_new_process=has_new_process)
+    assert turns.ends(0.1, "running") == 9.0 and len(looks) == 8
+    assert Turns(UNKNOWN, ">", has_new_process=lambda: True).ends(0.1, "a") == 45.0
+    assert Turns(UNKNOWN, "$", has_new_process=lambda: True).ends(0.1, "$ go", "a", "$") == 0.5
+
+
+def test_a_message_that_is_kept_until_the_agent_has_started_is_not_taken_yet() -> None:
+    turns = Turns(CODEX, *codex_screen(), settle_seconds=2.0)
+    queued = (*codex_screen("› go"), "  Waiting for startup · esc cancel")
+    assert turns.look(0.1, *queued) == turns.look(9.0) == "wait"
+    assert turns.ends(9.5, *codex_screen("› go")) == 2.0
+
+
+def test_where_nothing_changes_the_turn_is_idle() -> None:
+    assert Turns(UNKNOWN, "❯").ends(0.0) == 15.0
+    assert Turns(UNKNOWN, "❯", idle_timeout=2.0).ends(0.0) == 2.0
+
+
+def test_enter_is_pressed_again_three_times_while_the_draft_stands_which_is_no_end_of_a_turn(
+        ) -> None:
+    turns = Turns(CLAUDE_CODE, "❯", draft="fix it")
+    verdicts = {number / 10: turns.look(number / 10, "❯ fix it") for number in range(1, 152)}
+    assert {at: verdict for at, verdict in verdicts.items() if verdict != "wait"} == {
+        0.6: "enter", 1.6: "enter", 3.6: "enter", 15.1: "idle"}
+    taken = Turns(CLAUDE_CODE, "❯", draft="fix it")
+    assert "enter" not in [taken.look(number / 10, "> fix it", "❯") for number in range(1, 152)]
+
+
+def test_looks_are_close_together_at_first_and_near_the_end() -> None:
+    turns = Turns(UNKNOWN, ">")
+    assert turns.detector.poll_interval(0.5) == 0.05
+    turns.look(9.0, "a", title="⠂ x")
+    assert [round(turns.detector.poll_interval(age), 2) for age in (3.0, 10.0, 99.0)] == [
+        0.1, 0.2, 0.5]
+    turns.look(10.0, title="x")
+    assert turns.detector.poll_interval(10.0) == 0.05
 
 
 def test_a_turn_returns_only_what_is_new():
@@ -1539,7 +1732,7 @@ def test_a_message_is_not_repeated_if_its_enter_was_pressed_though_tmux_did_not_
     press, failures = desk.terminal.send_keys, [error("no answer")]
     desk.terminal.send_keys = lambda *what: press(*what) and play(failures, True)
     turn = desk.agent.ask("one")
-    assert turn.state == "exited" and "It may have taken the message" in turn.as_text()
+    assert turn.state == "exited" and "may have received the message" in turn.as_text()
     assert desk.terminal.taken == desk.terminal.pasted == ["one"]
 
 
