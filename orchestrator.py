@@ -3596,10 +3596,11 @@ class TaskInfo(TypedDict):
     memories: list[str]
 
 
-def utc_timestamp() -> str:
-    """Return the time in the form 2026-01-31T09:00:00.123Z."""
+def utc_timestamp(seconds_from_now: float = 0.0) -> str:
+    """Return a time in the form 2026-01-31T09:00:00.123Z."""
     now = datetime.datetime.now(datetime.timezone.utc)
-    return now.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    time = now + datetime.timedelta(seconds=seconds_from_now)
+    return time.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def parse_event(line: bytes) -> Event | None:
@@ -3725,7 +3726,7 @@ class Journal:
             return self._secret.sub("[key]", value)
         return value
 
-    def publish(self, kind: str, **fields: object) -> None:
+    def publish(self, kind: str, /, **fields: object) -> None:
         """Add an event; it is in the file when this returns."""
         with self._publish_lock:        # so that subscribers get the events in order
             if self._is_complete:
@@ -4589,6 +4590,7 @@ class Autopilot:
         self._journal = journal or Journal()
         self._memory = memory or Memory(agent.directory / "memory.json", config.memory_max_facts)
         self._control = control or RunControl(self._journal)
+        agent.take_interrupt = self._control.take_interrupt
         self._environ = child_environment(environ)
         self._clock = clock
         self._sleep = sleep
@@ -4626,9 +4628,14 @@ class Autopilot:
                 self._journal.publish("task_info", **describe_run(
                     self._agent, self._config, task=task, memories=self._memory.facts,
                     model=getattr(self._model, "model", type(self._model).__name__)))
-            self._begin(task, history)
-            while not self._is_done:
-                self._step()
+            try:
+                self._begin(task, history)
+                while not self._is_done:
+                    self._step()
+            except Interrupted as interrupt:
+                if self._control.is_stopped:
+                    interrupt.args = ("stopped from the dashboard",)
+                raise
 
     # beginning
 
@@ -4745,6 +4752,7 @@ class Autopilot:
 
     def _begin_iteration(self) -> None:
         self._check_budgets(self._totals.iterations)
+        self._control.take_interrupt()      # there is nothing now that it could interrupt
         self._conversation.tell(*self._control.take_notes())
         self._totals.iterations += 1
         self._journal.publish("iteration_start", iteration=self._totals.iterations,
@@ -4798,6 +4806,8 @@ class Autopilot:
     def _execute(self, action: Action, is_confirmed: bool) -> Turn:
         """Do what a reply asks for; return what came of it."""
         kind = action.kind
+        if self._control.take_interrupt():
+            return Turn("", "idle", ("The user interrupted: nothing of your reply was done.",))
         if kind == "failed":
             raise TaskFailed(f"the model gave up: {action.text}")
         if kind == "complete":
@@ -4810,8 +4820,11 @@ class Autopilot:
             return self._agent.send_keys(action.keys, timeout)
         if kind == "wait":
             seconds = min(action.seconds, left)
-            self._journal.publish("state", state="waiting", reason=f"up to {seconds:g} s")
-            return self._agent.wait(seconds)
+            self._begin_wait("wait", seconds, f"up to {seconds:g} s")
+            turn = self._agent.wait(seconds, until=self._control.ends_wait)
+            if self._control.ends_wait():
+                turn = turn._replace(notes=(*turn.notes, "The user ended the wait."))
+            return turn
         saved = "The fact was saved. " if action.facts else ""
         return Turn("", notes=(f"{saved}{action.text} Continue with the task, or end it with "
                                "TASK_COMPLETE.",))
@@ -4820,15 +4833,27 @@ class Autopilot:
         """Wait for the end of a usage limit that says when that is, or until the agent goes on."""
         if not 0 < turn.usage_limit_seconds <= self.MAX_USAGE_LIMIT_SECONDS:
             return turn
-        end = self._clock() + turn.usage_limit_seconds + self.USAGE_LIMIT_MARGIN_SECONDS
-        at = datetime.datetime.now() + datetime.timedelta(seconds=end - self._clock())
-        self._journal.publish("state", state="waiting", reason=f"{self._agent.name} has reached a "
-                              f"usage limit: until {at:%Y-%m-%d %H:%M}")
+        seconds = turn.usage_limit_seconds + self.USAGE_LIMIT_MARGIN_SECONDS
+        end = self._clock() + seconds
+        at = datetime.datetime.now() + datetime.timedelta(seconds=seconds)
+        self._begin_wait("usage_limit", seconds, f"{self._agent.name} has reached a usage limit: "
+                         f"until {at:%Y-%m-%d %H:%M}")
         later = Turn("", "idle")
-        while later.state in ("idle", "working") and self._clock() < end:
-            later = self._agent.wait(min(end - self._clock(), self._seconds_left()))
-        return turn._replace(output=f"{turn.output}\n{later.output}".rstrip(), notes=(
-            *turn.notes, *later.notes, "The usage limit was waited for and should be over now."))
+        while later.state in ("idle", "working") and self._clock() < end \
+                and not self._control.ends_wait():
+            later = self._agent.wait(min(end - self._clock(), self._seconds_left()),
+                                     until=self._control.ends_wait)
+        note = "The usage limit was waited for and should be over now."
+        if self._control.ends_wait():
+            note = "The user ended the wait for the usage limit, which may not be over yet."
+        return turn._replace(output=f"{turn.output}\n{later.output}".rstrip(),
+                             notes=(*turn.notes, *later.notes, note))
+
+    def _begin_wait(self, kind: str, seconds: float, reason: str) -> None:
+        """Announce a wait, which the user can end."""
+        self._control.begin_wait()
+        self._journal.publish("state", state="waiting", kind=kind, reason=reason,
+                              until=utc_timestamp(seconds))
 
     # the end
 
@@ -5624,14 +5649,12 @@ _CONTENT_SECURITY_POLICY = (
 _TOKEN_FORM = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>orchestrator</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<style nonce="NONCE">
-  :root { color-scheme: light dark; font: 16px/1.6 sans-serif; }
-  main { max-width: 36rem; margin: 12vh auto; } input, button { font: inherit; padding: 4px 8px; }
-</style>
+<style nonce="NONCE">:root { color-scheme: light dark; font: 20px/1.6 sans-serif; }
+  main { max-width: 30rem; margin: 12vh auto; } input, button { font: inherit; }</style>
 <main><h1>Dashboard</h1><p>Missing or wrong token. Open the address that the orchestrator printed
-in the terminal, or paste that address or its token here.</p>
-<form><label>Token <input name="token" autocomplete="off" required autofocus></label>
-<button>Open</button></form></main>
+in the terminal, or paste that address or its token here.</p><form><label>Token
+<input name="token" autocomplete="off" required autofocus></label> <button>Open</button></form>
+</main>
 """
 _MAX_BODY_BYTES = 65_536
 _DIGITS = re.compile("[0-9]{1,15}")
@@ -5640,7 +5663,7 @@ _CONTROL_ACTIONS = ("pause", "resume", "stop", "note", "continue", "interrupt")
 
 
 def _parse_address(name: str) -> Any:
-    """Return the IP address that a text is, IPv4 for one that is mapped into IPv6, or None."""
+    """Return the IP address that a text is, or None; IPv4 for one that is mapped into IPv6."""
     try:
         address = ipaddress.ip_address(name)
     except ValueError:
@@ -5657,7 +5680,7 @@ def _machine_names() -> frozenset[str]:
 
 
 def _is_other_user(client_port: int, server_port: int) -> bool:
-    """Tell whether a connection within this machine is known to come from another user (Linux)."""
+    """Tell whether a connection within this machine comes from another user, as Linux knows."""
     table = ""
     for path in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")):
         with contextlib.suppress(OSError):
@@ -5668,21 +5691,18 @@ def _is_other_user(client_port: int, server_port: int) -> bool:
 
 
 def read_dashboard_address(journal_path: Path) -> dict[str, Any]:
-    """Return what was kept of a run's dashboard: host, port, token and url; or nothing."""
+    """Return what was saved of a run's dashboard: host, port, token and url; {} if nothing was."""
     with contextlib.suppress(OSError):
-        address = parse_json_object(journal_path.with_suffix(".dashboard").read_bytes()) or {}
-        if [type(address.get(name)) for name in ("host", "port", "token", "url")] == [str, int, str, str]:
-            return address
+        return parse_json_object(journal_path.with_suffix(".dashboard").read_bytes()) or {}
     return {}
 
 
 def find_live_dashboard(journal_path: Path) -> str:
-    """Return the address of a run's dashboard if somebody listens there, with its token, or ""."""
+    """Return the address of a run's dashboard, with its token, or "" if nobody listens there."""
     address = read_dashboard_address(journal_path)
-    if address:
-        with contextlib.suppress(OSError, OverflowError):
-            socket.create_connection((address["host"], address["port"]), timeout=0.5).close()
-            return str(address["url"])
+    place = get_text(address, "host"), get_int(address, "port")
+    with contextlib.suppress(OSError, OverflowError), socket.create_connection(place, 0.5):
+        return get_text(address, "url")
     return ""
 
 
@@ -5699,85 +5719,50 @@ class QuietHandler(http.server.BaseHTTPRequestHandler):
 
 
 class _DashboardHandler(QuietHandler):
-    """Handles one connection of a browser."""
+    """Handles one request of a browser."""
 
     server: Any                 # the Dashboard
     timeout = 5                 # seconds for a read or write
-    WRITE_TIMEOUT = 20          # for a write to a stream: a client that can't keep up is dropped
+    STREAM_TIMEOUT = 20         # for a write to a stream: a client that can't keep up is dropped
     server_version = "orchestrator"
     sys_version = ""
 
-    def do_GET(self) -> None:
-        """Serve the page, the stream of events and the journal."""
-        path, query = self._parse_path()
+    def _respond(self) -> None:
+        """Answer a request of any method."""
+        path, _, query_text = self.path.partition("?")
+        if path.startswith(f"{self.server.path_prefix}/"):      # where a proxy left it in
+            path = path[len(self.server.path_prefix):]
+        query = dict(urllib.parse.parse_qsl(query_text))
         if not self._is_authorized(query.get("token", "")):
             return
-        if path == "/":
+        if (self.command, path) == ("GET", "/"):
             self._send_page()
-        elif path == "/events":
+        elif (self.command, path) == ("GET", "/events"):
             self._stream_events(query)
-        elif path == "/journal":
+        elif (self.command, path) == ("GET", "/journal"):
             self._send_journal()
+        elif (self.command, path) == ("POST", "/control"):
+            self._take_action()
         else:
-            status = 405 if path == "/control" else 404
-            self._send_text(status, "GET serves /, /events and /journal.")
+            is_known = path in ("/", "/events", "/journal", "/control")
+            self._send_text(405 if is_known else 404,
+                            "GET serves /, /events and /journal; POST goes to /control.")
 
-    def do_POST(self) -> None:
-        """Carry out an action of the user."""
-        path, _ = self._parse_path()
-        length = self.headers.get("Content-Length", "")
-        if not self._is_authorized():
-            return
-        if path != "/control":
-            status = 405 if path in ("/", "/events", "/journal") else 404
-            self._send_text(status, "POST goes to /control.")
-        elif self.headers.get_content_type() != "application/json":
-            self._send_text(415, "Expected Content-Type: application/json.")
-        elif not _DIGITS.fullmatch(length) or int(length) > _MAX_BODY_BYTES:
-            self._send_text(413, f"Expected a body of 1 to {_MAX_BODY_BYTES} bytes, not chunked.")
-        else:
-            self._control(parse_json_object(self.rfile.read(int(length))) or {})
+    do_GET = do_POST = do_HEAD = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _respond
 
-    def _reject_method(self) -> None:
-        if self._is_authorized():
-            self._send_text(405, "Expected GET or POST.")
-
-    do_HEAD = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _reject_method
-
-    def _control(self, request: Mapping[str, object]) -> None:
-        action, text = request.get("action"), request.get("text", "")
-        if action not in _CONTROL_ACTIONS or not isinstance(text, str):
-            self._send_text(400, f"Expected an action: {', '.join(_CONTROL_ACTIONS)}.")
-        elif action == "note" and not text.strip():
-            self._send_text(400, "Expected a text: the note is empty.")
-        elif not self.server.control:
-            self._send_text(409, "This is a recording: there is no run to control.")
-        else:
-            self.server.control(action, text)
-            self._send_text(204, "")
-
-    def _parse_path(self) -> tuple[str, dict[str, str]]:
-        """Return the path, without the prefix that a proxy may have left there, and the query."""
-        path, _, query = self.path.partition("?")
-        prefix = self.server.path_prefix
-        if prefix and path.startswith(f"{prefix}/"):
-            path = path[len(prefix):]
-        return path, dict(urllib.parse.parse_qsl(query))
-
-    def _is_authorized(self, token: str = "") -> bool:
-        """Tell whether our own page, or who has the token, asks; refuse all others.
+    def _is_authorized(self, token: str) -> bool:
+        """Tell whether a request comes from our own page and has the token; refuse all others.
 
         Another web page reaches us only under a foreign name (DNS rebinding) or with a foreign
-        Origin, which a POST always has.
+        Origin, which every POST has.
         """
         origins = self.server.own_origins(self.headers.get("Host", ""))
         origin = self.headers.get("Origin")
-        if not origins:
-            self._send_text(403, "The dashboard does not answer under this name. Open the address "
-                            "that the orchestrator printed, or set DASHBOARD_URL to yours.")
-        elif origin not in origins and (origin is not None or self.command == "POST"):
-            self._send_text(403, "The dashboard's page did not send this. If a proxy publishes it, "
-                            "set DASHBOARD_URL to the address that the browser shows.")
+        is_foreign = origin not in origins and (origin is not None or self.command == "POST")
+        if is_foreign or not origins:
+            self._send_text(403, "The dashboard does not answer under this name, or to this page. "
+                            "Open the address that the orchestrator printed, or set DASHBOARD_URL "
+                            "to the address that your browser shows.")
         elif self._has_token(token):
             return True
         elif self.command == "GET":
@@ -5796,24 +5781,39 @@ class _DashboardHandler(QuietHandler):
         given = token.rpartition("token=")[2].strip() or cookies.get(self.server.cookie_name, "")
         return self.server.take_token(given, self.client_address[1])
 
+    def _take_action(self) -> None:
+        length = self.headers.get("Content-Length", "")
+        if self.headers.get_content_type() != "application/json":
+            return self._send_text(415, "Expected Content-Type: application/json.")
+        if not _DIGITS.fullmatch(length) or int(length) > _MAX_BODY_BYTES:
+            return self._send_text(413, f"Expected a body of 1 to {_MAX_BODY_BYTES} bytes.")
+        request = parse_json_object(self.rfile.read(int(length))) or {}
+        action, text = request.get("action"), request.get("text", "")
+        if action not in _CONTROL_ACTIONS or not isinstance(text, str):
+            return self._send_text(400, f"Expected an action: {', '.join(_CONTROL_ACTIONS)}.")
+        if action == "note" and not text.strip():
+            return self._send_text(400, "Expected a text: the note is empty.")
+        if not self.server.control:
+            return self._send_text(409, "This is a recording: there is no run to control.")
+        self.server.control(action, text)
+        return self._send_text(204, "")
+
     def _send_page(self) -> None:
         self.server.page_opened.set()
-        values = {"RECORDING": "no" if self.server.control else "yes",
-                  "SERVER_TIME": utc_timestamp(),
-                  "JOURNAL_PATH": html.escape(str(self.server.journal.path or ""))}
         # Without a Path the browser takes that of the page, also behind a proxy.
         cookie = f"{self.server.cookie_name}={self.server.token}; HttpOnly; SameSite=Strict"
-        self._send_html(200, DASHBOARD_PAGE, values, {"Set-Cookie": cookie})
+        self._send_html(200, DASHBOARD_PAGE, {
+            "RECORDING": "no" if self.server.control else "yes", "SERVER_TIME": utc_timestamp(),
+            "JOURNAL_PATH": html.escape(str(self.server.journal.path or ""))},
+            {"Set-Cookie": cookie})
 
     def _send_html(self, status: int, page: str, values: Mapping[str, str],
                    headers: Mapping[str, str] = {}) -> None:
-        """Send a page in which the names of `values` are replaced by these, and NONCE by a new one."""
-        nonce = secrets.token_urlsafe(16)
-        texts = {"NONCE": nonce, **values}
-        page = re.sub("|".join(texts), lambda match: texts[match[0]], page)
-        self._send_text(status, page, {
-            "Content-Type": "text/html; charset=utf-8",
-            "Content-Security-Policy": _CONTENT_SECURITY_POLICY.replace("NONCE", nonce), **headers})
+        """Send a page, with `values` in the place of their names and a new nonce."""
+        texts = {**values, "NONCE": secrets.token_urlsafe(16)}
+        self._send_text(status, re.sub("|".join(texts), lambda match: texts[match[0]], page), {
+            "Content-Type": "text/html; charset=utf-8", "Content-Security-Policy":
+            _CONTENT_SECURITY_POLICY.replace("NONCE", texts["NONCE"]), **headers})
 
     def _send_text(self, status: int, text: str, headers: Mapping[str, str] = {}) -> None:
         body = text.encode("utf-8", "replace")
@@ -5822,6 +5822,7 @@ class _DashboardHandler(QuietHandler):
         self.wfile.write(body)
 
     def _send_headers(self, status: int, headers: Mapping[str, str]) -> None:
+        self.connection.settimeout(self.STREAM_TIMEOUT)
         self.send_response(status)
         for name, value in {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
                             "Referrer-Policy": "no-referrer", **headers}.items():
@@ -5832,34 +5833,28 @@ class _DashboardHandler(QuietHandler):
         """Send the events after an id, and those to come unless the query says `once`."""
         last_id = self.headers.get("Last-Event-ID") or query.get("after", "")
         after = int(last_id) if _DIGITS.fullmatch(last_id) else 0
+        timeout = 0.0 if "once" in query else 15.0
         live_id = 0
         is_over = False
-        self.connection.settimeout(self.WRITE_TIMEOUT)
         self._send_headers(200, {"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"})
-        self._send_time()
         with self.server.journal.count_reader():
+            lines: list[bytes] = []
             while not is_over:
-                batch = self.server.journal.read_after(after, live_id, 0 if "once" in query else 15)
+                if not lines:       # the page learns the time, and that the connection works
+                    now = json.dumps({"type": "now", "time": utc_timestamp()}).encode()
+                    self.wfile.write(b"data: %s\n\n" % now)
+                batch = self.server.journal.read_after(after, live_id, timeout)
                 lines = [b"id: %d\ndata: %s\n" % event for event in batch.events]
                 lines += [b"data: %s\n" % event for event in batch.live_events]
                 self.wfile.write(b"".join(lines))
-                if batch.events:
-                    after = batch.events[-1][0]
+                after = batch.events[-1][0] if batch.events else after
                 live_id = batch.last_live_id
-                is_over = batch.is_closed or ("once" in query and not batch.events)
-                if not lines:
-                    self._send_time()
-
-    def _send_time(self) -> None:
-        """Send the time, by which the page also knows that the connection still works."""
-        event = json.dumps({"type": "now", "time": utc_timestamp()})
-        self.wfile.write(f"data: {event}\n\n".encode())
+                is_over = batch.is_closed or (not timeout and not batch.events)
 
     def _send_journal(self) -> None:
         """Send the events so far as a file."""
         journal = self.server.journal
         name = re.sub(r"[^A-Za-z0-9_.-]", "_", journal.path.name if journal.path else "run.jsonl")
-        self.connection.settimeout(self.WRITE_TIMEOUT)
         self._send_headers(200, {"Content-Type": "application/x-ndjson",
                                  "Content-Disposition": f'attachment; filename="{name}"'})
         after = 0
@@ -5880,7 +5875,6 @@ class Dashboard(http.server.ThreadingHTTPServer):
     timeout = 0
     allow_reuse_port = False
     MAX_CONNECTIONS = 160       # a flood must leave the run its files: macOS allows 256
-    ENTRY_SECONDS = 60.0        # within which a browser that we open has to come
 
     def __init__(self, journal: Journal, *, host: str = "127.0.0.1", port: int = 0,
                  control: Callable[[str, str], object] | None = None, url: str = "",
@@ -5888,10 +5882,10 @@ class Dashboard(http.server.ThreadingHTTPServer):
         self.journal = journal
         self.control = control
         self.token = token or secrets.token_urlsafe(24)
+        self.page_opened = threading.Event()
         # Ports do not keep cookies apart, so each dashboard has a name of its own.
         self.cookie_name = f"orchestrator-{hashlib.sha256(self.token.encode()).hexdigest()[:8]}"
-        self.page_opened = threading.Event()
-        self._entry_codes: dict[str, float] = {}        # and until when they are good
+        self._entry_code = secrets.token_urlsafe(24)
         self._connections: set[socket.socket] = set()
         self._host = host.strip("[]").lower()
         self.address_family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
@@ -5901,25 +5895,23 @@ class Dashboard(http.server.ThreadingHTTPServer):
             raise ConfigError(f"DASHBOARD_HOST={host!r}, DASHBOARD_PORT={port}: can't listen: "
                               f"{getattr(error, 'strerror', None) or error}") from None
         self._bound_address = _parse_address(str(self.server_address[0]))
-        self._set_addresses(url)
-
-    def _set_addresses(self, public_url: str) -> None:
-        """Work out the addresses of the page: on this machine and, through a proxy, its own."""
         if self._bound_address.is_unspecified:
             self._host = "127.0.0.1"
-        host = f"[{self._host}]" if ":" in self._host else self._host
-        self._local_url = f"http://{host}:{self.server_port}/"
-        self.url = f"{public_url.rstrip('/') or self._local_url.rstrip('/')}/?token={self.token}"
-        public = urllib.parse.urlsplit(public_url)
-        default_port = ":443" if public.scheme == "https" else ":80"
+        local_host = f"[{self._host}]" if ":" in self._host else self._host
+        local_url = f"http://{local_host}:{self.server_port}"
+        self.url = f"{url.rstrip('/') or local_url}/?token={self.token}"
+        # Other users can read a browser's arguments: this address is good once, and for us only.
+        self.entry_url = f"{local_url}/?token={self._entry_code}"
+        public = urllib.parse.urlsplit(url)
         self.path_prefix = public.path.rstrip("/")
         self._public_name = public.hostname
-        self._public_origin = f"{public.scheme}://{public.netloc.removesuffix(default_port)}".lower()
+        host = public.netloc.lower().removesuffix(":443" if public.scheme == "https" else ":80")
+        self._public_origin = f"{public.scheme}://{host}"
 
     def own_origins(self, host_header: str) -> list[str]:
         """Return the origins of our own page under a Host; none if that is not a name of ours.
 
-        A tunnel or a published port of a container changes the port, so any port will do.
+        Tunnels and published ports change the port, so any port will do.
         """
         host = host_header.lower()
         match = _HOST.fullmatch(host)
@@ -5932,38 +5924,29 @@ class Dashboard(http.server.ThreadingHTTPServer):
         return origins
 
     def _is_own_name(self, name: str) -> bool:
+        bound = self._bound_address
         address = _parse_address(name)
-        has_all_addresses = self._bound_address.is_unspecified
         if address:
-            return address.is_loopback or has_all_addresses or address == self._bound_address
-        if has_all_addresses and name in _machine_names():
-            return True
-        return name in ("localhost", self._host)
+            return address.is_loopback or bound.is_unspecified or address == bound
+        return name in ("localhost", self._host) or (
+            bound.is_unspecified and name in _machine_names())
 
     def take_token(self, given: str, client_port: int) -> bool:
-        """Tell whether this is the token, or a code of `make_entry_url`, which is then used up."""
+        """Tell whether this is the token, or the code of `entry_url`, which is then used up."""
         if secrets.compare_digest(given.encode("utf-8", "replace"), self.token.encode()):
             return True
-        if given not in self._entry_codes or _is_other_user(client_port, self.server_port):
+        if given != self._entry_code or _is_other_user(client_port, self.server_port):
             return False
-        return self._entry_codes.pop(given, 0.0) > time.monotonic()
-
-    def make_entry_url(self) -> str:
-        """Return an address that opens the page once, within a minute, for this user only.
-
-        It is made for the arguments of a browser, which all users of the machine can read.
-        """
-        code = secrets.token_urlsafe(24)
-        self._entry_codes[code] = time.monotonic() + self.ENTRY_SECONDS
-        return f"{self._local_url}?token={code}"
+        self._entry_code = secrets.token_urlsafe(24)
+        return True
 
     def save_address(self, journal_path: Path) -> None:
-        """Keep the address beside the journal, for this user, for `--status` and `--resume`."""
+        """Save the address beside the journal, readable for this user only."""
         address = {"host": self._host, "port": self.server_port, "token": self.token,
                    "url": self.url}
-        with contextlib.suppress(OSError):      # such a disk is told of by the journal
-            path = journal_path.with_suffix(".dashboard")
-            with open(path, "w", opener=lambda *how: os.open(*how, 0o600)) as file:
+        with contextlib.suppress(OSError):      # the journal complains about such a disk
+            with open(journal_path.with_suffix(".dashboard"), "w",
+                      opener=lambda *how: os.open(*how, 0o600)) as file:
                 json.dump(address, file)
 
     def server_bind(self) -> None:
@@ -6409,16 +6392,15 @@ def session_lock(config: Config, place: Workspace) -> Iterator[None]:
 def open_dashboard(config: Config, journal: Journal,
                    control: Callable[[str, str], object] | None) -> Dashboard:
     """Return the dashboard; that of a resumed run keeps its token and, if it is free, its port."""
-    is_run = control and journal.path
-    earlier = read_dashboard_address(journal.path) if is_run else {}
+    earlier = read_dashboard_address(journal.path) if control and journal.path else {}
 
     def listen(port: int) -> Dashboard:
         return Dashboard(journal, host=config.dashboard_host, port=port, control=control,
-                         url=config.dashboard_url, token=earlier.get("token", ""))
+                         url=config.dashboard_url, token=get_text(earlier, "token"))
 
-    if earlier and not config.dashboard_port:
+    if not config.dashboard_port:
         with contextlib.suppress(ConfigError):
-            return listen(earlier["port"])
+            return listen(get_int(earlier, "port"))
     return listen(config.dashboard_port)
 
 
@@ -6455,7 +6437,7 @@ def serve_dashboard(config: Config, journal: Journal,
         has_display = any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY")))
         is_opened = config.dashboard_open and (has_display or sys.platform == "darwin")
         if is_opened:
-            open_browser(dashboard.make_entry_url())
+            open_browser(dashboard.entry_url)
         try:
             yield
         finally:

@@ -180,7 +180,8 @@ class Hands:
     def send_keys(self, keys, timeout=0):
         return self._next(tuple(keys))
 
-    def wait(self, seconds):
+    def wait(self, seconds, until=orchestrator.never):
+        self.until = until
         return self._next(seconds)
 
     def _next(self, order):
@@ -3947,6 +3948,98 @@ def test_a_paused_run_waits_for_its_person(fly):
     assert [event["state"] for event in flight.of("state")] == ["paused", "resumed"]
 
 
+def test_a_pause_in_a_wait_is_told_at_once_and_holds_after_it(fly):
+    def wait() -> Turn:
+        flight.control.handle("pause")
+        assert not flight.agent.until()
+        flight.clock.at(500, lambda: flight.control.handle("resume"))
+        return Turn("", "idle")
+
+    flight = fly("WAIT: 1h", "TASK_COMPLETE", turns=[wait])
+    assert flight.run() == "complete" and flight.clock.now >= 1500
+    assert [event["state"] for event in flight.of("state")] == ["waiting", "paused", "resumed"]
+
+
+STEPS = [("note", "mind\nthe gap"), ("continue", ""), ("interrupt", "mind\nthe gap")]
+
+
+@pytest.mark.parametrize("action, text", STEPS)
+@pytest.mark.parametrize("kind, turns", [
+    ("wait", []), ("usage_limit", [Turn("limit", usage_limit_seconds=3600.0)])])
+def test_the_user_ends_a_wait(action, text, kind, turns, fly):
+    def wait() -> Turn:
+        assert not flight.agent.until()
+        flight.control.handle(action, text)
+        assert flight.agent.until()
+        return Turn("", "idle")
+
+    reply = "WAIT: 2h" if kind == "wait" else "work"
+    flight = fly(reply, "TASK_COMPLETE", turns=[*turns, wait])
+    flight.control.handle("continue")           # before: there was nothing to end
+    flight.run()
+    waiting = flight.of("state")[0]
+    assert (waiting["state"], waiting["kind"]) == ("waiting", kind)
+    seconds = (datetime.datetime.fromisoformat(waiting["until"].replace("Z", "+00:00"))
+               - datetime.datetime.now(datetime.timezone.utc)).total_seconds()
+    assert (7100 if kind == "wait" else 3600) < seconds < 7300
+    assert "The user ended the wait" in flight.shown(1)
+    assert ("mind\nthe gap" in flight.shown(1)) == bool(text)
+
+
+def test_a_note_before_a_wait_that_the_model_has_not_seen_ends_it(fly):
+    def reply() -> str:
+        flight.control.handle("note", "hurry")
+        return "WAIT: 2h"
+
+    flight = fly(reply, "TASK_COMPLETE", turns=[lambda: Turn(str(flight.agent.until()), "idle")])
+    flight.run()
+    assert "True" in flight.shown(1) and "hurry" in flight.shown(1)
+
+
+def test_an_interrupt_while_the_model_thinks_keeps_its_reply_from_being_done(fly):
+    def reply() -> str:
+        flight.control.handle("interrupt", "not that")
+        return "rm -r everything"
+
+    flight = fly(reply, "better", "TASK_COMPLETE")
+    assert flight.run() == "complete" and flight.agent.told == ["better"]
+    assert "nothing of your reply was done" in flight.shown(1) and "not that" in flight.shown(1)
+    assert [event["state"] for event in flight.of("state")] == ["interrupted"]
+
+
+def test_an_interrupt_between_two_turns_has_nothing_to_interrupt(fly):
+    flight = fly("one", "TASK_COMPLETE")
+    flight.control.handle("pause")
+    flight.control.handle("interrupt", "mind the gap")
+    flight.control.handle("resume")
+    assert flight.run() == "complete" and flight.agent.told == ["one"]
+    assert "mind the gap" in flight.shown(0)
+
+
+def test_an_agent_asks_whether_its_turn_is_to_be_interrupted(fly):
+    def turn() -> str:
+        asked = [flight.agent.take_interrupt()]
+        flight.control.handle("interrupt")
+        asked += [flight.agent.take_interrupt(), flight.agent.take_interrupt()]
+        return str(asked)
+
+    flight = fly("one", "TASK_COMPLETE", turns=[turn])
+    flight.run()
+    assert "[False, True, False]" in flight.shown(1)
+
+
+def test_a_stop_from_the_dashboard_is_told_as_such(fly):
+    def stop() -> None:
+        raise Interrupted(signal.SIGINT)
+
+    flight = fly("one", turns=[lambda: flight.control.handle("stop")])
+    flight.control._stop = stop
+    with pytest.raises(Interrupted):
+        flight.run()
+    end = flight.journal.events()[-1]
+    assert (end["outcome"], end["reason"]) == ("interrupted", "stopped from the dashboard")
+
+
 LONG = [f"{letter} {'x' * 4_900}" for letter in "abcd"]     # fills a conversation of 5,000 tokens
 
 
@@ -4444,7 +4537,7 @@ def test_a_refusal_says_what_to_do(visitor: Visitor) -> None:
     for headers in ({"Host": "dash.example"}, {"Origin": "https://dash.example"}):
         refused = visitor.ask("GET", "/", {**visitor.cookie, **headers})
         assert refused.headers["Content-Type"].startswith("text/plain")
-        assert b"set DASHBOARD_URL to" in refused.read()
+        assert b"set DASHBOARD_URL to the address" in refused.read()
 
 
 def test_dashboards_beside_each_other_do_not_take_each_others_cookies(visitor: Visitor) -> None:
@@ -4454,26 +4547,19 @@ def test_dashboards_beside_each_other_do_not_take_each_others_cookies(visitor: V
         assert other.page(**visitor.cookie) == 403
 
 
-def test_the_address_for_a_browsers_arguments_is_good_once_and_for_a_minute(
-        visitor: Visitor, monkeypatch: pytest.MonkeyPatch) -> None:
-    def statuses(*urls: str) -> list[int]:
-        paths = [url.split(visitor.host)[1] for url in urls]
-        return [visitor.ask("GET", path, {}).status for path in paths]
-
-    first, second, third = (visitor.dashboard.make_entry_url() for _ in range(3))
-    assert visitor.token not in first + second + third
-    response = visitor.ask("GET", first.split(visitor.host)[1], {})
+def test_the_address_for_a_browsers_arguments_is_good_once(visitor: Visitor) -> None:
+    url = visitor.dashboard.entry_url
+    path = url.split(visitor.host)[1]
+    assert visitor.token not in url
+    response = visitor.ask("GET", path, {})
     assert response.status == 200 and visitor.token in response.headers["Set-Cookie"]
-    assert statuses(first, second, second) == [403, 200, 403]
-    now = time.monotonic()
-    monkeypatch.setattr(time, "monotonic", lambda: now + 61)
-    assert statuses(third) == [403]
+    assert visitor.ask("GET", path, {}).status == visitor.ask("GET", "/", {}).status == 403
 
 
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="only Linux tells whose it is")
 def test_the_address_for_a_browsers_arguments_is_not_good_for_other_users(
         visitor: Visitor, monkeypatch: pytest.MonkeyPatch) -> None:
-    url = visitor.dashboard.make_entry_url()
+    url = visitor.dashboard.entry_url
     path = url.split(visitor.host)[1]
     if os.getuid() == 0:
         os.seteuid(65534)       # whose socket it is then; root's may always come
@@ -4500,9 +4586,11 @@ def test_the_address_is_kept_beside_the_journal_for_its_user_only(tmp_path: Path
     assert (kept["port"], kept["token"]) == (visitor.dashboard.server_port, visitor.token)
     assert orchestrator.find_live_dashboard(path) == ""
     assert visitor.token not in path.read_text()
-    for damaged in ("", "[]", "{", '{"port": "80"}', '{"port": 80, "token": null}'):
+    for damaged in ("", "[]", "{", '{"port": "x"}', '{"port": 99999, "token": null}'):
         (tmp_path / "run.dashboard").write_text(damaged)
-        assert orchestrator.read_dashboard_address(path) == {}
+        assert orchestrator.find_live_dashboard(path) == ""
+        with orchestrator.open_dashboard(Config(), Journal(path), print) as dashboard:
+            assert len(dashboard.token) == 32
 
 
 def test_which_orders_are_taken(visitor):
@@ -4513,6 +4601,8 @@ def test_which_orders_are_taken(visitor):
             ("POST", "/control", {"Origin": host}, '{"action": "stop"}', 403),
             ("POST", "/", ours, "{}", 405), ("POST", "/x", ours, "{}", 404),
             ("GET", "/control", ours, None, 405), ("PUT", "/control", ours, "{}", 405),
+            ("POST", "/journal", ours, "{}", 405), ("DELETE", "/", ours, None, 405),
+            ("OPTIONS", "/control", {}, None, 403),
             ("POST", "/control", ours, '{"action": "stop"}', 415)):
         assert visitor.ask(method, path, headers, body).status == status, (method, path, body)
     for body, status in (
