@@ -2059,7 +2059,7 @@ def test_claude_code_starts_afresh_where_there_is_nothing_to_continue(world):
     assert (done.status, done.stderr) == (0, "")
     assert world.log("took") == ["echo one", "echo two && die 9", "echo three"]
     assert [event["resumed"] for event in world.events("recovery")] == [False]
-    assert "remembers nothing" in model.last_message(2) and "two" in model.last_message(2)
+    assert "has no memory" in model.last_message(2) and "two" in model.last_message(2)
 
 
 # -- Sharing ------------------------------------------------------------------------------------
@@ -3138,7 +3138,6 @@ def test_a_person_stops_the_run(world):
     assert run.end(20).status == 130
     end = world.events()[-1]
     assert (end["outcome"], end["reason"]) == ("interrupted", "stopped from the dashboard")
-    assert "stopped from the dashboard" in run.stdout
 
 
 class Tunnel(socketserver.BaseRequestHandler):
