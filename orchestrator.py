@@ -3902,9 +3902,9 @@ MEMORY_SAVE: fact      a short fact that will help in later runs in this directo
 _VERIFY_HINT = "The user's check then runs; if it fails, you see its output and go on."
 _CONFIRM_HINT = "No check is set up, so you are asked to confirm it."
 _SUMMARY_PROMPT = """\
-Below is the older part of a session in which you direct a coding agent. Summarise it for \
-yourself, in at most 600 words: what was asked, what was done and proved, what failed and why, \
-decisions, names of files and commands that matter, what is still to do. Write only the summary."""
+[The conversation gets too long. Summarise the session so far for yourself, in at most 600 words: \
+what was asked, what was done and proved, what failed and why, decisions, names of files and \
+commands that matter, what is still to do. Write only the summary; it is not typed.]"""
 _COMPACTION_PROMPT = """\
 Below are facts remembered from work in one directory, as a JSON object. Return one of the same \
 form with at most {limit} facts, and nothing else: merge what belongs together, drop what is \
@@ -4183,6 +4183,12 @@ class Conversation:
             messages.append({"role": "user", "content": observation.as_text()})
         return messages
 
+    def messages_with_request(self, request: str) -> list[dict[str, str]]:
+        """Return the messages with a request on top of the newest one, which no cache has yet."""
+        messages = self.messages()
+        messages[-1]["content"] = f"{request}\n\n{messages[-1]['content']}"
+        return messages
+
     def add_exchange(self, reply: str, *sentences: str, output: str = "") -> None:
         """Add a reply of the model, and what came of it."""
         self._exchanges.append((reply, Observation(*sentences, output=output)))
@@ -4279,9 +4285,16 @@ class RunControl:
 class RunTotals:
     """What a run has used so far: iterations, tokens, US dollars, and seconds."""
 
+    CACHE_SECONDS = 300.0           # how long a model server keeps a prompt, if it costs no more
+    MIN_SHARE_OF_LONG_TURNS = 0.06  # from which on it is worth the price to keep it for an hour
+
     def __init__(self, clock: Callable[[], float]) -> None:
-        self.iterations, self.tokens, self.cost, self.earlier_seconds = 0, TokenUsage(), 0.0, 0.0
-        self._priced_calls = 0        # calls that are in `cost`
+        self.iterations = 0
+        self.tokens = TokenUsage()
+        self.cost: float | None = None      # None: no server has reported any
+        self.earlier_seconds = 0.0          # of the parts of the run before this one
+        self._priced_calls = 0              # calls that are in `cost`
+        self._turns = self._long_turns = 0  # of the agent; those that outlast the cache
         self.restarts = self.errors = 0     # of the agent; of all kinds
         self.last_words = ""        # the last line that the agent has shown
         self.unproved: list[str] = []       # what spoke against the end when the model confirmed it
@@ -4293,22 +4306,32 @@ class RunTotals:
         return self.earlier_seconds + self._clock() - self._started_at
 
     def add_call(self, tokens: Sequence[int], cost: float | None) -> None:
-        """Count a call to the model; a cost that is not told is taken to be the mean."""
-        self.tokens = TokenUsage(*map(sum, zip(self.tokens, tokens)))
-        if cost is None and self._priced_calls:
-            cost = self.cost / self._priced_calls
+        """Count a call to the model; a cost that is not reported is taken to be the mean."""
+        self.tokens = self.tokens.plus(tokens)
+        if cost is None and self.cost is not None:
+            cost = self.cost / max(1, self._priced_calls)
         if cost is not None:
-            self.cost, self._priced_calls = self.cost + cost, self._priced_calls + 1
+            self.cost = (self.cost or 0.0) + cost
+            self._priced_calls += 1
+
+    @property
+    def has_long_pauses(self) -> bool:
+        """Whether so many turns outlast the cache that one of an hour pays off."""
+        return self._long_turns > self.MIN_SHARE_OF_LONG_TURNS * self._turns
 
     def count_event(self, event: Event) -> None:
-        """Count an event that tells of a restart or of an error."""
+        """Count an event that tells of a restart, an error, or a turn."""
+        if event["type"] == "iteration_end":
+            self._turns += 1
+            self._long_turns += get_int(event, "duration_ms") > self.CACHE_SECONDS * 1000
         self.restarts += event["type"] == "recovery"
         self.errors += event["type"] == "error"
 
     def restore(self, past: Sequence[Event]) -> None:
         """Count what earlier parts of a run have used, without the times between them.
 
-        An iteration that had no reply yet is begun again.
+        An iteration that had no reply yet is begun again.  Where a part ends with its duration,
+        the time that the computer slept does not count either.
         """
         previous = None
         for event in past:
@@ -4316,7 +4339,7 @@ class RunTotals:
             used, cost = get_object(event, "tokens"), get_number(event, "cost")
             tokens = TokenUsage(*(get_int(used, name) for name in TokenUsage._fields))
             if event["type"] == "complete":         # has all that was used until then
-                self.tokens, self.cost = tokens, cost or 0.0
+                self.tokens, self.cost = tokens, cost
             elif used and event["type"] != "iteration_end":     # its reply has told that
                 self.add_call(tokens, cost)
             if event["type"] == "reply":
@@ -4326,6 +4349,8 @@ class RunTotals:
                 if previous and event.get("reason") != _RESUMED_REASON:
                     self.earlier_seconds += max(0.0, (at - previous).total_seconds())
                 previous = at
+            if event["type"] == "complete" and get_number(event, "duration_ms"):
+                self.earlier_seconds = get_int(event, "duration_ms") / 1000     # of all parts
 
     @contextlib.contextmanager
     def publish_outcome(self, journal: Journal, find_changed_files: (
@@ -4335,7 +4360,8 @@ class RunTotals:
             changed = find_changed_files() if find_changed_files else None
             files_changed = None if changed is None else len(changed)
             journal.publish("complete", outcome=outcome, reason=reason, iterations=self.iterations,
-                            tokens=self.tokens._asdict(), cost=round(self.cost, 6),
+                            tokens=self.tokens._asdict(),
+                            cost=None if self.cost is None else round(self.cost, 6),
                             duration_ms=round(self.seconds * 1000), restarts=self.restarts,
                             errors=self.errors, files_changed=files_changed,
                             last_words=self.last_words, unproved=self.unproved)
@@ -4582,6 +4608,7 @@ class Autopilot:
                  memory: Memory | None = None, journal: Journal | None = None,
                  control: RunControl | None = None, environ: Mapping[str, str] | None = None,
                  clock: Callable[[], float] = time.monotonic,
+                 wall_clock: Callable[[], float] = time.time,
                  sleep: Callable[[float], None] = time.sleep) -> None:
         self._agent = agent
         self._model = model
@@ -4593,10 +4620,12 @@ class Autopilot:
         agent.take_interrupt = self._control.take_interrupt
         self._environ = child_environment(environ)
         self._clock = clock
+        self._wall_clock = wall_clock
         self._sleep = sleep
         self._task = ""
         self._output_label = f"{agent.name} output:\n"
         self._conversation = Conversation("")
+        self._untold = ""                   # what the journal should have of its beginning
         self._totals = RunTotals(clock)
         self._is_done = False
         self._messages_sent = 0             # to the agent, by any part of the run
@@ -4646,8 +4675,9 @@ class Autopilot:
         self._files_at_start = self._files = snapshot_files(self._directory, self._environ)
         turn = self._agent.start(any(event["type"] == "reply" for event in history))
         self._news.update("", turn.output)
+        facts = history[0].get("memories") if history else self._memory.facts   # as it began
         self._conversation = Conversation(
-            self._system_prompt(), f"Task:\n{self._task}", f"{name} works in {self._directory}.")
+            self._system_prompt(facts), f"Task:\n{self._task}", f"{name} works in {self._directory}.")
         sentences = [f"[{note}]" for note in self._journal.redact(turn.notes)]
         output = self._output_label + self._journal.redact(turn.output)
         if history:
@@ -4656,18 +4686,18 @@ class Autopilot:
                 f"[You were stopped at {history[-1]['time']} and go on now, at {utc_timestamp()}. "
                 "The screen as it is now stands last. Your last message may or may not have "
                 "arrived. If the screen does not show it, check before you send it again.]"))
-            self._journal.publish("state", state="working", reason="the model is told",
-                                  told="\n\n".join([*sentences, output]))
+        self._untold = "\n\n".join([*sentences, output])
         self._conversation.tell(*sentences, output=output)
 
-    def _system_prompt(self) -> str:
+    def _system_prompt(self, memories: object) -> str:
         check = ""
         if self._config.verify_cmd:
             check = _VERIFY_HINT
         elif self._config.confirm_complete:
             check = _CONFIRM_HINT
         prompt = _SYSTEM_PROMPT.format(agent=self._agent.name, check=check)
-        facts = truncate_middle("".join(f"- {fact}\n" for fact in self._memory.facts))
+        memories = self._journal.redact(memories) if isinstance(memories, list) else []
+        facts = truncate_middle("".join(f"- {fact}\n" for fact in memories))
         return f"{prompt}\n## Memory from previous sessions\n{facts}" if facts else prompt
 
     def _rebuild_conversation(self, history: Sequence[Event]) -> None:
@@ -4720,7 +4750,7 @@ class Autopilot:
         self._wait_while_paused()
         self._begin_iteration()
         reply = self._query_model()
-        self._add_exchange(reply.text, self._act_on(reply))
+        self._add_exchange(self._journal.redact(reply.text), self._act_on(reply))
 
     def _act_on(self, reply: Reply) -> Event:
         """Do what a reply asks for; return the `iteration_end` that tells what came of it."""
@@ -4755,8 +4785,10 @@ class Autopilot:
         self._control.take_interrupt()      # there is nothing now that it could interrupt
         self._conversation.tell(*self._control.take_notes())
         self._totals.iterations += 1
+        told = {"told": self._untold} if self._untold else {}
+        self._untold = ""
         self._journal.publish("iteration_start", iteration=self._totals.iterations,
-                              max_iter=self._config.max_iterations)
+                              max_iter=self._config.max_iterations, **told)
 
     def _query_model(self) -> Reply:
         """Return the model's next reply; shorten the conversation if it has become too long."""
@@ -4776,7 +4808,7 @@ class Autopilot:
                     raise
         self._journal.publish("reply", text=reply.text, **reply.usage_fields(),
                               duration_ms=reply.duration_ms)
-        if self._config.max_cost and reply.cost is None and not self._totals.cost:
+        if self._config.max_cost and reply.cost is None and self._totals.cost is None:
             raise BudgetExceeded("MAX_COST is set, but the model's server does not say what a call "
                                  "costs: use MAX_ITERATIONS or MAX_MINUTES")
         return reply
@@ -4821,7 +4853,7 @@ class Autopilot:
         if kind == "wait":
             seconds = min(action.seconds, left)
             self._begin_wait("wait", seconds, f"up to {seconds:g} s")
-            turn = self._agent.wait(seconds, until=self._control.ends_wait)
+            turn = self._wait(seconds)
             if self._control.ends_wait():
                 turn = turn._replace(notes=(*turn.notes, "The user ended the wait."))
             return turn
@@ -4829,20 +4861,28 @@ class Autopilot:
         return Turn("", notes=(f"{saved}{action.text} Continue with the task, or end it with "
                                "TASK_COMPLETE.",))
 
+    def _wait(self, seconds: float) -> Turn:
+        """Wait for the agent, the user, or the end of a time by the clock on the wall.
+
+        While a computer sleeps, only that clock goes on.
+        """
+        end = self._wall_clock() + seconds
+        return self._agent.wait(min(seconds, self._seconds_left()), until=lambda: (
+            self._wall_clock() >= end or self._control.ends_wait()))
+
     def _wait_for_usage_limit(self, turn: Turn) -> Turn:
         """Wait for the end of a usage limit that says when that is, or until the agent goes on."""
         if not 0 < turn.usage_limit_seconds <= self.MAX_USAGE_LIMIT_SECONDS:
             return turn
         seconds = turn.usage_limit_seconds + self.USAGE_LIMIT_MARGIN_SECONDS
-        end = self._clock() + seconds
-        at = datetime.datetime.now() + datetime.timedelta(seconds=seconds)
+        end = self._wall_clock() + seconds
+        at = datetime.datetime.fromtimestamp(end)
         self._begin_wait("usage_limit", seconds, f"{self._agent.name} has reached a usage limit: "
                          f"until {at:%Y-%m-%d %H:%M}")
         later = Turn("", "idle")
-        while later.state in ("idle", "working") and self._clock() < end \
-                and not self._control.ends_wait():
-            later = self._agent.wait(min(end - self._clock(), self._seconds_left()),
-                                     until=self._control.ends_wait)
+        while (later.state in ("idle", "working") and self._wall_clock() < end
+               and not self._control.ends_wait()):
+            later = self._wait(end - self._wall_clock())
         note = "The usage limit was waited for and should be over now."
         if self._control.ends_wait():
             note = "The user ended the wait for the usage limit, which may not be over yet."
@@ -5033,8 +5073,7 @@ class Autopilot:
         if len(older) < worth:
             return False
         try:
-            reply = self._complete(
-                Conversation(_SUMMARY_PROMPT, truncate_middle(older, room)).messages())
+            reply = self._request_summary(truncate_middle(older, room))
             summary, used = reply.text, reply.usage_fields()
         except RequestRejected:     # any other error ends the run, which has then lost nothing
             summary = "\n".join(textwrap.shorten(part, 200) for part in older.split("\n\n"))
@@ -5044,8 +5083,17 @@ class Autopilot:
         self._journal.publish("history", summarised=count, summary=summary, **used)
         return True
 
+    def _request_summary(self, older: str) -> Reply:
+        """Ask for a summary at the end of the conversation, which the model server has cached."""
+        try:
+            return self._complete(self._conversation.messages_with_request(_SUMMARY_PROMPT))
+        except ContextWindowExceeded:
+            return self._complete(Conversation(_SUMMARY_PROMPT, older).messages())
+
     def _complete(self, messages: Messages, on_text: Callable[[str], object] = ignore) -> Reply:
         """Ask the model within the budgets, which end it too, and count what that uses."""
+        if isinstance(self._model, OpenRouter):
+            self._model.has_long_pauses = self._totals.has_long_pauses
         return self._model.complete(messages, on_text=on_text, on_usage=self._totals.add_call,
                                     time_left=self._check_budgets)
 
@@ -5056,8 +5104,9 @@ class Autopilot:
         config, totals = self._config, self._totals
         if config.max_iterations and iterations >= config.max_iterations:
             raise BudgetExceeded(f"MAX_ITERATIONS={config.max_iterations} reached")
-        if config.max_cost and totals.cost >= config.max_cost:
-            raise BudgetExceeded(f"MAX_COST={config.max_cost:g} reached: ${totals.cost:.4f} spent")
+        cost = totals.cost or 0.0
+        if config.max_cost and cost >= config.max_cost:
+            raise BudgetExceeded(f"MAX_COST={config.max_cost:g} reached: ${cost:.4f} spent")
         return self._seconds_left()
 
     def _seconds_left(self) -> float:

@@ -472,7 +472,7 @@ class Flight:
         self.pilot = Autopilot(
             self.agent, self.model, config=Config(**{"confirm_complete": False, **settings}), memory=self.memory,
             journal=self.journal, control=self.control, environ=os.environ, clock=self.clock,
-            sleep=self.clock.sleep)
+            wall_clock=self.clock, sleep=self.clock.sleep)
 
     def run(self, past=()):
         """Run to the end; return how it ended."""
@@ -2756,6 +2756,60 @@ def test_openrouter_is_asked_for_the_credit_of_the_key(api):
     assert [path for path, _, _ in api.requests[:2]] == ["/api/v1/key"] * 2
 
 
+def test_only_openrouter_lists_every_model_that_works(api):
+    api.answers = [answer({"data": {}}), answer(MODELS)]
+    with pytest.raises(ModelError, match="OPENROUTER_MODEL='other/lagre': .*no such.*other/large"):
+        Home(api, model="other/lagre").check_access()
+    api.answers = [answer({"data": [{"id": "models/gemini-3-pro"}]})]
+    access = Client(api.url, model="gemini-3-prp").check_access()
+    assert access.description == "gemini-3-prp" and "may work" in access.warning
+    assert "The closest match is 'models/gemini-3-pro'" in access.warning
+
+
+@pytest.mark.parametrize("first", [
+    answer("404 page not found", 404), answer({"error": "Unexpected endpoint. (GET /models)"})],
+    ids=["404", "LM Studio"])
+def test_a_missing_v1_is_found_before_the_run(api, first):
+    api.answers = [first, answer(MODELS)]
+    with pytest.raises(ModelError, match="OPENROUTER_BASE_URL=http.*Set it to http.*/v1$"):
+        Client(api.url).check_access()
+    assert [path for path, _, _ in api.requests] == ["/api/v1/models", "/api/v1/v1/models"]
+    api.answers = [first]
+    assert "not checked" in Client(api.url).check_access().description
+
+
+def test_a_query_in_the_address_is_kept_and_not_shown(api):
+    api.answers, client = [answer(refusal(401), 401)], Client(f"{api.url}/?api-version=1&k=secret")
+    with pytest.raises(ModelError, match="Check OPENROUTER_API_KEY for http") as caught:
+        client.say()
+    assert api.requests[0][0] == "/api/v1/chat/completions?api-version=1&k=secret"
+    assert "secret" not in str(caught.value)
+    client._address = "https://mine.openai.azure.com/openai/deployments/gpt"
+    error = orchestrator.error_from_response(404, {}, {}, client._address)
+    assert "azure.com/openai/v1" in str(error) and "name of the deployment" in str(error)
+
+
+def test_no_password_of_a_proxy_is_shown(monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://user:pass@wo%40rd@127.0.0.1:9/")
+    client = Client("http://models.test/v1")
+    with pytest.raises(ModelError, match="through the proxy 127.0.0.1:9: .*efused"):
+        client.say()
+    assert "pass" not in "".join(client.told) and "user" not in "".join(client.told)
+
+
+@pytest.mark.parametrize("answers, told", [
+    ([GOOD], "answered in 0.0 s, 9 tokens, $0.5000"), ([answer(whole())], "cost not reported"),
+    ([answer(refusal(400, "stream_options: no"), 400), GOOD], "9 tokens"),
+    ([answer(whole(None, "length"))], "answered in")])
+def test_a_tiny_completion_shows_that_server_key_and_model_work(api, answers, told):
+    api.answers, client = answers, Client(api.url)
+    assert told in client.check_completion() and api.requests[0][2]["max_tokens"] == 16
+    api.answers = [answer("", 503)]
+    with pytest.raises(TransientError, match="503"):
+        Client(api.url).check_completion()
+    assert not client.time.slept
+
+
 def test_a_server_that_does_not_list_its_models_is_no_obstacle(api):
     for status in (404, 405, 501):
         api.answers = [answer("", status)]
@@ -3531,7 +3585,7 @@ def test_a_cost_limit_needs_a_server_that_says_what_it_costs(fly):
     assert flight.run() == "budget" and "MAX_COST" in str(flight.error)
     assert not flight.agent.told
     flight = fly(Reply("TASK_COMPLETE", TokenUsage(), None, 1))
-    assert flight.run() == "complete" and flight.of("complete")[-1]["cost"] == 0
+    assert flight.run() == "complete" and flight.of("complete")[-1]["cost"] is None
 
 
 @pytest.mark.parametrize("reply, hint", [
@@ -4047,7 +4101,9 @@ def test_a_long_conversation_is_summarised_by_the_model(fly):
     flight = fly("one", "two", "three", "four", "what happened so far", "TASK_COMPLETE",
                  turns=LONG, history_max_tokens=5_000)
     assert flight.run() == "complete" and flight.agent.told == ["one", "two", "three", "four"]
-    assert "YOU: two" in flight.shown(4) and "YOU: three" not in flight.shown(4)
+    last, asking = flight.model.calls[3:5]      # at the end of what the model server has cached
+    assert asking[:len(last)] == last and len(asking) == len(last) + 2
+    assert "Summarise the session" in flight.shown(4) and LONG[3] in flight.shown(4)
     opening, *rest = [message["content"] for message in flight.model.calls[5][1:]]
     assert "\n\n## Summary of the work so far\nwhat happened so far\n\n" in opening
     assert rest[0] == "three" and len(rest) == 4
@@ -4070,7 +4126,7 @@ def test_a_run_that_ends_where_a_summary_is_due_has_lost_nothing(fly):
     assert first.run() == "model" and not first.of("history")
     second = fly("in short", "TASK_COMPLETE", history_max_tokens=5_000)
     assert second.run(first.journal.events()) == "complete"
-    assert LONG[0] in second.shown(0) and "in short" in second.model.calls[1][1]["content"]
+    assert LONG[3] in second.shown(0) and "in short" in second.model.calls[1][1]["content"]
 
 
 def test_no_conversation_has_more_messages_than_a_model_takes(fly):
@@ -4084,7 +4140,7 @@ def test_no_conversation_has_more_messages_than_a_model_takes(fly):
 def summarising(complete):
     """Return a model's complete that gives summaries besides its script."""
     return lambda messages, **how: complete(messages, **how) \
-        if "Summarise it" not in messages[0]["content"] else Reply("in short", TokenUsage(), 0.0, 1)
+        if "Summarise the session" not in messages[-1]["content"] else Reply("in short", TokenUsage(), 0.0, 1)
 
 
 def test_the_prompt_stays_within_its_bound_in_steps_that_keep_its_beginning(fly):
@@ -4098,6 +4154,71 @@ def test_the_prompt_stays_within_its_bound_in_steps_that_keep_its_beginning(fly)
     assert max(len("".join(call)) for call in calls) <= 60_000      # 15,000 tokens
     kept = [later[:len(earlier)] == earlier for earlier, later in zip(calls, calls[1:])]
     assert kept.count(False) == len(flight.of("history")) < len(sizes) / 4
+
+
+def test_each_prompt_begins_with_the_one_before_byte_for_byte_also_after_a_resume(fly):
+    def take_note(flight: Flight, number: int) -> str:
+        if number % 5 == 2:
+            flight.control.handle("note", f"mind {number} — ünïcode\t[brackets]")
+        if number % 7 == 3:
+            flight.memory.add([f"a fact of another run, {number}"])
+        return f"step {number}" + f"\nMEMORY_SAVE: fact {number}" * (number % 6 == 1)
+
+    def write(flight: Flight, *numbers: int) -> None:
+        flight.model._replies = [functools.partial(take_note, flight, number) for number in numbers]
+        flight.agent._turns = [Turn(f"{number}: {'x' * 1_500}\nAgent output:\n", notes=("A note.",))
+                               for number in numbers]
+
+    first = fly(max_iterations=18, history_max_tokens=5_000)
+    first.memory.add(["what the run began with"])
+    write(first, *range(18))
+    first.model.complete = summarising(first.model.complete)
+    assert first.run() == "budget" and first.of("history")
+    second = fly(max_iterations=30, history_max_tokens=20_000)
+    write(second, *range(18, 30))
+    second.memory.load()
+    assert second.run(first.journal.events()) == "budget"
+    calls = [json.dumps(call)[:-1] for call in [*first.model.calls, *second.model.calls]]
+    kept = [later.startswith(earlier) for earlier, later in zip(calls, calls[1:])]
+    assert len(calls) == 30 and kept.count(False) == len(first.of("history")) and kept[17]
+    assert "what the run began with" in calls[29] and "You were stopped" in calls[18]
+    assert calls[18].count("A note from the user: mind") == 4      # also those of the summary
+
+
+@pytest.mark.parametrize("long_turns, ttl", [(0, None), (2, "1h")])
+def test_the_cache_lasts_an_hour_where_the_turns_of_the_run_are_long(api, fly, long_turns, ttl):
+    def asked(flight: Flight) -> list[Any]:
+        return [body["messages"][0]["content"][0]["cache_control"].get("ttl")
+                for _, _, body in api.requests]
+
+    def turn(seconds: float) -> Any:
+        return lambda: flight.clock.sleep(seconds) or "done"
+
+    api.answers = [streamed(said("go on", "stop"))]
+    flight = fly(max_iterations=30, turns=[turn(400)] * long_turns + [turn(10)] * 28)
+    flight.pilot._model = Home(api, model="anthropic/claude-opus-4.6")
+    flight.pilot._news.update = lambda *_: True
+    flight.run()
+    assert asked(flight) == [None] + [ttl] * 29      # 2 of 30 are more than 6 %
+    api.requests.clear()
+    flight = fly(max_iterations=31, turns=["done"])
+    flight.pilot._model = Home(api, model="anthropic/claude-opus-4.6")
+    flight.run(flight.journal.events())
+    assert asked(flight) == [ttl]
+
+
+def test_a_computer_that_slept_goes_on_once_the_clock_on_the_wall_says_so(fly):
+    """From 23:02 to 8:02 only the clock on the wall goes on; the usage limit ends at 3:00."""
+    def wait(seconds: float, until: Any) -> Turn:
+        while not until():
+            flight.clock.sleep(0.5)
+        return Turn("", "idle")
+
+    for reply, turns in (("WAIT: 2h", []), ("go on", [Turn("limit", usage_limit_seconds=14_400.0)])):
+        flight = fly(reply, "TASK_COMPLETE", turns=turns)
+        flight.pilot._wall_clock = lambda: flight.clock.now + 32_400 * (flight.clock.now > 1120)
+        flight.agent.wait = wait
+        assert flight.run() == "complete" and flight.clock.now < 1121
 
 
 def test_a_setting_that_is_too_small_does_not_cost_a_summary_each_turn(fly):
@@ -4228,7 +4349,10 @@ def test_the_time_between_two_parts_of_a_run_does_not_count(fly):
     flight = fly("TASK_COMPLETE", max_minutes=2)
     assert flight.run(past) == "complete" and flight.of("complete")[0]["duration_ms"] == 90_000
     flight = fly(max_minutes=1)
-    assert flight.run(past) == "budget" and len(flight.of("state")) == 2    # of the first one
+    assert flight.run(past) == "budget" and len(flight.of("state")) == 1    # of the first one
+    past[1]["duration_ms"] = 20_000     # the computer slept for the other 40 seconds
+    flight = fly("TASK_COMPLETE")
+    assert flight.run(past) == "complete" and flight.of("complete")[-1]["duration_ms"] == 50_000
 
 
 def test_a_resumed_run_knows_of_its_summary_and_of_a_broken_off_turn(fly):
