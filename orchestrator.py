@@ -5268,15 +5268,15 @@ DASHBOARD_PAGE = r"""<!doctype html>
       <div id="iterations"></div></section>
     <aside aria-label="Background">
       <section id="charts" class="card" aria-label="Charts" hidden></section>
-      <details class="card" open><summary>Task</summary><ul id="task"></ul></details>
-      <details class="card" open><summary>Facts remembered</summary><ul id="facts"></ul></details>
+      <details class="card" open hidden><summary>Task</summary><ul id="task"></ul></details>
+      <details class="card" open hidden><summary>Facts</summary><ul id="facts"></ul></details>
     </aside></div>
 </main>
 <script nonce="NONCE">
   "use strict";
   const {recording, now: servedAt, journal: journalPath} = document.documentElement.dataset;
   const IS_RECORDING = recording === "yes";
-  const MAX_SHOWN = 20000;                // characters of one text that are shown until asked for
+  const MAX_SHOWN = 100000;               // characters of one text
   const MAX_SILENCE = 40000;              // milliseconds; the server sends something every 15 s
   const OUTCOMES = {
     __proto__: null, complete: ["good", "Task complete"], budget: ["warn", "Stopped at its limit"],
@@ -5284,11 +5284,7 @@ DASHBOARD_PAGE = r"""<!doctype html>
     agent: ["bad", "The agent can't be kept alive"], interrupted: ["warn", "Interrupted"],
     model: ["bad", "The model can't be reached"],
   };
-  const MARKS = {
-    quiet: ["#6e7781", ""], going: ["#2f81f7", "M6 4.5l5.5 3.5L6 11.5z"],
-    warn: ["#bf8700", "M5 4.5h2v7H5zM9 4.5h2v7H9z"], bad: ["#da3633", "M7 3.5h2v5H7zM7 10h2v2H7z"],
-    good: ["#2da44e", "M4 8.2l1.4-1.4 1.7 1.7 3.6-3.7 1.4 1.4-5 5.1z"],
-  };
+  const COLOURS = {quiet: "#777", going: "#2f81f7", warn: "#bf8700", bad: "#da3633", good: "#2a4"};
   history.replaceState(null, "", location.pathname + location.hash);    // hide the token
 
   const byId = id => document.getElementById(id);
@@ -5337,8 +5333,8 @@ DASHBOARD_PAGE = r"""<!doctype html>
 
   // The run: what the events have told so far.
   const run = {
-    info: {}, task: [], facts: [], iterations: new Map(), changed: new Set(), current: null,
-    tokens: {prompt: 0, completion: 0, cached: 0, total: 0}, cost: null, unpriced: 0,
+    info: {}, facts: [], iterations: new Map(), changed: new Set(), current: null,
+    tokens: {prompt: 0, completion: 0, cached: 0, total: 0}, cost: null, isUnpriced: false,
     activity: {level: "quiet", headline: "Waiting for the run to begin", advice: ""},
     started: null, latest: null, spent: 0, lastId: 0, busy: false, paused: null, outcome: null,
     lost: "", lostAt: null, restarts: 0, errors: 0, check: null, lastReply: "",
@@ -5367,14 +5363,15 @@ DASHBOARD_PAGE = r"""<!doctype html>
       run.tokens[kind] = combine(sum, finiteOrZero(tokens?.[kind]));
     }
     if (Number.isFinite(cost)) run.cost = combine(run.cost ?? 0, cost);
-    else run.unpriced += 1;
+    else run.isUnpriced = true;
   }
 
   const handlers = {
     __proto__: null,
     task_info(event) {
-      const facts = list(event.memories).map(text);
-      Object.assign(run, {info: event, task: [text(event.task)], facts});
+      Object.assign(run, {info: event, facts: list(event.memories).map(text)});
+      drawList("task", [text(event.task)]);
+      drawList("facts", run.facts);
       setActivity(event, "Starting", "The agent is being started.");
     },
     iteration_start(event) {
@@ -5424,6 +5421,7 @@ DASHBOARD_PAGE = r"""<!doctype html>
     memory(event) {
       const saved = list(event.saved).map(text), {before, after} = event.compacted ?? {};
       run.facts = [...new Set([...run.facts, ...saved])];
+      drawList("facts", run.facts);
       if (event.tokens) addUsage(event);
       if (saved.length) addEntry(event, "remembered", saved.join("\n"), "good");
       if (before) addEntry(event, "memory", `${text(before)} facts became ${text(after)}`);
@@ -5443,9 +5441,7 @@ DASHBOARD_PAGE = r"""<!doctype html>
       if (event.tokens) addUsage(event);
       addEntry(event, "summary", `of ${text(summarised)} exchanges\n${text(summary)}`, "quiet");
     },
-    note(event) {
-      addEntry(event, `note (${firstLine(event.source)})`, event.text, "going");
-    },
+    note: event => addEntry(event, `note (${firstLine(event.source)})`, event.text, "going"),
     state(event) {
       const reason = firstLine(event.reason), until = Date.parse(event.until), waits = true;
       const working = reason.startsWith("checking: ") ? "Running the check" : "Agent is working";
@@ -5492,10 +5488,9 @@ DASHBOARD_PAGE = r"""<!doctype html>
   }
 
   function drawStatus() {
-    const {level, headline, advice, since, until} = currentStatus(), [colour, path] = MARKS[level];
-    const image = "data:image/svg+xml," + encodeURIComponent(
-      '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><circle cx="8" cy="8" r="8" ' +
-      `fill="${colour}"/><path fill="#fff" d="${path}"/></svg>`);
+    const {level, headline, advice, since, until} = currentStatus();
+    const image = "data:image/svg+xml," + encodeURIComponent('<svg xmlns="http://www.w3.org/2000' +
+      `/svg" viewBox="0 0 2 2"><circle cx="1" cy="1" r="1" fill="${COLOURS[level]}"/></svg>`);
     const isOver = run.outcome != null || IS_RECORDING, now = serverTime();
     const spent = run.spent + (isOver || !run.latest ? 0 : Math.max(0, now - run.latest));
     const elapsed = since ? duration(now - since) : "";
@@ -5524,8 +5519,8 @@ DASHBOARD_PAGE = r"""<!doctype html>
   }
 
   function drawRun() {
-    const {info, tokens, cost, unpriced} = run, done = run.current?.number ?? 0;
-    const unknown = unpriced ? "not reported" : "–";
+    const {info, tokens, cost} = run, done = run.current?.number ?? 0;
+    const unknown = run.isUnpriced ? "not reported" : "–";
     const cached = Math.round(100 * tokens.cached / tokens.prompt);
     setText("title", firstLine(info.task) || "No run yet");
     setText("tokens", count(tokens.total || tokens.prompt + tokens.completion));
@@ -5533,19 +5528,17 @@ DASHBOARD_PAGE = r"""<!doctype html>
     byId("tokens").title = `${count(tokens.prompt)} in, ${count(tokens.completion)} out`;
     drawFigure("iterations-done", String(done), done, info.max_iter, String);
     drawFigure("cost", cost == null ? unknown : money(cost), cost ?? 0, info.max_cost, money);
-    byId("cost").title = unpriced ? `${unpriced} calls did not report their cost` : "";
     for (const name of ["model", "agent", "workdir", "attach"]) {
       setText(name, byId(name).title = firstLine(info[name]));
       byId(name).closest("div").hidden = !info[name];
     }
     const started = new Date(run.started).toLocaleString([], {dateStyle: "medium"});
     if (IS_RECORDING && run.started) setText("recording", `Recording of ${started}`);
-    for (const name of ["task", "facts"]) {
-      if (byId(name).shown === run[name]) continue;
-      byId(name).shown = run[name];
-      byId(name).closest(".card").hidden = !run[name].length;
-      byId(name).replaceChildren(...run[name].map(item => fill(createElement("li", ""), item)));
-    }
+  }
+
+  function drawList(id, items) {
+    byId(id).closest(".card").hidden = !items.length;
+    byId(id).replaceChildren(...items.map(item => fill(createElement("li", ""), item)));
   }
 
   function drawEnd() {
@@ -5582,14 +5575,11 @@ DASHBOARD_PAGE = r"""<!doctype html>
     label.startsWith(byId("filter").value) && (!searched || searched.test(body)));
 
   function fill(element, body) {
-    const rest = count(body.length - MAX_SHOWN);
-    const more = createElement("button", "", `show ${rest} more characters`);
-    const shown = body.slice(0, searched ? 10 * MAX_SHOWN : MAX_SHOWN);
+    const shown = body.slice(0, MAX_SHOWN), hidden = body.length - shown.length;
     const parts = searched ? shown.split(searched) : [shown];
     element.replaceChildren(...parts.map((part, index) =>
       index % 2 ? createElement("mark", "", part) : part));
-    more.onclick = () => { element.textContent = body; };
-    if (body.length > shown.length) element.append("\n", more);
+    if (hidden) element.append(`\n[... ${count(hidden)} more characters: see the journal]`);
     return element;
   }
 
@@ -5668,13 +5658,9 @@ DASHBOARD_PAGE = r"""<!doctype html>
     const peak = Math.max(...chosen.map(sum)), last = iterations.at(-1).number;
     range.textContent = `iterations ${iterations[0].number} to ${last}, highest ${format(peak)}`;
     bars.replaceChildren(...chosen.map(iteration => createElement("span", "",
-      ...parts(iteration).map(part => createBar(100 * part / (peak || 1))))));
-  }
-
-  function createBar(percent) {
-    const bar = createElement("i", "");
-    bar.style.height = `${percent}%`;
-    return bar;
+      ...parts(iteration).map(() => createElement("i", "")))));
+    bars.querySelectorAll("span").forEach((bar, index) => parts(chosen[index]).forEach(
+      (part, kind) => { bar.children[kind].style.height = `${100 * part / (peak || 1)}%`; }));
   }
 
   function addChart(title, kinds, format, parts) {
