@@ -5167,7 +5167,7 @@ _IP_ADDRESS = re.compile(r"[0-9.]+|.*:.*")      # in Host, no name looks like th
 _CONTROL_ACTIONS = ("pause", "resume", "stop", "note", "continue", "interrupt")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _machine_names() -> frozenset[str]:
     """Return the names of this machine.  May take seconds, if a name server does not answer."""
     name = socket.gethostname().lower()
@@ -5431,10 +5431,11 @@ class Dashboard(http.server.ThreadingHTTPServer):
         """Save the address beside the journal, readable for this user only."""
         address = {"host": self._host, "port": self.server_port, "token": self.token,
                    "url": self.url}
+        path = journal_path.with_suffix(".dashboard")
         with contextlib.suppress(OSError):      # the journal complains about such a disk
-            with open(journal_path.with_suffix(".dashboard"), "w",
-                      opener=lambda *how: os.open(*how, 0o600)) as file:
-                json.dump(address, file)
+            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            with open(file, "w", encoding="utf-8") as stream:
+                json.dump(address, stream)
 
     def server_bind(self) -> None:
         """Bind, `::` for IPv4 too, without the base class's slow search for our own name."""
