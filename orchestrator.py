@@ -55,6 +55,7 @@ Contents
 from __future__ import annotations
 
 import argparse
+import codecs
 import collections
 import contextlib
 import dataclasses
@@ -72,6 +73,7 @@ import io
 import itertools
 import json
 import math
+import operator
 import os
 import queue
 import random
@@ -91,11 +93,11 @@ import termios
 import textwrap
 import threading
 import time
-import unicodedata
 import urllib.error
 import urllib.parse
 import urllib.request
 import weakref
+import zlib
 from pathlib import Path
 from typing import (
     Any, Callable, Generator, Iterable, Iterator, Mapping, NamedTuple, Protocol, Sequence, TextIO,
@@ -176,20 +178,21 @@ class AgentExited(AgentError):
 
 
 class ModelError(OrchestratorError):
-    """The model server refused a request or could not be reached; a retry would not help.
+    """The model server refused a request or can't be reached; sending it again does not help.
 
-    `http_status` is the HTTP status, or 0.  `suggested_options` maps options of the request to
-    the lower value that would be accepted, or to None if the option has to be left out.
+    `kind` says what is wrong, `token_counts` which limits the server named, by what they count,
+    and `refused_features` what it does not take of the request.
     """
 
     exit_status = 6
     outcome = "model"
-    http_status = 0
-    suggested_options: Mapping[str, int | None] = {}
+    kind = ""
+    token_counts: Mapping[str, int] = {}
+    refused_features: Sequence[str] = ()
 
 
 class RequestRejected(ModelError):
-    """The model can't or won't answer this request.  Sending it again fails again."""
+    """The model can't or won't answer this request. Sending it again fails again."""
 
 
 class ContextWindowExceeded(RequestRejected):
@@ -197,17 +200,14 @@ class ContextWindowExceeded(RequestRejected):
 
 
 class TransientError(ModelError):
-    """A request failed in a way that may pass.  Wait, then send it again.
+    """A request failed in a way that may pass: wait, then send it again."""
 
-    `retry_after` is the number of seconds that the server asked for, or None.  `max_attempts`
-    limits the attempts in a row; 0 means that only the retry timeout does.
-    """
-
-    def __init__(self, message: str, *, retry_after: float | None = None,
-                 max_attempts: int = 0) -> None:
+    def __init__(self, message: str, *, retry_after: float | None = None, max_attempts: int = 0,
+                 correction: str = "") -> None:
         super().__init__(message)
-        self.retry_after = retry_after
-        self.max_attempts = max_attempts
+        self.retry_after = retry_after      # seconds, if the server said so
+        self.max_attempts = max_attempts    # in a row; 0: until RETRY_TIMEOUT
+        self.correction = correction        # what the model is told with the next attempt
 
 
 class Interrupted(KeyboardInterrupt):
@@ -233,7 +233,7 @@ _POSITIVE_INT = (r"0*[1-9][0-9]{0,8}", "a whole number, 1 or more")
 _NON_NEGATIVE_NUMBER = (r"[0-9]{1,9}(\.[0-9]*)?|\.[0-9]+", "a number, 0 or more")
 _PORT = (r"[0-5]?\d{1,4}|6[0-4]\d{3}|65[0-4]\d\d|655[0-2]\d|6553[0-5]",
          "a whole number, 0 to 65535")
-_URL = (rf"https?://([\w.-]+|\[[\da-fA-F:.]+\])(:({_PORT[0]}))?(/[^\s?#]*)?",
+_URL = (rf"https?://([\w.-]+|\[[\da-fA-F:.]+\])(:({_PORT[0]}))?(/[^\s?#]*)?(\?[^\s#]*)?",
         "an http:// or https:// address")
 
 
@@ -769,7 +769,8 @@ CODEX = AgentProfile(
                          r"\besc (?:to )?(?:cancel|close|exit|(?:go )?back)\b", re.I),
     startup_dialogs=(
         StartupRule(re.compile("trust the contents of this directory"), "Yes"),
-        StartupRule(re.compile("Update available"), "Skip")),
+        StartupRule(re.compile("Update available"), "Skip"),
+        StartupRule(re.compile("Try new model"), "Use existing model")),
     usage_limit=re.compile(
         r"(?m)^[^\w\"'`]*(?:You['’]ve (?:hit|reached) your .*limit|Usage limit reached)"
         + _LIMIT_END, re.I),
@@ -1199,10 +1200,12 @@ def find_startup_dialog(profile: AgentProfile, screen: Sequence[str]) -> Startup
 
 
 def find_problem(profile: AgentProfile, text: str) -> str:
-    """Return what to do about a problem in the agent's text that only you can fix, or ""."""
+    """Return a sentence on a problem in the agent's text that only you can fix, or ""."""
     for rule in profile.problems:
-        if rule.pattern.search(text):
-            return rule.advice
+        found = rule.pattern.search(text)
+        if found:
+            line = text[:found.end()].rsplit("\n", 1)[-1] + text[found.end():].split("\n", 1)[0]
+            return f"it says {' '.join(line.split())[:200]!r}. {rule.advice}"
     return ""
 
 
@@ -1268,11 +1271,27 @@ def parse_usage_limit(
 # May use: Errors, Configuration, Agent profiles.
 
 _SERVER_LOST = re.compile("server exited|lost server")
-_SESSION_LOST = re.compile(r"no server running|error connecting to .*\((No such file|Connection refused)|"
-                   "no sessions|no current target|can't find (session|window|pane)")
+_NO_CONNECTION = re.compile(r"error connecting to .*\((No such file|Connection refused)")
+_SESSION_LOST = re.compile(r"no server running|error connecting to .*\((No such file|"
+                           r"Connection refused)|no sessions|no current target|"
+                           r"can't find (session|window|pane)")
 _WIDTH, _HEIGHT, _HISTORY_LIMIT = 200, 50, 50_000
-INITIAL_TITLE = "starting"    # the title of a window whose program has not given it one
-_CALL_TIMEOUT = 5.0       # seconds; a server of another version may never answer
+INITIAL_TITLE = "starting"      # the title of a window whose program has not given it one
+_CALL_TIMEOUT = 5.0             # seconds; a server of another version may never answer
+
+
+def process_start_time(pid: int) -> str:
+    """Return when a process began, "" if it is gone or a zombie, or if nothing tells.
+
+    Slim containers have no ps, and macOS has no /proc.
+    """
+    with contextlib.suppress(OSError):
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        return "" if fields[0] == "Z" else fields[19]
+    with contextlib.suppress(OSError):
+        return subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True,
+                              stdin=subprocess.DEVNULL, text=True, errors="replace", env={}).stdout
+    return ""
 
 
 class PaneSnapshot(NamedTuple):
@@ -1337,6 +1356,8 @@ class Tmux:
         self.socket_name = socket_name
         self.session = session
         self._environ = child_environment(environ)
+        self._session_exists = False    # when last asked for
+        self._server = 0, ""            # id and start time of the server, once it was seen
         self._server_hint = f"is the server on socket {socket_name} of another version, or stopped?"
 
     @property
@@ -1352,47 +1373,68 @@ class Tmux:
         return text
 
     def find_pane(self) -> tuple[str, str]:
-        """Return mark and id of our pane; no mark for a session of others, nor id for none.
+        """Return the mark of our session and the id of the agent's pane.
 
-        A person may have made panes beside ours, and look at one of them.
+        Without a session both are ""; for a session of others only the mark is; if the agent's
+        pane was closed but panes that a person made are left, only the id is.
         """
         try:
-            panes = self._query("list-panes", "-s", "-t", f"={self.session}:",
-                               "-F", "#{@orchestrator}\t#{pane_id}").splitlines()
+            rows = self._query("list-panes", "-s", "-t", f"={self.session}:", "-F",
+                               "#{@orchestrator}\t#{pane_id}\t#{@orchestrator_session}")
         except TmuxSessionLost:
+            self._session_exists = False
             return "", ""
-        mark, pane_id = max(panes).split("\t")         # those without a mark sort below
-        return mark, pane_id
+        self._session_exists = True
+        pane_mark, pane_id, session_mark = max(row.split("\t") for row in rows.splitlines())
+        if pane_mark:
+            return pane_mark, pane_id
+        return (session_mark, "") if session_mark else ("", pane_id)
 
-    def new_session(self, command: Sequence[str], directory: str, mark: str) -> str:
-        """Make the session, and the server if need be; return the id of its pane.
+    def new_pane(self, command: Sequence[str], directory: str, mark: str) -> str:
+        """Start a command in a new session, or in a new window of ours; return the pane's id.
 
         All in one call: history-limit and remain-on-exit are fixed, or too late, once the program
         runs.  A global window-size manual, for resize-window, kills the server on tmux 3.3a to
         3.6; -c can't name each directory: since 3.2 not a#[b]; without a pipe tmux up to 3.3a may
         note the end of a program before it has read its last words.
         """
-        target, apart = f"={self.session}:", self._foreign_server_prefix()
-        settings = () if apart else (
-            "start-server", ";", "set-option", "-s", "@started_by", "orchestrator", ";",
-            "set-option", "-g", "history-limit", str(_HISTORY_LIMIT), ";",
-            "set-option", "-g", "remain-on-exit", "on", ";",
-            "set-option", "-s", "focus-events", "on", ";",
-            "set-option", "-g", "update-environment", "", ";")
+        target = f"={self.session}:"
+        prefix = self._foreign_server_prefix()
+        new: tuple[str, ...] = ("new-window", "-t", target)
+        if not self._session_exists:
+            new = (*(() if prefix else self._server_settings()), "new-session", "-d", "-s",
+                   self.session, "-x", str(_WIDTH), "-y", str(_HEIGHT))
         return self._query(
-            *settings, "new-session", "-d", "-s", self.session, "-x", str(_WIDTH),
-            "-y", str(_HEIGHT), "-P", "-F", "#{pane_id}", "--", *apart, *command, ";",
+            *new, "-P", "-F", "#{pane_id}", "--", *prefix, *self._without_shell(command), ";",
             "set-option", "-w", "-t", target, "remain-on-exit", "on", ";",
             "pipe-pane", "-t", target, "exec cat > /dev/null", ";",
             "resize-window", "-t", target, "-x", str(_WIDTH), "-y", str(_HEIGHT), ";",
             "select-pane", "-t", target, "-T", INITIAL_TITLE, ";",
+            "set-option", "-t", target, "@orchestrator_session", mark, ";",
             "set-option", "-p", "-t", target, "@orchestrator", mark, cwd=directory).strip()
+
+    @staticmethod
+    def _server_settings() -> tuple[str, ...]:
+        """Return the commands that set up a server of ours."""
+        return ("start-server", ";", "set-option", "-s", "@started_by", "orchestrator", ";",
+                "set-option", "-g", "history-limit", str(_HISTORY_LIMIT), ";",
+                "set-option", "-g", "remain-on-exit", "on", ";",
+                "set-option", "-s", "focus-events", "on", ";",
+                "set-option", "-g", "update-environment", "", ";")
+
+    @staticmethod
+    def _without_shell(command: Sequence[str]) -> tuple[str, ...]:
+        """Return a command in the form that tmux runs itself.
+
+        It gives a single word to the user's shell, which may be one that refuses, as nologin.
+        """
+        return ("env", *command) if len(command) == 1 else tuple(command)
 
     def respawn_pane(self, pane_id: str, command: Sequence[str], directory: str) -> None:
         """Start a command in a pane whose program has ended; its history stays."""
         self._run("select-pane", "-t", pane_id, "-T", INITIAL_TITLE, ";",
-                  "respawn-pane", "-k", "-t", pane_id, "--", *self._foreign_server_prefix(), *command,
-                  cwd=directory)
+                  "respawn-pane", "-k", "-t", pane_id, "--", *self._foreign_server_prefix(),
+                  *self._without_shell(command), cwd=directory)
 
     def _foreign_server_prefix(self) -> tuple[str, ...]:
         """Return what goes before a command on a server of others, whose options stay theirs.
@@ -1418,6 +1460,8 @@ class Tmux:
             raise TmuxSessionLost(f"can't find pane: {pane_id}")
         (_, server, pid, dead, mode, alternate, row, column, columns, rows, cursor_flag,
          exit_status, exit_signal, terminal) = first.split(":", 13)
+        if int(server) != self._server[0]:
+            self._server = int(server), process_start_time(int(server))
         exit_description = f"status {exit_status}" if exit_status else ""
         if exit_signal:
             exit_description = f"signal {exit_signal}"
@@ -1486,32 +1530,55 @@ class Tmux:
         return answer
 
     def _run(self, *args: str, text: str = "", cwd: str | None = None) -> str:
-        """Run commands, with a `;` between them; one at the end of another word is that word's."""
+        """Run commands, with a `;` between them, and return what they print."""
+        done = self._call(args, text, cwd)
+        if done.returncode and _NO_CONNECTION.search(done.stderr) and self._restore_socket():
+            done = self._call(args, text, cwd)
+        if done.returncode == 0:
+            return done.stdout
+        message = done.stderr.strip() or f"status {done.returncode}"
+        if "server exited unexpectedly" in message:     # it died, or it is of another version
+            if args == ("list-sessions",):
+                raise TmuxError(f"tmux: {message}: {self._server_hint}")
+            with contextlib.suppress(TmuxSessionLost):
+                self._run("list-sessions")
+        text = f"tmux {args[0]}: {message}"
+        if _SERVER_LOST.search(message):
+            raise TmuxServerLost(text)
+        if _SESSION_LOST.search(message):
+            raise TmuxSessionLost(text)
+        raise TmuxError(text)
+
+    def _call(self, args: Sequence[str], text: str,
+              cwd: str | None) -> subprocess.CompletedProcess[str]:
+        """Run the tmux program; a `;` at the end of a longer word belongs to that word."""
         words = [re.sub(r"(?<=.);\Z", r"\\;", word, flags=re.S) for word in args]
         try:
-            done = subprocess.run(
+            return subprocess.run(
                 ["tmux", "-u", "-L", self.socket_name, "-f", os.devnull, *words], input=text,
                 capture_output=True, encoding="utf-8", errors="replace", env=self._environ,
                 cwd=cwd, timeout=_CALL_TIMEOUT, start_new_session=True)   # no Ctrl-C for it
         except FileNotFoundError as error:
+            if error.filename == cwd:
+                raise AgentError(f"the working directory is gone: {cwd}") from None
             raise AgentError(
-                f"the working directory is gone: {cwd}" if error.filename == cwd else
                 "tmux is not installed: apt install tmux, brew install tmux") from None
         except subprocess.TimeoutExpired:
             raise TmuxError(f"tmux {args[0]} gave no answer in {_CALL_TIMEOUT:g} s: "
                             f"{self._server_hint}") from None
         except OSError as error:
             raise TmuxError(f"tmux can't be run: {error.strerror}") from None
-        if done.returncode == 0:
-            return done.stdout
-        said = done.stderr.strip() or f"status {done.returncode}"
-        if "server exited unexpectedly" in said:    # it died, or it is of another version
-            if args == ("list-sessions",):
-                raise TmuxError(f"tmux: {said}: {self._server_hint}")
-            with contextlib.suppress(TmuxSessionLost):
-                self._run("list-sessions")
-        kind = TmuxServerLost if _SERVER_LOST.search(said) else TmuxSessionLost if _SESSION_LOST.search(said) else TmuxError
-        raise kind(f"tmux {args[0]}: {said}")
+
+    def _restore_socket(self) -> bool:
+        """Ask our server to make its socket again, which something that cleans /tmp removed."""
+        pid, start_time = self._server
+        if not start_time or process_start_time(pid) != start_time:
+            return False
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGUSR1)
+            time.sleep(0.2)
+            return True
+        return False
 
 
 # -- 7. Agent -----------------------------------------------------------------------------
@@ -1774,16 +1841,6 @@ class TurnDetector:
         return sum(1 for line in lines if words and words.search(line))
 
 
-def process_start_time(pid: int) -> str:
-    """Return when a process began, or nothing: slim containers have no ps, macOS has no /proc."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
-    with contextlib.suppress(OSError):
-        return subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True,
-                              stdin=subprocess.DEVNULL, text=True, errors="replace", env={}).stdout
-    return ""
-
-
 def process_tree(pid: int) -> dict[int, str]:
     """Return a process and its descendants, with the session (else the terminal) of each."""
     parents: dict[int, tuple[int, str]] = {}
@@ -1803,6 +1860,23 @@ def process_tree(pid: int) -> dict[int, str]:
                     if parent in family and child not in family}:
         family |= found
     return {member: parents[member][1] for member in family if member in parents}
+
+
+def processes_of_pane(server_pid: int, pane_id: str) -> list[int]:
+    """Return the processes that have a pane in their environment, wherever they are now.
+
+    A daemon has left its parent and its session, but its environment still tells where it was
+    started.  Where that can't be read, as on macOS, the list is empty.
+    """
+    found = []
+    pane, server = f"\0TMUX_PANE={pane_id}\0".encode(), f",{server_pid},".encode()
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            variables = b"\0" + path.read_bytes() + b"\0"
+            tmux = variables.partition(b"\0TMUX=")[2].partition(b"\0")[0]
+            if pane in variables and server in tmux:
+                found.append(int(path.parent.name))
+    return found
 
 
 class _Submission:
@@ -1831,7 +1905,8 @@ class Agent:
     """
 
     # Seconds that a first screen stands still: a ready one, unknown words, a box without a title.
-    READY_SETTLE_SECONDS, UNKNOWN_SETTLE_SECONDS, UNTITLED_SETTLE_SECONDS, READY_TIMEOUT = 0.4, 10.0, 30.0, 60.0
+    READY_SETTLE_SECONDS, UNKNOWN_SETTLE_SECONDS, UNTITLED_SETTLE_SECONDS = 0.4, 10.0, 30.0
+    MENU_SETTLE_SECONDS, READY_TIMEOUT = 2.0, 60.0
     INDICATOR_DELAY_SECONDS = 5.0   # a known agent shows that it works; a busy machine is slow
     KEY_SETTLE_SECONDS = 1.0        # a known agent's screen after a key that starts no work
     SHOW_SECONDS = 2.0              # on a still screen, for a pasted text to show
@@ -1869,6 +1944,7 @@ class Agent:
         self._has_conversation = self._turn_in_progress = False
         self._blocked_by_dialog = False                      # it shows no input box, but something unknown
         self._restart_times: list[float] = []
+        self._refused_options: set[str] = set()     # optional ones that the installed version lacks
         self._last_published: tuple[float, tuple[str, ...]] = (0.0, ())
 
     def __enter__(self) -> Agent:
@@ -1883,16 +1959,42 @@ class Agent:
 
     def check_installed(self) -> str:
         """Return where the agent's program is; raise AgentError if it is not there."""
-        profile, how = self._profile.start_command[0], self._profile.install_command or "check CLAUDE_CMD"
-        found = shutil.which(profile)
-        if not found:
-            raise AgentError(f"{self.name}: there is no {profile} on the PATH: {how}")
-        return f"{self.name}: {found}"
+        program = self._profile.start_command[0]
+        path = shutil.which(program)
+        if not path:
+            how = self._profile.install_command or "Check CLAUDE_CMD."
+            if self._profile.install_command:
+                how = f"Install it: {how}"
+            raise AgentError(f"{self.name}: {program} is not on your PATH. {how}")
+        return f"{self.name}: {path}"
+
+    def check_login(self, environ: Mapping[str, str]) -> str:
+        """Return whether the agent is logged in; raise AgentError if it says that it isn't.
+
+        Raises AgentError too if it would refuse to run as root.  Takes some seconds.
+        """
+        option, variable = self._profile.root_check
+        words = self._profile.start_command
+        if option and option in words and not environ.get(variable) and os.geteuid() == 0:
+            raise AgentError(f"{self.name} refuses {option} as root. Run as another user, or set "
+                             f"{variable}=1 where nothing can be damaged, as in a container.")
+        command = self._profile.login_status_command
+        if not command or words[0] != command[0]:
+            return "unknown: start it once to see"
+        try:
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                                  errors="replace", env=child_environment(environ), timeout=30)
+        except (OSError, subprocess.TimeoutExpired):
+            return "unknown: it did not answer"
+        problem = find_problem(self._profile, f"{done.stdout}\n{done.stderr}")
+        if problem:
+            raise AgentError(f"{self.name}: {problem}")
+        return "logged in" if done.returncode == 0 else "unknown: this version does not tell"
 
     def find_session(self) -> str:
         """Return the pane to join, if there is one; raise ConfigError if the session isn't ours."""
         mark, pane_id = self._tmux.find_pane()
-        if pane_id and mark != self._session_mark:
+        if mark != self._session_mark and (mark or pane_id):
             raise ConfigError(
                 f"the tmux session {self._tmux.session} is in use for {mark or 'something else'}. "
                 "Choose another name (CLAUDE_TMUX_SESSION, or the argument session), or close it: "
@@ -1904,7 +2006,7 @@ class Agent:
 
         If it was `resume` to before, and the session is gone, it is started with its conversation.
         Raises ConfigError for a session that was made for something else, AgentError if the
-        program is missing or ends at once.
+        program is missing or ends at once, or says that you have to do something first.
         """
         self._pane_id, notes = self.find_session(), ()
         self._has_conversation = resume or bool(self._pane_id)
@@ -1914,12 +2016,12 @@ class Agent:
             elif resume:
                 raise TmuxSessionLost(f"there is no {self._tmux.session}")
             else:
-                self._launch(self._profile.start_command)
-        except (TmuxSessionLost, AgentExited) as trouble:
-            if isinstance(trouble, AgentExited) and not self._has_conversation:
+                self._launch(resume=False)
+        except (TmuxSessionLost, AgentExited) as error:
+            if isinstance(error, AgentExited) and not self._has_conversation:
                 self.stop()     # its words are told; a dead session is in the way
                 raise
-            notes = (self._restart(trouble),)
+            notes = (self._restart(error),)
         self._forget_output()
         pane = self._snapshot()
         return Turn(pane.text, notes=notes + self._menu_notes(pane))
@@ -1964,10 +2066,16 @@ class Agent:
         return self._with_recovery(lambda pane: Turn(pane.text))
 
     def stop(self) -> None:
-        """End the session, if it is ours."""
+        """End the session, if it is ours, and all that the agent has started in it."""
         with contextlib.suppress(OrchestratorError):
-            if self.find_session():
-                self._tmux.kill_session()
+            self._pane_id = self.find_session() or self._pane_id
+            with contextlib.suppress(OrchestratorError):
+                pane = self._tmux.snapshot(self._pane_id)
+                self._server_pid = pane.server_pid
+                self._process = pane.pid, process_start_time(pane.pid)
+            processes = self._find_processes()
+            self._tmux.kill_session()
+            self._end_processes(processes)
 
     def _with_recovery(self, act: Callable[[PaneSnapshot], Turn],
                  again: Callable[[], bool] = never) -> Turn:
@@ -2285,6 +2393,8 @@ class Agent:
         lines, is_exact = self._take_new_output(pane)
         output = "\n".join(lines).strip("\n")
         limit = parse_usage_limit(self._profile, output, datetime.datetime.now())
+        if state != "working":
+            self._raise_problem("\n".join(text_lines(lines)[-3:]))
         if not output and state != "working":       # no answer; or cleared, and the same again
             output = pane.text
             is_exact = state == "idle"
@@ -2320,96 +2430,153 @@ class Agent:
 
     # starting and reviving
 
-    def _launch(self, command: Sequence[str]) -> None:
-        """Run a command in the pane, or in a new session, and wait until it is ready."""
+    def _launch(self, resume: bool) -> None:
+        """Run the agent in the pane, or in a new session, and wait until it is ready.
+
+        An installed version that refuses an optional argument is started again without it.
+        """
         self.check_installed()
-        self._pane_id, self._server_pid = self.find_session(), 0
-        if self._pane_id:
-            self._tmux.respawn_pane(self._pane_id, command, self._directory)
-        else:
-            self._pane_id = self._tmux.new_session(command, self._directory, self._session_mark)
-            self._made_session = True
-        self._wait_until_ready()
+        while True:
+            command = self._profile.resume_command if resume else self._profile.start_command
+            for name, words in self._profile.optional_arguments:
+                if name not in self._refused_options:
+                    command = (*command, *words)
+            self._pane_id, self._server_pid = self.find_session(), 0
+            if self._pane_id:
+                self._tmux.respawn_pane(self._pane_id, command, self._directory)
+            else:
+                self._pane_id = self._tmux.new_pane(command, self._directory, self._session_mark)
+                self._made_session = True
+            try:
+                self._wait_until_ready()
+                return
+            except AgentExited as error:
+                self._raise_problem(error.last_output)
+                refused = {name for name, _ in self._profile.optional_arguments
+                           if name in error.last_output} - self._refused_options
+                if not refused:
+                    raise
+                self._refused_options |= refused
+
+    def _raise_problem(self, text: str) -> None:
+        """Raise AgentError if the agent says that there is a problem which only you can fix."""
+        problem = find_problem(self._profile, text)
+        if problem:
+            error = AgentError(f"{self.name}: {problem}")
+            error.last_output = text
+            raise error
 
     def _wait_until_ready(self) -> None:
-        """Wait until the screen stands still and the agent can be typed to; answer its questions.
+        """Wait until the screen has settled and the agent can be typed to; answer its dialogs.
 
-        One key at a time, and only on a screen that stands still: Claude Code draws its trust
-        question twice, and the cursor jumps back.
+        One key at a time, and only on a settled screen: an agent may draw a dialog twice, and then
+        its cursor jumps back.
         """
-        started, changed, last, answered = self._clock(), 0.0, None, ""
+        started = self._clock()
+        changed, last_state, answer = 0.0, None, ""
         while True:
             pane, now = self._snapshot(), self._clock()
-            if pane.screen != last:
-                last, changed = pane.screen, now
-            late = now - started >= self.READY_TIMEOUT
-            if now - changed >= self._required_settle_seconds(pane) or late:
-                question = find_startup_dialog(self._profile, pane.screen)
-                if answered and (not question or question.answer != answered):
+            dialog = find_startup_dialog(self._profile, pane.screen)
+            state = dialog or find_problem(self._profile, pane.text) or pane.screen
+            if state != last_state:     # not the screen: there may be an animation above a dialog
+                last_state, changed = state, now
+            is_late = now - started >= self.READY_TIMEOUT
+            if now - changed >= self._required_settle_seconds(pane) or is_late:
+                if answer and (not dialog or dialog.answer != answer):
                     self._publish("note", source="orchestrator",
-                                  text=f"answered a question of {self.name}: {answered}")
-                if not question or late:
-                    self._turn_in_progress = False
-                    self._habits.learn_idle(pane)
-                    self._blocked_by_dialog = self._is_known and (
-                        bool(question) or self._required_settle_seconds(pane) > self.READY_SETTLE_SECONDS)
+                                  text=f"answered a question of {self.name}: {answer}")
+                if not dialog or is_late:
+                    self._accept_first_screen(pane)
                     return
-                key, answered, changed = question.next_key, question.answer, now
-                self._retry_write(lambda seen: self._tmux.send_keys(seen, key))
+                answer, changed = dialog.answer, now
+                self._press_key(dialog.next_key)
             self._sleep(0.05)
 
+    def _press_key(self, key: str) -> None:
+        self._retry_write(lambda pane: self._tmux.send_keys(pane, key))
+
+    def _accept_first_screen(self, pane: PaneSnapshot) -> None:
+        """Note that the agent waits for input, or for what only you can do: then AgentError."""
+        has_box = has_input_box(self._profile, pane.screen)
+        if not has_box:
+            self._raise_problem(pane.text)
+        self._turn_in_progress = False
+        self._habits.learn_idle(pane)
+        is_untitled = pane.title == INITIAL_TITLE
+        self._blocked_by_dialog = self._is_known and (not has_box or is_untitled)
+
     def _required_settle_seconds(self, pane: PaneSnapshot) -> float:
-        """Return how long a first screen has to stand still before it is taken as the last.
-
-        Codex shows its box, but no title, before it takes text.
-        """
-        if not self._is_known:
-            return self.READY_SETTLE_SECONDS if pane.text else self.UNKNOWN_SETTLE_SECONDS
-        if find_startup_dialog(self._profile, pane.screen):
-            return self.READY_SETTLE_SECONDS
+        """Return how long a first screen has to stand still before it is taken as the last."""
+        if not pane.text:
+            return self.READY_TIMEOUT if self._is_known else self.UNKNOWN_SETTLE_SECONDS
         if has_input_box(self._profile, pane.screen):
-            return self.UNTITLED_SETTLE_SECONDS if pane.title == INITIAL_TITLE else self.READY_SETTLE_SECONDS
-        return self.UNKNOWN_SETTLE_SECONDS if pane.text else self.READY_TIMEOUT
+            # A box may be there before the agent takes text, but then it has not set the title.
+            is_untitled = pane.title == INITIAL_TITLE
+            return self.UNTITLED_SETTLE_SECONDS if is_untitled else self.READY_SETTLE_SECONDS
+        if not self._is_known or find_startup_dialog(self._profile, pane.screen):
+            return self.READY_SETTLE_SECONDS
+        if find_problem(self._profile, pane.text) or describe_menu(self._profile, pane.screen):
+            return self.MENU_SETTLE_SECONDS
+        return self.UNKNOWN_SETTLE_SECONDS
 
-    def _restart(self, trouble: AgentError) -> str:
+    def _restart(self, error: AgentError) -> str:
         """Start the agent again, with its conversation if it can; return what to say about it."""
-        remembers, latest = bool(self._has_conversation and self._profile.resume_command), trouble
-        what = str(trouble)
-        if isinstance(trouble, TmuxSessionLost):
-            what = f"the session is gone ({trouble})"
-            self._kill_orphan()
+        what = str(error)
+        if isinstance(error, TmuxSessionLost):
+            what = f"the session is gone ({error})"
+            self._end_processes(self._find_processes())
+        resumes = bool(self._has_conversation and self._profile.resume_command)
+        self._count_restart(error)
         while True:
-            now = self._clock()
-            self._restart_times = [at for at in self._restart_times if now - at < self.RESTART_WINDOW_SECONDS] + [now]
-            if len(self._restart_times) > self.MAX_RESTARTS:
-                raise AgentError(f"{self.name} was restarted {self.MAX_RESTARTS} times in ten minutes "
-                                 f"without finishing a turn; the last time: {latest}")
             try:
-                self._launch(self._profile.resume_command if remembers else self._profile.start_command)
+                self._launch(resumes)
                 break
-            except (TmuxSessionLost, AgentExited) as error:
-                if remembers:       # the other way to start it is no restart more
-                    self._restart_times.pop()
-                latest, remembers = error, False
+            except (TmuxSessionLost, AgentExited) as latest:
+                if not resumes:     # the other way to start it is no restart more
+                    self._count_restart(latest)
+                resumes = False
         self._forget_output()
-        what += "; it was started again"
-        self._publish("recovery", what=what, resumed=remembers)
-        return f"{what} and " + ("remembers the conversation." if remembers
-                                 else "remembers nothing of what was said before.")
+        self._publish("recovery", what=f"{what}; it was started again", resumed=resumes)
+        memory = ("remembers the conversation" if resumes
+                  else "has no memory of the earlier conversation")
+        return f"{what}; it was started again and {memory}."
 
-    def _kill_orphan(self) -> None:
-        """End a program that outlives its pane, two seconds later: a new one would work beside it.
+    def _count_restart(self, error: AgentError) -> None:
+        """Note a restart; raise AgentError if there were too many of them lately."""
+        now = self._clock()
+        self._restart_times = [at for at in self._restart_times
+                               if now - at < self.RESTART_WINDOW_SECONDS] + [now]
+        if len(self._restart_times) > self.MAX_RESTARTS:
+            raise AgentError(f"{self.name} was restarted {self.MAX_RESTARTS} times in ten minutes "
+                             f"without finishing a turn; the last time: {error}")
 
-        It leads a session of its own, as tmux had it; it was told by SIGHUP that the pane is gone.
+    def _find_processes(self) -> dict[int, str]:
+        """Return the agent's process and those that it has started, with their start times."""
+        pid, start_time = self._process
+        pids = set(processes_of_pane(self._server_pid, self._pane_id))
+        with contextlib.suppress(OSError):
+            # It leads a session of its own.  0 and 1 would be our own group, or every process.
+            if pid > 1 and start_time and os.getsid(pid) == pid and (
+                    process_start_time(pid) == start_time):
+                pids.update(process_tree(pid))
+        return {pid: process_start_time(pid) for pid in pids if pid > 1 and pid != os.getpid()}
+
+    def _end_processes(self, processes: dict[int, str]) -> None:
+        """End what outlives its pane: its tools would work on, and beside a new agent.
+
+        By then they were told by SIGHUP that the pane is gone, except those that have left its
+        session.  What they start meanwhile ends too.
         """
-        pid, born = self._process
-        for again in range(25):
-            try:        # 0 and 1 would be our own group and every process there is
-                if pid < 2 or not born or os.getsid(pid) != pid or process_start_time(pid) != born:
-                    return
-                os.killpg(pid, signal.SIGKILL if again >= 20 else 0)
-            except OSError:
+        for attempt in range(25):
+            processes.update(self._find_processes())
+            alive = [pid for pid, start_time in processes.items()
+                     if start_time and process_start_time(pid) == start_time]
+            if not alive:
                 return
+            if attempt in (3, 20):
+                for pid in alive:
+                    with contextlib.suppress(OSError):
+                        os.kill(pid, signal.SIGTERM if attempt == 3 else signal.SIGKILL)
             self._sleep(0.1)
 
 
@@ -2420,7 +2587,7 @@ Messages = Sequence[Mapping[str, str]]
 
 
 class TokenUsage(NamedTuple):
-    """What calls used, as the API counts; of `prompt` what its cache had, and what was put in."""
+    """Tokens of model calls; of `prompt`, how many the cache had, and how many it took in."""
 
     prompt: int = 0
     completion: int = 0
@@ -2428,17 +2595,21 @@ class TokenUsage(NamedTuple):
     cached: int = 0
     written: int = 0
 
+    def plus(self, other: Sequence[int]) -> TokenUsage:
+        """Return the sum of both."""
+        return TokenUsage(*map(operator.add, self, other))
+
 
 class Reply(NamedTuple):
-    """A complete answer of the model, and what all attempts to get it used."""
+    """A complete reply of the model, and what all the attempts at it used."""
 
     text: str
     tokens: TokenUsage = TokenUsage()
-    cost: float | None = None       # US dollars; None: the server did not report it
+    cost: float | None = None       # US dollars, None if the server does not report it
     duration_ms: int = 0
 
     def usage_fields(self) -> dict[str, Any]:
-        """Return what it used, as events tell it."""
+        """Return the usage as fields of an event."""
         return {"tokens": self.tokens._asdict(), "cost": self.cost}
 
 
@@ -2465,15 +2636,100 @@ class ChatModel(Protocol):
         ...
 
 
+class ModelAccess(NamedTuple):
+    """What is known of the model before its first call; `warning` is a sentence or nothing."""
+
+    description: str
+    warning: str = ""
+
+
+class _ErrorKind(NamedTuple):
+    """How servers report one kind of error, and what the user can do about it."""
+
+    name: str
+    statuses: tuple[int, ...] = ()  # of HTTP, or as the body has it
+    types: str = ""                 # the error's type or code: regular expressions, for any case
+    words: str = ""                 # in its message
+    advice: str = ""
+
+
+# The first row that fits counts.  What is said comes before the status, which is often wrong.
+_ERROR_KINDS = (
+    _ErrorKind("tool call", (), "tool_use_failed",
+               "model called a tool|failed to call a function|tool call validation"),
+    _ErrorKind("credit", (402,), "payment_required|insufficient_.*|arrearage|billing_.*",
+               r"credit balance|insufficient[\w ]* (balance|credit|fund|quota)|(out of|no) credit|"
+               r"(balance|credits?)( is| are| has been| have been)* (too low|exhausted|depleted|"
+               r"used up|insufficient|not enough)|quota (is )?not enough|in arrears|overdue|top up|"
+               r"recharge|key limit exceeded|(spend(ing)?|billing)( hard)? limit|can only afford",
+               "Add credit, or raise the limit of the key"),
+    _ErrorKind("overflow", (), "", "request too large"),
+    _ErrorKind("rate limit", (429,), "rate_limit_exceeded", "rate limit (reached|exceeded)",
+               "That is too long to wait: continue later with --resume"),
+    _ErrorKind("output limit", (), "", r"max_tokens`? (is too large|must be less|value)|"
+               r"range of max_tokens|max_tokens: \d+ > \d+"),
+    _ErrorKind("overflow", (413,), "context_.*exceeded|exceed_context_size_error|string_too_long|"
+               "token_limit_exceeded|payload_too_large|request_too_large",
+               r"context[ _](length|limit|window|size)|maximum context|too many tokens|(prompt|"
+               r"input) is too long|exceeds? the maximum number of tokens|reduce the length of|"
+               r"tokens \+ `?max_new_tokens"),
+    _ErrorKind("key", (401,), "authentication(_error)?|(invalid_api_key|api_key_invalid)|"
+               "unauthenticated", r"(incorrect|invalid|missing|expired|no) api[ _-]?key|"
+               r"api[ _-]?key (is )?(not valid|invalid|missing|expired)",
+               "Check OPENROUTER_API_KEY for {address}"),
+    _ErrorKind("content", (451,), "content_policy.*|content_filter|refusal|"
+               "data_inspection_failed|responsibleaipolicyviolation",
+               r"content[ _](policy|management)|usage polic|moderation|flagged|prompt.injection"),
+    _ErrorKind("model", (), "model_not_found|deploymentnotfound",
+               r"not a valid model|model\b.{0,80}\b(not found|not exist)|no endpoints found",
+               "Check OPENROUTER_MODEL for {address}"),
+    _ErrorKind("address", (300, 301, 302, 303, 307, 308, 404, 405, 501), "",
+               "unexpected endpoint",
+               "Check OPENROUTER_BASE_URL={address} (most servers need /v1 at its end) and "
+               "OPENROUTER_MODEL"),
+    _ErrorKind("proxy", (407,), advice="Check user and password of the proxy"),
+    _ErrorKind("forbidden", (403,), "permission_denied",
+               advice="The key, the provider or a firewall does not allow this request"),
+    _ErrorKind("outage", (408, 409, 425, *range(500, 600)), "server(_error)?|unmapped|timeout|"
+               "provider_unavailable|provider_overloaded|overloaded_error"),
+    _ErrorKind("request", words=".?", advice="OPENROUTER_MODEL may not take this request"))
+_AZURE_ADVICE = ("For Azure OpenAI set OPENROUTER_BASE_URL to https://RESOURCE.openai.azure.com/"
+                 "openai/v1 and OPENROUTER_MODEL to the name of the deployment")
+_TOKEN_COUNTS = tuple(map(re.compile, (     # what errors say of numbers of tokens
+    r"can only afford (?P<affordable>\d{1,9})",
+    r"supports at most (?P<output>\d{1,9}) completion",
+    r"max_tokens`? must be less than or equal to `?(?P<output>\d{1,9})",
+    r"max_tokens: \d+ > (?P<output>\d{1,9})",
+    r"range of max_tokens (?:is|should be) \[\d+, ?(?P<output>\d{1,9})",
+    r"Limit (?P<total>\d{1,9}), Requested (?P<requested>\d{1,9})",
+    r"context length is (?P<total>\d{1,9}) tokens.*?(?P<prompt>\d{1,9}) "
+    r"(?:of text input|in the messages|input tokens)",
+    r"exceed context limit: (?P<prompt>\d{1,9}) \+ \d+ > (?P<total>\d{1,9})",
+    r"must be <= (?P<total>\d{1,9})\. Given: (?P<prompt>\d{1,9})")))
+_FEATURES = {       # what a request uses, and the words of a server that does not take it
+    "max_completion_tokens": r"\bmax_completion_tokens\b",
+    "cache_control": r"\bcache[ _]control\b",
+    "stream_options": r"\bstream[ _]options\b",
+    "session_id": r"\bsession[ _]id\b",
+    "max_tokens": r"\bmax[ _]tokens\b",
+    "stream": r"\bstream(ing)?\b",
+    "system role": r"system role|roles must alternate|got system"}
+_CONTINUE_PROMPT = ("Your answer was cut off because it became too long. Continue exactly where it "
+                    "stopped, without a comment on that.")
+_NO_TOOLS_PROMPT = "[Your last answer was a tool call. There are no tools here: answer with text.]"
+_END_OF_STREAM: dict[str, Any] = {"choices": []}        # stands for `data: [DONE]`
+
+
 class _NoRedirectHandler(urllib.request.HTTPRedirectHandler):
-    """A redirected POST would become a GET, and might carry the key to another host."""
+    """Refuse redirects: a redirected POST becomes a GET, and could take the key to another host."""
 
     def redirect_request(self, *request: object) -> None:
         return None
 
 
 def _error_reason(error: BaseException) -> str:
-    said = str(getattr(error, "reason", None) or error)     # may repeat what the server sent
+    """Return what an error says on one line; it may repeat what the server sent."""
+    said = str(getattr(error, "reason", None) or error)
     return " ".join(sanitize(said).split()) or type(error).__name__
 
 
@@ -2482,375 +2738,668 @@ def _base_model_name(model: object) -> str:
     return re.sub(r"[:@].*", "", str(model)).replace(".", "-").lower()
 
 
-_STATUS_BY_ERROR_TYPE = {word: status for status, words in {     # of types and codes that are words
-    401: "authentication invalid_api_key", 402: "payment_required insufficient_quota",
-    400: "invalid_request invalid_prompt unprocessable precondition_failed",
-    403: "permission_denied", 404: "not_found model_not_found", 429: "rate_limit_exceeded",
-    413: "context_length_exceeded string_too_long token_limit_exceeded payload_too_large",
-    451: "content_policy_violation refusal",
-    503: "server server_error unmapped timeout provider_unavailable provider_overloaded"
-         " overloaded_error"}.items() for word in words.split()}
-_CONTEXT_WINDOW_ERROR = re.compile(r"context[ _]length|maximum context|(prompt|input) is too long|"
-                       r"too many tokens|context (window|limit)", re.I)
-_CONTENT_POLICY_ERROR = re.compile(r"content[ _]policy|usage polic|moderation|flagged|prompt[ _]injection", re.I)
-_TOKEN_LIMIT_ERROR = re.compile(r"can only afford (\d{1,9})|context length is (\d{1,9}) tokens.*?"
-                   r"(\d{1,9}) (?:of text input|in the messages|input tokens)")
-_OPTIONAL_PARAMETERS = ("cache_control", "stream_options", "session_id", "max_tokens", "stream")
-_CONTINUE_PROMPT = ("Your answer was cut off because it became too long. Go on exactly where it stopped, "
-       "without a word about that.")
-_CREDIT_ADVICE = "add credit, or raise the limit of the key"
-_ADVICE_BY_STATUS = {401: "check OPENROUTER_API_KEY", 402: _CREDIT_ADVICE,
-           403: "the key, the provider or what stands before it does not allow that",
-           404: "check OPENROUTER_MODEL and OPENROUTER_BASE_URL",
-           407: "check the proxy that the environment names",
-           429: "too long to wait for: --resume goes on later"}
+def _find_proxy(url: str) -> str:
+    """Return host and port of the proxy for a URL, "" for none; its password is left out."""
+    with contextlib.suppress(ValueError):
+        parts = urllib.parse.urlsplit(url)
+        if not urllib.request.proxy_bypass(parts.hostname or ""):
+            proxy = urllib.request.getproxies().get(parts.scheme, "")
+            return proxy.rpartition("@")[2].rpartition("//")[2].rstrip("/")
+    return ""
 
 
-def _parse_retry_after(error: Mapping, headers: Mapping[str, str]) -> float | None:
-    """Return in how many seconds a server wants to be asked again, None if it does not say."""
-    told = {str(name).lower().replace("_", "-"): value for name, value in [
+def split_lines(pieces: Iterable[bytes], encoding: str, max_bytes: int) -> Iterator[str]:
+    """Yield the lines of a body, which may be compressed; they end with LF, CRLF or CR."""
+    decoder = io.IncrementalNewlineDecoder(
+        codecs.getincrementaldecoder("utf-8-sig")("replace"), translate=True)
+    decompressor: Any = None
+    begun = size = 0
+    parts: list[str] = []
+    for piece in pieces:
+        if not begun and (piece.startswith(b"\x1f") or encoding == "deflate"):
+            decompressor = zlib.decompressobj(wbits=47)     # gzip or zlib, by its first bytes
+        begun = 1
+        plain = decompressor.decompress(piece) if decompressor else piece
+        size += len(plain)
+        if size > max_bytes:
+            break
+        rest, *lines = decoder.decode(plain).split("\n")
+        parts.append(rest)
+        for line in lines:
+            yield "".join(parts)
+            parts = [line]
+    yield "".join(parts)
+
+
+def _parse_events(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Yield the JSON objects of server-sent events; one that is cut off at the end is dropped."""
+    name = data = ""
+    for line in lines:
+        field, _, value = line.partition(":")
+        if line.startswith("{"):        # from a server that forgets `data:`
+            field, value = "data", line
+        value = re.sub(r"\A\s*(data:\s*)*", "", value)      # some gateways write it twice
+        if field in ("event", "error"):
+            name = "error" if field == "error" else value
+        if field in ("data", "error") and not value.startswith(":"):    # a comment gone astray
+            data = f"{data}\n{value}".strip()
+        if data == "[DONE]":
+            yield _END_OF_STREAM
+            return
+        chunk = parse_json_object(data) if data.endswith("}") else None
+        if not line and not chunk and data.startswith("{"):
+            raise ValueError(data[:80])
+        if name == "error" and data and (chunk or not line) and not (chunk and "error" in chunk):
+            chunk = {"error": chunk or data}
+        if chunk:
+            yield chunk
+        if chunk or not line:
+            name = data = ""
+
+
+def parse_chunks(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
+    """Yield the JSON objects of a response: of a whole body, or of a stream of events.
+
+    Its first line decides which it is; labels are often wrong.  Raises ValueError for other text.
+    """
+    first = next((line for line in lines if line.strip()), "")
+    if re.match("(data|event|id|retry|error)? ?:", first):
+        yield from _parse_events(itertools.chain([first], lines))
+        return
+    text = "\n".join([first, *lines]).strip()
+    body = (parse_json_object(f'{{"body": {text}}}') or {}).get("body")
+    if body is None:        # one object a line, or no JSON
+        body = [parse_json_object(line) for line in text.split("\n") if line.strip()]
+    for chunk in body if isinstance(body, list) else [body]:
+        if not isinstance(chunk, dict):
+            raise ValueError(text[:80])
+        yield chunk
+
+
+class _ThinkingTooLong(RequestRejected):
+    """The reply reached max_tokens before it had any text: more room may help."""
+
+
+def _parse_retry_after(error: Mapping[str, Any], headers: Mapping[str, str]) -> float | None:
+    """Return the seconds after which a server wants to be asked again, None if it says nothing."""
+    fields = {str(name).lower().replace("_", "-"): value for name, value in [
         *headers.items(), *get_object(get_object(error, "metadata"), "headers").items(),
         *get_object(error, "availability").items()]}
-    seconds, reset = get_number(told, "retry-after"), get_number(told, "x-ratelimit-reset") or 0.0
-    at = reset / 1000       # it is in milliseconds since 1970
+    seconds = get_number(fields, "retry-after")
+    reset_at = (get_number(fields, "x-ratelimit-reset") or 0.0) / 1000      # milliseconds
     with contextlib.suppress(TypeError, ValueError, OverflowError):
-        at = email.utils.parsedate_to_datetime(str(told.get("retry-after"))).timestamp()
-    return at - time.time() if seconds is None and at > time.time() else seconds
+        reset_at = email.utils.parsedate_to_datetime(str(fields.get("retry-after"))).timestamp()
+    if seconds is None and reset_at > time.time():
+        return reset_at - time.time()
+    return seconds
 
 
-def _parse_option_changes(message: str, kind: int) -> dict[str, int | None]:
-    """Return what a refusal asks to change: a lower max_tokens, or an option that is to go."""
-    found = _TOKEN_LIMIT_ERROR.search(message)
-    if found:
-        room = int(found[1] or found[2]) - int(found[3] or 0)
-        return {"max_tokens": int(room * 0.95)} if room >= 1000 else {}
-    return {name: None for name in _OPTIONAL_PARAMETERS if kind in (400, 404, 422)
-            and re.search(rf"\b{name.replace('_', '[ _]')}(ing)?\b", message, re.I)}
+def _error_message(error: Mapping[str, Any]) -> str:
+    """Return what an error says, without markup; it may be JSON again, and in several places."""
+    said = next(filter(None, map(error.get, ("message", "error", "msg", "detail", "errors"))), "")
+    raw = get_object(error, "metadata").get("raw")
+    if raw and said in ("", "Provider returned error"):
+        said = f"{said}: {raw}"
+    inner = said if isinstance(said, dict) else parse_json_object(str(said))
+    if inner:
+        return _error_message(get_object(inner, "error") or inner)
+    return " ".join(re.sub(r"<[^>]*>", " ", sanitize(str(said)[:2_000])).split())
 
 
-def error_from_response(status: int, body: object, headers: Mapping[str, str]) -> ModelError:
-    """Return the error for an answer that is no success, by its type or code wherever that stands.
+def _find_error_kind(types: Iterable[str], status: int, message: str) -> _ErrorKind:
+    """Return the first row of the table that fits."""
+    for kind in _ERROR_KINDS[:-1]:
+        if status in kind.statuses or any(re.fullmatch(kind.types, name) for name in types):
+            return kind
+        if kind.words and re.search(kind.words, message, re.I):
+            return kind
+    return _ERROR_KINDS[-1]
 
-    The shapes are those of the OpenRouter documentation, errors-and-debugging: the error may
-    come with status 200, its code may be a number, a word or missing, and the provider's own
-    words may be in metadata.raw.
+
+def _find_token_counts(error: Mapping[str, Any], message: str) -> dict[str, int]:
+    """Return the numbers of tokens that an error mentions, by what they count."""
+    if "n_ctx" in error:
+        return {"total": get_int(error, "n_ctx"), "prompt": get_int(error, "n_prompt_tokens")}
+    matches = filter(None, (pattern.search(message) for pattern in _TOKEN_COUNTS))
+    return next(({name: int(count) for name, count in match.groupdict().items()}
+                 for match in matches), {})
+
+
+def _make_error(kind: _ErrorKind, text: str, can_pass: bool, retry_after: float | None,
+                address: str) -> ModelError:
+    """Return the error of a kind: whether it passes, is the model's, or needs the user."""
+    if kind.name == "overflow":
+        return ContextWindowExceeded(text)
+    if kind.name in ("content", "tool call"):
+        correction = _NO_TOOLS_PROMPT if kind.name == "tool call" else ""
+        return TransientError(text, max_attempts=3, correction=correction)
+    is_daily = kind.name == "rate limit" and re.search("per.day|daily", text)
+    if can_pass and not is_daily and not (kind.name == "rate limit" and (retry_after or 0) > 3600):
+        return TransientError(text, retry_after=retry_after)
+    advice = kind.advice.format(address=address)
+    if "azure.com" in address and kind.name in ("key", "model", "address"):
+        advice = _AZURE_ADVICE
+    if kind.name == "address" and "unexpected endpoint" in text.lower():    # even with status 200
+        return TransientError(f"{text}. {advice}", max_attempts=3)
+    return ModelError(f"{text}. {advice}")
+
+
+def error_from_response(status: int, body: object, headers: Mapping[str, str],
+                        address: str) -> ModelError:
+    """Return the error that a response reports, wherever and however it does.
+
+    It may come with status 200, in a list, or without the word "error"; its code may be a number,
+    a word or missing; and the provider's own words may stand deep inside.
     """
-    error = body.get("error") if isinstance(body, dict) else body
-    error = error if isinstance(error, dict) else {"message": error or body}
-    metadata, hint = get_object(error, "metadata"), _parse_retry_after(error, headers)
-    told = [metadata.get("error_type"),
-            *map(error.get, ("error_type", "code", "type", "http_status")), status]
-    code = next((int(each) for each in map(str, told) if re.fullmatch(r"[3-5]\d\d", each)), 502)
-    kind = next((_STATUS_BY_ERROR_TYPE[each] for each in map(str, told) if each in _STATUS_BY_ERROR_TYPE), code)
-    message = str(error.get("message") or "")
-    if metadata.get("raw") and message in ("", "Provider returned error"):
-        message = f"{message}: {metadata['raw']}"
-    message = " ".join(re.sub(r"<[^>]*>", " ", sanitize(message[:2_000])).split())
-    said = f"the model's server answered {code}" + f": {message[:300]}" * bool(message)
-    if kind == 403 and "limit exceeded" in message:     # of the key
-        kind = 402
-    passing = get_object(error, "availability").get("retryable")
-    if passing is None:
-        passing = kind in (408, 409, 425, 429) or kind >= 500
-    if kind == 429 and (hint or 86_400 * bool(re.search("per.day|daily", message))) > 3600:
-        passing = False
-    refused = metadata.get("reasons") or _CONTENT_POLICY_ERROR.search(message)
+    holder = get_object({"body": body}, "body")
+    error = get_object(holder, "error") or holder or {"message": body}
+    metadata = get_object(error, "metadata")
+    claims = [metadata.get("error_type"), error.get("error_type"), error.get("code"),
+              error.get("type"), error.get("http_status"), error.get("status"),
+              holder.get("code"), "refusal" if metadata.get("reasons") else "", status]
+    types = [str(claim).lower() for claim in claims if claim]
+    code = next((int(name) for name in types if re.fullmatch(r"[3-5]\d\d", name)), 502)
+    message = _error_message(error)
+    is_page = not holder and "<" in str(body)
+    kind = _find_error_kind(types, code, "" if is_page else message)
+    refused = [name for name, words in _FEATURES.items() if kind.name != "overflow"
+               and (code in (400, 404, 422) or name == "system role")
+               and re.search(words, message, re.I)]
+    can_pass = get_object(error, "availability").get("retryable")
+    if can_pass is None:
+        can_pass = kind.name in ("rate limit", "outage") and not refused
+    text = f"the model server answered {code}"
+    if message:
+        text += f": {message[:300].rstrip('.')}"
+    result = _make_error(kind, text, bool(can_pass), _parse_retry_after(error, headers), address)
+    result.kind = kind.name
+    result.token_counts = _find_token_counts(error, message)
+    result.refused_features = refused
+    return result
 
-    if kind == 413 or kind != 429 and _CONTEXT_WINDOW_ERROR.search(message):
-        found: ModelError = ContextWindowExceeded(said)
-        kind = 0        # no option that it names is at fault
-    elif kind == 451 or refused and (kind in (400, 403) or kind >= 500):
-        found = TransientError(said, max_attempts=3)
-    elif passing:
-        found = TransientError(said, retry_after=hint)
-    else:
-        otherwise = "OPENROUTER_MODEL may not take this request" if kind >= 400 else _ADVICE_BY_STATUS[404]
-        found = ModelError(f"{said} ({_ADVICE_BY_STATUS.get(kind, otherwise)})")
-    found.http_status, found.suggested_options = code, _parse_option_changes(message, kind)
-    return found
+
+class _Completion:
+    """The reply to one request, put together from the chunks of the response."""
+
+    def __init__(self) -> None:
+        self.finish_reason = self.refusal = ""
+        self.usage: dict[str, Any] = {}
+        self.has_begun = False          # something came that costs money
+        self._has_tool_call = False
+        self._is_whole = False          # a whole message came, or the end of the stream was marked
+        self._streamed = self._message = ""
+
+    @property
+    def text(self) -> str:
+        """Return the reply so far; a whole message adds nothing to text that was streamed."""
+        return self._streamed or self._message
+
+    def add(self, chunk: Mapping[str, Any], address: str) -> None:
+        """Add a chunk; raise the error that it reports, if it does."""
+        self.usage = get_object(chunk, "usage") or self.usage
+        choice = get_object(chunk, "choices")
+        if choice.get("error"):
+            raise error_from_response(200, choice, {}, address)
+        says = chunk.get("message") or chunk.get("detail") or chunk.get("msg")
+        if chunk.get("error") or "choices" not in chunk and isinstance(says, str):
+            raise error_from_response(200, chunk, {}, address)
+        self.finish_reason = str(choice.get("finish_reason") or self.finish_reason)
+        delta, message = get_object(choice, "delta"), get_object(choice, "message")
+        part = delta or message
+        self._is_whole |= bool(message) or chunk is _END_OF_STREAM
+        self.has_begun |= bool(part)
+        self._has_tool_call |= bool(part.get("tool_calls")) or self.finish_reason == "tool_calls"
+        self.refusal += get_text(part, "refusal")
+        self._streamed += get_text(delta, "content")
+        if not delta:
+            self._message += get_text(message, "content")
+
+    def check(self, max_malformed: int) -> None:
+        """Raise an error for a reply that is cut, empty, refused, or no text."""
+        text = self.text.strip()
+        if self.finish_reason == "length" and not text:
+            raise _ThinkingTooLong("the model used up its tokens before it began to answer. "
+                                   "Choose an OPENROUTER_MODEL that thinks less")
+        if self._has_tool_call and not text:
+            raise TransientError("the model called a tool, but it has none", max_attempts=3,
+                                 correction=_NO_TOOLS_PROMPT)
+        reason = self.finish_reason or ("stop" if self._is_whole and text else "")
+        if reason in ("", "error"):
+            raise TransientError(f"the model's answer broke off ({reason or 'no finish_reason'})",
+                                 max_attempts=0 if text else max_malformed)
+        if not text or reason == "content_filter":      # half a command is none
+            said = " ".join(self.refusal.split())[:300] or reason
+            raise TransientError(f"the model's answer is empty or refused ({said})", max_attempts=3)
+
+
+def _append(messages: Messages, text: str) -> Messages:
+    """Return messages with a paragraph added to the last one, if there is one to add."""
+    if not text:
+        return messages
+    last = {**messages[-1], "content": f"{messages[-1]['content']}\n\n{text}"}
+    return [*messages[:-1], last]
 
 
 class OpenRouter:
-    """A client of the chat completions API of OpenRouter, or of a server that speaks the same.
+    """A client of the chat completions API of OpenRouter, or of another server that has it.
 
-    `publish` is told of each failure that is survived.  Times are in seconds: READ_TIMEOUT without a
-    byte, STREAM_TIMEOUT without data, REQUEST_TIMEOUT for one try, RETRY_TIMEOUT for all of them, CHECK_TIMEOUT for a question
-    before the run, MAX_RETRY_AFTER for what a server may ask us to wait.  Raises ConfigError for a key that
-    no header takes.
+    `publish` is told of each failure that is survived.  Times are in seconds: READ_TIMEOUT without
+    a byte, STREAM_TIMEOUT without data, REQUEST_TIMEOUT for one attempt, RETRY_TIMEOUT for all of
+    them, CHECK_TIMEOUT for a question before the run.
     """
 
-    READ_TIMEOUT, STREAM_TIMEOUT, REQUEST_TIMEOUT, RETRY_TIMEOUT, CHECK_TIMEOUT, MAX_RETRY_AFTER = 120.0, 300.0, 1200.0, 3600.0, 5.0, 900.0
+    READ_TIMEOUT = 120.0
+    STREAM_TIMEOUT = 300.0
+    REQUEST_TIMEOUT = 1200.0
+    RETRY_TIMEOUT = 3600.0
+    CHECK_TIMEOUT = 5.0
+    MAX_RETRY_AFTER = 900.0
     MAX_TOKENS = 16_000     # always sent: without it the credit check assumes the model's maximum
-    MAX_RESPONSE_BYTES = 30_000_000       # bytes of an answer: a piece of a stream takes some 500 for a word
-    MAX_REPLY_PARTS = 4               # of an answer that is cut at its length again and again
+    MIN_TOKENS = 1_000      # a lower limit is of no use
+    MAX_THINKING_TOKENS = 64_000
+    MAX_RESPONSE_BYTES = 30_000_000     # a piece of a stream takes some 500 for a word
+    MAX_REPLY_PARTS = 4     # of a reply that is cut at its length again and again
 
-    def __init__(self, base_url: str, key: str, model: str, *,
+    def __init__(self, base_url: str, key: str, model: str, *, session_id: str = "",
                  publish: Callable[..., object] = ignore,
                  clock: Callable[[], float] = time.monotonic,
+                 wall_clock: Callable[[], float] = time.time,
                  sleep: Callable[[float], None] = time.sleep) -> None:
         if not re.fullmatch(r"[!-~]*", key):    # an error of the library would show it
             raise ConfigError("OPENROUTER_API_KEY: expected one word of ASCII characters")
         self.model = model
         self.characters_per_token = 4.0     # until the server has counted
-        self._max_malformed = 5      # tries, until it is known that a model is there
-        self._base = re.sub(r"/+(chat/completions/*)?$", "", base_url)
-        self._key, self._publish, self._clock, self._sleep = key, publish, clock, sleep
-        self._is_openrouter = self._base.startswith("https://openrouter.ai/")
-        self._options: dict[str, Any] = {"max_tokens": self.MAX_TOKENS, "stream": True,
-                                         "stream_options": {"include_usage": True}}
-        if self._is_openrouter:     # only it knows them; the id keeps a run on one provider's cache
-            marks = {"cache_control": {"type": "ephemeral"}} if "claude" in model else {}
-            self._options.update(marks, session_id=secrets.token_hex(16))
-        near = re.match(r"https?://(localhost|127\.0\.0\.1|\[::1\])[:/]", f"{self._base}/")
-        self._opener = urllib.request.build_opener(
-            _NoRedirectHandler, *[urllib.request.ProxyHandler({})] * bool(near))
+        self.has_long_pauses = False        # between calls: the five-minute cache would be lost
+        self._max_malformed = 5     # responses, until it is known that a model is there
+        self._key, self._publish = key, publish
+        self._clock, self._wall_clock, self._sleep = clock, wall_clock, sleep
+        address, _, query = base_url.partition("?")
+        self._address = re.sub(r"/+(chat/completions/*)?$", "", address)
+        self._query = f"?{query}" if query else ""
+        self._features = {"max_tokens", "stream", "stream_options", "system role"}
+        self._is_openrouter = self._address.startswith("https://openrouter.ai/")
+        if self._is_openrouter:     # only it knows this; it keeps a run on one provider's cache
+            self._features.add("session_id")
+        if self._is_openrouter and "claude" in model:
+            self._features.add("cache_control")
+        self._session_id = session_id or secrets.token_hex(16)
+        self._wanted_tokens = self.MAX_TOKENS
+        self._output_limit = math.inf       # tokens of a reply, by the model or the credit
+        self._total_limit = math.inf        # tokens of a request and its reply
+        self._room = math.inf               # tokens that the current request leaves for its reply
+        is_local = re.match(r"https?://(localhost|127\.0\.0\.1|\[::1\])[:/]", f"{self._address}/")
+        self._proxy = "" if is_local else _find_proxy(self._address)
+        handlers = [urllib.request.ProxyHandler({})] if is_local else []
+        self._opener = urllib.request.build_opener(_NoRedirectHandler, *handlers)
 
-    def check_access(self) -> str:
-        """Ask for the key and the model by free calls; return what is known of the model.
+    # before the run
 
-        Raises TransientError if the server can't be asked now, another ModelError for a key that
-        it refuses or that has no credit, and for a model that it does not have.
+    def check_access(self) -> ModelAccess:
+        """Check key, address and model with free requests; return what is known of the model.
+
+        Raises TransientError if the server can't be asked now, another ModelError for what has to
+        be changed.  Only OpenRouter lists every name that works; others get a warning.
         """
-        key = get_object(self._get_json("/key"), "data") if self._is_openrouter else {}
-        if isinstance(key.get("limit_remaining"), (int, float)) and key["limit_remaining"] <= 0:
-            raise ModelError(f"OPENROUTER_API_KEY has no credit left: {_CREDIT_ADVICE}")
+        if self._is_openrouter:
+            remaining = get_object(self._get_json("/key"), "data").get("limit_remaining")
+            if isinstance(remaining, (int, float)) and remaining <= 0:
+                raise ModelError("OPENROUTER_API_KEY has no credit left. Add credit, or raise the "
+                                 "limit of the key")
+        models = self._list_models()
+        if not models:
+            return ModelAccess(f"{self.model}, not checked: the server does not list its models")
+        is_pattern = self.model.startswith("~") or "*" in "".join(models)
+        is_listed = _base_model_name(self.model) in {"", *map(_base_model_name, models)}
+        if not is_pattern and not is_listed:
+            closest = difflib.get_close_matches(self.model, models, 1, 0)[0]
+            missing = (f"OPENROUTER_MODEL={self.model!r}: the server lists no such model. The "
+                       f"closest match is {closest!r}")
+            if self._is_openrouter:
+                raise ModelError(missing)
+            return ModelAccess(self.model, f"{missing}. Names that are not listed may work")
+        pricing = get_object(models.get(self.model, {}), "pricing")
+        prices = {kind: get_number(pricing, kind) for kind in ("prompt", "completion")}
+        return ModelAccess(", ".join([self.model, *(
+            f"${price * 1e6:g} per million {kind} tokens"
+            for kind, price in prices.items() if price is not None)]))
+
+    def _list_models(self) -> dict[str, dict[str, Any]]:
+        """Return the server's models by their names, nothing if it does not list them."""
         listed: Any = None
         try:
             listed = self._get_json("/models").get("data")
         except ModelError as error:
-            if error.http_status not in (400, 403, 404, 405, 501):
+            if error.kind in ("", "key", "credit", "proxy", "rate limit", "outage"):
                 raise
-        models = {str(each[name]): each for each in (listed if isinstance(listed, list) else [])
-                  for name in ("canonical_slug", "id") if isinstance(each, dict) and name in each}
-        if not models:
-            return f"{self.model}, which is not checked: the server does not list its models"
-        if not self.model.startswith("~") and "*" not in "".join(models) \
-                and _base_model_name(self.model) not in {"", *map(_base_model_name, models)}:
-            near = difflib.get_close_matches(self.model, models, 1, 0)[0]
-            raise ModelError(f"OPENROUTER_MODEL={self.model!r}: the server has no such model, "
-                             f"the nearest is {near}")
-        pricing = get_object(models.get(self.model, {}), "pricing")
-        prices = [(kind, get_number(pricing, kind)) for kind in ("prompt", "completion")]
-        return ", ".join([self.model, *(f"${price * 1e6:g} per million {kind} tokens"
-                                        for kind, price in prices if price is not None)])
+            self._check_version_path()
+        return {str(model[name]): model for model in (listed if isinstance(listed, list) else [])
+                for name in ("canonical_slug", "id") if isinstance(model, dict) and name in model}
+
+    def _check_version_path(self) -> None:
+        """Raise an error with the right address if the server has its models below /v1."""
+        listed: Any = None
+        with contextlib.suppress(ModelError):
+            listed = self._get_json("/v1/models").get("data")
+        if isinstance(listed, list):
+            raise ModelError(f"OPENROUTER_BASE_URL={self._address}: the server has its models at "
+                             f"another address. Set it to {self._address}/v1")
+
+    def check_completion(self) -> str:
+        """Ask for a tiny reply without waiting for anything; return what that took."""
+        self._wanted_tokens = 16        # the least that some providers take
+        used: list[tuple[TokenUsage, float | None]] = [(TokenUsage(), None)]
+        question = [{"role": "user", "content": "Answer with the word OK."}]
+        started_at = self._clock()
+        is_answered = False
+        while not is_answered:
+            try:
+                self._request_completion(question, ignore, lambda *usage: used.append(usage),
+                                         lambda: self.REQUEST_TIMEOUT)
+                is_answered = True
+            except _ThinkingTooLong:        # it thinks, so it is there
+                is_answered = True
+            except ModelError as error:
+                if not self._repair(error):
+                    raise
+        tokens, cost = used[-1]
+        price = "cost not reported" if cost is None else f"${cost:.4f}"
+        return f"answered in {self._clock() - started_at:.1f} s, {tokens.total:,} tokens, {price}"
+
+    # during the run
 
     def complete(self, messages: Messages, *,
                  on_text: Callable[[str], object] = ignore,
                  on_usage: Callable[[TokenUsage, float | None], object] = ignore,
                  time_left: Callable[[], float] = lambda: math.inf) -> Reply:
-        """Return the model's answer; `on_text` is given what there is of it while it comes.
+        """Return the model's reply; `on_text` is given what there is of it while it comes.
 
-        Waits out what may pass, leaves out what the server does not take, and has an answer go
-        on that was cut at its length.  `time_left` returns how many seconds there are, or raises what
-        is to end the call; `on_usage` is told what each try has used.  Raises ContextOverflow for a
-        conversation that is too long, another ModelError for what else will not pass.
+        Waits out what may pass, changes what the server does not take, and has a reply continued
+        that was cut at its length.  `time_left` returns how many seconds there are, or raises what
+        is to end the call; `on_usage` is told what each attempt used.  Raises
+        ContextWindowExceeded for a conversation that is too long, another ModelError for what else
+        will not pass.
         """
-        began, talk, whole = self._clock(), list(messages), ""
-        tokens, cost = TokenUsage(), None
+        started_at = self._clock()
+        conversation = list(messages)
+        whole = ""
+        tokens = TokenUsage()
+        cost: float | None = None
 
-        def count(more: TokenUsage, dollars: float | None) -> None:
+        def add_usage(more: TokenUsage, dollars: float | None) -> None:
             nonlocal tokens, cost
-            tokens = TokenUsage(*map(sum, zip(tokens, more)))
-            cost = cost if dollars is None else (cost or 0.0) + dollars
+            tokens = tokens.plus(more)
+            if dollars is not None:
+                cost = (cost or 0.0) + dollars
             on_usage(more, dollars)
+
+        def show_part(part: str) -> None:
+            on_text(whole + part)
 
         try:
             for _ in range(self.MAX_REPLY_PARTS):
-                text, finish = self._call_with_retries(lambda: self._request_completion(
-                    talk, lambda part: on_text(whole + part), count, time_left), time_left)
+                text, finish_reason = self._call_with_retries(conversation, show_part, add_usage,
+                                                              time_left)
                 whole += text
-                if finish != "length":
+                if finish_reason != "length":
                     break
-                talk += [{"role": "assistant", "content": text}, {"role": "user", "content": _CONTINUE_PROMPT}]
+                conversation += [{"role": "assistant", "content": text},
+                                 {"role": "user", "content": _CONTINUE_PROMPT}]
         except ModelError:
             if not whole:
                 raise
-        return Reply(whole, tokens, cost, round((self._clock() - began) * 1000))
+        return Reply(whole, tokens, cost, round((self._clock() - started_at) * 1000))
 
-    def _call_with_retries(self, call: Callable[[], tuple[str, str]],
-                time_left: Callable[[], float]) -> tuple[str, str]:
-        """Make a call, again and again until it succeeds; return what it returns."""
-        began, failures, limited = self._clock(), 0, 0
-        if "max_tokens" in self._options:       # was perhaps lowered for the last answer
-            self._options["max_tokens"] = self.MAX_TOKENS
+    def _call_with_retries(self, messages: Messages, on_text: Callable[[str], object],
+                           on_usage: Callable[..., object],
+                           time_left: Callable[[], float]) -> tuple[str, str]:
+        """Make a request, again and again until it succeeds; return text and finish reason."""
+        started_at = self._clock()
+        failures = bounded_failures = 0     # in a row
+        correction = ""
+        self._estimate_room(messages)
         while True:
             time_left()
             try:
-                return call()
+                return self._request_completion(_append(messages, correction), on_text, on_usage,
+                                                time_left)
             except TransientError as error:
-                failures, limited = failures + 1, limited + 1 if error.max_attempts else 0     # in a row
-                delay = min(60.0, 2.0 ** failures) * random.uniform(0.75, 1.25)
-                if error.retry_after is not None:       # the server's word wins, within reason
-                    delay = min(max(error.retry_after, failures / 2), self.MAX_RETRY_AFTER)
-                if error.max_attempts and limited >= error.max_attempts:
-                    raise RequestRejected(f"{error}, {limited} times") from None
-                if self._clock() + delay - began > self.RETRY_TIMEOUT:
-                    raise ModelError(f"gave up after an hour: {error}") from None
+                failures += 1
+                bounded_failures = bounded_failures + 1 if error.max_attempts else 0
+                if error.max_attempts and bounded_failures >= error.max_attempts:
+                    raise RequestRejected(f"{error}, {bounded_failures} times") from None
+                delay = self._retry_delay(error, failures)
+                if self._clock() + delay - started_at > self.RETRY_TIMEOUT:
+                    raise ModelError(f"{error}. This has gone on for an hour: continue later with "
+                                     "--resume") from None
+                correction = error.correction
                 self._publish("error", error=str(error), retry_in=round(delay, 1))
-                self._sleep(min(delay, time_left()))
+                self._wait(min(delay, time_left()))
             except ModelError as error:
-                mended = self._apply_option_change(error.suggested_options)
-                if not mended:
+                change = self._repair(error)
+                if not change:
                     raise
-                self._publish("error", error=f"{error}; asking again {mended}")
+                self._publish("error", error=f"{error}; asking again {change}")
 
-    def _apply_option_change(self, change: Mapping[str, int | None]) -> str:
-        """Lower an option, or drop it; return what was done, if anything."""
-        for name, value in change.items():
-            if value is None and self._options.pop(name, None):
+    def _retry_delay(self, error: TransientError, failures: int) -> float:
+        """Return how many seconds to wait; what the server says wins, within reason."""
+        if error.retry_after is not None:
+            return min(max(error.retry_after, failures / 2), self.MAX_RETRY_AFTER)
+        return min(60.0, 2.0 ** failures) * random.uniform(0.75, 1.25)
+
+    def _wait(self, seconds: float) -> None:
+        """Sleep until either clock says that the time is over: a laptop may sleep meanwhile."""
+        end, wall_end = self._clock() + seconds, self._wall_clock() + seconds
+        while seconds > 0:
+            self._sleep(min(seconds, 30.0))
+            seconds = min(end - self._clock(), wall_end - self._wall_clock())
+
+    # the request, and what servers have us change about it
+
+    def _max_tokens(self) -> int:
+        """Return how long the reply to the current request may become."""
+        return int(min(self._wanted_tokens, self._output_limit, self._room))
+
+    def _estimate_room(self, messages: Messages) -> None:
+        """Work out what the limits that the server once named leave for the reply to a request."""
+        size = sum(len(message["content"]) for message in messages)
+        room = 0.95 * (self._total_limit - size / self.characters_per_token)
+        self._room = max(room, self.MIN_TOKENS)
+
+    def _repair(self, error: ModelError) -> str:
+        """Change the request as an error asks for; return what was changed, "" if nothing was.
+
+        Changes last for the run, so that each is made, told and paid for once.
+        """
+        before, counts = self._max_tokens(), error.token_counts
+        if isinstance(error, _ThinkingTooLong):
+            self._wanted_tokens = min(2 * before, self.MAX_THINKING_TOKENS)
+        affordable = 0.95 * counts.get("affordable", math.inf)
+        self._output_limit = min(self._output_limit, counts.get("output", math.inf), affordable)
+        if "total" in counts:
+            prompt = counts.get("prompt", counts.get("requested", 0) - before)
+            self._total_limit = counts["total"]
+            self._room = 0.95 * (self._total_limit - prompt)
+        after = self._max_tokens()
+        names = self._features & {"max_tokens", "max_completion_tokens"}
+        if names and after != before and after >= self.MIN_TOKENS:
+            return f"with {names.pop()}={after}"
+        for name in error.refused_features:
+            if name == "max_completion_tokens" and "max_tokens" in self._features:
+                self._features = self._features - {"max_tokens"} | {name}
+                return f"with {name}"
+            if name in self._features:
+                self._features.remove(name)
                 return f"without {name}"
-            if value and value < self._options.get(name, 0):
-                self._options[name] = value
-                return f"with {name}={value}"
         return ""
 
-    def build_request(self, messages: Messages) -> dict:
+    def build_request(self, messages: Messages) -> dict[str, Any]:
         """Return the request; system prompt and newest message are marked for Claude's cache."""
-        sent: list[dict] = [dict(message) for message in messages]
-        options = dict(self._options)
-        mark = options.pop("cache_control", None)
-        for message in sent[:1] + sent[-1:] if mark else []:
-            message["content"] = [{"type": "text", "text": message["content"],
-                                   "cache_control": mark}]
-        return {"model": self.model, "messages": sent, **options}
+        sent: list[dict[str, Any]] = [dict(message) for message in messages]
+        if "system role" not in self._features and sent[0]["role"] == "system":
+            system = sent.pop(0)
+            sent[0]["content"] = f"{system['content']}\n\n{sent[0]['content']}"
+        if "cache_control" in self._features:
+            mark = {"type": "ephemeral", **({"ttl": "1h"} if self.has_long_pauses else {})}
+            for index in {0, len(sent) - 1}:
+                sent[index]["content"] = [{"type": "text", "text": sent[index]["content"],
+                                           "cache_control": mark}]
+        request: dict[str, Any] = {"model": self.model, "messages": sent}
+        for name in self._features & {"max_tokens", "max_completion_tokens"}:
+            request[name] = self._max_tokens()
+        if "stream" in self._features:
+            request["stream"] = True
+        if self._features >= {"stream", "stream_options"}:
+            request["stream_options"] = {"include_usage": True}
+        if "session_id" in self._features:
+            request["session_id"] = self._session_id
+        return request
 
-    def _request_completion(self, messages: Messages, on_text: Callable, on_usage: Callable,
-              time_left: Callable[[], float]) -> tuple[str, str]:
-        """Return text and finish reason of one try."""
-        text, finish, refusal, usage, begun = "", "", "", {}, False
-        answer = self._stream_json("/chat/completions", time_left, self.build_request(messages))
+    def _request_completion(self, messages: Messages, on_text: Callable[[str], object],
+                            on_usage: Callable[..., object],
+                            time_left: Callable[[], float]) -> tuple[str, str]:
+        """Return text and finish reason of one attempt."""
+        reply = _Completion()
+        response = self._stream_json("/chat/completions", time_left, self.build_request(messages))
         try:
-            for chunk in answer:
-                usage = get_object(chunk, "usage") or usage
-                choice = get_object(chunk, "choices")
-                wrong = chunk if chunk.get("error") else choice
-                if wrong.get("error"):
-                    raise error_from_response(200, wrong, {})
-                message = get_object(choice, "delta") or get_object(choice, "message")
-                begun |= bool(message)
-                text += get_text(message, "content")
-                refusal += get_text(message, "refusal")
-                finish = str(choice.get("finish_reason") or finish)
-                on_text(text)
+            for chunk in response:
+                reply.add(chunk, self._address)
+                on_text(reply.text)
         except TransientError:
-            if not finish or not text:      # else it was whole
+            if not reply.finish_reason or not reply.text:       # else it was complete
                 raise
         finally:
-            answer.close()
-            if usage or begun:      # what was cut costs something too, and nobody says how much
-                on_usage(*self._parse_usage(usage, sum(len(message["content"]) for message in messages)))
-        if not finish or finish == "error":     # cut by an outage, or the server knows no better
-            raise TransientError(f"the model's answer broke off ({finish or 'no finish_reason'})",
-                                 max_attempts=0 if text else self._max_malformed)
-        if not text.strip() or finish == "content_filter":      # half an order is none
-            why = " ".join(refusal.split())[:300] or finish
-            raise TransientError(f"the model's answer is empty or refused ({why})", max_attempts=3)
+            response.close()
+            if reply.usage or reply.has_begun:      # what was cut costs something too
+                on_usage(*self._parse_usage(reply.usage, messages))
+        reply.check(self._max_malformed)
         self._max_malformed = 0
-        return text, finish
+        return reply.text, reply.finish_reason
 
-    def _parse_usage(self, usage: Mapping, sent: int) -> tuple[TokenUsage, float | None]:
-        """Return tokens and US dollars of a try, and learn how long a token is."""
+    def _parse_usage(self, usage: Mapping[str, Any],
+                     messages: Messages) -> tuple[TokenUsage, float | None]:
+        """Return tokens and US dollars of an attempt, and learn how long a token is."""
         prompt, completion = get_int(usage, "prompt_tokens"), get_int(usage, "completion_tokens")
         if prompt:
-            self.characters_per_token = min(max(sent / prompt, 0.5), 8.0)
+            size = sum(len(message["content"]) for message in messages)
+            self.characters_per_token = min(max(size / prompt, 0.5), 8.0)
         details = get_object(usage, "prompt_tokens_details")
-        return (TokenUsage(prompt, completion, prompt + completion, get_int(details, "cached_tokens"),
-                       get_int(details, "cache_write_tokens")), get_number(usage, "cost"))
+        tokens = TokenUsage(prompt, completion, prompt + completion,
+                            get_int(details, "cached_tokens"),
+                            get_int(details, "cache_write_tokens"))
+        return tokens, get_number(usage, "cost")
 
-    def _get_json(self, path: str) -> dict:
-        with contextlib.closing(self._stream_json(path, lambda: self.CHECK_TIMEOUT)) as answer:
-            return next(answer, {})
+    # the connection
+
+    def _get_json(self, path: str) -> dict[str, Any]:
+        """Return the object at an address of the server; raise the error that it reports."""
+        with contextlib.closing(self._stream_json(path, lambda: self.CHECK_TIMEOUT)) as response:
+            answer = next(response, {})
+        if answer.get("error"):
+            raise error_from_response(200, answer, {}, self._address)
+        return answer
 
     def _stream_json(self, path: str, time_left: Callable[[], float],
-             body: dict | None = None) -> Generator[dict, None, None]:
-        """Yield the JSON objects of an answer, streamed or whole, while there is time `time_left`.
+                     body: dict[str, Any] | None = None) -> Generator[dict[str, Any], None, None]:
+        """Yield the JSON objects of a response, streamed or whole, while there is time left.
 
         A thread reads them, so that every wait has an end: looking up a name, a body that
         trickles and comments that go on and on have none of their own.
         """
-        inbox: queue.SimpleQueue[bytes | Exception | None] = queue.SimpleQueue()
-        over = threading.Event()
+        inbox: queue.SimpleQueue[dict[str, Any] | Exception | None] = queue.SimpleQueue()
+        is_over = threading.Event()
         try:
-            threading.Thread(target=self._read_response, args=(path, body, inbox.put, over),
+            threading.Thread(target=self._read_response, args=(path, body, inbox.put, is_over),
                              daemon=True).start()
         except RuntimeError as error:
             raise TransientError(f"the model can't be asked: {error}") from None
-        began = progress = self._clock()
-        parsed: dict | None = None
+        started_at = progress_at = self._clock()
         try:
-            while (wait := min(progress + self.STREAM_TIMEOUT, began + self.REQUEST_TIMEOUT) - self._clock()) > 0:
+            while (timeout := min(progress_at + self.STREAM_TIMEOUT,
+                                  started_at + self.REQUEST_TIMEOUT) - self._clock()) > 0:
                 try:
-                    found = inbox.get(timeout=min(wait, time_left()))
+                    found = inbox.get(timeout=min(timeout, time_left()))
                 except queue.Empty:
-                    time_left()      # says if it was that
+                    time_left()     # raises if that was it
                     break
                 if isinstance(found, Exception):
                     raise found
                 if found is None:
                     return
-                progress, text = self._clock(), self._redact(found)
-                before, parsed = parsed, parse_json_object(text)
-                if parsed is None and before:       # cut in a line
-                    return
-                if parsed is None:
-                    raise TransientError("the model's server sent no JSON object, but "
-                                         f"{text[:80]!r}: check OPENROUTER_BASE_URL",
-                                         max_attempts=self._max_malformed)
-                yield parsed
-            raise TransientError("the model's server is too slow: gave up after "
-                                 f"{self._clock() - began:.0f} s")
+                progress_at = self._clock()
+                yield found
+            raise TransientError("the model server is too slow: gave up after "
+                                 f"{self._clock() - started_at:.0f} s")
         finally:
-            over.set()
+            is_over.set()
 
-    def _read_response(self, path: str, body: dict | None, tell: Callable[[bytes | Exception | None], None],
-               over: threading.Event) -> None:
-        """Read an answer until it is over: tell each JSON text in it, then None, or what failed."""
-        answered = False
+    def _read_response(self, path: str, body: dict[str, Any] | None,
+                       put: Callable[[dict[str, Any] | Exception | None], None],
+                       is_over: threading.Event) -> None:
+        """Put each JSON object of a response, then None, or instead the error that came."""
+        has_answered = False
         try:
-            sent = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace") if body else None
-            request = urllib.request.Request(self._base + path, sent, {
+            data = None
+            if body:
+                data = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
+            request = urllib.request.Request(f"{self._address}{path}{self._query}", data, {
                 "Content-Type": "application/json", "Authorization": f"Bearer {self._key}",
                 "User-Agent": f"orchestrator/{__version__}"})
-            with self._opener.open(request, timeout=self.READ_TIMEOUT) as answer:
-                answered, room = True, self.MAX_RESPONSE_BYTES
-                if answer.headers.get_content_type() != "text/event-stream":
-                    tell(answer.read(room))
-                    room = 0
-                while not over.is_set() and (line := answer.readline(room)):
-                    room -= len(line)
-                    data = line[len(b"data:"):].strip() if line.startswith(b"data:") else b""
-                    if data == b"[DONE]":
-                        break
-                    if data:
-                        tell(data)
-            tell(None)
+            with self._opener.open(request, timeout=self.READ_TIMEOUT) as response:
+                has_answered = True
+                for chunk in parse_chunks(self._read_lines(response, is_over)):
+                    put(chunk)
+            put(None)
+        except urllib.error.HTTPError as error:
+            put(self._error_from_status(error))
         except Exception as error:      # the library has more kinds for junk than it says
-            tell(self._error_from_exception(error, answered))
+            put(self._error_from_exception(error, has_answered))
 
-    def _error_from_exception(self, error: Exception, answered: bool) -> ModelError:
+    def _read_lines(self, response: Any, is_over: threading.Event) -> Iterator[str]:
+        """Yield the lines of a body, without the key, until nobody waits for them."""
+        pieces = iter(lambda: b"" if is_over.is_set() else response.read1(16_384), b"")
+        encoding = response.headers.get("Content-Encoding", "")
+        for line in split_lines(pieces, encoding, self.MAX_RESPONSE_BYTES):
+            yield line.replace(self._key, "[key]") if len(self._key) >= 8 else line
+
+    def _error_from_status(self, error: urllib.error.HTTPError) -> ModelError:
+        """Return the error for an HTTP status, which the server or a proxy has answered with."""
+        wants_basic = "basic" in str(error.headers["WWW-Authenticate"]).lower()
+        if self._proxy and (error.code == 407 or wants_basic):
+            return self._proxy_error(error.code)
+        body: object = ""
+        with error, contextlib.suppress(Exception):
+            lines = list(self._read_lines(error, threading.Event()))
+            body = "\n".join(lines)
+            body = next(parse_chunks(iter(lines)), body)
+        return error_from_response(error.code, body, dict(error.headers), self._address)
+
+    def _proxy_error(self, status: int) -> ModelError:
+        """Return the error for a proxy that refuses us; its password is not shown."""
+        error = ModelError(f"the proxy {self._proxy} refused the connection ({status}). Check its "
+                           "user and password in https_proxy or http_proxy")
+        error.kind = "proxy"
+        return error
+
+    def _error_from_exception(self, error: Exception, has_answered: bool) -> ModelError:
         """Return what an error of the library means."""
         reason = _error_reason(error)
-        if isinstance(error, urllib.error.HTTPError):
-            text = ""
-            with error, contextlib.suppress(Exception):
-                text = self._redact(error.read(100_000))
-            return error_from_response(error.code, parse_json_object(text) or text, error.headers)
-        if refused := re.search(r"Tunnel connection failed: (\d+)", reason):   # by a proxy
-            return error_from_response(int(refused[1]), reason, {})
-        if answered:
+        tunnel = re.search(r"Tunnel connection failed: (\d+)", reason)
+        if tunnel and tunnel[1] in ("401", "403", "407"):
+            return self._proxy_error(int(tunnel[1]))
+        if has_answered and isinstance(error, ValueError):
+            return TransientError(f"the model server sent no JSON object, but {reason!r}. Check "
+                                  f"OPENROUTER_BASE_URL={self._address}",
+                                  max_attempts=self._max_malformed)
+        if has_answered:
             return TransientError(f"the model's answer broke off: {reason}")
         if isinstance(error, (http.client.InvalidURL, ValueError)):
-            return ModelError(f"OPENROUTER_BASE_URL={self._base!r}: {error}")
+            return ModelError(f"OPENROUTER_BASE_URL={self._address!r}: {error}")
         if "CERTIFICATE_VERIFY_FAILED" in reason:
-            return ModelError(f"the certificate of {self._base} can't be verified: Python from "
+            return ModelError(f"the certificate of {self._address} can't be verified. Python from "
                               "python.org on macOS needs its Install Certificates.command once; "
                               "elsewhere set SSL_CERT_FILE")
-        return TransientError(f"{self._base} can't be reached: {reason}")
-
-    def _redact(self, data: bytes) -> str:
-        """Return what the server said without the key, should it repeat that."""
-        text = data.decode("utf-8-sig", "replace")
-        return text.replace(self._key, "[key]") if len(self._key) >= 8 else text
+        proxy = f" through the proxy {self._proxy}" if self._proxy else ""
+        return TransientError(f"{self._address} can't be reached{proxy}: {reason}")
 
 
 # -- 9. Memory ----------------------------------------------------------------------------
@@ -3352,9 +3901,9 @@ MEMORY_SAVE: fact      a short fact that will help in later runs in this directo
 _VERIFY_HINT = "The user's check then runs; if it fails, you see its output and go on."
 _CONFIRM_HINT = "No check is set up, so you are asked to confirm it."
 _SUMMARY_PROMPT = """\
-Below is the older part of a session in which you direct a coding agent. Summarise it for \
-yourself, in at most 600 words: what was asked, what was done and proved, what failed and why, \
-decisions, names of files and commands that matter, what is still to do. Write only the summary."""
+[The conversation gets too long. Summarise the session so far for yourself, in at most 600 words: \
+what was asked, what was done and proved, what failed and why, decisions, names of files and \
+commands that matter, what is still to do. Write only the summary; it is not typed.]"""
 _COMPACTION_PROMPT = """\
 Below are facts remembered from work in one directory, as a JSON object. Return one of the same \
 form with at most {limit} facts, and nothing else: merge what belongs together, drop what is \
@@ -3376,60 +3925,41 @@ class Action(NamedTuple):
 
 
 class _Line(NamedTuple):
-    """A line of a reply: a command with its argument, or text, which has no command word."""
+    """A line of a reply: text, or a command with its argument, which is None if it is unclear."""
 
     text: str
     word: str = ""
-    argument: str = ""
-    is_clear: bool = True           # False: it begins with a command word, but has another form
+    argument: str | None = ""
 
 
 _COMMAND_FORMS = {
-    "KEYS": "KEYS: Down Enter", "WAIT": "WAIT: 90s (or 10m, 2h)", "MEMORY_SAVE": "MEMORY_SAVE: fact",
-    "TASK_COMPLETE": "TASK_COMPLETE, alone on its line", "TASK_FAILED": "TASK_FAILED: reason"}
+    "KEYS": "KEYS: Down Enter", "WAIT": "WAIT: 90s (or 10m, 2h)",
+    "MEMORY_SAVE": "MEMORY_SAVE: fact", "TASK_FAILED": "TASK_FAILED: reason",
+    "TASK_COMPLETE": "TASK_COMPLETE, alone on its line"}
 _THINKING_BLOCK = re.compile(r"\A\s*<(think|thinking)>.*?(?:</\1>|\Z)|"
                              r"\A(?:(?!<think).)*?^</think(?:ing)?>", re.S | re.M)
 _FENCED_REPLY = re.compile(r"```[^`\n]*\n((?:(?!```).)*)```", re.S)
 _FENCE_LINE = re.compile(r"\s*(```+|~~~+)\s*([^`]*)")
-
-# These three match plain lines, as _plain_line makes them: • stands for any symbol.
-_COMMAND_LINE = re.compile(
-    r"(?:[\s•+#=-]|\*\s|\d{1,3}[.)]\s|\[[xX•]\]\s)*(?P<opening>[*_`(\[<]*)\s*"
-    r"(?P<word>(?:TASK[\\_ -]{1,3}(?:COMPLETE|FAILED)|MEMORY[\\_ -]{1,3}SAVE|KEYS|WAIT)"
+_FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}      # to ASCII
+_COMMAND_LINE = re.compile(     # behind list marks, emojis, brackets, but no quotes or empty boxes
+    r"(?!.{0,9}\[ \])(?:[^\w\"'~>]|_|\d{1,3}[.)]\s|\[[xX]\])*?(?P<opening>[*_`(\[<]{0,6})\s{0,3}"
+    r"(?P<word>(?:TASK[\W_]{1,3}(?:COMPLETE|FAILED)|MEMORY[\W_]{1,3}SAVE|KEYS|WAIT)"
     r"(?!_*-?[A-Za-z]|_*\d)|(?i:keys|wait)(?=\s*:))(?P<rest>.*)")
-_SEPARATOR = re.compile(r"[*_`)\]]*\s*(?:[:=][*_`)\]]*|[-•.!,;]+[*_`)\]]*(?=\s)|(?=[\s(]))\s*")
-_DECORATION = re.compile(r"[\s.!,*_`)\]>•=-]*")
-_NOT_YET = re.compile(r"(?i)\W*(?:no|not|never|false|pending|almost|nearly|after|when|if|once|unless|"
-                      r"until|is|will|would|should|can|can't|cannot|won't)\b")
-
-
-def _plain_line(line: str) -> str:
-    """Return a line of the same length, with ASCII for wide letters and dashes, • for symbols."""
-    plain_by_category = {"Pd": "-", "So": "•", "Sk": "•", "Sm": "•", "Po": "•", "Ps": "[",
-                         "Pe": "]", "Mn": " ", "Cf": " ", "Zs": " "}
-
-    def convert(character: str) -> str:
-        if character.isascii():
-            return character
-        if "\uff01" <= character <= "\uff5e":       # full width
-            return chr(ord(character) - 0xFEE0)
-        return plain_by_category.get(unicodedata.category(character), character)
-
-    return "".join(map(convert, line))
-
-
-_MODIFIERS = {"c": "C-", "ctrl": "C-", "control": "C-", "m": "M-", "alt": "M-", "meta": "M-",
-              "option": "M-", "s": "S-", "shift": "S-"}
+_SEPARATOR = re.compile(
+    r"[*_`)\]]*\s*(?:[:=][*_`)\]]*|[^\w\s(\"'?]+(?=\s)|(?=[\s(]))\s*")
+_DECORATION = re.compile(r"(?:[^\w\"'?~]|_)*")
+_NOT_YET = re.compile(
+    r"(?i)\W*(?:no|not|never|false|pending|almost|nearly|after|when|if|once|unless|until|is|will|"
+    r"would|should|can|can't|cannot|won't)\b")
+_TMUX_KEYS = ("Up", "Down", "Left", "Right", "Enter", "Escape", "Tab", "BTab", "Space", "BSpace",
+              "Home", "End", "PageUp", "PageDown", "PPage", "NPage", "PgUp", "PgDn", "IC", "DC",
+              "Insert", "Delete", *(f"F{number}" for number in range(1, 13)))
+_KEY_ALIASES = {
+    **{name.lower(): name for name in _TMUX_KEYS}, "return": "Enter", "esc": "Escape",
+    "backspace": "BSpace", "del": "Delete", "spacebar": "Space", "arrowup": "Up",
+    "arrowdown": "Down", "arrowleft": "Left", "arrowright": "Right", "↑": "Up", "↓": "Down",
+    "←": "Left", "→": "Right", "⏎": "Enter", "↵": "Enter"}
 _MODIFIED_KEY = re.compile(r"(?i)(c|ctrl|control|m|alt|meta|option|s|shift)[+-](.+)")
-_KEYS_BY_NAME = {
-    "up": "Up", "down": "Down", "left": "Left", "right": "Right", "enter": "Enter",
-    "escape": "Escape", "tab": "Tab", "btab": "BTab", "space": "Space", "bspace": "BSpace",
-    "home": "Home", "end": "End", "pageup": "PageUp", "pagedown": "PageDown", "ppage": "PPage",
-    "npage": "NPage", "pgup": "PgUp", "pgdn": "PgDn", "ic": "IC", "dc": "DC", "insert": "Insert",
-    "delete": "Delete", "return": "Enter", "esc": "Escape", "backspace": "BSpace", "del": "Delete",
-    "spacebar": "Space", "backtab": "BTab", "pgdown": "PgDn", "arrowup": "Up", "arrowdown": "Down",
-    "arrowleft": "Left", "arrowright": "Right", "↑": "Up", "↓": "Down", "←": "Left", "→": "Right",
-    "⏎": "Enter", "↵": "Enter"}
 _MAX_KEYS = 100
 
 
@@ -3440,20 +3970,17 @@ def _parse_key(word: str) -> str:
     ['Escape', 'C-c', 'C-c', 'BTab', 'y', '']
     """
     modifiers = ""
-    if len(word) == 2 and word[0] == "^":
-        word = f"C-{word[1]}"
+    word = re.sub(r"\A\^(?=.)", "C-", word)
     while match := _MODIFIED_KEY.fullmatch(word):
-        modifiers += _MODIFIERS[match[1].lower()]
+        modifiers += {"c": "C-", "s": "S-"}.get(match[1][0].lower(), "M-")
         word = match[2]
-    key = _KEYS_BY_NAME.get(word.lower(), "")
-    if not key and re.fullmatch(r"(?i)f([1-9]|1[0-2])", word):
-        key = word.upper()
-    if not key and len(word) == 1:
-        key = word.lower() if modifiers else word
+    key = _KEY_ALIASES.get(word.lower(), word if len(word) == 1 else "")
     if modifiers == "S-" and key == "Tab":
         return "BTab"
     if modifiers == "S-" and len(key) == 1:
         return key.upper()
+    if modifiers and len(key) == 1:
+        key = key.lower()
     return modifiers + key if key else ""
 
 
@@ -3461,26 +3988,24 @@ def _parse_keys(text: str) -> tuple[list[str], list[str]]:
     """Return the tmux names of keys as people write them, and the words that are no keys."""
     text = re.sub(r"(?<=\S),|,(?=\S)", " ", text)
     text = re.sub(r"(?i)\b(ctrl|control|alt|meta|option|shift) ?\+ ?(?=\S)", r"\1+", text)
-    text = re.sub(r"(?i)\bpage (up|down)\b", r"page\1", text)
     text = re.sub(r"(?<=\w\w)[ (]*[x×*] ?(\d{1,2})\b\)?", r" x\1 ", text)       # Down x3
     keys: list[str] = []
     unknown = []
     for word in text.split():
-        bare = re.sub(r"\A[<\[(\"'`]+(?=.)|(?<=.)[>\])\"'`]+\Z|(?<=\w)\.\Z", "", word)
-        key = _parse_key(bare)
         repeated = re.fullmatch(r"x(\d{1,2})", word)
+        key = _parse_key(re.sub(r"\A[<\[(\"'`]+(?=.)|(?<=.)[>\])\"'`]+\Z|(?<=\w)\.\Z", "", word))
         if repeated and keys:
             keys += [keys[-1]] * (int(repeated[1]) - 1)
         elif key:
             keys.append(key)
-        elif bare.lower() not in ("arrow", "key", "then", "and"):
+        elif word.lower() not in ("arrow", "key", "then", "and"):
             unknown.append(word)
     return keys, unknown
 
 
-_DURATION = re.compile(r"(?i)(?:(?:for|about|up to|~) ?)*((?:(?:\d{1,6}(?:[.,]\d{1,3})?|an?) ?"
-                       r"(?:s|secs?|seconds?|m|mins?|minutes?|h|hrs?|hours?)(?![a-z])[\s,]*"
-                       r"(?:and )?)+|\d{1,6})\.?(?:\s*[(–—-].*)?")
+_DURATION = re.compile(
+    r"(?i)(?:(?:for|about|up to|~) ?)*((?:\d{1,6}(?:[.,]\d{1,3})? ?(?:s|secs?|seconds?|m|mins?|"
+    r"minutes?|h|hrs?|hours?)(?![a-z])[\s,]*(?:and )?)+|\d{1,6})\.?(?:\s*[(–—-].*)?")
 
 
 def _parse_duration(text: str) -> float | None:
@@ -3492,119 +4017,106 @@ def _parse_duration(text: str) -> float | None:
     match = _DURATION.fullmatch(text)
     if not match:
         return None
-    if match[1].isdigit():
-        return float(match[1])
     seconds = 0.0
-    for number, unit in re.findall(r"(\d+(?:[.,]\d+)?|\ban?) ?([smh])", match[1].lower()):
-        amount = 1.0 if number.startswith("a") else float(number.replace(",", "."))
-        seconds += amount * SECONDS_PER_UNIT[unit]
+    for number, unit in re.findall(r"([\d.,]*\d) ?([smh]?)", match[1].lower()):
+        seconds += float(number.replace(",", ".")) * SECONDS_PER_UNIT[unit or "s"]
     return seconds
 
 
-def _invalid(line: _Line, problem: str) -> Action:
-    shown = truncate_middle(line.text.strip(), 400)
-    return Action("invalid", f"Nothing was done: {problem} in the line {shown!r}. The form is: "
-                             f"{_COMMAND_FORMS[line.word]}. No line that is meant as text may begin "
-                             f"with {line.word}.")
+def _not_understood(line: _Line, problem: str) -> Action:
+    return Action("invalid", (
+        f"Nothing was done: {problem} in the line {truncate_middle(line.text.strip(), 400)!r}. The "
+        f"form is: {_COMMAND_FORMS[line.word]}. No line of a message may begin with {line.word}."))
 
 
-def _parse_key_and_wait_lines(lines: Sequence[_Line]) -> Action:
+def _parse_command(lines: Sequence[_Line]) -> Action:
     """Return what one or more KEYS lines, or one WAIT line, ask for."""
     text = "\n".join(line.text for line in lines)
-    if lines[0].word == "WAIT":
-        seconds = _parse_duration(lines[0].argument)
-        if len(lines) > 1:
-            return Action("invalid", "Nothing was done: WAIT stands alone in a reply.")
-        if seconds is None:
-            return _invalid(lines[0], "there is no time that I understand")
-        return Action("wait", text, seconds=seconds)
-    keys, unknown = _parse_keys(" ".join(line.argument for line in lines))
-    if any(line.word == "WAIT" for line in lines):
+    if len(lines) > 1 and any(line.word == "WAIT" for line in lines):
         return Action("invalid", "Nothing was done: WAIT stands alone in a reply.")
+    if lines[0].word == "WAIT":
+        seconds = _parse_duration(lines[0].argument or "")
+        if seconds is None:
+            return _not_understood(lines[0], "there is no time that I understand")
+        return Action("wait", text, seconds=seconds)
+    keys, unknown = _parse_keys(" ".join(line.argument or "" for line in lines))
     if unknown:
-        return _invalid(lines[0], f"{truncate_middle(' '.join(unknown), 200)!r} is no key")
+        return _not_understood(lines[0], f"{truncate_middle(' '.join(unknown), 200)!r} is no key")
     if not 0 < len(keys) <= _MAX_KEYS:
-        return _invalid(lines[0], f"there are {len(keys)} keys (1 to {_MAX_KEYS} are allowed)")
+        return _not_understood(lines[0], f"{len(keys)} keys (1 to {_MAX_KEYS} are allowed)")
     return Action("keys", text, keys=tuple(keys))
 
 
-def _read_line(line: str) -> _Line:
+def _read_line(text: str) -> _Line:
     """Return what a line outside any code fence is."""
-    match = _COMMAND_LINE.match(_plain_line(line[:400]))
+    match = _COMMAND_LINE.match(text[:400].translate(_FULL_WIDTH))
     if not match:
-        return _Line(line)
-    word = re.sub(r"[\\_ -]+", "_", match["word"]).upper()
-    rest = match["rest"]
-    if word.startswith("TASK") and _DECORATION.fullmatch(rest):
-        return _Line(line, word)
-    separator = _SEPARATOR.match(rest)
+        return _Line(text)
+    word = re.sub(r"[\W_]+", "_", match["word"]).upper()
+    if word.startswith("TASK") and _DECORATION.fullmatch(match["rest"]):
+        return _Line(text, word)
+    separator = _SEPARATOR.match(match["rest"])
     if not separator:
-        return _Line(line, word, is_clear=False)
-    argument = line[match.start("rest") + separator.end():].strip()
+        return _Line(text, word, None)
+    argument = text[match.start("rest") + separator.end():].strip()
     closing = match["opening"][::-1].translate({ord("("): ")", ord("["): "]", ord("<"): ">"})
     if closing and closing not in separator[0]:
         argument = argument.removesuffix(closing).strip()
-    is_clear = True
-    if word.startswith("TASK"):
-        is_clear = bool(separator[0].strip()) or argument.startswith("(")
-    if word == "TASK_COMPLETE" and _NOT_YET.match(argument):
-        is_clear = False
-    command = _Line(line, word, argument, is_clear)
-    if not match["word"].isupper() and _parse_key_and_wait_lines([command]).kind == "invalid":
-        return _Line(line)      # a sentence, such as "Wait: the build is broken"
-    return command
+    line = _Line(text, word, argument)
+    if not match["word"].isupper() and _parse_command([line]).kind == "invalid":
+        return _Line(text)      # a sentence, such as "Wait: the build is broken"
+    is_blank = not separator[0].strip() and not argument.startswith("(")
+    if word.startswith("TASK") and is_blank or word == "TASK_COMPLETE" and _NOT_YET.match(argument):
+        return _Line(text, word, None)
+    return line
 
 
 def _read_lines(reply: str, agent: str) -> Iterator[_Line]:
     """Yield the lines of a reply, up to one that pretends to be the agent's output."""
     fence = ""
-    for line in reply.split("\n"):
-        mark = _FENCE_LINE.fullmatch(line)
-        if mark and not fence:
-            fence = mark[1]
-            yield _Line(line)
-        elif fence:
-            if mark and mark[1].startswith(fence) and not mark[2]:
-                fence = ""
-            yield _Line(line)
-        elif agent and line.lstrip(" *_`#>").lower().startswith(f"{agent} output:".lower()):
-            yield _Line(line, "OUTPUT")
+    for text in reply.split("\n"):
+        mark = _FENCE_LINE.fullmatch(text)
+        if fence or mark:
+            yield _Line(text)
+        elif agent and text.lstrip(" *_`#>").lower().startswith(f"{agent} output:".lower()):
+            yield _Line(text, "OUTPUT")
             return
         else:
-            yield _read_line(line)
+            yield _read_line(text)
+        if mark and not fence:
+            fence = mark[1]
+        elif mark and mark[1].startswith(fence) and not mark[2]:
+            fence = ""
 
 
 def _choose_action(lines: Sequence[_Line]) -> Action:
     """Return the one action that the lines of a reply, without MEMORY_SAVE, ask for."""
-    words = [line.word for line in lines if line.word]
+    words = [line.word for line in lines]
     commands = [line for line in lines if line.word in ("KEYS", "WAIT")]
     message = "\n".join(line.text for line in lines if not line.word).strip("\n").rstrip()
     for line in lines:
-        if not line.is_clear:
-            return _invalid(line, "I can't tell what is asked for")
+        if line.argument is None:
+            return _not_understood(line, "I can't tell what you want")
     if "TASK_COMPLETE" in words and (commands or "TASK_FAILED" in words):
         return Action("invalid", "Nothing was done: your reply contained TASK_COMPLETE and another "
                                  "command. Send one of them.")
     if "TASK_COMPLETE" in words:
-        remarks = [line.argument for line in lines if line.word == "TASK_COMPLETE" and line.argument]
+        remarks = [line.argument or "" for line in lines if line.word]
         return Action("complete", "\n".join([message, *remarks]).strip("\n"))
     if "TASK_FAILED" in words:
-        first, *more = lines[[line.word for line in lines].index("TASK_FAILED"):]
-        reason = "\n".join([first.argument, *(line.text for line in more)]).strip()
+        first, *more = lines[words.index("TASK_FAILED"):]
+        reason = "\n".join([first.argument or "", *(line.text for line in more)]).strip()
         return Action("failed", reason or "no reason given")
-    if commands:
-        last = max(index for index, line in enumerate(lines) if line.word)
-        if any(line.text.strip() for line in lines[last + 1:]):
-            return Action("invalid", f"Nothing was done: text follows {lines[last].word}. Send either "
-                                     "the text or the command.")
-        action = _parse_key_and_wait_lines(commands)
-        if message and action.kind != "invalid":
-            note = f"The text above {words[0]} was not typed: {truncate_middle(message, 200)!r}"
-            action = action._replace(note=note)
+    if not commands:
+        return Action("message", message)
+    action = _parse_command(commands)
+    if not message or action.kind == "invalid":
         return action
-    if not _plain_line(message).strip():
-        return Action("invalid", "Your reply was empty, so nothing was typed.")
-    return Action("message", message)
+    if not [line.word for line in lines if line.text.strip()][-1]:
+        return Action("invalid", f"Nothing was done: text follows {commands[-1].word}. Send either "
+                                 "the text or the command.")
+    note = f"The text above {commands[-1].word} was not typed: {truncate_middle(message, 200)!r}"
+    return action._replace(note=note)
 
 
 def parse_reply(reply: str, agent: str = "") -> Action:
@@ -3615,16 +4127,15 @@ def parse_reply(reply: str, agent: str = "") -> Action:
     """
     text = _THINKING_BLOCK.sub("", sanitize(reply), 1)
     fenced = _FENCED_REPLY.fullmatch(text.strip())
-    lines = list(_read_lines(fenced[1] if fenced else text, agent))
-    is_cut = lines[-1].word == "OUTPUT"
-    if is_cut:
-        lines.pop()
-    facts = tuple(line.argument for line in lines if line.word == "MEMORY_SAVE" and line.argument)
-    action = _choose_action([line for line in lines if line.word != "MEMORY_SAVE" or not line.is_clear])
-    if is_cut:
+    lines = list(_read_lines((fenced[1] if fenced else text).rstrip(), agent))
+    facts = [line for line in lines if line.word == "MEMORY_SAVE" and line.argument is not None]
+    action = _choose_action([line for line in lines if line not in facts and line.word != "OUTPUT"])
+    if action.kind == "message" and not action.text.strip("\u200b\u200e\u200f\ufeff \n"):
+        action = Action("invalid", "Your reply was empty, so nothing was typed.")
+    if lines[-1].word == "OUTPUT":
         note = f'Your reply was cut at "{agent} output:", which only the program writes.'
         action = action._replace(note=f"{action.note} {note}".strip())
-    return action._replace(facts=facts)
+    return action._replace(facts=tuple(line.argument for line in facts if line.argument))
 
 
 class Observation:
@@ -3671,6 +4182,12 @@ class Conversation:
             messages.append({"role": "user", "content": observation.as_text()})
         return messages
 
+    def messages_with_request(self, request: str) -> list[dict[str, str]]:
+        """Return the messages with a request on top of the newest one, which no cache has yet."""
+        messages = self.messages()
+        messages[-1]["content"] = f"{request}\n\n{messages[-1]['content']}"
+        return messages
+
     def add_exchange(self, reply: str, *sentences: str, output: str = "") -> None:
         """Add a reply of the model, and what came of it."""
         self._exchanges.append((reply, Observation(*sentences, output=output)))
@@ -3702,7 +4219,7 @@ class Conversation:
         return count, "\n\n".join(texts)
 
     def replace_with_summary(self, summary: str, count: int) -> None:
-        """Replace the oldest `count` exchanges by a summary.  Notes of the user stay as they are."""
+        """Replace the oldest `count` exchanges by a summary, but keep the notes of the user."""
         self._summary = summary
         for _, observation in self._exchanges[:count]:
             self._kept_notes += [sentence for sentence in observation.sentences
@@ -3767,9 +4284,16 @@ class RunControl:
 class RunTotals:
     """What a run has used so far: iterations, tokens, US dollars, and seconds."""
 
+    CACHE_SECONDS = 300.0           # how long a model server keeps a prompt, if it costs no more
+    MIN_SHARE_OF_LONG_TURNS = 0.06  # from which on it is worth the price to keep it for an hour
+
     def __init__(self, clock: Callable[[], float]) -> None:
-        self.iterations, self.tokens, self.cost, self.earlier_seconds = 0, TokenUsage(), 0.0, 0.0
-        self._priced_calls = 0        # calls that are in `cost`
+        self.iterations = 0
+        self.tokens = TokenUsage()
+        self.cost: float | None = None      # None: no server has reported any
+        self.earlier_seconds = 0.0          # of the parts of the run before this one
+        self._priced_calls = 0              # calls that are in `cost`
+        self._turns = self._long_turns = 0  # of the agent; those that outlast the cache
         self.restarts = self.errors = 0     # of the agent; of all kinds
         self.last_words = ""        # the last line that the agent has shown
         self.unproved: list[str] = []       # what spoke against the end when the model confirmed it
@@ -3781,22 +4305,32 @@ class RunTotals:
         return self.earlier_seconds + self._clock() - self._started_at
 
     def add_call(self, tokens: Sequence[int], cost: float | None) -> None:
-        """Count a call to the model; a cost that is not told is taken to be the mean."""
-        self.tokens = TokenUsage(*map(sum, zip(self.tokens, tokens)))
-        if cost is None and self._priced_calls:
-            cost = self.cost / self._priced_calls
+        """Count a call to the model; a cost that is not reported is taken to be the mean."""
+        self.tokens = self.tokens.plus(tokens)
+        if cost is None and self.cost is not None:
+            cost = self.cost / max(1, self._priced_calls)
         if cost is not None:
-            self.cost, self._priced_calls = self.cost + cost, self._priced_calls + 1
+            self.cost = (self.cost or 0.0) + cost
+            self._priced_calls += 1
+
+    @property
+    def has_long_pauses(self) -> bool:
+        """Whether so many turns outlast the cache that one of an hour pays off."""
+        return self._long_turns > self.MIN_SHARE_OF_LONG_TURNS * self._turns
 
     def count_event(self, event: Event) -> None:
-        """Count an event that tells of a restart or of an error."""
+        """Count an event that tells of a restart, an error, or a turn."""
+        if event["type"] == "iteration_end":
+            self._turns += 1
+            self._long_turns += get_int(event, "duration_ms") > self.CACHE_SECONDS * 1000
         self.restarts += event["type"] == "recovery"
         self.errors += event["type"] == "error"
 
     def restore(self, past: Sequence[Event]) -> None:
         """Count what earlier parts of a run have used, without the times between them.
 
-        An iteration that had no reply yet is begun again.
+        An iteration that had no reply yet is begun again.  Where a part ends with its duration,
+        the time that the computer slept does not count either.
         """
         previous = None
         for event in past:
@@ -3804,7 +4338,7 @@ class RunTotals:
             used, cost = get_object(event, "tokens"), get_number(event, "cost")
             tokens = TokenUsage(*(get_int(used, name) for name in TokenUsage._fields))
             if event["type"] == "complete":         # has all that was used until then
-                self.tokens, self.cost = tokens, cost or 0.0
+                self.tokens, self.cost = tokens, cost
             elif used and event["type"] != "iteration_end":     # its reply has told that
                 self.add_call(tokens, cost)
             if event["type"] == "reply":
@@ -3814,16 +4348,19 @@ class RunTotals:
                 if previous and event.get("reason") != _RESUMED_REASON:
                     self.earlier_seconds += max(0.0, (at - previous).total_seconds())
                 previous = at
+            if event["type"] == "complete" and get_number(event, "duration_ms"):
+                self.earlier_seconds = get_int(event, "duration_ms") / 1000     # of all parts
 
     @contextlib.contextmanager
-    def publish_outcome(self, journal: Journal,
-                        count_changed_files: Callable[[], int | None] | None = None
-                        ) -> Iterator[None]:
+    def publish_outcome(self, journal: Journal, find_changed_files: (
+            Callable[[], list[str] | None] | None) = None) -> Iterator[None]:
         """Publish `complete` at the end of the block, however it ends."""
         def conclude() -> None:
-            files_changed = count_changed_files() if count_changed_files else None
+            changed = find_changed_files() if find_changed_files else None
+            files_changed = None if changed is None else len(changed)
             journal.publish("complete", outcome=outcome, reason=reason, iterations=self.iterations,
-                            tokens=self.tokens._asdict(), cost=round(self.cost, 6),
+                            tokens=self.tokens._asdict(),
+                            cost=None if self.cost is None else round(self.cost, 6),
                             duration_ms=round(self.seconds * 1000), restarts=self.restarts,
                             errors=self.errors, files_changed=files_changed,
                             last_words=self.last_words, unproved=self.unproved)
@@ -3902,8 +4439,10 @@ class Chat:
         if word == "/screen":
             return self._agent.read_screen()
         if word == "/keys":
-            order = parse_reply(f"KEYS: {' '.join(keys)}")
-            return self._agent.send_keys(order.keys, self._limit) if order.keys else Turn(order.text)
+            action = parse_reply(f"KEYS: {' '.join(keys)}")
+            if not action.keys:
+                return Turn(action.text)
+            return self._agent.send_keys(action.keys, self._limit)
         return self._agent.ask(message, self._limit)
 
     def _run_turn(self, line: str, act: Callable[[], Turn]) -> None:
@@ -3939,25 +4478,11 @@ def run_shell_command(command: str, directory: Path, environ: Mapping[str, str],
     return status, truncate_middle(sanitize(text).strip())
 
 
-_UNCOUNTED_PATH = re.compile(       # caches, logs, and what agents and this program write themselves
+_UNCOUNTED_PATH = re.compile(       # caches, logs, and files of the agents and of this program
     r"(?:\A|/)(?:\.(?:git|hg|svn|venv|tox|cache|\w+_cache|claude|codex|gemini|aider[^/]*|coverage)|"
     r"venv|node_modules|__pycache__|memory\.json[^/]*|orchestrator/runs)(?:/|\Z)|"
     r"\.(?:log|pyc|swp)\Z")
-
-
-class FileSnapshot(NamedTuple):
-    """The modification times and sizes of the files in a directory."""
-
-    files: Mapping[str, tuple[int, int]]
-    is_complete: bool               # False: there were too many files to look at all of them
-
-    def changed_since(self, earlier: FileSnapshot) -> list[str]:
-        """Return the paths of the files that changed, appeared or disappeared."""
-        changed = {path for path in self.files.keys() & earlier.files.keys()
-                   if self.files[path] != earlier.files[path]}
-        if self.is_complete and earlier.is_complete:
-            changed |= self.files.keys() ^ earlier.files.keys()
-        return sorted(changed)
+Files = Mapping[str, tuple[int, int]]       # modification times and sizes by path
 
 
 def _list_git_files(directory: Path, environ: Mapping[str, str]) -> list[str]:
@@ -3966,24 +4491,23 @@ def _list_git_files(directory: Path, environ: Mapping[str, str]) -> list[str]:
         return []           # without this, macOS offers to install git
     command = ["git", "-c", "core.fsmonitor=false", "ls-files", "-z", "--cached", "--others",
                "--exclude-standard"]
-    try:
-        result = subprocess.run(command, cwd=directory, env=dict(environ), timeout=1.0,
-                                stdin=subprocess.DEVNULL, capture_output=True)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return os.fsdecode(result.stdout).split("\0")[:-1] if result.returncode == 0 else []
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        output = subprocess.run(command, cwd=directory, env=dict(environ), timeout=1.0, check=True,
+                                stdin=subprocess.DEVNULL, capture_output=True).stdout
+        return os.fsdecode(output).split("\0")[:-1]
+    return []
 
 
-def snapshot_files(directory: Path, environ: Mapping[str, str], *, max_files: int = 20_000,
-                   timeout: float = 1.0) -> FileSnapshot:
-    """Look at the files in a directory, except caches and logs, for at most about `timeout` s."""
+def snapshot_files(directory: Path, environ: Mapping[str, str], timeout: float = 1.0
+                   ) -> Files | None:
+    """Look at all files but caches and logs in a directory.  None: there was not enough time."""
     deadline = time.monotonic() + timeout
-    files: dict[str, tuple[int, int]] = {}
+    files = {}
     pending = collections.deque(_list_git_files(directory, environ) or [""])
     while pending:
-        if len(files) >= max_files or time.monotonic() > deadline:
-            return FileSnapshot(files, False)
         path = pending.popleft()
+        if time.monotonic() > deadline:
+            return None
         if _UNCOUNTED_PATH.search(path):
             continue
         with contextlib.suppress(OSError):      # it may be gone by now
@@ -3992,7 +4516,33 @@ def snapshot_files(directory: Path, environ: Mapping[str, str], *, max_files: in
                 pending.extend(os.path.join(path, name) for name in os.listdir(directory / path))
             else:
                 files[path] = (status.st_mtime_ns, status.st_size)
-    return FileSnapshot(files, True)
+    return files
+
+
+def find_changed_files(before: Files | None, after: Files | None) -> list[str] | None:
+    """Return the paths that are in one snapshot only or differ; None if there is no snapshot."""
+    if before is None or after is None:
+        return None
+    paths = before.keys() | after.keys()
+    return sorted(path for path in paths if before.get(path) != after.get(path))
+
+
+_TEST_RESULT = re.compile(
+    r"(?P<failure>\b[1-9]\d* (?:tests? )?(?:failed|failures?|errors?)\b|"
+    r"\b(?:[Ff]ailures?|[Ee]rrors?)[:=] ?[1-9]|\b[A-Z]\w*(?:Error|Exception): |"
+    r"^\W*(?:FAILED|FAIL|ERROR)\b|^Traceback \(most|^not ok \d|\bcommand not found\b|"
+    r"^(?:panic|fatal|error): |Segmentation fault|[✗✘])|\b[1-9]\d* passed\b|^OK\b")
+
+
+def find_failure(output: str) -> str:
+    """Return the last line of an output if it tells of a failure, or "".
+
+    >>> find_failure("FAILED test_a\\n2 failed, 10 passed"), find_failure("0 failed, 12 passed")
+    ('2 failed, 10 passed', '')
+    """
+    lines = [line.strip() for line in output.split("\n") if line.strip()]
+    results = [match for line in lines[-12:] if (match := _TEST_RESULT.search(line[:1_000]))]
+    return truncate_middle(results[-1].string, 200) if results and results[-1]["failure"] else ""
 
 
 _LONG_WORD = re.compile(r"[^\W\d_]{3,}")
@@ -4007,45 +4557,18 @@ def _is_echo(line: str, message: str) -> bool:
     return not text or f" {text} " in f" {' '.join(message.split())} "
 
 
-_FAILURE = re.compile(
-    r"\b[1-9]\d* (?:tests? )?(?:failed|failures?|errors?)\b|\b(?:[Ff]ailures?|[Ee]rrors?)[:=] ?[1-9]|"
-    r"^\W*(?:FAILED|FAIL|ERROR)\b|^Traceback \(most recent|\b[A-Z]\w*(?:Error|Exception): |"
-    r"^not ok \d|\bcommand not found\b|^(?:panic|fatal|error): |Segmentation fault|BUILD FAILED|[✗✘]")
-_SUCCESS = re.compile(r"\b[1-9]\d* passed\b|^OK\b|BUILD SUCCESS")
-
-
-def find_failure(output: str) -> str:
-    """Return the last line at the end of an output that tells of a failure, or "".
-
-    >>> find_failure("FAILED test_a\\n2 failed, 10 passed"), find_failure("0 failed, 12 passed")
-    ('2 failed, 10 passed', '')
-    """
-    lines = [line.strip() for line in output.split("\n") if line.strip()]
-    for line in reversed(lines[-12:]):
-        if _FAILURE.search(line[:1_000]):
-            return truncate_middle(line, 200)
-        if _SUCCESS.search(line[:1_000]):
-            return ""
-    return ""
-
-
-def find_last_line(output: str) -> str:
-    """Return the last line that is not blank, or ""."""
-    return next((line.strip() for line in reversed(output.split("\n")) if line.strip()), "")
-
-
-class ProgressTracker:
-    """Tell turns that bring something new from turns that only repeat or reword."""
+class NewsDetector:
+    """Tell outputs that say something new from those that repeat or reword the last ones."""
 
     def __init__(self) -> None:
         self._lines: collections.deque[set[str]] = collections.deque(maxlen=12)     # of outputs
         self._words: collections.deque[set[str]] = collections.deque(maxlen=50)
 
-    def has_new_lines(self, message: str, output: str) -> bool:
-        """Return whether an output says what the last ones did not, except the echo of a message.
+    def update(self, message: str, output: str) -> bool:
+        """Return whether an output has a new line besides the echo of a message.
 
-        A new sentence is no news if at least half of its words are known; a line with figures,
-        paths or code is, unless only times and counters differ.
+        A sentence is new if most of its words are; a line with figures, paths or code is, unless
+        only times and counters differ.
         """
         text = "\n".join(line for line in output.split("\n") if not _is_echo(line, message))
         lines = {" ".join(line.split()) for line in normalize_screen(text).lower().split("\n")}
@@ -4076,7 +4599,7 @@ class Autopilot:
     MAX_SAME_FAILURES = 5               # of VERIFY_CMD in a row, then the run is stuck
     WARN_TURNS_WITHOUT_NEWS = 5         # then the model is told
     MAX_TURNS_WITHOUT_NEWS = 10         # then the run is stuck
-    LONG_WAIT_SECONDS = 60.0            # a WAIT that is no turn without news
+    LONG_WAIT_SECONDS = 60.0            # a WAIT that is not counted as a turn without news
     MAX_USAGE_LIMIT_SECONDS = 86400.0   # to its end: the model may decide to wait for longer
     USAGE_LIMIT_MARGIN_SECONDS = 120.0  # after its end
 
@@ -4084,6 +4607,7 @@ class Autopilot:
                  memory: Memory | None = None, journal: Journal | None = None,
                  control: RunControl | None = None, environ: Mapping[str, str] | None = None,
                  clock: Callable[[], float] = time.monotonic,
+                 wall_clock: Callable[[], float] = time.time,
                  sleep: Callable[[float], None] = time.sleep) -> None:
         self._agent = agent
         self._model = model
@@ -4095,21 +4619,24 @@ class Autopilot:
         agent.take_interrupt = self._control.take_interrupt
         self._environ = child_environment(environ)
         self._clock = clock
+        self._wall_clock = wall_clock
         self._sleep = sleep
         self._task = ""
         self._output_label = f"{agent.name} output:\n"
         self._conversation = Conversation("")
+        self._untold = ""                   # what the journal should have of its beginning
         self._totals = RunTotals(clock)
         self._is_done = False
         self._messages_sent = 0             # to the agent, by any part of the run
         self._last_output = ""              # of the agent
         self._is_confirming = False         # the last reply was TASK_COMPLETE, and was questioned
         self._recent_failures: list[str] = []   # of VERIFY_CMD, in a row
-        self._progress = ProgressTracker()
+        self._news = NewsDetector()
         self._turns_without_news = 0
         self._recent_steps: list[tuple[Action, str]] = []   # with what came of them, since news
         self._was_warned = False            # of a circle, since there was news
-        self._files_at_start = self._files = FileSnapshot({}, False)
+        self._files_at_start: Files | None = None
+        self._files: Files | None = None    # when they were looked at last
         self._last_memory_error = ""        # was told
         self._part_published_at = 0.0
         self._max_characters = math.inf     # less than what the model called too long
@@ -4120,7 +4647,7 @@ class Autopilot:
         Raises what ends the run otherwise; `complete` is published in every case.
         """
         self._totals.restore(history)
-        with self._totals.publish_outcome(self._journal, self._count_changed_files):
+        with self._totals.publish_outcome(self._journal, self._find_files_changed_since_start):
             if history:
                 self._check_budgets(self._totals.iterations)
                 self._journal.publish("state", state="resumed", reason=_RESUMED_REASON)
@@ -4146,9 +4673,10 @@ class Autopilot:
         self._task = self._journal.redact(task)
         self._files_at_start = self._files = snapshot_files(self._directory, self._environ)
         turn = self._agent.start(any(event["type"] == "reply" for event in history))
-        self._progress.has_new_lines("", turn.output)
+        self._news.update("", turn.output)
+        facts = history[0].get("memories") if history else self._memory.facts   # as it began
         self._conversation = Conversation(
-            self._system_prompt(), f"Task:\n{self._task}", f"{name} works in {self._directory}.")
+            self._system_prompt(facts), f"Task:\n{self._task}", f"{name} works in {self._directory}.")
         sentences = [f"[{note}]" for note in self._journal.redact(turn.notes)]
         output = self._output_label + self._journal.redact(turn.output)
         if history:
@@ -4157,18 +4685,18 @@ class Autopilot:
                 f"[You were stopped at {history[-1]['time']} and go on now, at {utc_timestamp()}. "
                 "The screen as it is now stands last. Your last message may or may not have "
                 "arrived. If the screen does not show it, check before you send it again.]"))
-            self._journal.publish("state", state="working", reason="the model is told",
-                                  told="\n\n".join([*sentences, output]))
+        self._untold = "\n\n".join([*sentences, output])
         self._conversation.tell(*sentences, output=output)
 
-    def _system_prompt(self) -> str:
+    def _system_prompt(self, memories: object) -> str:
         check = ""
         if self._config.verify_cmd:
             check = _VERIFY_HINT
         elif self._config.confirm_complete:
             check = _CONFIRM_HINT
         prompt = _SYSTEM_PROMPT.format(agent=self._agent.name, check=check)
-        facts = truncate_middle("".join(f"- {fact}\n" for fact in self._memory.facts))
+        memories = self._journal.redact(memories) if isinstance(memories, list) else []
+        facts = truncate_middle("".join(f"- {fact}\n" for fact in memories))
         return f"{prompt}\n## Memory from previous sessions\n{facts}" if facts else prompt
 
     def _rebuild_conversation(self, history: Sequence[Event]) -> None:
@@ -4221,7 +4749,7 @@ class Autopilot:
         self._wait_while_paused()
         self._begin_iteration()
         reply = self._query_model()
-        self._add_exchange(reply.text, self._act_on(reply))
+        self._add_exchange(self._journal.redact(reply.text), self._act_on(reply))
 
     def _act_on(self, reply: Reply) -> Event:
         """Do what a reply asks for; return the `iteration_end` that tells what came of it."""
@@ -4256,8 +4784,10 @@ class Autopilot:
         self._control.take_interrupt()      # there is nothing now that it could interrupt
         self._conversation.tell(*self._control.take_notes())
         self._totals.iterations += 1
+        told = {"told": self._untold} if self._untold else {}
+        self._untold = ""
         self._journal.publish("iteration_start", iteration=self._totals.iterations,
-                              max_iter=self._config.max_iterations)
+                              max_iter=self._config.max_iterations, **told)
 
     def _query_model(self) -> Reply:
         """Return the model's next reply; shorten the conversation if it has become too long."""
@@ -4277,7 +4807,7 @@ class Autopilot:
                     raise
         self._journal.publish("reply", text=reply.text, **reply.usage_fields(),
                               duration_ms=reply.duration_ms)
-        if self._config.max_cost and reply.cost is None and not self._totals.cost:
+        if self._config.max_cost and reply.cost is None and self._totals.cost is None:
             raise BudgetExceeded("MAX_COST is set, but the model's server does not say what a call "
                                  "costs: use MAX_ITERATIONS or MAX_MINUTES")
         return reply
@@ -4295,9 +4825,14 @@ class Autopilot:
         if action.note:
             turn = turn._replace(notes=(action.note, *turn.notes))
         if action.kind in _AGENT_ACTIONS:
-            self._last_output = turn.output or self._last_output
-            self._totals.last_words = truncate_middle(find_last_line(self._last_output), 200)
+            self._note_output(turn.output)
         return turn
+
+    def _note_output(self, output: str) -> None:
+        lines = [line.strip() for line in output.split("\n") if line.strip()]
+        if lines:
+            self._last_output = output
+            self._totals.last_words = truncate_middle(lines[-1], 200)
 
     def _execute(self, action: Action, is_confirmed: bool) -> Turn:
         """Do what a reply asks for; return what came of it."""
@@ -4317,7 +4852,7 @@ class Autopilot:
         if kind == "wait":
             seconds = min(action.seconds, left)
             self._begin_wait("wait", seconds, f"up to {seconds:g} s")
-            turn = self._agent.wait(seconds, until=self._control.ends_wait)
+            turn = self._wait(seconds)
             if self._control.ends_wait():
                 turn = turn._replace(notes=(*turn.notes, "The user ended the wait."))
             return turn
@@ -4325,20 +4860,28 @@ class Autopilot:
         return Turn("", notes=(f"{saved}{action.text} Continue with the task, or end it with "
                                "TASK_COMPLETE.",))
 
+    def _wait(self, seconds: float) -> Turn:
+        """Wait for the agent, the user, or the end of a time by the clock on the wall.
+
+        While a computer sleeps, only that clock goes on.
+        """
+        end = self._wall_clock() + seconds
+        return self._agent.wait(min(seconds, self._seconds_left()), until=lambda: (
+            self._wall_clock() >= end or self._control.ends_wait()))
+
     def _wait_for_usage_limit(self, turn: Turn) -> Turn:
         """Wait for the end of a usage limit that says when that is, or until the agent goes on."""
         if not 0 < turn.usage_limit_seconds <= self.MAX_USAGE_LIMIT_SECONDS:
             return turn
         seconds = turn.usage_limit_seconds + self.USAGE_LIMIT_MARGIN_SECONDS
-        end = self._clock() + seconds
-        at = datetime.datetime.now() + datetime.timedelta(seconds=seconds)
+        end = self._wall_clock() + seconds
+        at = datetime.datetime.fromtimestamp(end)
         self._begin_wait("usage_limit", seconds, f"{self._agent.name} has reached a usage limit: "
                          f"until {at:%Y-%m-%d %H:%M}")
         later = Turn("", "idle")
-        while later.state in ("idle", "working") and self._clock() < end \
-                and not self._control.ends_wait():
-            later = self._agent.wait(min(end - self._clock(), self._seconds_left()),
-                                     until=self._control.ends_wait)
+        while (later.state in ("idle", "working") and self._wall_clock() < end
+               and not self._control.ends_wait()):
+            later = self._wait(end - self._wall_clock())
         note = "The usage limit was waited for and should be over now."
         if self._control.ends_wait():
             note = "The user ended the wait for the usage limit, which may not be over yet."
@@ -4357,13 +4900,13 @@ class Autopilot:
         """End the run if nothing speaks against it; otherwise return what does."""
         now = self._agent.read_state()
         if now.state == "done":         # there is something new
-            self._last_output = now.output
+            self._note_output(now.output)
         else:
             now = now._replace(output="")
         name = self._agent.name
         if now.state == "working":
             return now._replace(notes=(
-                f"TASK_COMPLETE did nothing: {name} is still working. Wait for it with WAIT: 10m.",))
+                f"TASK_COMPLETE did nothing: {name} is still working. Wait with WAIT: 10m.",))
         if now.menu:
             return now._replace(notes=(
                 f"TASK_COMPLETE did nothing: a question of {name} stands unanswered.", now.menu))
@@ -4390,96 +4933,88 @@ class Autopilot:
         self._recent_failures = [*self._recent_failures, normalize_screen(output)]
         last = self._recent_failures[-self.MAX_SAME_FAILURES:]
         if len(last) == self.MAX_SAME_FAILURES and len(set(last)) == 1:
-            raise StuckInLoop(f"VERIFY_CMD failed {self.MAX_SAME_FAILURES} times with the same output")
+            raise StuckInLoop(f"VERIFY_CMD failed {len(last)} times with the same output")
         return Turn(f"{now.output}\n{output}".strip("\n"), notes=(
             f"The task is not complete: the check `{command}` failed with status {status}. What it "
             "printed stands below.",))
 
     def _ask_for_confirmation(self, action: Action, now: Turn) -> Turn:
         """Return what is known of the work, and the task, for the model to go through it again."""
-        facts, doubts = self._gather_evidence(action)
+        evidence, doubts = self._gather_evidence(action)
         self._is_confirming = True
         self._totals.unproved = doubts
-        self._journal.publish("confirm", evidence=" ".join([*facts, *doubts]), unproved=doubts)
+        self._journal.publish("confirm", evidence=" ".join([*evidence, *doubts]), unproved=doubts)
         return now._replace(notes=(
-            " ".join(["The run has not ended yet.", *facts, *doubts]),
+            " ".join(["The run has not ended yet.", *evidence, *doubts]),
             f"The task again: {truncate_middle(self._task, 4_000)}",
             "Go through it point by point. If you have seen each point proved after the last "
             "change, reply TASK_COMPLETE again. Otherwise continue."))
 
     def _gather_evidence(self, action: Action) -> tuple[list[str], list[str]]:
         """Return sentences on the work that cost nothing to know, and those that raise doubts."""
-        name, facts, doubts = self._agent.name, [], []
+        name, evidence, doubts = self._agent.name, [], []
         if self._messages_sent:
-            facts.append(f"Messages sent to {name}: {self._messages_sent}.")
+            evidence.append(f"Messages sent to {name}: {self._messages_sent}.")
         else:
             doubts.append(f"You have sent {name} no message.")
-        self._files = snapshot_files(self._directory, self._environ)
-        changed = self._files.changed_since(self._files_at_start)
+        changed = self._find_files_changed_since_start()
         if changed:
-            more = ", ..." if len(changed) > 5 else ""
-            facts.append(f"Files changed since the start: {len(changed)} "
-                         f"({truncate_middle(', '.join(changed[:5]), 300)}{more}).")
-        elif self._files.is_complete and self._files_at_start.is_complete:
-            facts.append("No file has changed since the start.")
+            names = ", ".join(changed[:5]) + (", ..." if len(changed) > 5 else "")
+            evidence.append(f"Files changed since the start: {len(changed)} ({names}).")
+        elif changed is not None:
+            evidence.append("No file has changed since the start.")
         failure = find_failure(self._last_output)
         if failure:
             doubts.append(f"The last output of {name} says: {failure!r}.")
-        elif find_last_line(self._last_output).endswith("?"):
+        elif self._totals.last_words.endswith("?"):
             doubts.append(f"The last output of {name} ends with a question.")
         if action.text:
-            facts.append(f"This text of yours was not typed: {truncate_middle(action.text, 200)!r}.")
-        return facts, doubts
+            text = truncate_middle(action.text, 200)
+            evidence.append(f"This text of yours was not typed: {text!r}.")
+        return evidence, doubts
 
-    def _count_changed_files(self) -> int | None:
-        """Return how many files changed since the start, or None where there are too many files."""
+    def _find_files_changed_since_start(self) -> list[str] | None:
         self._files = snapshot_files(self._directory, self._environ)
-        if not (self._files.is_complete and self._files_at_start.is_complete):
-            return None
-        return len(self._files.changed_since(self._files_at_start))
+        return find_changed_files(self._files_at_start, self._files)
 
     # circles
 
     def _check_stuck(self, action: Action, turn: Turn) -> list[str]:
         """Return a warning if the last turns brought nothing new; raise StuckInLoop if they go on.
 
-        Waiting is no circle.  Equal replies with equal results are noticed after three turns, two
-        that alternate after six, and reworded ones after WARN_TURNS_WITHOUT_NEWS.
+        Waiting is no circle.  Three equal steps are noticed at once, reworded ones later.
         """
         if self._is_done or turn.state == "working" or action.seconds >= self.LONG_WAIT_SECONDS:
             self._recent_steps = []
             return []
-        step = (action, normalize_screen(turn.as_text()))
         if self._has_news(action, turn):
             self._turns_without_news = 0
             self._was_warned = False
-            self._recent_steps = [step]
+            self._recent_steps = [(action, normalize_screen(turn.as_text()))]
             return []
         self._turns_without_news += 1
-        self._recent_steps = last = [*self._recent_steps[-5:], step]
-        is_same = len(last) >= 3 and len(set(last[-3:])) == 1
-        is_alternating = len(last) == 6 and len(set(last[::2])) == len(set(last[1::2])) == 1
+        self._recent_steps.append((action, normalize_screen(turn.as_text())))
         if self._turns_without_news >= self.MAX_TURNS_WITHOUT_NEWS:
             raise StuckInLoop(f"{self._turns_without_news} turns brought no new output and changed "
                               "no file")
-        if is_same or is_alternating:
+        last = self._recent_steps[-3:]
+        if len(last) == 3 and len(set(last)) == 1:
             if self._was_warned:
                 raise StuckInLoop("the same replies have had the same results again and again")
             self._recent_steps = []
-            kind = "three identical steps" if is_same else "two alternating steps"
-            return self._warn(f"You are repeating yourself: {kind} had the same results.")
+            return self._warn("You are repeating yourself: three identical steps had the same "
+                              "results.")
         if self._turns_without_news == self.WARN_TURNS_WITHOUT_NEWS:
-            return self._warn(f"The last {self._turns_without_news} turns brought no new output and "
-                              "changed no file.")
+            return self._warn(f"The last {self._turns_without_news} turns brought no new output "
+                              "and changed no file.")
         return []
 
     def _has_news(self, action: Action, turn: Turn) -> bool:
         """Return whether a turn showed new lines, or else changed files."""
-        if self._progress.has_new_lines(action.text, turn.output):
+        if self._news.update(action.text, turn.output):
             return True
-        earlier = self._files
-        self._files = snapshot_files(self._directory, self._environ)
-        return bool(self._files.changed_since(earlier))
+        earlier, self._files = self._files, snapshot_files(self._directory, self._environ)
+        return bool(find_changed_files(earlier, self._files))
 
     def _warn(self, problem: str) -> list[str]:
         self._was_warned = True
@@ -4537,8 +5072,7 @@ class Autopilot:
         if len(older) < worth:
             return False
         try:
-            reply = self._complete(
-                Conversation(_SUMMARY_PROMPT, truncate_middle(older, room)).messages())
+            reply = self._request_summary(truncate_middle(older, room))
             summary, used = reply.text, reply.usage_fields()
         except RequestRejected:     # any other error ends the run, which has then lost nothing
             summary = "\n".join(textwrap.shorten(part, 200) for part in older.split("\n\n"))
@@ -4548,8 +5082,17 @@ class Autopilot:
         self._journal.publish("history", summarised=count, summary=summary, **used)
         return True
 
+    def _request_summary(self, older: str) -> Reply:
+        """Ask for a summary at the end of the conversation, which the model server has cached."""
+        try:
+            return self._complete(self._conversation.messages_with_request(_SUMMARY_PROMPT))
+        except ContextWindowExceeded:
+            return self._complete(Conversation(_SUMMARY_PROMPT, older).messages())
+
     def _complete(self, messages: Messages, on_text: Callable[[str], object] = ignore) -> Reply:
         """Ask the model within the budgets, which end it too, and count what that uses."""
+        if isinstance(self._model, OpenRouter):
+            self._model.has_long_pauses = self._totals.has_long_pauses
         return self._model.complete(messages, on_text=on_text, on_usage=self._totals.add_call,
                                     time_left=self._check_budgets)
 
@@ -4560,8 +5103,9 @@ class Autopilot:
         config, totals = self._config, self._totals
         if config.max_iterations and iterations >= config.max_iterations:
             raise BudgetExceeded(f"MAX_ITERATIONS={config.max_iterations} reached")
-        if config.max_cost and totals.cost >= config.max_cost:
-            raise BudgetExceeded(f"MAX_COST={config.max_cost:g} reached: ${totals.cost:.4f} spent")
+        cost = totals.cost or 0.0
+        if config.max_cost and cost >= config.max_cost:
+            raise BudgetExceeded(f"MAX_COST={config.max_cost:g} reached: ${cost:.4f} spent")
         return self._seconds_left()
 
     def _seconds_left(self) -> float:
@@ -6019,9 +6563,9 @@ def run(config: Config, place: Workspace, *, task: Callable[[], str] = lambda: "
         agent.find_session()
         if not chat:
             model = OpenRouter(config.openrouter_base_url, config.openrouter_api_key,
-                               config.openrouter_model, publish=publish)
+                               config.openrouter_model, session_id=path.stem, publish=publish)
             with contextlib.suppress(TransientError):   # an outage may be over by the first call
-                model.check_access()
+                print_error(model.check_access().warning)
         wanted = str(past[0]["task"]) if past else "" if chat else task()
         journal = Journal(path, defer_signals=signals.deferred, secret=config.openrouter_api_key)
         stack.callback(lambda: print_error(journal.unreported_error))
@@ -6113,7 +6657,8 @@ def run_doctor(config: Config, place: Workspace, wrong: Sequence[str]) -> int:
         if config.autonomous_mode and not config.openrouter_api_key:
             raise ConfigError("OPENROUTER_API_KEY is not set: export it, or put it into .env")
         found.append("none is needed for chat" if not config.autonomous_mode else OpenRouter(
-            config.openrouter_base_url, config.openrouter_api_key, config.openrouter_model).check_access())
+            config.openrouter_base_url, config.openrouter_api_key,
+            config.openrouter_model).check_access().description)
     with line("session") as found, session_lock(config, place):
         found.append(f"{tmux.session}: {'runs already, and is joined' if agent.find_session() else 'free'}")
     with line("state") as found:

@@ -2045,7 +2045,7 @@ def test_claude_code_starts_afresh_where_there_is_nothing_to_continue(world):
     assert (done.status, done.stderr) == (0, "")
     assert world.log("took") == ["echo one", "echo two && die 9", "echo three"]
     assert [event["resumed"] for event in world.events("recovery")] == [False]
-    assert "remembers nothing" in model.last_message(2) and "two" in model.last_message(2)
+    assert "has no memory" in model.last_message(2) and "two" in model.last_message(2)
 
 
 # -- Sharing ------------------------------------------------------------------------------------
@@ -2264,9 +2264,8 @@ def test_wrong_arguments_are_told_in_one_line(arguments, words, world):
 
 
 @pytest.mark.parametrize("settings, words", [
-    ({"OPENROUTER_MODEL": "anthropic/claude-opus-4.7"}, ["4.7", "no such model", "4.6"]),
-    ({"OPENROUTER_API_KEY": "sk-or-v1-of-somebody-else"}, ["401", "check OPENROUTER_API_KEY"])])
-def test_a_wrong_key_or_model_is_told_before_the_task_is_asked_for(settings, words, world):
+    ({"OPENROUTER_API_KEY": "sk-or-v1-of-somebody-else"}, ["401", "Check OPENROUTER_API_KEY"])])
+def test_a_wrong_key_is_told_before_the_task_is_asked_for(settings, words, world):
     world.model()
     with Terminal([sys.executable, TOOL], {**world.env, **settings}, world.work) as person:
         shown = person.wait_for("orchestrator: ")
