@@ -5773,18 +5773,15 @@ class _DashboardHandler(QuietHandler):
         if path.startswith(f"{self.server.path_prefix}/"):      # where a proxy left it in
             path = path[len(self.server.path_prefix):]
         query = dict(urllib.parse.parse_qsl(query_text))
+        routes = {("GET", "/"): self._send_page, ("GET", "/journal"): self._send_journal,
+                  ("GET", "/events"): lambda: self._stream_events(query),
+                  ("POST", "/control"): self._take_action}
         if not self._is_authorized(query.get("token", "")):
             return
-        if (self.command, path) == ("GET", "/"):
-            self._send_page()
-        elif (self.command, path) == ("GET", "/events"):
-            self._stream_events(query)
-        elif (self.command, path) == ("GET", "/journal"):
-            self._send_journal()
-        elif (self.command, path) == ("POST", "/control"):
-            self._take_action()
+        if (self.command, path) in routes:
+            routes[self.command, path]()
         else:
-            is_known = path in ("/", "/events", "/journal", "/control")
+            is_known = path in [known for _, known in routes]
             self._send_text(405 if is_known else 404,
                             "GET serves /, /events and /journal; POST goes to /control.")
 
@@ -5836,10 +5833,10 @@ class _DashboardHandler(QuietHandler):
             return self._send_text(413, f"Expected a body of 1 to {_MAX_BODY_BYTES} bytes.")
         request = parse_json_object(self.rfile.read(int(length))) or {}
         action, text = request.get("action"), request.get("text", "")
-        if action not in _CONTROL_ACTIONS or not isinstance(text, str):
-            return self._send_text(400, f"Expected an action: {', '.join(_CONTROL_ACTIONS)}.")
-        if action == "note" and not text.strip():
-            return self._send_text(400, "Expected a text: the note is empty.")
+        is_text = isinstance(text, str) and (text.strip() or action != "note")
+        if action not in _CONTROL_ACTIONS or not is_text:
+            return self._send_text(400, f"Expected an action ({', '.join(_CONTROL_ACTIONS)}), and "
+                                   "a text for a note.")
         if not self.server.control:
             return self._send_text(409, "This is a recording: there is no run to control.")
         self.server.control(action, text)
