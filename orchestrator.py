@@ -70,7 +70,6 @@ import html
 import http.client
 import http.server
 import io
-import ipaddress
 import itertools
 import json
 import math
@@ -5903,20 +5902,12 @@ in the terminal, or paste that address or its token here.</p><form><label>Token
 """
 _MAX_BODY_BYTES = 65_536
 _DIGITS = re.compile("[0-9]{1,15}")
-_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^:\[\]]+)(:[0-9]*)?")
+_HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]]+))(:[0-9]*)?")
+_IP_ADDRESS = re.compile(r"[0-9.]+|.*:.*")      # in Host, no name looks like this
 _CONTROL_ACTIONS = ("pause", "resume", "stop", "note", "continue", "interrupt")
 
 
-def _parse_address(name: str) -> Any:
-    """Return the IP address that a text is, or None; IPv4 for one that is mapped into IPv6."""
-    try:
-        address = ipaddress.ip_address(name)
-    except ValueError:
-        return None
-    return getattr(address, "ipv4_mapped", None) or address
-
-
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _machine_names() -> frozenset[str]:
     """Return the names of this machine.  May take seconds, if a name server does not answer."""
     name = socket.gethostname().lower()
@@ -5978,18 +5969,15 @@ class _DashboardHandler(QuietHandler):
         if path.startswith(f"{self.server.path_prefix}/"):      # where a proxy left it in
             path = path[len(self.server.path_prefix):]
         query = dict(urllib.parse.parse_qsl(query_text))
+        routes = {("GET", "/"): self._send_page, ("GET", "/journal"): self._send_journal,
+                  ("GET", "/events"): lambda: self._stream_events(query),
+                  ("POST", "/control"): self._take_action}
         if not self._is_authorized(query.get("token", "")):
             return
-        if (self.command, path) == ("GET", "/"):
-            self._send_page()
-        elif (self.command, path) == ("GET", "/events"):
-            self._stream_events(query)
-        elif (self.command, path) == ("GET", "/journal"):
-            self._send_journal()
-        elif (self.command, path) == ("POST", "/control"):
-            self._take_action()
+        if (self.command, path) in routes:
+            routes[self.command, path]()
         else:
-            is_known = path in ("/", "/events", "/journal", "/control")
+            is_known = path in [known for _, known in routes]
             self._send_text(405 if is_known else 404,
                             "GET serves /, /events and /journal; POST goes to /control.")
 
@@ -6023,8 +6011,15 @@ class _DashboardHandler(QuietHandler):
         for pair in self.headers.get("Cookie", "").split(";"):
             name, _, value = pair.strip().partition("=")
             cookies[name] = value
-        given = token.rpartition("token=")[2].strip() or cookies.get(self.server.cookie_name, "")
-        return self.server.take_token(given, self.client_address[1])
+        dashboard = self.server
+        given = token.rpartition("token=")[2].strip() or cookies.get(dashboard.cookie_name, "")
+        if secrets.compare_digest(given.encode("utf-8", "replace"), dashboard.token.encode()):
+            return True
+        if given != dashboard.entry_code or _is_other_user(
+                self.client_address[1], dashboard.server_port):
+            return False
+        dashboard.entry_code = secrets.token_urlsafe(24)        # this one is used up
+        return True
 
     def _take_action(self) -> None:
         length = self.headers.get("Content-Length", "")
@@ -6034,10 +6029,10 @@ class _DashboardHandler(QuietHandler):
             return self._send_text(413, f"Expected a body of 1 to {_MAX_BODY_BYTES} bytes.")
         request = parse_json_object(self.rfile.read(int(length))) or {}
         action, text = request.get("action"), request.get("text", "")
-        if action not in _CONTROL_ACTIONS or not isinstance(text, str):
-            return self._send_text(400, f"Expected an action: {', '.join(_CONTROL_ACTIONS)}.")
-        if action == "note" and not text.strip():
-            return self._send_text(400, "Expected a text: the note is empty.")
+        is_text = isinstance(text, str) and (text.strip() or action != "note")
+        if action not in _CONTROL_ACTIONS or not is_text:
+            return self._send_text(400, f"Expected an action ({', '.join(_CONTROL_ACTIONS)}), and "
+                                   "a text for a note.")
         if not self.server.control:
             return self._send_text(409, "This is a recording: there is no run to control.")
         self.server.control(action, text)
@@ -6130,69 +6125,54 @@ class Dashboard(http.server.ThreadingHTTPServer):
         self.page_opened = threading.Event()
         # Ports do not keep cookies apart, so each dashboard has a name of its own.
         self.cookie_name = f"orchestrator-{hashlib.sha256(self.token.encode()).hexdigest()[:8]}"
-        self._entry_code = secrets.token_urlsafe(24)
+        # All users can read a browser's arguments: a code in them works once, and for us only.
+        self.entry_code = secrets.token_urlsafe(24)
         self._connections: set[socket.socket] = set()
-        self._host = host.strip("[]").lower()
-        self.address_family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
+        host = host.strip("[]").lower()
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
-            super().__init__((self._host, port), _DashboardHandler)
+            super().__init__((host, port), _DashboardHandler)
         except (OSError, OverflowError, UnicodeError) as error:
             raise ConfigError(f"DASHBOARD_HOST={host!r}, DASHBOARD_PORT={port}: can't listen: "
                               f"{getattr(error, 'strerror', None) or error}") from None
-        self._bound_address = _parse_address(str(self.server_address[0]))
-        if self._bound_address.is_unspecified:
-            self._host = "127.0.0.1"
+        self._has_all_addresses = self.server_address[0] in ("0.0.0.0", "::")
+        self._host = "127.0.0.1" if self._has_all_addresses else host
         local_host = f"[{self._host}]" if ":" in self._host else self._host
         local_url = f"http://{local_host}:{self.server_port}"
+        self.entry_url = f"{local_url}/?token={self.entry_code}"
         self.url = f"{url.rstrip('/') or local_url}/?token={self.token}"
-        # Other users can read a browser's arguments: this address is good once, and for us only.
-        self.entry_url = f"{local_url}/?token={self._entry_code}"
+        self._own_names = {"localhost", "127.0.0.1", "::1", host, self.server_address[0]}
         public = urllib.parse.urlsplit(url)
+        default_port = ":443" if public.scheme == "https" else ":80"
         self.path_prefix = public.path.rstrip("/")
         self._public_name = public.hostname
-        host = public.netloc.lower().removesuffix(":443" if public.scheme == "https" else ":80")
-        self._public_origin = f"{public.scheme}://{host}"
+        self._public_origin = (f"{public.scheme}://"
+                               f"{public.netloc.lower().removesuffix(default_port)}")
 
-    def own_origins(self, host_header: str) -> list[str]:
+    def own_origins(self, host: str) -> list[str]:
         """Return the origins of our own page under a Host; none if that is not a name of ours.
 
         Tunnels and published ports change the port, so any port will do.
         """
-        host = host_header.lower()
-        match = _HOST.fullmatch(host)
-        name = match[1].strip("[]") if match else ""
-        origins = []
-        if self._is_own_name(name):
-            origins.append(f"http://{host}")
-        if self._public_name and (origins or name == self._public_name):
+        match = _HOST.fullmatch(host.lower())
+        name = (match[1] or match[2]) if match else ""
+        is_own = name in self._own_names
+        if name and self._has_all_addresses:
+            is_own = is_own or bool(_IP_ADDRESS.fullmatch(name)) or name in _machine_names()
+        origins = [f"http://{host.lower()}"] if is_own else []
+        if self._public_name and (is_own or name == self._public_name):
             origins.append(self._public_origin)
         return origins
-
-    def _is_own_name(self, name: str) -> bool:
-        bound = self._bound_address
-        address = _parse_address(name)
-        if address:
-            return address.is_loopback or bound.is_unspecified or address == bound
-        return name in ("localhost", self._host) or (
-            bound.is_unspecified and name in _machine_names())
-
-    def take_token(self, given: str, client_port: int) -> bool:
-        """Tell whether this is the token, or the code of `entry_url`, which is then used up."""
-        if secrets.compare_digest(given.encode("utf-8", "replace"), self.token.encode()):
-            return True
-        if given != self._entry_code or _is_other_user(client_port, self.server_port):
-            return False
-        self._entry_code = secrets.token_urlsafe(24)
-        return True
 
     def save_address(self, journal_path: Path) -> None:
         """Save the address beside the journal, readable for this user only."""
         address = {"host": self._host, "port": self.server_port, "token": self.token,
                    "url": self.url}
+        path = journal_path.with_suffix(".dashboard")
         with contextlib.suppress(OSError):      # the journal complains about such a disk
-            with open(journal_path.with_suffix(".dashboard"), "w",
-                      opener=lambda *how: os.open(*how, 0o600)) as file:
-                json.dump(address, file)
+            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            with open(file, "w", encoding="utf-8") as stream:
+                json.dump(address, stream)
 
     def server_bind(self) -> None:
         """Bind, `::` for IPv4 too, without the base class's slow search for our own name."""

@@ -1263,6 +1263,25 @@ def test_a_killed_agent_goes_on_with_its_conversation_if_it_is_the_real(
     assert "gamma three" in model.last_message(3)
 
 
+@REAL_AGENTS
+def test_an_interrupt_ends_a_turn_and_brings_the_note_to_the_model_of_the_real(
+        name, agent, world, agent_api, with_real_agents):
+    long = "RUN[python3 -c 'import time; time.sleep(50)'] SAY[alpha one]"
+    model = world.model(long, "SAY[beta two]", "TASK_COMPLETE")
+    run = world.start("--task", "x", DEFAULT_MODEL=name)
+    site = run.site()
+    assert poll(lambda: long in agent_api.messages, 60), run.stdout
+    time.sleep(2)       # until the command runs
+    started = time.monotonic()
+    assert site.control("interrupt", "leave\nthat") == 204
+    assert poll(lambda: len(model.requests) > 1, 30)
+    assert time.monotonic() - started < 8
+    assert run.end().status == 0
+    assert "leave\nthat" in model.last_message(1) and "Escape was pressed" in model.last_message(1)
+    assert "still working" not in model.last_message(1)
+    assert "SAY[beta two]" in model.last_message(2)
+
+
 @pytest.mark.parametrize("command, opening", [
     ("claude --setting-sources user --permission-mode default", "RUN[touch made] SAY[it is made]"),
     ("codex --no-alt-screen --ask-for-approval never --sandbox workspace-write", "/model")])
