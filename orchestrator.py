@@ -717,8 +717,8 @@ CLAUDE_CODE = AgentProfile(
     menu_hint=re.compile(r"\benter to (?:confirm|select|save|continue)\b|"
                          r"\besc to (?:cancel|close|exit|clear|go back)\b", re.I),
     startup_dialogs=(
-        StartupRule(re.compile(r"(?s)(?:trust|Bypass).*Enter y/n:\s*\Z"), key="y"),
-        StartupRule(re.compile(r"(?s)(?:trust|Bypass).*Enter y/n: y\s*\Z"), key="Enter"),
+        StartupRule(re.compile(r"(?s)(?:trust|Bypass).*Enter y/n: *(?:\n|\Z)"), key="y"),
+        StartupRule(re.compile(r"(?s)(?:trust|Bypass).*Enter y/n: y *(?:\n|\Z)"), key="Enter"),
         StartupRule(re.compile("trust this folder"), "Yes, I trust"),
         StartupRule(re.compile(r"Trust this folder\?"), "Trust and continue"),
         StartupRule(re.compile("Bypass Permissions mode"), "Yes, I accept")),
@@ -930,9 +930,9 @@ _ANY_CURSOR = re.compile(r"\s*(?:[│|]\s*)?[❯›●>]\s*(\S.*)")      # of an
 _NUMBERED_ENTRY = re.compile(r"[\s│❯›●>]*\d+\.\s")
 
 
-def _last_text_lines(screen: Iterable[str], count: int) -> list[str]:
-    """Return the last lines of a screen that have text."""
-    return [line for line in screen if line.strip()][-count:]
+def text_lines(lines: Iterable[str]) -> list[str]:
+    """Return the lines that have text."""
+    return [line for line in lines if line.strip()]
 
 
 class _InputBox(NamedTuple):
@@ -947,7 +947,7 @@ class _InputBox(NamedTuple):
 def _has_menu_hint(profile: AgentProfile, screen: Sequence[str]) -> bool:
     """Whether the last lines of a screen list the keys of a menu."""
     pattern = profile.menu_hint
-    return pattern is not None and any(map(pattern.search, _last_text_lines(screen, 3)))
+    return pattern is not None and any(map(pattern.search, text_lines(screen)[-3:]))
 
 
 def _parse_reader_box(
@@ -1048,62 +1048,51 @@ def find_draft(profile: AgentProfile, screen: Sequence[str], row: int, column: i
     return "\n".join([mode + first, *rest])
 
 
-def is_busy(profile: AgentProfile, screen: Sequence[str]) -> bool:
-    """Whether the words on a screen say that the agent is working."""
-    above, box, frame = split_at_input_box(profile, screen)
-    footer = frame if box else _last_text_lines(screen, 3)
-    if profile.busy_words and any(map(profile.busy_words.search, footer)):
-        return True
-    unindented = [line for line in above if line.strip() and not line.startswith(" ")]
-    return bool(profile.status_line and unindented
-                and profile.status_line.fullmatch(unindented[-1]))
-
-
-def text_lines(lines: Iterable[str]) -> list[str]:
-    """Return the lines that have text."""
-    return [line for line in lines if line.strip()]
-
-
 def is_message_queued(profile: AgentProfile, screen: Iterable[str]) -> bool:
     """Whether a screen says that the agent will take a message only once it has started."""
     pattern = profile.queued_message
-    return pattern is not None and any(map(pattern.match, _last_text_lines(screen, 3)))
+    return pattern is not None and any(map(pattern.match, text_lines(screen)[-3:]))
 
 
 def _is_unindented(line: str) -> bool:
-    return line[:1] not in ("", " ", "↑", "↓")      # arrows: a list that scrolls
+    return line[:1] not in ("", " ", "─", "↑", "↓")      # arrows: a list that scrolls
 
 
-def _find_menu(
-        lines: list[str], cursor_pattern: re.Pattern[str] | None) -> tuple[int, int | None]:
+def _find_menu(profile: AgentProfile, lines: list[str],
+               cursor_pattern: re.Pattern[str] | None) -> tuple[int, int | None]:
     """Return the first row of a menu and the row of its cursor.
 
-    It begins below a rule, which may also stand between its entries, or where no rule is drawn,
-    below the last line that is not indented.
+    It begins below a rule, which may also stand between its entries, or where the agent draws no
+    rules, below the last line that is not indented.
     """
     rules = [row for row, line in enumerate(lines[:-1]) if _HORIZONTAL_RULE.match(line)
              and not _NUMBERED_ENTRY.match(lines[row + 1])]
-    first, cursor = rules[-1] + 1 if rules else 0, None
+    first = rules[-1] + 1 if rules and profile.box_border else 0
     for row in range(len(lines) - 1, first - 1, -1):
         if cursor_pattern and cursor_pattern.match(lines[row]):
-            cursor = row
+            if not first:
+                first = row
+                while first > 0 and not _is_unindented(lines[first - 1]):
+                    first -= 1
+            return first, row
+        if not first and _is_unindented(lines[row]):
             break
-        if not rules and _is_unindented(lines[row]):
-            break
-    if not rules:
-        first = len(lines) - 1 if cursor is None else cursor
-        while first > 0 and not _is_unindented(lines[first - 1]):
-            first -= 1
-    return first, cursor
+    return first, None
 
 
-def _find_question(lines: list[str]) -> str:
+def _find_question(profile: AgentProfile, lines: list[str]) -> str:
     """Return the question, or else the title, in the lines of a menu above its cursor."""
-    text = [line.strip() for line in lines if line.strip() and not _NUMBERED_ENTRY.match(line)]
-    questions = [found[0] for line in text if (found := re.match(r".*?\?(?=\s|$)", line))]
+    text = [line.strip() for line in text_lines(lines) if not _NUMBERED_ENTRY.match(line)]
+    questions = [found[0] for line in text if (found := re.match(r"(?!●).*?\?(?=\s|$)", line))]
     if questions:
         return questions[-1]
-    return text[0] if text else ""
+    if not profile.box_border:      # the title begins the last paragraph
+        while lines and not lines[-1].strip():
+            lines = lines[:-1]
+        blank_rows = [row for row, line in enumerate(lines) if not line.strip()]
+        text = [line.strip() for line in lines[blank_rows[-1] + 1 if blank_rows else 0:]]
+    titles = [line for line in text if line[0].isalnum()] or text
+    return titles[0] if titles else ""
 
 
 def describe_menu(profile: AgentProfile, screen: Sequence[str]) -> str:
@@ -1112,14 +1101,15 @@ def describe_menu(profile: AgentProfile, screen: Sequence[str]) -> str:
         return ""
     lines = trimmed_lines("\n".join(screen))[-60:]
     is_hinted = _has_menu_hint(profile, lines)
-    first, cursor = _find_menu(lines, _ANY_CURSOR if is_hinted else profile.menu_cursor)
-    if not is_hinted and (cursor is None or len(_last_text_lines(lines[cursor:], 99)) > 12):
+    first, row = _find_menu(profile, lines, _ANY_CURSOR if is_hinted else profile.menu_cursor)
+    if row is None:
+        title = "".join(text_lines(lines[first:])[:1]).strip()
+        return f"The screen asks {title!r}; it takes keys, not text." if is_hinted else ""
+    if not is_hinted and len(text_lines(lines[row:])) > 12:
         return ""
-    text = f"The screen asks {_find_question(lines[first:-1 if cursor is None else cursor])!r}"
-    entry = _ANY_CURSOR.match(lines[cursor]) if cursor is not None else None
-    if entry:
-        text += f", and the cursor is on {entry[1].strip()!r}"
-    return f"{text}; it takes keys, not text."
+    entry = " ".join(_ANY_CURSOR.sub(r"\1", lines[row]).split())
+    return (f"The screen asks {_find_question(profile, lines[first:row])!r}, and the cursor is on "
+            f"{entry!r}; it takes keys, not text.")
 
 
 def last_text_line(ansi_screen: str) -> str:
@@ -1138,7 +1128,7 @@ _USUAL_MENU_HINT = re.compile(r"\benter (?:to )?(?:\w+)\b", re.I)
 
 def count_usual_busy_lines(screen: Sequence[str]) -> int:
     """Count the last lines of any program that say, or show by a spinner, that it is working."""
-    return sum(1 for line in _last_text_lines(screen, 12)
+    return sum(1 for line in text_lines(screen)[-12:]
                if _USUAL_BUSY_WORDS.search(line) and not _USUAL_MENU_HINT.search(line))
 
 
