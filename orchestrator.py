@@ -1200,10 +1200,12 @@ def find_startup_dialog(profile: AgentProfile, screen: Sequence[str]) -> Startup
 
 
 def find_problem(profile: AgentProfile, text: str) -> str:
-    """Return what to do about a problem in the agent's text that only you can fix, or ""."""
+    """Return a sentence on a problem in the agent's text that only you can fix, or ""."""
     for rule in profile.problems:
-        if rule.pattern.search(text):
-            return rule.advice
+        found = rule.pattern.search(text)
+        if found:
+            line = text[:found.end()].rsplit("\n", 1)[-1] + text[found.end():].split("\n", 1)[0]
+            return f"it says {' '.join(line.split())[:200]!r}. {rule.advice}"
     return ""
 
 
@@ -1269,11 +1271,69 @@ def parse_usage_limit(
 # May use: Errors, Configuration, Agent profiles.
 
 _SERVER_LOST = re.compile("server exited|lost server")
-_SESSION_LOST = re.compile(r"no server running|error connecting to .*\((No such file|Connection refused)|"
-                   "no sessions|no current target|can't find (session|window|pane)")
+_NO_CONNECTION = re.compile(r"error connecting to .*\((No such file|Connection refused)")
+_SESSION_LOST = re.compile(r"no server running|error connecting to .*\((No such file|"
+                           r"Connection refused)|no sessions|no current target|"
+                           r"can't find (session|window|pane)")
 _WIDTH, _HEIGHT, _HISTORY_LIMIT = 200, 50, 50_000
-INITIAL_TITLE = "starting"    # the title of a window whose program has not given it one
-_CALL_TIMEOUT = 5.0       # seconds; a server of another version may never answer
+INITIAL_TITLE = "starting"      # the title of a window whose program has not given it one
+_CALL_TIMEOUT = 5.0             # seconds; a server of another version may never answer
+
+
+def process_start_time(pid: int) -> str:
+    """Return when a process began, "" if it is gone or a zombie, or if nothing tells.
+
+    Slim containers have no ps, and macOS has no /proc.
+    """
+    with contextlib.suppress(OSError):
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        return "" if fields[0] == "Z" else fields[19]
+    with contextlib.suppress(OSError):
+        return subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True,
+                              stdin=subprocess.DEVNULL, text=True, errors="replace", env={}).stdout
+    return ""
+
+
+def child_processes(pid: int) -> dict[int, int]:
+    """Return the ids of all descendants of a process, each with that of its session."""
+    parents: dict[int, int] = {}
+    try:
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                fields = path.read_text(errors="replace").rpartition(")")[2].split()
+                parents[int(path.parent.name)] = int(fields[1])
+        if not parents:
+            rows = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True,
+                                  stdin=subprocess.DEVNULL, env={}).stdout.splitlines()
+            parents = {int(child): int(parent) for child, parent in map(str.split, rows)}
+    except (OSError, ValueError):
+        return {}
+    found: dict[int, int] = {}
+    generation = {pid}
+    while generation:
+        generation = {child for child, parent in parents.items()
+                      if parent in generation and child not in found}
+        for child in generation:
+            with contextlib.suppress(OSError):
+                found[child] = os.getsid(child)
+    return found
+
+
+def processes_of_pane(server_pid: int, pane_id: str) -> list[int]:
+    """Return the processes that have a pane in their environment, wherever they are now.
+
+    A daemon has left its parent and its session, but its environment still tells where it was
+    started.  Where that can't be read, as on macOS, the list is empty.
+    """
+    found = []
+    pane, server = f"\0TMUX_PANE={pane_id}\0".encode(), f",{server_pid},".encode()
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            variables = b"\0" + path.read_bytes() + b"\0"
+            tmux = variables.partition(b"\0TMUX=")[2].partition(b"\0")[0]
+            if pane in variables and server in tmux:
+                found.append(int(path.parent.name))
+    return found
 
 
 class PaneSnapshot(NamedTuple):
@@ -1338,6 +1398,8 @@ class Tmux:
         self.socket_name = socket_name
         self.session = session
         self._environ = child_environment(environ)
+        self._session_exists = False    # when last asked for
+        self._server = 0, ""            # id and start time of the server, once it was seen
         self._server_hint = f"is the server on socket {socket_name} of another version, or stopped?"
 
     @property
@@ -1353,47 +1415,68 @@ class Tmux:
         return text
 
     def find_pane(self) -> tuple[str, str]:
-        """Return mark and id of our pane; no mark for a session of others, nor id for none.
+        """Return the mark of our session and the id of the agent's pane.
 
-        A person may have made panes beside ours, and look at one of them.
+        Without a session both are ""; for a session of others only the mark is; if the agent's
+        pane was closed but panes that a person made are left, only the id is.
         """
         try:
-            panes = self._query("list-panes", "-s", "-t", f"={self.session}:",
-                               "-F", "#{@orchestrator}\t#{pane_id}").splitlines()
+            rows = self._query("list-panes", "-s", "-t", f"={self.session}:", "-F",
+                               "#{@orchestrator}\t#{pane_id}\t#{@orchestrator_session}")
         except TmuxSessionLost:
+            self._session_exists = False
             return "", ""
-        mark, pane_id = max(panes).split("\t")         # those without a mark sort below
-        return mark, pane_id
+        self._session_exists = True
+        pane_mark, pane_id, session_mark = max(row.split("\t") for row in rows.splitlines())
+        if pane_mark:
+            return pane_mark, pane_id
+        return (session_mark, "") if session_mark else ("", pane_id)
 
-    def new_session(self, command: Sequence[str], directory: str, mark: str) -> str:
-        """Make the session, and the server if need be; return the id of its pane.
+    def new_pane(self, command: Sequence[str], directory: str, mark: str) -> str:
+        """Start a command in a new session, or in a new window of ours; return the pane's id.
 
         All in one call: history-limit and remain-on-exit are fixed, or too late, once the program
         runs.  A global window-size manual, for resize-window, kills the server on tmux 3.3a to
         3.6; -c can't name each directory: since 3.2 not a#[b]; without a pipe tmux up to 3.3a may
         note the end of a program before it has read its last words.
         """
-        target, apart = f"={self.session}:", self._foreign_server_prefix()
-        settings = () if apart else (
-            "start-server", ";", "set-option", "-s", "@started_by", "orchestrator", ";",
-            "set-option", "-g", "history-limit", str(_HISTORY_LIMIT), ";",
-            "set-option", "-g", "remain-on-exit", "on", ";",
-            "set-option", "-s", "focus-events", "on", ";",
-            "set-option", "-g", "update-environment", "", ";")
+        target = f"={self.session}:"
+        prefix = self._foreign_server_prefix()
+        new: tuple[str, ...] = ("new-window", "-t", target)
+        if not self._session_exists:
+            new = (*(() if prefix else self._server_settings()), "new-session", "-d", "-s",
+                   self.session, "-x", str(_WIDTH), "-y", str(_HEIGHT))
         return self._query(
-            *settings, "new-session", "-d", "-s", self.session, "-x", str(_WIDTH),
-            "-y", str(_HEIGHT), "-P", "-F", "#{pane_id}", "--", *apart, *command, ";",
+            *new, "-P", "-F", "#{pane_id}", "--", *prefix, *self._without_shell(command), ";",
             "set-option", "-w", "-t", target, "remain-on-exit", "on", ";",
             "pipe-pane", "-t", target, "exec cat > /dev/null", ";",
             "resize-window", "-t", target, "-x", str(_WIDTH), "-y", str(_HEIGHT), ";",
             "select-pane", "-t", target, "-T", INITIAL_TITLE, ";",
+            "set-option", "-t", target, "@orchestrator_session", mark, ";",
             "set-option", "-p", "-t", target, "@orchestrator", mark, cwd=directory).strip()
+
+    @staticmethod
+    def _server_settings() -> tuple[str, ...]:
+        """Return the commands that set up a server of ours."""
+        return ("start-server", ";", "set-option", "-s", "@started_by", "orchestrator", ";",
+                "set-option", "-g", "history-limit", str(_HISTORY_LIMIT), ";",
+                "set-option", "-g", "remain-on-exit", "on", ";",
+                "set-option", "-s", "focus-events", "on", ";",
+                "set-option", "-g", "update-environment", "", ";")
+
+    @staticmethod
+    def _without_shell(command: Sequence[str]) -> tuple[str, ...]:
+        """Return a command in the form that tmux runs itself.
+
+        It gives a single word to the user's shell, which may be one that refuses, as nologin.
+        """
+        return ("env", *command) if len(command) == 1 else tuple(command)
 
     def respawn_pane(self, pane_id: str, command: Sequence[str], directory: str) -> None:
         """Start a command in a pane whose program has ended; its history stays."""
         self._run("select-pane", "-t", pane_id, "-T", INITIAL_TITLE, ";",
-                  "respawn-pane", "-k", "-t", pane_id, "--", *self._foreign_server_prefix(), *command,
-                  cwd=directory)
+                  "respawn-pane", "-k", "-t", pane_id, "--", *self._foreign_server_prefix(),
+                  *self._without_shell(command), cwd=directory)
 
     def _foreign_server_prefix(self) -> tuple[str, ...]:
         """Return what goes before a command on a server of others, whose options stay theirs.
@@ -1419,6 +1502,8 @@ class Tmux:
             raise TmuxSessionLost(f"can't find pane: {pane_id}")
         (_, server, pid, dead, mode, alternate, row, column, columns, rows, cursor_flag,
          exit_status, exit_signal, terminal) = first.split(":", 13)
+        if int(server) != self._server[0]:
+            self._server = int(server), process_start_time(int(server))
         exit_description = f"status {exit_status}" if exit_status else ""
         if exit_signal:
             exit_description = f"signal {exit_signal}"
@@ -1487,32 +1572,55 @@ class Tmux:
         return answer
 
     def _run(self, *args: str, text: str = "", cwd: str | None = None) -> str:
-        """Run commands, with a `;` between them; one at the end of another word is that word's."""
+        """Run commands, with a `;` between them, and return what they print."""
+        done = self._call(args, text, cwd)
+        if done.returncode and _NO_CONNECTION.search(done.stderr) and self._restore_socket():
+            done = self._call(args, text, cwd)
+        if done.returncode == 0:
+            return done.stdout
+        message = done.stderr.strip() or f"status {done.returncode}"
+        if "server exited unexpectedly" in message:     # it died, or it is of another version
+            if args == ("list-sessions",):
+                raise TmuxError(f"tmux: {message}: {self._server_hint}")
+            with contextlib.suppress(TmuxSessionLost):
+                self._run("list-sessions")
+        text = f"tmux {args[0]}: {message}"
+        if _SERVER_LOST.search(message):
+            raise TmuxServerLost(text)
+        if _SESSION_LOST.search(message):
+            raise TmuxSessionLost(text)
+        raise TmuxError(text)
+
+    def _call(self, args: Sequence[str], text: str,
+              cwd: str | None) -> subprocess.CompletedProcess[str]:
+        """Run the tmux program; a `;` at the end of a longer word belongs to that word."""
         words = [re.sub(r"(?<=.);\Z", r"\\;", word, flags=re.S) for word in args]
         try:
-            done = subprocess.run(
+            return subprocess.run(
                 ["tmux", "-u", "-L", self.socket_name, "-f", os.devnull, *words], input=text,
                 capture_output=True, encoding="utf-8", errors="replace", env=self._environ,
                 cwd=cwd, timeout=_CALL_TIMEOUT, start_new_session=True)   # no Ctrl-C for it
         except FileNotFoundError as error:
+            if error.filename == cwd:
+                raise AgentError(f"the working directory is gone: {cwd}") from None
             raise AgentError(
-                f"the working directory is gone: {cwd}" if error.filename == cwd else
                 "tmux is not installed: apt install tmux, brew install tmux") from None
         except subprocess.TimeoutExpired:
             raise TmuxError(f"tmux {args[0]} gave no answer in {_CALL_TIMEOUT:g} s: "
                             f"{self._server_hint}") from None
         except OSError as error:
             raise TmuxError(f"tmux can't be run: {error.strerror}") from None
-        if done.returncode == 0:
-            return done.stdout
-        said = done.stderr.strip() or f"status {done.returncode}"
-        if "server exited unexpectedly" in said:    # it died, or it is of another version
-            if args == ("list-sessions",):
-                raise TmuxError(f"tmux: {said}: {self._server_hint}")
-            with contextlib.suppress(TmuxSessionLost):
-                self._run("list-sessions")
-        kind = TmuxServerLost if _SERVER_LOST.search(said) else TmuxSessionLost if _SESSION_LOST.search(said) else TmuxError
-        raise kind(f"tmux {args[0]}: {said}")
+
+    def _restore_socket(self) -> bool:
+        """Ask our server to make its socket again, which something that cleans /tmp removed."""
+        pid, start_time = self._server
+        if not start_time or process_start_time(pid) != start_time:
+            return False
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGUSR1)
+            time.sleep(0.2)
+            return True
+        return False
 
 
 # -- 7. Agent -----------------------------------------------------------------------------
@@ -1695,11 +1803,11 @@ class TurnDetector:
         """Return how long the text has to stand still now that no sign of work is seen."""
         if self.last_sign == "usual words":
             return self.SETTLE_SECONDS_AFTER_USUAL_WORDS
-        if self.last_sign:
-            return self.STALE_SECONDS if self._lacks_closing_line(pane) else self.SETTLE_SECONDS
-        if self._message.startswith("/"):
+        if self._message.startswith("/") and not self.last_sign:
             return self.SETTLE_SECONDS_OF_SLASH_COMMANDS
-        if self._has_new_closing_line():
+        if self._lacks_closing_line(pane):
+            return self.STALE_SECONDS
+        if self.last_sign or self._has_new_closing_line():
             return self.SETTLE_SECONDS
         if self.has_prompt_again(pane):
             return self.SETTLE_SECONDS_AT_PROMPT
@@ -1715,8 +1823,9 @@ class TurnDetector:
 
         Codex shows nothing else while its answer streams, if its user has changed its title.
         """
-        return (self._profile.hides_status_line and self._habits.has_closing_line
-                and self.last_sign == "own words" and not self._habits.has_title_spinner
+        is_expected = self._profile.hides_status_line and self._habits.has_closing_line
+        has_started = bool(self._message or self.last_sign)
+        return (is_expected and has_started and not self._habits.has_title_spinner
                 and not self._shows_closing_line
                 and not describe_menu(self._profile, pane.screen))
 
@@ -1775,37 +1884,6 @@ class TurnDetector:
         return sum(1 for line in lines if words and words.search(line))
 
 
-def process_start_time(pid: int) -> str:
-    """Return when a process began, or nothing: slim containers have no ps, macOS has no /proc."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
-    with contextlib.suppress(OSError):
-        return subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True,
-                              stdin=subprocess.DEVNULL, text=True, errors="replace", env={}).stdout
-    return ""
-
-
-def process_tree(pid: int) -> dict[int, str]:
-    """Return a process and its descendants, with the session (else the terminal) of each."""
-    parents: dict[int, tuple[int, str]] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):      # it has just ended
-            fields = path.read_text(errors="replace").rpartition(")")[2].split()
-            parents[int(path.parent.name)] = int(fields[1]), fields[3]
-    if not parents:
-        with contextlib.suppress(OSError):
-            listed = subprocess.run(["ps", "-axo", "pid=,ppid=,tty="], capture_output=True,
-                                    stdin=subprocess.DEVNULL, text=True, errors="replace")
-            for line in listed.stdout.splitlines():
-                child, parent, terminal = line.split(None, 2)
-                parents[int(child)] = int(parent), terminal
-    family = {pid}
-    while found := {child for child, (parent, _) in parents.items()
-                    if parent in family and child not in family}:
-        family |= found
-    return {member: parents[member][1] for member in family if member in parents}
-
-
 class _Submission:
     """A message on its way to the agent."""
 
@@ -1832,7 +1910,8 @@ class Agent:
     """
 
     # Seconds that a first screen stands still: a ready one, unknown words, a box without a title.
-    READY_SETTLE_SECONDS, UNKNOWN_SETTLE_SECONDS, UNTITLED_SETTLE_SECONDS, READY_TIMEOUT = 0.4, 10.0, 30.0, 60.0
+    READY_SETTLE_SECONDS, UNKNOWN_SETTLE_SECONDS, UNTITLED_SETTLE_SECONDS = 0.4, 10.0, 30.0
+    MENU_SETTLE_SECONDS, READY_TIMEOUT = 2.0, 60.0
     INDICATOR_DELAY_SECONDS = 5.0   # a known agent shows that it works; a busy machine is slow
     KEY_SETTLE_SECONDS = 1.0        # a known agent's screen after a key that starts no work
     SHOW_SECONDS = 2.0              # on a still screen, for a pasted text to show
@@ -1870,6 +1949,7 @@ class Agent:
         self._has_conversation = self._turn_in_progress = False
         self._blocked_by_dialog = False                      # it shows no input box, but something unknown
         self._restart_times: list[float] = []
+        self._refused_options: set[str] = set()     # optional ones that the installed version lacks
         self._last_published: tuple[float, tuple[str, ...]] = (0.0, ())
 
     def __enter__(self) -> Agent:
@@ -1884,16 +1964,42 @@ class Agent:
 
     def check_installed(self) -> str:
         """Return where the agent's program is; raise AgentError if it is not there."""
-        profile, how = self._profile.start_command[0], self._profile.install_command or "check CLAUDE_CMD"
-        found = shutil.which(profile)
-        if not found:
-            raise AgentError(f"{self.name}: there is no {profile} on the PATH: {how}")
-        return f"{self.name}: {found}"
+        program = self._profile.start_command[0]
+        path = shutil.which(program)
+        if not path:
+            how = self._profile.install_command or "Check CLAUDE_CMD."
+            if self._profile.install_command:
+                how = f"Install it: {how}"
+            raise AgentError(f"{self.name}: {program} is not on your PATH. {how}")
+        return f"{self.name}: {path}"
+
+    def check_login(self, environ: Mapping[str, str]) -> str:
+        """Return whether the agent is logged in; raise AgentError if it says that it isn't.
+
+        Raises AgentError too if it would refuse to run as root.  Takes some seconds.
+        """
+        option, variable = self._profile.root_check
+        words = self._profile.start_command
+        if option and option in words and not environ.get(variable) and os.geteuid() == 0:
+            raise AgentError(f"{self.name} refuses {option} as root. Run as another user, or set "
+                             f"{variable}=1 where nothing can be damaged, as in a container.")
+        command = self._profile.login_status_command
+        if not command or words[0] != command[0]:
+            return "unknown: start it once to see"
+        try:
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                                  errors="replace", env=child_environment(environ), timeout=30)
+        except (OSError, subprocess.TimeoutExpired):
+            return "unknown: it did not answer"
+        problem = find_problem(self._profile, f"{done.stdout}\n{done.stderr}")
+        if problem:
+            raise AgentError(f"{self.name}: {problem}")
+        return "logged in" if done.returncode == 0 else "unknown: this version does not tell"
 
     def find_session(self) -> str:
         """Return the pane to join, if there is one; raise ConfigError if the session isn't ours."""
         mark, pane_id = self._tmux.find_pane()
-        if pane_id and mark != self._session_mark:
+        if mark != self._session_mark and (mark or pane_id):
             raise ConfigError(
                 f"the tmux session {self._tmux.session} is in use for {mark or 'something else'}. "
                 "Choose another name (CLAUDE_TMUX_SESSION, or the argument session), or close it: "
@@ -1905,7 +2011,7 @@ class Agent:
 
         If it was `resume` to before, and the session is gone, it is started with its conversation.
         Raises ConfigError for a session that was made for something else, AgentError if the
-        program is missing or ends at once.
+        program is missing or ends at once, or says that you have to do something first.
         """
         self._pane_id, notes = self.find_session(), ()
         self._has_conversation = resume or bool(self._pane_id)
@@ -1915,12 +2021,12 @@ class Agent:
             elif resume:
                 raise TmuxSessionLost(f"there is no {self._tmux.session}")
             else:
-                self._launch(self._profile.start_command)
-        except (TmuxSessionLost, AgentExited) as trouble:
-            if isinstance(trouble, AgentExited) and not self._has_conversation:
+                self._launch(resume=False)
+        except (TmuxSessionLost, AgentExited) as error:
+            if isinstance(error, AgentExited) and not self._has_conversation:
                 self.stop()     # its words are told; a dead session is in the way
                 raise
-            notes = (self._restart(trouble),)
+            notes = (self._restart(error),)
         self._forget_output()
         pane = self._snapshot()
         return Turn(pane.text, notes=notes + self._menu_notes(pane))
@@ -1965,10 +2071,16 @@ class Agent:
         return self._with_recovery(lambda pane: Turn(pane.text))
 
     def stop(self) -> None:
-        """End the session, if it is ours."""
+        """End the session, if it is ours, and all that the agent has started in it."""
         with contextlib.suppress(OrchestratorError):
-            if self.find_session():
-                self._tmux.kill_session()
+            self._pane_id = self.find_session() or self._pane_id
+            with contextlib.suppress(OrchestratorError):
+                pane = self._tmux.snapshot(self._pane_id)
+                self._server_pid = pane.server_pid
+                self._process = pane.pid, process_start_time(pane.pid)
+            processes = self._find_processes()
+            self._tmux.kill_session()
+            self._end_processes(processes)
 
     def _with_recovery(self, act: Callable[[PaneSnapshot], Turn],
                  again: Callable[[], bool] = never) -> Turn:
@@ -2124,8 +2236,8 @@ class Agent:
         """Return the processes that an unknown program has started in sessions of their own."""
         if self._profile.is_known:
             return []
-        sessions = process_tree(pane.pid)
-        return [pid for pid, session in sessions.items() if session != sessions.get(pane.pid)]
+        sessions = child_processes(pane.pid)
+        return [pid for pid, session in sessions.items() if session != pane.pid]
 
     def _find_draft(self, pane: PaneSnapshot, column: int = 0) -> str:
         """Return what stands in the input box, nothing for a program whose box we do not know."""
@@ -2286,6 +2398,8 @@ class Agent:
         lines, is_exact = self._take_new_output(pane)
         output = "\n".join(lines).strip("\n")
         limit = parse_usage_limit(self._profile, output, datetime.datetime.now())
+        if state != "working":
+            self._raise_problem("\n".join(text_lines(lines)[-3:]))
         if not output and state != "working":       # no answer; or cleared, and the same again
             output = pane.text
             is_exact = state == "idle"
@@ -2321,96 +2435,152 @@ class Agent:
 
     # starting and reviving
 
-    def _launch(self, command: Sequence[str]) -> None:
-        """Run a command in the pane, or in a new session, and wait until it is ready."""
+    def _launch(self, resume: bool) -> None:
+        """Run the agent in the pane, or in a new session, and wait until it is ready.
+
+        An installed version that refuses an optional argument is started again without it.
+        """
         self.check_installed()
-        self._pane_id, self._server_pid = self.find_session(), 0
-        if self._pane_id:
-            self._tmux.respawn_pane(self._pane_id, command, self._directory)
-        else:
-            self._pane_id = self._tmux.new_session(command, self._directory, self._session_mark)
-            self._made_session = True
-        self._wait_until_ready()
+        while True:
+            command = self._profile.resume_command if resume else self._profile.start_command
+            for name, words in self._profile.optional_arguments:
+                if name not in self._refused_options:
+                    command = (*command, *words)
+            self._pane_id, self._server_pid = self.find_session(), 0
+            if self._pane_id:
+                self._tmux.respawn_pane(self._pane_id, command, self._directory)
+            else:
+                self._pane_id = self._tmux.new_pane(command, self._directory, self._session_mark)
+                self._made_session = True
+            try:
+                self._wait_until_ready()
+                return
+            except AgentExited as error:
+                self._raise_problem(error.last_output)
+                refused = {name for name, _ in self._profile.optional_arguments
+                           if name in error.last_output} - self._refused_options
+                if not refused:
+                    raise
+                self._refused_options |= refused
+
+    def _raise_problem(self, text: str) -> None:
+        """Raise AgentError if the agent says that there is a problem which only you can fix."""
+        problem = find_problem(self._profile, text)
+        if problem:
+            error = AgentError(f"{self.name}: {problem}")
+            error.last_output = text
+            raise error
 
     def _wait_until_ready(self) -> None:
-        """Wait until the screen stands still and the agent can be typed to; answer its questions.
+        """Wait until the screen has settled and the agent can be typed to; answer its dialogs.
 
-        One key at a time, and only on a screen that stands still: Claude Code draws its trust
-        question twice, and the cursor jumps back.
+        One key at a time, and only on a settled screen: an agent may draw a dialog twice, and then
+        its cursor jumps back.
         """
-        started, changed, last, answered = self._clock(), 0.0, None, ""
+        started = self._clock()
+        changed, last_screen, answer = 0.0, None, ""
         while True:
             pane, now = self._snapshot(), self._clock()
-            if pane.screen != last:
-                last, changed = pane.screen, now
-            late = now - started >= self.READY_TIMEOUT
-            if now - changed >= self._required_settle_seconds(pane) or late:
-                question = find_startup_dialog(self._profile, pane.screen)
-                if answered and (not question or question.answer != answered):
+            if pane.screen != last_screen:
+                last_screen, changed = pane.screen, now
+            is_late = now - started >= self.READY_TIMEOUT
+            if now - changed >= self._required_settle_seconds(pane) or is_late:
+                dialog = find_startup_dialog(self._profile, pane.screen)
+                if answer and (not dialog or dialog.answer != answer):
                     self._publish("note", source="orchestrator",
-                                  text=f"answered a question of {self.name}: {answered}")
-                if not question or late:
-                    self._turn_in_progress = False
-                    self._habits.learn_idle(pane)
-                    self._blocked_by_dialog = self._is_known and (
-                        bool(question) or self._required_settle_seconds(pane) > self.READY_SETTLE_SECONDS)
+                                  text=f"answered a question of {self.name}: {answer}")
+                if not dialog or is_late:
+                    self._accept_first_screen(pane)
                     return
-                key, answered, changed = question.next_key, question.answer, now
-                self._retry_write(lambda seen: self._tmux.send_keys(seen, key))
+                answer, changed = dialog.answer, now
+                self._press_key(dialog.next_key)
             self._sleep(0.05)
 
+    def _press_key(self, key: str) -> None:
+        self._retry_write(lambda pane: self._tmux.send_keys(pane, key))
+
+    def _accept_first_screen(self, pane: PaneSnapshot) -> None:
+        """Note that the agent waits for input, or for what only you can do: then AgentError."""
+        has_box = has_input_box(self._profile, pane.screen)
+        if not has_box:
+            self._raise_problem(pane.text)
+        self._turn_in_progress = False
+        self._habits.learn_idle(pane)
+        is_untitled = pane.title == INITIAL_TITLE
+        self._blocked_by_dialog = self._is_known and (not has_box or is_untitled)
+
     def _required_settle_seconds(self, pane: PaneSnapshot) -> float:
-        """Return how long a first screen has to stand still before it is taken as the last.
-
-        Codex shows its box, but no title, before it takes text.
-        """
-        if not self._is_known:
-            return self.READY_SETTLE_SECONDS if pane.text else self.UNKNOWN_SETTLE_SECONDS
-        if find_startup_dialog(self._profile, pane.screen):
-            return self.READY_SETTLE_SECONDS
+        """Return how long a first screen has to stand still before it is taken as the last."""
+        if not pane.text:
+            return self.READY_TIMEOUT if self._is_known else self.UNKNOWN_SETTLE_SECONDS
         if has_input_box(self._profile, pane.screen):
-            return self.UNTITLED_SETTLE_SECONDS if pane.title == INITIAL_TITLE else self.READY_SETTLE_SECONDS
-        return self.UNKNOWN_SETTLE_SECONDS if pane.text else self.READY_TIMEOUT
+            # A box may be there before the agent takes text, but then it has not set the title.
+            is_untitled = pane.title == INITIAL_TITLE
+            return self.UNTITLED_SETTLE_SECONDS if is_untitled else self.READY_SETTLE_SECONDS
+        if not self._is_known or find_startup_dialog(self._profile, pane.screen):
+            return self.READY_SETTLE_SECONDS
+        if find_problem(self._profile, pane.text) or describe_menu(self._profile, pane.screen):
+            return self.MENU_SETTLE_SECONDS
+        return self.UNKNOWN_SETTLE_SECONDS
 
-    def _restart(self, trouble: AgentError) -> str:
+    def _restart(self, error: AgentError) -> str:
         """Start the agent again, with its conversation if it can; return what to say about it."""
-        remembers, latest = bool(self._has_conversation and self._profile.resume_command), trouble
-        what = str(trouble)
-        if isinstance(trouble, TmuxSessionLost):
-            what = f"the session is gone ({trouble})"
-            self._kill_orphan()
+        what = str(error)
+        if isinstance(error, TmuxSessionLost):
+            what = f"the session is gone ({error})"
+            self._end_processes(self._find_processes())
+        resumes = bool(self._has_conversation and self._profile.resume_command)
+        self._count_restart(error)
         while True:
-            now = self._clock()
-            self._restart_times = [at for at in self._restart_times if now - at < self.RESTART_WINDOW_SECONDS] + [now]
-            if len(self._restart_times) > self.MAX_RESTARTS:
-                raise AgentError(f"{self.name} was restarted {self.MAX_RESTARTS} times in ten minutes "
-                                 f"without finishing a turn; the last time: {latest}")
             try:
-                self._launch(self._profile.resume_command if remembers else self._profile.start_command)
+                self._launch(resumes)
                 break
-            except (TmuxSessionLost, AgentExited) as error:
-                if remembers:       # the other way to start it is no restart more
-                    self._restart_times.pop()
-                latest, remembers = error, False
+            except (TmuxSessionLost, AgentExited) as latest:
+                if not resumes:     # the other way to start it is no restart more
+                    self._count_restart(latest)
+                resumes = False
         self._forget_output()
-        what += "; it was started again"
-        self._publish("recovery", what=what, resumed=remembers)
-        return f"{what} and " + ("remembers the conversation." if remembers
-                                 else "remembers nothing of what was said before.")
+        self._publish("recovery", what=f"{what}; it was started again", resumed=resumes)
+        memory = ("remembers the conversation" if resumes
+                  else "has no memory of the earlier conversation")
+        return f"{what}; it was started again and {memory}."
 
-    def _kill_orphan(self) -> None:
-        """End a program that outlives its pane, two seconds later: a new one would work beside it.
+    def _count_restart(self, error: AgentError) -> None:
+        """Note a restart; raise AgentError if there were too many of them lately."""
+        now = self._clock()
+        self._restart_times = [at for at in self._restart_times
+                               if now - at < self.RESTART_WINDOW_SECONDS] + [now]
+        if len(self._restart_times) > self.MAX_RESTARTS:
+            raise AgentError(f"{self.name} was restarted {self.MAX_RESTARTS} times in ten minutes "
+                             f"without finishing a turn; the last time: {error}")
 
-        It leads a session of its own, as tmux had it; it was told by SIGHUP that the pane is gone.
+    def _find_processes(self) -> dict[int, str]:
+        """Return the agent's process and those that it has started, with their start times."""
+        pid, start_time = self._process
+        pids = set(processes_of_pane(self._server_pid, self._pane_id))
+        with contextlib.suppress(OSError):
+            # It leads a session of its own.  0 and 1 would be our own group, or every process.
+            if pid > 1 and start_time and os.getsid(pid) == pid and (
+                    process_start_time(pid) == start_time):
+                pids.update((pid, *child_processes(pid)))
+        return {pid: process_start_time(pid) for pid in pids if pid > 1 and pid != os.getpid()}
+
+    def _end_processes(self, processes: dict[int, str]) -> None:
+        """End what outlives its pane: its tools would work on, and beside a new agent.
+
+        By then they were told by SIGHUP that the pane is gone, except those that have left its
+        session.  What they start meanwhile ends too.
         """
-        pid, born = self._process
-        for again in range(25):
-            try:        # 0 and 1 would be our own group and every process there is
-                if pid < 2 or not born or os.getsid(pid) != pid or process_start_time(pid) != born:
-                    return
-                os.killpg(pid, signal.SIGKILL if again >= 20 else 0)
-            except OSError:
+        for attempt in range(25):
+            processes.update(self._find_processes())
+            alive = [pid for pid, start_time in processes.items()
+                     if start_time and process_start_time(pid) == start_time]
+            if not alive:
                 return
+            if attempt in (3, 20):
+                for pid in alive:
+                    with contextlib.suppress(OSError):
+                        os.kill(pid, signal.SIGTERM if attempt == 3 else signal.SIGKILL)
             self._sleep(0.1)
 
 

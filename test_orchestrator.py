@@ -206,7 +206,7 @@ class Terminal:
     def find_pane(self):
         return self.existing or ("", "")
 
-    def new_session(self, command, directory, mark):
+    def new_pane(self, command, directory, mark):
         self.existing = (mark, "%1")
         self.respawn_pane("%1", command, directory)
         return "%1"
@@ -1157,7 +1157,7 @@ def test_a_command_and_its_directory_reach_the_program_as_they_are(fake, tmp_pat
     directory = tmp_path / "a#[x]#{pid};"
     directory.mkdir()
     fake.says("%7\n")
-    assert fake.tmux.new_session(("sh", "-c", "echo hi;"), str(directory), "the mark") == "%7"
+    assert fake.tmux.new_pane(("sh", "-c", "echo hi;"), str(directory), "the mark") == "%7"
     *_, arguments = fake.calls()
     start = arguments.index("--")
     assert fake.given("cwd") == f"{directory}\n" and "-c" not in arguments[:start]
@@ -1202,10 +1202,12 @@ def test_a_look_returns_the_facts_and_the_screen(fake):
 
 
 def test_a_session_is_found_by_its_name_or_is_none(fake):
-    fake.says("\t%0\n'mark'\t%1\n\t%12\n")
+    fake.says("\t%0\t'mark'\n'mark'\t%1\t'mark'\n\t%12\t'mark'\n")
     assert fake.tmux.find_pane() == ("'mark'", "%1")
-    fake.says("\t%3\n")
+    fake.says("\t%3\t\n")
     assert fake.tmux.find_pane() == ("", "%3")
+    fake.says("\t%3\t'mark'\n")        # the agent's pane was closed, another one is left
+    assert fake.tmux.find_pane() == ("'mark'", "")
     fake.says("", "no server running on /tmp/x", 1)
     assert fake.tmux.find_pane() == ("", "")
 
@@ -1422,6 +1424,9 @@ def test_codex_without_a_title_is_at_work_until_the_line_that_closes_a_turn() ->
         turns.habits.has_closing_line = True
         turns.look(0.1, *working)
         assert turns.ends(0.3, *screen) == seconds
+    turns = Turns(CODEX, *codex_screen(), settle_seconds=5.0)
+    turns.habits.has_closing_line = True        # the sign was too short to be seen
+    assert turns.ends(0.3, *pausing) == 15.0
     turns = Turns(CODEX, *codex_screen(), has_title_spinner=True)
     turns.habits.has_closing_line = True
     turns.look(0.1, *pausing, title="⠧ src")
@@ -1674,7 +1679,7 @@ def test_an_agent_that_ended_is_started_again_with_its_conversation():
 def test_an_agent_that_cannot_go_on_with_its_conversation_starts_afresh():
     desk = Desk(doomed(lambda terminal: terminal.die()),
                 lambda terminal: terminal.die("No conversation found to continue"), claude())
-    assert "remembers nothing" in desk.agent.ask("one").as_text()
+    assert "has no memory" in desk.agent.ask("one").as_text()
     assert desk.terminal.started == [PROGRAM.start_command, PROGRAM.resume_command, PROGRAM.start_command]
     assert not desk.told[-1][1]["resumed"]
 
@@ -1780,13 +1785,13 @@ def test_a_session_that_is_gone_is_made_again_with_the_conversation_if_there_was
     assert "remembers the conversation" in desk.agent.start(resume=True).as_text()
     assert desk.terminal.started == [PROGRAM.resume_command] and desk.told[0][0] == "recovery"
     desk = Desk(lambda terminal: terminal.die("No conversation found"), claude(), start=False)
-    assert "remembers nothing" in desk.agent.start(resume=True).as_text()
+    assert "has no memory" in desk.agent.start(resume=True).as_text()
     assert desk.terminal.started == [PROGRAM.resume_command, PROGRAM.start_command]
 
 
 def test_a_session_that_was_made_for_something_else_is_left_alone():
     desk = Desk(claude(), start=False)
-    desk.terminal.new_session(("vim", "secret.txt"), "/home/me", "'vim secret.txt' in '/home/me'")
+    desk.terminal.new_pane(("vim", "secret.txt"), "/home/me", "'vim secret.txt' in '/home/me'")
     with pytest.raises(ConfigError, match="work is in use for 'vim secret.txt' in '/home/me'.*CLAUDE_TMUX"):
         desk.agent.start()
     assert not desk.terminal.pasted and not desk.terminal.pressed
@@ -1808,7 +1813,7 @@ def test_a_session_that_took_the_place_of_ours_is_neither_typed_into_nor_ended()
 def test_a_program_that_outlives_its_pane_is_ended_if_its_id_is_surely_not_another_ones(
         born, found, monkeypatch):
     monkeypatch.setattr(orchestrator, "process_start_time", lambda pid: born)
-    with subprocess.Popen(["bash", "-c", "trap '' HUP; echo; read x"], stdin=subprocess.PIPE,
+    with subprocess.Popen(["bash", "-c", "trap '' HUP TERM; echo; read x"], stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE, start_new_session=True) as orphan:
         orphan.stdout.readline()
         desk = Desk(claude())
@@ -1852,14 +1857,14 @@ def test_where_every_process_is_in_session_0_none_is_taken_for_an_orphan(pid, mo
     monkeypatch.setattr(os, "getsid", lambda pid: pid)
     desk = Desk(claude())
     desk.terminal.seen, desk.terminal.failures = {"pid": pid}, [None, TmuxSessionLost("lost server")]
-    assert "remembers nothing" in desk.agent.ask("one").as_text()
+    assert "has no memory" in desk.agent.ask("one").as_text()
 
 
 def test_a_server_that_dies_at_the_start_is_started_again():
     """It may have been the last session of another run's that ended."""
     desk = Desk(claude(), start=False)
-    create, deaths = desk.terminal.new_session, [TmuxServerLost("server exited unexpectedly")]
-    desk.terminal.new_session = lambda *what: play(deaths, lambda: create(*what))
+    create, deaths = desk.terminal.new_pane, [TmuxServerLost("server exited unexpectedly")]
+    desk.terminal.new_pane = lambda *what: play(deaths, lambda: create(*what))
     assert "server exited unexpectedly" in desk.agent.start().as_text()
     assert desk.terminal.started == [PROGRAM.start_command]
     assert desk.agent.ask("one") == Turn("> one\n● Done: one")
@@ -1871,7 +1876,7 @@ def test_a_program_that_ends_at_once_leaves_its_last_words():
 
 
 def test_a_missing_program_says_how_to_get_it():
-    with pytest.raises(AgentError, match="there is no no-such-agent on the PATH: npm install"):
+    with pytest.raises(AgentError, match="no-such-agent is not on your PATH. Install it: npm"):
         Desk(claude(), program=dataclasses.replace(
             PROGRAM, start_command=("no-such-agent",)))
 
@@ -4367,7 +4372,7 @@ def scene(tmp_path, monkeypatch, capsys):
     (["--replay", "nothing.jsonl"], {}, 2, "nothing.jsonl: can't be read"),
     (["--resume"], {"OPENROUTER_API_KEY": KEY}, 2, "there is no run to resume"),
     (["--chat"], {"PATH": "/nowhere"}, 5, "tmux is not installed"),
-    (["--chat"], {"CLAUDE_CMD": "", "DEFAULT_MODEL": "gpt"}, 5, "no codex on the PATH: npm"),
+    (["--chat"], {"CLAUDE_CMD": "", "DEFAULT_MODEL": "gpt"}, 5, "codex is not on your PATH. Install it: npm"),
     (["--task", " "], {"OPENROUTER_API_KEY": KEY, "CLAUDE_CMD": "cat"}, 2, "there is no task"),
     ([], {"OPENROUTER_API_KEY": KEY, "CLAUDE_CMD": "cat"}, 2, "there is no task")])
 def test_wrong_use_is_one_line_that_says_what_to_change(scene, arguments, environ, status, words):
@@ -4432,7 +4437,7 @@ def test_the_doctor_has_a_line_for_each_thing_and_says_what_is_wrong(run_doctor)
     assert status == 1 and list(lines) == ["python", "tmux", "agent", "model", "session", "state",
                                            "dashboard"]
     for name, words in {"python": "ok", "tmux": "FAILED  tmux is not installed: apt",
-                        "agent": "FAILED  cat: there is no cat on the PATH: check CLAUDE_CMD",
+                        "agent": "FAILED  cat: cat is not on your PATH. Check CLAUDE_CMD.",
                         "model": "FAILED  OPENROUTER_API_KEY is not set: export it",
                         "session": "FAILED  tmux is not", "state": "ok", "dashboard": "ok"}.items():
         assert lines[name].startswith(words)
