@@ -548,7 +548,7 @@ _VOLATILE_TEXT = re.compile(      # all repetitions are bounded: 16,000 digits m
 def normalize_screen(screen: str) -> str:
     """Return a screen's text in a form that is the same where only times and counters differ.
 
-    Claude Code ends a turn with a line like `✻ Brewed for 4s`, in ever new words.
+    An agent may end each turn with a line like `✻ Brewed for 4s`, in ever new words.
     """
     return _VOLATILE_TEXT.sub("#", screen)
 
@@ -1285,6 +1285,48 @@ def process_start_time(pid: int) -> str:
     return ""
 
 
+def child_processes(pid: int) -> dict[int, int]:
+    """Return the ids of all descendants of a process, each with that of its session."""
+    parents: dict[int, int] = {}
+    try:
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                fields = path.read_text(errors="replace").rpartition(")")[2].split()
+                parents[int(path.parent.name)] = int(fields[1])
+        if not parents:
+            rows = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True,
+                                  stdin=subprocess.DEVNULL, env={}).stdout.splitlines()
+            parents = {int(child): int(parent) for child, parent in map(str.split, rows)}
+    except (OSError, ValueError):
+        return {}
+    found: dict[int, int] = {}
+    generation = {pid}
+    while generation:
+        generation = {child for child, parent in parents.items()
+                      if parent in generation and child not in found}
+        for child in generation:
+            with contextlib.suppress(OSError):
+                found[child] = os.getsid(child)
+    return found
+
+
+def processes_of_pane(server_pid: int, pane_id: str) -> list[int]:
+    """Return the processes that have a pane in their environment, wherever they are now.
+
+    A daemon has left its parent and its session, but its environment still tells where it was
+    started.  Where that can't be read, as on macOS, the list is empty.
+    """
+    found = []
+    pane, server = f"\0TMUX_PANE={pane_id}\0".encode(), f",{server_pid},".encode()
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            variables = b"\0" + path.read_bytes() + b"\0"
+            tmux = variables.partition(b"\0TMUX=")[2].partition(b"\0")[0]
+            if pane in variables and server in tmux:
+                found.append(int(path.parent.name))
+    return found
+
+
 class PaneSnapshot(NamedTuple):
     """One look at a pane: what tmux knows of it, and its visible lines."""
 
@@ -1752,11 +1794,11 @@ class TurnDetector:
         """Return how long the text has to stand still now that no sign of work is seen."""
         if self.last_sign == "usual words":
             return self.SETTLE_SECONDS_AFTER_USUAL_WORDS
-        if self.last_sign:
-            return self.STALE_SECONDS if self._lacks_closing_line(pane) else self.SETTLE_SECONDS
-        if self._message.startswith("/"):
+        if self._message.startswith("/") and not self.last_sign:
             return self.SETTLE_SECONDS_OF_SLASH_COMMANDS
-        if self._has_new_closing_line():
+        if self._lacks_closing_line(pane):
+            return self.STALE_SECONDS
+        if self.last_sign or self._has_new_closing_line():
             return self.SETTLE_SECONDS
         if self.has_prompt_again(pane):
             return self.SETTLE_SECONDS_AT_PROMPT
@@ -1770,10 +1812,11 @@ class TurnDetector:
     def _lacks_closing_line(self, pane: PaneSnapshot) -> bool:
         """Tell whether an answer may still be going on although its status line has gone.
 
-        Codex shows nothing else while its answer streams, if its user has changed its title.
+        An agent may show nothing else while its answer streams, if its user changed its title.
         """
-        return (self._profile.hides_status_line and self._habits.has_closing_line
-                and self.last_sign == "own words" and not self._habits.has_title_spinner
+        is_expected = self._profile.hides_status_line and self._habits.has_closing_line
+        has_started = bool(self._message or self.last_sign)
+        return (is_expected and has_started and not self._habits.has_title_spinner
                 and not self._shows_closing_line
                 and not describe_menu(self._profile, pane.screen))
 
@@ -1832,44 +1875,6 @@ class TurnDetector:
         return sum(1 for line in lines if words and words.search(line))
 
 
-def process_tree(pid: int) -> dict[int, str]:
-    """Return a process and its descendants, with the session (else the terminal) of each."""
-    parents: dict[int, tuple[int, str]] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):      # it has just ended
-            fields = path.read_text(errors="replace").rpartition(")")[2].split()
-            parents[int(path.parent.name)] = int(fields[1]), fields[3]
-    if not parents:
-        with contextlib.suppress(OSError):
-            listed = subprocess.run(["ps", "-axo", "pid=,ppid=,tty="], capture_output=True,
-                                    stdin=subprocess.DEVNULL, text=True, errors="replace")
-            for line in listed.stdout.splitlines():
-                child, parent, terminal = line.split(None, 2)
-                parents[int(child)] = int(parent), terminal
-    family = {pid}
-    while found := {child for child, (parent, _) in parents.items()
-                    if parent in family and child not in family}:
-        family |= found
-    return {member: parents[member][1] for member in family if member in parents}
-
-
-def processes_of_pane(server_pid: int, pane_id: str) -> list[int]:
-    """Return the processes that have a pane in their environment, wherever they are now.
-
-    A daemon has left its parent and its session, but its environment still tells where it was
-    started.  Where that can't be read, as on macOS, the list is empty.
-    """
-    found = []
-    pane, server = f"\0TMUX_PANE={pane_id}\0".encode(), f",{server_pid},".encode()
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):
-            variables = b"\0" + path.read_bytes() + b"\0"
-            tmux = variables.partition(b"\0TMUX=")[2].partition(b"\0")[0]
-            if pane in variables and server in tmux:
-                found.append(int(path.parent.name))
-    return found
-
-
 class _Submission:
     """A message on its way to the agent."""
 
@@ -1901,7 +1906,7 @@ class Agent:
     INDICATOR_DELAY_SECONDS = 5.0   # a known agent shows that it works; a busy machine is slow
     KEY_SETTLE_SECONDS = 1.0        # a known agent's screen after a key that starts no work
     SHOW_SECONDS = 2.0              # on a still screen, for a pasted text to show
-    ENTER_DELAY_SECONDS = 0.2       # Gemini CLI takes an Enter right after a paste for a line break
+    ENTER_DELAY_SECONDS = 0.2       # some take an Enter right after a paste for a line break
     TALL_ROWS = 500                 # the window in which a full-screen program is read
     INTERRUPT_SECONDS = 5.0         # for the agent to stop its turn
     MAX_RESTARTS, RESTART_WINDOW_SECONDS = 3, 600.0
@@ -2222,8 +2227,8 @@ class Agent:
         """Return the processes that an unknown program has started in sessions of their own."""
         if self._profile.is_known:
             return []
-        sessions = process_tree(pane.pid)
-        return [pid for pid, session in sessions.items() if session != sessions.get(pane.pid)]
+        sessions = child_processes(pane.pid)
+        return [pid for pid, session in sessions.items() if session != pane.pid]
 
     def _find_draft(self, pane: PaneSnapshot, column: int = 0) -> str:
         """Return what stands in the input box, nothing for a program whose box we do not know."""
@@ -2549,7 +2554,7 @@ class Agent:
             # It leads a session of its own.  0 and 1 would be our own group, or every process.
             if pid > 1 and start_time and os.getsid(pid) == pid and (
                     process_start_time(pid) == start_time):
-                pids.update(process_tree(pid))
+                pids.update((pid, *child_processes(pid)))
         return {pid: process_start_time(pid) for pid in pids if pid > 1 and pid != os.getpid()}
 
     def _end_processes(self, processes: dict[int, str]) -> None:
@@ -3224,7 +3229,7 @@ class OpenRouter:
         return ""
 
     def build_request(self, messages: Messages) -> dict[str, Any]:
-        """Return the request; system prompt and newest message are marked for Claude's cache."""
+        """Return the request; system prompt and newest message are marked for the provider's cache."""
         sent: list[dict[str, Any]] = [dict(message) for message in messages]
         if "system role" not in self._features and sent[0]["role"] == "system":
             system = sent.pop(0)
@@ -4469,8 +4474,9 @@ def run_shell_command(command: str, directory: Path, environ: Mapping[str, str],
     return status, truncate_middle(sanitize(text).strip())
 
 
+_AGENT_NAMES = "|".join(re.escape(profile.program_names[0]) for profile in PROFILES)
 _UNCOUNTED_PATH = re.compile(       # caches, logs, and files of the agents and of this program
-    r"(?:\A|/)(?:\.(?:git|hg|svn|venv|tox|cache|\w+_cache|claude|codex|gemini|aider[^/]*|coverage)|"
+    rf"(?:\A|/)(?:\.(?:git|hg|svn|venv|tox|cache|\w+_cache|(?:{_AGENT_NAMES})[^/]*|coverage)|"
     r"venv|node_modules|__pycache__|memory\.json[^/]*|orchestrator/runs)(?:/|\Z)|"
     r"\.(?:log|pyc|swp)\Z")
 Files = Mapping[str, tuple[int, int]]       # modification times and sizes by path
@@ -4585,7 +4591,7 @@ class Autopilot:
             Autopilot(agent, MyModel(), config=Config(max_minutes=30)).run("Make the tests pass")
     """
 
-    MAX_MESSAGES = 900                  # in a conversation: Claude takes 1,000
+    MAX_MESSAGES = 900                  # in a conversation: some take 1,000
     VERIFY_TIMEOUT = 600.0              # seconds
     MAX_SAME_FAILURES = 5               # of VERIFY_CMD in a row, then the run is stuck
     WARN_TURNS_WITHOUT_NEWS = 5         # then the model is told

@@ -1769,6 +1769,9 @@ def test_codex_without_a_title_is_at_work_until_the_line_that_closes_a_turn() ->
         turns.habits.has_closing_line = True
         turns.look(0.1, *working)
         assert turns.ends(0.3, *screen) == seconds
+    turns = Turns(CODEX, *codex_screen(), settle_seconds=5.0)
+    turns.habits.has_closing_line = True        # the sign was too short to be seen
+    assert turns.ends(0.3, *pausing) == 15.0
     turns = Turns(CODEX, *codex_screen(), has_title_spinner=True)
     turns.habits.has_closing_line = True
     turns.look(0.1, *pausing, title="⠧ src")
