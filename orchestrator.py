@@ -547,7 +547,7 @@ _VOLATILE_TEXT = re.compile(      # all repetitions are bounded: 16,000 digits m
 def normalize_screen(screen: str) -> str:
     """Return a screen's text in a form that is the same where only times and counters differ.
 
-    Claude Code ends a turn with a line like `✻ Brewed for 4s`, in ever new words.
+    An agent may end each turn with a line like `✻ Brewed for 4s`, in ever new words.
     """
     return _VOLATILE_TEXT.sub("#", screen)
 
@@ -715,8 +715,8 @@ CLAUDE_CODE = AgentProfile(
     menu_hint=re.compile(r"\benter to (?:confirm|select|save|continue)\b|"
                          r"\besc to (?:cancel|close|exit|clear|go back)\b", re.I),
     startup_dialogs=(
-        StartupRule(re.compile(r"(?s)(?:trust|Bypass).*Enter y/n:\s*\Z"), key="y"),
-        StartupRule(re.compile(r"(?s)(?:trust|Bypass).*Enter y/n: y\s*\Z"), key="Enter"),
+        StartupRule(re.compile(r"(?s)(?:trust|Bypass).*Enter y/n: *(?:\n|\Z)"), key="y"),
+        StartupRule(re.compile(r"(?s)(?:trust|Bypass).*Enter y/n: y *(?:\n|\Z)"), key="Enter"),
         StartupRule(re.compile("trust this folder"), "Yes, I trust"),
         StartupRule(re.compile(r"Trust this folder\?"), "Trust and continue"),
         StartupRule(re.compile("Bypass Permissions mode"), "Yes, I accept")),
@@ -928,9 +928,9 @@ _ANY_CURSOR = re.compile(r"\s*(?:[│|]\s*)?[❯›●>]\s*(\S.*)")      # of an
 _NUMBERED_ENTRY = re.compile(r"[\s│❯›●>]*\d+\.\s")
 
 
-def _last_text_lines(screen: Iterable[str], count: int) -> list[str]:
-    """Return the last lines of a screen that have text."""
-    return [line for line in screen if line.strip()][-count:]
+def text_lines(lines: Iterable[str]) -> list[str]:
+    """Return the lines that have text."""
+    return [line for line in lines if line.strip()]
 
 
 class _InputBox(NamedTuple):
@@ -945,7 +945,7 @@ class _InputBox(NamedTuple):
 def _has_menu_hint(profile: AgentProfile, screen: Sequence[str]) -> bool:
     """Whether the last lines of a screen list the keys of a menu."""
     pattern = profile.menu_hint
-    return pattern is not None and any(map(pattern.search, _last_text_lines(screen, 3)))
+    return pattern is not None and any(map(pattern.search, text_lines(screen)[-3:]))
 
 
 def _parse_reader_box(
@@ -1046,62 +1046,51 @@ def find_draft(profile: AgentProfile, screen: Sequence[str], row: int, column: i
     return "\n".join([mode + first, *rest])
 
 
-def is_busy(profile: AgentProfile, screen: Sequence[str]) -> bool:
-    """Whether the words on a screen say that the agent is working."""
-    above, box, frame = split_at_input_box(profile, screen)
-    footer = frame if box else _last_text_lines(screen, 3)
-    if profile.busy_words and any(map(profile.busy_words.search, footer)):
-        return True
-    unindented = [line for line in above if line.strip() and not line.startswith(" ")]
-    return bool(profile.status_line and unindented
-                and profile.status_line.fullmatch(unindented[-1]))
-
-
-def text_lines(lines: Iterable[str]) -> list[str]:
-    """Return the lines that have text."""
-    return [line for line in lines if line.strip()]
-
-
 def is_message_queued(profile: AgentProfile, screen: Iterable[str]) -> bool:
     """Whether a screen says that the agent will take a message only once it has started."""
     pattern = profile.queued_message
-    return pattern is not None and any(map(pattern.match, _last_text_lines(screen, 3)))
+    return pattern is not None and any(map(pattern.match, text_lines(screen)[-3:]))
 
 
 def _is_unindented(line: str) -> bool:
-    return line[:1] not in ("", " ", "↑", "↓")      # arrows: a list that scrolls
+    return line[:1] not in ("", " ", "─", "↑", "↓")      # arrows: a list that scrolls
 
 
-def _find_menu(
-        lines: list[str], cursor_pattern: re.Pattern[str] | None) -> tuple[int, int | None]:
+def _find_menu(profile: AgentProfile, lines: list[str],
+               cursor_pattern: re.Pattern[str] | None) -> tuple[int, int | None]:
     """Return the first row of a menu and the row of its cursor.
 
-    It begins below a rule, which may also stand between its entries, or where no rule is drawn,
-    below the last line that is not indented.
+    It begins below a rule, which may also stand between its entries, or where the agent draws no
+    rules, below the last line that is not indented.
     """
     rules = [row for row, line in enumerate(lines[:-1]) if _HORIZONTAL_RULE.match(line)
              and not _NUMBERED_ENTRY.match(lines[row + 1])]
-    first, cursor = rules[-1] + 1 if rules else 0, None
+    first = rules[-1] + 1 if rules and profile.box_border else 0
     for row in range(len(lines) - 1, first - 1, -1):
         if cursor_pattern and cursor_pattern.match(lines[row]):
-            cursor = row
+            if not first:
+                first = row
+                while first > 0 and not _is_unindented(lines[first - 1]):
+                    first -= 1
+            return first, row
+        if not first and _is_unindented(lines[row]):
             break
-        if not rules and _is_unindented(lines[row]):
-            break
-    if not rules:
-        first = len(lines) - 1 if cursor is None else cursor
-        while first > 0 and not _is_unindented(lines[first - 1]):
-            first -= 1
-    return first, cursor
+    return first, None
 
 
-def _find_question(lines: list[str]) -> str:
+def _find_question(profile: AgentProfile, lines: list[str]) -> str:
     """Return the question, or else the title, in the lines of a menu above its cursor."""
-    text = [line.strip() for line in lines if line.strip() and not _NUMBERED_ENTRY.match(line)]
-    questions = [found[0] for line in text if (found := re.match(r".*?\?(?=\s|$)", line))]
+    text = [line.strip() for line in text_lines(lines) if not _NUMBERED_ENTRY.match(line)]
+    questions = [found[0] for line in text if (found := re.match(r"(?!●).*?\?(?=\s|$)", line))]
     if questions:
         return questions[-1]
-    return text[0] if text else ""
+    if not profile.box_border:      # the title begins the last paragraph
+        while lines and not lines[-1].strip():
+            lines = lines[:-1]
+        blank_rows = [row for row, line in enumerate(lines) if not line.strip()]
+        text = [line.strip() for line in lines[blank_rows[-1] + 1 if blank_rows else 0:]]
+    titles = [line for line in text if line[0].isalnum()] or text
+    return titles[0] if titles else ""
 
 
 def describe_menu(profile: AgentProfile, screen: Sequence[str]) -> str:
@@ -1110,14 +1099,15 @@ def describe_menu(profile: AgentProfile, screen: Sequence[str]) -> str:
         return ""
     lines = trimmed_lines("\n".join(screen))[-60:]
     is_hinted = _has_menu_hint(profile, lines)
-    first, cursor = _find_menu(lines, _ANY_CURSOR if is_hinted else profile.menu_cursor)
-    if not is_hinted and (cursor is None or len(_last_text_lines(lines[cursor:], 99)) > 12):
+    first, row = _find_menu(profile, lines, _ANY_CURSOR if is_hinted else profile.menu_cursor)
+    if row is None:
+        title = "".join(text_lines(lines[first:])[:1]).strip()
+        return f"The screen asks {title!r}; it takes keys, not text." if is_hinted else ""
+    if not is_hinted and len(text_lines(lines[row:])) > 12:
         return ""
-    text = f"The screen asks {_find_question(lines[first:-1 if cursor is None else cursor])!r}"
-    entry = _ANY_CURSOR.match(lines[cursor]) if cursor is not None else None
-    if entry:
-        text += f", and the cursor is on {entry[1].strip()!r}"
-    return f"{text}; it takes keys, not text."
+    entry = " ".join(_ANY_CURSOR.sub(r"\1", lines[row]).split())
+    return (f"The screen asks {_find_question(profile, lines[first:row])!r}, and the cursor is on "
+            f"{entry!r}; it takes keys, not text.")
 
 
 def last_text_line(ansi_screen: str) -> str:
@@ -1136,7 +1126,7 @@ _USUAL_MENU_HINT = re.compile(r"\benter (?:to )?(?:\w+)\b", re.I)
 
 def count_usual_busy_lines(screen: Sequence[str]) -> int:
     """Count the last lines of any program that say, or show by a spinner, that it is working."""
-    return sum(1 for line in _last_text_lines(screen, 12)
+    return sum(1 for line in text_lines(screen)[-12:]
                if _USUAL_BUSY_WORDS.search(line) and not _USUAL_MENU_HINT.search(line))
 
 
@@ -1292,6 +1282,48 @@ def process_start_time(pid: int) -> str:
         return subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True,
                               stdin=subprocess.DEVNULL, text=True, errors="replace", env={}).stdout
     return ""
+
+
+def child_processes(pid: int) -> dict[int, int]:
+    """Return the ids of all descendants of a process, each with that of its session."""
+    parents: dict[int, int] = {}
+    try:
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                fields = path.read_text(errors="replace").rpartition(")")[2].split()
+                parents[int(path.parent.name)] = int(fields[1])
+        if not parents:
+            rows = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True,
+                                  stdin=subprocess.DEVNULL, env={}).stdout.splitlines()
+            parents = {int(child): int(parent) for child, parent in map(str.split, rows)}
+    except (OSError, ValueError):
+        return {}
+    found: dict[int, int] = {}
+    generation = {pid}
+    while generation:
+        generation = {child for child, parent in parents.items()
+                      if parent in generation and child not in found}
+        for child in generation:
+            with contextlib.suppress(OSError):
+                found[child] = os.getsid(child)
+    return found
+
+
+def processes_of_pane(server_pid: int, pane_id: str) -> list[int]:
+    """Return the processes that have a pane in their environment, wherever they are now.
+
+    A daemon has left its parent and its session, but its environment still tells where it was
+    started.  Where that can't be read, as on macOS, the list is empty.
+    """
+    found = []
+    pane, server = f"\0TMUX_PANE={pane_id}\0".encode(), f",{server_pid},".encode()
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            variables = b"\0" + path.read_bytes() + b"\0"
+            tmux = variables.partition(b"\0TMUX=")[2].partition(b"\0")[0]
+            if pane in variables and server in tmux:
+                found.append(int(path.parent.name))
+    return found
 
 
 class PaneSnapshot(NamedTuple):
@@ -1761,11 +1793,11 @@ class TurnDetector:
         """Return how long the text has to stand still now that no sign of work is seen."""
         if self.last_sign == "usual words":
             return self.SETTLE_SECONDS_AFTER_USUAL_WORDS
-        if self.last_sign:
-            return self.STALE_SECONDS if self._lacks_closing_line(pane) else self.SETTLE_SECONDS
-        if self._message.startswith("/"):
+        if self._message.startswith("/") and not self.last_sign:
             return self.SETTLE_SECONDS_OF_SLASH_COMMANDS
-        if self._has_new_closing_line():
+        if self._lacks_closing_line(pane):
+            return self.STALE_SECONDS
+        if self.last_sign or self._has_new_closing_line():
             return self.SETTLE_SECONDS
         if self.has_prompt_again(pane):
             return self.SETTLE_SECONDS_AT_PROMPT
@@ -1779,10 +1811,11 @@ class TurnDetector:
     def _lacks_closing_line(self, pane: PaneSnapshot) -> bool:
         """Tell whether an answer may still be going on although its status line has gone.
 
-        Codex shows nothing else while its answer streams, if its user has changed its title.
+        An agent may show nothing else while its answer streams, if its user changed its title.
         """
-        return (self._profile.hides_status_line and self._habits.has_closing_line
-                and self.last_sign == "own words" and not self._habits.has_title_spinner
+        is_expected = self._profile.hides_status_line and self._habits.has_closing_line
+        has_started = bool(self._message or self.last_sign)
+        return (is_expected and has_started and not self._habits.has_title_spinner
                 and not self._shows_closing_line
                 and not describe_menu(self._profile, pane.screen))
 
@@ -1841,44 +1874,6 @@ class TurnDetector:
         return sum(1 for line in lines if words and words.search(line))
 
 
-def process_tree(pid: int) -> dict[int, str]:
-    """Return a process and its descendants, with the session (else the terminal) of each."""
-    parents: dict[int, tuple[int, str]] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):      # it has just ended
-            fields = path.read_text(errors="replace").rpartition(")")[2].split()
-            parents[int(path.parent.name)] = int(fields[1]), fields[3]
-    if not parents:
-        with contextlib.suppress(OSError):
-            listed = subprocess.run(["ps", "-axo", "pid=,ppid=,tty="], capture_output=True,
-                                    stdin=subprocess.DEVNULL, text=True, errors="replace")
-            for line in listed.stdout.splitlines():
-                child, parent, terminal = line.split(None, 2)
-                parents[int(child)] = int(parent), terminal
-    family = {pid}
-    while found := {child for child, (parent, _) in parents.items()
-                    if parent in family and child not in family}:
-        family |= found
-    return {member: parents[member][1] for member in family if member in parents}
-
-
-def processes_of_pane(server_pid: int, pane_id: str) -> list[int]:
-    """Return the processes that have a pane in their environment, wherever they are now.
-
-    A daemon has left its parent and its session, but its environment still tells where it was
-    started.  Where that can't be read, as on macOS, the list is empty.
-    """
-    found = []
-    pane, server = f"\0TMUX_PANE={pane_id}\0".encode(), f",{server_pid},".encode()
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):
-            variables = b"\0" + path.read_bytes() + b"\0"
-            tmux = variables.partition(b"\0TMUX=")[2].partition(b"\0")[0]
-            if pane in variables and server in tmux:
-                found.append(int(path.parent.name))
-    return found
-
-
 class _Submission:
     """A message on its way to the agent."""
 
@@ -1910,7 +1905,7 @@ class Agent:
     INDICATOR_DELAY_SECONDS = 5.0   # a known agent shows that it works; a busy machine is slow
     KEY_SETTLE_SECONDS = 1.0        # a known agent's screen after a key that starts no work
     SHOW_SECONDS = 2.0              # on a still screen, for a pasted text to show
-    ENTER_DELAY_SECONDS = 0.2       # Gemini CLI takes an Enter right after a paste for a line break
+    ENTER_DELAY_SECONDS = 0.2       # some take an Enter right after a paste for a line break
     TALL_ROWS = 500                 # the window in which a full-screen program is read
     INTERRUPT_SECONDS = 5.0         # for the agent to stop its turn
     MAX_RESTARTS, RESTART_WINDOW_SECONDS = 3, 600.0
@@ -2231,8 +2226,8 @@ class Agent:
         """Return the processes that an unknown program has started in sessions of their own."""
         if self._profile.is_known:
             return []
-        sessions = process_tree(pane.pid)
-        return [pid for pid, session in sessions.items() if session != sessions.get(pane.pid)]
+        sessions = child_processes(pane.pid)
+        return [pid for pid, session in sessions.items() if session != pane.pid]
 
     def _find_draft(self, pane: PaneSnapshot, column: int = 0) -> str:
         """Return what stands in the input box, nothing for a program whose box we do not know."""
@@ -2558,7 +2553,7 @@ class Agent:
             # It leads a session of its own.  0 and 1 would be our own group, or every process.
             if pid > 1 and start_time and os.getsid(pid) == pid and (
                     process_start_time(pid) == start_time):
-                pids.update(process_tree(pid))
+                pids.update((pid, *child_processes(pid)))
         return {pid: process_start_time(pid) for pid in pids if pid > 1 and pid != os.getpid()}
 
     def _end_processes(self, processes: dict[int, str]) -> None:
@@ -3233,7 +3228,7 @@ class OpenRouter:
         return ""
 
     def build_request(self, messages: Messages) -> dict[str, Any]:
-        """Return the request; system prompt and newest message are marked for Claude's cache."""
+        """Return the request; system prompt and newest message are marked for the provider's cache."""
         sent: list[dict[str, Any]] = [dict(message) for message in messages]
         if "system role" not in self._features and sent[0]["role"] == "system":
             system = sent.pop(0)
@@ -4478,8 +4473,9 @@ def run_shell_command(command: str, directory: Path, environ: Mapping[str, str],
     return status, truncate_middle(sanitize(text).strip())
 
 
+_AGENT_NAMES = "|".join(re.escape(profile.program_names[0]) for profile in PROFILES)
 _UNCOUNTED_PATH = re.compile(       # caches, logs, and files of the agents and of this program
-    r"(?:\A|/)(?:\.(?:git|hg|svn|venv|tox|cache|\w+_cache|claude|codex|gemini|aider[^/]*|coverage)|"
+    rf"(?:\A|/)(?:\.(?:git|hg|svn|venv|tox|cache|\w+_cache|(?:{_AGENT_NAMES})[^/]*|coverage)|"
     r"venv|node_modules|__pycache__|memory\.json[^/]*|orchestrator/runs)(?:/|\Z)|"
     r"\.(?:log|pyc|swp)\Z")
 Files = Mapping[str, tuple[int, int]]       # modification times and sizes by path
@@ -4594,7 +4590,7 @@ class Autopilot:
             Autopilot(agent, MyModel(), config=Config(max_minutes=30)).run("Make the tests pass")
     """
 
-    MAX_MESSAGES = 900                  # in a conversation: Claude takes 1,000
+    MAX_MESSAGES = 900                  # in a conversation: some take 1,000
     VERIFY_TIMEOUT = 600.0              # seconds
     MAX_SAME_FAILURES = 5               # of VERIFY_CMD in a row, then the run is stuck
     WARN_TURNS_WITHOUT_NEWS = 5         # then the model is told
