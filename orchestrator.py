@@ -1230,7 +1230,7 @@ def _seconds_until(now: datetime.datetime, month: str | None, day: str | None, y
         at = at.replace(month=number, day=int(day), year=int(year or now.year + is_next_year))
     elif at < now - datetime.timedelta(hours=1):    # else it is just over, not a day away
         at += datetime.timedelta(days=1)
-    return max(0.0, (at - now).total_seconds())
+    return max(0.0, at.timestamp() - now.timestamp())       # also where the clocks are changed
 
 
 def parse_usage_limit(
@@ -2647,6 +2647,11 @@ class _ErrorKind(NamedTuple):
     words: str = ""                 # in its message
     advice: str = ""
 
+    def fits(self, types: Iterable[str], status: int, message: str) -> bool:
+        """Return whether an error is of this kind."""
+        return (status in self.statuses or any(re.fullmatch(self.types, name) for name in types)
+                or bool(self.words) and re.search(self.words, message, re.I) is not None)
+
 
 # The first row that fits counts.  What is said comes before the status, which is often wrong.
 _ERROR_KINDS = (
@@ -2687,7 +2692,7 @@ _ERROR_KINDS = (
                advice="The key, the provider or a firewall does not allow this request"),
     _ErrorKind("outage", (408, 409, 425, *range(500, 600)), "server(_error)?|unmapped|timeout|"
                "provider_unavailable|provider_overloaded|overloaded_error"),
-    _ErrorKind("request", words=".?", advice="OPENROUTER_MODEL may not take this request"))
+    _ErrorKind("request", words="|.", advice="OPENROUTER_MODEL may not take this request"))
 _AZURE_ADVICE = ("For Azure OpenAI set OPENROUTER_BASE_URL to https://RESOURCE.openai.azure.com/"
                  "openai/v1 and OPENROUTER_MODEL to the name of the deployment")
 _TOKEN_COUNTS = tuple(map(re.compile, (     # what errors say of numbers of tokens
@@ -2720,12 +2725,6 @@ class _NoRedirectHandler(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, *request: object) -> None:
         return None
-
-
-def _error_reason(error: BaseException) -> str:
-    """Return what an error says on one line; it may repeat what the server sent."""
-    said = str(getattr(error, "reason", None) or error)
-    return " ".join(sanitize(said).split()) or type(error).__name__
 
 
 def _base_model_name(model: object) -> str:
@@ -2811,12 +2810,8 @@ def parse_chunks(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
         yield chunk
 
 
-class _ThinkingTooLong(RequestRejected):
-    """The reply reached max_tokens before it had any text: more room may help."""
-
-
 def _parse_retry_after(error: Mapping[str, Any], headers: Mapping[str, str]) -> float | None:
-    """Return the seconds after which a server wants to be asked again, None if it says nothing."""
+    """Return the seconds after which a server wants to be asked again, if it says so."""
     fields = {str(name).lower().replace("_", "-"): value for name, value in [
         *headers.items(), *get_object(get_object(error, "metadata"), "headers").items(),
         *get_object(error, "availability").items()]}
@@ -2839,25 +2834,6 @@ def _error_message(error: Mapping[str, Any]) -> str:
     if inner:
         return _error_message(get_object(inner, "error") or inner)
     return " ".join(re.sub(r"<[^>]*>", " ", sanitize(str(said)[:2_000])).split())
-
-
-def _find_error_kind(types: Iterable[str], status: int, message: str) -> _ErrorKind:
-    """Return the first row of the table that fits."""
-    for kind in _ERROR_KINDS[:-1]:
-        if status in kind.statuses or any(re.fullmatch(kind.types, name) for name in types):
-            return kind
-        if kind.words and re.search(kind.words, message, re.I):
-            return kind
-    return _ERROR_KINDS[-1]
-
-
-def _find_token_counts(error: Mapping[str, Any], message: str) -> dict[str, int]:
-    """Return the numbers of tokens that an error mentions, by what they count."""
-    if "n_ctx" in error:
-        return {"total": get_int(error, "n_ctx"), "prompt": get_int(error, "n_prompt_tokens")}
-    matches = filter(None, (pattern.search(message) for pattern in _TOKEN_COUNTS))
-    return next(({name: int(count) for name, count in match.groupdict().items()}
-                 for match in matches), {})
 
 
 def _make_error(kind: _ErrorKind, text: str, can_pass: bool, retry_after: float | None,
@@ -2896,7 +2872,8 @@ def error_from_response(status: int, body: object, headers: Mapping[str, str],
     code = next((int(name) for name in types if re.fullmatch(r"[3-5]\d\d", name)), 502)
     message = _error_message(error)
     is_page = not holder and "<" in str(body)
-    kind = _find_error_kind(types, code, "" if is_page else message)
+    searched = "" if is_page else message
+    kind = next(row for row in _ERROR_KINDS if row.fits(types, code, searched))
     refused = [name for name, words in _FEATURES.items() if kind.name != "overflow"
                and (code in (400, 404, 422) or name == "system role")
                and re.search(words, message, re.I)]
@@ -2908,7 +2885,9 @@ def error_from_response(status: int, body: object, headers: Mapping[str, str],
         text += f": {message[:300].rstrip('.')}"
     result = _make_error(kind, text, bool(can_pass), _parse_retry_after(error, headers), address)
     result.kind = kind.name
-    result.token_counts = _find_token_counts(error, message)
+    counts = next(filter(None, (pattern.search(message) for pattern in _TOKEN_COUNTS)), None)
+    if counts:
+        result.token_counts = {name: int(count) for name, count in counts.groupdict().items()}
     result.refused_features = refused
     return result
 
@@ -2953,8 +2932,10 @@ class _Completion:
         """Raise an error for a reply that is cut, empty, refused, or no text."""
         text = self.text.strip()
         if self.finish_reason == "length" and not text:
-            raise _ThinkingTooLong("the model used up its tokens before it began to answer. "
-                                   "Choose an OPENROUTER_MODEL that thinks less")
+            error = RequestRejected("the model used up its tokens before it began to answer. "
+                                    "Choose an OPENROUTER_MODEL that thinks less")
+            error.kind = "thinking"
+            raise error
         if self._has_tool_call and not text:
             raise TransientError("the model called a tool, but it has none", max_attempts=3,
                                  correction=_NO_TOOLS_PROMPT)
@@ -2965,14 +2946,6 @@ class _Completion:
         if not text or reason == "content_filter":      # half a command is none
             said = " ".join(self.refusal.split())[:300] or reason
             raise TransientError(f"the model's answer is empty or refused ({said})", max_attempts=3)
-
-
-def _append(messages: Messages, text: str) -> Messages:
-    """Return messages with a paragraph added to the last one, if there is one to add."""
-    if not text:
-        return messages
-    last = {**messages[-1], "content": f"{messages[-1]['content']}\n\n{text}"}
-    return [*messages[:-1], last]
 
 
 class OpenRouter:
@@ -3022,6 +2995,7 @@ class OpenRouter:
         self._output_limit = math.inf       # tokens of a reply, by the model or the credit
         self._total_limit = math.inf        # tokens of a request and its reply
         self._room = math.inf               # tokens that the current request leaves for its reply
+        self._correction = ""               # what the model is told if it called a tool
         is_local = re.match(r"https?://(localhost|127\.0\.0\.1|\[::1\])[:/]", f"{self._address}/")
         self._proxy = "" if is_local else _find_proxy(self._address)
         handlers = [urllib.request.ProxyHandler({})] if is_local else []
@@ -3033,7 +3007,7 @@ class OpenRouter:
         """Check key, address and model with free requests; return what is known of the model.
 
         Raises TransientError if the server can't be asked now, another ModelError for what has to
-        be changed.  Only OpenRouter lists every name that works; others get a warning.
+        be changed.  Only the list of OpenRouter has every name that works.
         """
         if self._is_openrouter:
             remaining = get_object(self._get_json("/key"), "data").get("limit_remaining")
@@ -3066,18 +3040,13 @@ class OpenRouter:
         except ModelError as error:
             if error.kind in ("", "key", "credit", "proxy", "rate limit", "outage"):
                 raise
-            self._check_version_path()
+            with contextlib.suppress(ModelError):
+                listed = self._get_json("/v1/models").get("data")
+            if isinstance(listed, list):
+                raise ModelError(f"OPENROUTER_BASE_URL={self._address}: the server has its models "
+                                 f"at another address. Set it to {self._address}/v1") from None
         return {str(model[name]): model for model in (listed if isinstance(listed, list) else [])
                 for name in ("canonical_slug", "id") if isinstance(model, dict) and name in model}
-
-    def _check_version_path(self) -> None:
-        """Raise an error with the right address if the server has its models below /v1."""
-        listed: Any = None
-        with contextlib.suppress(ModelError):
-            listed = self._get_json("/v1/models").get("data")
-        if isinstance(listed, list):
-            raise ModelError(f"OPENROUTER_BASE_URL={self._address}: the server has its models at "
-                             f"another address. Set it to {self._address}/v1")
 
     def check_completion(self) -> str:
         """Ask for a tiny reply without waiting for anything; return what that took."""
@@ -3085,16 +3054,15 @@ class OpenRouter:
         used: list[tuple[TokenUsage, float | None]] = [(TokenUsage(), None)]
         question = [{"role": "user", "content": "Answer with the word OK."}]
         started_at = self._clock()
-        is_answered = False
-        while not is_answered:
+        change = "begin"
+        while change:
             try:
                 self._request_completion(question, ignore, lambda *usage: used.append(usage),
                                          lambda: self.REQUEST_TIMEOUT)
-                is_answered = True
-            except _ThinkingTooLong:        # it thinks, so it is there
-                is_answered = True
+                change = ""
             except ModelError as error:
-                if not self._repair(error):
+                change = self._repair(error)
+                if not change and error.kind != "thinking":     # else it is there, and thinks
                     raise
         tokens, cost = used[-1]
         price = "cost not reported" if cost is None else f"${cost:.4f}"
@@ -3150,23 +3118,26 @@ class OpenRouter:
         """Make a request, again and again until it succeeds; return text and finish reason."""
         started_at = self._clock()
         failures = bounded_failures = 0     # in a row
-        correction = ""
-        self._estimate_room(messages)
+        size = sum(len(message["content"]) for message in messages)
+        room = 0.95 * (self._total_limit - size / self.characters_per_token)
+        self._room = max(room, self.MIN_TOKENS)
+        self._correction = ""
         while True:
             time_left()
             try:
-                return self._request_completion(_append(messages, correction), on_text, on_usage,
-                                                time_left)
+                return self._request_completion(messages, on_text, on_usage, time_left)
             except TransientError as error:
                 failures += 1
                 bounded_failures = bounded_failures + 1 if error.max_attempts else 0
                 if error.max_attempts and bounded_failures >= error.max_attempts:
                     raise RequestRejected(f"{error}, {bounded_failures} times") from None
-                delay = self._retry_delay(error, failures)
+                delay = min(60.0, 2.0 ** failures) * random.uniform(0.75, 1.25)
+                if error.retry_after is not None:       # the server's word wins, within reason
+                    delay = min(max(error.retry_after, failures / 2), self.MAX_RETRY_AFTER)
                 if self._clock() + delay - started_at > self.RETRY_TIMEOUT:
                     raise ModelError(f"{error}. This has gone on for an hour: continue later with "
                                      "--resume") from None
-                correction = error.correction
+                self._correction = error.correction
                 self._publish("error", error=str(error), retry_in=round(delay, 1))
                 self._wait(min(delay, time_left()))
             except ModelError as error:
@@ -3174,12 +3145,6 @@ class OpenRouter:
                 if not change:
                     raise
                 self._publish("error", error=f"{error}; asking again {change}")
-
-    def _retry_delay(self, error: TransientError, failures: int) -> float:
-        """Return how many seconds to wait; what the server says wins, within reason."""
-        if error.retry_after is not None:
-            return min(max(error.retry_after, failures / 2), self.MAX_RETRY_AFTER)
-        return min(60.0, 2.0 ** failures) * random.uniform(0.75, 1.25)
 
     def _wait(self, seconds: float) -> None:
         """Sleep until either clock says that the time is over: a laptop may sleep meanwhile."""
@@ -3194,19 +3159,13 @@ class OpenRouter:
         """Return how long the reply to the current request may become."""
         return int(min(self._wanted_tokens, self._output_limit, self._room))
 
-    def _estimate_room(self, messages: Messages) -> None:
-        """Work out what the limits that the server once named leave for the reply to a request."""
-        size = sum(len(message["content"]) for message in messages)
-        room = 0.95 * (self._total_limit - size / self.characters_per_token)
-        self._room = max(room, self.MIN_TOKENS)
-
     def _repair(self, error: ModelError) -> str:
         """Change the request as an error asks for; return what was changed, "" if nothing was.
 
         Changes last for the run, so that each is made, told and paid for once.
         """
         before, counts = self._max_tokens(), error.token_counts
-        if isinstance(error, _ThinkingTooLong):
+        if error.kind == "thinking":
             self._wanted_tokens = min(2 * before, self.MAX_THINKING_TOKENS)
         affordable = 0.95 * counts.get("affordable", math.inf)
         self._output_limit = min(self._output_limit, counts.get("output", math.inf), affordable)
@@ -3230,6 +3189,8 @@ class OpenRouter:
     def build_request(self, messages: Messages) -> dict[str, Any]:
         """Return the request; system prompt and newest message are marked for the provider's cache."""
         sent: list[dict[str, Any]] = [dict(message) for message in messages]
+        if self._correction:
+            sent[-1]["content"] += f"\n\n{self._correction}"
         if "system role" not in self._features and sent[0]["role"] == "system":
             system = sent.pop(0)
             sent[0]["content"] = f"{system['content']}\n\n{sent[0]['content']}"
@@ -3377,7 +3338,8 @@ class OpenRouter:
 
     def _error_from_exception(self, error: Exception, has_answered: bool) -> ModelError:
         """Return what an error of the library means."""
-        reason = _error_reason(error)
+        reason = " ".join(sanitize(str(getattr(error, "reason", None) or error)).split())
+        reason = reason or type(error).__name__
         tunnel = re.search(r"Tunnel connection failed: (\d+)", reason)
         if tunnel and tunnel[1] in ("401", "403", "407"):
             return self._proxy_error(int(tunnel[1]))
@@ -4857,9 +4819,9 @@ class Autopilot:
                                "TASK_COMPLETE.",))
 
     def _wait(self, seconds: float) -> Turn:
-        """Wait for the agent, the user, or the end of a time by the clock on the wall.
+        """Wait for the agent or the user, or until a time by the clock on the wall.
 
-        While a computer sleeps, only that clock goes on.
+        While the computer sleeps, only that clock goes on.
         """
         end = self._wall_clock() + seconds
         return self._agent.wait(min(seconds, self._seconds_left()), until=lambda: (
