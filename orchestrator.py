@@ -4225,12 +4225,12 @@ class Autopilot:
         else:
             now = now._replace(output="")
         name = self._agent.name
-        if now.state == "working":
-            return now._replace(notes=(
-                f"TASK_COMPLETE did nothing: {name} is still working. Wait with WAIT: 10m.",))
         if now.menu:
             return now._replace(notes=(
                 f"TASK_COMPLETE did nothing: a question of {name} stands unanswered.", now.menu))
+        if now.state == "working":
+            return now._replace(notes=(
+                f"TASK_COMPLETE did nothing: {name} is still working. Wait with WAIT: 10m.",))
         if self._config.verify_cmd:
             return self._verify(now)
         if self._config.confirm_complete and not is_confirmed:
