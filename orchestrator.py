@@ -3992,6 +3992,7 @@ class Autopilot:
         self._was_warned = False            # of a circle, since there was news
         self._files_at_start: Files | None = None
         self._files: Files | None = None    # when they were looked at last
+        self._since = "the start"           # which `_files_at_start` is of
         self._last_memory_error = ""        # was told
         self._part_published_at = 0.0
         self._max_characters = math.inf     # less than what the model called too long
@@ -4029,6 +4030,7 @@ class Autopilot:
         sentences = [f"[{note}]" for note in self._journal.redact(turn.notes)]
         output = self._output_label + self._journal.redact(turn.output)
         if history:
+            self._since = "the run was resumed"
             self._rebuild_conversation(history)
             sentences.insert(0, (
                 f"[You were stopped at {history[-1]['time']} and go on now, at {utc_timestamp()}. "
@@ -4087,15 +4089,21 @@ class Autopilot:
         output = output.removeprefix("\n".join(sentences)).removeprefix("\n")
         if action.kind in _AGENT_ACTIONS:
             self._messages_sent += action.kind != "wait"
+            self._note_output(output)
         if output or action.kind in _AGENT_ACTIONS:
             output = self._output_label + (output or "(nothing new)")
         self._conversation.add_exchange(reply, *sentences, output=output)
+
+    def _note_output(self, output: str) -> None:
+        lines = [line.strip() for line in output.split("\n") if line.strip()]
+        if lines:
+            self._last_output = output
+            self._totals.last_words = truncate_middle(lines[-1], 200)
 
     # one iteration
 
     def _step(self) -> None:
         """Ask the model for a reply, do what it asks for, and note what came of it."""
-        self._wait_while_paused()
         self._begin_iteration()
         reply = self._query_model()
         self._add_exchange(reply.text, self._act_on(reply))
@@ -4124,11 +4132,9 @@ class Autopilot:
             raise failure
         return event
 
-    def _wait_while_paused(self) -> None:
+    def _begin_iteration(self) -> None:
         while self._control.is_paused:
             self._sleep(min(0.2, self._seconds_left()))
-
-    def _begin_iteration(self) -> None:
         self._check_budgets(self._totals.iterations)
         self._conversation.tell(*self._control.take_notes())
         self._totals.iterations += 1
@@ -4167,18 +4173,10 @@ class Autopilot:
         """Do what a reply asks for; return all that the model should know of it."""
         is_confirmed = self._is_confirming and action.kind == "complete"
         self._is_confirming = False
+        if not is_confirmed:
+            self._totals.unproved = []
         turn = self._wait_for_usage_limit(self._execute(action, is_confirmed))
-        if action.note:
-            turn = turn._replace(notes=(action.note, *turn.notes))
-        if action.kind in _AGENT_ACTIONS:
-            self._note_output(turn.output)
-        return turn
-
-    def _note_output(self, output: str) -> None:
-        lines = [line.strip() for line in output.split("\n") if line.strip()]
-        if lines:
-            self._last_output = output
-            self._totals.last_words = truncate_middle(lines[-1], 200)
+        return turn._replace(notes=(action.note, *turn.notes)) if action.note else turn
 
     def _execute(self, action: Action, is_confirmed: bool) -> Turn:
         """Do what a reply asks for; return what came of it."""
@@ -4220,17 +4218,19 @@ class Autopilot:
     def _end_run(self, action: Action, is_confirmed: bool) -> Turn:
         """End the run if nothing speaks against it; otherwise return what does."""
         now = self._agent.read_state()
+        obstacle = ""
+        if now.menu:
+            obstacle = f"a question of {self._agent.name} stands unanswered"
+        elif now.state == "working":
+            obstacle = f"{self._agent.name} is still working"
+        elif now.state == "exited":
+            obstacle = f"{self._agent.name} had ended"
+        if obstacle:
+            return now._replace(notes=(f"TASK_COMPLETE did nothing: {obstacle}.", *now.notes))
         if now.state == "done":         # there is something new
             self._note_output(now.output)
         else:
             now = now._replace(output="")
-        name = self._agent.name
-        if now.menu:
-            return now._replace(notes=(
-                f"TASK_COMPLETE did nothing: a question of {name} stands unanswered.", now.menu))
-        if now.state == "working":
-            return now._replace(notes=(
-                f"TASK_COMPLETE did nothing: {name} is still working. Wait with WAIT: 10m.",))
         if self._config.verify_cmd:
             return self._verify(now)
         if self._config.confirm_complete and not is_confirmed:
@@ -4281,9 +4281,9 @@ class Autopilot:
         changed = self._find_files_changed_since_start()
         if changed:
             names = ", ".join(changed[:5]) + (", ..." if len(changed) > 5 else "")
-            evidence.append(f"Files changed since the start: {len(changed)} ({names}).")
+            evidence.append(f"Files changed since {self._since}: {len(changed)} ({names}).")
         elif changed is not None:
-            evidence.append("No file has changed since the start.")
+            evidence.append(f"No file has changed since {self._since}.")
         failure = find_failure(self._last_output)
         if failure:
             doubts.append(f"The last output of {name} says: {failure!r}.")
