@@ -3906,14 +3906,20 @@ def find_failure(output: str) -> str:
 
 _LONG_WORD = re.compile(r"[^\W\d_]{3,}")
 _TECHNICAL_TEXT = re.compile(r"[\d/\\=<>{}\[\]|_`]|\w[.:(]\w")
-_SHELL_PROMPT = re.compile(r".{0,100}?[>❯›$%#│] *")
+_SHELL_PROMPT = re.compile(r"\A.{0,100}?[>❯›$%#│]\s")
 
 
-def _is_echo(line: str, message: str) -> bool:
-    """Return whether a line shows nothing but a part of a message, with or without a prompt."""
-    prompt = _SHELL_PROMPT.match(line)
-    text = " ".join(line[prompt.end() if prompt else 0:].split())
-    return not text or f" {text} " in f" {' '.join(message.split())} "
+def _remove_echo(output: str, message: str) -> str:
+    """Return an output without the lines that show nothing but a message as it was typed."""
+    kept = []
+    expected = " ".join(message.split())
+    for line in output.split("\n"):
+        text = " ".join(_SHELL_PROMPT.sub("", line).split())
+        if text and expected.startswith(text):
+            expected = expected[len(text):].lstrip()
+        else:
+            kept.append(line)
+    return "\n".join(kept)
 
 
 class NewsDetector:
@@ -3929,13 +3935,13 @@ class NewsDetector:
         A sentence is new if most of its words are; a line with figures, paths or code is, unless
         only times and counters differ.
         """
-        text = "\n".join(line for line in output.split("\n") if not _is_echo(line, message))
-        lines = {" ".join(line.split()) for line in normalize_screen(text).lower().split("\n")}
+        text = normalize_screen(_remove_echo(output, message)).lower()
+        lines = {" ".join(line.split()) for line in text.split("\n")} - {""}
         known_lines, known_words = set().union(*self._lines), set().union(*self._words)
-        if text:
+        if lines:
             self._lines.append(lines)
             self._words.append(set(_LONG_WORD.findall("\n".join(lines))))
-        for line in lines - known_lines - {""}:
+        for line in lines - known_lines:
             words = set(_LONG_WORD.findall(line))
             is_prose = bool(words) and not _TECHNICAL_TEXT.search(line)
             if not is_prose or len(words & known_words) < len(words) / 2:
