@@ -4505,14 +4505,20 @@ def find_failure(output: str) -> str:
 
 _LONG_WORD = re.compile(r"[^\W\d_]{3,}")
 _TECHNICAL_TEXT = re.compile(r"[\d/\\=<>{}\[\]|_`]|\w[.:(]\w")
-_SHELL_PROMPT = re.compile(r".{0,100}?[>❯›$%#│] *")
+_SHELL_PROMPT = re.compile(r"\A.{0,100}?[>❯›$%#│]\s")
 
 
-def _is_echo(line: str, message: str) -> bool:
-    """Return whether a line shows nothing but a part of a message, with or without a prompt."""
-    prompt = _SHELL_PROMPT.match(line)
-    text = " ".join(line[prompt.end() if prompt else 0:].split())
-    return not text or f" {text} " in f" {' '.join(message.split())} "
+def _remove_echo(output: str, message: str) -> str:
+    """Return an output without the lines that show nothing but a message as it was typed."""
+    kept = []
+    expected = " ".join(message.split())
+    for line in output.split("\n"):
+        text = " ".join(_SHELL_PROMPT.sub("", line).split())
+        if text and expected.startswith(text):
+            expected = expected[len(text):].lstrip()
+        else:
+            kept.append(line)
+    return "\n".join(kept)
 
 
 class NewsDetector:
@@ -4528,13 +4534,13 @@ class NewsDetector:
         A sentence is new if most of its words are; a line with figures, paths or code is, unless
         only times and counters differ.
         """
-        text = "\n".join(line for line in output.split("\n") if not _is_echo(line, message))
-        lines = {" ".join(line.split()) for line in normalize_screen(text).lower().split("\n")}
+        text = normalize_screen(_remove_echo(output, message)).lower()
+        lines = {" ".join(line.split()) for line in text.split("\n")} - {""}
         known_lines, known_words = set().union(*self._lines), set().union(*self._words)
-        if text:
+        if lines:
             self._lines.append(lines)
             self._words.append(set(_LONG_WORD.findall("\n".join(lines))))
-        for line in lines - known_lines - {""}:
+        for line in lines - known_lines:
             words = set(_LONG_WORD.findall(line))
             is_prose = bool(words) and not _TECHNICAL_TEXT.search(line)
             if not is_prose or len(words & known_words) < len(words) / 2:
@@ -4595,6 +4601,7 @@ class Autopilot:
         self._was_warned = False            # of a circle, since there was news
         self._files_at_start: Files | None = None
         self._files: Files | None = None    # when they were looked at last
+        self._since = "the start"           # which `_files_at_start` is of
         self._last_memory_error = ""        # was told
         self._part_published_at = 0.0
         self._max_characters = math.inf     # less than what the model called too long
@@ -4638,6 +4645,7 @@ class Autopilot:
         sentences = [f"[{note}]" for note in self._journal.redact(turn.notes)]
         output = self._output_label + self._journal.redact(turn.output)
         if history:
+            self._since = "the run was resumed"
             self._rebuild_conversation(history)
             sentences.insert(0, (
                 f"[You were stopped at {history[-1]['time']} and go on now, at {utc_timestamp()}. "
@@ -4696,15 +4704,21 @@ class Autopilot:
         output = output.removeprefix("\n".join(sentences)).removeprefix("\n")
         if action.kind in _AGENT_ACTIONS:
             self._messages_sent += action.kind != "wait"
+            self._note_output(output)
         if output or action.kind in _AGENT_ACTIONS:
             output = self._output_label + (output or "(nothing new)")
         self._conversation.add_exchange(reply, *sentences, output=output)
+
+    def _note_output(self, output: str) -> None:
+        lines = [line.strip() for line in output.split("\n") if line.strip()]
+        if lines:
+            self._last_output = output
+            self._totals.last_words = truncate_middle(lines[-1], 200)
 
     # one iteration
 
     def _step(self) -> None:
         """Ask the model for a reply, do what it asks for, and note what came of it."""
-        self._wait_while_paused()
         self._begin_iteration()
         reply = self._query_model()
         self._add_exchange(self._journal.redact(reply.text), self._act_on(reply))
@@ -4733,11 +4747,9 @@ class Autopilot:
             raise failure
         return event
 
-    def _wait_while_paused(self) -> None:
+    def _begin_iteration(self) -> None:
         while self._control.is_paused:
             self._sleep(min(0.2, self._seconds_left()))
-
-    def _begin_iteration(self) -> None:
         self._check_budgets(self._totals.iterations)
         self._control.take_interrupt()      # there is nothing now that it could interrupt
         self._conversation.tell(*self._control.take_notes())
@@ -4779,18 +4791,10 @@ class Autopilot:
         """Do what a reply asks for; return all that the model should know of it."""
         is_confirmed = self._is_confirming and action.kind == "complete"
         self._is_confirming = False
+        if not is_confirmed:
+            self._totals.unproved = []
         turn = self._wait_for_usage_limit(self._execute(action, is_confirmed))
-        if action.note:
-            turn = turn._replace(notes=(action.note, *turn.notes))
-        if action.kind in _AGENT_ACTIONS:
-            self._note_output(turn.output)
-        return turn
-
-    def _note_output(self, output: str) -> None:
-        lines = [line.strip() for line in output.split("\n") if line.strip()]
-        if lines:
-            self._last_output = output
-            self._totals.last_words = truncate_middle(lines[-1], 200)
+        return turn._replace(notes=(action.note, *turn.notes)) if action.note else turn
 
     def _execute(self, action: Action, is_confirmed: bool) -> Turn:
         """Do what a reply asks for; return what came of it."""
@@ -4857,17 +4861,19 @@ class Autopilot:
     def _end_run(self, action: Action, is_confirmed: bool) -> Turn:
         """End the run if nothing speaks against it; otherwise return what does."""
         now = self._agent.read_state()
+        obstacle = ""
+        if now.menu:
+            obstacle = f"a question of {self._agent.name} stands unanswered"
+        elif now.state == "working":
+            obstacle = f"{self._agent.name} is still working"
+        elif now.state == "exited":
+            obstacle = f"{self._agent.name} had ended"
+        if obstacle:
+            return now._replace(notes=(f"TASK_COMPLETE did nothing: {obstacle}.", *now.notes))
         if now.state == "done":         # there is something new
             self._note_output(now.output)
         else:
             now = now._replace(output="")
-        name = self._agent.name
-        if now.state == "working":
-            return now._replace(notes=(
-                f"TASK_COMPLETE did nothing: {name} is still working. Wait with WAIT: 10m.",))
-        if now.menu:
-            return now._replace(notes=(
-                f"TASK_COMPLETE did nothing: a question of {name} stands unanswered.", now.menu))
         if self._config.verify_cmd:
             return self._verify(now)
         if self._config.confirm_complete and not is_confirmed:
@@ -4918,9 +4924,9 @@ class Autopilot:
         changed = self._find_files_changed_since_start()
         if changed:
             names = ", ".join(changed[:5]) + (", ..." if len(changed) > 5 else "")
-            evidence.append(f"Files changed since the start: {len(changed)} ({names}).")
+            evidence.append(f"Files changed since {self._since}: {len(changed)} ({names}).")
         elif changed is not None:
-            evidence.append("No file has changed since the start.")
+            evidence.append(f"No file has changed since {self._since}.")
         failure = find_failure(self._last_output)
         if failure:
             doubts.append(f"The last output of {name} says: {failure!r}.")

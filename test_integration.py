@@ -2627,6 +2627,24 @@ def test_the_check_has_to_pass_before_the_task_is_complete(world):
     assert [(e["command"], e["status"]) for e in world.events("verify")] == [(check, 9), (check, 0)]
 
 
+def test_a_run_is_not_complete_while_the_agent_works_or_asks(new_world: Callable[..., World]) -> None:
+    replies = ["sleep 3 && echo 1 failed", "TASK_COMPLETE", "WAIT: 2m",
+               "choose Overwrite?/*Yes/No", "TASK_COMPLETE", "KEYS: Down Enter", "do 1"]
+    worlds = at_once(new_world, {
+        "confirm": [*replies, "TASK_COMPLETE", {"CONFIRM_COMPLETE": "true"}],
+        "verify": [*replies, {"VERIFY_CMD": "date >> ../checks; test -e did"}]},
+        prepare=as_claude, TURN_TIMEOUT="1")
+    for name, world in worlds.items():
+        shown = [world.said.last_message(number) for number in range(2, 6)]
+        assert ["still working" in text and "did nothing" in text for text in shown] == [
+            True, False, False, False], shown
+        assert ["stands unanswered" in text for text in shown] == [False, False, False, True], shown
+        assert world.log("chose") == ["No"] and world.events()[-1]["outcome"] == "complete"
+        assert world.events()[-1]["files_changed"] >= 1
+    assert (worlds["verify"].directory / "checks").read_text().count("\n") == 1
+    assert "Messages sent to" in worlds["confirm"].said.last_message()
+
+
 @pytest.mark.parametrize("mode", ["autonomous", "chat"])
 @pytest.mark.parametrize("terminate", ["true", "false"])
 def test_the_session_is_kept_for_the_next_run_unless_it_is_to_be_terminated(

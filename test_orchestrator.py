@@ -4291,6 +4291,24 @@ def test_circles_of_ever_new_words_end(fly: Callable[..., Flight], replies: list
     assert any("no new output" in note["text"] for note in flight.of("note"))
 
 
+@pytest.mark.parametrize("message, output, is_new", [
+    ("ls", "$ ls\na.py", True), ("again", "$ again\na.py", False), ("ls", "user@host:~ $ ls", False),
+    ("echo hello", "$ echo hello\nhello", True),
+    ("mend the first rule of the lexer", "> mend the first rule\n  of the lexer", False),
+    ("go", "The lexer misses quotes inside comments.", True),
+    ("go", "The lexer misses comments inside quotes.", False),
+    ("go", "3 of 5 done", True), ("go", "4 of 5 done", True), ("go", "4 of 5 done", False),
+    ("go", "✻ Brewed for 4s", False), ("go", "see src/lexer.py", True), ("go", "", False)])
+def test_news_are_lines_that_were_not_seen(message: str, output: str, is_new: bool) -> None:
+    before = [("ls", "$ ls\na.py"), ("go", "The lexer misses quotes inside comments."),
+              ("go", "4 of 5 done"), ("go", "✻ Stewed for 2m 3s\n$ ")]
+    news = orchestrator.NewsDetector()
+    news.update("", "")
+    if not is_new:
+        assert [news.update(*each) for each in before] == [True, True, True, True]
+    assert news.update(message, output) == is_new
+
+
 def test_silent_edits_with_an_unchanged_failing_test_are_news(
         fly: Callable[..., Flight], tmp_path: Path) -> None:
     def edit() -> str:
