@@ -2884,8 +2884,8 @@ def test_the_manual_and_the_version_are_printed_by(python, world):
     assert re.fullmatch(r"orchestrator \d+\.\d+\.\d+\n", done.stdout)
     done = world.run("--help", python=python)
     assert (done.status, done.stderr) == (0, "")
-    for word in ("--task TEXT", "--chat", "--resume", "--json", "--replay FILE", "--demo",
-                 "--doctor", "CLAUDE_TMUX_SESSION", "DASHBOARD_OPEN", "Exit status"):
+    for word in ("--task TEXT", "--chat", "--resume", "--json", "--replay [FILE]",
+                 "--status", "--demo", "--doctor", "CLAUDE_TMUX_SESSION", "DASHBOARD_OPEN", "Exit status"):
         assert word in done.stdout
 
 

@@ -16,6 +16,7 @@ import functools
 import http.client
 import http.server
 import io
+import itertools
 import json
 import os
 import re
@@ -44,7 +45,7 @@ from orchestrator import (
     TurnDetector, strip_input_box, process_start_time, child_environment, select_profile, truncate_middle, find_draft, normalize_screen,
     is_message_unsent, is_resumable_event, find_startup_dialog, find_unfinished_run, last_text_line, main, describe_menu, format_event,
     format_chat_event, find_new_lines, parse_env, parse_json_object, parse_reply, read_env_file, read_events,
-    run_shell_command, sanitize, print_line, is_busy, has_input_box, session_lock, format_duration, trimmed_lines, parse_usage_limit)
+    run_shell_command, sanitize, print_line, is_busy, has_input_box, help_text, session_lock, format_duration, trimmed_lines, parse_usage_limit)
 
 SOURCE = Path(orchestrator.__file__).read_text(encoding="utf-8")
 KEY = "sk-or-v1-0123456789abcdef"
@@ -698,17 +699,17 @@ def test_a_wrong_value_is_an_error_that_names_it(name, texts):
 
 
 @with_our_readme
-def test_the_readme_lists_the_settings_as_they_are() -> None:
-    readme = README.read_text(encoding="utf-8")
-    rows = [[cell.strip() for cell in line.strip().strip("|").split("|")]
-            for line in readme.splitlines() if line.startswith("|")]
-    for name, field in Config.fields_by_variable().items():
-        (row,) = [row for row in rows if row[0] == f"`{name}`"]
-        shown, default = row[1].replace("`", ""), field.default
-        plain = str(default).lower() if isinstance(default, bool) else (
-            f"{default:g}" if isinstance(default, float) else str(default))
-        assert shown == plain or (not plain and re.match("none|required|from", shown)) or (
-            shown.startswith(f"{plain} (")), f"README.md says that {name} is {shown!r} by default"
+def test_the_readme_lists_the_settings_as_the_help_does() -> None:
+    lines = README.read_text(encoding="utf-8").splitlines()
+    first = lines.index("| variable | default | meaning |") + 2
+    table = [re.split(r" *\| *", line.replace("`", ""))[1:4]
+             for line in itertools.takewhile(bool, lines[first:])]
+    settings = [[name, re.sub(r"\.0$", "", str(field.default)), field.metadata["help"]]
+                for name, field in Config.fields_by_variable().items()]
+    assert table == [[name, default.lower() or "none", text] for name, default, text in settings]
+    printed = re.sub(r"\s+", " ", help_text())
+    assert [name for name, default, text in table if f"{name} {text} ({default})" not in printed
+            ] == []
 
 
 def test_children_get_neither_the_key_nor_signs_of_our_surroundings():
