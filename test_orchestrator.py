@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import dataclasses
 import datetime
 import doctest
 import email.utils
@@ -40,7 +41,7 @@ import orchestrator
 from orchestrator import (
     Agent, AgentError, AgentExited, Autopilot, BudgetExceeded, Chat, Config, ConfigError,
     ContextWindowExceeded, RunControl, Conversation, Dashboard, TaskFailed, Interrupted, Journal, Memory,
-    ModelError, TerminalReporter, RequestRejected, OpenRouter, OrchestratorError, PaneSnapshot, Workspace, AgentProfile, StartupDialog,
+    CLAUDE_CODE, CODEX, ModelError, TerminalReporter, RequestRejected, OpenRouter, OrchestratorError, PaneSnapshot, Workspace, AgentProfile, StartupDialog,
     Reply, SignalHandler, StuckInLoop, Tmux, TmuxServerLost, TmuxError, TmuxSessionLost, TokenUsage, TransientError, Turn,
     TurnDetector, strip_input_box, process_start_time, child_environment, select_profile, truncate_middle, find_draft, normalize_screen,
     is_message_unsent, is_resumable_event, find_startup_dialog, find_unfinished_run, last_text_line, main, describe_menu, format_event,
@@ -324,7 +325,8 @@ def doomed(event):
     return program
 
 
-PROGRAM = AgentProfile("Claude Code", ("sh", "--start"), ("sh", "--continue"), "npm install -g it")
+PROGRAM = dataclasses.replace(CLAUDE_CODE, start_command=("sh", "--start"),
+                              resume_command=("sh", "--continue"), optional_arguments=())
 
 
 class Desk:
@@ -558,7 +560,7 @@ def test_each_outside_thing_has_one_door():
         assert {section for section, *call in calls if door(*call)} <= {home}
     readers = {section_of(node.lineno) for node in ast.walk(ast.parse(SOURCE))
                if isinstance(node, ast.Attribute) and ast.unparse(node) == "os.environ"}
-    assert readers <= {"Configuration", "Command line"}
+    assert readers <= {"Agent profiles", "Command line"}
 
 
 def test_the_file_reads_on_python_3_9_and_stays_narrow():
@@ -753,7 +755,7 @@ def test_clipping_keeps_whole_lines_of_head_and_tail_and_says_what_went():
 
 
 OLD = [f"line {number}" for number in range(300)]
-BOX = ["────", "❯", "────", "  ? for help"]
+BOX = ["─" * 20, "❯", "─" * 20, "  ? for help"]
 
 
 @pytest.mark.parametrize("before, after, new", [
@@ -804,18 +806,52 @@ def test_fingerprints_differ_in_more_than_times_and_tokens():
 
 # -- 4. Agent profiles --------------------------------------------------------------------
 
-def test_the_program_follows_from_the_settings():
-    assert select_profile("claude").start_command == (
-        "claude", "--dangerously-skip-permissions", "--setting-sources", "user")
+def test_the_profile_follows_from_the_default_model() -> None:
+    flags = ("--dangerously-skip-permissions", "--setting-sources", "user")
+    assert select_profile("claude").start_command == ("claude", *flags)
     assert select_profile("Claude") == select_profile("claude")
-    assert select_profile("claude").resume_command == (*select_profile("claude").start_command, "--continue")
-    assert select_profile("opus").start_command[-2:] == ("--model", "opus")
-    assert select_profile("gpt").start_command == (
-        "codex", "--no-alt-screen", "--ask-for-approval", "never", "--sandbox", "workspace-write")
-    assert select_profile("GPT-5").start_command[:3] == ("codex", "--model", "GPT-5")
-    assert select_profile("gpt").resume_command[:3] == ("codex", "resume", "--last")
-    assert select_profile("gpt", "X=1 ./mine --now") == AgentProfile(
-        "mine", ("/bin/sh", "-c", "X=1 ./mine --now"))
+    assert select_profile("claude").resume_command == ("claude", "--continue", *flags)
+    assert select_profile("opus").start_command == ("claude", "--model", "opus", *flags)
+    sandbox = ("--no-alt-screen", "--ask-for-approval", "never", "--sandbox", "workspace-write")
+    assert select_profile("gpt").start_command == ("codex", *sandbox)
+    assert select_profile("CODEX") == select_profile("codex") == select_profile("gpt")
+    assert select_profile("GPT-5").start_command == ("codex", "--model", "GPT-5", *sandbox)
+    assert select_profile("gpt").resume_command == ("codex", "resume", "--last", *sandbox)
+
+
+@pytest.mark.parametrize("command, name, resumed", [
+    ("claude", "Claude Code", "claude --continue"),
+    ("docker exec -it box claude -d", "Claude Code", "docker exec -it box claude --continue -d"),
+    ("ssh -t host codex", "Codex", "ssh -t host codex resume --last"),
+    ("ssh -p 22 pi@rpi codex", "Codex", "ssh -p 22 pi@rpi codex resume --last"),
+    ("ssh -t pi codex", "Codex", "ssh -t pi codex resume --last"),
+    ("env X=1 gemini", "Gemini CLI", "env X=1 gemini --resume latest"),
+    ("npx -y @google/gemini-cli", "Gemini CLI", "npx -y @google/gemini-cli --resume latest"),
+    ("npx @openai/codex@0.169.0 -s x", "Codex", "npx @openai/codex@0.169.0 resume --last -s x"),
+    ("bash -lc 'claude'", "Claude Code", "/bin/sh -c bash -lc 'claude --continue'"),
+    ("cd x && exec codex", "Codex", "/bin/sh -c cd x && exec codex resume --last"),
+    ("/opt/bin/claude-2.1.197", "Claude Code", "/opt/bin/claude-2.1.197 --continue"),
+    ("./codex-x86_64-unknown-linux-musl", "Codex",
+     "./codex-x86_64-unknown-linux-musl resume --last"),
+    ("docker run -it ghcr.io/me/claude-code:latest", "Claude Code",
+     "docker run -it ghcr.io/me/claude-code:latest --continue"),
+    ("kubectl exec -it claude-pod -- opencode", "opencode",
+     "kubectl exec -it claude-pod -- opencode --continue"),
+    ("python3 -m aider --model claude", "aider",
+     "python3 -m aider --restore-chat-history --model claude"),
+    ("uvx --from aider-chat aider", "aider", "uvx --from aider-chat aider --restore-chat-history"),
+    ("sudo -u claude qwen", "Qwen Code", "sudo -u claude qwen --continue"),
+    ("gh-proxy copilot", "Copilot CLI", "gh-proxy copilot --continue"),
+    ("cline", "Cline", ""), ("pi", "Pi", "pi --continue"),
+    ("docker exec -it claude bash", "docker", ""), ("vim codex.txt", "vim", ""),
+    ("docker run --name claude ubuntu bash", "docker", ""), ("bash --norc", "bash", ""),
+    ("AGENT=claude ./mine --now", "mine", ""), ("/opt/pi/run", "run", ""), ("claudette", "claudette", "")])
+def test_an_agent_is_found_by_its_name_anywhere_in_a_command(
+        command: str, name: str, resumed: str) -> None:
+    profile = select_profile("claude", command)
+    assert (profile.name, " ".join(profile.resume_command)) == (name, resumed)
+    assert " ".join(profile.start_command).endswith(command)
+    assert not profile.optional_arguments       # the words of the user are left alone
 
 
 def test_a_shell_is_read_by_its_stillness():
@@ -865,25 +901,31 @@ def test_a_program_that_is_typed_to_while_it_works_is_not_taken_for_one_that_wai
 
 # -- 5. Screens ---------------------------------------------------------------------------
 
+def profile_of(screen):
+    """Return the profile of the agent whose prompt mark a screen shows."""
+    return CODEX if any("›" in line for line in screen) else CLAUDE_CODE
+
+
 @pytest.mark.parametrize("screen, busy", [
     (["● Reading", *BOX[:-1], "  ⏵⏵ bypass permissions on · esc to interrupt"], True),
     (["working", "Press Ctrl+C to interrupt", ""], True),
     (["• Working (12s • esc to interrupt)", "", "› Ask Codex", "", "  gpt-5", "  hints"], True),
-    (["✻ Thinking… (1m 3s · ↓ 2k tokens · esc to interrupt)", *BOX], True),
+    (["✻ Thinking… (1m 3s · ↓ 2k tokens · esc to interrupt)", "  ⎿  Tip: x", *BOX], True),
     (["● Press esc to interrupt it", *BOX], False),
     (["(12s • esc to interrupt)", *map(str, range(12))], False),
     (["done", *BOX], False), ([], False), (["press esc to interrupted"], False)])
 def test_which_screens_say_that_the_agent_works(screen, busy):
-    assert is_busy(screen) is busy
+    assert is_busy(profile_of(screen), screen) is busy
 
 
 @pytest.mark.parametrize("screen, shows", [
-    (BOX, True), (["› Ask Codex to do anything", "", "  gpt-5"], True), (["│ > │"], True),
-    (["> "], True), (["❯ 1. Yes", "  2. No"], True), (["starting"], False), ([], False),
+    (BOX, True), (["› Ask Codex to do anything", "", "  gpt-5"], True),
+    (["╭" + "─" * 40, "│ > │", "╰" + "─" * 40], True), (["❯ 1. Yes", "  2. No"], False),
+    (["starting"], False), ([], False), (["❯", *map(str, range(16))], False), (["a > b"], False),
     (["❯ No, exit", "  Yes, I trust this folder", "Enter to confirm · Esc to cancel"], False),
-    (["❯", *map(str, range(16))], False), (["a > b"], False)])
+    (["› 1. Yes", "  2. No", "", "  Press enter to confirm or esc to cancel"], False)])
 def test_which_screens_show_an_input_box(screen, shows):
-    assert has_input_box(screen) is shows
+    assert has_input_box(profile_of(screen), screen) is shows
 
 
 @pytest.mark.parametrize("screen, words", [
@@ -911,13 +953,13 @@ def test_whether_the_line_of_the_cursor_holds_the_message(line, message, holds):
 @pytest.mark.parametrize("screen, menu", [
     (ASKED, asks("Do you want to proceed?", "1. Yes")),
     ([*ASKED[:1], "   1. Yes", " ❯ 2. No", "", ASKED[3]], asks("Do you want to proceed?", "2. No")),
-    (["Allow command?", "› 1. Yes, proceed", "  2. No", "", "  Press enter to confirm"],
+    (["  Allow command?", "› 1. Yes, proceed", "  2. No", "", "  Press enter to confirm"],
      asks("Allow command?", "1. Yes, proceed")),
-    (["Help", "  ←/→ to switch · Esc to close"], asks("Help")),
+    ([RULE, "Help", "  ←/→ to switch · Esc to close"], asks("Help")),
     ([*ASKED, RULE, "❯", RULE, "  ? for shortcuts"], ""),
     (["press esc to cancel", "› Ask Codex", "  gpt-5", "  ? for shortcuts"], ""), ([], "")])
 def test_which_screens_ask_for_keys(screen, menu):
-    assert describe_menu(screen) == menu
+    assert describe_menu(profile_of(screen), screen) == menu
 
 
 @pytest.mark.parametrize("lines, above", [
@@ -928,24 +970,27 @@ def test_which_screens_ask_for_keys(screen, menu):
     (["● ❯ is a prompt", "❯ this", "● done"], ["● ❯ is a prompt", "❯ this", "● done"]),
     (ASKED, ASKED), ([RULE, "❯", RULE], []), ([], [])])
 def test_the_input_box_and_the_footer_are_left_out(lines, above):
-    assert strip_input_box(lines) == above
+    assert strip_input_box(profile_of(lines), lines) == above
 
 
-@pytest.mark.parametrize("lines, column, draft", [
-    ([RULE, "❯"], 2, ""), ([RULE, "❯\u00a0"], 2, ""), (["› Ask Codex to do anything"], 2, ""),
-    (['❯ Try "fix it"'], 2, ""), (["│ >                │"], 4, ""), ([], 0, ""), (["$ ls"], 4, ""),
+@pytest.mark.parametrize("box, column, draft", [
+    (["❯"], 2, ""), (["❯\u00a0"], 2, ""), (["› Ask Codex to do anything"], 2, ""),
+    (['❯ Try "fix it"'], 2, ""), (["│ >                │"], 4, ""), (["$ ls"], 4, ""),
     (["❯ rm -rf x"], 10, "rm -rf x"), (["› über"], 6, "über"), (["❯ one", "  two"], 5, "one\ntwo"),
     (["❯ one", "", "  two"], 5, "one\n\ntwo"), (["❯", ""], 2, "\n"), (["❯ one", "● two"], 3, ""),
-    (["❯ one", RULE, "  ? for help"], 12, ""), ([RULE, "!"], 2, "!"), ([RULE, "! ls"], 4, "!ls")])
-def test_what_stands_in_an_input_box(lines, column, draft):
-    row = len(lines) - 1
-    assert find_draft(lines, row, column) == draft
-    assert find_draft([*lines, RULE, "  ? for help"], row, column) == draft
-    assert find_draft([*lines, "", "  gpt-5 default"], row, column) == draft
+    (["!"], 2, "!"), (["! ls"], 4, "!ls"), (["› one", "", "  two"], 5, "one\n\ntwo")])
+def test_what_stands_in_an_input_box(box, column, draft):
+    profile = profile_of(box)
+    footer = ["", "  gpt-5 default"] if profile is CODEX else [RULE, "  ? for help"]
+    screen = [*([] if profile is CODEX else [RULE]), *box, *footer]
+    row = screen.index(box[0]) + len(box) - 1
+    assert find_draft(profile, screen, row, column) == draft
+    assert find_draft(profile, ["● text", *screen], 0, 2) == ""
 
 
 def test_a_draft_may_stand_below_the_cursor():
-    assert find_draft([RULE, "❯", "  two", RULE, "  ? for help"], 1, 2) == "\ntwo"
+    screen = [RULE, "❯", "  two", RULE, "  ? for help"]
+    assert find_draft(CLAUDE_CODE, screen, 1, 2) == "\ntwo"
 
 
 @pytest.mark.parametrize("screen, question", [
@@ -961,7 +1006,7 @@ def test_a_draft_may_stand_below_the_cursor():
     ([*TRUST, "   No, exit", f"   {YES}"], None),
     ([*BYPASS, *BOX], None), (["● I shall trust this folder", *BOX], None), ([], None)])
 def test_which_start_up_questions_are_known(screen, question):
-    assert find_startup_dialog(screen) == question
+    assert find_startup_dialog(CLAUDE_CODE, screen) == question
 
 
 @pytest.mark.parametrize("output, hours", [
@@ -982,8 +1027,9 @@ def test_which_start_up_questions_are_known(screen, question):
     ("print(\"You've hit your limit · resets 3am\")", None), ("\"You've hit your limit\"", None),
     ("You've hit your limit · resets 3am\n" + "● and then\n" * 8, None)])
 def test_a_usage_limit_is_read_at_the_end_of_an_output(output, hours):
-    said, seconds = parse_usage_limit(output, datetime.datetime(2026, 11, 22, 15, 0))
-    assert (bool(said), seconds) == (hours is not None, (hours or 0) * 3600)
+    profile = CODEX if output.startswith("■") else CLAUDE_CODE
+    limit = parse_usage_limit(profile, output, datetime.datetime(2026, 11, 22, 15, 0))
+    assert (limit and limit.seconds) == (None if hours is None else hours * 3600)
 
 
 # -- 6. Tmux ------------------------------------------------------------------------------
@@ -1142,9 +1188,9 @@ def test_a_session_is_found_by_its_name_or_is_none(fake):
 
 # -- 7. Agent -----------------------------------------------------------------------------
 
-def verdicts(*looks, draft="", has_title_spinner=False, idle_timeout=15.0):
+def verdicts(*looks, draft="", has_title_spinner=False, idle_timeout=15.0, profile=CLAUDE_CODE):
     """Return what a Watch says to (second, screen, title, command) after a quiet first look."""
-    watch = TurnDetector(PANE._replace(screen=("❯",)), 0.0, ["claude"], has_title_spinner=has_title_spinner, idle_timeout=idle_timeout,
+    watch = TurnDetector(profile, PANE._replace(screen=("❯",)), 0.0, ["claude"], has_title_spinner=has_title_spinner, idle_timeout=idle_timeout,
                   is_unsent=lambda pane: bool(draft) and is_message_unsent(pane.cursor_line, draft))
     return [watch.update(PANE._replace(screen=tuple(screen.split("\n")), title=title,
                                     cursor_row=screen.count("\n"),
@@ -1172,7 +1218,7 @@ def test_a_sign_that_stands_still_counts_for_fifteen_seconds(screen, title, comm
 
 
 def test_a_spinner_that_a_dead_program_left_in_the_title_is_no_sign_of_work():
-    watch = TurnDetector(PANE._replace(title="⠂ x"), 0.0, ["claude"])
+    watch = TurnDetector(CLAUDE_CODE, PANE._replace(title="⠂ x"), 0.0, ["claude"])
     looks = [(0.1, "⠂ x"), (2.2, "⠂ x"), (2.3, "⠐ x"), (2.4, "⠂ x")]
     assert [watch.update(PANE._replace(title=title, screen=("a",)), now) for now, title in looks] == [
         "wait", "done", "wait", "wait"]
@@ -1180,7 +1226,7 @@ def test_a_spinner_that_a_dead_program_left_in_the_title_is_no_sign_of_work():
 
 @pytest.mark.parametrize("box, over", [("❯\n  hints", 5.3), ("❯ hi\n  hints", 7.0)])
 def test_words_that_give_way_to_what_a_person_types_have_not_gone(box, over):
-    watch = TurnDetector(PANE._replace(screen=("❯", "  hints")), 0.0, ["claude"])
+    watch = TurnDetector(CLAUDE_CODE, PANE._replace(screen=("❯", "  hints")), 0.0, ["claude"])
     looks = [(1.0, FOOTER), (2.0, FOOTER), (3.0, "{}\n❯ hi\n  hints"), (4.9, "{}\n❯ hi\n  hints"),
              (5.0, "done\n" + box), (over - 0.1, "done\n" + box), (over, "done\n" + box)]
     assert [watch.update(PANE._replace(cursor_row=1, screen=tuple(text.format(now).split("\n"))), now)
@@ -1202,7 +1248,7 @@ def test_a_program_without_a_sign_ends_after_two_seconds_of_stillness():
 def test_a_message_that_is_kept_until_the_agent_has_started_is_not_taken_yet():
     kept, taken = "> hi\n❯\n  Waiting for startup · esc cancel", "> hi\n❯"
     looks = [(0.1, kept, ""), (9, kept, ""), (9.5, taken, ""), (11.4, taken, ""), (11.5, taken, "")]
-    assert verdicts(*looks) == ["wait"] * 4 + ["done"]
+    assert verdicts(*looks, profile=CODEX) == ["wait"] * 4 + ["done"]
 
 
 def test_another_program_in_the_foreground_is_work():
@@ -1611,7 +1657,8 @@ def test_a_program_that_ends_at_once_leaves_its_last_words():
 
 def test_a_missing_program_says_how_to_get_it():
     with pytest.raises(AgentError, match="there is no no-such-agent on the PATH: npm install"):
-        Desk(claude(), program=PROGRAM._replace(start_command=("no-such-agent",)))
+        Desk(claude(), program=dataclasses.replace(
+            PROGRAM, start_command=("no-such-agent",)))
 
 
 @pytest.mark.parametrize("rows, at", [
@@ -2840,10 +2887,10 @@ def test_a_reply_that_asks_for_nothing_says_why(reply, facts, hint):
 def test_no_output_makes_understanding_it_take_long(filling):
     text, began = filling * (16_000 // len(filling)), time.process_time()
     for line in (f"You've hit your limit · try again in 3m{text}", f"{' ' * 16_000}x", text):
-        parse_usage_limit(line, datetime.datetime(2026, 11, 22, 15, 0))
+        parse_usage_limit(CLAUDE_CODE, line, datetime.datetime(2026, 11, 22, 15, 0))
         normalize_screen(line)
-        describe_menu([line])
-        strip_input_box(["❯", line])
+        describe_menu(CLAUDE_CODE, [line])
+        strip_input_box(CLAUDE_CODE, ["❯", line])
         parse_reply(f"```\n{line * 4}")
     assert time.process_time() - began < 3      # without bounds it is minutes
 
