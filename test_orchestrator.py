@@ -714,6 +714,18 @@ def test_the_readme_lists_the_settings_as_the_help_does() -> None:
             ] == []
 
 
+@with_our_readme
+def test_the_readme_names_only_options_and_variables_that_there_are() -> None:
+    text = README.read_text(encoding="utf-8")
+    spans = re.findall(r"`([^`\n]+)`", re.sub(r"(?s)```.*?```", "", text))
+    options = {option for span in spans for option in re.findall(r"^--[a-z]+", span)}
+    assert len(options) >= 6 and options - {"--model"} <= set(re.findall(r"--[a-z]+", help_text()))
+    variables = set(re.findall(r"\b[A-Z]+_[A-Z_]+\b", text))
+    others = {"IS_SANDBOX", "JOB_COMPLETION_INDEX", "ORCHESTRATOR_OUTCOME", "SLURM_ARRAY_TASK_ID",
+              "SLURM_JOB_ID", "TASK_COMPLETE", "XDG_STATE_HOME"}
+    assert variables - others <= Config.fields_by_variable().keys()
+
+
 def test_children_get_neither_the_key_nor_signs_of_our_surroundings():
     environ = {"OPENROUTER_API_KEY": KEY, "TMUX": "x", "TMUX_PANE": "x", "CLAUDECODE": "1",
                "PATH": "/bin"}
@@ -3871,7 +3883,8 @@ def test_what_the_world_does_unexpectedly_is_one_line_and_status_1(error, scene,
 def test_the_manual_lists_the_arguments_and_the_settings(scene):
     for option in ("--help", "-h"):
         status, out, err = scene(option, "--json")
-        assert (status, err) == (0, "") and out.startswith(orchestrator.__doc__.rstrip())
+        manual = orchestrator.__doc__.partition("\nContents\n")[0]
+        assert (status, err) == (0, "") and out.startswith(manual)
         for name, field in Config.fields_by_variable().items():
             assert re.search(rf"^ +{name} +\S", out, re.M)
     assert scene("--version") == (0, f"orchestrator {orchestrator.__version__}\n", "")
