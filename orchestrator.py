@@ -77,9 +77,13 @@ import difflib
 import email.utils
 import errno
 import fcntl
+import functools
+import hashlib
+import html
 import http.client
 import http.server
 import io
+import ipaddress
 import itertools
 import json
 import math
@@ -1199,7 +1203,7 @@ def parse_usage_limit(
 
 # -- 6. Tmux ------------------------------------------------------------------------------
 # Sessions, panes, pastes and keys; no policy.  The only code that runs tmux.
-# May use: Errors, Agent profiles.
+# May use: Errors, Configuration, Agent profiles.
 
 _SERVER_LOST = re.compile("server exited|lost server")
 _SESSION_LOST = re.compile(r"no server running|error connecting to .*\((No such file|Connection refused)|"
@@ -3039,28 +3043,52 @@ class Conversation:
 # Conversation.
 
 class RunControl:
-    """What a person asks for from outside while the loop runs; threads may call it."""
+    """What the user asks for from outside while a run goes on.  Other threads may call `handle`."""
 
     def __init__(self, journal: Journal, stop: Callable[[], object] = ignore) -> None:
-        self._journal, self._stop = journal, stop
+        self._journal = journal
+        self._stop = stop
         self._notes: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self.paused = False
+        self._interrupt_requested = False
+        self._continue_requested = False
+        self.is_paused = False
+        self.is_stopped = False
 
     def handle(self, action: str, text: str = "") -> None:
-        """Pause after the current turn, resume, stop, or pass on a note."""
-        if action == "note":
-            text = self._journal.redact(sanitize(text).strip())
-            self._notes.put(text)
-            self._journal.publish("note", text=text, source="dashboard")
+        """Carry out an action: pause, resume, stop, note, continue or interrupt."""
+        if action in ("note", "interrupt") and text.strip():
+            note = self._journal.redact(sanitize(text).strip())
+            self._notes.put(note)
+            self._journal.publish("note", text=note, source="dashboard")
+        if action == "interrupt":
+            self._interrupt_requested = True
+            self._journal.publish("state", state="interrupted", reason="from the dashboard")
+        elif action == "continue":
+            self._continue_requested = True
         elif action == "stop":
+            self.is_stopped = True
             self._stop()
-        elif self.paused != (action == "pause"):
-            self.paused = not self.paused
-            self._journal.publish("state", state="paused" if self.paused else "resumed")
+        elif action in ("pause", "resume") and self.is_paused != (action == "pause"):
+            self.is_paused = action == "pause"
+            self._journal.publish("state", state="paused" if self.is_paused else "resumed")
 
     def take_notes(self) -> list[str]:
-        """Take the notes that came since the last time."""
+        """Return the notes that came since the last call."""
         return [_NOTE_PREFIX + self._notes.get() for _ in range(self._notes.qsize())]
+
+    def take_interrupt(self) -> bool:
+        """Tell whether an interruption was asked for since the last call."""
+        was_requested = self._interrupt_requested
+        self._interrupt_requested = False
+        return was_requested
+
+    def begin_wait(self) -> None:
+        """Forget what was asked for before a wait that "continue" can end."""
+        self._continue_requested = False
+
+    def ends_wait(self) -> bool:
+        """Tell whether a wait must end now: for a note, or because the user says so."""
+        return self._continue_requested or not self._notes.empty()
 
 
 class RunTotals:
@@ -3334,7 +3362,7 @@ class Autopilot:
 
     def _step(self) -> None:
         """Ask the model what to say, say it to the agent, and note what came of it."""
-        while self._control.paused:
+        while self._control.is_paused:
             self._sleep(min(0.2, self._seconds_left()))
         self._check_budgets(self._totals.iterations)
         for note in self._control.take_notes():
@@ -3547,7 +3575,7 @@ class Autopilot:
 # The browser's side.  May use: nothing.
 
 DASHBOARD_PAGE = r"""<!doctype html>
-<html lang="en" data-recording="RECORDING">
+<html lang="en" data-recording="RECORDING" data-now="SERVER_TIME" data-journal="JOURNAL_PATH">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>orchestrator</title>
@@ -4117,16 +4145,76 @@ DASHBOARD_PAGE = r"""<!doctype html>
 # -- 14. Dashboard ------------------------------------------------------------------------
 # The journal in a browser, and the controls.  May use: Errors, Text, Journal, Dashboard page.
 
-_CONTENT_SECURITY_POLICY = ("default-src 'none'; script-src 'nonce-NONCE'; style-src 'nonce-NONCE'; "
-           "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
-           "frame-ancestors 'none'")
+_CONTENT_SECURITY_POLICY = (
+    "default-src 'none'; script-src 'nonce-NONCE'; style-src 'nonce-NONCE'; connect-src 'self'; "
+    "img-src data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'")
+_TOKEN_FORM = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>orchestrator</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style nonce="NONCE">
+  :root { color-scheme: light dark; font: 16px/1.6 sans-serif; }
+  main { max-width: 36rem; margin: 12vh auto; } input, button { font: inherit; padding: 4px 8px; }
+</style>
+<main><h1>Dashboard</h1><p>Missing or wrong token. Open the address that the orchestrator printed
+in the terminal, or paste that address or its token here.</p>
+<form><label>Token <input name="token" autocomplete="off" required autofocus></label>
+<button>Open</button></form></main>
+"""
 _MAX_BODY_BYTES = 65_536
 _DIGITS = re.compile("[0-9]{1,15}")
-_CONTROL_ACTIONS = ("pause", "resume", "stop", "note")
+_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^:\[\]]+)(:[0-9]*)?")
+_CONTROL_ACTIONS = ("pause", "resume", "stop", "note", "continue", "interrupt")
+
+
+def _parse_address(name: str) -> Any:
+    """Return the IP address that a text is, IPv4 for one that is mapped into IPv6, or None."""
+    try:
+        address = ipaddress.ip_address(name)
+    except ValueError:
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+@functools.lru_cache(maxsize=None)
+def _machine_names() -> frozenset[str]:
+    """Return the names of this machine.  May take seconds, if a name server does not answer."""
+    name = socket.gethostname().lower()
+    short_name = name.partition(".")[0]
+    return frozenset({name, short_name, f"{short_name}.local", socket.getfqdn().lower()})
+
+
+def _is_other_user(client_port: int, server_port: int) -> bool:
+    """Tell whether a connection within this machine is known to come from another user (Linux)."""
+    table = ""
+    for path in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")):
+        with contextlib.suppress(OSError):
+            table += path.read_text("ascii")
+    owners = re.findall(
+        rf":{client_port:04X} +\w+:{server_port:04X}(?: +\S+){{4}} +(\d+)", table)
+    return any(int(owner) not in (0, os.getuid()) for owner in owners)
+
+
+def read_dashboard_address(journal_path: Path) -> dict[str, Any]:
+    """Return what was kept of a run's dashboard: host, port, token and url; or nothing."""
+    with contextlib.suppress(OSError):
+        address = parse_json_object(journal_path.with_suffix(".dashboard").read_bytes()) or {}
+        if [type(address.get(name)) for name in ("host", "port", "token", "url")] == [str, int, str, str]:
+            return address
+    return {}
+
+
+def find_live_dashboard(journal_path: Path) -> str:
+    """Return the address of a run's dashboard if somebody listens there, with its token, or ""."""
+    address = read_dashboard_address(journal_path)
+    if address:
+        with contextlib.suppress(OSError, OverflowError):
+            socket.create_connection((address["host"], address["port"]), timeout=0.5).close()
+            return str(address["url"])
+    return ""
 
 
 class QuietHandler(http.server.BaseHTTPRequestHandler):
-    """Answers a connection without a word: the terminal belongs to the narration."""
+    """Handles a connection without logging: the terminal belongs to the run's events."""
 
     def handle(self) -> None:
         """Answer, unless the client goes away."""
@@ -4134,95 +4222,130 @@ class QuietHandler(http.server.BaseHTTPRequestHandler):
             super().handle()
 
     def log_message(self, *args: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 class _DashboardHandler(QuietHandler):
-    """Answers one connection of a browser."""
+    """Handles one connection of a browser."""
 
-    server: Any         # the Dashboard
-    timeout = 5         # seconds for a read or write; for a write to a stream, PATIENCE
-    WRITE_TIMEOUT = 20       # a client that can't keep up is dropped, and comes back
-    server_version, sys_version = "orchestrator", ""
+    server: Any                 # the Dashboard
+    timeout = 5                 # seconds for a read or write
+    WRITE_TIMEOUT = 20          # for a write to a stream: a client that can't keep up is dropped
+    server_version = "orchestrator"
+    sys_version = ""
 
     def do_GET(self) -> None:
-        """Serve the page and the stream of events."""
-        path, _, query = self.path.partition("?")
-        if self._refused(urllib.parse.parse_qs(query).get("token", [""])[0]):
+        """Serve the page, the stream of events and the journal."""
+        path, query = self._parse_path()
+        if not self._is_authorized(query.get("token", "")):
             return
         if path == "/":
-            self.server.page_opened.set()
-            nonce, token = secrets.token_urlsafe(16), self.server.token
-            recording = "no" if self.server.control else "yes"
-            page = self.server.page.replace("NONCE", nonce).replace("RECORDING", recording)
-            self._send_text(200, page, {
-                "Content-Type": "text/html; charset=utf-8",
-                "Content-Security-Policy": _CONTENT_SECURITY_POLICY.replace("NONCE", nonce),
-                "Set-Cookie": f"{self._cookie_name}={token}; Path=/; HttpOnly; SameSite=Strict"})
+            self._send_page()
         elif path == "/events":
-            self._stream_events()
+            self._stream_events(query)
+        elif path == "/journal":
+            self._send_journal()
         else:
-            self._send_text(405 if path == "/control" else 404, "GET goes to / and /events")
+            status = 405 if path == "/control" else 404
+            self._send_text(status, "GET serves /, /events and /journal.")
 
     def do_POST(self) -> None:
-        """Pause, resume, stop, or take a note."""
+        """Carry out an action of the user."""
+        path, _ = self._parse_path()
         length = self.headers.get("Content-Length", "")
-        if self._refused(""):
+        if not self._is_authorized():
             return
-        if self.path != "/control":
-            self._send_text(405 if self.path in ("/", "/events") else 404, "POST goes to /control")
+        if path != "/control":
+            status = 405 if path in ("/", "/events", "/journal") else 404
+            self._send_text(status, "POST goes to /control.")
         elif self.headers.get_content_type() != "application/json":
-            self._send_text(415, "expected Content-Type: application/json")
+            self._send_text(415, "Expected Content-Type: application/json.")
         elif not _DIGITS.fullmatch(length) or int(length) > _MAX_BODY_BYTES:
-            self._send_text(413, f"expected a body of 1 to {_MAX_BODY_BYTES} bytes, not chunked")
+            self._send_text(413, f"Expected a body of 1 to {_MAX_BODY_BYTES} bytes, not chunked.")
         else:
-            order = parse_json_object(self.rfile.read(int(length))) or {}
-            action, text = order.get("action"), order.get("text", "")
-            fits = isinstance(text, str) and (text.strip() or action != "note")
-            if action not in _CONTROL_ACTIONS or not fits:
-                self._send_text(400, f"expected an action ({', '.join(_CONTROL_ACTIONS)}), a note with text")
-            elif not self.server.control:
-                self._send_text(409, "this is a recording")
-            else:
-                self.server.control(action, text)
-                self._send_text(204, "")
+            self._control(parse_json_object(self.rfile.read(int(length))) or {})
 
     def _reject_method(self) -> None:
-        if not self._refused(""):
-            self._send_text(405, "GET or POST only")
+        if self._is_authorized():
+            self._send_text(405, "Expected GET or POST.")
 
     do_HEAD = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _reject_method
 
-    @property
-    def _cookie_name(self) -> str:
-        """The cookie's name: ports do not keep cookies apart, so each dashboard has its own."""
-        return f"orchestrator-{self.server.server_port}"
-
-    def _refused(self, token: str) -> bool:
-        """Refuse whoever is not our own page, or does not have the token.
-
-        A name that is not ours in Host is a page of somebody else's, rebound to this address.
-        """
-        bound = self.connection.getsockname()[0]
-        names = ("localhost", "127.0.0.1", "[::1]", f"[{bound}]", bound, self.server.name)
-        host, origin = self.headers.get("Host", "").lower(), self.headers.get("Origin")
-        cookies = dict(pair.strip().partition("=")[::2]
-                       for pair in self.headers.get("Cookie", "").split(";"))
-        given = (token or cookies.get(self._cookie_name, "")).encode("utf-8", "replace")
-        origins = [f"http://{host}"] + [None] * (self.command != "POST")
-        if host not in [f"{name}:{self.server.server_port}" for name in names] \
-                or origin not in origins:
-            self._send_text(403, "this address does not belong to the dashboard")
-        elif not secrets.compare_digest(given, self.server.token.encode()):
-            self._send_text(403, "open the address that the orchestrator printed: it has the token")
+    def _control(self, request: Mapping[str, object]) -> None:
+        action, text = request.get("action"), request.get("text", "")
+        if action not in _CONTROL_ACTIONS or not isinstance(text, str):
+            self._send_text(400, f"Expected an action: {', '.join(_CONTROL_ACTIONS)}.")
+        elif action == "note" and not text.strip():
+            self._send_text(400, "Expected a text: the note is empty.")
+        elif not self.server.control:
+            self._send_text(409, "This is a recording: there is no run to control.")
         else:
-            return False
-        return True
+            self.server.control(action, text)
+            self._send_text(204, "")
+
+    def _parse_path(self) -> tuple[str, dict[str, str]]:
+        """Return the path, without the prefix that a proxy may have left there, and the query."""
+        path, _, query = self.path.partition("?")
+        prefix = self.server.path_prefix
+        if prefix and path.startswith(f"{prefix}/"):
+            path = path[len(prefix):]
+        return path, dict(urllib.parse.parse_qsl(query))
+
+    def _is_authorized(self, token: str = "") -> bool:
+        """Tell whether our own page, or who has the token, asks; refuse all others.
+
+        Another web page reaches us only under a foreign name (DNS rebinding) or with a foreign
+        Origin, which a POST always has.
+        """
+        origins = self.server.own_origins(self.headers.get("Host", ""))
+        origin = self.headers.get("Origin")
+        if not origins:
+            self._send_text(403, "The dashboard does not answer under this name. Open the address "
+                            "that the orchestrator printed, or set DASHBOARD_URL to yours.")
+        elif origin not in origins and (origin is not None or self.command == "POST"):
+            self._send_text(403, "The dashboard's page did not send this. If a proxy publishes it, "
+                            "set DASHBOARD_URL to the address that the browser shows.")
+        elif self._has_token(token):
+            return True
+        elif self.command == "GET":
+            self._send_html(403, _TOKEN_FORM, {})
+        else:
+            self._send_text(403, "Missing or wrong token. Open the address that the orchestrator "
+                            "printed in the terminal.")
+        return False
+
+    def _has_token(self, token: str) -> bool:
+        """Tell whether the query, as a token or as a whole address, or a cookie has the token."""
+        cookies = {}
+        for pair in self.headers.get("Cookie", "").split(";"):
+            name, _, value = pair.strip().partition("=")
+            cookies[name] = value
+        given = token.rpartition("token=")[2].strip() or cookies.get(self.server.cookie_name, "")
+        return self.server.take_token(given, self.client_address[1])
+
+    def _send_page(self) -> None:
+        self.server.page_opened.set()
+        values = {"RECORDING": "no" if self.server.control else "yes",
+                  "SERVER_TIME": utc_timestamp(),
+                  "JOURNAL_PATH": html.escape(str(self.server.journal.path or ""))}
+        # Without a Path the browser takes that of the page, also behind a proxy.
+        cookie = f"{self.server.cookie_name}={self.server.token}; HttpOnly; SameSite=Strict"
+        self._send_html(200, DASHBOARD_PAGE, values, {"Set-Cookie": cookie})
+
+    def _send_html(self, status: int, page: str, values: Mapping[str, str],
+                   headers: Mapping[str, str] = {}) -> None:
+        """Send a page in which the names of `values` are replaced by these, and NONCE by a new one."""
+        nonce = secrets.token_urlsafe(16)
+        texts = {"NONCE": nonce, **values}
+        page = re.sub("|".join(texts), lambda match: texts[match[0]], page)
+        self._send_text(status, page, {
+            "Content-Type": "text/html; charset=utf-8",
+            "Content-Security-Policy": _CONTENT_SECURITY_POLICY.replace("NONCE", nonce), **headers})
 
     def _send_text(self, status: int, text: str, headers: Mapping[str, str] = {}) -> None:
-        body = text.encode()
+        body = text.encode("utf-8", "replace")
         self._send_headers(status, {"Content-Type": "text/plain; charset=utf-8",
-                             "Content-Length": str(len(body)), **headers})
+                                    "Content-Length": str(len(body)), **headers})
         self.wfile.write(body)
 
     def _send_headers(self, status: int, headers: Mapping[str, str]) -> None:
@@ -4232,80 +4355,179 @@ class _DashboardHandler(QuietHandler):
             self.send_header(name, value)
         self.end_headers()
 
-    def _stream_events(self) -> None:
-        """Send the run so far, or what was missed, and go on with what comes."""
-        last = self.headers.get("Last-Event-ID", "")
-        after, live_seen, closed = int(last) if _DIGITS.fullmatch(last) else 0, 0, False
-        journal = self.server.journal
+    def _stream_events(self, query: Mapping[str, str]) -> None:
+        """Send the events after an id, and those to come unless the query says `once`."""
+        last_id = self.headers.get("Last-Event-ID") or query.get("after", "")
+        after = int(last_id) if _DIGITS.fullmatch(last_id) else 0
+        live_id = 0
+        is_over = False
         self.connection.settimeout(self.WRITE_TIMEOUT)
         self._send_headers(200, {"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"})
-        with journal.count_reader():
-            while not closed:
-                kept, live, live_seen, closed = journal.read_after(after, live_seen, 15.0)
-                chunks = [b"id: %d\ndata: %s\n" % (number, line) for number, line in kept]
-                chunks += [b"data: %s\n" % line for line in live]
-                self.wfile.write(b"".join(chunks) or b": still here\n\n")
-                after = kept[-1][0] if kept else after
+        self._send_time()
+        with self.server.journal.count_reader():
+            while not is_over:
+                batch = self.server.journal.read_after(after, live_id, 0 if "once" in query else 15)
+                lines = [b"id: %d\ndata: %s\n" % event for event in batch.events]
+                lines += [b"data: %s\n" % event for event in batch.live_events]
+                self.wfile.write(b"".join(lines))
+                if batch.events:
+                    after = batch.events[-1][0]
+                live_id = batch.last_live_id
+                is_over = batch.is_closed or ("once" in query and not batch.events)
+                if not lines:
+                    self._send_time()
+
+    def _send_time(self) -> None:
+        """Send the time, by which the page also knows that the connection still works."""
+        event = json.dumps({"type": "now", "time": utc_timestamp()})
+        self.wfile.write(f"data: {event}\n\n".encode())
+
+    def _send_journal(self) -> None:
+        """Send the events so far as a file."""
+        journal = self.server.journal
+        name = re.sub(r"[^A-Za-z0-9_.-]", "_", journal.path.name if journal.path else "run.jsonl")
+        self.connection.settimeout(self.WRITE_TIMEOUT)
+        self._send_headers(200, {"Content-Type": "application/x-ndjson",
+                                 "Content-Disposition": f'attachment; filename="{name}"'})
+        after = 0
+        while events := journal.read_after(after, sys.maxsize, 0).events:
+            self.wfile.write(b"".join(line for _, line in events))
+            after = events[-1][0]
 
 
 class Dashboard(http.server.ThreadingHTTPServer):
-    """A server of the page, its events and its controls, in threads of its own.
+    """Serves the page, its events and its controls, in threads of its own, in a `with` block.
 
-    `control(action, text)` is called for pause, resume, stop and note; None: it is a recording.
-    Enter it with `with`; raises ConfigError if it can't listen.
+    `control(action, text)` is called for what the user asks; without it, the journal is a
+    recording.  `url` is the address under which a proxy publishes it; `token` one to use again.
+    Raises ConfigError if it can't listen.
     """
 
-    request_queue_size, timeout = 128, 0
-    MAX_CONNECTIONS = 160      # more are turned away: a flood leaves the run its files, on macOS 256
+    request_queue_size = 128
+    timeout = 0
+    allow_reuse_port = False
+    MAX_CONNECTIONS = 160       # a flood must leave the run its files: macOS allows 256
+    ENTRY_SECONDS = 60.0        # within which a browser that we open has to come
 
     def __init__(self, journal: Journal, *, host: str = "127.0.0.1", port: int = 0,
-                 control: Callable[[str, str], object] | None = None,
-                 page: str = DASHBOARD_PAGE) -> None:
-        self.journal, self.page, self.control = journal, page, control
+                 control: Callable[[str, str], object] | None = None, url: str = "",
+                 token: str = "") -> None:
+        self.journal = journal
+        self.control = control
+        self.token = token or secrets.token_urlsafe(24)
+        # Ports do not keep cookies apart, so each dashboard has a name of its own.
+        self.cookie_name = f"orchestrator-{hashlib.sha256(self.token.encode()).hexdigest()[:8]}"
+        self.page_opened = threading.Event()
+        self._entry_codes: dict[str, float] = {}        # and until when they are good
         self._connections: set[socket.socket] = set()
-        self.token, self.page_opened = secrets.token_urlsafe(24), threading.Event()     # page opened
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self.name = f"[{host}]" if ":" in host else host
+        self._host = host.strip("[]").lower()
+        self.address_family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
         try:
-            super().__init__((host, port), _DashboardHandler)
-        except (OSError, UnicodeError) as error:
+            super().__init__((self._host, port), _DashboardHandler)
+        except (OSError, OverflowError, UnicodeError) as error:
             raise ConfigError(f"DASHBOARD_HOST={host!r}, DASHBOARD_PORT={port}: can't listen: "
                               f"{getattr(error, 'strerror', None) or error}") from None
-        shown = self.name.replace("0.0.0.0", "127.0.0.1")
-        self.url = f"http://{shown}:{self.server_port}/?token={self.token}"
+        self._bound_address = _parse_address(str(self.server_address[0]))
+        self._set_addresses(url)
+
+    def _set_addresses(self, public_url: str) -> None:
+        """Work out the addresses of the page: on this machine and, through a proxy, its own."""
+        if self._bound_address.is_unspecified:
+            self._host = "127.0.0.1"
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        self._local_url = f"http://{host}:{self.server_port}/"
+        self.url = f"{public_url.rstrip('/') or self._local_url.rstrip('/')}/?token={self.token}"
+        public = urllib.parse.urlsplit(public_url)
+        default_port = ":443" if public.scheme == "https" else ":80"
+        self.path_prefix = public.path.rstrip("/")
+        self._public_name = public.hostname
+        self._public_origin = f"{public.scheme}://{public.netloc.removesuffix(default_port)}".lower()
+
+    def own_origins(self, host_header: str) -> list[str]:
+        """Return the origins of our own page under a Host; none if that is not a name of ours.
+
+        A tunnel or a published port of a container changes the port, so any port will do.
+        """
+        host = host_header.lower()
+        match = _HOST.fullmatch(host)
+        name = match[1].strip("[]") if match else ""
+        origins = []
+        if self._is_own_name(name):
+            origins.append(f"http://{host}")
+        if self._public_name and (origins or name == self._public_name):
+            origins.append(self._public_origin)
+        return origins
+
+    def _is_own_name(self, name: str) -> bool:
+        address = _parse_address(name)
+        has_all_addresses = self._bound_address.is_unspecified
+        if address:
+            return address.is_loopback or has_all_addresses or address == self._bound_address
+        if has_all_addresses and name in _machine_names():
+            return True
+        return name in ("localhost", self._host)
+
+    def take_token(self, given: str, client_port: int) -> bool:
+        """Tell whether this is the token, or a code of `make_entry_url`, which is then used up."""
+        if secrets.compare_digest(given.encode("utf-8", "replace"), self.token.encode()):
+            return True
+        if given not in self._entry_codes or _is_other_user(client_port, self.server_port):
+            return False
+        return self._entry_codes.pop(given, 0.0) > time.monotonic()
+
+    def make_entry_url(self) -> str:
+        """Return an address that opens the page once, within a minute, for this user only.
+
+        It is made for the arguments of a browser, which all users of the machine can read.
+        """
+        code = secrets.token_urlsafe(24)
+        self._entry_codes[code] = time.monotonic() + self.ENTRY_SECONDS
+        return f"{self._local_url}?token={code}"
+
+    def save_address(self, journal_path: Path) -> None:
+        """Keep the address beside the journal, for this user, for `--status` and `--resume`."""
+        address = {"host": self._host, "port": self.server_port, "token": self.token,
+                   "url": self.url}
+        with contextlib.suppress(OSError):      # such a disk is told of by the journal
+            path = journal_path.with_suffix(".dashboard")
+            with open(path, "w", opener=lambda *how: os.open(*how, 0o600)) as file:
+                json.dump(address, file)
 
     def server_bind(self) -> None:
-        """Bind without the base class's look-up of our own name, which may take seconds."""
+        """Bind, `::` for IPv4 too, without the base class's slow search for our own name."""
+        if self.address_family == socket.AF_INET6:
+            with contextlib.suppress(OSError):
+                self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Whether there is room for one more visitor."""
+        """Tell whether there is room for one more connection."""
         if len(self._connections) < self.MAX_CONNECTIONS:
             self._connections.add(request)
         return request in self._connections
 
     def shutdown_request(self, request: Any) -> None:
-        """Part with a visitor."""
+        """Close a connection."""
         super().shutdown_request(request)
         self._connections.discard(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing of what ends one visitor, as where the machine has no thread for it."""
+        """Print nothing if a connection fails, for example because there is no thread for it."""
 
     def __enter__(self) -> Dashboard:
         threading.Thread(target=self.serve_forever, args=(0.1,), daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Answer whoever has come so far: two seconds for their streams, then two for the rest."""
+        """Answer every client so far: two seconds for the streams, then two for the rest."""
         self.journal.close(wait_for_reader=self.page_opened.is_set())
         self.shutdown()
         for _ in range(self.request_queue_size):    # those that were not accepted yet
             self.handle_request()
         self.server_close()
-        until = time.monotonic() + 2.0
-        while self._connections and time.monotonic() < until:
+        deadline = time.monotonic() + 2.0
+        while self._connections and time.monotonic() < deadline:
             time.sleep(0.01)
 
 
@@ -4712,17 +4934,42 @@ def session_lock(config: Config, place: Workspace) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def serve_dashboard(config: Config, journal: Journal, control: Callable[[str, str], object] | None,
-           stream: TextIO) -> Iterator[None]:
-    """Serve the dashboard and say where; a run goes on without, a recording has nothing else.
+def open_dashboard(config: Config, journal: Journal,
+                   control: Callable[[str, str], object] | None) -> Dashboard:
+    """Return the dashboard; that of a resumed run keeps its token and, if it is free, its port."""
+    is_run = control and journal.path
+    earlier = read_dashboard_address(journal.path) if is_run else {}
 
-    At a run's end a browser that was just opened gets time to come, and on a terminal it stays
-    for a person who has opened it.
+    def listen(port: int) -> Dashboard:
+        return Dashboard(journal, host=config.dashboard_host, port=port, control=control,
+                         url=config.dashboard_url, token=earlier.get("token", ""))
+
+    if earlier and not config.dashboard_port:
+        with contextlib.suppress(ConfigError):
+            return listen(earlier["port"])
+    return listen(config.dashboard_port)
+
+
+def open_browser(url: str) -> None:
+    """Open a page in the user's browser, without the key, and away from our terminal."""
+    with contextlib.suppress(OSError):
+        subprocess.Popen([sys.executable, "-I", "-m", "webbrowser", url],
+                         env=child_environment(os.environ), stdin=subprocess.DEVNULL,
+                         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                         start_new_session=True)
+
+
+@contextlib.contextmanager
+def serve_dashboard(config: Config, journal: Journal,
+                    control: Callable[[str, str], object] | None,
+                    stream: TextIO) -> Iterator[None]:
+    """Serve the dashboard and print its address; a run goes on without, a recording does not.
+
+    At the end of a run, a browser that was just opened gets time to come; on a terminal, the
+    dashboard stays for a user who has opened it.
     """
     try:
-        dashboard = Dashboard(journal, host=config.dashboard_host, port=config.dashboard_port,
-                              control=control)
+        dashboard = open_dashboard(config, journal, control)
     except ConfigError as error:
         if not control:
             raise
@@ -4730,20 +4977,18 @@ def serve_dashboard(config: Config, journal: Journal, control: Callable[[str, st
         yield
         return
     with dashboard:
+        if control and journal.path:
+            dashboard.save_address(journal.path)
         print_line(f"Dashboard: {dashboard.url}", stream)
-        has_screen = any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY")))
-        opened = config.dashboard_open and (has_screen or sys.platform == "darwin")
-        if opened:      # without the key, and away from the terminal, which a browser may draw on
-            with contextlib.suppress(OSError):
-                subprocess.Popen([sys.executable, "-I", "-m", "webbrowser", dashboard.url],
-                                 env=child_environment(os.environ), stdin=subprocess.DEVNULL,
-                                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                                 start_new_session=True)
+        has_display = any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY")))
+        is_opened = config.dashboard_open and (has_display or sys.platform == "darwin")
+        if is_opened:
+            open_browser(dashboard.make_entry_url())
         try:
             yield
         finally:
             if not isinstance(sys.exc_info()[1], KeyboardInterrupt):
-                dashboard.page_opened.wait(5.0 if opened else 0)
+                dashboard.page_opened.wait(5.0 if is_opened else 0)
                 if dashboard.page_opened.is_set():
                     wait_for_enter(stream)
 

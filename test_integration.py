@@ -2104,12 +2104,14 @@ def test_the_key_reaches_the_model_and_nothing_else_from(source, world):
     arguments: list[bytes] = []
 
     def last() -> str:
+        assert poll(lambda: "/?token=" in str(processes_of(world.directory)), 30), "no browser"
         arguments.extend(processes_of(world.directory).values())
         return "TASK_COMPLETE"
 
     model = world.model("printenv | sort", last)
-    look = ("import sys, urllib.request as web; url = sys.argv[1]; web.urlopen(url); "
-            "web.urlopen(url.replace('?', 'events?')).read()")
+    look = ("import sys, urllib.request as web; url = sys.argv[1]; page = web.urlopen(url); "
+            "cookie = page.headers['Set-Cookie'].split(';')[0]; web.urlopen(web.Request("
+            "url.split('?')[0] + 'events', headers={'Cookie': cookie})).read()")
     browser = f'printenv > ../browser; exec {sys.executable} -c "{look}" "$1"'
     settings = {"CLAUDE_CMD": "bash --norc", "VERIFY_CMD": "printenv > ../check",
                 "PATH": world.program("browser", browser),
@@ -2125,6 +2127,10 @@ def test_the_key_reaches_the_model_and_nothing_else_from(source, world):
             json.dumps([request.body for request in model.requests]), str(arguments)]
     seen += [(world.directory / name).read_text() for name in ("browser", "check")]
     assert [KEY in text for text in seen] == [False] * 6 and "orchestrator.py" in seen[3]
+    (address,) = world.directory.glob("state/orchestrator/runs/*.dashboard")
+    token = json.loads(address.read_text())["token"]
+    seen[0] = world.journals()[0].read_text()
+    assert [token in text for text in seen] == [False] * 6
 
 
 def test_a_key_that_the_agent_prints_is_masked(world):
@@ -3127,7 +3133,7 @@ def test_the_dashboard_serves_only_those_who_have_the_token(world):
     for case, expected in [
             (site.ask("/", cookie=""), 403), (site.ask("/?token=wrong", cookie=""), 403),
             (site.ask("/events", cookie=""), 403), (site.ask("/control", order, cookie=""), 403),
-            (site.ask("/", Host="evil.example"), 403), (site.ask("/", Host="127.0.0.1:1"), 403),
+            (site.ask("/", Host="evil.example"), 403), (site.ask("/", Host="192.0.2.77"), 403),
             (site.ask(site.entrance, Host=f"evil.example:{site.host.split(':')[1]}"), 403),
             (site.ask("/", Origin="http://evil.example"), 403),
             (site.ask("/control", order, Origin="http://evil.example"), 403),
