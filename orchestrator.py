@@ -4574,13 +4574,11 @@ class DemoModelHandler(QuietHandler):
         self.wfile.write(b"data: [DONE]\n\n")
 
 
-# The agent is the text of a program, because there may be no file to start it from: with
-# `curl ... | python3 -` this one is read once and gone.  It does on a screen what the real agents
-# do: bracketed paste, an input line, and while it works a spinner in the title and a busy footer.
+# The agent is a text, because `curl ... | python3 -` leaves no file to start it from.  It does on
+# a screen what real agents do: bracketed paste, an input line, a busy title and a busy footer.
 DEMO_AGENT = r'''
 import os, re, subprocess, sys, time, tty
 from pathlib import Path
-
 
 def execute(message):
     file = re.search(r"Write the file (\w+\.py):\n```\n(.*?\n)```", message, re.S)
@@ -4595,10 +4593,8 @@ def execute(message):
         return f"● Ran it, exit status {done.returncode}:\n{done.stdout.rstrip()}"
     return "● Tell me: Write the file NAME.py: with a code block, or Run the command: ..."
 
-
 def write(text):
     os.write(sys.stdout.fileno(), text.encode())
-
 
 def read_message():
     typed = b""
@@ -4614,13 +4610,11 @@ def read_message():
             write(typed.decode("utf-8", "replace").replace("\n", "\n  "))
     return typed.decode("utf-8", "replace")
 
-
 def show_spinner():
     write("\n")
     for frame in "⠙⠹⠸⠼⠴⠦⠧⠇":
         write(f"\x1b]0;{frame} demo agent\x07\r\x1b[K• Working (esc to interrupt) {frame}")
         time.sleep(0.1)
-
 
 tty.setcbreak(sys.stdin)
 write("\x1b[?2004h\x1b]0;demo agent\x07Demo agent: I write files and run commands.\n\n")
