@@ -5428,6 +5428,13 @@ def help_text() -> str:
         default = str(field.default).removesuffix(".0").lower() or "none"
         lines += textwrap.wrap(f"{field.metadata['help']} ({default})", 96,
                                initial_indent=f"    {name:<21} ", subsequent_indent=" " * 26)
+    lines += ["", "Agents that were tried, and the settings with which they ask for no permission"]
+    for profile in PROFILES:
+        command = shlex.join((*profile.start_command, *profile.approval_arguments))
+        setting = f'CLAUDE_CMD="{command}"'
+        if profile.model_names:
+            setting = f"DEFAULT_MODEL={profile.model_names[0]}"
+        lines.append(f"    {profile.name:<12} {setting:<39} {profile.install_command}")
     return f"{manual}\n" + "\n".join(lines)
 
 

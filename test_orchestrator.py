@@ -723,18 +723,31 @@ def test_a_wrong_value_is_an_error_that_names_it(name, texts):
         assert str(caught.value).startswith(f"{name}={shown}: expected ")
 
 
+def readme_table(header: str) -> list[list[str]]:
+    """Return the cells of a table of the README, without their marks."""
+    lines = README.read_text(encoding="utf-8").splitlines()
+    rows = itertools.takewhile(bool, lines[lines.index(header) + 2:])
+    return [re.split(r" *\| *", row.replace("`", ""))[1:-1] for row in rows]
+
+
 @with_our_readme
 def test_the_readme_lists_the_settings_as_the_help_does() -> None:
-    lines = README.read_text(encoding="utf-8").splitlines()
-    first = lines.index("| variable | default | meaning |") + 2
-    table = [re.split(r" *\| *", line.replace("`", ""))[1:4]
-             for line in itertools.takewhile(bool, lines[first:])]
+    table = readme_table("| variable | default | meaning |")
     settings = [[name, re.sub(r"\.0$", "", str(field.default)), field.metadata["help"]]
                 for name, field in Config.fields_by_variable().items()]
     assert table == [[name, default.lower() or "none", text] for name, default, text in settings]
     printed = re.sub(r"\s+", " ", help_text())
     assert [name for name, default, text in table if f"{name} {text} ({default})" not in printed
             ] == []
+
+
+@with_our_readme
+def test_the_readme_lists_the_agents_as_the_help_does() -> None:
+    printed = help_text().splitlines()
+    table = readme_table("| agent | setting | install |")
+    assert len(table) == len(orchestrator.PROFILES) and [row for row in table if re.sub(
+        r"\s+", " ", " ".join(row)) not in [re.sub(r"\s+", " ", line.strip()) for line in printed]
+        ] == []
 
 
 @with_our_readme
