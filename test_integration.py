@@ -2731,7 +2731,7 @@ def reader(world: World) -> Reader:
 
 FOLLOWED = {        # what is in each block of the README, and what the test of it is about
     "install -y python3 tmux": "demo", "| python3 - --demo": "demo",
-    "npm install -g": "setup", "curl -fsSLO": "setup", "--doctor": "setup", "--task \"Make": "run",
+    "npm install -g": "setup", "curl -fsSLO": "setup", "--doctor": "setup", "MAX_COST=2": "run",
     "--chat": "chat", "nohup": "unattended", "ssh -L": "tunnel", "OPENROUTER_BASE_URL=": "server",
     "find ~": "journals", "xargs": "many", "parallel -j": "many", "#SBATCH": "many",
     "kind: Job": "kubernetes", "import orchestrator": "library", "python3-pytest": "development"}
@@ -2769,7 +2769,7 @@ def test_the_setup_of_the_readme_gets_an_agent_the_file_and_the_key(reader: Read
 
 def test_the_run_of_the_readme_works_in_the_project_and_is_checked(reader: Reader) -> None:
     model = reader.world.model("echo one", "TASK_COMPLETE")
-    done = reader.follow("--task \"Make", OPENROUTER_BASE_URL=model.url)
+    done = reader.follow("MAX_COST=2", OPENROUTER_BASE_URL=model.url)
     assert (done.status, done.stderr) == (0, ""), done
     assert reader.world.events("task_info")[0]["workdir"] == str(reader.project)
     verified, = reader.world.events("verify")
