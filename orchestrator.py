@@ -109,7 +109,6 @@ import termios
 import textwrap
 import threading
 import time
-import unicodedata
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -400,7 +399,7 @@ def ignore(*args: object, **fields: object) -> None:
     """Do nothing: the default of optional callbacks."""
 
 
-def never() -> bool:
+def never(*args: object) -> bool:
     """Return False: the default of optional conditions."""
     return False
 
@@ -503,6 +502,19 @@ def _find_overlap(before: list[str], after: list[str]) -> int:
     return places[0] if len(places) == 1 else len(before)
 
 
+def _find_redrawn(old: list[str], after: list[str]) -> int:
+    """Return where the new lines begin if the old ones were all drawn again further down, else 0.
+
+    Fewer than three lines of text may stand there by chance.
+    """
+    if sum(map(bool, old)) < 3:
+        return 0
+    for start in range(len(after) - len(old), 0, -1):
+        if after[start:start + len(old)] == old:
+            return start + len(old)
+    return 0
+
+
 def find_new_lines(before: list[str], after: list[str]) -> list[str] | None:
     """Return the lines of one capture that an earlier one lacks; None if they share nothing.
 
@@ -517,7 +529,29 @@ def find_new_lines(before: list[str], after: list[str]) -> list[str] | None:
     if before and not any(old[:start]) and not grown:       # blank lines are alike by chance
         return None
     end = _common_prefix_length(old[start:][::-1], after[start:][::-1])
-    return after[start:len(after) - end]
+    redrawn = _find_redrawn(old, after) if start + end < len(old) else 0
+    return after[redrawn:] if redrawn else after[start:len(after) - end]
+
+
+def find_new_blocks(before: list[str], after: list[str]) -> list[str] | None:
+    """Return the lines of a full screen that an earlier one lacks; None if they share nothing.
+
+    They are those outside the common beginning, the common end and equal blocks of three lines.
+
+    >>> find_new_blocks(['title', 'a', 'b', 'c', 'box'], ['title', 'a', 'b', 'c', 'd', 'box'])
+    ['d']
+    """
+    matcher = difflib.SequenceMatcher(None, before, after, autojunk=False)
+    new: list[str] = []
+    end, has_equal_text = 0, False
+    for block in matcher.get_matching_blocks():
+        is_first = block.a == block.b == 0
+        is_last = (block.a + block.size, block.b + block.size) == (len(before), len(after))
+        if block.size >= 3 or is_first or is_last:
+            new += after[end:block.b]
+            end = block.b + block.size
+            has_equal_text |= any(after[block.b:end])
+    return new if has_equal_text else None
 
 
 _VOLATILE_TEXT = re.compile(      # all repetitions are bounded: 16,000 digits must not take seconds
@@ -629,6 +663,7 @@ class AgentProfile:
     busy_title: re.Pattern[str] = SPINNER
     busy_words: re.Pattern[str] | None = None           # below the input box
     status_line: re.Pattern[str] | None = None          # the last unindented line above the box
+    hides_status_line: bool = False                     # while its answer streams
     closing_line: re.Pattern[str] | None = None         # the last line of a turn that is over
     queued_message: re.Pattern[str] | None = None       # typed before the agent had started
     needs_blank: re.Pattern[str] | None = None          # a message that a blank must follow
@@ -741,6 +776,7 @@ CODEX = AgentProfile(
     login_status_command=("codex", "login", "status"),
     prompt_line=re.compile(r"[›!](?:\s|$)"),
     status_line=re.compile(r"(?:[•◦] )?\w[^(]{0,80}\((?:\d+[hms] ?)+ • esc to interrupt\).*"),
+    hides_status_line=True,
     closing_line=re.compile(r"\s+Worked for <?\d.*"),
     queued_message=re.compile(r"\s*Waiting for startup\b"),
     needs_blank=re.compile(r"[@$]\S*\Z"),       # else a completion takes the Enter
@@ -749,7 +785,8 @@ CODEX = AgentProfile(
                          r"\besc (?:to )?(?:cancel|close|exit|(?:go )?back)\b", re.I),
     startup_dialogs=(
         StartupRule(re.compile("trust the contents of this directory"), "Yes"),
-        StartupRule(re.compile("Update available"), "Skip")),
+        StartupRule(re.compile("Update available"), "Skip"),
+        StartupRule(re.compile("Try new model"), "Use existing model")),
     usage_limit=re.compile(
         r"(?m)^[^\w\"'`]*(?:You['’]ve (?:hit|reached) your .*limit|Usage limit reached)"
         + _LIMIT_END, re.I),
@@ -1036,6 +1073,11 @@ def is_busy(profile: AgentProfile, screen: Sequence[str]) -> bool:
                 and profile.status_line.fullmatch(unindented[-1]))
 
 
+def text_lines(lines: Iterable[str]) -> list[str]:
+    """Return the lines that have text."""
+    return [line for line in lines if line.strip()]
+
+
 def is_message_queued(profile: AgentProfile, screen: Iterable[str]) -> bool:
     """Whether a screen says that the agent will take a message only once it has started."""
     pattern = profile.queued_message
@@ -1102,6 +1144,39 @@ def last_text_line(ansi_screen: str) -> str:
     return next((" ".join(line.split()) for line in lines[::-1] if re.search(r"\w", line)), "")
 
 
+_USUAL_BUSY_WORDS = re.compile(
+    r"\b(?:esc|ctrl[+-]c) (?:to )?(?:interrupt|cancel|stop|abort)\b|"
+    r"^[\s│┃|]*[\u2801-\u28ff\u25d0-\u25d3] ", re.I)
+_USUAL_MENU_HINT = re.compile(r"\benter (?:to )?(?:\w+)\b", re.I)
+
+
+def count_usual_busy_lines(screen: Sequence[str]) -> int:
+    """Count the last lines of any program that say, or show by a spinner, that it is working."""
+    return sum(1 for line in _last_text_lines(screen, 12)
+               if _USUAL_BUSY_WORDS.search(line) and not _USUAL_MENU_HINT.search(line))
+
+
+_ANY_PASTE_PLACEHOLDER = re.compile(r"\[[^\[\]]{0,20}\bpasted?\b[^\[\]]{0,40}\]", re.I)
+
+
+def has_appeared(text: str, before: Sequence[str], after: Sequence[str]) -> bool:
+    """Tell whether the end of a text, or a placeholder for it, is on the lines that are new.
+
+    Only letters and digits are compared: lines may be wrapped and framed.
+
+    >>> has_appeared("hello, you", ["> "], ["> hello,", "│ you │"])
+    True
+    """
+    old = set(before)
+    lines = "\n".join(line for line in after if line not in old)
+    end = "".join(filter(str.isalnum, text[-1000:]))
+    if not end or _ANY_PASTE_PLACEHOLDER.search(lines):
+        return True
+    shown = "".join(filter(str.isalnum, lines))
+    parts = (end[-8:], end[-16:-8])     # between which another column may stand
+    return any(part and part in shown for part in parts)
+
+
 def is_message_unsent(line: str, message: str) -> bool:
     """Whether the cursor's line still shows the end of a message, or a placeholder for it."""
     shown = line.strip().rstrip("│| \u00a0")
@@ -1141,10 +1216,12 @@ def find_startup_dialog(profile: AgentProfile, screen: Sequence[str]) -> Startup
 
 
 def find_problem(profile: AgentProfile, text: str) -> str:
-    """Return what to do about a problem in the agent's text that only you can fix, or ""."""
+    """Return a sentence on a problem in the agent's text that only you can fix, or ""."""
     for rule in profile.problems:
-        if rule.pattern.search(text):
-            return rule.advice
+        found = rule.pattern.search(text)
+        if found:
+            line = text[:found.end()].rsplit("\n", 1)[-1] + text[found.end():].split("\n", 1)[0]
+            return f"it says {' '.join(line.split())[:200]!r}. {rule.advice}"
     return ""
 
 
@@ -1210,11 +1287,27 @@ def parse_usage_limit(
 # May use: Errors, Configuration, Agent profiles.
 
 _SERVER_LOST = re.compile("server exited|lost server")
-_SESSION_LOST = re.compile(r"no server running|error connecting to .*\((No such file|Connection refused)|"
-                   "no sessions|no current target|can't find (session|window|pane)")
+_NO_CONNECTION = re.compile(r"error connecting to .*\((No such file|Connection refused)")
+_SESSION_LOST = re.compile(r"no server running|error connecting to .*\((No such file|"
+                           r"Connection refused)|no sessions|no current target|"
+                           r"can't find (session|window|pane)")
 _WIDTH, _HEIGHT, _HISTORY_LIMIT = 200, 50, 50_000
-INITIAL_TITLE = "starting"    # the title of a window whose program has not given it one
-_CALL_TIMEOUT = 5.0       # seconds; a server of another version may never answer
+INITIAL_TITLE = "starting"      # the title of a window whose program has not given it one
+_CALL_TIMEOUT = 5.0             # seconds; a server of another version may never answer
+
+
+def process_start_time(pid: int) -> str:
+    """Return when a process began, "" if it is gone or a zombie, or if nothing tells.
+
+    Slim containers have no ps, and macOS has no /proc.
+    """
+    with contextlib.suppress(OSError):
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        return "" if fields[0] == "Z" else fields[19]
+    with contextlib.suppress(OSError):
+        return subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True,
+                              stdin=subprocess.DEVNULL, text=True, errors="replace", env={}).stdout
+    return ""
 
 
 class PaneSnapshot(NamedTuple):
@@ -1232,6 +1325,10 @@ class PaneSnapshot(NamedTuple):
     foreground_command: str            # the program in the foreground
     title: str
     screen: tuple[str, ...]
+    reads_keys: bool | None = None      # raw mode, not line mode; None: unknown
+    columns: int = 0
+    rows: int = 0
+    cursor_is_visible: bool = True
 
     @property
     def cursor_line(self) -> str:
@@ -1239,14 +1336,23 @@ class PaneSnapshot(NamedTuple):
         return "".join(self.screen[self.cursor_row:self.cursor_row + 1])
 
     @property
-    def lines_from_cursor(self) -> tuple[str, int]:
-        """The line that the cursor is on, and how many have text from there on."""
-        return self.cursor_line, sum(map(bool, self.screen[self.cursor_row:]))
-
-    @property
     def text(self) -> str:
         """The visible lines, without blank ones at the end."""
         return "\n".join(self.screen).rstrip()
+
+
+def is_in_raw_mode(terminal: str) -> bool | None:
+    """Tell whether the program on a terminal reads keys (raw mode), not lines; None: unknown."""
+    try:
+        descriptor = os.open(terminal, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
+    except OSError:
+        return None
+    try:
+        return not termios.tcgetattr(descriptor)[3] & termios.ICANON
+    except termios.error:
+        return None
+    finally:
+        os.close(descriptor)
 
 
 class Tmux:
@@ -1266,6 +1372,8 @@ class Tmux:
         self.socket_name = socket_name
         self.session = session
         self._environ = child_environment(environ)
+        self._session_exists = False    # when last asked for
+        self._server = 0, ""            # id and start time of the server, once it was seen
         self._server_hint = f"is the server on socket {socket_name} of another version, or stopped?"
 
     @property
@@ -1281,47 +1389,68 @@ class Tmux:
         return text
 
     def find_pane(self) -> tuple[str, str]:
-        """Return mark and id of our pane; no mark for a session of others, nor id for none.
+        """Return the mark of our session and the id of the agent's pane.
 
-        A person may have made panes beside ours, and look at one of them.
+        Without a session both are ""; for a session of others only the mark is; if the agent's
+        pane was closed but panes that a person made are left, only the id is.
         """
         try:
-            panes = self._query("list-panes", "-s", "-t", f"={self.session}:",
-                               "-F", "#{@orchestrator}\t#{pane_id}").splitlines()
+            rows = self._query("list-panes", "-s", "-t", f"={self.session}:", "-F",
+                               "#{@orchestrator}\t#{pane_id}\t#{@orchestrator_session}")
         except TmuxSessionLost:
+            self._session_exists = False
             return "", ""
-        mark, pane_id = max(panes).split("\t")         # those without a mark sort below
-        return mark, pane_id
+        self._session_exists = True
+        pane_mark, pane_id, session_mark = max(row.split("\t") for row in rows.splitlines())
+        if pane_mark:
+            return pane_mark, pane_id
+        return (session_mark, "") if session_mark else ("", pane_id)
 
-    def new_session(self, command: Sequence[str], directory: str, mark: str) -> str:
-        """Make the session, and the server if need be; return the id of its pane.
+    def new_pane(self, command: Sequence[str], directory: str, mark: str) -> str:
+        """Start a command in a new session, or in a new window of ours; return the pane's id.
 
         All in one call: history-limit and remain-on-exit are fixed, or too late, once the program
         runs.  A global window-size manual, for resize-window, kills the server on tmux 3.3a to
         3.6; -c can't name each directory: since 3.2 not a#[b]; without a pipe tmux up to 3.3a may
         note the end of a program before it has read its last words.
         """
-        target, apart = f"={self.session}:", self._foreign_server_prefix()
-        settings = () if apart else (
-            "start-server", ";", "set-option", "-s", "@started_by", "orchestrator", ";",
-            "set-option", "-g", "history-limit", str(_HISTORY_LIMIT), ";",
-            "set-option", "-g", "remain-on-exit", "on", ";",
-            "set-option", "-s", "focus-events", "on", ";",
-            "set-option", "-g", "update-environment", "", ";")
+        target = f"={self.session}:"
+        prefix = self._foreign_server_prefix()
+        new: tuple[str, ...] = ("new-window", "-t", target)
+        if not self._session_exists:
+            new = (*(() if prefix else self._server_settings()), "new-session", "-d", "-s",
+                   self.session, "-x", str(_WIDTH), "-y", str(_HEIGHT))
         return self._query(
-            *settings, "new-session", "-d", "-s", self.session, "-x", str(_WIDTH),
-            "-y", str(_HEIGHT), "-P", "-F", "#{pane_id}", "--", *apart, *command, ";",
+            *new, "-P", "-F", "#{pane_id}", "--", *prefix, *self._without_shell(command), ";",
             "set-option", "-w", "-t", target, "remain-on-exit", "on", ";",
             "pipe-pane", "-t", target, "exec cat > /dev/null", ";",
             "resize-window", "-t", target, "-x", str(_WIDTH), "-y", str(_HEIGHT), ";",
             "select-pane", "-t", target, "-T", INITIAL_TITLE, ";",
+            "set-option", "-t", target, "@orchestrator_session", mark, ";",
             "set-option", "-p", "-t", target, "@orchestrator", mark, cwd=directory).strip()
+
+    @staticmethod
+    def _server_settings() -> tuple[str, ...]:
+        """Return the commands that set up a server of ours."""
+        return ("start-server", ";", "set-option", "-s", "@started_by", "orchestrator", ";",
+                "set-option", "-g", "history-limit", str(_HISTORY_LIMIT), ";",
+                "set-option", "-g", "remain-on-exit", "on", ";",
+                "set-option", "-s", "focus-events", "on", ";",
+                "set-option", "-g", "update-environment", "", ";")
+
+    @staticmethod
+    def _without_shell(command: Sequence[str]) -> tuple[str, ...]:
+        """Return a command in the form that tmux runs itself.
+
+        It gives a single word to the user's shell, which may be one that refuses, as nologin.
+        """
+        return ("env", *command) if len(command) == 1 else tuple(command)
 
     def respawn_pane(self, pane_id: str, command: Sequence[str], directory: str) -> None:
         """Start a command in a pane whose program has ended; its history stays."""
         self._run("select-pane", "-t", pane_id, "-T", INITIAL_TITLE, ";",
-                  "respawn-pane", "-k", "-t", pane_id, "--", *self._foreign_server_prefix(), *command,
-                  cwd=directory)
+                  "respawn-pane", "-k", "-t", pane_id, "--", *self._foreign_server_prefix(),
+                  *self._without_shell(command), cwd=directory)
 
     def _foreign_server_prefix(self) -> tuple[str, ...]:
         """Return what goes before a command on a server of others, whose options stay theirs.
@@ -1337,18 +1466,27 @@ class Tmux:
     def snapshot(self, pane_id: str) -> PaneSnapshot:
         """Return the state and the screen of a pane, in one call to tmux."""
         facts = ("#{pane_id}:#{pid}:#{pane_pid}:#{pane_dead}:#{pane_in_mode}:#{alternate_on}:"
-                 "#{cursor_y}:#{cursor_x}:#{pane_dead_status}:#{pane_dead_signal}\n"
+                 "#{cursor_y}:#{cursor_x}:#{pane_width}:#{pane_height}:#{cursor_flag}:"
+                 "#{pane_dead_status}:#{pane_dead_signal}:#{pane_tty}\n"
                  "#{pane_current_command}\n#{pane_title}")
         answer = self._query("display-message", "-p", "-t", pane_id, facts, ";",
-                            "capture-pane", "-p", "-t", pane_id)
+                             "capture-pane", "-p", "-t", pane_id)
         first, command, title, screen = (answer + "\n\n\n").split("\n", 3)
         if not first.startswith(pane_id + ":"):     # since tmux 3.2 a wrong target is no error
             raise TmuxSessionLost(f"can't find pane: {pane_id}")
-        _, server, pid, dead, mode, alternate, row, column, status, ended_by = first.split(":")
-        return PaneSnapshot(pane_id, int(server), int(pid or 0), dead == "1",
-                    f"signal {ended_by}" if ended_by else f"status {status}" if status else "",
-                    mode not in ("", "0"), alternate == "1", int(row or 0), int(column or 0),
-                    command, title, tuple(line.rstrip() for line in screen.split("\n")))
+        (_, server, pid, dead, mode, alternate, row, column, columns, rows, cursor_flag,
+         exit_status, exit_signal, terminal) = first.split(":", 13)
+        if int(server) != self._server[0]:
+            self._server = int(server), process_start_time(int(server))
+        exit_description = f"status {exit_status}" if exit_status else ""
+        if exit_signal:
+            exit_description = f"signal {exit_signal}"
+        return PaneSnapshot(
+            pane_id, int(server), int(pid or 0), dead == "1", exit_description,
+            mode not in ("", "0"), alternate == "1", int(row or 0), int(column or 0),
+            command, title, tuple(line.rstrip() for line in screen.split("\n")),
+            None if dead == "1" else is_in_raw_mode(terminal), int(columns or 0), int(rows or 0),
+            cursor_flag != "0")
 
     def capture_history(self, pane_id: str) -> str:
         """Return all lines of a pane, wrapped ones joined, those that scrolled off included."""
@@ -1371,6 +1509,10 @@ class Tmux:
     def send_keys(self, pane: PaneSnapshot, *keys: str) -> bool:
         """Press keys by their tmux names; False if the pane would not take them now."""
         return self._run_if_unchanged(pane, f"send-keys -t {pane.id} {shlex.join(keys)}")
+
+    def resize(self, pane: PaneSnapshot, rows: int) -> None:
+        """Give the pane's window another height."""
+        self._run("resize-window", "-t", pane.id, "-x", str(pane.columns), "-y", str(rows))
 
     def exit_copy_mode(self, pane_id: str) -> None:
         """End copy mode or another mode, in which keys would go to tmux."""
@@ -1404,32 +1546,55 @@ class Tmux:
         return answer
 
     def _run(self, *args: str, text: str = "", cwd: str | None = None) -> str:
-        """Run commands, with a `;` between them; one at the end of another word is that word's."""
+        """Run commands, with a `;` between them, and return what they print."""
+        done = self._call(args, text, cwd)
+        if done.returncode and _NO_CONNECTION.search(done.stderr) and self._restore_socket():
+            done = self._call(args, text, cwd)
+        if done.returncode == 0:
+            return done.stdout
+        message = done.stderr.strip() or f"status {done.returncode}"
+        if "server exited unexpectedly" in message:     # it died, or it is of another version
+            if args == ("list-sessions",):
+                raise TmuxError(f"tmux: {message}: {self._server_hint}")
+            with contextlib.suppress(TmuxSessionLost):
+                self._run("list-sessions")
+        text = f"tmux {args[0]}: {message}"
+        if _SERVER_LOST.search(message):
+            raise TmuxServerLost(text)
+        if _SESSION_LOST.search(message):
+            raise TmuxSessionLost(text)
+        raise TmuxError(text)
+
+    def _call(self, args: Sequence[str], text: str,
+              cwd: str | None) -> subprocess.CompletedProcess[str]:
+        """Run the tmux program; a `;` at the end of a longer word belongs to that word."""
         words = [re.sub(r"(?<=.);\Z", r"\\;", word, flags=re.S) for word in args]
         try:
-            done = subprocess.run(
+            return subprocess.run(
                 ["tmux", "-u", "-L", self.socket_name, "-f", os.devnull, *words], input=text,
                 capture_output=True, encoding="utf-8", errors="replace", env=self._environ,
                 cwd=cwd, timeout=_CALL_TIMEOUT, start_new_session=True)   # no Ctrl-C for it
         except FileNotFoundError as error:
+            if error.filename == cwd:
+                raise AgentError(f"the working directory is gone: {cwd}") from None
             raise AgentError(
-                f"the working directory is gone: {cwd}" if error.filename == cwd else
                 "tmux is not installed: apt install tmux, brew install tmux") from None
         except subprocess.TimeoutExpired:
             raise TmuxError(f"tmux {args[0]} gave no answer in {_CALL_TIMEOUT:g} s: "
                             f"{self._server_hint}") from None
         except OSError as error:
             raise TmuxError(f"tmux can't be run: {error.strerror}") from None
-        if done.returncode == 0:
-            return done.stdout
-        said = done.stderr.strip() or f"status {done.returncode}"
-        if "server exited unexpectedly" in said:    # it died, or it is of another version
-            if args == ("list-sessions",):
-                raise TmuxError(f"tmux: {said}: {self._server_hint}")
-            with contextlib.suppress(TmuxSessionLost):
-                self._run("list-sessions")
-        kind = TmuxServerLost if _SERVER_LOST.search(said) else TmuxSessionLost if _SESSION_LOST.search(said) else TmuxError
-        raise kind(f"tmux {args[0]}: {said}")
+
+    def _restore_socket(self) -> bool:
+        """Ask our server to make its socket again, which something that cleans /tmp removed."""
+        pid, start_time = self._server
+        if not start_time or process_start_time(pid) != start_time:
+            return False
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGUSR1)
+            time.sleep(0.2)
+            return True
+        return False
 
 
 # -- 7. Agent -----------------------------------------------------------------------------
@@ -1450,82 +1615,292 @@ class Turn(NamedTuple):
         return "\n".join([*(f"[{note}]" for note in self.notes), self.output]).rstrip("\n")
 
 
-class TurnDetector:
-    """Decide, look by look, whether a turn is over.
+class ProgramHabits:
+    """What the program in the pane has shown of itself, kept from turn to turn."""
 
-    A turn is over when a busy sign has gone and the screen stands still for SETTLE_SECONDS seconds or,
-    for a program that gives none, when the screen has changed and stands still for `settle_seconds`.
-    A sign counts only while something is redrawn: one that stands for STALE_SECONDS is a quotation, or
-    was left behind.  Words below the input box give way to what a person types there: while that
-    looks other than before, they count as gone only once the screen stands still for SETTLE_SECONDS_WITHOUT_INDICATOR.
-    (Measured on Claude Code 2.1 and Codex 0.169, which redraw twice a second.)
+    def __init__(self, profile: AgentProfile) -> None:
+        self.profile = profile
+        self.prompt_commands: set[str] = set()  # programs in the foreground that waited for input
+        self.reads_keys: bool | None = None     # whether it reads in raw mode while it waits
+        self.idle_busy_lines = 0                # lines below its box that say "busy" all the time
+        self.has_title_spinner = False
+        self.has_closing_line = False
+
+    def learn_idle(self, pane: PaneSnapshot) -> None:
+        """Note what the program looks like while it waits for input."""
+        self.prompt_commands.add(pane.foreground_command)
+        self.reads_keys = pane.reads_keys
+
+
+class TurnDetector:
+    """Detect the end of the agent's turn from successive pane snapshots.
+
+    Each rule is one method.  Rules 1 to 5 find a sign of work, in the order of trust.  The turn is
+    over when the sign has gone and the screen has settled.  Without a sign, a closing line, the
+    prompt (rule 6) or stillness alone (rule 7) ends it.  For stillness only the text above and in
+    the input box counts: status lines below it may tick for ever.
     """
 
-    SETTLE_SECONDS, SETTLE_SECONDS_WITHOUT_INDICATOR, STALE_SECONDS = 0.25, 2.0, 15.0
-    ENTER_RETRY_SECONDS = (0.5, 1.0, 2.0)        # when to press Enter again, in seconds after the last time
+    STALE_SECONDS = 15.0                    # a doubtful sign counts so long on a still screen
+    SETTLE_SECONDS = 0.1                    # after a sign of the program's own
+    SETTLE_SECONDS_AFTER_USUAL_WORDS = 1.0
+    SETTLE_SECONDS_AT_PROMPT = 0.5
+    SETTLE_SECONDS_OF_SLASH_COMMANDS = 1.0
+    SETTLE_SECONDS_WITHOUT_INDICATOR = 2.0
+    TOOL_SECONDS = 45.0                     # a new process counts so long on a still screen
+    ENTER_RETRY_SECONDS = (0.5, 1.0, 2.0)   # after the last Enter
 
-    def __init__(self, profile: AgentProfile, before: PaneSnapshot, now: float,
-                 prompt_commands: Iterable[str], *, has_title_spinner: bool = False,
-                 is_unsent: Callable[[PaneSnapshot], bool] = lambda pane: False, idle_timeout: float = STALE_SECONDS,
+    def __init__(self, before: PaneSnapshot, now: float, habits: ProgramHabits, *,
+                 message: str = "", is_unsent: Callable[[PaneSnapshot], bool] = never,
+                 has_new_process: Callable[[], bool] = never, idle_timeout: float = STALE_SECONDS,
                  settle_seconds: float = SETTLE_SECONDS_WITHOUT_INDICATOR) -> None:
-        self.has_title_spinner = has_title_spinner        # the title has shown a spinner: words are not asked any more
-        self._profile = profile
-        self._prompt_commands = frozenset(prompt_commands)      # programs that have waited for us
-        self._is_unsent, self._settle_seconds = is_unsent, settle_seconds
-        self._idle_timeout = idle_timeout           # seconds without any change
-        self._last_state = (before.title, before.foreground_command, before.screen)
-        self._title, self._lines_from_cursor = before.title, before.lines_from_cursor
-        self._started = self._changed = self._last_enter_at = now
-        self._has_changed = self._was_busy = self._was_busy_by_text = self._is_busy = False
+        self.last_sign = ""                     # the last sign of work in this turn
+        self.is_busy = False                    # a sign is shown now
+        self.is_unsent = is_unsent
+        self._before = before
+        self._habits = habits
+        self._profile = habits.profile
+        self._message = message
+        self._has_new_process = has_new_process
+        self._idle_timeout = idle_timeout
+        self._settle_seconds = settle_seconds
+        self._signs = (
+            ("title", self.has_title_spinner),
+            ("own words", self.has_own_words),
+            ("program", self.runs_another_program),
+            ("line mode", self.reads_lines),
+            ("usual words", self.has_usual_words))
+        self._started_at = now
+        self._read_parts(before)
+        self._last_lines_before = text_lines(self._above)[-3:]
+        self._text = (tuple(self._above), tuple(self._box))
+        self._state = (before.title, before.foreground_command, self._text)
+        self._text_changed_at = now
+        self._state_changed_at = now
+        self._has_changed = False
+        self._title_has_changed = False
+        self._quiet_since = now                 # no sign of work has been seen since
+        self._still_seconds = 0.0               # since any change: text, title or program
+        self._last_enter_at = now
         self._enter_retries = 0
+        self._processes_checked_at = -math.inf
+        self._tool_was_running = False
 
     def update(self, pane: PaneSnapshot, now: float) -> str:
-        """Return what to do after a look: wait, enter (it was not taken), done or quiet."""
-        picture = (pane.title, pane.foreground_command, pane.screen)
-        if picture != self._last_state:
-            self._last_state, self._changed, self._has_changed = picture, now, True
-        still, elsewhere = now - self._changed, pane.foreground_command not in self._prompt_commands
-        if pane.title != self._title:       # one that stands still since before was left behind
-            self._title = ""
-        spins = bool(self._profile.busy_title.match(pane.title)) and not self._title
-        self.has_title_spinner |= spins
-        words = not self.has_title_spinner and is_busy(self._profile, pane.screen)
-        self._is_busy = still < self.STALE_SECONDS and (spins or elsewhere or words)
-        if self._is_busy:
-            self._was_busy, self._was_busy_by_text = True, words
+        """Return what to do: "wait", "enter" (it was not taken), or how the turn has ended."""
+        self._note_changes(pane, now)
+        sign = next((name for name, is_shown in self._signs if is_shown(pane)), "")
+        if self.is_busy and not sign:
+            self._quiet_since = now
+        self.is_busy = bool(sign)
+        if sign:
+            self.last_sign = sign
+            is_endless = sign in ("program", "line mode") and self._is_stale
+            return "idle" if is_endless else "wait"
+        if is_message_queued(self._profile, pane.screen) and not self._is_stale:
             return "wait"
-        if elsewhere:
-            return "idle"
-        if is_message_queued(self._profile, pane.screen) and still < self.STALE_SECONDS:
+        if not self.last_sign and self.is_unsent(pane):
+            return self._retry_enter(now)
+        if not self.last_sign and not self._has_changed:
+            return "idle" if self._still_seconds >= self._idle_timeout else "wait"
+        settled_for = now - max(self._text_changed_at, self._quiet_since)
+        if settled_for < self._seconds_to_settle(pane) or self._runs_tool(pane, now):
             return "wait"
-        if self._was_busy:
-            hidden = self._was_busy_by_text and pane.lines_from_cursor != self._lines_from_cursor
-            return "done" if still >= (self.SETTLE_SECONDS_WITHOUT_INDICATOR if hidden else self.SETTLE_SECONDS) else "wait"
-        if self._is_unsent(pane):
-            waits = self.ENTER_RETRY_SECONDS[self._enter_retries:self._enter_retries + 1]
-            if waits and now - max(self._last_enter_at, self._changed) >= waits[0]:
-                self._enter_retries, self._last_enter_at = self._enter_retries + 1, now
-                return "enter"
-        elif self._has_changed:
-            return "done" if still >= self._settle_seconds else "wait"
-        return "idle" if still >= self._idle_timeout else "wait"
+        return "done"
 
     def poll_interval(self, now: float) -> float:
         """Return the seconds until the next look: 2 % of the turn's age, less near its end."""
-        age = now - self._started
-        if age < 1:
+        age = now - self._started_at
+        if age < 1 or (self.last_sign and not self.is_busy):
             return 0.05
-        return 0.1 if self._was_busy and not self._is_busy else min(0.5, max(0.1, 0.02 * age))
+        return min(0.5, max(0.1, 0.02 * age))
+
+    # the rules
+
+    def has_title_spinner(self, pane: PaneSnapshot) -> bool:
+        """Apply rule 1: a spinner begins the title, and was not left there by a dead program."""
+        spinner = self._profile.busy_title or SPINNER
+        if not self._title_has_changed or not spinner.match(pane.title):
+            return False
+        self._habits.has_title_spinner = True
+        return not self._is_stale
+
+    def has_own_words(self, pane: PaneSnapshot) -> bool:
+        """Apply rule 2: the known agent's own words stand in their place.
+
+        They are below its input box (the last lines, if it shows no box), or are the last line
+        above that which is not indented.  Quotations in an answer stand nowhere there.
+        """
+        if not self._profile.is_known or self._shows_closing_line:
+            return False
+        if self._count_busy_lines_below() > self._habits.idle_busy_lines:
+            return True
+        if self._habits.has_title_spinner or not self._profile.status_line:
+            return False
+        outdented = next((line for line in reversed(self._above) if line and line[0] != " "), "")
+        return bool(self._profile.status_line.match(outdented))
+
+    def runs_another_program(self, pane: PaneSnapshot) -> bool:
+        """Apply rule 3: the program in the foreground has never waited for us."""
+        return pane.foreground_command not in self._habits.prompt_commands
+
+    def reads_lines(self, pane: PaneSnapshot) -> bool:
+        """Apply rule 4: the terminal of a program that waits in raw mode is in line mode."""
+        return self._habits.reads_keys is True and pane.reads_keys is False
+
+    def has_usual_words(self, pane: PaneSnapshot) -> bool:
+        """Apply rule 5: an unknown program shows words or a spinner that it did not show before."""
+        if self._profile.is_known or self._is_stale:
+            return False
+        return (count_usual_busy_lines(pane.screen)
+                > count_usual_busy_lines(self._before.screen))
+
+    def has_prompt_again(self, pane: PaneSnapshot) -> bool:
+        """Apply rule 6: below the message, the cursor's line is again what it was before."""
+        prompt = self._before.cursor_line
+        is_as_before = (pane.cursor_line, pane.cursor_column, pane.reads_keys) == (
+            prompt, self._before.cursor_column, self._before.reads_keys)
+        if self._profile.is_known or not prompt or not is_as_before or "\n" in self._message:
+            return False
+        beginning = self._message[:20].rstrip()
+        return bool(beginning) and any(line.startswith(prompt) and beginning in line
+                                       for line in pane.screen[:pane.cursor_row])
+
+    # how they play together
+
+    @property
+    def _is_stale(self) -> bool:
+        """Whether nothing has changed for so long that a doubtful sign counts no more."""
+        return self._still_seconds >= self.STALE_SECONDS
+
+    def _seconds_to_settle(self, pane: PaneSnapshot) -> float:
+        """Return how long the text has to stand still now that no sign of work is seen."""
+        if self.last_sign == "usual words":
+            return self.SETTLE_SECONDS_AFTER_USUAL_WORDS
+        if self.last_sign:
+            return self.STALE_SECONDS if self._lacks_closing_line(pane) else self.SETTLE_SECONDS
+        if self._message.startswith("/"):
+            return self.SETTLE_SECONDS_OF_SLASH_COMMANDS
+        if self._has_new_closing_line():
+            return self.SETTLE_SECONDS
+        if self.has_prompt_again(pane):
+            return self.SETTLE_SECONDS_AT_PROMPT
+        return self._settle_seconds
+
+    def _has_new_closing_line(self) -> bool:
+        """Tell whether a closing line has come since the message: its answer was an instant one."""
+        return (self._shows_closing_line and bool(self._message)
+                and text_lines(self._above)[-3:] != self._last_lines_before)
+
+    def _lacks_closing_line(self, pane: PaneSnapshot) -> bool:
+        """Tell whether an answer may still be going on although its status line has gone.
+
+        Codex shows nothing else while its answer streams, if its user has changed its title.
+        """
+        return (self._profile.hides_status_line and self._habits.has_closing_line
+                and self.last_sign == "own words" and not self._habits.has_title_spinner
+                and not self._shows_closing_line
+                and not describe_menu(self._profile, pane.screen))
+
+    def _runs_tool(self, pane: PaneSnapshot, now: float) -> bool:
+        """Tell whether an unknown program runs a tool that it began since the message.
+
+        A tool may be silent, and so may its agent.  It is looked for once a second.
+        """
+        is_over = self.last_sign not in ("", "usual words") or self.has_prompt_again(pane)
+        if self._profile.is_known or is_over or self._still_seconds >= self.TOOL_SECONDS:
+            return False
+        if now - self._processes_checked_at >= 1:
+            self._processes_checked_at = now
+            self._tool_was_running = self._has_new_process()
+        return self._tool_was_running
+
+    def _retry_enter(self, now: float) -> str:
+        """Return "enter" when it is time to press it again: the message still stands in the box."""
+        if self._still_seconds >= self._idle_timeout:
+            return "idle"
+        waits = self.ENTER_RETRY_SECONDS[self._enter_retries:self._enter_retries + 1]
+        if not waits or now - max(self._last_enter_at, self._state_changed_at) < waits[0]:
+            return "wait"
+        self._enter_retries += 1
+        self._last_enter_at = now
+        return "enter"
+
+    def _note_changes(self, pane: PaneSnapshot, now: float) -> None:
+        self._read_parts(pane)
+        text = (tuple(self._above), tuple(self._box))
+        if text != self._text:
+            self._text = text
+            self._text_changed_at = now
+        state = (pane.title, pane.foreground_command, text)
+        if state != self._state:
+            self._state = state
+            self._state_changed_at = now
+            self._has_changed = True
+        self._title_has_changed |= pane.title != self._before.title
+        self._still_seconds = now - self._state_changed_at
+
+    def _read_parts(self, pane: PaneSnapshot) -> None:
+        """Take the screen apart, and learn what it looks like under a closing line."""
+        self._above, self._box, self._below = split_at_input_box(self._profile, pane.screen)
+        last = text_lines(self._above)[-1:]
+        self._shows_closing_line = bool(
+            last and self._profile.closing_line and self._profile.closing_line.match(last[0]))
+        if self._shows_closing_line:
+            self._habits.has_closing_line = True
+            self._habits.idle_busy_lines = self._count_busy_lines_below()
+
+    def _count_busy_lines_below(self) -> int:
+        """Count the lines with the agent's busy words below its box, or at the bottom without one."""
+        words = self._profile.busy_words
+        lines = self._below or text_lines(self._above)[-3:]
+        return sum(1 for line in lines if words and words.search(line))
 
 
-def process_start_time(pid: int) -> str:
-    """Return when a process began, or nothing: slim containers have no ps, macOS has no /proc."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
-    with contextlib.suppress(OSError):
-        return subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True,
-                              stdin=subprocess.DEVNULL, text=True, errors="replace", env={}).stdout
-    return ""
+def process_tree(pid: int) -> dict[int, str]:
+    """Return a process and its descendants, with the session (else the terminal) of each."""
+    parents: dict[int, tuple[int, str]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):      # it has just ended
+            fields = path.read_text(errors="replace").rpartition(")")[2].split()
+            parents[int(path.parent.name)] = int(fields[1]), fields[3]
+    if not parents:
+        with contextlib.suppress(OSError):
+            listed = subprocess.run(["ps", "-axo", "pid=,ppid=,tty="], capture_output=True,
+                                    stdin=subprocess.DEVNULL, text=True, errors="replace")
+            for line in listed.stdout.splitlines():
+                child, parent, terminal = line.split(None, 2)
+                parents[int(child)] = int(parent), terminal
+    family = {pid}
+    while found := {child for child, (parent, _) in parents.items()
+                    if parent in family and child not in family}:
+        family |= found
+    return {member: parents[member][1] for member in family if member in parents}
+
+
+def processes_of_pane(server_pid: int, pane_id: str) -> list[int]:
+    """Return the processes that have a pane in their environment, wherever they are now.
+
+    A daemon has left its parent and its session, but its environment still tells where it was
+    started.  Where that can't be read, as on macOS, the list is empty.
+    """
+    found = []
+    pane, server = f"\0TMUX_PANE={pane_id}\0".encode(), f",{server_pid},".encode()
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            variables = b"\0" + path.read_bytes() + b"\0"
+            tmux = variables.partition(b"\0TMUX=")[2].partition(b"\0")[0]
+            if pane in variables and server in tmux:
+                found.append(int(path.parent.name))
+    return found
+
+
+class _Submission:
+    """A message on its way to the agent."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.enter_sent = False     # tmux may have sent Enter: it must not be sent again
 
 
 class Agent:
@@ -1546,8 +1921,14 @@ class Agent:
     """
 
     # Seconds that a first screen stands still: a ready one, unknown words, a box without a title.
-    READY_SETTLE_SECONDS, UNKNOWN_SETTLE_SECONDS, UNTITLED_SETTLE_SECONDS, READY_TIMEOUT = 0.4, 10.0, 30.0, 60.0
-    INDICATOR_DELAY_SECONDS = 5.0     # until when the sign of an agent that gives one may come: a busy machine
+    READY_SETTLE_SECONDS, UNKNOWN_SETTLE_SECONDS, UNTITLED_SETTLE_SECONDS = 0.4, 10.0, 30.0
+    MENU_SETTLE_SECONDS, READY_TIMEOUT = 2.0, 60.0
+    INDICATOR_DELAY_SECONDS = 5.0   # a known agent shows that it works; a busy machine is slow
+    KEY_SETTLE_SECONDS = 1.0        # a known agent's screen after a key that starts no work
+    SHOW_SECONDS = 2.0              # on a still screen, for a pasted text to show
+    ENTER_DELAY_SECONDS = 0.2       # Gemini CLI takes an Enter right after a paste for a line break
+    TALL_ROWS = 500                 # the window in which a full-screen program is read
+    INTERRUPT_SECONDS = 5.0         # for the agent to stop its turn
     MAX_RESTARTS, RESTART_WINDOW_SECONDS = 3, 600.0
     STATE_SECONDS = 0.3
     TMUX_TIMEOUT = 25.0   # seconds: how long a tmux that does not answer is asked again
@@ -1573,10 +1954,13 @@ class Agent:
         self._pane_id, self._server_pid = "", 0     # a new server counts its panes from %0 again
         self._process = 0, ""                    # the program in the pane when last seen: id, birth
         self._last_capture: list[str] = []              # the last capture that was reported
-        self._prompt_commands: set[str] = set()
-        self._has_title_spinner = self._has_conversation = self._turn_in_progress = False
+        self._last_full_screen: list[str] = []          # the same of a full-screen program
+        self._habits = ProgramHabits(profile)
+        self.take_interrupt: Callable[[], bool] = never     # the user asks to interrupt a turn
+        self._has_conversation = self._turn_in_progress = False
         self._blocked_by_dialog = False                      # it shows no input box, but something unknown
         self._restart_times: list[float] = []
+        self._refused_options: set[str] = set()     # optional ones that the installed version lacks
         self._last_published: tuple[float, tuple[str, ...]] = (0.0, ())
 
     def __enter__(self) -> Agent:
@@ -1591,16 +1975,42 @@ class Agent:
 
     def check_installed(self) -> str:
         """Return where the agent's program is; raise AgentError if it is not there."""
-        profile, how = self._profile.start_command[0], self._profile.install_command or "check CLAUDE_CMD"
-        found = shutil.which(profile)
-        if not found:
-            raise AgentError(f"{self.name}: there is no {profile} on the PATH: {how}")
-        return f"{self.name}: {found}"
+        program = self._profile.start_command[0]
+        path = shutil.which(program)
+        if not path:
+            how = self._profile.install_command or "Check CLAUDE_CMD."
+            if self._profile.install_command:
+                how = f"Install it: {how}"
+            raise AgentError(f"{self.name}: {program} is not on your PATH. {how}")
+        return f"{self.name}: {path}"
+
+    def check_login(self, environ: Mapping[str, str]) -> str:
+        """Return whether the agent is logged in; raise AgentError if it says that it isn't.
+
+        Raises AgentError too if it would refuse to run as root.  Takes some seconds.
+        """
+        option, variable = self._profile.root_check
+        words = self._profile.start_command
+        if option and option in words and not environ.get(variable) and os.geteuid() == 0:
+            raise AgentError(f"{self.name} refuses {option} as root. Run as another user, or set "
+                             f"{variable}=1 where nothing can be damaged, as in a container.")
+        command = self._profile.login_status_command
+        if not command or words[0] != command[0]:
+            return "unknown: start it once to see"
+        try:
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                                  errors="replace", env=child_environment(environ), timeout=30)
+        except (OSError, subprocess.TimeoutExpired):
+            return "unknown: it did not answer"
+        problem = find_problem(self._profile, f"{done.stdout}\n{done.stderr}")
+        if problem:
+            raise AgentError(f"{self.name}: {problem}")
+        return "logged in" if done.returncode == 0 else "unknown: this version does not tell"
 
     def find_session(self) -> str:
         """Return the pane to join, if there is one; raise ConfigError if the session isn't ours."""
         mark, pane_id = self._tmux.find_pane()
-        if pane_id and mark != self._session_mark:
+        if mark != self._session_mark and (mark or pane_id):
             raise ConfigError(
                 f"the tmux session {self._tmux.session} is in use for {mark or 'something else'}. "
                 "Choose another name (CLAUDE_TMUX_SESSION, or the argument session), or close it: "
@@ -1612,7 +2022,7 @@ class Agent:
 
         If it was `resume` to before, and the session is gone, it is started with its conversation.
         Raises ConfigError for a session that was made for something else, AgentError if the
-        program is missing or ends at once.
+        program is missing or ends at once, or says that you have to do something first.
         """
         self._pane_id, notes = self.find_session(), ()
         self._has_conversation = resume or bool(self._pane_id)
@@ -1622,13 +2032,14 @@ class Agent:
             elif resume:
                 raise TmuxSessionLost(f"there is no {self._tmux.session}")
             else:
-                self._launch(self._profile.start_command)
-        except (TmuxSessionLost, AgentExited) as trouble:
-            if isinstance(trouble, AgentExited) and not self._has_conversation:
+                self._launch(resume=False)
+        except (TmuxSessionLost, AgentExited) as error:
+            if isinstance(error, AgentExited) and not self._has_conversation:
                 self.stop()     # its words are told; a dead session is in the way
                 raise
-            notes = (self._restart(trouble),)
-        self._last_capture, pane = self._capture_transcript(), self._snapshot()
+            notes = (self._restart(error),)
+        self._forget_output()
+        pane = self._snapshot()
         return Turn(pane.text, notes=notes + self._menu_notes(pane))
 
     def ask(self, message: str, timeout: float = 1800) -> Turn:
@@ -1636,37 +2047,31 @@ class Agent:
 
         A turn of more than `timeout` seconds is returned as still working.
         """
-        text, submitted = sanitize(message), False
-
-        def act(before: PaneSnapshot) -> Turn:
-            nonlocal submitted
-            asks = self._menu_notes(before)
-            notes, empty = self._clear_draft(before)
-            if asks or not empty:
-                return Turn(before.text, "idle", ("Nothing was typed.", *notes, *asks))
-            if not self._turn_in_progress:       # else it is not for us that it waits
-                self._prompt_commands.add(before.foreground_command)
-            is_unsent = self._paste_message(before, text)
-            self._retry_write(lambda pane: self._tmux.send_keys(pane, "Enter"))
-            submitted = self._has_conversation = True     # or nobody knows
-            turn = self._wait_for_turn_end(before, timeout, is_unsent=is_unsent, late=self._is_known)
-            return turn._replace(notes=notes + turn.notes)
-
-        turn = self._with_recovery(act, lambda: not submitted)
-        unsure = turn.state == "exited" and submitted
-        return turn._replace(notes=turn.notes + ("It may have taken the message.",) * unsure)
+        submission = _Submission(sanitize(message))
+        turn = self._with_recovery(lambda before: self._submit(before, submission, timeout),
+                                   lambda: not submission.enter_sent)
+        if turn.state == "exited" and submission.enter_sent:
+            note = (f"{self.name} may have received the message. "
+                    "Check before you send it again.")
+            turn = turn._replace(notes=(*turn.notes, note))
+        return turn
 
     def send_keys(self, keys: Sequence[str], timeout: float = 1800) -> Turn:
         """Press keys by their tmux names, and return what is new once the screen stands still."""
-        def act(before: PaneSnapshot) -> Turn:
+        def press(before: PaneSnapshot) -> Turn:
             self._retry_write(lambda pane: self._tmux.send_keys(pane, *keys))
-            return self._wait_for_turn_end(before, timeout, idle_timeout=2.0)
+            detector = self._new_detector(before, idle_timeout=2.0)
+            return self._wait_for_turn_end(detector, timeout)
 
-        return self._with_recovery(act)
+        return self._with_recovery(press)
 
-    def wait(self, seconds: float) -> Turn:
-        """Wait until the screen changes and the agent is done, or the time is over."""
-        return self._with_recovery(lambda before: self._wait_for_turn_end(before, seconds, idle_timeout=seconds))
+    def wait(self, timeout: float, until: Callable[[], bool] = never) -> Turn:
+        """Wait until the screen changes and the agent is done, `until()`, or the time is over."""
+        def watch(before: PaneSnapshot) -> Turn:
+            detector = self._new_detector(before, idle_timeout=timeout)
+            return self._wait_for_turn_end(detector, timeout, until)
+
+        return self._with_recovery(watch)
 
     def read_state(self) -> Turn:
         """Look for a moment; the turn's state is "working" while the agent works."""
@@ -1677,10 +2082,16 @@ class Agent:
         return self._with_recovery(lambda pane: Turn(pane.text))
 
     def stop(self) -> None:
-        """End the session, if it is ours."""
+        """End the session, if it is ours, and all that the agent has started in it."""
         with contextlib.suppress(OrchestratorError):
-            if self.find_session():
-                self._tmux.kill_session()
+            self._pane_id = self.find_session() or self._pane_id
+            with contextlib.suppress(OrchestratorError):
+                pane = self._tmux.snapshot(self._pane_id)
+                self._server_pid = pane.server_pid
+                self._process = pane.pid, process_start_time(pane.pid)
+            processes = self._find_processes()
+            self._tmux.kill_session()
+            self._end_processes(processes)
 
     def _with_recovery(self, act: Callable[[PaneSnapshot], Turn],
                  again: Callable[[], bool] = never) -> Turn:
@@ -1715,6 +2126,7 @@ class Agent:
         return pane
 
     def _capture_transcript(self) -> list[str]:
+        """Return the whole transcript, without the input box of a known agent."""
         lines = trimmed_lines(self._retry_read(self._tmux.capture_history))
         return strip_input_box(self._profile, lines)
 
@@ -1730,12 +2142,16 @@ class Agent:
                 self._sleep(0.2)
 
     def _publish_screen(self, pane: PaneSnapshot, pause: float) -> None:
-        """Publish a new screen for who watches, `pause` seconds after the last one."""
+        """Publish a new screen for the viewers, `pause` seconds after the last one."""
         now = self._clock()
-        if now - self._last_published[0] >= pause and pane.screen != self._last_published[1] and self._has_viewers():
-            self._last_published = (now, pane.screen)
-            with contextlib.suppress(TmuxError):
-                self._publish("screen", text=self._tmux.capture_ansi(pane.id))
+        last_time, last_screen = self._last_published
+        if now - last_time < pause or pane.screen == last_screen or not self._has_viewers():
+            return
+        self._last_published = (now, pane.screen)
+        cursor = [pane.cursor_row, pane.cursor_column] if pane.cursor_is_visible else None
+        with contextlib.suppress(TmuxError):
+            self._publish("screen", text=self._tmux.capture_ansi(pane.id), columns=pane.columns,
+                          rows=pane.rows, cursor=cursor)
 
     def _exit_error(self, pane: PaneSnapshot) -> AgentExited:
         if not pane.exit_description:         # some builds of tmux lose the signal that a child has ended
@@ -1750,15 +2166,89 @@ class Agent:
         error.last_output = "\n".join(words).strip("\n")
         return error
 
+    def _forget_output(self) -> None:
+        """Take all that is on the screen now for known."""
+        self._last_capture = self._capture_transcript()
+        pane = self._snapshot()
+        if pane.is_alternate_screen:
+            self._last_full_screen = self._capture_full_screen(pane)
+
     def _take_new_output(self, pane: PaneSnapshot) -> tuple[list[str], bool]:
         """Return what is new since the last report, and whether that could be told apart."""
-        lines = None
-        if not pane.is_alternate_screen:      # what is below a full-screen program will be there again
+        lines: list[str] | None
+        if pane.is_alternate_screen:        # what is below it will be there again
+            before, self._last_full_screen = self._last_full_screen, self._capture_full_screen(pane)
+            lines = find_new_blocks(before, self._last_full_screen)
+        else:
             before, self._last_capture = self._last_capture, self._capture_transcript()
             lines = find_new_lines(before, self._last_capture)
         return (pane.text.split("\n"), False) if lines is None else (lines, True)
 
+    def _capture_full_screen(self, pane: PaneSnapshot) -> list[str]:
+        """Return what a full-screen program shows in a tall window, without blank lines.
+
+        Such a program has no scrollback.  On the normal screen, programs would print everything
+        again.
+        """
+        if pane.dead or not pane.rows:
+            return []
+        try:
+            self._tmux.resize(pane, self.TALL_ROWS)
+            tall = self._wait_for_redraw(pane)
+        finally:
+            self._tmux.resize(pane, pane.rows)
+        self._wait_for_redraw(tall)
+        return text_lines(tall.screen)
+
+    def _wait_for_redraw(self, before: PaneSnapshot) -> PaneSnapshot:
+        """Wait until a program has drawn its screen in a window of another size; return that."""
+        pane, since = before, self._clock()
+        until = since + 1.0
+        while self._clock() < until:
+            self._sleep(0.03)
+            new = self._retry_read(self._tmux.snapshot)
+            if new.screen != pane.screen:
+                pane, since = new, self._clock()
+            elif pane is not before and self._clock() - since >= 0.1:
+                break
+        return pane
+
     # writing
+
+    def _submit(self, before: PaneSnapshot, submission: _Submission, timeout: float) -> Turn:
+        """Type a message into an empty input box, and wait for the end of its turn."""
+        menu_notes = self._menu_notes(before)
+        if menu_notes:
+            return Turn(before.text, "idle", ("Nothing was typed.", *menu_notes),
+                        menu="".join(menu_notes))
+        notes, is_empty = self._clear_draft(before)
+        if not is_empty:
+            return Turn(before.text, "idle", ("Nothing was typed.", *notes))
+        if not self._turn_in_progress:      # otherwise it does not wait for us
+            self._habits.learn_idle(before)
+        old_processes = set(self._tool_processes(before))
+        pasted = self._paste_message(before, submission.text)
+        if not self._is_ready_for_enter(before, pasted, submission.text):
+            note = (f"{self.name} did not show the text within {self.SHOW_SECONDS:g} seconds, so "
+                    "Enter was not pressed. Is a question on the screen, or a hidden input?")
+            return Turn(pasted.text, "idle", (*notes, "Nothing was sent.", note))
+        is_unsent = self._unsent_test(before, pasted, submission.text)
+        self._retry_write(lambda pane: self._tmux.send_keys(pane, "Enter"))
+        submission.enter_sent = self._has_conversation = True   # or nobody knows
+        detector = self._new_detector(
+            before, message=submission.text, is_unsent=is_unsent,
+            has_new_process=lambda: bool(set(self._tool_processes(before)) - old_processes),
+            settle_seconds=(self.INDICATOR_DELAY_SECONDS if self._profile.is_known
+                            else TurnDetector.SETTLE_SECONDS_WITHOUT_INDICATOR))
+        turn = self._wait_for_turn_end(detector, timeout)
+        return turn._replace(notes=(*notes, *turn.notes))
+
+    def _tool_processes(self, pane: PaneSnapshot) -> list[int]:
+        """Return the processes that an unknown program has started in sessions of their own."""
+        if self._profile.is_known:
+            return []
+        sessions = process_tree(pane.pid)
+        return [pid for pid, session in sessions.items() if session != sessions.get(pane.pid)]
 
     def _find_draft(self, pane: PaneSnapshot, column: int = 0) -> str:
         """Return what stands in the input box, nothing for a program whose box we do not know."""
@@ -1786,24 +2276,61 @@ class Agent:
         said = f"The input line held a draft, which {fate}: {truncate_middle(draft.strip(), 400)!r}"
         return (said,) * bool(draft), not left
 
-    def _paste_message(self, before: PaneSnapshot, text: str) -> Callable[[PaneSnapshot], bool]:
-        """Paste text and give it half a second to show; return what tells whether it still stands.
-
-        That is known by the box, or by the line that the cursor is on with it, or by the text.
-        """
-        def shown(pane: PaneSnapshot) -> bool:
-            return pane.screen != before.screen and is_message_unsent(pane.cursor_line, text)
-
+    def _paste_message(self, before: PaneSnapshot, text: str) -> PaneSnapshot:
+        """Paste a text once, and return the pane when it shows, or has not shown for long."""
+        needs_blank = self._profile.needs_blank
+        if needs_blank and needs_blank.search(text):
+            text += " "
         for _ in range(2):
-            answered = self._retry_write(lambda pane: self._tmux.paste_text(pane, text))
-            pasted = self._poll_until(shown)
-            if answered or self._find_draft(pasted) or shown(pasted):
-                break
-        else:
-            raise TmuxError(f"tmux gave no answer, twice, and {self.name} got no text")
-        if self._is_known and has_input_box(self._profile, before.screen):
+            was_answered = self._retry_write(lambda pane: self._tmux.paste_text(pane, text))
+            pasted = self._wait_for_text(before, text)
+            if was_answered or self._is_shown(before, pasted, text):
+                return pasted
+        raise TmuxError(f"tmux gave no answer, twice, and {self.name} got no text")
+
+    def _wait_for_text(self, before: PaneSnapshot, text: str) -> PaneSnapshot:
+        """Wait for a pasted text to show; a long one may take its time, while something moves."""
+        last_screen, changed_at = before.screen, self._clock()
+        until = changed_at + 5 * self.SHOW_SECONDS
+        while True:
+            pane, now = self._snapshot(), self._clock()
+            if pane.screen != last_screen:
+                last_screen, changed_at = pane.screen, now
+            patience = 0.5
+            if pane.reads_keys:
+                patience = self.SHOW_SECONDS + len(text) / 100_000
+            if self._is_shown(before, pane, text) or now - changed_at >= patience or now >= until:
+                return pane
+            self._sleep(0.02)
+
+    def _is_shown(self, before: PaneSnapshot, pane: PaneSnapshot, text: str) -> bool:
+        """Tell whether a pasted text is on the screen, in the input box if that is known."""
+        if self._find_draft(pane):
+            return True
+        if self._profile.is_known and has_input_box(self._profile, pane.screen):
+            return False
+        return has_appeared(text, before.screen, pane.screen)
+
+    def _is_ready_for_enter(self, before: PaneSnapshot, pasted: PaneSnapshot, text: str) -> bool:
+        """Tell whether Enter will submit a text that was pasted, and not answer a question.
+
+        In line mode the terminal itself keeps the text, shown or not.
+        """
+        if not pasted.reads_keys:
+            return True
+        if not self._profile.is_known:
+            self._sleep(self.ENTER_DELAY_SECONDS)
+        return self._is_shown(before, pasted, text)
+
+    def _unsent_test(self, before: PaneSnapshot, pasted: PaneSnapshot,
+                     text: str) -> Callable[[PaneSnapshot], bool]:
+        """Return what tells whether a message still stands in the input line.
+
+        That is known by the box, by the line that the cursor is on with it, or by the text.
+        """
+        if self._profile.is_known and has_input_box(self._profile, before.screen):
             return lambda pane: bool(self._find_draft(pane))
-        if shown(pasted):
+        if pasted.screen != before.screen and is_message_unsent(pasted.cursor_line, text):
             return lambda pane: pane.cursor_line.startswith(pasted.cursor_line)
         return lambda pane: is_message_unsent(pane.cursor_line, text)
 
@@ -1836,149 +2363,236 @@ class Agent:
 
     # waiting
 
-    def _wait_for_turn_end(self, before: PaneSnapshot, timeout: float, *, late: bool = False,
-                is_unsent: Callable[[PaneSnapshot], bool] = lambda pane: False,
-                idle_timeout: float = TurnDetector.STALE_SECONDS) -> Turn:
-        """Watch the pane until the turn is over, whose sign may come `late`; return what is new."""
-        started = self._clock()
-        watch = TurnDetector(self._profile, before, started, self._prompt_commands, has_title_spinner=self._has_title_spinner, is_unsent=is_unsent,
-                      idle_timeout=idle_timeout, settle_seconds=self.INDICATOR_DELAY_SECONDS if late else TurnDetector.SETTLE_SECONDS_WITHOUT_INDICATOR)
+    def _new_detector(self, before: PaneSnapshot, **options: Any) -> TurnDetector:
+        if self._profile.is_known:
+            options.setdefault("settle_seconds", self.KEY_SETTLE_SECONDS)
+        return TurnDetector(before, self._clock(), self._habits, **options)
+
+    def _wait_for_turn_end(self, detector: TurnDetector, timeout: float,
+                           until: Callable[[], bool] = never) -> Turn:
+        """Look at the pane until the turn is over; return what is new."""
+        started_at = self._clock()
+        notes: tuple[str, ...] = ()
         while True:
             pane, now = self._snapshot(), self._clock()
-            verdict = watch.update(pane, now)
-            self._has_title_spinner = watch.has_title_spinner
+            verdict = detector.update(pane, now)
+            if self.take_interrupt():
+                self._retry_write(lambda pane: self._tmux.send_keys(pane, "Escape"))
+                timeout = min(timeout, now - started_at + self.INTERRUPT_SECONDS)
+                notes = (f"The user interrupted {self.name} (Escape was pressed).",)
             if verdict == "enter":
-                self._retry_write(lambda now: not is_unsent(now) or self._tmux.send_keys(now, "Enter"))
+                self._press_enter_if(detector.is_unsent)
             elif verdict != "wait":
-                return self._finish_turn(pane, verdict)
-            elif now - started >= timeout:
-                return self._finish_turn(pane, "working")
-            self._sleep(min(watch.poll_interval(now), max(0.0, started + timeout - now)))
+                break
+            elif until() or now - started_at >= timeout:
+                verdict = "working" if detector.is_busy or not until() else "idle"
+                break
+            self._sleep(min(detector.poll_interval(now),
+                            max(0.0, started_at + timeout - now)))
+        turn = self._finish_turn(pane, verdict, detector)
+        return turn._replace(notes=(*notes, *turn.notes))
 
-    def _finish_turn(self, pane: PaneSnapshot, state: str) -> Turn:
-        """Return what is new since the last report."""
+    def _press_enter_if(self, is_unsent: Callable[[PaneSnapshot], bool]) -> None:
+        """Press Enter again, if the message still stands in the input line."""
+        def press(pane: PaneSnapshot) -> bool:
+            return not is_unsent(pane) or self._tmux.send_keys(pane, "Enter")
+
+        self._retry_write(press)
+
+    def _finish_turn(self, pane: PaneSnapshot, state: str, detector: TurnDetector) -> Turn:
+        """Return what is new since the last report, and how the turn has ended."""
         self._publish_screen(pane, 0.0)
-        self._turn_in_progress, notes = state == "working", []
+        self._turn_in_progress = state == "working"
         if state == "done":
             self._restart_times.clear()
-        elif state == "working":
-            notes.append(f"{self.name} is still working.")
-        elif pane.foreground_command in self._prompt_commands:
-            notes.append("Nothing more happens on the screen.")
-        else:
-            notes.append(f"Nothing has changed for {TurnDetector.STALE_SECONDS:g} seconds, but {pane.foreground_command} "
-                         "is still running in the foreground.")
-        lines, exact = self._take_new_output(pane)
+        notes = self._state_notes(pane, state, detector)
+        lines, is_exact = self._take_new_output(pane)
         output = "\n".join(lines).strip("\n")
         limit = parse_usage_limit(self._profile, output, datetime.datetime.now())
-        seconds = limit.seconds if limit else 0.0
+        if state != "working":
+            self._raise_problem("\n".join(text_lines(lines)[-3:]))
         if not output and state != "working":       # no answer; or cleared, and the same again
-            output, exact, state = pane.text, state == "idle", "idle"
-        if not exact:
-            notes.append("This is the visible screen; what is new on it can't be told apart.")
+            output = pane.text
+            is_exact = state == "idle"
+            state = "idle"
+        if not is_exact:
+            notes.append("This is the whole visible screen. The new part could not be identified.")
         if limit:
-            notes.append(f"This is a usage limit of {self.name}"
-                         + f", over in {seconds / 60:.0f} minutes" * bool(seconds)
-                         + ". Never choose to pay for more.")
+            end = f", over in {limit.seconds / 60:.0f} minutes" if limit.seconds else ""
+            notes.append(f"This is a usage limit of {self.name}{end}. Never choose to pay for more.")
         menu = self._menu_notes(pane)
-        return Turn(truncate_middle(output), state, (*notes, *menu), seconds, "".join(menu))
+        return Turn(truncate_middle(output), state, (*notes, *menu),
+                    limit.seconds if limit else 0.0, "".join(menu))
+
+    def _state_notes(self, pane: PaneSnapshot, state: str, detector: TurnDetector) -> list[str]:
+        """Return what is to be said of the end of a turn, unless it is simply done."""
+        still = f"Nothing has changed for {detector.STALE_SECONDS:g} seconds, but"
+        if state == "done":
+            return []
+        if state == "working":
+            return [f"{self.name} is still working."]
+        if pane.foreground_command not in self._habits.prompt_commands:
+            return [f"{still} {pane.foreground_command} is still running in the foreground."]
+        if detector.reads_lines(pane):
+            return [f"{still} {self.name} is not at its prompt: it works, or waits for a line."]
+        if detector.is_unsent(pane):
+            return ["The message still stands in the input line: Enter was pressed, but "
+                    f"{self.name} did not take it."]
+        return ["Nothing more happens on the screen."]
 
     def _menu_notes(self, pane: PaneSnapshot) -> tuple[str, ...]:
         menu = describe_menu(self._profile, pane.screen)
-        return (menu,) * bool(menu)
+        return (menu,) if menu else ()
 
     # starting and reviving
 
-    def _launch(self, command: Sequence[str]) -> None:
-        """Run a command in the pane, or in a new session, and wait until it is ready."""
+    def _launch(self, resume: bool) -> None:
+        """Run the agent in the pane, or in a new session, and wait until it is ready.
+
+        An installed version that refuses an optional argument is started again without it.
+        """
         self.check_installed()
-        self._pane_id, self._server_pid = self.find_session(), 0
-        if self._pane_id:
-            self._tmux.respawn_pane(self._pane_id, command, self._directory)
-        else:
-            self._pane_id = self._tmux.new_session(command, self._directory, self._session_mark)
-            self._made_session = True
-        self._wait_until_ready()
+        while True:
+            command = self._profile.resume_command if resume else self._profile.start_command
+            for name, words in self._profile.optional_arguments:
+                if name not in self._refused_options:
+                    command = (*command, *words)
+            self._pane_id, self._server_pid = self.find_session(), 0
+            if self._pane_id:
+                self._tmux.respawn_pane(self._pane_id, command, self._directory)
+            else:
+                self._pane_id = self._tmux.new_pane(command, self._directory, self._session_mark)
+                self._made_session = True
+            try:
+                self._wait_until_ready()
+                return
+            except AgentExited as error:
+                self._raise_problem(error.last_output)
+                refused = {name for name, _ in self._profile.optional_arguments
+                           if name in error.last_output} - self._refused_options
+                if not refused:
+                    raise
+                self._refused_options |= refused
+
+    def _raise_problem(self, text: str) -> None:
+        """Raise AgentError if the agent says that there is a problem which only you can fix."""
+        problem = find_problem(self._profile, text)
+        if problem:
+            error = AgentError(f"{self.name}: {problem}")
+            error.last_output = text
+            raise error
 
     def _wait_until_ready(self) -> None:
-        """Wait until the screen stands still and the agent can be typed to; answer its questions.
+        """Wait until the screen has settled and the agent can be typed to; answer its dialogs.
 
-        One key at a time, and only on a screen that stands still: Claude Code draws its trust
-        question twice, and the cursor jumps back.
+        One key at a time, and only on a settled screen: an agent may draw a dialog twice, and then
+        its cursor jumps back.
         """
-        started, changed, last, answered = self._clock(), 0.0, None, ""
+        started = self._clock()
+        changed, last_state, answer = 0.0, None, ""
         while True:
             pane, now = self._snapshot(), self._clock()
-            if pane.screen != last:
-                last, changed = pane.screen, now
-            late = now - started >= self.READY_TIMEOUT
-            if now - changed >= self._required_settle_seconds(pane) or late:
-                question = find_startup_dialog(self._profile, pane.screen)
-                if answered and (not question or question.answer != answered):
+            dialog = find_startup_dialog(self._profile, pane.screen)
+            state = dialog or find_problem(self._profile, pane.text) or pane.screen
+            if state != last_state:     # not the screen: there may be an animation above a dialog
+                last_state, changed = state, now
+            is_late = now - started >= self.READY_TIMEOUT
+            if now - changed >= self._required_settle_seconds(pane) or is_late:
+                if answer and (not dialog or dialog.answer != answer):
                     self._publish("note", source="orchestrator",
-                                  text=f"answered a question of {self.name}: {answered}")
-                if not question or late:
-                    self._turn_in_progress = False
-                    self._prompt_commands.add(pane.foreground_command)
-                    self._blocked_by_dialog = self._is_known and (
-                        bool(question) or self._required_settle_seconds(pane) > self.READY_SETTLE_SECONDS)
+                                  text=f"answered a question of {self.name}: {answer}")
+                if not dialog or is_late:
+                    self._accept_first_screen(pane)
                     return
-                key, answered, changed = question.next_key, question.answer, now
-                self._retry_write(lambda seen: self._tmux.send_keys(seen, key))
+                answer, changed = dialog.answer, now
+                self._press_key(dialog.next_key)
             self._sleep(0.05)
 
+    def _press_key(self, key: str) -> None:
+        self._retry_write(lambda pane: self._tmux.send_keys(pane, key))
+
+    def _accept_first_screen(self, pane: PaneSnapshot) -> None:
+        """Note that the agent waits for input, or for what only you can do: then AgentError."""
+        has_box = has_input_box(self._profile, pane.screen)
+        if not has_box:
+            self._raise_problem(pane.text)
+        self._turn_in_progress = False
+        self._habits.learn_idle(pane)
+        is_untitled = pane.title == INITIAL_TITLE
+        self._blocked_by_dialog = self._is_known and (not has_box or is_untitled)
+
     def _required_settle_seconds(self, pane: PaneSnapshot) -> float:
-        """Return how long a first screen has to stand still before it is taken as the last.
-
-        Codex shows its box, but no title, before it takes text.
-        """
-        if not self._is_known:
-            return self.READY_SETTLE_SECONDS if pane.text else self.UNKNOWN_SETTLE_SECONDS
-        if find_startup_dialog(self._profile, pane.screen):
-            return self.READY_SETTLE_SECONDS
+        """Return how long a first screen has to stand still before it is taken as the last."""
+        if not pane.text:
+            return self.READY_TIMEOUT if self._is_known else self.UNKNOWN_SETTLE_SECONDS
         if has_input_box(self._profile, pane.screen):
-            return self.UNTITLED_SETTLE_SECONDS if pane.title == INITIAL_TITLE else self.READY_SETTLE_SECONDS
-        return self.UNKNOWN_SETTLE_SECONDS if pane.text else self.READY_TIMEOUT
+            # A box may be there before the agent takes text, but then it has not set the title.
+            is_untitled = pane.title == INITIAL_TITLE
+            return self.UNTITLED_SETTLE_SECONDS if is_untitled else self.READY_SETTLE_SECONDS
+        if not self._is_known or find_startup_dialog(self._profile, pane.screen):
+            return self.READY_SETTLE_SECONDS
+        if find_problem(self._profile, pane.text) or describe_menu(self._profile, pane.screen):
+            return self.MENU_SETTLE_SECONDS
+        return self.UNKNOWN_SETTLE_SECONDS
 
-    def _restart(self, trouble: AgentError) -> str:
+    def _restart(self, error: AgentError) -> str:
         """Start the agent again, with its conversation if it can; return what to say about it."""
-        remembers, latest = bool(self._has_conversation and self._profile.resume_command), trouble
-        what = str(trouble)
-        if isinstance(trouble, TmuxSessionLost):
-            what = f"the session is gone ({trouble})"
-            self._kill_orphan()
+        what = str(error)
+        if isinstance(error, TmuxSessionLost):
+            what = f"the session is gone ({error})"
+            self._end_processes(self._find_processes())
+        resumes = bool(self._has_conversation and self._profile.resume_command)
+        self._count_restart(error)
         while True:
-            now = self._clock()
-            self._restart_times = [at for at in self._restart_times if now - at < self.RESTART_WINDOW_SECONDS] + [now]
-            if len(self._restart_times) > self.MAX_RESTARTS:
-                raise AgentError(f"{self.name} was restarted {self.MAX_RESTARTS} times in ten minutes "
-                                 f"without finishing a turn; the last time: {latest}")
             try:
-                self._launch(self._profile.resume_command if remembers else self._profile.start_command)
+                self._launch(resumes)
                 break
-            except (TmuxSessionLost, AgentExited) as error:
-                if remembers:       # the other way to start it is no restart more
-                    self._restart_times.pop()
-                latest, remembers = error, False
-        self._last_capture = self._capture_transcript()
-        what += "; it was started again"
-        self._publish("recovery", what=what, resumed=remembers)
-        return f"{what} and " + ("remembers the conversation." if remembers
-                                 else "remembers nothing of what was said before.")
+            except (TmuxSessionLost, AgentExited) as latest:
+                if not resumes:     # the other way to start it is no restart more
+                    self._count_restart(latest)
+                resumes = False
+        self._forget_output()
+        self._publish("recovery", what=f"{what}; it was started again", resumed=resumes)
+        memory = ("remembers the conversation" if resumes
+                  else "has no memory of the earlier conversation")
+        return f"{what}; it was started again and {memory}."
 
-    def _kill_orphan(self) -> None:
-        """End a program that outlives its pane, two seconds later: a new one would work beside it.
+    def _count_restart(self, error: AgentError) -> None:
+        """Note a restart; raise AgentError if there were too many of them lately."""
+        now = self._clock()
+        self._restart_times = [at for at in self._restart_times
+                               if now - at < self.RESTART_WINDOW_SECONDS] + [now]
+        if len(self._restart_times) > self.MAX_RESTARTS:
+            raise AgentError(f"{self.name} was restarted {self.MAX_RESTARTS} times in ten minutes "
+                             f"without finishing a turn; the last time: {error}")
 
-        It leads a session of its own, as tmux had it; it was told by SIGHUP that the pane is gone.
+    def _find_processes(self) -> dict[int, str]:
+        """Return the agent's process and those that it has started, with their start times."""
+        pid, start_time = self._process
+        pids = set(processes_of_pane(self._server_pid, self._pane_id))
+        with contextlib.suppress(OSError):
+            # It leads a session of its own.  0 and 1 would be our own group, or every process.
+            if pid > 1 and start_time and os.getsid(pid) == pid and (
+                    process_start_time(pid) == start_time):
+                pids.update(process_tree(pid))
+        return {pid: process_start_time(pid) for pid in pids if pid > 1 and pid != os.getpid()}
+
+    def _end_processes(self, processes: dict[int, str]) -> None:
+        """End what outlives its pane: its tools would work on, and beside a new agent.
+
+        By then they were told by SIGHUP that the pane is gone, except those that have left its
+        session.  What they start meanwhile ends too.
         """
-        pid, born = self._process
-        for again in range(25):
-            try:        # 0 and 1 would be our own group and every process there is
-                if pid < 2 or not born or os.getsid(pid) != pid or process_start_time(pid) != born:
-                    return
-                os.killpg(pid, signal.SIGKILL if again >= 20 else 0)
-            except OSError:
+        for attempt in range(25):
+            processes.update(self._find_processes())
+            alive = [pid for pid, start_time in processes.items()
+                     if start_time and process_start_time(pid) == start_time]
+            if not alive:
                 return
+            if attempt in (3, 20):
+                for pid in alive:
+                    with contextlib.suppress(OSError):
+                        os.kill(pid, signal.SIGTERM if attempt == 3 else signal.SIGKILL)
             self._sleep(0.1)
 
 
@@ -3326,60 +3940,41 @@ class Action(NamedTuple):
 
 
 class _Line(NamedTuple):
-    """A line of a reply: a command with its argument, or text, which has no command word."""
+    """A line of a reply: text, or a command with its argument, which is None if it is unclear."""
 
     text: str
     word: str = ""
-    argument: str = ""
-    is_clear: bool = True           # False: it begins with a command word, but has another form
+    argument: str | None = ""
 
 
 _COMMAND_FORMS = {
-    "KEYS": "KEYS: Down Enter", "WAIT": "WAIT: 90s (or 10m, 2h)", "MEMORY_SAVE": "MEMORY_SAVE: fact",
-    "TASK_COMPLETE": "TASK_COMPLETE, alone on its line", "TASK_FAILED": "TASK_FAILED: reason"}
+    "KEYS": "KEYS: Down Enter", "WAIT": "WAIT: 90s (or 10m, 2h)",
+    "MEMORY_SAVE": "MEMORY_SAVE: fact", "TASK_FAILED": "TASK_FAILED: reason",
+    "TASK_COMPLETE": "TASK_COMPLETE, alone on its line"}
 _THINKING_BLOCK = re.compile(r"\A\s*<(think|thinking)>.*?(?:</\1>|\Z)|"
                              r"\A(?:(?!<think).)*?^</think(?:ing)?>", re.S | re.M)
 _FENCED_REPLY = re.compile(r"```[^`\n]*\n((?:(?!```).)*)```", re.S)
 _FENCE_LINE = re.compile(r"\s*(```+|~~~+)\s*([^`]*)")
-
-# These three match plain lines, as _plain_line makes them: • stands for any symbol.
-_COMMAND_LINE = re.compile(
-    r"(?:[\s•+#=-]|\*\s|\d{1,3}[.)]\s|\[[xX•]\]\s)*(?P<opening>[*_`(\[<]*)\s*"
-    r"(?P<word>(?:TASK[\\_ -]{1,3}(?:COMPLETE|FAILED)|MEMORY[\\_ -]{1,3}SAVE|KEYS|WAIT)"
+_FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}      # to ASCII
+_COMMAND_LINE = re.compile(     # behind list marks, emojis, brackets, but no quotes or empty boxes
+    r"(?!.{0,9}\[ \])(?:[^\w\"'~>]|_|\d{1,3}[.)]\s|\[[xX]\])*?(?P<opening>[*_`(\[<]{0,6})\s{0,3}"
+    r"(?P<word>(?:TASK[\W_]{1,3}(?:COMPLETE|FAILED)|MEMORY[\W_]{1,3}SAVE|KEYS|WAIT)"
     r"(?!_*-?[A-Za-z]|_*\d)|(?i:keys|wait)(?=\s*:))(?P<rest>.*)")
-_SEPARATOR = re.compile(r"[*_`)\]]*\s*(?:[:=][*_`)\]]*|[-•.!,;]+[*_`)\]]*(?=\s)|(?=[\s(]))\s*")
-_DECORATION = re.compile(r"[\s.!,*_`)\]>•=-]*")
-_NOT_YET = re.compile(r"(?i)\W*(?:no|not|never|false|pending|almost|nearly|after|when|if|once|unless|"
-                      r"until|is|will|would|should|can|can't|cannot|won't)\b")
-
-
-def _plain_line(line: str) -> str:
-    """Return a line of the same length, with ASCII for wide letters and dashes, • for symbols."""
-    plain_by_category = {"Pd": "-", "So": "•", "Sk": "•", "Sm": "•", "Po": "•", "Ps": "[",
-                         "Pe": "]", "Mn": " ", "Cf": " ", "Zs": " "}
-
-    def convert(character: str) -> str:
-        if character.isascii():
-            return character
-        if "\uff01" <= character <= "\uff5e":       # full width
-            return chr(ord(character) - 0xFEE0)
-        return plain_by_category.get(unicodedata.category(character), character)
-
-    return "".join(map(convert, line))
-
-
-_MODIFIERS = {"c": "C-", "ctrl": "C-", "control": "C-", "m": "M-", "alt": "M-", "meta": "M-",
-              "option": "M-", "s": "S-", "shift": "S-"}
+_SEPARATOR = re.compile(
+    r"[*_`)\]]*\s*(?:[:=][*_`)\]]*|[^\w\s(\"'?]+(?=\s)|(?=[\s(]))\s*")
+_DECORATION = re.compile(r"(?:[^\w\"'?~]|_)*")
+_NOT_YET = re.compile(
+    r"(?i)\W*(?:no|not|never|false|pending|almost|nearly|after|when|if|once|unless|until|is|will|"
+    r"would|should|can|can't|cannot|won't)\b")
+_TMUX_KEYS = ("Up", "Down", "Left", "Right", "Enter", "Escape", "Tab", "BTab", "Space", "BSpace",
+              "Home", "End", "PageUp", "PageDown", "PPage", "NPage", "PgUp", "PgDn", "IC", "DC",
+              "Insert", "Delete", *(f"F{number}" for number in range(1, 13)))
+_KEY_ALIASES = {
+    **{name.lower(): name for name in _TMUX_KEYS}, "return": "Enter", "esc": "Escape",
+    "backspace": "BSpace", "del": "Delete", "spacebar": "Space", "arrowup": "Up",
+    "arrowdown": "Down", "arrowleft": "Left", "arrowright": "Right", "↑": "Up", "↓": "Down",
+    "←": "Left", "→": "Right", "⏎": "Enter", "↵": "Enter"}
 _MODIFIED_KEY = re.compile(r"(?i)(c|ctrl|control|m|alt|meta|option|s|shift)[+-](.+)")
-_KEYS_BY_NAME = {
-    "up": "Up", "down": "Down", "left": "Left", "right": "Right", "enter": "Enter",
-    "escape": "Escape", "tab": "Tab", "btab": "BTab", "space": "Space", "bspace": "BSpace",
-    "home": "Home", "end": "End", "pageup": "PageUp", "pagedown": "PageDown", "ppage": "PPage",
-    "npage": "NPage", "pgup": "PgUp", "pgdn": "PgDn", "ic": "IC", "dc": "DC", "insert": "Insert",
-    "delete": "Delete", "return": "Enter", "esc": "Escape", "backspace": "BSpace", "del": "Delete",
-    "spacebar": "Space", "backtab": "BTab", "pgdown": "PgDn", "arrowup": "Up", "arrowdown": "Down",
-    "arrowleft": "Left", "arrowright": "Right", "↑": "Up", "↓": "Down", "←": "Left", "→": "Right",
-    "⏎": "Enter", "↵": "Enter"}
 _MAX_KEYS = 100
 
 
@@ -3390,20 +3985,17 @@ def _parse_key(word: str) -> str:
     ['Escape', 'C-c', 'C-c', 'BTab', 'y', '']
     """
     modifiers = ""
-    if len(word) == 2 and word[0] == "^":
-        word = f"C-{word[1]}"
+    word = re.sub(r"\A\^(?=.)", "C-", word)
     while match := _MODIFIED_KEY.fullmatch(word):
-        modifiers += _MODIFIERS[match[1].lower()]
+        modifiers += {"c": "C-", "s": "S-"}.get(match[1][0].lower(), "M-")
         word = match[2]
-    key = _KEYS_BY_NAME.get(word.lower(), "")
-    if not key and re.fullmatch(r"(?i)f([1-9]|1[0-2])", word):
-        key = word.upper()
-    if not key and len(word) == 1:
-        key = word.lower() if modifiers else word
+    key = _KEY_ALIASES.get(word.lower(), word if len(word) == 1 else "")
     if modifiers == "S-" and key == "Tab":
         return "BTab"
     if modifiers == "S-" and len(key) == 1:
         return key.upper()
+    if modifiers and len(key) == 1:
+        key = key.lower()
     return modifiers + key if key else ""
 
 
@@ -3411,26 +4003,24 @@ def _parse_keys(text: str) -> tuple[list[str], list[str]]:
     """Return the tmux names of keys as people write them, and the words that are no keys."""
     text = re.sub(r"(?<=\S),|,(?=\S)", " ", text)
     text = re.sub(r"(?i)\b(ctrl|control|alt|meta|option|shift) ?\+ ?(?=\S)", r"\1+", text)
-    text = re.sub(r"(?i)\bpage (up|down)\b", r"page\1", text)
     text = re.sub(r"(?<=\w\w)[ (]*[x×*] ?(\d{1,2})\b\)?", r" x\1 ", text)       # Down x3
     keys: list[str] = []
     unknown = []
     for word in text.split():
-        bare = re.sub(r"\A[<\[(\"'`]+(?=.)|(?<=.)[>\])\"'`]+\Z|(?<=\w)\.\Z", "", word)
-        key = _parse_key(bare)
         repeated = re.fullmatch(r"x(\d{1,2})", word)
+        key = _parse_key(re.sub(r"\A[<\[(\"'`]+(?=.)|(?<=.)[>\])\"'`]+\Z|(?<=\w)\.\Z", "", word))
         if repeated and keys:
             keys += [keys[-1]] * (int(repeated[1]) - 1)
         elif key:
             keys.append(key)
-        elif bare.lower() not in ("arrow", "key", "then", "and"):
+        elif word.lower() not in ("arrow", "key", "then", "and"):
             unknown.append(word)
     return keys, unknown
 
 
-_DURATION = re.compile(r"(?i)(?:(?:for|about|up to|~) ?)*((?:(?:\d{1,6}(?:[.,]\d{1,3})?|an?) ?"
-                       r"(?:s|secs?|seconds?|m|mins?|minutes?|h|hrs?|hours?)(?![a-z])[\s,]*"
-                       r"(?:and )?)+|\d{1,6})\.?(?:\s*[(–—-].*)?")
+_DURATION = re.compile(
+    r"(?i)(?:(?:for|about|up to|~) ?)*((?:\d{1,6}(?:[.,]\d{1,3})? ?(?:s|secs?|seconds?|m|mins?|"
+    r"minutes?|h|hrs?|hours?)(?![a-z])[\s,]*(?:and )?)+|\d{1,6})\.?(?:\s*[(–—-].*)?")
 
 
 def _parse_duration(text: str) -> float | None:
@@ -3442,119 +4032,106 @@ def _parse_duration(text: str) -> float | None:
     match = _DURATION.fullmatch(text)
     if not match:
         return None
-    if match[1].isdigit():
-        return float(match[1])
     seconds = 0.0
-    for number, unit in re.findall(r"(\d+(?:[.,]\d+)?|\ban?) ?([smh])", match[1].lower()):
-        amount = 1.0 if number.startswith("a") else float(number.replace(",", "."))
-        seconds += amount * SECONDS_PER_UNIT[unit]
+    for number, unit in re.findall(r"([\d.,]*\d) ?([smh]?)", match[1].lower()):
+        seconds += float(number.replace(",", ".")) * SECONDS_PER_UNIT[unit or "s"]
     return seconds
 
 
-def _invalid(line: _Line, problem: str) -> Action:
-    shown = truncate_middle(line.text.strip(), 400)
-    return Action("invalid", f"Nothing was done: {problem} in the line {shown!r}. The form is: "
-                             f"{_COMMAND_FORMS[line.word]}. No line that is meant as text may begin "
-                             f"with {line.word}.")
+def _not_understood(line: _Line, problem: str) -> Action:
+    return Action("invalid", (
+        f"Nothing was done: {problem} in the line {truncate_middle(line.text.strip(), 400)!r}. The "
+        f"form is: {_COMMAND_FORMS[line.word]}. No line of a message may begin with {line.word}."))
 
 
-def _parse_key_and_wait_lines(lines: Sequence[_Line]) -> Action:
+def _parse_command(lines: Sequence[_Line]) -> Action:
     """Return what one or more KEYS lines, or one WAIT line, ask for."""
     text = "\n".join(line.text for line in lines)
-    if lines[0].word == "WAIT":
-        seconds = _parse_duration(lines[0].argument)
-        if len(lines) > 1:
-            return Action("invalid", "Nothing was done: WAIT stands alone in a reply.")
-        if seconds is None:
-            return _invalid(lines[0], "there is no time that I understand")
-        return Action("wait", text, seconds=seconds)
-    keys, unknown = _parse_keys(" ".join(line.argument for line in lines))
-    if any(line.word == "WAIT" for line in lines):
+    if len(lines) > 1 and any(line.word == "WAIT" for line in lines):
         return Action("invalid", "Nothing was done: WAIT stands alone in a reply.")
+    if lines[0].word == "WAIT":
+        seconds = _parse_duration(lines[0].argument or "")
+        if seconds is None:
+            return _not_understood(lines[0], "there is no time that I understand")
+        return Action("wait", text, seconds=seconds)
+    keys, unknown = _parse_keys(" ".join(line.argument or "" for line in lines))
     if unknown:
-        return _invalid(lines[0], f"{truncate_middle(' '.join(unknown), 200)!r} is no key")
+        return _not_understood(lines[0], f"{truncate_middle(' '.join(unknown), 200)!r} is no key")
     if not 0 < len(keys) <= _MAX_KEYS:
-        return _invalid(lines[0], f"there are {len(keys)} keys (1 to {_MAX_KEYS} are allowed)")
+        return _not_understood(lines[0], f"{len(keys)} keys (1 to {_MAX_KEYS} are allowed)")
     return Action("keys", text, keys=tuple(keys))
 
 
-def _read_line(line: str) -> _Line:
+def _read_line(text: str) -> _Line:
     """Return what a line outside any code fence is."""
-    match = _COMMAND_LINE.match(_plain_line(line[:400]))
+    match = _COMMAND_LINE.match(text[:400].translate(_FULL_WIDTH))
     if not match:
-        return _Line(line)
-    word = re.sub(r"[\\_ -]+", "_", match["word"]).upper()
-    rest = match["rest"]
-    if word.startswith("TASK") and _DECORATION.fullmatch(rest):
-        return _Line(line, word)
-    separator = _SEPARATOR.match(rest)
+        return _Line(text)
+    word = re.sub(r"[\W_]+", "_", match["word"]).upper()
+    if word.startswith("TASK") and _DECORATION.fullmatch(match["rest"]):
+        return _Line(text, word)
+    separator = _SEPARATOR.match(match["rest"])
     if not separator:
-        return _Line(line, word, is_clear=False)
-    argument = line[match.start("rest") + separator.end():].strip()
+        return _Line(text, word, None)
+    argument = text[match.start("rest") + separator.end():].strip()
     closing = match["opening"][::-1].translate({ord("("): ")", ord("["): "]", ord("<"): ">"})
     if closing and closing not in separator[0]:
         argument = argument.removesuffix(closing).strip()
-    is_clear = True
-    if word.startswith("TASK"):
-        is_clear = bool(separator[0].strip()) or argument.startswith("(")
-    if word == "TASK_COMPLETE" and _NOT_YET.match(argument):
-        is_clear = False
-    command = _Line(line, word, argument, is_clear)
-    if not match["word"].isupper() and _parse_key_and_wait_lines([command]).kind == "invalid":
-        return _Line(line)      # a sentence, such as "Wait: the build is broken"
-    return command
+    line = _Line(text, word, argument)
+    if not match["word"].isupper() and _parse_command([line]).kind == "invalid":
+        return _Line(text)      # a sentence, such as "Wait: the build is broken"
+    is_blank = not separator[0].strip() and not argument.startswith("(")
+    if word.startswith("TASK") and is_blank or word == "TASK_COMPLETE" and _NOT_YET.match(argument):
+        return _Line(text, word, None)
+    return line
 
 
 def _read_lines(reply: str, agent: str) -> Iterator[_Line]:
     """Yield the lines of a reply, up to one that pretends to be the agent's output."""
     fence = ""
-    for line in reply.split("\n"):
-        mark = _FENCE_LINE.fullmatch(line)
-        if mark and not fence:
-            fence = mark[1]
-            yield _Line(line)
-        elif fence:
-            if mark and mark[1].startswith(fence) and not mark[2]:
-                fence = ""
-            yield _Line(line)
-        elif agent and line.lstrip(" *_`#>").lower().startswith(f"{agent} output:".lower()):
-            yield _Line(line, "OUTPUT")
+    for text in reply.split("\n"):
+        mark = _FENCE_LINE.fullmatch(text)
+        if fence or mark:
+            yield _Line(text)
+        elif agent and text.lstrip(" *_`#>").lower().startswith(f"{agent} output:".lower()):
+            yield _Line(text, "OUTPUT")
             return
         else:
-            yield _read_line(line)
+            yield _read_line(text)
+        if mark and not fence:
+            fence = mark[1]
+        elif mark and mark[1].startswith(fence) and not mark[2]:
+            fence = ""
 
 
 def _choose_action(lines: Sequence[_Line]) -> Action:
     """Return the one action that the lines of a reply, without MEMORY_SAVE, ask for."""
-    words = [line.word for line in lines if line.word]
+    words = [line.word for line in lines]
     commands = [line for line in lines if line.word in ("KEYS", "WAIT")]
     message = "\n".join(line.text for line in lines if not line.word).strip("\n").rstrip()
     for line in lines:
-        if not line.is_clear:
-            return _invalid(line, "I can't tell what is asked for")
+        if line.argument is None:
+            return _not_understood(line, "I can't tell what you want")
     if "TASK_COMPLETE" in words and (commands or "TASK_FAILED" in words):
         return Action("invalid", "Nothing was done: your reply contained TASK_COMPLETE and another "
                                  "command. Send one of them.")
     if "TASK_COMPLETE" in words:
-        remarks = [line.argument for line in lines if line.word == "TASK_COMPLETE" and line.argument]
+        remarks = [line.argument or "" for line in lines if line.word]
         return Action("complete", "\n".join([message, *remarks]).strip("\n"))
     if "TASK_FAILED" in words:
-        first, *more = lines[[line.word for line in lines].index("TASK_FAILED"):]
-        reason = "\n".join([first.argument, *(line.text for line in more)]).strip()
+        first, *more = lines[words.index("TASK_FAILED"):]
+        reason = "\n".join([first.argument or "", *(line.text for line in more)]).strip()
         return Action("failed", reason or "no reason given")
-    if commands:
-        last = max(index for index, line in enumerate(lines) if line.word)
-        if any(line.text.strip() for line in lines[last + 1:]):
-            return Action("invalid", f"Nothing was done: text follows {lines[last].word}. Send either "
-                                     "the text or the command.")
-        action = _parse_key_and_wait_lines(commands)
-        if message and action.kind != "invalid":
-            note = f"The text above {words[0]} was not typed: {truncate_middle(message, 200)!r}"
-            action = action._replace(note=note)
+    if not commands:
+        return Action("message", message)
+    action = _parse_command(commands)
+    if not message or action.kind == "invalid":
         return action
-    if not _plain_line(message).strip():
-        return Action("invalid", "Your reply was empty, so nothing was typed.")
-    return Action("message", message)
+    if not [line.word for line in lines if line.text.strip()][-1]:
+        return Action("invalid", f"Nothing was done: text follows {commands[-1].word}. Send either "
+                                 "the text or the command.")
+    note = f"The text above {commands[-1].word} was not typed: {truncate_middle(message, 200)!r}"
+    return action._replace(note=note)
 
 
 def parse_reply(reply: str, agent: str = "") -> Action:
@@ -3565,16 +4142,15 @@ def parse_reply(reply: str, agent: str = "") -> Action:
     """
     text = _THINKING_BLOCK.sub("", sanitize(reply), 1)
     fenced = _FENCED_REPLY.fullmatch(text.strip())
-    lines = list(_read_lines(fenced[1] if fenced else text, agent))
-    is_cut = lines[-1].word == "OUTPUT"
-    if is_cut:
-        lines.pop()
-    facts = tuple(line.argument for line in lines if line.word == "MEMORY_SAVE" and line.argument)
-    action = _choose_action([line for line in lines if line.word != "MEMORY_SAVE" or not line.is_clear])
-    if is_cut:
+    lines = list(_read_lines((fenced[1] if fenced else text).rstrip(), agent))
+    facts = [line for line in lines if line.word == "MEMORY_SAVE" and line.argument is not None]
+    action = _choose_action([line for line in lines if line not in facts and line.word != "OUTPUT"])
+    if action.kind == "message" and not action.text.strip("\u200b\u200e\u200f\ufeff \n"):
+        action = Action("invalid", "Your reply was empty, so nothing was typed.")
+    if lines[-1].word == "OUTPUT":
         note = f'Your reply was cut at "{agent} output:", which only the program writes.'
         action = action._replace(note=f"{action.note} {note}".strip())
-    return action._replace(facts=facts)
+    return action._replace(facts=tuple(line.argument for line in facts if line.argument))
 
 
 class Observation:
@@ -3652,7 +4228,7 @@ class Conversation:
         return count, "\n\n".join(texts)
 
     def replace_with_summary(self, summary: str, count: int) -> None:
-        """Replace the oldest `count` exchanges by a summary.  Notes of the user stay as they are."""
+        """Replace the oldest `count` exchanges by a summary, but keep the notes of the user."""
         self._summary = summary
         for _, observation in self._exchanges[:count]:
             self._kept_notes += [sentence for sentence in observation.sentences
@@ -3766,12 +4342,12 @@ class RunTotals:
                 previous = at
 
     @contextlib.contextmanager
-    def publish_outcome(self, journal: Journal,
-                        count_changed_files: Callable[[], int | None] | None = None
-                        ) -> Iterator[None]:
+    def publish_outcome(self, journal: Journal, find_changed_files: (
+            Callable[[], list[str] | None] | None) = None) -> Iterator[None]:
         """Publish `complete` at the end of the block, however it ends."""
         def conclude() -> None:
-            files_changed = count_changed_files() if count_changed_files else None
+            changed = find_changed_files() if find_changed_files else None
+            files_changed = None if changed is None else len(changed)
             journal.publish("complete", outcome=outcome, reason=reason, iterations=self.iterations,
                             tokens=self.tokens._asdict(), cost=round(self.cost, 6),
                             duration_ms=round(self.seconds * 1000), restarts=self.restarts,
@@ -3852,8 +4428,10 @@ class Chat:
         if word == "/screen":
             return self._agent.read_screen()
         if word == "/keys":
-            order = parse_reply(f"KEYS: {' '.join(keys)}")
-            return self._agent.send_keys(order.keys, self._limit) if order.keys else Turn(order.text)
+            action = parse_reply(f"KEYS: {' '.join(keys)}")
+            if not action.keys:
+                return Turn(action.text)
+            return self._agent.send_keys(action.keys, self._limit)
         return self._agent.ask(message, self._limit)
 
     def _run_turn(self, line: str, act: Callable[[], Turn]) -> None:
@@ -3889,25 +4467,11 @@ def run_shell_command(command: str, directory: Path, environ: Mapping[str, str],
     return status, truncate_middle(sanitize(text).strip())
 
 
-_UNCOUNTED_PATH = re.compile(       # caches, logs, and what agents and this program write themselves
+_UNCOUNTED_PATH = re.compile(       # caches, logs, and files of the agents and of this program
     r"(?:\A|/)(?:\.(?:git|hg|svn|venv|tox|cache|\w+_cache|claude|codex|gemini|aider[^/]*|coverage)|"
     r"venv|node_modules|__pycache__|memory\.json[^/]*|orchestrator/runs)(?:/|\Z)|"
     r"\.(?:log|pyc|swp)\Z")
-
-
-class FileSnapshot(NamedTuple):
-    """The modification times and sizes of the files in a directory."""
-
-    files: Mapping[str, tuple[int, int]]
-    is_complete: bool               # False: there were too many files to look at all of them
-
-    def changed_since(self, earlier: FileSnapshot) -> list[str]:
-        """Return the paths of the files that changed, appeared or disappeared."""
-        changed = {path for path in self.files.keys() & earlier.files.keys()
-                   if self.files[path] != earlier.files[path]}
-        if self.is_complete and earlier.is_complete:
-            changed |= self.files.keys() ^ earlier.files.keys()
-        return sorted(changed)
+Files = Mapping[str, tuple[int, int]]       # modification times and sizes by path
 
 
 def _list_git_files(directory: Path, environ: Mapping[str, str]) -> list[str]:
@@ -3916,24 +4480,23 @@ def _list_git_files(directory: Path, environ: Mapping[str, str]) -> list[str]:
         return []           # without this, macOS offers to install git
     command = ["git", "-c", "core.fsmonitor=false", "ls-files", "-z", "--cached", "--others",
                "--exclude-standard"]
-    try:
-        result = subprocess.run(command, cwd=directory, env=dict(environ), timeout=1.0,
-                                stdin=subprocess.DEVNULL, capture_output=True)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return os.fsdecode(result.stdout).split("\0")[:-1] if result.returncode == 0 else []
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        output = subprocess.run(command, cwd=directory, env=dict(environ), timeout=1.0, check=True,
+                                stdin=subprocess.DEVNULL, capture_output=True).stdout
+        return os.fsdecode(output).split("\0")[:-1]
+    return []
 
 
-def snapshot_files(directory: Path, environ: Mapping[str, str], *, max_files: int = 20_000,
-                   timeout: float = 1.0) -> FileSnapshot:
-    """Look at the files in a directory, except caches and logs, for at most about `timeout` s."""
+def snapshot_files(directory: Path, environ: Mapping[str, str], timeout: float = 1.0
+                   ) -> Files | None:
+    """Look at all files but caches and logs in a directory.  None: there was not enough time."""
     deadline = time.monotonic() + timeout
-    files: dict[str, tuple[int, int]] = {}
+    files = {}
     pending = collections.deque(_list_git_files(directory, environ) or [""])
     while pending:
-        if len(files) >= max_files or time.monotonic() > deadline:
-            return FileSnapshot(files, False)
         path = pending.popleft()
+        if time.monotonic() > deadline:
+            return None
         if _UNCOUNTED_PATH.search(path):
             continue
         with contextlib.suppress(OSError):      # it may be gone by now
@@ -3942,7 +4505,33 @@ def snapshot_files(directory: Path, environ: Mapping[str, str], *, max_files: in
                 pending.extend(os.path.join(path, name) for name in os.listdir(directory / path))
             else:
                 files[path] = (status.st_mtime_ns, status.st_size)
-    return FileSnapshot(files, True)
+    return files
+
+
+def find_changed_files(before: Files | None, after: Files | None) -> list[str] | None:
+    """Return the paths that are in one snapshot only or differ; None if there is no snapshot."""
+    if before is None or after is None:
+        return None
+    paths = before.keys() | after.keys()
+    return sorted(path for path in paths if before.get(path) != after.get(path))
+
+
+_TEST_RESULT = re.compile(
+    r"(?P<failure>\b[1-9]\d* (?:tests? )?(?:failed|failures?|errors?)\b|"
+    r"\b(?:[Ff]ailures?|[Ee]rrors?)[:=] ?[1-9]|\b[A-Z]\w*(?:Error|Exception): |"
+    r"^\W*(?:FAILED|FAIL|ERROR)\b|^Traceback \(most|^not ok \d|\bcommand not found\b|"
+    r"^(?:panic|fatal|error): |Segmentation fault|[✗✘])|\b[1-9]\d* passed\b|^OK\b")
+
+
+def find_failure(output: str) -> str:
+    """Return the last line of an output if it tells of a failure, or "".
+
+    >>> find_failure("FAILED test_a\\n2 failed, 10 passed"), find_failure("0 failed, 12 passed")
+    ('2 failed, 10 passed', '')
+    """
+    lines = [line.strip() for line in output.split("\n") if line.strip()]
+    results = [match for line in lines[-12:] if (match := _TEST_RESULT.search(line[:1_000]))]
+    return truncate_middle(results[-1].string, 200) if results and results[-1]["failure"] else ""
 
 
 _LONG_WORD = re.compile(r"[^\W\d_]{3,}")
@@ -3957,45 +4546,18 @@ def _is_echo(line: str, message: str) -> bool:
     return not text or f" {text} " in f" {' '.join(message.split())} "
 
 
-_FAILURE = re.compile(
-    r"\b[1-9]\d* (?:tests? )?(?:failed|failures?|errors?)\b|\b(?:[Ff]ailures?|[Ee]rrors?)[:=] ?[1-9]|"
-    r"^\W*(?:FAILED|FAIL|ERROR)\b|^Traceback \(most recent|\b[A-Z]\w*(?:Error|Exception): |"
-    r"^not ok \d|\bcommand not found\b|^(?:panic|fatal|error): |Segmentation fault|BUILD FAILED|[✗✘]")
-_SUCCESS = re.compile(r"\b[1-9]\d* passed\b|^OK\b|BUILD SUCCESS")
-
-
-def find_failure(output: str) -> str:
-    """Return the last line at the end of an output that tells of a failure, or "".
-
-    >>> find_failure("FAILED test_a\\n2 failed, 10 passed"), find_failure("0 failed, 12 passed")
-    ('2 failed, 10 passed', '')
-    """
-    lines = [line.strip() for line in output.split("\n") if line.strip()]
-    for line in reversed(lines[-12:]):
-        if _FAILURE.search(line[:1_000]):
-            return truncate_middle(line, 200)
-        if _SUCCESS.search(line[:1_000]):
-            return ""
-    return ""
-
-
-def find_last_line(output: str) -> str:
-    """Return the last line that is not blank, or ""."""
-    return next((line.strip() for line in reversed(output.split("\n")) if line.strip()), "")
-
-
-class ProgressTracker:
-    """Tell turns that bring something new from turns that only repeat or reword."""
+class NewsDetector:
+    """Tell outputs that say something new from those that repeat or reword the last ones."""
 
     def __init__(self) -> None:
         self._lines: collections.deque[set[str]] = collections.deque(maxlen=12)     # of outputs
         self._words: collections.deque[set[str]] = collections.deque(maxlen=50)
 
-    def has_new_lines(self, message: str, output: str) -> bool:
-        """Return whether an output says what the last ones did not, except the echo of a message.
+    def update(self, message: str, output: str) -> bool:
+        """Return whether an output has a new line besides the echo of a message.
 
-        A new sentence is no news if at least half of its words are known; a line with figures,
-        paths or code is, unless only times and counters differ.
+        A sentence is new if most of its words are; a line with figures, paths or code is, unless
+        only times and counters differ.
         """
         text = "\n".join(line for line in output.split("\n") if not _is_echo(line, message))
         lines = {" ".join(line.split()) for line in normalize_screen(text).lower().split("\n")}
@@ -4026,7 +4588,7 @@ class Autopilot:
     MAX_SAME_FAILURES = 5               # of VERIFY_CMD in a row, then the run is stuck
     WARN_TURNS_WITHOUT_NEWS = 5         # then the model is told
     MAX_TURNS_WITHOUT_NEWS = 10         # then the run is stuck
-    LONG_WAIT_SECONDS = 60.0            # a WAIT that is no turn without news
+    LONG_WAIT_SECONDS = 60.0            # a WAIT that is not counted as a turn without news
     MAX_USAGE_LIMIT_SECONDS = 86400.0   # to its end: the model may decide to wait for longer
     USAGE_LIMIT_MARGIN_SECONDS = 120.0  # after its end
 
@@ -4054,11 +4616,12 @@ class Autopilot:
         self._last_output = ""              # of the agent
         self._is_confirming = False         # the last reply was TASK_COMPLETE, and was questioned
         self._recent_failures: list[str] = []   # of VERIFY_CMD, in a row
-        self._progress = ProgressTracker()
+        self._news = NewsDetector()
         self._turns_without_news = 0
         self._recent_steps: list[tuple[Action, str]] = []   # with what came of them, since news
         self._was_warned = False            # of a circle, since there was news
-        self._files_at_start = self._files = FileSnapshot({}, False)
+        self._files_at_start: Files | None = None
+        self._files: Files | None = None    # when they were looked at last
         self._last_memory_error = ""        # was told
         self._part_published_at = 0.0
         self._max_characters = math.inf     # less than what the model called too long
@@ -4069,7 +4632,7 @@ class Autopilot:
         Raises what ends the run otherwise; `complete` is published in every case.
         """
         self._totals.restore(history)
-        with self._totals.publish_outcome(self._journal, self._count_changed_files):
+        with self._totals.publish_outcome(self._journal, self._find_files_changed_since_start):
             if history:
                 self._check_budgets(self._totals.iterations)
                 self._journal.publish("state", state="resumed", reason=_RESUMED_REASON)
@@ -4090,7 +4653,7 @@ class Autopilot:
         self._task = self._journal.redact(task)
         self._files_at_start = self._files = snapshot_files(self._directory, self._environ)
         turn = self._agent.start(any(event["type"] == "reply" for event in history))
-        self._progress.has_new_lines("", turn.output)
+        self._news.update("", turn.output)
         self._conversation = Conversation(
             self._system_prompt(), f"Task:\n{self._task}", f"{name} works in {self._directory}.")
         sentences = [f"[{note}]" for note in self._journal.redact(turn.notes)]
@@ -4238,9 +4801,14 @@ class Autopilot:
         if action.note:
             turn = turn._replace(notes=(action.note, *turn.notes))
         if action.kind in _AGENT_ACTIONS:
-            self._last_output = turn.output or self._last_output
-            self._totals.last_words = truncate_middle(find_last_line(self._last_output), 200)
+            self._note_output(turn.output)
         return turn
+
+    def _note_output(self, output: str) -> None:
+        lines = [line.strip() for line in output.split("\n") if line.strip()]
+        if lines:
+            self._last_output = output
+            self._totals.last_words = truncate_middle(lines[-1], 200)
 
     def _execute(self, action: Action, is_confirmed: bool) -> Turn:
         """Do what a reply asks for; return what came of it."""
@@ -4283,13 +4851,13 @@ class Autopilot:
         """End the run if nothing speaks against it; otherwise return what does."""
         now = self._agent.read_state()
         if now.state == "done":         # there is something new
-            self._last_output = now.output
+            self._note_output(now.output)
         else:
             now = now._replace(output="")
         name = self._agent.name
         if now.state == "working":
             return now._replace(notes=(
-                f"TASK_COMPLETE did nothing: {name} is still working. Wait for it with WAIT: 10m.",))
+                f"TASK_COMPLETE did nothing: {name} is still working. Wait with WAIT: 10m.",))
         if now.menu:
             return now._replace(notes=(
                 f"TASK_COMPLETE did nothing: a question of {name} stands unanswered.", now.menu))
@@ -4316,96 +4884,88 @@ class Autopilot:
         self._recent_failures = [*self._recent_failures, normalize_screen(output)]
         last = self._recent_failures[-self.MAX_SAME_FAILURES:]
         if len(last) == self.MAX_SAME_FAILURES and len(set(last)) == 1:
-            raise StuckInLoop(f"VERIFY_CMD failed {self.MAX_SAME_FAILURES} times with the same output")
+            raise StuckInLoop(f"VERIFY_CMD failed {len(last)} times with the same output")
         return Turn(f"{now.output}\n{output}".strip("\n"), notes=(
             f"The task is not complete: the check `{command}` failed with status {status}. What it "
             "printed stands below.",))
 
     def _ask_for_confirmation(self, action: Action, now: Turn) -> Turn:
         """Return what is known of the work, and the task, for the model to go through it again."""
-        facts, doubts = self._gather_evidence(action)
+        evidence, doubts = self._gather_evidence(action)
         self._is_confirming = True
         self._totals.unproved = doubts
-        self._journal.publish("confirm", evidence=" ".join([*facts, *doubts]), unproved=doubts)
+        self._journal.publish("confirm", evidence=" ".join([*evidence, *doubts]), unproved=doubts)
         return now._replace(notes=(
-            " ".join(["The run has not ended yet.", *facts, *doubts]),
+            " ".join(["The run has not ended yet.", *evidence, *doubts]),
             f"The task again: {truncate_middle(self._task, 4_000)}",
             "Go through it point by point. If you have seen each point proved after the last "
             "change, reply TASK_COMPLETE again. Otherwise continue."))
 
     def _gather_evidence(self, action: Action) -> tuple[list[str], list[str]]:
         """Return sentences on the work that cost nothing to know, and those that raise doubts."""
-        name, facts, doubts = self._agent.name, [], []
+        name, evidence, doubts = self._agent.name, [], []
         if self._messages_sent:
-            facts.append(f"Messages sent to {name}: {self._messages_sent}.")
+            evidence.append(f"Messages sent to {name}: {self._messages_sent}.")
         else:
             doubts.append(f"You have sent {name} no message.")
-        self._files = snapshot_files(self._directory, self._environ)
-        changed = self._files.changed_since(self._files_at_start)
+        changed = self._find_files_changed_since_start()
         if changed:
-            more = ", ..." if len(changed) > 5 else ""
-            facts.append(f"Files changed since the start: {len(changed)} "
-                         f"({truncate_middle(', '.join(changed[:5]), 300)}{more}).")
-        elif self._files.is_complete and self._files_at_start.is_complete:
-            facts.append("No file has changed since the start.")
+            names = ", ".join(changed[:5]) + (", ..." if len(changed) > 5 else "")
+            evidence.append(f"Files changed since the start: {len(changed)} ({names}).")
+        elif changed is not None:
+            evidence.append("No file has changed since the start.")
         failure = find_failure(self._last_output)
         if failure:
             doubts.append(f"The last output of {name} says: {failure!r}.")
-        elif find_last_line(self._last_output).endswith("?"):
+        elif self._totals.last_words.endswith("?"):
             doubts.append(f"The last output of {name} ends with a question.")
         if action.text:
-            facts.append(f"This text of yours was not typed: {truncate_middle(action.text, 200)!r}.")
-        return facts, doubts
+            text = truncate_middle(action.text, 200)
+            evidence.append(f"This text of yours was not typed: {text!r}.")
+        return evidence, doubts
 
-    def _count_changed_files(self) -> int | None:
-        """Return how many files changed since the start, or None where there are too many files."""
+    def _find_files_changed_since_start(self) -> list[str] | None:
         self._files = snapshot_files(self._directory, self._environ)
-        if not (self._files.is_complete and self._files_at_start.is_complete):
-            return None
-        return len(self._files.changed_since(self._files_at_start))
+        return find_changed_files(self._files_at_start, self._files)
 
     # circles
 
     def _check_stuck(self, action: Action, turn: Turn) -> list[str]:
         """Return a warning if the last turns brought nothing new; raise StuckInLoop if they go on.
 
-        Waiting is no circle.  Equal replies with equal results are noticed after three turns, two
-        that alternate after six, and reworded ones after WARN_TURNS_WITHOUT_NEWS.
+        Waiting is no circle.  Three equal steps are noticed at once, reworded ones later.
         """
         if self._is_done or turn.state == "working" or action.seconds >= self.LONG_WAIT_SECONDS:
             self._recent_steps = []
             return []
-        step = (action, normalize_screen(turn.as_text()))
         if self._has_news(action, turn):
             self._turns_without_news = 0
             self._was_warned = False
-            self._recent_steps = [step]
+            self._recent_steps = [(action, normalize_screen(turn.as_text()))]
             return []
         self._turns_without_news += 1
-        self._recent_steps = last = [*self._recent_steps[-5:], step]
-        is_same = len(last) >= 3 and len(set(last[-3:])) == 1
-        is_alternating = len(last) == 6 and len(set(last[::2])) == len(set(last[1::2])) == 1
+        self._recent_steps.append((action, normalize_screen(turn.as_text())))
         if self._turns_without_news >= self.MAX_TURNS_WITHOUT_NEWS:
             raise StuckInLoop(f"{self._turns_without_news} turns brought no new output and changed "
                               "no file")
-        if is_same or is_alternating:
+        last = self._recent_steps[-3:]
+        if len(last) == 3 and len(set(last)) == 1:
             if self._was_warned:
                 raise StuckInLoop("the same replies have had the same results again and again")
             self._recent_steps = []
-            kind = "three identical steps" if is_same else "two alternating steps"
-            return self._warn(f"You are repeating yourself: {kind} had the same results.")
+            return self._warn("You are repeating yourself: three identical steps had the same "
+                              "results.")
         if self._turns_without_news == self.WARN_TURNS_WITHOUT_NEWS:
-            return self._warn(f"The last {self._turns_without_news} turns brought no new output and "
-                              "changed no file.")
+            return self._warn(f"The last {self._turns_without_news} turns brought no new output "
+                              "and changed no file.")
         return []
 
     def _has_news(self, action: Action, turn: Turn) -> bool:
         """Return whether a turn showed new lines, or else changed files."""
-        if self._progress.has_new_lines(action.text, turn.output):
+        if self._news.update(action.text, turn.output):
             return True
-        earlier = self._files
-        self._files = snapshot_files(self._directory, self._environ)
-        return bool(self._files.changed_since(earlier))
+        earlier, self._files = self._files, snapshot_files(self._directory, self._environ)
+        return bool(find_changed_files(earlier, self._files))
 
     def _warn(self, problem: str) -> list[str]:
         self._was_warned = True

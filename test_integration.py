@@ -2016,7 +2016,7 @@ def test_claude_code_starts_afresh_where_there_is_nothing_to_continue(world):
     assert (done.status, done.stderr) == (0, "")
     assert world.log("took") == ["echo one", "echo two && die 9", "echo three"]
     assert [event["resumed"] for event in world.events("recovery")] == [False]
-    assert "remembers nothing" in model.last_message(2) and "two" in model.last_message(2)
+    assert "has no memory" in model.last_message(2) and "two" in model.last_message(2)
 
 
 # -- Sharing ------------------------------------------------------------------------------------
