@@ -2826,7 +2826,8 @@ def test_four_runs_at_once_each_complete_in_their_own_directory_and_session(
     for place in places:
         place.mkdir(parents=True)
         (place / "TASK").write_text(f"Be a {place.name}.\n")
-    with ModelOfMany(["MEMORY_SAVE: a fact\necho one", "echo two", *["TASK_COMPLETE"] * 2]) as model:
+    model = ModelOfMany(["MEMORY_SAVE: a fact\necho one", "echo two", *["TASK_COMPLETE"] * 2])
+    with model:
         settings = {"OPENROUTER_BASE_URL": model.url}
         if fragment == "#SBATCH":       # as Slurm does, which runs the script once for each task
             numbers = [{"SLURM_ARRAY_TASK_ID": str(each), "SLURM_JOB_ID": f"7{each}"}
