@@ -3611,10 +3611,11 @@ class TaskInfo(TypedDict):
     memories: list[str]
 
 
-def utc_timestamp() -> str:
-    """Return the time in the form 2026-01-31T09:00:00.123Z."""
+def utc_timestamp(seconds_from_now: float = 0.0) -> str:
+    """Return a time in the form 2026-01-31T09:00:00.123Z."""
     now = datetime.datetime.now(datetime.timezone.utc)
-    return now.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    time = now + datetime.timedelta(seconds=seconds_from_now)
+    return time.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def parse_event(line: bytes) -> Event | None:
@@ -3740,7 +3741,7 @@ class Journal:
             return self._secret.sub("[key]", value)
         return value
 
-    def publish(self, kind: str, **fields: object) -> None:
+    def publish(self, kind: str, /, **fields: object) -> None:
         """Add an event; it is in the file when this returns."""
         with self._publish_lock:        # so that subscribers get the events in order
             if self._is_complete:
@@ -3916,9 +3917,9 @@ MEMORY_SAVE: fact      a short fact that will help in later runs in this directo
 _VERIFY_HINT = "The user's check then runs; if it fails, you see its output and go on."
 _CONFIRM_HINT = "No check is set up, so you are asked to confirm it."
 _SUMMARY_PROMPT = """\
-Below is the older part of a session in which you direct a coding agent. Summarise it for \
-yourself, in at most 600 words: what was asked, what was done and proved, what failed and why, \
-decisions, names of files and commands that matter, what is still to do. Write only the summary."""
+[The conversation gets too long. Summarise the session so far for yourself, in at most 600 words: \
+what was asked, what was done and proved, what failed and why, decisions, names of files and \
+commands that matter, what is still to do. Write only the summary; it is not typed.]"""
 _COMPACTION_PROMPT = """\
 Below are facts remembered from work in one directory, as a JSON object. Return one of the same \
 form with at most {limit} facts, and nothing else: merge what belongs together, drop what is \
@@ -4197,6 +4198,12 @@ class Conversation:
             messages.append({"role": "user", "content": observation.as_text()})
         return messages
 
+    def messages_with_request(self, request: str) -> list[dict[str, str]]:
+        """Return the messages with a request on top of the newest one, which no cache has yet."""
+        messages = self.messages()
+        messages[-1]["content"] = f"{request}\n\n{messages[-1]['content']}"
+        return messages
+
     def add_exchange(self, reply: str, *sentences: str, output: str = "") -> None:
         """Add a reply of the model, and what came of it."""
         self._exchanges.append((reply, Observation(*sentences, output=output)))
@@ -4293,9 +4300,16 @@ class RunControl:
 class RunTotals:
     """What a run has used so far: iterations, tokens, US dollars, and seconds."""
 
+    CACHE_SECONDS = 300.0           # how long a model server keeps a prompt, if it costs no more
+    MIN_SHARE_OF_LONG_TURNS = 0.06  # from which on it is worth the price to keep it for an hour
+
     def __init__(self, clock: Callable[[], float]) -> None:
-        self.iterations, self.tokens, self.cost, self.earlier_seconds = 0, TokenUsage(), 0.0, 0.0
-        self._priced_calls = 0        # calls that are in `cost`
+        self.iterations = 0
+        self.tokens = TokenUsage()
+        self.cost: float | None = None      # None: no server has reported any
+        self.earlier_seconds = 0.0          # of the parts of the run before this one
+        self._priced_calls = 0              # calls that are in `cost`
+        self._turns = self._long_turns = 0  # of the agent; those that outlast the cache
         self.restarts = self.errors = 0     # of the agent; of all kinds
         self.last_words = ""        # the last line that the agent has shown
         self.unproved: list[str] = []       # what spoke against the end when the model confirmed it
@@ -4307,22 +4321,32 @@ class RunTotals:
         return self.earlier_seconds + self._clock() - self._started_at
 
     def add_call(self, tokens: Sequence[int], cost: float | None) -> None:
-        """Count a call to the model; a cost that is not told is taken to be the mean."""
-        self.tokens = TokenUsage(*map(sum, zip(self.tokens, tokens)))
-        if cost is None and self._priced_calls:
-            cost = self.cost / self._priced_calls
+        """Count a call to the model; a cost that is not reported is taken to be the mean."""
+        self.tokens = self.tokens.plus(tokens)
+        if cost is None and self.cost is not None:
+            cost = self.cost / max(1, self._priced_calls)
         if cost is not None:
-            self.cost, self._priced_calls = self.cost + cost, self._priced_calls + 1
+            self.cost = (self.cost or 0.0) + cost
+            self._priced_calls += 1
+
+    @property
+    def has_long_pauses(self) -> bool:
+        """Whether so many turns outlast the cache that one of an hour pays off."""
+        return self._long_turns > self.MIN_SHARE_OF_LONG_TURNS * self._turns
 
     def count_event(self, event: Event) -> None:
-        """Count an event that tells of a restart or of an error."""
+        """Count an event that tells of a restart, an error, or a turn."""
+        if event["type"] == "iteration_end":
+            self._turns += 1
+            self._long_turns += get_int(event, "duration_ms") > self.CACHE_SECONDS * 1000
         self.restarts += event["type"] == "recovery"
         self.errors += event["type"] == "error"
 
     def restore(self, past: Sequence[Event]) -> None:
         """Count what earlier parts of a run have used, without the times between them.
 
-        An iteration that had no reply yet is begun again.
+        An iteration that had no reply yet is begun again.  Where a part ends with its duration,
+        the time that the computer slept does not count either.
         """
         previous = None
         for event in past:
@@ -4330,7 +4354,7 @@ class RunTotals:
             used, cost = get_object(event, "tokens"), get_number(event, "cost")
             tokens = TokenUsage(*(get_int(used, name) for name in TokenUsage._fields))
             if event["type"] == "complete":         # has all that was used until then
-                self.tokens, self.cost = tokens, cost or 0.0
+                self.tokens, self.cost = tokens, cost
             elif used and event["type"] != "iteration_end":     # its reply has told that
                 self.add_call(tokens, cost)
             if event["type"] == "reply":
@@ -4340,6 +4364,8 @@ class RunTotals:
                 if previous and event.get("reason") != _RESUMED_REASON:
                     self.earlier_seconds += max(0.0, (at - previous).total_seconds())
                 previous = at
+            if event["type"] == "complete" and get_number(event, "duration_ms"):
+                self.earlier_seconds = get_int(event, "duration_ms") / 1000     # of all parts
 
     @contextlib.contextmanager
     def publish_outcome(self, journal: Journal, find_changed_files: (
@@ -4349,7 +4375,8 @@ class RunTotals:
             changed = find_changed_files() if find_changed_files else None
             files_changed = None if changed is None else len(changed)
             journal.publish("complete", outcome=outcome, reason=reason, iterations=self.iterations,
-                            tokens=self.tokens._asdict(), cost=round(self.cost, 6),
+                            tokens=self.tokens._asdict(),
+                            cost=None if self.cost is None else round(self.cost, 6),
                             duration_ms=round(self.seconds * 1000), restarts=self.restarts,
                             errors=self.errors, files_changed=files_changed,
                             last_words=self.last_words, unproved=self.unproved)
@@ -4596,6 +4623,7 @@ class Autopilot:
                  memory: Memory | None = None, journal: Journal | None = None,
                  control: RunControl | None = None, environ: Mapping[str, str] | None = None,
                  clock: Callable[[], float] = time.monotonic,
+                 wall_clock: Callable[[], float] = time.time,
                  sleep: Callable[[float], None] = time.sleep) -> None:
         self._agent = agent
         self._model = model
@@ -4604,12 +4632,15 @@ class Autopilot:
         self._journal = journal or Journal()
         self._memory = memory or Memory(agent.directory / "memory.json", config.memory_max_facts)
         self._control = control or RunControl(self._journal)
+        agent.take_interrupt = self._control.take_interrupt
         self._environ = child_environment(environ)
         self._clock = clock
+        self._wall_clock = wall_clock
         self._sleep = sleep
         self._task = ""
         self._output_label = f"{agent.name} output:\n"
         self._conversation = Conversation("")
+        self._untold = ""                   # what the journal should have of its beginning
         self._totals = RunTotals(clock)
         self._is_done = False
         self._messages_sent = 0             # to the agent, by any part of the run
@@ -4641,9 +4672,14 @@ class Autopilot:
                 self._journal.publish("task_info", **describe_run(
                     self._agent, self._config, task=task, memories=self._memory.facts,
                     model=getattr(self._model, "model", type(self._model).__name__)))
-            self._begin(task, history)
-            while not self._is_done:
-                self._step()
+            try:
+                self._begin(task, history)
+                while not self._is_done:
+                    self._step()
+            except Interrupted as interrupt:
+                if self._control.is_stopped:
+                    interrupt.args = ("stopped from the dashboard",)
+                raise
 
     # beginning
 
@@ -4654,8 +4690,9 @@ class Autopilot:
         self._files_at_start = self._files = snapshot_files(self._directory, self._environ)
         turn = self._agent.start(any(event["type"] == "reply" for event in history))
         self._news.update("", turn.output)
+        facts = history[0].get("memories") if history else self._memory.facts   # as it began
         self._conversation = Conversation(
-            self._system_prompt(), f"Task:\n{self._task}", f"{name} works in {self._directory}.")
+            self._system_prompt(facts), f"Task:\n{self._task}", f"{name} works in {self._directory}.")
         sentences = [f"[{note}]" for note in self._journal.redact(turn.notes)]
         output = self._output_label + self._journal.redact(turn.output)
         if history:
@@ -4664,18 +4701,18 @@ class Autopilot:
                 f"[You were stopped at {history[-1]['time']} and go on now, at {utc_timestamp()}. "
                 "The screen as it is now stands last. Your last message may or may not have "
                 "arrived. If the screen does not show it, check before you send it again.]"))
-            self._journal.publish("state", state="working", reason="the model is told",
-                                  told="\n\n".join([*sentences, output]))
+        self._untold = "\n\n".join([*sentences, output])
         self._conversation.tell(*sentences, output=output)
 
-    def _system_prompt(self) -> str:
+    def _system_prompt(self, memories: object) -> str:
         check = ""
         if self._config.verify_cmd:
             check = _VERIFY_HINT
         elif self._config.confirm_complete:
             check = _CONFIRM_HINT
         prompt = _SYSTEM_PROMPT.format(agent=self._agent.name, check=check)
-        facts = truncate_middle("".join(f"- {fact}\n" for fact in self._memory.facts))
+        memories = self._journal.redact(memories) if isinstance(memories, list) else []
+        facts = truncate_middle("".join(f"- {fact}\n" for fact in memories))
         return f"{prompt}\n## Memory from previous sessions\n{facts}" if facts else prompt
 
     def _rebuild_conversation(self, history: Sequence[Event]) -> None:
@@ -4728,7 +4765,7 @@ class Autopilot:
         self._wait_while_paused()
         self._begin_iteration()
         reply = self._query_model()
-        self._add_exchange(reply.text, self._act_on(reply))
+        self._add_exchange(self._journal.redact(reply.text), self._act_on(reply))
 
     def _act_on(self, reply: Reply) -> Event:
         """Do what a reply asks for; return the `iteration_end` that tells what came of it."""
@@ -4760,10 +4797,13 @@ class Autopilot:
 
     def _begin_iteration(self) -> None:
         self._check_budgets(self._totals.iterations)
+        self._control.take_interrupt()      # there is nothing now that it could interrupt
         self._conversation.tell(*self._control.take_notes())
         self._totals.iterations += 1
+        told = {"told": self._untold} if self._untold else {}
+        self._untold = ""
         self._journal.publish("iteration_start", iteration=self._totals.iterations,
-                              max_iter=self._config.max_iterations)
+                              max_iter=self._config.max_iterations, **told)
 
     def _query_model(self) -> Reply:
         """Return the model's next reply; shorten the conversation if it has become too long."""
@@ -4783,7 +4823,7 @@ class Autopilot:
                     raise
         self._journal.publish("reply", text=reply.text, **reply.usage_fields(),
                               duration_ms=reply.duration_ms)
-        if self._config.max_cost and reply.cost is None and not self._totals.cost:
+        if self._config.max_cost and reply.cost is None and self._totals.cost is None:
             raise BudgetExceeded("MAX_COST is set, but the model's server does not say what a call "
                                  "costs: use MAX_ITERATIONS or MAX_MINUTES")
         return reply
@@ -4813,6 +4853,8 @@ class Autopilot:
     def _execute(self, action: Action, is_confirmed: bool) -> Turn:
         """Do what a reply asks for; return what came of it."""
         kind = action.kind
+        if self._control.take_interrupt():
+            return Turn("", "idle", ("The user interrupted: nothing of your reply was done.",))
         if kind == "failed":
             raise TaskFailed(f"the model gave up: {action.text}")
         if kind == "complete":
@@ -4825,25 +4867,48 @@ class Autopilot:
             return self._agent.send_keys(action.keys, timeout)
         if kind == "wait":
             seconds = min(action.seconds, left)
-            self._journal.publish("state", state="waiting", reason=f"up to {seconds:g} s")
-            return self._agent.wait(seconds)
+            self._begin_wait("wait", seconds, f"up to {seconds:g} s")
+            turn = self._wait(seconds)
+            if self._control.ends_wait():
+                turn = turn._replace(notes=(*turn.notes, "The user ended the wait."))
+            return turn
         saved = "The fact was saved. " if action.facts else ""
         return Turn("", notes=(f"{saved}{action.text} Continue with the task, or end it with "
                                "TASK_COMPLETE.",))
+
+    def _wait(self, seconds: float) -> Turn:
+        """Wait for the agent, the user, or the end of a time by the clock on the wall.
+
+        While a computer sleeps, only that clock goes on.
+        """
+        end = self._wall_clock() + seconds
+        return self._agent.wait(min(seconds, self._seconds_left()), until=lambda: (
+            self._wall_clock() >= end or self._control.ends_wait()))
 
     def _wait_for_usage_limit(self, turn: Turn) -> Turn:
         """Wait for the end of a usage limit that says when that is, or until the agent goes on."""
         if not 0 < turn.usage_limit_seconds <= self.MAX_USAGE_LIMIT_SECONDS:
             return turn
-        end = self._clock() + turn.usage_limit_seconds + self.USAGE_LIMIT_MARGIN_SECONDS
-        at = datetime.datetime.now() + datetime.timedelta(seconds=end - self._clock())
-        self._journal.publish("state", state="waiting", reason=f"{self._agent.name} has reached a "
-                              f"usage limit: until {at:%Y-%m-%d %H:%M}")
+        seconds = turn.usage_limit_seconds + self.USAGE_LIMIT_MARGIN_SECONDS
+        end = self._wall_clock() + seconds
+        at = datetime.datetime.fromtimestamp(end)
+        self._begin_wait("usage_limit", seconds, f"{self._agent.name} has reached a usage limit: "
+                         f"until {at:%Y-%m-%d %H:%M}")
         later = Turn("", "idle")
-        while later.state in ("idle", "working") and self._clock() < end:
-            later = self._agent.wait(min(end - self._clock(), self._seconds_left()))
-        return turn._replace(output=f"{turn.output}\n{later.output}".rstrip(), notes=(
-            *turn.notes, *later.notes, "The usage limit was waited for and should be over now."))
+        while (later.state in ("idle", "working") and self._wall_clock() < end
+               and not self._control.ends_wait()):
+            later = self._wait(end - self._wall_clock())
+        note = "The usage limit was waited for and should be over now."
+        if self._control.ends_wait():
+            note = "The user ended the wait for the usage limit, which may not be over yet."
+        return turn._replace(output=f"{turn.output}\n{later.output}".rstrip(),
+                             notes=(*turn.notes, *later.notes, note))
+
+    def _begin_wait(self, kind: str, seconds: float, reason: str) -> None:
+        """Announce a wait, which the user can end."""
+        self._control.begin_wait()
+        self._journal.publish("state", state="waiting", kind=kind, reason=reason,
+                              until=utc_timestamp(seconds))
 
     # the end
 
@@ -5023,8 +5088,7 @@ class Autopilot:
         if len(older) < worth:
             return False
         try:
-            reply = self._complete(
-                Conversation(_SUMMARY_PROMPT, truncate_middle(older, room)).messages())
+            reply = self._request_summary(truncate_middle(older, room))
             summary, used = reply.text, reply.usage_fields()
         except RequestRejected:     # any other error ends the run, which has then lost nothing
             summary = "\n".join(textwrap.shorten(part, 200) for part in older.split("\n\n"))
@@ -5034,8 +5098,17 @@ class Autopilot:
         self._journal.publish("history", summarised=count, summary=summary, **used)
         return True
 
+    def _request_summary(self, older: str) -> Reply:
+        """Ask for a summary at the end of the conversation, which the model server has cached."""
+        try:
+            return self._complete(self._conversation.messages_with_request(_SUMMARY_PROMPT))
+        except ContextWindowExceeded:
+            return self._complete(Conversation(_SUMMARY_PROMPT, older).messages())
+
     def _complete(self, messages: Messages, on_text: Callable[[str], object] = ignore) -> Reply:
         """Ask the model within the budgets, which end it too, and count what that uses."""
+        if isinstance(self._model, OpenRouter):
+            self._model.has_long_pauses = self._totals.has_long_pauses
         return self._model.complete(messages, on_text=on_text, on_usage=self._totals.add_call,
                                     time_left=self._check_budgets)
 
@@ -5046,8 +5119,9 @@ class Autopilot:
         config, totals = self._config, self._totals
         if config.max_iterations and iterations >= config.max_iterations:
             raise BudgetExceeded(f"MAX_ITERATIONS={config.max_iterations} reached")
-        if config.max_cost and totals.cost >= config.max_cost:
-            raise BudgetExceeded(f"MAX_COST={config.max_cost:g} reached: ${totals.cost:.4f} spent")
+        cost = totals.cost or 0.0
+        if config.max_cost and cost >= config.max_cost:
+            raise BudgetExceeded(f"MAX_COST={config.max_cost:g} reached: ${cost:.4f} spent")
         return self._seconds_left()
 
     def _seconds_left(self) -> float:
@@ -5639,14 +5713,12 @@ _CONTENT_SECURITY_POLICY = (
 _TOKEN_FORM = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>orchestrator</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<style nonce="NONCE">
-  :root { color-scheme: light dark; font: 16px/1.6 sans-serif; }
-  main { max-width: 36rem; margin: 12vh auto; } input, button { font: inherit; padding: 4px 8px; }
-</style>
+<style nonce="NONCE">:root { color-scheme: light dark; font: 20px/1.6 sans-serif; }
+  main { max-width: 30rem; margin: 12vh auto; } input, button { font: inherit; }</style>
 <main><h1>Dashboard</h1><p>Missing or wrong token. Open the address that the orchestrator printed
-in the terminal, or paste that address or its token here.</p>
-<form><label>Token <input name="token" autocomplete="off" required autofocus></label>
-<button>Open</button></form></main>
+in the terminal, or paste that address or its token here.</p><form><label>Token
+<input name="token" autocomplete="off" required autofocus></label> <button>Open</button></form>
+</main>
 """
 _MAX_BODY_BYTES = 65_536
 _DIGITS = re.compile("[0-9]{1,15}")
@@ -5655,7 +5727,7 @@ _CONTROL_ACTIONS = ("pause", "resume", "stop", "note", "continue", "interrupt")
 
 
 def _parse_address(name: str) -> Any:
-    """Return the IP address that a text is, IPv4 for one that is mapped into IPv6, or None."""
+    """Return the IP address that a text is, or None; IPv4 for one that is mapped into IPv6."""
     try:
         address = ipaddress.ip_address(name)
     except ValueError:
@@ -5672,7 +5744,7 @@ def _machine_names() -> frozenset[str]:
 
 
 def _is_other_user(client_port: int, server_port: int) -> bool:
-    """Tell whether a connection within this machine is known to come from another user (Linux)."""
+    """Tell whether a connection within this machine comes from another user, as Linux knows."""
     table = ""
     for path in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")):
         with contextlib.suppress(OSError):
@@ -5683,21 +5755,18 @@ def _is_other_user(client_port: int, server_port: int) -> bool:
 
 
 def read_dashboard_address(journal_path: Path) -> dict[str, Any]:
-    """Return what was kept of a run's dashboard: host, port, token and url; or nothing."""
+    """Return what was saved of a run's dashboard: host, port, token and url; {} if nothing was."""
     with contextlib.suppress(OSError):
-        address = parse_json_object(journal_path.with_suffix(".dashboard").read_bytes()) or {}
-        if [type(address.get(name)) for name in ("host", "port", "token", "url")] == [str, int, str, str]:
-            return address
+        return parse_json_object(journal_path.with_suffix(".dashboard").read_bytes()) or {}
     return {}
 
 
 def find_live_dashboard(journal_path: Path) -> str:
-    """Return the address of a run's dashboard if somebody listens there, with its token, or ""."""
+    """Return the address of a run's dashboard, with its token, or "" if nobody listens there."""
     address = read_dashboard_address(journal_path)
-    if address:
-        with contextlib.suppress(OSError, OverflowError):
-            socket.create_connection((address["host"], address["port"]), timeout=0.5).close()
-            return str(address["url"])
+    place = get_text(address, "host"), get_int(address, "port")
+    with contextlib.suppress(OSError, OverflowError), socket.create_connection(place, 0.5):
+        return get_text(address, "url")
     return ""
 
 
@@ -5714,85 +5783,50 @@ class QuietHandler(http.server.BaseHTTPRequestHandler):
 
 
 class _DashboardHandler(QuietHandler):
-    """Handles one connection of a browser."""
+    """Handles one request of a browser."""
 
     server: Any                 # the Dashboard
     timeout = 5                 # seconds for a read or write
-    WRITE_TIMEOUT = 20          # for a write to a stream: a client that can't keep up is dropped
+    STREAM_TIMEOUT = 20         # for a write to a stream: a client that can't keep up is dropped
     server_version = "orchestrator"
     sys_version = ""
 
-    def do_GET(self) -> None:
-        """Serve the page, the stream of events and the journal."""
-        path, query = self._parse_path()
+    def _respond(self) -> None:
+        """Answer a request of any method."""
+        path, _, query_text = self.path.partition("?")
+        if path.startswith(f"{self.server.path_prefix}/"):      # where a proxy left it in
+            path = path[len(self.server.path_prefix):]
+        query = dict(urllib.parse.parse_qsl(query_text))
         if not self._is_authorized(query.get("token", "")):
             return
-        if path == "/":
+        if (self.command, path) == ("GET", "/"):
             self._send_page()
-        elif path == "/events":
+        elif (self.command, path) == ("GET", "/events"):
             self._stream_events(query)
-        elif path == "/journal":
+        elif (self.command, path) == ("GET", "/journal"):
             self._send_journal()
+        elif (self.command, path) == ("POST", "/control"):
+            self._take_action()
         else:
-            status = 405 if path == "/control" else 404
-            self._send_text(status, "GET serves /, /events and /journal.")
+            is_known = path in ("/", "/events", "/journal", "/control")
+            self._send_text(405 if is_known else 404,
+                            "GET serves /, /events and /journal; POST goes to /control.")
 
-    def do_POST(self) -> None:
-        """Carry out an action of the user."""
-        path, _ = self._parse_path()
-        length = self.headers.get("Content-Length", "")
-        if not self._is_authorized():
-            return
-        if path != "/control":
-            status = 405 if path in ("/", "/events", "/journal") else 404
-            self._send_text(status, "POST goes to /control.")
-        elif self.headers.get_content_type() != "application/json":
-            self._send_text(415, "Expected Content-Type: application/json.")
-        elif not _DIGITS.fullmatch(length) or int(length) > _MAX_BODY_BYTES:
-            self._send_text(413, f"Expected a body of 1 to {_MAX_BODY_BYTES} bytes, not chunked.")
-        else:
-            self._control(parse_json_object(self.rfile.read(int(length))) or {})
+    do_GET = do_POST = do_HEAD = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _respond
 
-    def _reject_method(self) -> None:
-        if self._is_authorized():
-            self._send_text(405, "Expected GET or POST.")
-
-    do_HEAD = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _reject_method
-
-    def _control(self, request: Mapping[str, object]) -> None:
-        action, text = request.get("action"), request.get("text", "")
-        if action not in _CONTROL_ACTIONS or not isinstance(text, str):
-            self._send_text(400, f"Expected an action: {', '.join(_CONTROL_ACTIONS)}.")
-        elif action == "note" and not text.strip():
-            self._send_text(400, "Expected a text: the note is empty.")
-        elif not self.server.control:
-            self._send_text(409, "This is a recording: there is no run to control.")
-        else:
-            self.server.control(action, text)
-            self._send_text(204, "")
-
-    def _parse_path(self) -> tuple[str, dict[str, str]]:
-        """Return the path, without the prefix that a proxy may have left there, and the query."""
-        path, _, query = self.path.partition("?")
-        prefix = self.server.path_prefix
-        if prefix and path.startswith(f"{prefix}/"):
-            path = path[len(prefix):]
-        return path, dict(urllib.parse.parse_qsl(query))
-
-    def _is_authorized(self, token: str = "") -> bool:
-        """Tell whether our own page, or who has the token, asks; refuse all others.
+    def _is_authorized(self, token: str) -> bool:
+        """Tell whether a request comes from our own page and has the token; refuse all others.
 
         Another web page reaches us only under a foreign name (DNS rebinding) or with a foreign
-        Origin, which a POST always has.
+        Origin, which every POST has.
         """
         origins = self.server.own_origins(self.headers.get("Host", ""))
         origin = self.headers.get("Origin")
-        if not origins:
-            self._send_text(403, "The dashboard does not answer under this name. Open the address "
-                            "that the orchestrator printed, or set DASHBOARD_URL to yours.")
-        elif origin not in origins and (origin is not None or self.command == "POST"):
-            self._send_text(403, "The dashboard's page did not send this. If a proxy publishes it, "
-                            "set DASHBOARD_URL to the address that the browser shows.")
+        is_foreign = origin not in origins and (origin is not None or self.command == "POST")
+        if is_foreign or not origins:
+            self._send_text(403, "The dashboard does not answer under this name, or to this page. "
+                            "Open the address that the orchestrator printed, or set DASHBOARD_URL "
+                            "to the address that your browser shows.")
         elif self._has_token(token):
             return True
         elif self.command == "GET":
@@ -5811,24 +5845,39 @@ class _DashboardHandler(QuietHandler):
         given = token.rpartition("token=")[2].strip() or cookies.get(self.server.cookie_name, "")
         return self.server.take_token(given, self.client_address[1])
 
+    def _take_action(self) -> None:
+        length = self.headers.get("Content-Length", "")
+        if self.headers.get_content_type() != "application/json":
+            return self._send_text(415, "Expected Content-Type: application/json.")
+        if not _DIGITS.fullmatch(length) or int(length) > _MAX_BODY_BYTES:
+            return self._send_text(413, f"Expected a body of 1 to {_MAX_BODY_BYTES} bytes.")
+        request = parse_json_object(self.rfile.read(int(length))) or {}
+        action, text = request.get("action"), request.get("text", "")
+        if action not in _CONTROL_ACTIONS or not isinstance(text, str):
+            return self._send_text(400, f"Expected an action: {', '.join(_CONTROL_ACTIONS)}.")
+        if action == "note" and not text.strip():
+            return self._send_text(400, "Expected a text: the note is empty.")
+        if not self.server.control:
+            return self._send_text(409, "This is a recording: there is no run to control.")
+        self.server.control(action, text)
+        return self._send_text(204, "")
+
     def _send_page(self) -> None:
         self.server.page_opened.set()
-        values = {"RECORDING": "no" if self.server.control else "yes",
-                  "SERVER_TIME": utc_timestamp(),
-                  "JOURNAL_PATH": html.escape(str(self.server.journal.path or ""))}
         # Without a Path the browser takes that of the page, also behind a proxy.
         cookie = f"{self.server.cookie_name}={self.server.token}; HttpOnly; SameSite=Strict"
-        self._send_html(200, DASHBOARD_PAGE, values, {"Set-Cookie": cookie})
+        self._send_html(200, DASHBOARD_PAGE, {
+            "RECORDING": "no" if self.server.control else "yes", "SERVER_TIME": utc_timestamp(),
+            "JOURNAL_PATH": html.escape(str(self.server.journal.path or ""))},
+            {"Set-Cookie": cookie})
 
     def _send_html(self, status: int, page: str, values: Mapping[str, str],
                    headers: Mapping[str, str] = {}) -> None:
-        """Send a page in which the names of `values` are replaced by these, and NONCE by a new one."""
-        nonce = secrets.token_urlsafe(16)
-        texts = {"NONCE": nonce, **values}
-        page = re.sub("|".join(texts), lambda match: texts[match[0]], page)
-        self._send_text(status, page, {
-            "Content-Type": "text/html; charset=utf-8",
-            "Content-Security-Policy": _CONTENT_SECURITY_POLICY.replace("NONCE", nonce), **headers})
+        """Send a page, with `values` in the place of their names and a new nonce."""
+        texts = {**values, "NONCE": secrets.token_urlsafe(16)}
+        self._send_text(status, re.sub("|".join(texts), lambda match: texts[match[0]], page), {
+            "Content-Type": "text/html; charset=utf-8", "Content-Security-Policy":
+            _CONTENT_SECURITY_POLICY.replace("NONCE", texts["NONCE"]), **headers})
 
     def _send_text(self, status: int, text: str, headers: Mapping[str, str] = {}) -> None:
         body = text.encode("utf-8", "replace")
@@ -5837,6 +5886,7 @@ class _DashboardHandler(QuietHandler):
         self.wfile.write(body)
 
     def _send_headers(self, status: int, headers: Mapping[str, str]) -> None:
+        self.connection.settimeout(self.STREAM_TIMEOUT)
         self.send_response(status)
         for name, value in {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
                             "Referrer-Policy": "no-referrer", **headers}.items():
@@ -5847,34 +5897,28 @@ class _DashboardHandler(QuietHandler):
         """Send the events after an id, and those to come unless the query says `once`."""
         last_id = self.headers.get("Last-Event-ID") or query.get("after", "")
         after = int(last_id) if _DIGITS.fullmatch(last_id) else 0
+        timeout = 0.0 if "once" in query else 15.0
         live_id = 0
         is_over = False
-        self.connection.settimeout(self.WRITE_TIMEOUT)
         self._send_headers(200, {"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"})
-        self._send_time()
         with self.server.journal.count_reader():
+            lines: list[bytes] = []
             while not is_over:
-                batch = self.server.journal.read_after(after, live_id, 0 if "once" in query else 15)
+                if not lines:       # the page learns the time, and that the connection works
+                    now = json.dumps({"type": "now", "time": utc_timestamp()}).encode()
+                    self.wfile.write(b"data: %s\n\n" % now)
+                batch = self.server.journal.read_after(after, live_id, timeout)
                 lines = [b"id: %d\ndata: %s\n" % event for event in batch.events]
                 lines += [b"data: %s\n" % event for event in batch.live_events]
                 self.wfile.write(b"".join(lines))
-                if batch.events:
-                    after = batch.events[-1][0]
+                after = batch.events[-1][0] if batch.events else after
                 live_id = batch.last_live_id
-                is_over = batch.is_closed or ("once" in query and not batch.events)
-                if not lines:
-                    self._send_time()
-
-    def _send_time(self) -> None:
-        """Send the time, by which the page also knows that the connection still works."""
-        event = json.dumps({"type": "now", "time": utc_timestamp()})
-        self.wfile.write(f"data: {event}\n\n".encode())
+                is_over = batch.is_closed or (not timeout and not batch.events)
 
     def _send_journal(self) -> None:
         """Send the events so far as a file."""
         journal = self.server.journal
         name = re.sub(r"[^A-Za-z0-9_.-]", "_", journal.path.name if journal.path else "run.jsonl")
-        self.connection.settimeout(self.WRITE_TIMEOUT)
         self._send_headers(200, {"Content-Type": "application/x-ndjson",
                                  "Content-Disposition": f'attachment; filename="{name}"'})
         after = 0
@@ -5895,7 +5939,6 @@ class Dashboard(http.server.ThreadingHTTPServer):
     timeout = 0
     allow_reuse_port = False
     MAX_CONNECTIONS = 160       # a flood must leave the run its files: macOS allows 256
-    ENTRY_SECONDS = 60.0        # within which a browser that we open has to come
 
     def __init__(self, journal: Journal, *, host: str = "127.0.0.1", port: int = 0,
                  control: Callable[[str, str], object] | None = None, url: str = "",
@@ -5903,10 +5946,10 @@ class Dashboard(http.server.ThreadingHTTPServer):
         self.journal = journal
         self.control = control
         self.token = token or secrets.token_urlsafe(24)
+        self.page_opened = threading.Event()
         # Ports do not keep cookies apart, so each dashboard has a name of its own.
         self.cookie_name = f"orchestrator-{hashlib.sha256(self.token.encode()).hexdigest()[:8]}"
-        self.page_opened = threading.Event()
-        self._entry_codes: dict[str, float] = {}        # and until when they are good
+        self._entry_code = secrets.token_urlsafe(24)
         self._connections: set[socket.socket] = set()
         self._host = host.strip("[]").lower()
         self.address_family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
@@ -5916,25 +5959,23 @@ class Dashboard(http.server.ThreadingHTTPServer):
             raise ConfigError(f"DASHBOARD_HOST={host!r}, DASHBOARD_PORT={port}: can't listen: "
                               f"{getattr(error, 'strerror', None) or error}") from None
         self._bound_address = _parse_address(str(self.server_address[0]))
-        self._set_addresses(url)
-
-    def _set_addresses(self, public_url: str) -> None:
-        """Work out the addresses of the page: on this machine and, through a proxy, its own."""
         if self._bound_address.is_unspecified:
             self._host = "127.0.0.1"
-        host = f"[{self._host}]" if ":" in self._host else self._host
-        self._local_url = f"http://{host}:{self.server_port}/"
-        self.url = f"{public_url.rstrip('/') or self._local_url.rstrip('/')}/?token={self.token}"
-        public = urllib.parse.urlsplit(public_url)
-        default_port = ":443" if public.scheme == "https" else ":80"
+        local_host = f"[{self._host}]" if ":" in self._host else self._host
+        local_url = f"http://{local_host}:{self.server_port}"
+        self.url = f"{url.rstrip('/') or local_url}/?token={self.token}"
+        # Other users can read a browser's arguments: this address is good once, and for us only.
+        self.entry_url = f"{local_url}/?token={self._entry_code}"
+        public = urllib.parse.urlsplit(url)
         self.path_prefix = public.path.rstrip("/")
         self._public_name = public.hostname
-        self._public_origin = f"{public.scheme}://{public.netloc.removesuffix(default_port)}".lower()
+        host = public.netloc.lower().removesuffix(":443" if public.scheme == "https" else ":80")
+        self._public_origin = f"{public.scheme}://{host}"
 
     def own_origins(self, host_header: str) -> list[str]:
         """Return the origins of our own page under a Host; none if that is not a name of ours.
 
-        A tunnel or a published port of a container changes the port, so any port will do.
+        Tunnels and published ports change the port, so any port will do.
         """
         host = host_header.lower()
         match = _HOST.fullmatch(host)
@@ -5947,38 +5988,29 @@ class Dashboard(http.server.ThreadingHTTPServer):
         return origins
 
     def _is_own_name(self, name: str) -> bool:
+        bound = self._bound_address
         address = _parse_address(name)
-        has_all_addresses = self._bound_address.is_unspecified
         if address:
-            return address.is_loopback or has_all_addresses or address == self._bound_address
-        if has_all_addresses and name in _machine_names():
-            return True
-        return name in ("localhost", self._host)
+            return address.is_loopback or bound.is_unspecified or address == bound
+        return name in ("localhost", self._host) or (
+            bound.is_unspecified and name in _machine_names())
 
     def take_token(self, given: str, client_port: int) -> bool:
-        """Tell whether this is the token, or a code of `make_entry_url`, which is then used up."""
+        """Tell whether this is the token, or the code of `entry_url`, which is then used up."""
         if secrets.compare_digest(given.encode("utf-8", "replace"), self.token.encode()):
             return True
-        if given not in self._entry_codes or _is_other_user(client_port, self.server_port):
+        if given != self._entry_code or _is_other_user(client_port, self.server_port):
             return False
-        return self._entry_codes.pop(given, 0.0) > time.monotonic()
-
-    def make_entry_url(self) -> str:
-        """Return an address that opens the page once, within a minute, for this user only.
-
-        It is made for the arguments of a browser, which all users of the machine can read.
-        """
-        code = secrets.token_urlsafe(24)
-        self._entry_codes[code] = time.monotonic() + self.ENTRY_SECONDS
-        return f"{self._local_url}?token={code}"
+        self._entry_code = secrets.token_urlsafe(24)
+        return True
 
     def save_address(self, journal_path: Path) -> None:
-        """Keep the address beside the journal, for this user, for `--status` and `--resume`."""
+        """Save the address beside the journal, readable for this user only."""
         address = {"host": self._host, "port": self.server_port, "token": self.token,
                    "url": self.url}
-        with contextlib.suppress(OSError):      # such a disk is told of by the journal
-            path = journal_path.with_suffix(".dashboard")
-            with open(path, "w", opener=lambda *how: os.open(*how, 0o600)) as file:
+        with contextlib.suppress(OSError):      # the journal complains about such a disk
+            with open(journal_path.with_suffix(".dashboard"), "w",
+                      opener=lambda *how: os.open(*how, 0o600)) as file:
                 json.dump(address, file)
 
     def server_bind(self) -> None:
@@ -6426,16 +6458,15 @@ def session_lock(config: Config, place: Workspace) -> Iterator[None]:
 def open_dashboard(config: Config, journal: Journal,
                    control: Callable[[str, str], object] | None) -> Dashboard:
     """Return the dashboard; that of a resumed run keeps its token and, if it is free, its port."""
-    is_run = control and journal.path
-    earlier = read_dashboard_address(journal.path) if is_run else {}
+    earlier = read_dashboard_address(journal.path) if control and journal.path else {}
 
     def listen(port: int) -> Dashboard:
         return Dashboard(journal, host=config.dashboard_host, port=port, control=control,
-                         url=config.dashboard_url, token=earlier.get("token", ""))
+                         url=config.dashboard_url, token=get_text(earlier, "token"))
 
-    if earlier and not config.dashboard_port:
+    if not config.dashboard_port:
         with contextlib.suppress(ConfigError):
-            return listen(earlier["port"])
+            return listen(get_int(earlier, "port"))
     return listen(config.dashboard_port)
 
 
@@ -6472,7 +6503,7 @@ def serve_dashboard(config: Config, journal: Journal,
         has_display = any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY")))
         is_opened = config.dashboard_open and (has_display or sys.platform == "darwin")
         if is_opened:
-            open_browser(dashboard.make_entry_url())
+            open_browser(dashboard.entry_url)
         try:
             yield
         finally:

@@ -180,7 +180,8 @@ class Hands:
     def send_keys(self, keys, timeout=0):
         return self._next(tuple(keys))
 
-    def wait(self, seconds):
+    def wait(self, seconds, until=orchestrator.never):
+        self.until = until
         return self._next(seconds)
 
     def _next(self, order):
@@ -471,7 +472,7 @@ class Flight:
         self.pilot = Autopilot(
             self.agent, self.model, config=Config(**{"confirm_complete": False, **settings}), memory=self.memory,
             journal=self.journal, control=self.control, environ=os.environ, clock=self.clock,
-            sleep=self.clock.sleep)
+            wall_clock=self.clock, sleep=self.clock.sleep)
 
     def run(self, past=()):
         """Run to the end; return how it ended."""
@@ -2780,6 +2781,60 @@ def test_openrouter_is_asked_for_the_credit_of_the_key(api):
     assert [path for path, _, _ in api.requests[:2]] == ["/api/v1/key"] * 2
 
 
+def test_only_openrouter_lists_every_model_that_works(api):
+    api.answers = [answer({"data": {}}), answer(MODELS)]
+    with pytest.raises(ModelError, match="OPENROUTER_MODEL='other/lagre': .*no such.*other/large"):
+        Home(api, model="other/lagre").check_access()
+    api.answers = [answer({"data": [{"id": "models/gemini-3-pro"}]})]
+    access = Client(api.url, model="gemini-3-prp").check_access()
+    assert access.description == "gemini-3-prp" and "may work" in access.warning
+    assert "The closest match is 'models/gemini-3-pro'" in access.warning
+
+
+@pytest.mark.parametrize("first", [
+    answer("404 page not found", 404), answer({"error": "Unexpected endpoint. (GET /models)"})],
+    ids=["404", "LM Studio"])
+def test_a_missing_v1_is_found_before_the_run(api, first):
+    api.answers = [first, answer(MODELS)]
+    with pytest.raises(ModelError, match="OPENROUTER_BASE_URL=http.*Set it to http.*/v1$"):
+        Client(api.url).check_access()
+    assert [path for path, _, _ in api.requests] == ["/api/v1/models", "/api/v1/v1/models"]
+    api.answers = [first]
+    assert "not checked" in Client(api.url).check_access().description
+
+
+def test_a_query_in_the_address_is_kept_and_not_shown(api):
+    api.answers, client = [answer(refusal(401), 401)], Client(f"{api.url}/?api-version=1&k=secret")
+    with pytest.raises(ModelError, match="Check OPENROUTER_API_KEY for http") as caught:
+        client.say()
+    assert api.requests[0][0] == "/api/v1/chat/completions?api-version=1&k=secret"
+    assert "secret" not in str(caught.value)
+    client._address = "https://mine.openai.azure.com/openai/deployments/gpt"
+    error = orchestrator.error_from_response(404, {}, {}, client._address)
+    assert "azure.com/openai/v1" in str(error) and "name of the deployment" in str(error)
+
+
+def test_no_password_of_a_proxy_is_shown(monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://user:pass@wo%40rd@127.0.0.1:9/")
+    client = Client("http://models.test/v1")
+    with pytest.raises(ModelError, match="through the proxy 127.0.0.1:9: .*efused"):
+        client.say()
+    assert "pass" not in "".join(client.told) and "user" not in "".join(client.told)
+
+
+@pytest.mark.parametrize("answers, told", [
+    ([GOOD], "answered in 0.0 s, 9 tokens, $0.5000"), ([answer(whole())], "cost not reported"),
+    ([answer(refusal(400, "stream_options: no"), 400), GOOD], "9 tokens"),
+    ([answer(whole(None, "length"))], "answered in")])
+def test_a_tiny_completion_shows_that_server_key_and_model_work(api, answers, told):
+    api.answers, client = answers, Client(api.url)
+    assert told in client.check_completion() and api.requests[0][2]["max_tokens"] == 16
+    api.answers = [answer("", 503)]
+    with pytest.raises(TransientError, match="503"):
+        Client(api.url).check_completion()
+    assert not client.time.slept
+
+
 def test_a_server_that_does_not_list_its_models_is_no_obstacle(api):
     for status in (404, 405, 501):
         api.answers = [answer("", status)]
@@ -3555,7 +3610,7 @@ def test_a_cost_limit_needs_a_server_that_says_what_it_costs(fly):
     assert flight.run() == "budget" and "MAX_COST" in str(flight.error)
     assert not flight.agent.told
     flight = fly(Reply("TASK_COMPLETE", TokenUsage(), None, 1))
-    assert flight.run() == "complete" and flight.of("complete")[-1]["cost"] == 0
+    assert flight.run() == "complete" and flight.of("complete")[-1]["cost"] is None
 
 
 @pytest.mark.parametrize("reply, hint", [
@@ -3972,6 +4027,98 @@ def test_a_paused_run_waits_for_its_person(fly):
     assert [event["state"] for event in flight.of("state")] == ["paused", "resumed"]
 
 
+def test_a_pause_in_a_wait_is_told_at_once_and_holds_after_it(fly):
+    def wait() -> Turn:
+        flight.control.handle("pause")
+        assert not flight.agent.until()
+        flight.clock.at(500, lambda: flight.control.handle("resume"))
+        return Turn("", "idle")
+
+    flight = fly("WAIT: 1h", "TASK_COMPLETE", turns=[wait])
+    assert flight.run() == "complete" and flight.clock.now >= 1500
+    assert [event["state"] for event in flight.of("state")] == ["waiting", "paused", "resumed"]
+
+
+STEPS = [("note", "mind\nthe gap"), ("continue", ""), ("interrupt", "mind\nthe gap")]
+
+
+@pytest.mark.parametrize("action, text", STEPS)
+@pytest.mark.parametrize("kind, turns", [
+    ("wait", []), ("usage_limit", [Turn("limit", usage_limit_seconds=3600.0)])])
+def test_the_user_ends_a_wait(action, text, kind, turns, fly):
+    def wait() -> Turn:
+        assert not flight.agent.until()
+        flight.control.handle(action, text)
+        assert flight.agent.until()
+        return Turn("", "idle")
+
+    reply = "WAIT: 2h" if kind == "wait" else "work"
+    flight = fly(reply, "TASK_COMPLETE", turns=[*turns, wait])
+    flight.control.handle("continue")           # before: there was nothing to end
+    flight.run()
+    waiting = flight.of("state")[0]
+    assert (waiting["state"], waiting["kind"]) == ("waiting", kind)
+    seconds = (datetime.datetime.fromisoformat(waiting["until"].replace("Z", "+00:00"))
+               - datetime.datetime.now(datetime.timezone.utc)).total_seconds()
+    assert (7100 if kind == "wait" else 3600) < seconds < 7300
+    assert "The user ended the wait" in flight.shown(1)
+    assert ("mind\nthe gap" in flight.shown(1)) == bool(text)
+
+
+def test_a_note_before_a_wait_that_the_model_has_not_seen_ends_it(fly):
+    def reply() -> str:
+        flight.control.handle("note", "hurry")
+        return "WAIT: 2h"
+
+    flight = fly(reply, "TASK_COMPLETE", turns=[lambda: Turn(str(flight.agent.until()), "idle")])
+    flight.run()
+    assert "True" in flight.shown(1) and "hurry" in flight.shown(1)
+
+
+def test_an_interrupt_while_the_model_thinks_keeps_its_reply_from_being_done(fly):
+    def reply() -> str:
+        flight.control.handle("interrupt", "not that")
+        return "rm -r everything"
+
+    flight = fly(reply, "better", "TASK_COMPLETE")
+    assert flight.run() == "complete" and flight.agent.told == ["better"]
+    assert "nothing of your reply was done" in flight.shown(1) and "not that" in flight.shown(1)
+    assert [event["state"] for event in flight.of("state")] == ["interrupted"]
+
+
+def test_an_interrupt_between_two_turns_has_nothing_to_interrupt(fly):
+    flight = fly("one", "TASK_COMPLETE")
+    flight.control.handle("pause")
+    flight.control.handle("interrupt", "mind the gap")
+    flight.control.handle("resume")
+    assert flight.run() == "complete" and flight.agent.told == ["one"]
+    assert "mind the gap" in flight.shown(0)
+
+
+def test_an_agent_asks_whether_its_turn_is_to_be_interrupted(fly):
+    def turn() -> str:
+        asked = [flight.agent.take_interrupt()]
+        flight.control.handle("interrupt")
+        asked += [flight.agent.take_interrupt(), flight.agent.take_interrupt()]
+        return str(asked)
+
+    flight = fly("one", "TASK_COMPLETE", turns=[turn])
+    flight.run()
+    assert "[False, True, False]" in flight.shown(1)
+
+
+def test_a_stop_from_the_dashboard_is_told_as_such(fly):
+    def stop() -> None:
+        raise Interrupted(signal.SIGINT)
+
+    flight = fly("one", turns=[lambda: flight.control.handle("stop")])
+    flight.control._stop = stop
+    with pytest.raises(Interrupted):
+        flight.run()
+    end = flight.journal.events()[-1]
+    assert (end["outcome"], end["reason"]) == ("interrupted", "stopped from the dashboard")
+
+
 LONG = [f"{letter} {'x' * 4_900}" for letter in "abcd"]     # fills a conversation of 5,000 tokens
 
 
@@ -3979,7 +4126,9 @@ def test_a_long_conversation_is_summarised_by_the_model(fly):
     flight = fly("one", "two", "three", "four", "what happened so far", "TASK_COMPLETE",
                  turns=LONG, history_max_tokens=5_000)
     assert flight.run() == "complete" and flight.agent.told == ["one", "two", "three", "four"]
-    assert "YOU: two" in flight.shown(4) and "YOU: three" not in flight.shown(4)
+    last, asking = flight.model.calls[3:5]      # at the end of what the model server has cached
+    assert asking[:len(last)] == last and len(asking) == len(last) + 2
+    assert "Summarise the session" in flight.shown(4) and LONG[3] in flight.shown(4)
     opening, *rest = [message["content"] for message in flight.model.calls[5][1:]]
     assert "\n\n## Summary of the work so far\nwhat happened so far\n\n" in opening
     assert rest[0] == "three" and len(rest) == 4
@@ -4002,7 +4151,7 @@ def test_a_run_that_ends_where_a_summary_is_due_has_lost_nothing(fly):
     assert first.run() == "model" and not first.of("history")
     second = fly("in short", "TASK_COMPLETE", history_max_tokens=5_000)
     assert second.run(first.journal.events()) == "complete"
-    assert LONG[0] in second.shown(0) and "in short" in second.model.calls[1][1]["content"]
+    assert LONG[3] in second.shown(0) and "in short" in second.model.calls[1][1]["content"]
 
 
 def test_no_conversation_has_more_messages_than_a_model_takes(fly):
@@ -4016,7 +4165,7 @@ def test_no_conversation_has_more_messages_than_a_model_takes(fly):
 def summarising(complete):
     """Return a model's complete that gives summaries besides its script."""
     return lambda messages, **how: complete(messages, **how) \
-        if "Summarise it" not in messages[0]["content"] else Reply("in short", TokenUsage(), 0.0, 1)
+        if "Summarise the session" not in messages[-1]["content"] else Reply("in short", TokenUsage(), 0.0, 1)
 
 
 def test_the_prompt_stays_within_its_bound_in_steps_that_keep_its_beginning(fly):
@@ -4030,6 +4179,71 @@ def test_the_prompt_stays_within_its_bound_in_steps_that_keep_its_beginning(fly)
     assert max(len("".join(call)) for call in calls) <= 60_000      # 15,000 tokens
     kept = [later[:len(earlier)] == earlier for earlier, later in zip(calls, calls[1:])]
     assert kept.count(False) == len(flight.of("history")) < len(sizes) / 4
+
+
+def test_each_prompt_begins_with_the_one_before_byte_for_byte_also_after_a_resume(fly):
+    def take_note(flight: Flight, number: int) -> str:
+        if number % 5 == 2:
+            flight.control.handle("note", f"mind {number} — ünïcode\t[brackets]")
+        if number % 7 == 3:
+            flight.memory.add([f"a fact of another run, {number}"])
+        return f"step {number}" + f"\nMEMORY_SAVE: fact {number}" * (number % 6 == 1)
+
+    def write(flight: Flight, *numbers: int) -> None:
+        flight.model._replies = [functools.partial(take_note, flight, number) for number in numbers]
+        flight.agent._turns = [Turn(f"{number}: {'x' * 1_500}\nAgent output:\n", notes=("A note.",))
+                               for number in numbers]
+
+    first = fly(max_iterations=18, history_max_tokens=5_000)
+    first.memory.add(["what the run began with"])
+    write(first, *range(18))
+    first.model.complete = summarising(first.model.complete)
+    assert first.run() == "budget" and first.of("history")
+    second = fly(max_iterations=30, history_max_tokens=20_000)
+    write(second, *range(18, 30))
+    second.memory.load()
+    assert second.run(first.journal.events()) == "budget"
+    calls = [json.dumps(call)[:-1] for call in [*first.model.calls, *second.model.calls]]
+    kept = [later.startswith(earlier) for earlier, later in zip(calls, calls[1:])]
+    assert len(calls) == 30 and kept.count(False) == len(first.of("history")) and kept[17]
+    assert "what the run began with" in calls[29] and "You were stopped" in calls[18]
+    assert calls[18].count("A note from the user: mind") == 4      # also those of the summary
+
+
+@pytest.mark.parametrize("long_turns, ttl", [(0, None), (2, "1h")])
+def test_the_cache_lasts_an_hour_where_the_turns_of_the_run_are_long(api, fly, long_turns, ttl):
+    def asked(flight: Flight) -> list[Any]:
+        return [body["messages"][0]["content"][0]["cache_control"].get("ttl")
+                for _, _, body in api.requests]
+
+    def turn(seconds: float) -> Any:
+        return lambda: flight.clock.sleep(seconds) or "done"
+
+    api.answers = [streamed(said("go on", "stop"))]
+    flight = fly(max_iterations=30, turns=[turn(400)] * long_turns + [turn(10)] * 28)
+    flight.pilot._model = Home(api, model="anthropic/claude-opus-4.6")
+    flight.pilot._news.update = lambda *_: True
+    flight.run()
+    assert asked(flight) == [None] + [ttl] * 29      # 2 of 30 are more than 6 %
+    api.requests.clear()
+    flight = fly(max_iterations=31, turns=["done"])
+    flight.pilot._model = Home(api, model="anthropic/claude-opus-4.6")
+    flight.run(flight.journal.events())
+    assert asked(flight) == [ttl]
+
+
+def test_a_computer_that_slept_goes_on_once_the_clock_on_the_wall_says_so(fly):
+    """From 23:02 to 8:02 only the clock on the wall goes on; the usage limit ends at 3:00."""
+    def wait(seconds: float, until: Any) -> Turn:
+        while not until():
+            flight.clock.sleep(0.5)
+        return Turn("", "idle")
+
+    for reply, turns in (("WAIT: 2h", []), ("go on", [Turn("limit", usage_limit_seconds=14_400.0)])):
+        flight = fly(reply, "TASK_COMPLETE", turns=turns)
+        flight.pilot._wall_clock = lambda: flight.clock.now + 32_400 * (flight.clock.now > 1120)
+        flight.agent.wait = wait
+        assert flight.run() == "complete" and flight.clock.now < 1121
 
 
 def test_a_setting_that_is_too_small_does_not_cost_a_summary_each_turn(fly):
@@ -4160,7 +4374,10 @@ def test_the_time_between_two_parts_of_a_run_does_not_count(fly):
     flight = fly("TASK_COMPLETE", max_minutes=2)
     assert flight.run(past) == "complete" and flight.of("complete")[0]["duration_ms"] == 90_000
     flight = fly(max_minutes=1)
-    assert flight.run(past) == "budget" and len(flight.of("state")) == 2    # of the first one
+    assert flight.run(past) == "budget" and len(flight.of("state")) == 1    # of the first one
+    past[1]["duration_ms"] = 20_000     # the computer slept for the other 40 seconds
+    flight = fly("TASK_COMPLETE")
+    assert flight.run(past) == "complete" and flight.of("complete")[-1]["duration_ms"] == 50_000
 
 
 def test_a_resumed_run_knows_of_its_summary_and_of_a_broken_off_turn(fly):
@@ -4469,7 +4686,7 @@ def test_a_refusal_says_what_to_do(visitor: Visitor) -> None:
     for headers in ({"Host": "dash.example"}, {"Origin": "https://dash.example"}):
         refused = visitor.ask("GET", "/", {**visitor.cookie, **headers})
         assert refused.headers["Content-Type"].startswith("text/plain")
-        assert b"set DASHBOARD_URL to" in refused.read()
+        assert b"set DASHBOARD_URL to the address" in refused.read()
 
 
 def test_dashboards_beside_each_other_do_not_take_each_others_cookies(visitor: Visitor) -> None:
@@ -4479,26 +4696,19 @@ def test_dashboards_beside_each_other_do_not_take_each_others_cookies(visitor: V
         assert other.page(**visitor.cookie) == 403
 
 
-def test_the_address_for_a_browsers_arguments_is_good_once_and_for_a_minute(
-        visitor: Visitor, monkeypatch: pytest.MonkeyPatch) -> None:
-    def statuses(*urls: str) -> list[int]:
-        paths = [url.split(visitor.host)[1] for url in urls]
-        return [visitor.ask("GET", path, {}).status for path in paths]
-
-    first, second, third = (visitor.dashboard.make_entry_url() for _ in range(3))
-    assert visitor.token not in first + second + third
-    response = visitor.ask("GET", first.split(visitor.host)[1], {})
+def test_the_address_for_a_browsers_arguments_is_good_once(visitor: Visitor) -> None:
+    url = visitor.dashboard.entry_url
+    path = url.split(visitor.host)[1]
+    assert visitor.token not in url
+    response = visitor.ask("GET", path, {})
     assert response.status == 200 and visitor.token in response.headers["Set-Cookie"]
-    assert statuses(first, second, second) == [403, 200, 403]
-    now = time.monotonic()
-    monkeypatch.setattr(time, "monotonic", lambda: now + 61)
-    assert statuses(third) == [403]
+    assert visitor.ask("GET", path, {}).status == visitor.ask("GET", "/", {}).status == 403
 
 
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="only Linux tells whose it is")
 def test_the_address_for_a_browsers_arguments_is_not_good_for_other_users(
         visitor: Visitor, monkeypatch: pytest.MonkeyPatch) -> None:
-    url = visitor.dashboard.make_entry_url()
+    url = visitor.dashboard.entry_url
     path = url.split(visitor.host)[1]
     if os.getuid() == 0:
         os.seteuid(65534)       # whose socket it is then; root's may always come
@@ -4525,9 +4735,11 @@ def test_the_address_is_kept_beside_the_journal_for_its_user_only(tmp_path: Path
     assert (kept["port"], kept["token"]) == (visitor.dashboard.server_port, visitor.token)
     assert orchestrator.find_live_dashboard(path) == ""
     assert visitor.token not in path.read_text()
-    for damaged in ("", "[]", "{", '{"port": "80"}', '{"port": 80, "token": null}'):
+    for damaged in ("", "[]", "{", '{"port": "x"}', '{"port": 99999, "token": null}'):
         (tmp_path / "run.dashboard").write_text(damaged)
-        assert orchestrator.read_dashboard_address(path) == {}
+        assert orchestrator.find_live_dashboard(path) == ""
+        with orchestrator.open_dashboard(Config(), Journal(path), print) as dashboard:
+            assert len(dashboard.token) == 32
 
 
 def test_which_orders_are_taken(visitor):
@@ -4538,6 +4750,8 @@ def test_which_orders_are_taken(visitor):
             ("POST", "/control", {"Origin": host}, '{"action": "stop"}', 403),
             ("POST", "/", ours, "{}", 405), ("POST", "/x", ours, "{}", 404),
             ("GET", "/control", ours, None, 405), ("PUT", "/control", ours, "{}", 405),
+            ("POST", "/journal", ours, "{}", 405), ("DELETE", "/", ours, None, 405),
+            ("OPTIONS", "/control", {}, None, 403),
             ("POST", "/control", ours, '{"action": "stop"}', 415)):
         assert visitor.ask(method, path, headers, body).status == status, (method, path, body)
     for body, status in (
