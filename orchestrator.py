@@ -1,33 +1,48 @@
 #!/usr/bin/env python3
-"""Drive a coding agent in tmux, from a chat prompt or from a language model.
+"""Drive a coding agent in tmux: you chat with it, or a language model works through a task.
 
-    python orchestrator.py [DIR]     work in DIR (default: here)
-      --task TEXT                    the task, instead of asking for it
-      --chat                         a person types, instead of the model
-      --resume                       go on with the last unfinished run of this directory
+    python3 orchestrator.py [DIR]    work in DIR (default: here)
+      --task TEXT                    the task (default: ask for it, or read standard input)
+      --chat                         chat mode: you type the messages
+      --resume                       continue the last unfinished run of this directory
       --json                         print the run's events as JSON lines, and nothing else
-      --replay FILE                  serve the dashboard of a recorded run
-      --demo                         the whole loop with a built-in model and agent, offline
-      --doctor                       check what a run needs; say what to do about each
+      --replay [FILE]                serve the dashboard of a recorded run (default: the latest
+                                     of this directory)
+      --status                       list sessions and runs, and how to watch and stop them
+      --demo                         run a short offline demo with a built-in model and agent
+      --doctor                       check your setup and print a fix for each problem
       --version, --help
 
-The agent (Claude Code or Codex) runs in a tmux session of its own.  In chat mode you type to it:
-a line, a pasted block, or what stands between triple quotes.  `/keys Down Enter` presses keys,
-`/screen` shows its screen, `/quit` leaves; other slash words go to the agent.
+The agent (Claude Code, Codex or any other terminal program) runs in a tmux session of its own.
 
-In autonomous mode (the default) a model reached through OpenRouter takes your place: it is given
-a task, and what it says is typed, but for KEYS: Down Enter, WAIT: 10m, MEMORY_SAVE: fact and, to
-end the run, TASK_COMPLETE (after VERIFY_CMD has passed) or TASK_FAILED: reason.  The run survives
-crashes of the agent, of the session and of the tmux server, is shown live in a browser, is kept
-in a journal, and remembers facts in DIR/memory.json for the next one.
+In chat mode you type to it: a line, a pasted block, or lines between triple quotes.
 
-It does not sandbox anything: the agent has your rights, and by default asks no permission.  What
-the agent prints is sent to the model's provider.  The key stays out of the agent's environment,
-but a program with your rights can find it where you keep it.
+    /keys Down Enter    press keys, by their tmux names
+    /screen             show the agent's screen
+    /wait               wait until the agent has finished
+    /quit               leave the chat; the agent keeps running
+    /anything else      is sent to the agent
 
-Exit status: 0 task complete (or chat quit), 1 unexpected failure, 2 wrong use or configuration,
-3 a budget was reached, 4 gave up, 5 the agent could not be started or kept alive, 6 the model
-could not be reached or refused, 129, 130 or 143 interrupted by SIGHUP, SIGINT or SIGTERM.
+In autonomous mode (the default) a model on OpenRouter takes your place.  You give it a task.  The
+orchestrator types each of its replies into the agent, except these commands:
+
+    KEYS: Down Enter         press keys
+    WAIT: 10m                wait, or until the screen changes
+    MEMORY_SAVE: a fact      keep the fact in DIR/memory.json for later runs
+    TASK_COMPLETE            end the run, once VERIFY_CMD has passed or the model has confirmed it
+    TASK_FAILED: a reason    give up
+
+If the agent, its session or the tmux server dies, the agent is started again and the run
+continues.  Each run is shown live in a browser and recorded in a journal.
+
+This is not a sandbox.  The agent runs with your permissions, and by default it asks for none.  Its
+output is sent to the model's provider.  The API key is not in the agent's environment, but a
+program with your permissions can read it where you keep it.
+
+Exit status: 0 task complete, or chat left; 1 unexpected failure; 2 wrong option or setting; 3 a
+budget was reached; 4 the model gave up or got stuck; 5 the agent could not be started or kept
+alive; 6 the model could not be reached, or refused; 129, 130, 143 interrupted by SIGHUP, SIGINT
+or SIGTERM.
 
 Contents
      1. Errors            exceptions, each with its exit status and outcome
@@ -6219,13 +6234,11 @@ class DemoModelHandler(QuietHandler):
         self.wfile.write(b"data: [DONE]\n\n")
 
 
-# The agent is the text of a program, because there may be no file to start it from: with
-# `curl ... | python3 -` this one is read once and gone.  It does on a screen what the real agents
-# do: bracketed paste, an input line, and while it works a spinner in the title and a busy footer.
+# The agent is a text, because `curl ... | python3 -` leaves no file to start it from.  It does on
+# a screen what real agents do: bracketed paste, an input line, a busy title and a busy footer.
 DEMO_AGENT = r'''
 import os, re, subprocess, sys, time, tty
 from pathlib import Path
-
 
 def execute(message):
     file = re.search(r"Write the file (\w+\.py):\n```\n(.*?\n)```", message, re.S)
@@ -6240,10 +6253,8 @@ def execute(message):
         return f"● Ran it, exit status {done.returncode}:\n{done.stdout.rstrip()}"
     return "● Tell me: Write the file NAME.py: with a code block, or Run the command: ..."
 
-
 def write(text):
     os.write(sys.stdout.fileno(), text.encode())
-
 
 def read_message():
     typed = b""
@@ -6259,13 +6270,11 @@ def read_message():
             write(typed.decode("utf-8", "replace").replace("\n", "\n  "))
     return typed.decode("utf-8", "replace")
 
-
 def show_spinner():
     write("\n")
     for frame in "⠙⠹⠸⠼⠴⠦⠧⠇":
         write(f"\x1b]0;{frame} demo agent\x07\r\x1b[K• Working (esc to interrupt) {frame}")
         time.sleep(0.1)
-
 
 tty.setcbreak(sys.stdin)
 write("\x1b[?2004h\x1b]0;demo agent\x07Demo agent: I write files and run commands.\n\n")
@@ -6527,13 +6536,21 @@ class SignalHandler:
 
 
 def help_text() -> str:
-    """Return what --help prints: the module's docstring and the settings."""
+    """Return what --help prints: the module's docstring without its contents, and the settings."""
+    manual = (__doc__ or "").partition("\nContents\n")[0]
     lines = ["Settings, from the environment or a .env file in the current directory"]
     for name, field in Config.fields_by_variable().items():
         default = str(field.default).removesuffix(".0").lower() or "none"
         lines += textwrap.wrap(f"{field.metadata['help']} ({default})", 96,
                                initial_indent=f"    {name:<21} ", subsequent_indent=" " * 26)
-    return f"{(__doc__ or '').rstrip()}\n\n" + "\n".join(lines)
+    lines += ["", "Agents that were tried, and the settings with which they ask for no permission"]
+    for profile in PROFILES:
+        command = shlex.join((*profile.start_command, *profile.approval_arguments))
+        setting = f'CLAUDE_CMD="{command}"'
+        if profile.model_names:
+            setting = f"DEFAULT_MODEL={profile.model_names[0]}"
+        lines.append(f"    {profile.name:<12} {setting:<39} {profile.install_command}")
+    return f"{manual}\n" + "\n".join(lines)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -2404,37 +2404,6 @@ def test_a_shell_sees_how_a_run_has_ended_and_its_events_say_why(
         [outcome] if outcome else [])
 
 
-class ModelOfMany(ScriptedModel):
-    """A model that gives each of several runs its first reply, its second and so on."""
-
-    def answer(self, exchange: Exchange) -> None:
-        turn = sum(each["role"] == "assistant" for each in exchange.body.get("messages", []))
-        self._complete(exchange, turn, self.replies[turn])
-
-
-def test_four_runs_at_once_each_complete_in_their_own_directory_and_session(world):
-    """The command is the one of the README, as it stands there."""
-    command, = re.findall(r"```sh\n(ls -d tasks[^`]*)```", TOOL.with_name("README.md").read_text())
-    (world.work / "orchestrator.py").symlink_to(TOOL)
-    (world.home / "python3").symlink_to(sys.executable)
-    places = [world.work / "tasks" / name for name in ("ant", "bee", "cat", "dog")]
-    for place in places:
-        place.mkdir(parents=True)
-        (place / "TASK").write_text(f"Be a {place.name}.\n")
-    with ModelOfMany(["echo one", "echo two", "TASK_COMPLETE"]) as model:
-        done = subprocess.run(
-            ["sh", "-c", command], cwd=world.work, capture_output=True, timeout=90,
-            env={**world.env, "OPENROUTER_BASE_URL": model.url,
-                 "PATH": f"{world.home}:{world.env['PATH']}"})
-    assert (done.returncode, done.stdout) == (0, b"")
-    for place in places:
-        events = list(map(json.loads, (place / "events.jsonl").read_text().splitlines()))
-        assert (events[0]["task"], events[0]["session"]) == (f"Be a {place.name}.", place.name)
-        assert (events[-1]["outcome"], events[-1]["iterations"]) == ("complete", 3)
-        log = list(map(json.loads, (place / "agent.log").read_text().splitlines()))
-        assert [entry["took"] for entry in log if "took" in entry] == ["echo one", "echo two"]
-
-
 def test_a_run_needs_no_terminal_no_home_and_no_locale(world):
     model = world.model("echo ä", "TASK_COMPLETE")
     kept = ("TMUX_TMPDIR", "XDG_STATE_HOME", "OPENROUTER_API_KEY", "OPENROUTER_BASE_URL",
@@ -2775,6 +2744,231 @@ def test_a_run_completes_through_a_night_of_failures(turns, world, request):
     assert most < 60_000
 
 
+# -- The README ---------------------------------------------------------------------------------
+
+README = TOOL.with_name("README.md")
+ADDRESS = "https://example.com/"        # stands for the place where the file is kept
+
+
+def readme_blocks() -> list[str]:
+    """Return the commands, manifests and programs that the README shows; none if it isn't ours."""
+    text = README.read_text(encoding="utf-8") if README.exists() else ""
+    if not text.startswith("# orchestrator\n"):
+        return []
+    blocks = re.findall(r"(?ms)^( *)```(?:sh|yaml|python)\n(.*?)^ *```$", text)
+    return [re.sub(f"(?m)^{indent}", "", block) for indent, block in blocks]
+
+
+def readme_block(fragment: str) -> str:
+    """Return the block of the README that has this in it; skip the test of a vendored copy."""
+    if not readme_blocks():
+        pytest.skip("there is no README.md of ours beside the file: it was vendored")
+    block, = (block for block in readme_blocks() if fragment in block)
+    return block.replace(ADDRESS, f"{TOOL.parent.as_uri()}/")
+
+
+class Reader:
+    """A new user: a home with the file and a project in it, and all that the README asks for.
+
+    What installs, logs in or sends something only notes how it was called.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.home = world.home
+        self.files = world.home / "orchestrator"
+        self.project = world.home / "src/project"
+        self.project.mkdir(parents=True)
+        self.files.mkdir()
+        (self.files / "orchestrator.py").symlink_to(TOOL)
+        (self.project / "test_sample.py").write_text("def test_sample():\n    assert True\n")
+        world.program("python3", f'exec {sys.executable} "$@"')
+        for name in ("sudo", "apt-get", "npm", "ssh", "mail"):
+            world.program(name, f'echo {name} "$@" >> {world.directory}/called; cat >> '
+                          f"{world.directory}/sent")
+        world.program("claude", f'[ "$1" != --version ] || {{ echo 9.9.9; exit; }}\n'
+                      f'echo claude "$@" >> {world.directory}/called')
+        self.env = {**world.env, "PATH": world.program("sudo", 'exec "$@"')}
+
+    def follow(self, fragment: str, *, more: str = "", stdin: str = "", **settings: str) -> Done:
+        """Do as a block of the README says, in the directory of the file."""
+        command = f"set -e\n{readme_block(fragment)}\n{more}"
+        done = subprocess.run(["sh", "-c", command], cwd=self.files, input=stdin, text=True,
+                              env={**self.env, **settings}, capture_output=True, timeout=90)
+        return Done(done.returncode, done.stdout, done.stderr)
+
+    def called(self) -> list[str]:
+        """Return how the programs were called that only note that."""
+        path = self.world.directory / "called"
+        return path.read_text().splitlines() if path.exists() else []
+
+
+@pytest.fixture
+def reader(world: World) -> Reader:
+    return Reader(world)
+
+
+FOLLOWED = {        # what is in each block of the README, and what the test of it is about
+    "install -y python3 tmux": "demo", "| python3 - --demo": "demo",
+    "npm install -g": "setup", "curl -fsSLO": "setup", "--doctor": "setup", "MAX_COST=2": "run",
+    "--chat": "chat", "nohup": "unattended", "ssh -L": "tunnel", "OPENROUTER_BASE_URL=": "server",
+    "find ~": "journals", "xargs": "many", "parallel -j": "many", "#SBATCH": "many",
+    "kind: Job": "kubernetes", "import orchestrator": "library", "python3-pytest": "development"}
+
+
+def test_each_block_of_the_readme_is_followed_by_a_test() -> None:
+    for block in readme_blocks():
+        assert len([fragment for fragment in FOLLOWED if fragment in block]) == 1, block
+    for fragment in FOLLOWED:
+        readme_block(fragment)
+
+
+def test_the_demos_of_the_readme_complete(reader: Reader) -> None:
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        for done in pool.map(reader.follow, ("install -y python3 tmux", "| python3 - --demo")):
+            assert (done.status, done.stderr) == (0, "") and "Task complete" in done.stdout
+    assert reader.called() == ["apt-get update", "apt-get install -y python3 tmux"]
+
+
+def test_the_setup_of_the_readme_gets_an_agent_the_file_and_the_key(reader: Reader) -> None:
+    shutil.rmtree(reader.files)
+    reader.files = reader.home
+    assert reader.follow("npm install -g").status == 0
+    assert reader.called() == ["npm install -g @anthropic-ai/claude-code", "claude"]
+    done = reader.follow("curl -fsSLO", OPENROUTER_API_KEY="")
+    assert (done.status, done.stderr) == (0, ""), done
+    reader.files = reader.home / "orchestrator"
+    assert (reader.files / "orchestrator.py").read_bytes() == TOOL.read_bytes()
+    assert (reader.files / ".env").stat().st_mode & 0o777 == 0o600
+    model = reader.world.model()
+    done = reader.follow("--doctor", CLAUDE_CMD="", OPENROUTER_API_KEY="",
+                         OPENROUTER_BASE_URL=model.url)
+    assert "FAILED" not in done.stdout and (done.status, done.stderr) == (0, ""), done
+
+
+def test_the_run_of_the_readme_works_in_the_project_and_is_checked(reader: Reader) -> None:
+    model = reader.world.model("echo one", "TASK_COMPLETE")
+    done = reader.follow("MAX_COST=2", OPENROUTER_BASE_URL=model.url)
+    assert (done.status, done.stderr) == (0, ""), done
+    assert reader.world.events("task_info")[0]["workdir"] == str(reader.project)
+    verified, = reader.world.events("verify")
+    assert "1 passed" in verified["output"]
+
+
+def test_the_chat_of_the_readme_needs_no_key(reader: Reader) -> None:
+    done = reader.follow("--chat", stdin="echo one\n/quit\n", OPENROUTER_API_KEY="")
+    assert (done.status, done.stderr) == (0, "") and "\none" in done.stdout
+
+
+def test_the_unattended_run_of_the_readme_tells_its_end_by_mail(reader: Reader) -> None:
+    model = reader.world.model("echo one", "TASK_COMPLETE", "TASK_COMPLETE")
+    done = reader.follow("nohup", more="wait", OPENROUTER_BASE_URL=model.url)
+    assert (done.status, done.stdout, done.stderr) == (0, "", ""), done
+    assert "Task complete" in (reader.files / "run.log").read_text()
+    assert reader.called() == ["mail -s Run: complete you@example.com"]
+    assert (reader.world.directory / "sent").read_text().strip()
+
+
+def test_the_tunnel_and_the_server_of_the_readme_are_as_their_programs_take_them(
+        reader: Reader) -> None:
+    assert reader.follow("ssh -L").status == 0
+    forward, = re.findall(r"-L (\S+)", reader.called()[0])
+    assert re.fullmatch(r"\d+:127\.0\.0\.1:\d+", forward)
+    code = ("import orchestrator, os; config = orchestrator.Config.from_env(os.environ, {}); "
+            "print(config.openrouter_base_url, config.openrouter_model)")
+    done = reader.follow("OPENROUTER_BASE_URL=", more=f"python3 -B -c '{code}'")
+    assert done.status == 0 and done.stdout.startswith("http://127.0.0.1:11434/v1 "), done
+
+
+def test_the_readme_deletes_old_journals_only(reader: Reader) -> None:
+    runs = reader.home / ".local/state/orchestrator/runs"
+    runs.mkdir(parents=True)
+    for name, days in (("old.jsonl", 40), ("new.jsonl", 20)):
+        (runs / name).touch()
+        os.utime(runs / name, (time.time() - days * 86400,) * 2)
+    assert reader.follow("find ~").status == 0
+    assert [path.name for path in runs.iterdir()] == ["new.jsonl"]
+
+
+class ModelOfMany(ScriptedModel):
+    """A model that gives each of several runs its first reply, its second and so on."""
+
+    def choose(self, number: int, messages: Sequence[Any]) -> Any:
+        return self.replies[sum(each["role"] == "assistant" for each in messages)]
+
+
+@pytest.mark.parametrize("fragment", ["xargs", "parallel -j", "#SBATCH"])
+def test_four_runs_at_once_each_complete_in_their_own_directory_and_session(
+        fragment: str, reader: Reader) -> None:
+    if fragment == "parallel -j" and not shutil.which("parallel"):
+        pytest.skip("GNU parallel is not installed")
+    places = [reader.files / "tasks" / name for name in ("ant", "bee", "cat", "dog")]
+    for place in places:
+        place.mkdir(parents=True)
+        (place / "TASK").write_text(f"Be a {place.name}.\n")
+    model = ModelOfMany(["MEMORY_SAVE: a fact\necho one", "echo two", *["TASK_COMPLETE"] * 2])
+    with model:
+        settings = {"OPENROUTER_BASE_URL": model.url}
+        if fragment == "#SBATCH":       # as Slurm does, which runs the script once for each task
+            numbers = [{"SLURM_ARRAY_TASK_ID": str(each), "SLURM_JOB_ID": f"7{each}"}
+                       for each in range(1, 5)]
+            with concurrent.futures.ThreadPoolExecutor() as pool:
+                ends = list(pool.map(
+                    lambda own: reader.follow(fragment, **settings, **own), numbers))
+        else:
+            ends = [reader.follow(fragment, **settings)]
+    assert [(done.status, done.stdout) for done in ends] == [(0, "")] * len(ends), ends
+    sessions, addresses = set(), set(re.findall(r"http://\S+", "".join(end.stderr for end in ends)))
+    for place in places:
+        events = list(map(json.loads, (place / "events.jsonl").read_text().splitlines()))
+        sessions.add(events[0]["attach"])
+        assert (events[0]["task"], events[0]["workdir"]) == (f"Be a {place.name}.", str(place))
+        assert events[-1]["outcome"] == "complete"
+        log = list(map(json.loads, (place / "agent.log").read_text().splitlines()))
+        assert [entry["took"] for entry in log if "took" in entry] == ["echo one", "echo two"]
+        assert json.loads((place / "memory.json").read_text()) == ["a fact"]
+    assert len(sessions) == len(addresses) == 4
+
+
+def test_the_kubernetes_job_of_the_readme_is_one_and_its_command_completes(reader: Reader) -> None:
+    manifest = readme_block("kind: Job")
+    script, = re.findall(r"command: \[sh, -c, '(.*)'\]", manifest)
+    place = reader.files / "tasks/0"
+    place.mkdir(parents=True)
+    (place / "TASK").write_text("Be a pod.\n")
+    model = reader.world.model("echo one", "TASK_COMPLETE", "TASK_COMPLETE")
+    script = script.replace("/orchestrator.py", str(TOOL)).replace("/tasks/", "tasks/")
+    done = subprocess.run(
+        ["sh", "-c", script], cwd=reader.files, capture_output=True, text=True, timeout=60,
+        env={**reader.env, "JOB_COMPLETION_INDEX": "0", "OPENROUTER_BASE_URL": model.url})
+    assert done.returncode == 0, done
+    assert json.loads(done.stdout.splitlines()[-1])["outcome"] == "complete"
+    checker = shutil.which("kubernetes-validate")
+    if not checker:
+        pytest.skip("kubernetes-validate is not installed: the manifest was not checked")
+    for text, status in ((manifest, 0), (manifest.replace("completions: 4", "completions: x"), 1)):
+        (reader.files / "job.yaml").write_text(text)
+        assert subprocess.run([checker, "--strict", reader.files / "job.yaml"]).returncode == status
+
+
+def test_the_library_example_of_the_readme_prints_what_the_agent_says(reader: Reader) -> None:
+    program = reader.files / "example.py"
+    program.write_text(readme_block("import orchestrator"))
+    done = subprocess.run([sys.executable, "-B", program], cwd=reader.files, env=reader.env,
+                          capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "") and "42" in done.stdout.split(), done
+
+
+def test_the_test_command_of_the_readme_is_that_of_the_ci(reader: Reader) -> None:
+    reader.world.program("python3", f'echo python3 "$@" >> {reader.world.directory}/called')
+    assert reader.follow("python3-pytest").status == 0
+    assert reader.called() == [
+        "apt-get update", "apt-get install -y python3-pytest tmux", "python3 -m pytest"]
+    ci = TOOL.with_name(".ci") / "run"
+    if ci.exists():
+        assert "python3 -m pytest" in ci.read_text().splitlines()[-1]
+
+
 # -- Memory -------------------------------------------------------------------------------------
 
 def test_facts_of_one_run_are_told_to_the_next(world):
@@ -2970,8 +3164,8 @@ def test_the_manual_and_the_version_are_printed_by(python, world):
     assert re.fullmatch(r"orchestrator \d+\.\d+\.\d+\n", done.stdout)
     done = world.run("--help", python=python)
     assert (done.status, done.stderr) == (0, "")
-    for word in ("--task TEXT", "--chat", "--resume", "--json", "--replay FILE", "--demo",
-                 "--doctor", "CLAUDE_TMUX_SESSION", "DASHBOARD_OPEN", "Exit status"):
+    for word in ("--task TEXT", "--chat", "--resume", "--json", "--replay [FILE]",
+                 "--status", "--demo", "--doctor", "CLAUDE_TMUX_SESSION", "DASHBOARD_OPEN", "Exit status"):
         assert word in done.stdout
 
 

@@ -50,7 +50,7 @@ from orchestrator import (
     ProgramHabits, TurnDetector, strip_input_box, process_start_time, child_environment, select_profile, truncate_middle, find_draft, normalize_screen,
     is_message_unsent, is_resumable_event, find_problem, find_startup_dialog, find_unfinished_run, last_text_line, main, describe_menu, format_event,
     format_chat_event, find_new_lines, parse_env, parse_json_object, parse_reply, read_env_file, read_events,
-    run_shell_command, sanitize, print_line, has_input_box, session_lock, format_duration, trimmed_lines, parse_usage_limit)
+    run_shell_command, sanitize, print_line, is_busy, has_input_box, help_text, session_lock, format_duration, trimmed_lines, parse_usage_limit)
 
 SOURCE = Path(orchestrator.__file__).read_text(encoding="utf-8")
 KEY = "sk-or-v1-0123456789abcdef"
@@ -748,18 +748,43 @@ def test_a_wrong_value_is_an_error_that_names_it(name, texts):
         assert str(caught.value).startswith(f"{name}={shown}: expected ")
 
 
+def readme_table(header: str) -> list[list[str]]:
+    """Return the cells of a table of the README, without their marks."""
+    lines = README.read_text(encoding="utf-8").splitlines()
+    rows = itertools.takewhile(bool, lines[lines.index(header) + 2:])
+    return [re.split(r" *\| *", row.replace("`", ""))[1:-1] for row in rows]
+
+
 @with_our_readme
-def test_the_readme_lists_the_settings_as_they_are() -> None:
-    readme = README.read_text(encoding="utf-8")
-    rows = [[cell.strip() for cell in line.strip().strip("|").split("|")]
-            for line in readme.splitlines() if line.startswith("|")]
-    for name, field in Config.fields_by_variable().items():
-        (row,) = [row for row in rows if row[0] == f"`{name}`"]
-        shown, default = row[1].replace("`", ""), field.default
-        plain = str(default).lower() if isinstance(default, bool) else (
-            f"{default:g}" if isinstance(default, float) else str(default))
-        assert shown == plain or (not plain and re.match("none|required|from", shown)) or (
-            shown.startswith(f"{plain} (")), f"README.md says that {name} is {shown!r} by default"
+def test_the_readme_lists_the_settings_as_the_help_does() -> None:
+    table = readme_table("| variable | default | meaning |")
+    settings = [[name, re.sub(r"\.0$", "", str(field.default)), field.metadata["help"]]
+                for name, field in Config.fields_by_variable().items()]
+    assert table == [[name, default.lower() or "none", text] for name, default, text in settings]
+    printed = re.sub(r"\s+", " ", help_text())
+    assert [name for name, default, text in table if f"{name} {text} ({default})" not in printed
+            ] == []
+
+
+@with_our_readme
+def test_the_readme_lists_the_agents_as_the_help_does() -> None:
+    printed = help_text().splitlines()
+    table = readme_table("| agent | setting | install |")
+    assert len(table) == len(orchestrator.PROFILES) and [row for row in table if re.sub(
+        r"\s+", " ", " ".join(row)) not in [re.sub(r"\s+", " ", line.strip()) for line in printed]
+        ] == []
+
+
+@with_our_readme
+def test_the_readme_names_only_options_and_variables_that_there_are() -> None:
+    text = README.read_text(encoding="utf-8")
+    spans = re.findall(r"`([^`\n]+)`", re.sub(r"(?s)```.*?```", "", text))
+    options = {option for span in spans for option in re.findall(r"^--[a-z]+", span)}
+    assert len(options) >= 6 and options - {"--model"} <= set(re.findall(r"--[a-z]+", help_text()))
+    variables = set(re.findall(r"\b[A-Z]+_[A-Z_]+\b", text))
+    others = {"IS_SANDBOX", "JOB_COMPLETION_INDEX", "ORCHESTRATOR_OUTCOME", "SLURM_ARRAY_TASK_ID",
+              "SLURM_JOB_ID", "TASK_COMPLETE", "XDG_STATE_HOME"}
+    assert variables - others <= Config.fields_by_variable().keys()
 
 
 def test_children_get_neither_the_key_nor_signs_of_our_surroundings():
@@ -5412,7 +5437,8 @@ def test_what_the_world_does_unexpectedly_is_one_line_and_status_1(error, scene,
 def test_the_manual_lists_the_arguments_and_the_settings(scene):
     for option in ("--help", "-h"):
         status, out, err = scene(option, "--json")
-        assert (status, err) == (0, "") and out.startswith(orchestrator.__doc__.rstrip())
+        manual = orchestrator.__doc__.partition("\nContents\n")[0]
+        assert (status, err) == (0, "") and out.startswith(manual)
         for name, field in Config.fields_by_variable().items():
             assert re.search(rf"^ +{name} +\S", out, re.M)
     assert scene("--version") == (0, f"orchestrator {orchestrator.__version__}\n", "")
