@@ -93,11 +93,18 @@ import urllib.request
 import weakref
 from pathlib import Path
 from typing import (
-    Any, Callable, Generator, Iterable, Iterator, Mapping, NamedTuple, Sequence, TextIO)
+    Any, Callable, Generator, Iterable, Iterator, Mapping, NamedTuple, Protocol, Sequence, TextIO,
+    TypedDict)
 
 __version__ = "1.0.0"
-__all__ = ["Agent", "Autopilot", "Chat", "Config", "Dashboard", "Journal", "Memory", "OpenRouter",
-           "OrchestratorError", "Tmux", "child_environment", "select_profile", "main"]
+__all__ = [
+    "Agent", "AgentProfile", "Turn", "Tmux", "child_environment", "select_profile",
+    "Autopilot", "Chat", "Config", "Memory", "RunControl",
+    "ChatModel", "OpenRouter", "Reply", "TokenUsage",
+    "Dashboard", "Event", "Journal", "TaskInfo", "read_events",
+    "AgentError", "AgentExited", "BudgetExceeded", "ConfigError", "ContextWindowExceeded",
+    "Interrupted", "ModelError", "OrchestratorError", "StuckInLoop", "TaskFailed",
+    "TransientError", "main"]
 
 
 # -- 1. Errors ----------------------------------------------------------------------------
@@ -208,6 +215,13 @@ _PORT = (r"[0-5]?\d{1,4}|6[0-4]\d{3}|65[0-4]\d\d|655[0-2]\d|6553[0-5]",
          "a whole number, 0 to 65535")
 _URL = (rf"https?://([\w.-]+|\[[\da-fA-F:.]+\])(:({_PORT[0]}))?(/[^\s?#]*)?",
         "an http:// or https:// address")
+
+
+def check_session_name(name: str, what: str) -> None:
+    """Raise ConfigError if a name of a tmux session or socket has characters that tmux changes."""
+    pattern, expected = _SESSION_NAME
+    if not re.fullmatch(pattern, name):
+        raise ConfigError(f"{what} is {name!r}: expected {expected}")
 
 
 def _raise_config_error(message: str) -> None:
@@ -330,18 +344,30 @@ def read_env_file(path: Path, wrong: Callable[[str], object] = _raise_config_err
 _VARIABLES_NOT_INHERITED = ("OPENROUTER_API_KEY", "TMUX", "TMUX_PANE", "CLAUDECODE", "CLAUDE_CODE_ENTRYPOINT")
 
 
-def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment for what we start: without the key, nor signs of our surroundings.
+def child_environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the environment for programs that we start (`environ` or our own, with changes).
 
-    Claude Code refuses to run where CLAUDECODE is set, and where it may use the alternate screen
-    it leaves no scrollback.
+    It lacks the API key and the variables that tell a program that it runs inside another agent
+    or tmux.  Claude Code refuses to start where CLAUDECODE is set, and leaves no scrollback where
+    it may use the alternate screen.
     """
-    kept = {name: value for name, value in environ.items() if name not in _VARIABLES_NOT_INHERITED}
+    source = os.environ if environ is None else environ
+    kept = {name: value for name, value in source.items() if name not in _VARIABLES_NOT_INHERITED}
     return {**kept, "CLAUDE_CODE_DISABLE_ALTERNATE_SCREEN": "1"}
 
 
 # -- 3. Text ------------------------------------------------------------------------------
 # Pure functions that know nothing of agents or models.  May use: nothing.
+
+
+def ignore(*args: object, **fields: object) -> None:
+    """Do nothing: the default of optional callbacks."""
+
+
+def never() -> bool:
+    """Return False: the default of optional conditions."""
+    return False
+
 
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -682,7 +708,8 @@ def parse_usage_limit(output: str, now: datetime.datetime) -> tuple[str, float]:
 
 
 # -- 6. Tmux ------------------------------------------------------------------------------
-# Sessions, panes, pastes and keys; no policy.  The only code that runs tmux.  May use: Errors.
+# Sessions, panes, pastes and keys; no policy.  The only code that runs tmux.
+# May use: Errors, Configuration.
 
 _SERVER_LOST = re.compile("server exited|lost server")
 _SESSION_LOST = re.compile(r"no server running|error connecting to .*\((No such file|Connection refused)|"
@@ -725,10 +752,22 @@ class PaneSnapshot(NamedTuple):
 
 
 class Tmux:
-    """One session on a tmux server of its own.  Methods raise TmuxGone, or another TmuxError."""
+    """One session on a tmux server of its own.
 
-    def __init__(self, socket_name: str, session: str, environ: Mapping[str, str]) -> None:
-        self.socket_name, self.session, self._environ = socket_name, session, dict(environ)
+    The names of the socket and of the session take letters, digits, `_` and `-`: tmux would change
+    others.  Methods raise TmuxSessionLost if the session is gone, otherwise TmuxError.
+
+    >>> Tmux("my-socket", "docs").attach_command
+    'tmux -L my-socket attach -t docs'
+    """
+
+    def __init__(self, socket_name: str, session: str,
+                 environ: Mapping[str, str] | None = None) -> None:
+        for what, name in (("socket", socket_name), ("session", session)):
+            check_session_name(name, f"the tmux {what} name")
+        self.socket_name = socket_name
+        self.session = session
+        self._environ = child_environment(environ)
         self._server_hint = f"is the server on socket {socket_name} of another version, or stopped?"
 
     @property
@@ -897,7 +936,7 @@ class Tmux:
 
 # -- 7. Agent -----------------------------------------------------------------------------
 # Starts, asks, waits for and restarts the program in the pane; no tmux syntax.
-# May use: Errors, Text, Agent profiles, Screens, Tmux.
+# May use: Errors, Configuration, Text, Agent profiles, Screens, Tmux.
 
 class Turn(NamedTuple):
     """What came of a message: all that is new on the screen, and how the turn ended."""
@@ -989,11 +1028,20 @@ def process_start_time(pid: int) -> str:
 
 
 class Agent:
-    """The program in the pane, as the loops see it: start, ask, press, wait, look, stop.
+    """A coding agent in a tmux pane: start it, ask it, send it keys, read its screen, stop it.
 
-    A dead program, session or server is started again on the way; more than three restarts
-    within ten minutes without a finished turn raise AgentError.  `publish` is told of each
-    recovery, and of the screen twice a second while `has_viewers()`.
+    `profile` is an AgentProfile or the name of an agent ("claude", "codex", or a model's name, as
+    in DEFAULT_MODEL).  If the program, its session or the tmux server dies, the agent is started
+    again; more than three restarts within ten minutes without a finished turn raise AgentError.
+    `publish` is called for each recovery, and with the screen twice a second while `has_viewers()`.
+
+        with Agent("claude", "~/src/project", session="docs") as agent:
+            turn = agent.ask("Run the tests", timeout=600)
+            print(turn.state, turn.output)
+
+    The block starts or joins the session, and ends it if it made it, unless `keep_session`.
+    Raises ConfigError for a session that belongs to something else, AgentError if tmux or the
+    program is missing or the program ends at once.
     """
 
     # Seconds that a first screen stands still: a ready one, unknown words, a box without a title.
@@ -1002,14 +1050,22 @@ class Agent:
     MAX_RESTARTS, RESTART_WINDOW_SECONDS = 3, 600.0
     TMUX_TIMEOUT = 25.0   # seconds: how long a tmux that does not answer is asked again
 
-    def __init__(self, tmux: Tmux, profile: AgentProfile, directory: Path, *,
-                 publish: Callable[..., object] = lambda kind, **fields: None,
-                 has_viewers: Callable[[], bool] = lambda: False,
+    def __init__(self, profile: AgentProfile | str = "claude", directory: Path | str = ".", *,
+                 session: str = Config.claude_tmux_session, socket: str = Config.claude_tmux_socket,
+                 environ: Mapping[str, str] | None = None, tmux: Tmux | None = None,
+                 keep_session: bool = False, publish: Callable[..., object] = ignore,
+                 has_viewers: Callable[[], bool] = never,
                  clock: Callable[[], float] = time.monotonic,
                  sleep: Callable[[float], None] = time.sleep) -> None:
+        if isinstance(profile, str):
+            profile = select_profile(profile)
         self.name = profile.name
+        self.tmux = tmux or Tmux(socket, session, environ)
+        self.directory = Path(directory).expanduser().resolve()
+        self._keep_session = keep_session
+        self._made_session = False
         self._is_known = bool(profile.install_command)     # what its screens mean is known
-        self._tmux, self._profile, self._directory = tmux, profile, str(directory)
+        self._tmux, self._profile, self._directory = self.tmux, profile, str(self.directory)
         self._publish, self._has_viewers, self._clock, self._sleep = publish, has_viewers, clock, sleep
         self._session_mark = f"{shlex.join(profile.start_command)!r} in {self._directory!r}"
         self._pane_id, self._server_pid = "", 0     # a new server counts its panes from %0 again
@@ -1020,6 +1076,16 @@ class Agent:
         self._blocked_by_dialog = False                      # it shows no input box, but something unknown
         self._restart_times: list[float] = []
         self._last_published: tuple[float, tuple[str, ...]] = (0.0, ())
+
+    def __enter__(self) -> Agent:
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """End the session if this object made it; an error of the caller is never hidden."""
+        if self._made_session and not self._keep_session:
+            with contextlib.suppress(OSError):
+                self.stop()
 
     def check_installed(self) -> str:
         """Return where the agent's program is; raise AgentError if it is not there."""
@@ -1034,8 +1100,8 @@ class Agent:
         mark, pane_id = self._tmux.find_pane()
         if pane_id and mark != self._session_mark:
             raise ConfigError(
-                f"session {self._tmux.session} runs {mark or 'something else'}: "
-                "set CLAUDE_TMUX_SESSION to another name, or end it with "
+                f"the tmux session {self._tmux.session} is in use for {mark or 'something else'}. "
+                "Choose another name (CLAUDE_TMUX_SESSION, or the argument session), or close it: "
                 f"tmux -L {self._tmux.socket_name} kill-session -t {self._tmux.session}")
         return pane_id
 
@@ -1111,7 +1177,7 @@ class Agent:
                 self._tmux.kill_session()
 
     def _with_recovery(self, act: Callable[[PaneSnapshot], Turn],
-                 again: Callable[[], bool] = lambda: False) -> Turn:
+                 again: Callable[[], bool] = never) -> Turn:
         """Do something to the pane; if its program is gone restart it, and do it `again` or not."""
         notes: tuple[str, ...] = ()
         while True:
@@ -1323,6 +1389,7 @@ class Agent:
             self._tmux.respawn_pane(self._pane_id, command, self._directory)
         else:
             self._pane_id = self._tmux.new_session(command, self._directory, self._session_mark)
+            self._made_session = True
         self._wait_until_ready()
 
     def _wait_until_ready(self) -> None:
@@ -1424,16 +1491,39 @@ class TokenUsage(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """A whole answer of the model, and what all the tries for it used."""
+    """A complete answer of the model, and what all attempts to get it used."""
 
     text: str
-    tokens: TokenUsage
-    cost: float | None      # US dollars, None where the server does not say
-    duration_ms: int
+    tokens: TokenUsage = TokenUsage()
+    cost: float | None = None       # US dollars; None: the server did not report it
+    duration_ms: int = 0
 
     def usage_fields(self) -> dict[str, Any]:
         """Return what it used, as events tell it."""
         return {"tokens": self.tokens._asdict(), "cost": self.cost}
+
+
+class ChatModel(Protocol):
+    """What Autopilot needs of a model: OpenRouter is one, your own class can be another.
+
+        class Echo:
+            characters_per_token = 4.0
+
+            def complete(self, messages, *, on_text, on_usage, time_left):
+                return Reply("TASK_COMPLETE")
+
+    `messages` are dicts with "role" and "content".  `on_text` may be called with the text so far,
+    `on_usage` with the tokens and the cost of each attempt.  `time_left()` returns the seconds
+    that the call may take, and raises BudgetExceeded, which must pass through.
+    """
+
+    characters_per_token: float
+
+    def complete(self, messages: Messages, *, on_text: Callable[[str], object],
+                 on_usage: Callable[[TokenUsage, float | None], object],
+                 time_left: Callable[[], float]) -> Reply:
+        """Return the model's answer to a conversation."""
+        ...
 
 
 class _NoRedirectHandler(urllib.request.HTTPRedirectHandler):
@@ -1556,7 +1646,7 @@ class OpenRouter:
     MAX_REPLY_PARTS = 4               # of an answer that is cut at its length again and again
 
     def __init__(self, base_url: str, key: str, model: str, *,
-                 publish: Callable[..., object] = lambda kind, **fields: None,
+                 publish: Callable[..., object] = ignore,
                  clock: Callable[[], float] = time.monotonic,
                  sleep: Callable[[float], None] = time.sleep) -> None:
         if not re.fullmatch(r"[!-~]*", key):    # an error of the library would show it
@@ -1606,8 +1696,8 @@ class OpenRouter:
                                         for kind, price in prices if price is not None)])
 
     def complete(self, messages: Messages, *,
-                 on_text: Callable[[str], object] = lambda text: None,
-                 on_usage: Callable[[TokenUsage, float | None], object] = lambda tokens, cost: None,
+                 on_text: Callable[[str], object] = ignore,
+                 on_usage: Callable[[TokenUsage, float | None], object] = ignore,
                  time_left: Callable[[], float] = lambda: math.inf) -> Reply:
         """Return the model's answer; `on_text` is given what there is of it while it comes.
 
@@ -1971,6 +2061,22 @@ Event = dict[str, Any]
 LIVE_EVENTS = ("screen", "reply_part")         # for who watches now; not kept
 _MAX_BATCH_BYTES = 1_000_000      # bytes, and one event
 _ITERATION_EVENTS = ("reply", "iteration_end", "error", "recovery")
+
+
+class TaskInfo(TypedDict):
+    """The fields of a run's first event, `task_info`."""
+
+    task: str           # "" in a chat
+    mode: str           # autonomous or chat
+    agent: str
+    model: str          # "" in a chat
+    workdir: str
+    session: str
+    attach: str         # the command that shows the agent's session
+    max_iter: int       # the budgets: 0 is no limit
+    max_cost: float
+    max_minutes: float
+    memories: list[str]
 
 
 def utc_timestamp() -> str:
@@ -2355,7 +2461,7 @@ class Conversation:
 class RunControl:
     """What a person asks for from outside while the loop runs; threads may call it."""
 
-    def __init__(self, journal: Journal, stop: Callable[[], object]) -> None:
+    def __init__(self, journal: Journal, stop: Callable[[], object] = ignore) -> None:
         self._journal, self._stop = journal, stop
         self._notes: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.paused = False
@@ -2444,21 +2550,37 @@ class RunTotals:
                 raise
 
 
+def describe_run(agent: Agent, config: Config, *, task: str = "", model: str = "",
+                 memories: Sequence[str] = ()) -> TaskInfo:
+    """Return the fields of the event that begins a run, or a chat if there is no task."""
+    return TaskInfo(
+        task=task, mode="autonomous" if task else "chat", agent=agent.name, model=model,
+        workdir=str(agent.directory), session=agent.tmux.session, attach=agent.tmux.attach_command,
+        max_iter=config.max_iterations, max_cost=config.max_cost, max_minutes=config.max_minutes,
+        memories=list(memories))
+
+
 class Chat:
     """A person types, the agent answers.  `read(prompt)` returns what was typed, None at the end.
 
     Ctrl-C in a turn gives the prompt back, if there is one; the agent goes on.
     """
 
-    def __init__(self, config: Config, agent: Agent, journal: Journal,
-                 read: Callable[[str], str | None], *, is_interactive: bool = True) -> None:
-        self._agent, self._journal, self._read, self._is_interactive = agent, journal, read, is_interactive
-        self._limit, self._totals = config.turn_timeout, RunTotals(time.monotonic)
+    def __init__(self, agent: Agent, read: Callable[[str], str | None], *,
+                 config: Config = Config(), journal: Journal | None = None,
+                 is_interactive: bool = True) -> None:
+        self._agent = agent
+        self._read = read
+        self._journal = journal or Journal()
+        self._is_interactive = is_interactive
+        self._limit = config.turn_timeout
+        self._config = config
+        self._totals = RunTotals(time.monotonic)
 
-    def run(self, task_info: Mapping[str, object]) -> None:
+    def run(self) -> None:
         """Take messages until /quit or the end of input."""
         with self._totals.publish_outcome(self._journal):
-            self._journal.publish("task_info", **task_info)
+            self._journal.publish("task_info", **describe_run(self._agent, self._config))
             self._run_turn("", self._agent.start)
             while (message := self._read_message()) is not None \
                     and message.strip() not in ("/quit", "/exit"):
@@ -2522,20 +2644,35 @@ def run_shell_command(command: str, directory: Path, environ: Mapping[str, str],
 
 
 class Autopilot:
-    """The model drives the agent until the task is done, given up, or out of budget."""
+    """The model drives the agent until the task is done, given up, or out of budget.
+
+    `model` is an OpenRouter or any ChatModel.  Without `memory` the facts are those of
+    `memory.json` in the agent's directory; without `journal` the events stay in memory.
+
+        with Agent("claude", "~/src/project") as agent:
+            Autopilot(agent, MyModel(), config=Config(max_minutes=30)).run("Make the tests pass")
+    """
 
     MAX_MESSAGES = 900              # in a conversation: Claude takes 1,000
     VERIFY_TIMEOUT = 600.0        # seconds
     MAX_SAME_FAILURES = 5           # of VERIFY_CMD, until the run is stuck
     MAX_USAGE_LIMIT_SECONDS, USAGE_LIMIT_MARGIN_SECONDS = 86400.0, 120.0   # seconds: to a usage limit's end, and after it
 
-    def __init__(self, config: Config, agent: Agent, model: OpenRouter, memory: Memory,
-                 journal: Journal, control: RunControl, directory: Path, *,
-                 environ: Mapping[str, str], clock: Callable[[], float] = time.monotonic,
+    def __init__(self, agent: Agent, model: ChatModel, *, config: Config = Config(),
+                 memory: Memory | None = None, journal: Journal | None = None,
+                 control: RunControl | None = None, environ: Mapping[str, str] | None = None,
+                 clock: Callable[[], float] = time.monotonic,
                  sleep: Callable[[float], None] = time.sleep) -> None:
-        self._config, self._agent, self._model, self._memory = config, agent, model, memory
-        self._journal, self._control, self._directory = journal, control, directory
-        self._environ, self._clock, self._sleep = environ, clock, sleep
+        self._agent = agent
+        self._model = model
+        self._config = config
+        self._directory = agent.directory
+        self._journal = journal or Journal()
+        self._memory = memory or Memory(agent.directory / "memory.json", config.memory_max_facts)
+        self._control = control or RunControl(self._journal)
+        self._environ = child_environment(environ)
+        self._clock = clock
+        self._sleep = sleep
         self._conversation, self._totals = Conversation("", ""), RunTotals(clock)
         self._recent_steps: list[tuple[Action, str]] = []   # and fingerprints of what came
         self._recent_failures: list[str] = []                  # of VERIFY_CMD, in a row
@@ -2544,7 +2681,7 @@ class Autopilot:
         self._part_published_at = 0.0
         self._max_characters = math.inf      # characters, less than what the model called too long
 
-    def run(self, task_info: Mapping[str, object], history: Sequence[Event] = ()) -> None:
+    def run(self, task: str, *, history: Sequence[Event] = ()) -> None:
         """Drive the agent until the task is done; `history` are the events of a run to go on with.
 
         Raises what ends the run otherwise; `complete` is published in every case.
@@ -2554,9 +2691,12 @@ class Autopilot:
             if history:
                 self._check_budgets(self._totals.iterations)
                 self._journal.publish("state", state="resumed", reason=_RESUMED_REASON)
+                task = str(history[0].get("task") or task)
             else:
-                self._journal.publish("task_info", **task_info)
-            self._begin(self._journal.redact(str(task_info["task"])), history)
+                self._journal.publish("task_info", **describe_run(
+                    self._agent, self._config, task=task, memories=self._memory.facts,
+                    model=getattr(self._model, "model", type(self._model).__name__)))
+            self._begin(self._journal.redact(task), history)
             while not self._is_done:
                 self._step()
 
@@ -2777,7 +2917,7 @@ class Autopilot:
         return True
 
     def _complete(self, messages: Messages,
-             on_text: Callable[[str], object] = lambda text: None) -> Reply:
+             on_text: Callable[[str], object] = ignore) -> Reply:
         """Ask the model within the budgets, which end it too, and count what that uses."""
         return self._model.complete(messages, on_text=on_text, on_usage=self._totals.add_call,
                                     time_left=self._check_budgets)
@@ -3538,8 +3678,9 @@ class Dashboard(http.server.ThreadingHTTPServer):
     request_queue_size, timeout = 128, 0
     MAX_CONNECTIONS = 160      # more are turned away: a flood leaves the run its files, on macOS 256
 
-    def __init__(self, journal: Journal, page: str, host: str, port: int,
-                 control: Callable[[str, str], object] | None) -> None:
+    def __init__(self, journal: Journal, *, host: str = "127.0.0.1", port: int = 0,
+                 control: Callable[[str, str], object] | None = None,
+                 page: str = DASHBOARD_PAGE) -> None:
         self.journal, self.page, self.control = journal, page, control
         self._connections: set[socket.socket] = set()
         self.token, self.page_opened = secrets.token_urlsafe(24), threading.Event()     # page opened
@@ -3973,7 +4114,8 @@ def serve_dashboard(config: Config, journal: Journal, control: Callable[[str, st
     for a person who has opened it.
     """
     try:
-        dashboard = Dashboard(journal, DASHBOARD_PAGE, config.dashboard_host, config.dashboard_port, control)
+        dashboard = Dashboard(journal, host=config.dashboard_host, port=config.dashboard_port,
+                              control=control)
     except ConfigError as error:
         if not control:
             raise
@@ -4035,17 +4177,17 @@ def find_unfinished_run(place: Workspace, attach: str) -> tuple[Path, list[Event
 
 
 def run_autopilot(config: Config, place: Workspace, agent: Agent, model: OpenRouter, journal: Journal,
-              stream: TextIO, task_info: Mapping[str, object], past: Sequence[Event]) -> None:
+              stream: TextIO, task: str, past: Sequence[Event]) -> None:
     """Let the model drive the agent, with the dashboard; `stream` is told where that is."""
     memory = Memory(place.directory / "memory.json", config.memory_max_facts)
     print_error(memory.load())
     control = RunControl(journal, lambda: signal.pthread_kill(
         threading.main_thread().ident or 0, signal.SIGINT))
-    pilot = Autopilot(config, agent, model, memory, journal, control, place.directory,
+    pilot = Autopilot(agent, model, config=config, memory=memory, journal=journal, control=control,
                       environ=place.environ)
     with serve_dashboard(config, journal, control.handle, stream) if config.dashboard_enabled \
             else contextlib.nullcontext():
-        pilot.run({**task_info, "memories": memory.facts}, past)
+        pilot.run(task, history=past)
 
 
 def run(config: Config, place: Workspace, *, task: Callable[[], str] = lambda: "", chat: bool = False,
@@ -4076,7 +4218,7 @@ def run(config: Config, place: Workspace, *, task: Callable[[], str] = lambda: "
         def publish(kind: str, **fields: object) -> None:
             journal.publish(kind, **fields)     # which is made once a run can start
 
-        agent = Agent(tmux, program, place.directory, publish=publish, sleep=narrator.sleep,
+        agent = Agent(program, place.directory, tmux=tmux, publish=publish, sleep=narrator.sleep,
                       has_viewers=lambda: narrator.wants_screen() or journal.has_readers())
         tmux.check_version()
         agent.check_installed()
@@ -4086,24 +4228,20 @@ def run(config: Config, place: Workspace, *, task: Callable[[], str] = lambda: "
                                config.openrouter_model, publish=publish)
             with contextlib.suppress(TransientError):   # an outage may be over by the first call
                 model.check_access()
-        info = past[0] if past else {
-            "task": "" if chat else task(), "mode": "chat" if chat else "autonomous",
-            "agent": agent.name, "model": "" if chat else config.openrouter_model,
-            "workdir": str(place.directory), "session": tmux.session,
-            "attach": tmux.attach_command, "max_iter": config.max_iterations,
-            "max_cost": config.max_cost, "max_minutes": config.max_minutes}
+        wanted = str(past[0]["task"]) if past else "" if chat else task()
         journal = Journal(path, defer_signals=signals.deferred, secret=config.openrouter_api_key)
         stack.callback(lambda: print_error(journal.unreported_error))
         journal.subscribe(narrator.on_event)
         if config.terminate_when_quit:
             stack.callback(signals.deferred()(agent.stop))      # all of it, should one come now
         if past and not as_json:
-            print_line(format_event({name: info[name] for name in ("type", *_REQUIRED_FIELDS["task_info"])}))
+            print_line(format_event({name: past[0][name] for name in ("type", *_REQUIRED_FIELDS["task_info"])}))
         if chat:
-            Chat(config, agent, journal, read_message, is_interactive=sys.stdin.isatty()).run(info)
+            Chat(agent, read_message, config=config, journal=journal,
+                 is_interactive=sys.stdin.isatty()).run()
         else:
             stream = sys.stderr if as_json else sys.stdout
-            run_autopilot(config, place, agent, model, journal, stream, info, past)
+            run_autopilot(config, place, agent, model, journal, stream, wanted, past)
     return 0
 
 
@@ -4147,7 +4285,7 @@ def run_doctor(config: Config, place: Workspace, wrong: Sequence[str]) -> int:
     """Tell of each thing that a run needs, and what is `wrong`; return 0 if one could start."""
     tmux = Tmux(config.claude_tmux_socket, config.claude_tmux_session, place.environ)
     program = select_profile(config.default_model, config.claude_cmd)
-    agent = Agent(tmux, program, place.directory)
+    agent = Agent(program, place.directory, tmux=tmux)
     failed = 0
 
     @contextlib.contextmanager
@@ -4194,7 +4332,7 @@ def run_doctor(config: Config, place: Workspace, wrong: Sequence[str]) -> int:
     if config.dashboard_enabled:
         with line("dashboard", "warning") as found:     # a run goes on without
             host, port = config.dashboard_host, config.dashboard_port
-            Dashboard(Journal(), DASHBOARD_PAGE, host, port, None).server_close()
+            Dashboard(Journal(), host=host, port=port).server_close()
             found.append(f"can listen on {host}, port {port or 'any'}")
     return failed
 
