@@ -64,9 +64,12 @@ import errno
 import fcntl
 import functools
 import getpass
+import hashlib
+import html
 import http.client
 import http.server
 import io
+import ipaddress
 import itertools
 import json
 import math
@@ -89,7 +92,6 @@ import termios
 import textwrap
 import threading
 import time
-import tty
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -115,13 +117,17 @@ __all__ = [
 # What can go wrong, by what the caller can do about it.  May use: nothing.
 
 class OrchestratorError(Exception):
-    """A failure told in one line; `exit_status` is the exit status, `outcome` how it ends a run."""
+    """A failure, told in one line.
 
-    exit_status, outcome = 1, "interrupted"
+    `exit_status` is the status with which the program ends, `outcome` is the one of the run.
+    """
+
+    exit_status = 1
+    outcome = "interrupted"
 
 
 class ConfigError(OrchestratorError):
-    """A setting, an argument or a file is wrong, and the user can mend it."""
+    """A setting, an argument or a file is wrong, and you can correct it."""
 
     exit_status = 2
 
@@ -129,69 +135,80 @@ class ConfigError(OrchestratorError):
 class BudgetExceeded(OrchestratorError):
     """The run has used up its iterations, its money or its time."""
 
-    exit_status, outcome = 3, "budget"
+    exit_status = 3
+    outcome = "budget"
 
 
 class TaskFailed(OrchestratorError):
-    """The model said that the task can't be done."""
+    """The model gave up the task."""
 
-    exit_status, outcome = 4, "failed"
+    exit_status = 4
+    outcome = "failed"
 
 
 class StuckInLoop(TaskFailed):
-    """The run goes in circles."""
+    """The run repeats itself without progress."""
 
     outcome = "stuck"
 
 
 class AgentError(OrchestratorError):
-    """The agent could not be started or kept alive; `last_output` is what it showed last."""
+    """The agent could not be started or kept alive.  `last_output` is what it showed last."""
 
-    exit_status, outcome, last_output = 5, "agent", ""
+    exit_status = 5
+    outcome = "agent"
+    last_output = ""
 
 
 class TmuxError(AgentError):
-    """tmux could not be asked: look again."""
+    """A call to tmux failed.  The same call may succeed later."""
 
 
 class TmuxSessionLost(TmuxError):
-    """The pane, its session or the server is no longer there: make it again."""
+    """The pane, its session or the tmux server no longer exists.  Make a new one."""
 
 
 class TmuxServerLost(TmuxSessionLost):
-    """The server ended during a call, which may have been carried out."""
+    """The tmux server ended during a call, so the call may or may not have taken effect."""
 
 
 class AgentExited(AgentError):
-    """The program in the pane has ended."""
+    """The program in the pane has exited."""
 
 
 class ModelError(OrchestratorError):
-    """The model refused or could not be reached, and asking the same again is no use.
+    """The model server refused a request or could not be reached; a retry would not help.
 
-    `http_status` is the HTTP status, if there was one; `suggested_options` has options of the request that would
-    have to be lower, or None where one would have to go.
+    `http_status` is the HTTP status, or 0.  `suggested_options` maps options of the request to
+    the lower value that would be accepted, or to None if the option has to be left out.
     """
 
-    exit_status, outcome, http_status = 6, "model", 0
+    exit_status = 6
+    outcome = "model"
+    http_status = 0
     suggested_options: Mapping[str, int | None] = {}
 
 
 class RequestRejected(ModelError):
-    """However often it is asked, the model does not answer this conversation."""
+    """The model can't or won't answer this request.  Sending it again fails again."""
 
 
 class ContextWindowExceeded(RequestRejected):
-    """The conversation is longer than the model takes: shorten it."""
+    """The conversation is longer than the model's context window.  Shorten it."""
 
 
 class TransientError(ModelError):
-    """A call to the model failed in a way that may pass: wait, then ask again."""
+    """A request failed in a way that may pass.  Wait, then send it again.
 
-    def __init__(self, message: str, *, retry_after: float | None = None, max_attempts: int = 0) -> None:
+    `retry_after` is the number of seconds that the server asked for, or None.  `max_attempts`
+    limits the attempts in a row; 0 means that only the retry timeout does.
+    """
+
+    def __init__(self, message: str, *, retry_after: float | None = None,
+                 max_attempts: int = 0) -> None:
         super().__init__(message)
-        self.retry_after = retry_after      # seconds, when the server said so
-        self.max_attempts = max_attempts      # how often in a row at most, 0: as long as patience lasts
+        self.retry_after = retry_after
+        self.max_attempts = max_attempts
 
 
 class Interrupted(KeyboardInterrupt):
@@ -316,50 +333,49 @@ class Config:
         return cls(**values)
 
 
-_ENV_LINE = re.compile(r"""\s* (?:export\s+)? (?P<name>[A-Za-z_][A-Za-z0-9_.]*) \s*=\s*
-    (?: '(?P<single>[^']*)' | "(?P<double>[^"]*)" | (?P<bare>(?:[^\s'"#]|(?<==)\#).*?) )?
-    (?:\s+\#.*)? \s*""", re.VERBOSE)
+_ENV_ENTRY = re.compile(r"""[ \t]* (?:export[ \t]+)? (?:
+    (?P<name>[A-Za-z_][\w.]*) [ \t]*=[ \t]*
+    (?: '(?P<single>[^']*)' | "(?P<double>(?:[^"\\]|\\.)*)"
+      | (?P<bare>(?:[^\s'"#]|(?<==)\#)[^\n]*?) )?
+    (?:[ \t]+\#[^\n]*)? [^\S\n]* (?:\n|\Z)
+    | (?P<first_word>\w*) [^\n]* (?:\n|\Z) )""", re.VERBOSE | re.DOTALL | re.ASCII)
 
 
-def parse_env(text: str, wrong: Callable[[str], object] = _raise_config_error) -> dict[str, str]:
-    r"""Return the NAME=value pairs of a .env file; raise ConfigError for a line of another form.
+def parse_env(
+        text: str, on_error: Callable[[str], object] = _raise_config_error) -> dict[str, str]:
+    r"""Return the NAME=value pairs of a .env file.  A value in quotes may span lines.
+
+    The file may belong to another program, so a line of any other form sets its first word to
+    nothing.  Only if that word is a setting of ours, this is a ConfigError, or `on_error` is told.
 
     >>> parse_env('# a comment\nexport KEY="a b"\nPORT=80 # web')
     {'KEY': 'a b', 'PORT': '80'}
     """
     values = {}
-    for number, line in enumerate(text.split("\n"), 1):
-        match = _ENV_LINE.fullmatch(line)
-        if match:
-            values[match["name"]] = match["single"] or match["double"] or match["bare"] or ""
-        elif line.strip() and not line.lstrip().startswith("#"):    # may hold a secret: not shown
-            wrong(f".env line {number}: expected NAME=value, NAME='value' or # comment")
+    for entry in _ENV_ENTRY.finditer(text):
+        name = entry["name"] or entry["first_word"]
+        if entry["double"]:
+            values[name] = re.sub(r'\\(["\\])', r"\1", entry["double"])
+        elif name:
+            values[name] = entry["single"] or entry["bare"] or ""
+        if name in Config.fields_by_variable() and not entry["name"]:
+            line_number = text.count("\n", 0, entry.start()) + 1
+            on_error(f".env line {line_number}: {name} can't be read. "
+                     f"Write {name}=value or {name}='value'.")
     return values
 
 
-def read_env_file(path: Path, wrong: Callable[[str], object] = _raise_config_error) -> dict[str, str]:
-    """Return what a .env file sets, nothing where there is none."""
+def read_env_file(
+        path: Path, on_error: Callable[[str], object] = _raise_config_error) -> dict[str, str]:
+    """Return what a .env file sets.  Without a file, and for a directory, that is nothing."""
     try:
-        return parse_env(path.read_text(encoding="utf-8-sig"), wrong)
-    except (OSError, UnicodeDecodeError) as error:
-        if not isinstance(error, (FileNotFoundError, IsADirectoryError)):   # a virtual environment
-            wrong(f"{path}: can't be read: {getattr(error, 'strerror', None) or 'not UTF-8 text'}")
+        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    except (FileNotFoundError, IsADirectoryError):      # .env may be a virtual environment
         return {}
-
-
-_VARIABLES_NOT_INHERITED = ("OPENROUTER_API_KEY", "TMUX", "TMUX_PANE", "CLAUDECODE", "CLAUDE_CODE_ENTRYPOINT")
-
-
-def child_environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return the environment for programs that we start (`environ` or our own, with changes).
-
-    It lacks the API key and the variables that tell a program that it runs inside another agent
-    or tmux.  Claude Code refuses to start where CLAUDECODE is set, and leaves no scrollback where
-    it may use the alternate screen.
-    """
-    source = os.environ if environ is None else environ
-    kept = {name: value for name, value in source.items() if name not in _VARIABLES_NOT_INHERITED}
-    return {**kept, "CLAUDE_CODE_DISABLE_ALTERNATE_SCREEN": "1"}
+    except OSError as error:
+        on_error(f"{path}: can't be read: {error.strerror}")
+        return {}
+    return parse_env(text, on_error)
 
 
 # -- 3. Text ------------------------------------------------------------------------------
@@ -389,52 +405,65 @@ def sanitize(text: str) -> str:
     return _CONTROL_CHARACTERS.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
-def parse_json_object(text: str | bytes) -> dict | None:
-    """Return the JSON object that a text is, None if it is not one."""
+JsonObject = dict[str, Any]
+
+
+def parse_json_object(text: str | bytes) -> JsonObject | None:
+    """Return the JSON object in a text, or None if the text is anything else."""
     try:
-        found = json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return value if isinstance(value, dict) else None
 
 
-def get_object(holder: Mapping, name: str) -> dict:
-    """Return an object inside another, or in a list there; an empty one where there is none."""
-    found = holder.get(name)
-    found = found[0] if isinstance(found, list) and found else found
-    return found if isinstance(found, dict) else {}
+def get_object(holder: Mapping[str, Any], name: str) -> JsonObject:
+    """Return the object under a name, or the first of a list of objects; {} if there is none."""
+    value = holder.get(name)
+    if isinstance(value, list) and value:
+        value = value[0]
+    return value if isinstance(value, dict) else {}
 
 
-def get_text(message: Mapping, name: str) -> str:
-    """Return a text, which may come as a list of parts."""
-    found = message.get(name)
-    parts = found if isinstance(found, list) else [{"text": found}]
+def get_text(holder: Mapping[str, Any], name: str) -> str:
+    """Return the text under a name, which may be a list of parts; "" if there is none.
+
+    >>> get_text({"content": [{"type": "text", "text": "a"}, {"text": "b"}]}, "content")
+    'ab'
+    """
+    value = holder.get(name)
+    parts = value if isinstance(value, list) else [{"text": value}]
     texts = [part.get("text") for part in parts if isinstance(part, dict)]
     return "".join(text for text in texts if isinstance(text, str))
 
 
-def get_number(holder: Mapping, name: str) -> float | None:
-    """Return a number or the text of one, None where there is none, or one that can't be."""
+def get_number(holder: Mapping[str, Any], name: str) -> float | None:
+    """Return the non-negative number under a name, also if it is written as text, else None."""
     with contextlib.suppress(TypeError, ValueError, OverflowError):
-        found = float(holder.get(name, ""))
-        return found if 0 <= found < 1e15 else None
+        number = float(holder.get(name, ""))
+        if 0 <= number < 1e15:
+            return number
     return None
 
 
-def get_int(holder: Mapping, name: str) -> int:
+def get_int(holder: Mapping[str, Any], name: str) -> int:
+    """Return the whole number under a name, or 0."""
     return int(get_number(holder, name) or 0)
 
 
 def trimmed_lines(capture: str) -> list[str]:
-    """Return the lines of a capture without trailing blanks, and without the blank last lines."""
-    return [line.rstrip() for line in capture.rstrip().split("\n")] if capture.strip() else []
+    """Return the lines of a screen capture without trailing blanks and blank last lines."""
+    if not capture.strip():
+        return []
+    return [line.rstrip() for line in capture.rstrip().split("\n")]
 
 
 def truncate_middle(text: str, limit: int = 16_000) -> str:
-    """Return text of some `limit` characters at most: its head and tail, whole lines if it can."""
+    """Return the head and the tail of a text, some `limit` characters, in whole lines if possible."""
     if len(text) <= limit:
         return text
-    head, tail = text[:limit // 2], text[-(limit // 2):]
+    head = text[:limit // 2]
+    tail = text[-(limit // 2):]
     head = head[:head.rfind("\n", limit // 4) + 1] or head
     tail = tail[tail.find("\n", 0, limit // 4) + 1:]
     middle = text[len(head):len(text) - len(tail)]
@@ -497,225 +526,674 @@ SECONDS_PER_UNIT = {"s": 1, "m": 60, "h": 3600}
 
 
 def format_duration(seconds: float) -> str:
-    """Return a time as people say it: 4.2 s, 9 min 12 s."""
-    return f"{seconds:.3g} s" if seconds < 60 else f"{seconds // 60:.0f} min {int(seconds % 60)} s"
+    """Return a duration for people.
+
+    >>> format_duration(4.2), format_duration(552)
+    ('4.2 s', '9 min 12 s')
+    """
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes} min {rest} s"
 
 
-def _secret_pattern(secret: str) -> re.Pattern[str]:
-    """Return what finds a secret (from 8 characters) and each half of a long one, also wrapped."""
+def secret_pattern(secret: str) -> re.Pattern[str]:
+    """Return a pattern that finds a secret, also where a terminal has wrapped or coloured it.
+
+    Of a long secret each half is found, too.  One of fewer than 8 characters is never found: it
+    would match ordinary text.
+    """
+    if len(secret) < 8:
+        return re.compile("(?!)")
     gap = r"(?:\x1b\[[\d;:]*m|[^!-~]|\|)*"
     half = len(secret) // 2 if len(secret) >= 32 else len(secret)
     parts = [gap.join(map(re.escape, part)) for part in (secret[:half], secret[half:]) if part]
-    return re.compile("|".join([gap.join(parts), *parts]) if len(secret) >= 8 else "(?!)")
+    return re.compile("|".join([gap.join(parts), *parts]))
 
 
-# -- 4. Agent profiles --------------------------------------------------------------------
-# What is known of each agent, as data.  May use: nothing.
+# -- 4. Agent profiles ----------------------------------------------------------------------
+# All that is known of single agents, as data.  To add one, add a record here and recorded screens
+# to its test.  May use: nothing.
 
 SPINNER = re.compile("[\u2801-\u28ff\u25d0-\u25d3]")      # Braille, or a turning half-moon
-_BUSY_FOOTER = re.compile(r"\b(?:esc|ctrl\+c) to interrupt\b", re.I)
-_STARTUP_NOTICE = re.compile(r"\s*Waiting for startup\b")
-_BUSY_STATUS_LINE = re.compile(r"\([^()]*\d+s\b[^()]*\b(?:esc|ctrl\+c) to interrupt\b[^()]*\)", re.I)
-_PASTE_PLACEHOLDER = re.compile(r"\[Pasted (?:text|Content)\b[^\]]*\]")
-_BOX_BORDER = re.compile(r"\s*[─╌╭╰][─╌╮╯\s]+")
-_PROMPT_LINE = re.compile(r"\s*(?:[│|]\s*)?[❯›>!](?:\s|$)")
-_MENU_HINT = re.compile(r"\benter (?:to )?(?:confirm|select|continue)\b|"
-                     r"\besc (?:to )?(?:cancel|close|exit|(?:go )?back)\b", re.I)
-_MENU_CURSOR = re.compile(r"\s*(?:[│|]\s*)?[❯›]\s*(\S.*)")
-_STARTUP_DIALOGS = (("trust this folder", "Yes, I trust"),
-              ("Trust this folder?", "Trust and continue"),
-              ("trust the contents of this directory", "Yes"),
-              ("Bypass Permissions mode", "Yes, I accept"))
-_USAGE_LIMIT_NOTICE = re.compile(
-    r"(?m)^[^\w\"'`]*(?:You've (?:hit|reached) your .*limit|API Error: Rate limit reached|"
-    r"(?:Claude (?:AI )?usage|(?:Opus )?(?:5-hour|session|weekly)) limit reached|"
-    r"You're out of extra usage)"
-    r".*(?:\n.*\b(?:resets|try again)\b.*)?", re.I)
 
 
-class AgentProfile(NamedTuple):
-    """An agent program: its name, how it is started, and started again with its conversation."""
+class StartupRule(NamedTuple):
+    """A start-up dialog that the orchestrator answers itself: a menu entry, or a key to press."""
+
+    pattern: re.Pattern[str]    # on the screen while the dialog is open
+    entry: str = ""             # beginning of the menu entry to choose
+    key: str = ""               # or the key to press
+
+
+class ProblemRule(NamedTuple):
+    """A message of an agent about a problem that only you can fix."""
+
+    pattern: re.Pattern[str]
+    advice: str                 # what to do about it
+
+
+_SIMPLE_COMMAND = re.compile(r"[\w@%+:,./-]+( [\w@%+:,./= -]*)?")   # means the same without a shell
+
+
+def _split_command(command: str) -> tuple[str, ...]:
+    """Return the arguments that run a shell command, without a shell if it needs none."""
+    if _SIMPLE_COMMAND.fullmatch(command):
+        return tuple(command.split())
+    return ("/bin/sh", "-c", command)
+
+
+@dataclasses.dataclass(frozen=True)
+class AgentProfile:
+    """How one agent is run, and what its screen means.  The defaults suit an unknown program.
+
+    `arguments` and `optional_arguments` are for the default command only.  The latter set what a
+    user's own settings may have changed; each is left out if the installed version, in an error
+    message with the given name, says that it does not know it.
+    """
 
     name: str
     start_command: tuple[str, ...]
-    resume_command: tuple[str, ...] = ()    # empty: it has no conversation to go on with
-    install_command: str = ""               # empty: we know nothing of how it looks when it is ready
+    resume_command: tuple[str, ...] = ()        # empty: it can't continue a conversation
+    program_names: tuple[str, ...] = ()
+    model_names: tuple[str, ...] = ()           # values of DEFAULT_MODEL that mean this agent
+    model_prefix: str = ""                      # more exact ones, which are passed on, begin so
+    optional_arguments: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    resume_arguments: tuple[str, ...] = ()      # they follow the name of the program
+    approval_arguments: tuple[str, ...] = ()    # so it asks no permission: for you to choose
+    install_command: str = ""
+    environment: tuple[tuple[str, str], ...] = ()       # what it needs to run in a pane
+    variables_not_inherited: tuple[str, ...] = ()       # what makes it refuse to run in one
+    login_status_command: tuple[str, ...] = ()
+    root_check: tuple[str, str] = ("", "")      # refused option for root, variable that allows it
+
+    # The screen.  `prompt_line` is the first row of the input box, `box_border` the row above it.
+    prompt_line: re.Pattern[str] | None = None
+    box_border: re.Pattern[str] | None = None
+    reader_prompt_line: re.Pattern[str] | None = None   # in screen reader mode, without borders
+    reader_footer: re.Pattern[str] | None = None        # at most two rows above that
+    busy_title: re.Pattern[str] = SPINNER
+    busy_words: re.Pattern[str] | None = None           # below the input box
+    status_line: re.Pattern[str] | None = None          # the last unindented line above the box
+    closing_line: re.Pattern[str] | None = None         # the last line of a turn that is over
+    queued_message: re.Pattern[str] | None = None       # typed before the agent had started
+    needs_blank: re.Pattern[str] | None = None          # a message that a blank must follow
+    menu_cursor: re.Pattern[str] | None = None          # a row of a menu, never of the input box
+    menu_hint: re.Pattern[str] | None = None            # the line below a menu that lists its keys
+    startup_dialogs: tuple[StartupRule, ...] = ()
+    usage_limit: re.Pattern[str] | None = None          # a line that says that one was reached
+    problems: tuple[ProblemRule, ...] = ()
+
+    @property
+    def is_known(self) -> bool:
+        """Whether its input box is described, and with it what else its screen shows."""
+        return self.prompt_line is not None
+
+    @classmethod
+    def from_command(cls, command: str) -> AgentProfile:
+        """Return the profile of an unknown program that a shell command runs."""
+        words = (word for word in command.split() if "=" not in word)
+        return cls(next(words, "sh").rsplit("/", 1)[-1], _split_command(command))
+
+    def with_command(self, command: str, end: int) -> AgentProfile:
+        """Return this profile with a shell command, in which the program's name ends at `end`."""
+        resume_command: tuple[str, ...] = ()
+        if self.resume_arguments:
+            inserted = " ".join(self.resume_arguments)
+            resume_command = _split_command(f"{command[:end]} {inserted}{command[end:]}")
+        return dataclasses.replace(self, start_command=_split_command(command),
+                                   resume_command=resume_command, optional_arguments=())
+
+    def with_model(self, model: str) -> AgentProfile:
+        """Return this profile with a model, of DEFAULT_MODEL, in its commands."""
+        program, *arguments = self.start_command
+        if model.lower() not in self.model_names:
+            arguments = ["--model", model, *arguments]
+        return dataclasses.replace(self, start_command=(program, *arguments), resume_command=(
+            program, *self.resume_arguments, *arguments))
 
 
-_INSTALL_COMMANDS = {"claude": "npm install -g @anthropic-ai/claude-code",
-            "codex": "npm install -g @openai/codex"}
+_LIMIT_END = r".*(?:\n.*\b(?:resets?|try again)\b.*)?"      # the time may stand on the next line
+
+CLAUDE_CODE = AgentProfile(
+    name="Claude Code",
+    program_names=("claude", "claude-code"),
+    model_names=("claude",),
+    start_command=("claude", "--dangerously-skip-permissions", "--setting-sources", "user"),
+    resume_arguments=("--continue",),
+    approval_arguments=("--dangerously-skip-permissions",),
+    optional_arguments=(
+        ("--settings", ("--settings", '{"prefersReducedMotion": false, "editorMode": "normal", '
+                        '"statusLine": {"type": "command", "command": "true"}}')),),
+    install_command="npm install -g @anthropic-ai/claude-code",
+    # Where it may use the alternate screen, it leaves no scrollback.
+    environment=(("CLAUDE_CODE_DISABLE_ALTERNATE_SCREEN", "1"),),
+    variables_not_inherited=("CLAUDECODE", "CLAUDE_CODE_ENTRYPOINT"),
+    login_status_command=("claude", "auth", "status"),
+    root_check=("--dangerously-skip-permissions", "IS_SANDBOX"),
+    prompt_line=re.compile(r"(?:│ ?)?[❯>!](?:\s|$)"),      # `!`: a shell command
+    box_border=re.compile(r"[─╭╰]─{9}"),
+    reader_prompt_line=re.compile(r"\$(?:\s|$)"),
+    reader_footer=re.compile(r"\S.*\(shift\+tab to cycle\)"),
+    busy_words=re.compile(r"\b(?:esc|ctrl\+c) to interrupt\b", re.I),
+    status_line=re.compile(r"[·✢✳✶✻✽*●] [^…]{1,200}…(?: \(.*\))?"),
+    closing_line=re.compile(r"[✢✳✶✻✽] \w+ for \d.*"),
+    menu_cursor=re.compile(r"\s+❯ *(\S.*)|❯ *(\d+\. .*)"),
+    menu_hint=re.compile(r"\benter to (?:confirm|select|save|continue)\b|"
+                         r"\besc to (?:cancel|close|exit|clear|go back)\b", re.I),
+    startup_dialogs=(
+        StartupRule(re.compile(r"(?s)(?:trust|Bypass).*Enter y/n:\s*\Z"), key="y"),
+        StartupRule(re.compile(r"(?s)(?:trust|Bypass).*Enter y/n: y\s*\Z"), key="Enter"),
+        StartupRule(re.compile("trust this folder"), "Yes, I trust"),
+        StartupRule(re.compile(r"Trust this folder\?"), "Trust and continue"),
+        StartupRule(re.compile("Bypass Permissions mode"), "Yes, I accept")),
+    usage_limit=re.compile(
+        r"(?m)^[^\w\"'`]*(?:You['’]ve (?:hit|reached) your .*limit|"
+        r"You['’]re out of extra usage|"
+        r"(?:Claude (?:AI )?usage|Usage|(?:Opus )?(?:5-hour|session|weekly)) limit reached|"
+        r"API Error: (?:Rate limit reached|Request rejected \(429\)))" + _LIMIT_END, re.I),
+    problems=(
+        ProblemRule(re.compile(r"cannot be used with root/sudo privileges"),
+                    "It refuses its default options as root. Run as another user, or set "
+                    "IS_SANDBOX=1 where nothing can be damaged, as in a container."),
+        ProblemRule(re.compile(
+            r"(?m)^\W*(?:Not logged in|Invalid API key|OAuth token (?:revoked|has expired)|"
+            r"Login expired|Login reached its time limit|(?:Your )?Session (?:has )?expired)\b"
+            r".*/login|^\W*Please run /login · API Error: 40[13]|"
+            r"\"loggedIn\": false|^\W*Select login method:"),
+            "Start claude in a terminal, log in with /login, and try again."),
+        ProblemRule(re.compile(
+            r"(?m)^\W*(?:Credit balance (?:is )?too low|Your organization has (?:been )?disabled|"
+            r"(?:API Error: 40[03] .*)?This organization has been disabled|"
+            r"Your (?:account|organization) does not have access to Claude)"),
+            "Check the account's plan and billing, or log in with another account."),
+    ))
+
+CODEX = AgentProfile(
+    name="Codex",
+    program_names=("codex", "codex-cli"),
+    model_names=("codex", "gpt"),
+    model_prefix="gpt",
+    start_command=("codex", "--no-alt-screen", "--ask-for-approval", "never",
+                   "--sandbox", "workspace-write"),
+    resume_arguments=("resume", "--last"),
+    approval_arguments=("--ask-for-approval", "never", "--sandbox", "workspace-write"),
+    # Without --no-daemon the turn goes on in a background server after the pane is gone.
+    optional_arguments=(
+        ("--no-daemon", ("--no-daemon",)),
+        ("tui.animations", ("-c", "tui.animations=true")),
+        ("tui.terminal_title", ("-c", 'tui.terminal_title=["spinner","project"]'))),
+    install_command="npm install -g @openai/codex",
+    login_status_command=("codex", "login", "status"),
+    prompt_line=re.compile(r"[›!](?:\s|$)"),
+    status_line=re.compile(r"(?:[•◦] )?\w[^(]{0,80}\((?:\d+[hms] ?)+ • esc to interrupt\).*"),
+    closing_line=re.compile(r"\s+Worked for <?\d.*"),
+    queued_message=re.compile(r"\s*Waiting for startup\b"),
+    needs_blank=re.compile(r"[@$]\S*\Z"),       # else a completion takes the Enter
+    menu_cursor=re.compile(r"[›>] *(\d+\. .*|\[.\] .*)"),
+    menu_hint=re.compile(r"\benter (?:to )?(?:confirm|select|save|continue|resume|submit)\b|"
+                         r"\besc (?:to )?(?:cancel|close|exit|(?:go )?back)\b", re.I),
+    startup_dialogs=(
+        StartupRule(re.compile("trust the contents of this directory"), "Yes"),
+        StartupRule(re.compile("Update available"), "Skip")),
+    usage_limit=re.compile(
+        r"(?m)^[^\w\"'`]*(?:You['’]ve (?:hit|reached) your .*limit|Usage limit reached)"
+        + _LIMIT_END, re.I),
+    problems=(
+        ProblemRule(re.compile(
+            r"(?m)^\W*(?:\d\. )?Sign in with ChatGPT$|^Not logged in|^\W*(?:Your (?:access token|"
+            r"authentication session) could not be refreshed|unexpected status 401 Unauthorized)"),
+            "Run `codex login` in a terminal, and try again."),
+        ProblemRule(re.compile(
+            r"(?m)^\W*(?:You['’]re out of credits|Your workspace is out of credits|"
+            r"To use Codex with your ChatGPT plan, upgrade|Quota exceeded\. Check your plan)"),
+            "Check the account's plan and billing, or log in with another account."),
+    ))
+
+GEMINI = AgentProfile(
+    name="Gemini CLI",
+    program_names=("gemini", "gemini-cli"),
+    start_command=("gemini",),
+    resume_arguments=("--resume", "latest"),
+    approval_arguments=("--yolo", "--skip-trust"),
+    install_command="npm install -g @google/gemini-cli",
+    busy_title=re.compile("✦"),
+    startup_dialogs=(
+        StartupRule(re.compile("Do you trust the files in this folder"), "Trust folder"),),
+    usage_limit=re.compile(
+        r"(?m)^[^\w\"'`]*(?:Usage limit reached for|You have exhausted your .*quota)"
+        + _LIMIT_END, re.I),
+    problems=(
+        ProblemRule(re.compile("How would you like to authenticate for this project"),
+                    "Start gemini in a terminal, choose how to log in, and try again."),))
+
+OPENCODE = AgentProfile(
+    name="opencode",
+    program_names=("opencode", "opencode-ai"),
+    start_command=("opencode",),
+    resume_arguments=("--continue",),
+    approval_arguments=("--auto",),
+    install_command="npm install -g opencode-ai")
+
+QWEN_CODE = AgentProfile(
+    name="Qwen Code",
+    program_names=("qwen", "qwen-code"),
+    start_command=("qwen",),
+    resume_arguments=("--continue",),
+    approval_arguments=("--yolo",),
+    install_command="npm install -g @qwen-code/qwen-code")
+
+COPILOT = AgentProfile(
+    name="Copilot CLI",
+    program_names=("copilot",),
+    start_command=("copilot",),
+    resume_arguments=("--continue",),
+    approval_arguments=("--allow-all",),
+    install_command="npm install -g @github/copilot",
+    startup_dialogs=(
+        StartupRule(re.compile("Do you trust the files in this folder"), "Yes"),))
+
+AIDER = AgentProfile(
+    name="aider",
+    program_names=("aider", "aider-chat"),
+    start_command=("aider",),
+    resume_arguments=("--restore-chat-history",),
+    approval_arguments=("--yes-always",),
+    install_command="pip install aider-chat")
+
+CLINE = AgentProfile(
+    name="Cline",
+    program_names=("cline",),
+    start_command=("cline",),
+    install_command="npm install -g cline",
+    startup_dialogs=(       # Enter would open a browser
+        StartupRule(re.compile("any other key to close"), key="Escape"),))
+
+PI = AgentProfile(
+    name="Pi",
+    program_names=("pi", "pi-coding-agent"),
+    start_command=("pi",),
+    resume_arguments=("--continue",),
+    install_command="npm install -g @mariozechner/pi-coding-agent",
+    usage_limit=re.compile(r"(?m)^[^\w\"'`]*.{0,80}\bTry again in ~\d+ min", re.I))
+
+PROFILES = (CLAUDE_CODE, CODEX, GEMINI, OPENCODE, QWEN_CODE, COPILOT, AIDER, CLINE, PI)
+
+
+_COMMAND_WORD = re.compile(r"[^\s'\"`;|&()]+")
+_VERSION_SUFFIX = (r"(?:[@:](?:latest|next|beta|nightly|stable|[~^]?v?\d[\w.+-]*)|[-_]v?\d[\w.+-]*|"
+                   r"-(?:x86_64|aarch64|arm64|linux|darwin)[\w.-]*|\.(?:exe|cmd|js|mjs))*")
+# A host or a container may have an agent's name, as may the value of an option.
+_PLACE = re.compile(
+    r"\bssh\s+(?:-[bcDEeFIiJLlmOopQRSWw]\s+\S+\s+|-\S+\s+)*\S+|"
+    r"\b(?:docker|podman|nerdctl|kubectl|lxc)\b[^|;&]*?\bexec\s+"
+    r"(?:-[ceunw]\s+\S+\s+|--(?:user|env|workdir|container|namespace)\s+\S+\s+|-\S+\s+)*\S+")
+_OPTION_WITH_VALUE = re.compile(
+    r"(?:^|\s)(?:--(?:name|hostname|user|container|namespace|model|from|package)|-[unp]|cd|su)\s+$")
+
+
+def _find_program(command: str) -> tuple[AgentProfile, int] | None:
+    """Return the profile of the first agent that a command names, and where its name ends."""
+    place = _PLACE.search(command)
+    for word in _COMMAND_WORD.finditer(command):
+        is_place = place and place.start() <= word.start() < place.end()
+        if is_place or _OPTION_WITH_VALUE.search(command[:word.start()]):
+            continue
+        program = word[0].rsplit("/", 1)[-1]
+        for profile in PROFILES:
+            names = "|".join(map(re.escape, profile.program_names))
+            if re.fullmatch(f"(?:{names}){_VERSION_SUFFIX}", program):
+                return profile, word.end()
+    return None
 
 
 def select_profile(default_model: str, command: str = "") -> AgentProfile:
-    """Return Claude Code, Codex, or what a shell command runs; flags as of their newest versions.
+    """Return the profile of the agent that DEFAULT_MODEL and CLAUDE_CMD choose.
 
     >>> select_profile("gpt-5").start_command[:3]
     ('codex', '--model', 'gpt-5')
+    >>> select_profile("claude", "docker exec -it box codex").resume_command[4:]
+    ('codex', 'resume', '--last')
     """
     if command:
-        words = tuple(command.split())
-        name = next((Path(word).name for word in words if "=" not in word), "sh")
-        if not re.fullmatch(r"[\w@%+:,./-]+( [\w@%+:,./= -]*)?", command):      # for a shell
-            words = ("/bin/sh", "-c", command)
-        return AgentProfile(name, words, install_command=_INSTALL_COMMANDS.get(name, ""))
-    model = () if default_model.lower() in ("claude", "gpt") else ("--model", default_model)
-    if default_model.lower().startswith("gpt"):
-        flags = (*model, "--no-alt-screen", "--ask-for-approval", "never",
-                 "--sandbox", "workspace-write")
-        return AgentProfile("Codex", ("codex", *flags), ("codex", "resume", "--last", *flags),
-                       _INSTALL_COMMANDS["codex"])
-    claude = ("claude", "--dangerously-skip-permissions", "--setting-sources", "user", *model)
-    return AgentProfile("Claude Code", claude, (*claude, "--continue"), _INSTALL_COMMANDS["claude"])
+        found = _find_program(command)
+        if not found:
+            return AgentProfile.from_command(command)
+        profile, end = found
+        return profile.with_command(command, end)
+    model = default_model.lower()
+    for profile in PROFILES:
+        prefix = profile.model_prefix
+        if model in profile.model_names or (prefix and model.startswith(prefix)):
+            return profile.with_model(default_model)
+    return CLAUDE_CODE.with_model(default_model)
+
+
+def child_environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the environment for programs that we start (`environ` or our own, with changes).
+
+    It lacks the API key and the variables that tell a program that it runs inside another agent
+    or tmux, and has what the agents need.
+    """
+    source = os.environ if environ is None else environ
+    removed = {"OPENROUTER_API_KEY", "TMUX", "TMUX_PANE"}
+    added: dict[str, str] = {}
+    for profile in PROFILES:
+        removed.update(profile.variables_not_inherited)
+        added.update(profile.environment)
+    return {**{name: value for name, value in source.items() if name not in removed}, **added}
 
 
 # -- 5. Screens ---------------------------------------------------------------------------
 # What an agent's screen means: pure functions.  May use: Text, Agent profiles.
+
+_PASTE_PLACEHOLDER = re.compile(r"\[Pasted (?:text|Content)\b[^\]]*\]")
+_HORIZONTAL_RULE = re.compile(r"\s*[─▔]{10}")
+_ANY_CURSOR = re.compile(r"\s*(?:[│|]\s*)?[❯›●>]\s*(\S.*)")      # of any agent
+_NUMBERED_ENTRY = re.compile(r"[\s│❯›●>]*\d+\.\s")
+
 
 def _last_text_lines(screen: Iterable[str], count: int) -> list[str]:
     """Return the last lines of a screen that have text."""
     return [line for line in screen if line.strip()][-count:]
 
 
-def is_busy(screen: Iterable[str]) -> bool:
-    """Whether a screen says that the agent works: Claude Code in its footer, Codex above that."""
-    lines = _last_text_lines(screen, 12)
-    return any(map(_BUSY_FOOTER.search, lines[-3:])) or any(map(_BUSY_STATUS_LINE.search, lines))
+class _InputBox(NamedTuple):
+    """Where the parts of an input box are: row numbers, each the first of its part."""
+
+    start: int      # the border, or in screen reader mode the footer
+    text: int       # the prompt
+    text_end: int
+    end: int        # what follows the box
 
 
-def is_message_queued(screen: Iterable[str]) -> bool:
-    """Whether a screen says that what was typed waits until the agent, Codex, has started."""
-    return any(map(_STARTUP_NOTICE.match, _last_text_lines(screen, 3)))
+def _has_menu_hint(profile: AgentProfile, screen: Sequence[str]) -> bool:
+    """Whether the last lines of a screen list the keys of a menu."""
+    pattern = profile.menu_hint
+    return pattern is not None and any(map(pattern.search, _last_text_lines(screen, 3)))
 
 
-def describe_menu(screen: Iterable[str]) -> str:
-    """Return what a question at the bottom of an agent's screen asks, and where its cursor is.
-
-    Claude Code draws a rule above its questions.
-    """
-    lines = _last_text_lines(screen, 40)
-    if not any(map(_MENU_HINT.search, lines[-3:])):
-        return ""
-    rules = [row + 1 for row, line in enumerate(lines) if line.startswith("─" * 10)]
-    lines = lines[rules[-1] if rules else -16:]
-    cursors = [(row, found[1]) for row, line in enumerate(lines)
-               if (found := _MENU_CURSOR.match(line))]
-    above = lines[:cursors[-1][0] if cursors else -1]
-    asked = [line for line in above if line.endswith("?")][-1:] or above[:1]
-    chosen = f", and the cursor is on {cursors[-1][1].strip()!r}" if cursors else ""
-    return f"The screen asks {''.join(asked).strip()!r}{chosen}; it takes keys, not text."
+def _parse_reader_box(
+        profile: AgentProfile, screen: Sequence[str], row: int) -> _InputBox | None:
+    """Return the input box of screen reader mode with the prompt in this row, if it is one."""
+    footer, prompt = profile.reader_footer, profile.reader_prompt_line
+    if footer and prompt and prompt.match(screen[row]):
+        for start in range(max(0, row - 2), row):
+            if footer.match(screen[start]):
+                return _InputBox(start, row, len(screen), len(screen))
+    return None
 
 
-def has_input_box(screen: Sequence[str]) -> bool:
-    """Whether a screen shows an input box, and not a question with a cursor on its answers."""
-    lines = _last_text_lines(screen, 16)
-    return any(map(_PROMPT_LINE.match, lines)) and not describe_menu(lines)
-
-
-def strip_input_box(lines: list[str]) -> list[str]:
-    """Return the lines of a capture above the input box and the footer, all if there are none.
-
-    Claude Code has rules around its box; nothing but indented lines follows on either's.
-    """
-    for top in range(len(lines) - 1, -1, -1):
-        if _PROMPT_LINE.match(lines[top]) and has_input_box(lines):
-            top -= bool(top) and bool(_BOX_BORDER.fullmatch(lines[top - 1]))
-            return trimmed_lines("\n".join(lines[:top]))
-        if lines[top] and not lines[top].startswith("  ") and not _BOX_BORDER.fullmatch(lines[top]):
+def _parse_bordered_box(
+        border: re.Pattern[str], screen: Sequence[str], row: int) -> _InputBox | None:
+    """Return the input box between borders with the prompt in this row, if it is one."""
+    if row == 0 or not border.match(screen[row - 1]):
+        return None
+    for end in range(row + 1, len(screen)):
+        if border.match(screen[end]):
+            return _InputBox(row - 1, row, end, end + 1)
+        if screen[end][:1] not in ("", " ", "│"):
             break
-    return lines
+    return None
 
 
-def last_text_line(picture: str) -> str:
-    """Return the last line of text on a screen with colours, above the agents' input box."""
-    lines = strip_input_box(trimmed_lines(sanitize(_SGR_SEQUENCE.sub("", picture))))
+def _parse_plain_box(
+        profile: AgentProfile, screen: Sequence[str], row: int) -> _InputBox | None:
+    """Return the input box without borders with the prompt in this row, if it is one.
+
+    A footer follows it after a blank line.  A menu looks the same, but for the keys in its footer.
+    """
+    blank_rows = [end for end in range(row + 1, len(screen))
+                  if not screen[end].strip() and any(screen[end:])]
+    if not blank_rows or _has_menu_hint(profile, screen[blank_rows[-1]:]):
+        return None
+    return _InputBox(row, row, blank_rows[-1], blank_rows[-1])
+
+
+def _find_input_box(profile: AgentProfile, screen: Sequence[str]) -> _InputBox | None:
+    """Return where the agent's input box is, None if there is none."""
+    if profile.prompt_line is None:
+        return None
+    for row in range(len(screen) - 1, -1, -1):
+        box = _parse_reader_box(profile, screen, row)
+        if not box and profile.prompt_line.match(screen[row]):
+            if profile.box_border:
+                box = _parse_bordered_box(profile.box_border, screen, row)
+            else:
+                return _parse_plain_box(profile, screen, row)
+        if box:
+            return box
+        if not profile.box_border and screen[row][:1] not in ("", " "):
+            return None     # only indented lines follow a box without borders
+    return None
+
+
+def has_input_box(profile: AgentProfile, screen: Sequence[str]) -> bool:
+    """Whether a screen shows the agent's input box."""
+    return _find_input_box(profile, screen) is not None
+
+
+def split_at_input_box(profile: AgentProfile, screen: Sequence[str]) -> tuple[
+        list[str], list[str], list[str]]:
+    """Return the lines above the input box, in it, and of its frame and footer.
+
+    Without an input box, all lines are above it.
+    """
+    lines = list(screen)
+    box = _find_input_box(profile, lines)
+    if not box:
+        return lines, [], []
+    frame = lines[box.start:box.text] + lines[box.end:]
+    return lines[:box.start], lines[box.text:box.text_end], frame
+
+
+def strip_input_box(profile: AgentProfile, lines: Sequence[str]) -> list[str]:
+    """Return the lines of a capture above the input box, all if there is none."""
+    return trimmed_lines("\n".join(split_at_input_box(profile, lines)[0]))
+
+
+def find_draft(profile: AgentProfile, screen: Sequence[str], row: int, column: int) -> str:
+    """Return the text in the input box, "" if the cursor, at `row` and `column`, is not in it.
+
+    Behind the cursor in an empty box there may be a placeholder.  Another mark than the usual
+    one, as `!` for a shell command, belongs to the draft.
+    """
+    box = _find_input_box(profile, screen)
+    if not box or not box.text <= row < box.text_end or not profile.prompt_line:
+        return ""
+    prompt = profile.prompt_line.match(screen[box.text])
+    mark = prompt[0] if prompt else ""
+    mode = "!" if "!" in mark else ""
+    rest = [line.strip() for line in screen[box.text + 1:box.text_end]]
+    while rest and not rest[-1] and row < box.text + len(rest):
+        rest.pop()
+    first = screen[box.text][len(mark):] if rest or mode or column > len(mark) else ""
+    return "\n".join([mode + first, *rest])
+
+
+def is_busy(profile: AgentProfile, screen: Sequence[str]) -> bool:
+    """Whether the words on a screen say that the agent is working."""
+    above, box, frame = split_at_input_box(profile, screen)
+    footer = frame if box else _last_text_lines(screen, 3)
+    if profile.busy_words and any(map(profile.busy_words.search, footer)):
+        return True
+    unindented = [line for line in above if line.strip() and not line.startswith(" ")]
+    return bool(profile.status_line and unindented
+                and profile.status_line.fullmatch(unindented[-1]))
+
+
+def is_message_queued(profile: AgentProfile, screen: Iterable[str]) -> bool:
+    """Whether a screen says that the agent will take a message only once it has started."""
+    pattern = profile.queued_message
+    return pattern is not None and any(map(pattern.match, _last_text_lines(screen, 3)))
+
+
+def _is_unindented(line: str) -> bool:
+    return line[:1] not in ("", " ", "↑", "↓")      # arrows: a list that scrolls
+
+
+def _find_menu(
+        lines: list[str], cursor_pattern: re.Pattern[str] | None) -> tuple[int, int | None]:
+    """Return the first row of a menu and the row of its cursor.
+
+    It begins below a rule, which may also stand between its entries, or where no rule is drawn,
+    below the last line that is not indented.
+    """
+    rules = [row for row, line in enumerate(lines[:-1]) if _HORIZONTAL_RULE.match(line)
+             and not _NUMBERED_ENTRY.match(lines[row + 1])]
+    first, cursor = rules[-1] + 1 if rules else 0, None
+    for row in range(len(lines) - 1, first - 1, -1):
+        if cursor_pattern and cursor_pattern.match(lines[row]):
+            cursor = row
+            break
+        if not rules and _is_unindented(lines[row]):
+            break
+    if not rules:
+        first = len(lines) - 1 if cursor is None else cursor
+        while first > 0 and not _is_unindented(lines[first - 1]):
+            first -= 1
+    return first, cursor
+
+
+def _find_question(lines: list[str]) -> str:
+    """Return the question, or else the title, in the lines of a menu above its cursor."""
+    text = [line.strip() for line in lines if line.strip() and not _NUMBERED_ENTRY.match(line)]
+    questions = [found[0] for line in text if (found := re.match(r".*?\?(?=\s|$)", line))]
+    if questions:
+        return questions[-1]
+    return text[0] if text else ""
+
+
+def describe_menu(profile: AgentProfile, screen: Sequence[str]) -> str:
+    """Return what the menu at the bottom of a screen asks and where its cursor is, or ""."""
+    if not profile.is_known or has_input_box(profile, screen):
+        return ""
+    lines = trimmed_lines("\n".join(screen))[-60:]
+    is_hinted = _has_menu_hint(profile, lines)
+    first, cursor = _find_menu(lines, _ANY_CURSOR if is_hinted else profile.menu_cursor)
+    if not is_hinted and (cursor is None or len(_last_text_lines(lines[cursor:], 99)) > 12):
+        return ""
+    text = f"The screen asks {_find_question(lines[first:-1 if cursor is None else cursor])!r}"
+    entry = _ANY_CURSOR.match(lines[cursor]) if cursor is not None else None
+    if entry:
+        text += f", and the cursor is on {entry[1].strip()!r}"
+    return f"{text}; it takes keys, not text."
+
+
+def last_text_line(ansi_screen: str) -> str:
+    """Return the last text line above the input box of an ANSI-coloured screen."""
+    lines = trimmed_lines(sanitize(_SGR_SEQUENCE.sub("", ansi_screen)))
+    for profile in PROFILES:
+        lines = strip_input_box(profile, lines)
     return next((" ".join(line.split()) for line in lines[::-1] if re.search(r"\w", line)), "")
 
 
 def is_message_unsent(line: str, message: str) -> bool:
-    """Whether the line with the cursor still shows the end of a message, or its paste chip."""
+    """Whether the cursor's line still shows the end of a message, or a placeholder for it."""
     shown = line.strip().rstrip("│| \u00a0")
     end = message.rstrip().rsplit("\n", 1)[-1]
-    return bool(_PASTE_PLACEHOLDER.search(line)) or bool(end and shown) and (
-        shown.endswith(end[-20:].strip()) or end.endswith(shown))
-
-
-def find_draft(screen: Sequence[str], row: int, column: int) -> str:
-    """Return what stands in the input box that the cursor is in, nothing if it is in none.
-
-    The box begins with a prompt mark; `!` is that of Claude Code's shell mode, and a draft.  Behind
-    the cursor in an empty box there may be a placeholder.
-    """
-    below = itertools.takewhile(lambda line: line.startswith("  "), screen[row + 1:])
-    for top in range(min(row, len(screen) - 1), -1, -1):
-        mark = _PROMPT_LINE.match(screen[top])
-        if mark:
-            rest = [*screen[top + 1:row + 1], *below]
-            shell = "!" * ("!" in mark[0])
-            first = screen[top][mark.end():] if rest or shell or column > mark.end() else ""
-            return "\n".join([shell + first, *map(str.strip, rest)])
-        if screen[top].strip() and not screen[top].startswith("  "):
-            break
-    return ""
+    if _PASTE_PLACEHOLDER.search(line):
+        return True
+    if not end or not shown:
+        return False
+    return shown.endswith(end[-20:].strip()) or end.endswith(shown)
 
 
 class StartupDialog(NamedTuple):
-    """A start-up question: its known answer, and the next key on the way to choose that."""
+    """A start-up dialog on the screen: our answer, and the next key on the way to it."""
 
     answer: str
     next_key: str
 
 
-def find_startup_dialog(screen: Sequence[str]) -> StartupDialog | None:
-    """Return the start-up question on a screen, if it is one of the agents' known ones."""
-    text = "\n".join(screen)
-    cursors = [row for row, line in enumerate(screen) if _MENU_CURSOR.match(line)]
-    for phrase, label in _STARTUP_DIALOGS:
-        rows = [row for row, line in enumerate(screen) if label in line]
-        if phrase in text and rows and cursors:
-            answer = re.sub(r"^[\s❯›]*(?:\d+\.)?\s*|[\s✔]*$", "", screen[rows[-1]])
-            way = cursors[-1] - rows[-1]
-            return StartupDialog(answer, "Up" if way > 0 else "Down" if way < 0 else "Enter")
+def find_startup_dialog(profile: AgentProfile, screen: Sequence[str]) -> StartupDialog | None:
+    """Return the start-up dialog on a screen that the orchestrator answers itself, or None."""
+    text = "\n".join(screen).rstrip()
+    if has_input_box(profile, screen):
+        return None
+    cursors = [row for row, line in enumerate(screen) if _ANY_CURSOR.match(line)]
+    for rule in profile.startup_dialogs:
+        if not rule.pattern.search(text):
+            continue
+        if rule.key:
+            return StartupDialog(rule.key, rule.key)
+        labels = [re.sub(r"^[\s│❯›●>]*(?:\d+\.)?\s*|[\s✔│]*$", "", line) for line in screen]
+        rows = [row for row, label in enumerate(labels) if label.startswith(rule.entry)]
+        if rows and cursors:
+            distance = rows[0] - cursors[-1]
+            key = "Down" if distance > 0 else "Up" if distance < 0 else "Enter"
+            return StartupDialog(labels[rows[0]], key)
     return None
 
 
-_RESET_DELAY = re.compile(r"\bin ((?:\d+ ?(?:d|h|m|s)[a-z]*[, and]*)+)", re.I)
+def find_problem(profile: AgentProfile, text: str) -> str:
+    """Return what to do about a problem in the agent's text that only you can fix, or ""."""
+    for rule in profile.problems:
+        if rule.pattern.search(text):
+            return rule.advice
+    return ""
+
+
+class UsageLimit(NamedTuple):
+    """A usage limit of the agent, and the seconds until its reset: 0 if not given or just over."""
+
+    notice: str
+    seconds: float
+
+
+_RESET_DELAY = re.compile(r"\bin ~?((?:\d+ ?(?:d|h|m|s)[a-z]*[, and]*)+)", re.I)
 _RESET_TIME = re.compile(
     r"\b(?:resets?|again)(?: at| on)? (?:([A-Z][a-z]{2})[a-z]* (\d+)(?:[a-z]{2})?,?(?: (\d{4}),?)?"
     r"(?: at)? )?(\d+)(?::(\d\d))? ?([ap]m)?\b", re.I)
 
 
-def parse_usage_limit(output: str, now: datetime.datetime) -> tuple[str, float]:
-    """Return what an agent's output ends with of a usage limit, and the seconds until its reset.
+def _parse_delay(text: str) -> float:
+    seconds = {**SECONDS_PER_UNIT, "d": 86400}
+    return float(sum(int(count) * seconds[unit.lower()]
+                     for count, unit in re.findall(r"(\d+) ?([a-z])", text, re.I)))
 
-    Nothing and 0 if there is none; 0 too if no time is said, or it is just over.  The forms are
-    those of Claude Code ("You've hit your limit · resets 3am") and Codex ("try again in 2 hours
-    5 minutes"); both tell the local time.
+
+def _seconds_until(now: datetime.datetime, month: str | None, day: str | None, year: str | None,
+                   hour: str, minute: str | None, half: str | None) -> float:
+    hours = int(hour)
+    if half:
+        hours = hours % 12 + (12 if half.lower() == "pm" else 0)
+    at = now.replace(hour=hours, minute=int(minute or 0), second=0, microsecond=0)
+    if month and day:
+        number = time.strptime(month, "%b").tm_mon
+        is_next_year = now.month - number > 6
+        at = at.replace(month=number, day=int(day), year=int(year or now.year + is_next_year))
+    elif at < now - datetime.timedelta(hours=1):    # else it is just over, not a day away
+        at += datetime.timedelta(days=1)
+    return max(0.0, (at - now).total_seconds())
+
+
+def parse_usage_limit(
+        profile: AgentProfile, output: str, now: datetime.datetime) -> UsageLimit | None:
+    """Return the usage limit that an agent's output ends with, or None.
+
+    The agents give a delay ("try again in 2 hours 5 minutes") or a local time ("resets 3am").
     """
-    found = _USAGE_LIMIT_NOTICE.search("\n".join(line[:400] for line in output.split("\n")[-8:]))
-    said = " ".join(found[0].split()) if found else ""
-    lasting, moment = _RESET_DELAY.search(said), _RESET_TIME.search(said)
-    if lasting:
-        return said, float(sum(int(count) * {**SECONDS_PER_UNIT, "d": 86400}[unit.lower()]
-                               for count, unit in re.findall(r"(\d+) ?([a-z])", lasting[1], re.I)))
-    if not moment:
-        return said, 0.0
-    month, day, year, hour, minute, half = moment.groups()
-    with contextlib.suppress(ValueError):       # there may be no such time
-        hours = int(hour) % 12 + 12 * (half.lower() == "pm") if half else int(hour)
-        at = now.replace(hour=hours, minute=int(minute or 0), second=0, microsecond=0)
-        if month:
-            number = time.strptime(month, "%b").tm_mon
-            turn = now.month - number > 6       # of the year
-            at = at.replace(month=number, day=int(day), year=int(year or now.year + turn))
-        elif at < now - datetime.timedelta(hours=1):    # else it is just over, not a day away
-            at += datetime.timedelta(days=1)
-        return said, max(0.0, (at - now).total_seconds())
-    return said, 0.0
+    if not profile.usage_limit:
+        return None
+    last_lines = "\n".join(line[:400] for line in output.split("\n")[-8:])
+    found = profile.usage_limit.search(last_lines)
+    if not found:
+        return None
+    notice = " ".join(found[0].split())
+    delay = _RESET_DELAY.search(notice)
+    moment = _RESET_TIME.search(notice)
+    if delay:
+        return UsageLimit(notice, _parse_delay(delay[1]))
+    if moment:
+        with contextlib.suppress(ValueError):       # there may be no such time
+            return UsageLimit(notice, _seconds_until(now, *moment.groups()))
+    return UsageLimit(notice, 0.0)
 
 
 # -- 6. Tmux ------------------------------------------------------------------------------
 # Sessions, panes, pastes and keys; no policy.  The only code that runs tmux.
-# May use: Errors, Configuration.
+# May use: Errors, Configuration, Agent profiles.
 
 _SERVER_LOST = re.compile("server exited|lost server")
 _SESSION_LOST = re.compile(r"no server running|error connecting to .*\((No such file|Connection refused)|"
@@ -1006,10 +1484,12 @@ class TurnDetector:
     SETTLE_SECONDS, SETTLE_SECONDS_WITHOUT_INDICATOR, STALE_SECONDS = 0.25, 2.0, 15.0
     ENTER_RETRY_SECONDS = (0.5, 1.0, 2.0)        # when to press Enter again, in seconds after the last time
 
-    def __init__(self, before: PaneSnapshot, now: float, prompt_commands: Iterable[str], *, has_title_spinner: bool = False,
+    def __init__(self, profile: AgentProfile, before: PaneSnapshot, now: float,
+                 prompt_commands: Iterable[str], *, has_title_spinner: bool = False,
                  is_unsent: Callable[[PaneSnapshot], bool] = lambda pane: False, idle_timeout: float = STALE_SECONDS,
                  settle_seconds: float = SETTLE_SECONDS_WITHOUT_INDICATOR) -> None:
         self.has_title_spinner = has_title_spinner        # the title has shown a spinner: words are not asked any more
+        self._profile = profile
         self._prompt_commands = frozenset(prompt_commands)      # programs that have waited for us
         self._is_unsent, self._settle_seconds = is_unsent, settle_seconds
         self._idle_timeout = idle_timeout           # seconds without any change
@@ -1027,16 +1507,16 @@ class TurnDetector:
         still, elsewhere = now - self._changed, pane.foreground_command not in self._prompt_commands
         if pane.title != self._title:       # one that stands still since before was left behind
             self._title = ""
-        spins = bool(SPINNER.match(pane.title)) and not self._title
+        spins = bool(self._profile.busy_title.match(pane.title)) and not self._title
         self.has_title_spinner |= spins
-        words = not self.has_title_spinner and is_busy(pane.screen)
+        words = not self.has_title_spinner and is_busy(self._profile, pane.screen)
         self._is_busy = still < self.STALE_SECONDS and (spins or elsewhere or words)
         if self._is_busy:
             self._was_busy, self._was_busy_by_text = True, words
             return "wait"
         if elsewhere:
             return "idle"
-        if is_message_queued(pane.screen) and still < self.STALE_SECONDS:
+        if is_message_queued(self._profile, pane.screen) and still < self.STALE_SECONDS:
             return "wait"
         if self._was_busy:
             hidden = self._was_busy_by_text and pane.lines_from_cursor != self._lines_from_cursor
@@ -1105,7 +1585,7 @@ class Agent:
         self.directory = Path(directory).expanduser().resolve()
         self._keep_session = keep_session
         self._made_session = False
-        self._is_known = bool(profile.install_command)     # what its screens mean is known
+        self._is_known = profile.is_known
         self._tmux, self._profile, self._directory = self.tmux, profile, str(self.directory)
         self._publish, self._has_viewers, self._clock, self._sleep = publish, has_viewers, clock, sleep
         self.session_mark = f"{shlex.join(profile.start_command)!r} in {self._directory!r}"
@@ -1269,7 +1749,7 @@ class Agent:
 
     def _capture_transcript(self) -> list[str]:
         lines = trimmed_lines(self._retry_read(self._tmux.capture_history))
-        return strip_input_box(lines) if self._is_known else lines
+        return strip_input_box(self._profile, lines)
 
     def _retry_read(self, question: Callable[[str], Any]) -> Any:
         """Ask about the pane; a call that fails while the pane is there says nothing: ask again."""
@@ -1315,9 +1795,9 @@ class Agent:
 
     def _find_draft(self, pane: PaneSnapshot, column: int = 0) -> str:
         """Return what stands in the input box, nothing for a program whose box we do not know."""
-        if not self._is_known or describe_menu(pane.screen):
+        if not self._is_known or describe_menu(self._profile, pane.screen):
             return ""
-        return find_draft(pane.screen, pane.cursor_row, column or pane.cursor_column)
+        return find_draft(self._profile, pane.screen, pane.cursor_row, column or pane.cursor_column)
 
     def _clear_draft(self, pane: PaneSnapshot) -> tuple[tuple[str, ...], bool]:
         """Empty the input box of what somebody left in it, which a message would be glued to.
@@ -1354,7 +1834,7 @@ class Agent:
                 break
         else:
             raise TmuxError(f"tmux gave no answer, twice, and {self.name} got no text")
-        if self._is_known and has_input_box(before.screen):
+        if self._is_known and has_input_box(self._profile, before.screen):
             return lambda pane: bool(self._find_draft(pane))
         if shown(pasted):
             return lambda pane: pane.cursor_line.startswith(pasted.cursor_line)
@@ -1394,7 +1874,7 @@ class Agent:
                 idle_timeout: float = TurnDetector.STALE_SECONDS) -> Turn:
         """Watch the pane until the turn is over, whose sign may come `late`; return what is new."""
         started = self._clock()
-        watch = TurnDetector(before, started, self._prompt_commands, has_title_spinner=self._has_title_spinner, is_unsent=is_unsent,
+        watch = TurnDetector(self._profile, before, started, self._prompt_commands, has_title_spinner=self._has_title_spinner, is_unsent=is_unsent,
                       idle_timeout=idle_timeout, settle_seconds=self.INDICATOR_DELAY_SECONDS if late else TurnDetector.SETTLE_SECONDS_WITHOUT_INDICATOR)
         while True:
             pane, now = self._snapshot(), self._clock()
@@ -1423,7 +1903,8 @@ class Agent:
                          "is still running in the foreground.")
         lines, exact = self._take_new_output(pane)
         output = "\n".join(lines).strip("\n")
-        limit, seconds = parse_usage_limit(output if self._is_known else "", datetime.datetime.now())
+        limit = parse_usage_limit(self._profile, output, datetime.datetime.now())
+        seconds = limit.seconds if limit else 0.0
         if not output and state != "working":       # no answer; or cleared, and the same again
             output, exact, state = pane.text, state == "idle", "idle"
         if not exact:
@@ -1435,7 +1916,7 @@ class Agent:
         return Turn(truncate_middle(output), state, (*notes, *self._menu_notes(pane)), seconds)
 
     def _menu_notes(self, pane: PaneSnapshot) -> tuple[str, ...]:
-        menu = describe_menu(pane.screen) if self._is_known else ""
+        menu = describe_menu(self._profile, pane.screen)
         return (menu,) * bool(menu)
 
     # starting and reviving
@@ -1464,7 +1945,7 @@ class Agent:
                 last, changed = pane.screen, now
             late = now - started >= self.READY_TIMEOUT
             if now - changed >= self._required_settle_seconds(pane) or late:
-                question = find_startup_dialog(pane.screen) if self._is_known else None
+                question = find_startup_dialog(self._profile, pane.screen)
                 if answered and (not question or question.answer != answered):
                     self._publish("note", source="orchestrator",
                                   text=f"answered a question of {self.name}: {answered}")
@@ -1485,9 +1966,9 @@ class Agent:
         """
         if not self._is_known:
             return self.READY_SETTLE_SECONDS if pane.text else self.UNKNOWN_SETTLE_SECONDS
-        if find_startup_dialog(pane.screen):
+        if find_startup_dialog(self._profile, pane.screen):
             return self.READY_SETTLE_SECONDS
-        if has_input_box(pane.screen):
+        if has_input_box(self._profile, pane.screen):
             return self.UNTITLED_SETTLE_SECONDS if pane.title == INITIAL_TITLE else self.READY_SETTLE_SECONDS
         return self.UNKNOWN_SETTLE_SECONDS if pane.text else self.READY_TIMEOUT
 
@@ -1977,23 +2458,32 @@ class OpenRouter:
 # Facts that outlive a run.  May use: Errors.
 
 class Memory:
-    """The facts in a JSON file, an array of strings, shared with other runs in the directory.
+    """The facts in a JSON file (an array of strings), which several runs may share.
 
-    `warning` says so if the file had to be set aside the last time that it was read.
+    `facts` is the list as it was last read or written.  `warning` says so if the file was unusable
+    when it was last read, and therefore renamed.
+
+    >>> memory = Memory(Path(tempfile.mkdtemp()) / "memory.json")
+    >>> memory.add(["The tests need Python 3.13."])
+    ['The tests need Python 3.13.']
     """
 
-    MAX_FACT_LENGTH = 2_000      # characters
+    MAX_FACT_LENGTH = 2_000         # characters
+    _LOCK_INTERVAL_SECONDS = 0.01
 
-    def __init__(self, path: Path, limit: int, *,
+    def __init__(self, path: Path, max_facts: int = 50, *,
                  sleep: Callable[[float], None] = time.sleep) -> None:
         self.facts: list[str] = []
-        self.limit, self.warning, self._path, self._sleep = limit, "", path, sleep
-        self._size_after_compaction = 0      # facts, by the last compaction
-        self._pending_facts: list[str] = []       # could not be written so far
-        self._lock_attempts = 1000                  # to get the lock, a hundredth of a second apart
+        self.max_facts = max_facts
+        self.warning = ""
+        self._path = path
+        self._sleep = sleep
+        self._size_after_compaction = 0
+        self._pending_facts: list[str] = []     # not written yet, because the last write failed
+        self._lock_attempts = 1000
 
     def load(self) -> str:
-        """Read the file; return the complaint, if there is one."""
+        """Read the file and return the warning, if any; raise ConfigError if it can't be read."""
         try:
             with self._file_lock():
                 self.facts = self._read_file()
@@ -2002,61 +2492,75 @@ class Memory:
         return self.warning
 
     def add(self, facts: Iterable[str]) -> list[str]:
-        """Remember facts, on disk before this returns; return those that are new.
+        """Add facts, write them to disk at once, and return those that are new.
 
-        Raises OSError where they can't be written; the next call tries that again.
+        Raises OSError if they can't be written; the next call tries to write them again.
         """
+        for fact in map(self._normalize, facts):
+            if fact:
+                self._pending_facts.append(fact)
+        pending = list(self._pending_facts)
+
         def merge(known: list[str]) -> list[str]:
             merged: dict[str, str] = {}
-            for fact in [*known, *waiting]:
+            for fact in known + pending:
                 merged.setdefault(self._normalize(fact).casefold(), fact)
             return list(merged.values())
 
-        waiting = self._pending_facts = [*self._pending_facts, *filter(None, map(self._normalize, facts))]
         added = self._update_file(merge)
-        self._pending_facts = self._pending_facts[len(waiting):]
+        del self._pending_facts[:len(pending)]
         return added
 
     def compact(self, rewrite: Callable[[list[str]], list[str] | None]) -> tuple[int, int] | None:
-        """Let `rewrite` shorten a list that is too long; return the lengths before and after.
+        """Have `rewrite` shorten a list above `max_facts`; return the lengths before and after.
 
-        What it returns counts only if it is shorter, not empty and without overlong facts, and if
-        nothing was taken out of the file meanwhile.  What another run adds meanwhile is kept.  The
-        next one waits until there are a fifth of the limit more than this one leaves.
+        Returns None, and keeps the list, if there is no need, or if the rewritten one is not
+        shorter, is empty or has overlong facts, or if another run removed facts meanwhile.  Facts
+        that another run added meanwhile are kept.  The next compaction waits until the list has
+        grown by a fifth of `max_facts`.
         """
         before = list(self.facts)
-        if len(before) <= max(self.limit, self._size_after_compaction + self.limit // 5):
+        if len(before) <= max(self.max_facts, self._size_after_compaction + self.max_facts // 5):
             return None
-        self._size_after_compaction, rewritten = len(before), rewrite(before) or []
-        shorter = list(filter(None, map(self._normalize, rewritten)))
-        if not 0 < len(shorter) < len(before) or max(map(len, rewritten)) > self.MAX_FACT_LENGTH:
+        self._size_after_compaction = len(before)
+        rewritten = rewrite(before) or []
+        shorter = [fact for fact in map(self._normalize, rewritten) if fact]
+        if not 0 < len(shorter) < len(before):
+            return None
+        if max(map(len, rewritten)) > self.MAX_FACT_LENGTH:
             return None
 
         def replace(known: list[str]) -> list[str]:
             added = [fact for fact in known if fact not in before]
-            return shorter + added if len(known) - len(added) == len(before) else known
+            was_shortened_elsewhere = len(known) - len(added) != len(before)
+            return known if was_shortened_elsewhere else shorter + added
 
         self._update_file(replace)
         self._size_after_compaction = len(self.facts)
-        return (len(before), self._size_after_compaction) if self.facts[:len(shorter)] == shorter else None
+        if self.facts[:len(shorter)] != shorter:
+            return None
+        return len(before), len(self.facts)
 
     def _normalize(self, fact: str) -> str:
         return " ".join(fact.split())[:self.MAX_FACT_LENGTH]
 
     def _update_file(self, change: Callable[[list[str]], list[str]]) -> list[str]:
-        """Apply a change to what is on disk now; return what it added."""
+        """Apply a change to the facts on disk and return the facts that it added."""
         with self._file_lock():
             known = self._read_file()
             facts = change(known)
-            if facts != known or facts and not self._path.exists():     # it was set aside
+            was_set_aside = bool(facts) and not self._path.exists()
+            if facts != known or was_set_aside:
                 self._write_file(facts)
-        self.facts, old = facts, set(known)
-        return [fact for fact in self.facts if fact not in old]
+        self.facts = facts
+        old = set(known)
+        return [fact for fact in facts if fact not in old]
 
     def _read_file(self) -> list[str]:
-        """Return the facts on disk; set a file of another form aside, or the link that leads to it.
+        """Return the facts on disk; rename a file of another form.
 
-        What is at a link's end may be somebody else's.  A device or a pipe is not read.
+        Of a link, the link is renamed: the file behind it may belong to something else.  A device
+        or a pipe raises OSError.
         """
         self.warning = ""
         if self._path.exists() and not self._path.is_file():
@@ -2071,14 +2575,15 @@ class Memory:
         except (ValueError, RecursionError):
             aside = f"{self._path}.bad-{datetime.datetime.now():%Y%m%dT%H%M%S.%f}"
             os.replace(self._path, aside)
-            self.warning = f"{self._path} was not a JSON array of strings; it is now {aside}"
+            self.warning = (f"{self._path} was not a JSON array of strings. It was renamed to "
+                            f"{aside}, and the memory starts empty.")
             return self.facts
 
     def _write_file(self, facts: list[str]) -> None:
-        """Replace the file in one step, so that a crash leaves the old one."""
+        """Replace the file in one step, so that a crash leaves the old one intact."""
         path = Path(os.path.realpath(self._path))
         draft = path.with_name(f".{path.name}.new")
-        draft.unlink(missing_ok=True)       # of a run that was killed here
+        draft.unlink(missing_ok=True)       # left by a run that was killed here
         try:
             with open(draft, "x", encoding="utf-8", errors="backslashreplace") as file:
                 if path.exists():
@@ -2093,37 +2598,41 @@ class Memory:
 
     @contextlib.contextmanager
     def _file_lock(self) -> Iterator[None]:
-        """Keep other runs out of the file that the path leads to.
+        """Keep other runs from changing the file at the same time.
 
-        Its directory is the lock, so none is left behind.  NFS can't lock directories, and who
-        holds one for ten seconds is no run of ours: `flock . python orchestrator.py`.
+        The directory is what gets locked, so no lock file is left behind.  Where that is impossible
+        (NFS), or something else holds the lock for ten seconds (`flock . python orchestrator.py`),
+        the block runs without the lock.
         """
         handle = os.open(os.path.dirname(os.path.realpath(self._path)), os.O_RDONLY)
         try:
             with contextlib.suppress(OSError):
-                for _ in range(self._lock_attempts):
-                    with contextlib.suppress(BlockingIOError):
-                        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                        break
-                    self._sleep(0.01)
-                else:
-                    self._lock_attempts = 1
+                self._acquire_lock(handle)
             yield
         finally:
             os.close(handle)
+
+    def _acquire_lock(self, handle: int) -> None:
+        for _ in range(self._lock_attempts):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                self._sleep(self._LOCK_INTERVAL_SECONDS)
+        self._lock_attempts = 1     # do not wait ten seconds for each fact
 
 
 # -- 10. Journal --------------------------------------------------------------------------
 # Everything a run does, as one list of events.  May use: Errors, Text.
 
 Event = dict[str, Any]
-LIVE_EVENTS = ("screen", "reply_part")         # for who watches now; not kept
-_MAX_BATCH_BYTES = 1_000_000      # bytes, and one event
-_ITERATION_EVENTS = ("reply", "iteration_end", "error", "recovery")
+LIVE_EVENTS = ("screen", "reply_part")      # shown to viewers while they happen, and not kept
+_ITERATION_EVENTS = ("reply", "iteration_end", "error", "recovery")     # get an iteration number
+_MAX_BATCH_BYTES = 1_000_000
 
 
 class TaskInfo(TypedDict):
-    """The fields of a run's first event, `task_info`."""
+    """The fields of `task_info`, the first event of a run."""
 
     task: str           # "" in a chat
     mode: str           # autonomous or chat
@@ -2132,86 +2641,116 @@ class TaskInfo(TypedDict):
     workdir: str
     session: str
     attach: str         # the command that shows the agent's session
-    max_iter: int       # the budgets: 0 is no limit
+    max_iter: int       # the budgets; 0: no limit
     max_cost: float
     max_minutes: float
     memories: list[str]
 
 
 def utc_timestamp() -> str:
-    """Return the time as in 2026-01-31T09:00:00.123Z."""
+    """Return the time in the form 2026-01-31T09:00:00.123Z."""
     now = datetime.datetime.now(datetime.timezone.utc)
     return now.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def parse_event(line: bytes) -> Event | None:
-    """Return the event of a journal's line, None if it is garbage."""
+    """Return the event in a line of a journal, or None if the line holds none."""
     event = parse_json_object(line)
-    return event if event and isinstance(event.get("type"), str) else None
+    if event is None or not isinstance(event.get("type"), str):
+        return None
+    return event
 
 
-def read_events(path: Path, most: int = sys.maxsize) -> list[Event]:
-    """Return the first events of a journal's file; raise ConfigError if it can't be read."""
+def read_events(path: Path, limit: int = sys.maxsize) -> list[Event]:
+    """Return the first `limit` events of a journal file; raise ConfigError if it can't be read."""
     try:
         with open(path, "rb") as file:
-            return list(itertools.islice(filter(None, map(parse_event, file)), most))
+            events = (event for event in map(parse_event, file) if event)
+            return list(itertools.islice(events, limit))
     except OSError as error:
         raise ConfigError(f"{path}: can't be read: {error.strerror}") from None
 
 
 class Batch(NamedTuple):
-    """What a reader of the journal gets: lines of JSON, and where to go on from."""
+    """The part of a journal that `Journal.read_after` returns, as lines of JSON."""
 
-    events: list[tuple[int, bytes]]       # ids and events
+    events: list[tuple[int, bytes]]     # each with its id
     live_events: list[bytes]
-    last_live_id: int
-    is_closed: bool                        # no more will come
+    last_live_id: int                   # pass it to the next call
+    is_closed: bool                     # no more events will come
 
 
 class Journal:
-    """The run's events: published once, kept in a file, told to listeners and to readers.
+    """The events of a run: appended to a file, passed to subscribers, read by the dashboard.
 
-    They are in memory only while they can't be written; `write_error` then says why, and an event
-    does so once; if none could any more, it stays `unreported_error`.  `secret` is masked wherever it
-    appears.  Threads may publish and read at once; after `complete` nothing is taken.  `defer_signals()`
-    holds Interrupted back while an event is added.  Raises ConfigError if `read_only` and there is
-    no such file.
+    Threads may publish and read at the same time.  After `complete`, further events are ignored.
+    `secret` is replaced by [key] wherever it appears.  `defer_signals()` is a context manager that
+    holds signals back while an event is written.
+
+    If the file can't be written, events stay in memory until it can.  `write_error` then says why.
+    An `error` event reports that once; if none could be published, it is in `unreported_error`.
+
+    Raises ConfigError if `read_only` is set and the file can't be read.
+
+    >>> journal = Journal()
+    >>> journal.publish("note", text="hello", source="me")
+    >>> [event["text"] for event in journal.events()]
+    ['hello']
     """
 
     def __init__(self, path: Path | None = None, *, secret: str = "", read_only: bool = False,
-                 defer_signals: Callable[[], Any] = contextlib.nullcontext) -> None:
-        self.path, self.write_error, self.unreported_error = path, "", ""
+                 defer_signals: Callable[[], contextlib.AbstractContextManager[Any]]
+                 = contextlib.nullcontext) -> None:
+        self.path = path
+        self.write_error = ""
+        self.unreported_error = ""
         # Called with the outcome for more fields of `complete`.
         self.describe_end: Callable[[str], Mapping[str, object]] = lambda outcome: {}
-        self._secret = _secret_pattern(secret)
-        self._defer_signals, self._condition, self._publish_lock = defer_signals, threading.Condition(), threading.RLock()
-        self._index: list[tuple[int, int] | bytes] = []    # offset and length, or the line
-        self._live: dict[str, tuple[int, bytes]] = {}
-        self._live_count = self._iteration = self._reader_count = self._file_size = self._written_count = 0
+        self._secret = secret_pattern(secret)
+        self._defer_signals = defer_signals
+        self._condition = threading.Condition()
+        self._publish_lock = threading.RLock()
         self._subscribers: list[Callable[[Event], object]] = []
-        self._is_complete = self._closed = self._had_reader = False
         self._file: Any = None
+        self._file_size = 0
+        self._index: list[tuple[int, int] | bytes] = []     # offset and length in the file, or
+        self._written_count = 0                             # the line, if it is not written yet
+        self._live: dict[str, tuple[int, bytes]] = {}       # the latest live event of each type
+        self._live_count = 0
+        self._iteration = 0
+        self._reader_count = 0
+        self._had_reader = False
+        self._is_complete = False
+        self._closed = False
+        if path and not read_only:
+            self._open_for_append(path)
+        if path:
+            self._open_for_reading(path, read_only)
+
+    def _open_for_append(self, path: Path) -> None:
         try:
-            if path and not read_only:
-                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                file = open(path, "ab+", 0, opener=lambda *how: os.open(*how, 0o600))
-                size = file.tell()
-                if size and os.pread(file.fileno(), 1, size - 1) != b"\n":      # a torn line
-                    file.write(b"\n")
-                self._file = file
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            file = open(  # noqa: SIM115  (closed by a finalizer)
+                path, "ab+", 0, opener=lambda name, flags: os.open(name, flags, 0o600))
+            size = file.tell()
+            if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
+                file.write(b"\n")       # ends a line that a crash cut off
+            self._file = file
         except OSError as error:
             self._record_write_error(error)
+
+    def _open_for_reading(self, path: Path, read_only: bool) -> None:
         try:
-            if path:
-                self._file = self._file or open(path, "rb", 0)
-                weakref.finalize(self, self._file.close)
-                self.read_appended()
+            if not self._file:
+                self._file = open(path, "rb", 0)  # noqa: SIM115  (closed by a finalizer)
+            weakref.finalize(self, self._file.close)
+            self.read_appended()
         except OSError as error:
             if read_only:
                 raise ConfigError(f"{path}: can't be read: {error.strerror}") from None
 
     def read_appended(self) -> None:
-        """Take in what has been added to the file, but for a torn last line."""
+        """Take in events that another process has appended, except for an unfinished last line."""
         with self._condition, open(os.dup(self._file.fileno()), "rb") as file:
             file.seek(self._file_size)
             for line in file:
@@ -2226,20 +2765,22 @@ class Journal:
             self._condition.notify_all()
 
     def subscribe(self, listener: Callable[[Event], object]) -> None:
-        """Call a function with each event published from now on, in the publisher's thread."""
+        """Call a function with each event from now on, in the thread that publishes it."""
         self._subscribers.append(listener)
 
     def redact(self, value: Any) -> Any:
-        """Return a text without the secret, or a value without it in any text there."""
+        """Return a value without the secret in any of its texts."""
         if isinstance(value, dict):
-            return {name: self.redact(each) for name, each in value.items()}
+            return {name: self.redact(item) for name, item in value.items()}
         if isinstance(value, (list, tuple)):
-            return [*map(self.redact, value)]
-        return self._secret.sub("[key]", value) if isinstance(value, str) else value
+            return [self.redact(item) for item in value]
+        if isinstance(value, str):
+            return self._secret.sub("[key]", value)
+        return value
 
     def publish(self, kind: str, **fields: object) -> None:
         """Add an event; it is in the file when this returns."""
-        with self._publish_lock:         # so that listeners hear of them in their order
+        with self._publish_lock:        # so that subscribers get the events in order
             if self._is_complete:
                 return
             event: Event | None = None
@@ -2249,25 +2790,28 @@ class Journal:
                 with self._defer_signals():
                     event = self._append(kind, fields)
                     self._is_complete = kind == "complete"
-            finally:        # even if a signal was held back and comes now
-                for listener in self._subscribers if event else ():
-                    listener(event)
+            finally:                    # also if a signal was held back and is raised now
+                if event:
+                    for listener in self._subscribers:
+                        listener(event)
             if self.unreported_error and not self._is_complete:
-                trouble, self.unreported_error = self.unreported_error, ""
-                self.publish("error", error=trouble)
+                error = self.unreported_error
+                self.unreported_error = ""
+                self.publish("error", error=error)
 
     def _append(self, kind: str, fields: dict[str, Any]) -> Event:
-        """Add an event; return it as it is kept."""
+        """Add an event and return it as it is kept."""
         with self._condition:
             if kind == "iteration_start":
                 self._iteration = fields["iteration"]
-                self._live.pop("reply_part", None)      # it was of the reply before
+                self._live.pop("reply_part", None)      # it belongs to the previous reply
             elif kind in _ITERATION_EVENTS:
                 fields = {"iteration": self._iteration, **fields}
-            number = {} if kind in LIVE_EVENTS else {"id": len(self._index) + 1}
-            event = {**number, "time": utc_timestamp(), "type": kind, **self.redact(fields)}
+            event: Event = {"time": utc_timestamp(), "type": kind, **self.redact(fields)}
+            if kind not in LIVE_EVENTS:
+                event = {"id": len(self._index) + 1, **event}
             text = json.dumps(event, ensure_ascii=False) + "\n"
-            line = text.encode("utf-8", "backslashreplace")     # as JSON would escape it
+            line = text.encode("utf-8", "backslashreplace")     # lone surrogates, as JSON escapes
             if kind in LIVE_EVENTS:
                 self._live_count += 1
                 self._live[kind] = (self._live_count, line)
@@ -2279,54 +2823,73 @@ class Journal:
 
     def _flush(self) -> None:
         """Write the lines that are not in the file yet, and remember where they are."""
-        for number in range(self._written_count, len(self._index) if self._file else 0):
-            line = rest = self._index[number]
+        if not self._file:
+            return
+        for number in range(self._written_count, len(self._index)):
+            line = self._index[number]
+            assert isinstance(line, bytes)
             try:
+                rest = line
                 while rest:
                     rest = rest[self._file.write(rest):]
             except OSError as error:
                 with contextlib.suppress(OSError):
-                    self._file.truncate(self._file_size)     # no half line
+                    self._file.truncate(self._file_size)        # leave no half line
                 if not self.write_error:
                     self._record_write_error(error)
                 return
             self._index[number] = (self._file_size, len(line))
-            self._file_size, self._written_count = self._file_size + len(line), number + 1
+            self._file_size += len(line)
+            self._written_count = number + 1
 
     def _record_write_error(self, error: OSError) -> None:
         self.write_error = f"the journal can't be written: {self.path}: {error.strerror}"
         self.unreported_error = self.write_error
 
     def _read_line(self, number: int) -> bytes:
-        place = self._index[number]
-        return place if isinstance(place, bytes) else os.pread(
-            self._file.fileno(), place[1], place[0])
+        entry = self._index[number]
+        if isinstance(entry, bytes):
+            return entry
+        offset, length = entry
+        return os.pread(self._file.fileno(), length, offset)
 
     def events(self) -> list[Event]:
         """Return all events so far."""
         return [json.loads(self._read_line(number)) for number in range(len(self._index))]
 
-    def read_after(self, after: int, live_seen: int, timeout: float) -> Batch:
-        """Return what came after an id, waiting up to `timeout` seconds if there is nothing."""
+    def read_after(self, last_id: int, last_live_id: int, timeout: float) -> Batch:
+        """Return what came after two ids; wait up to `timeout` seconds if there is nothing.
+
+        Live events are held back until the reader has all kept events.
+        """
+        def has_news() -> bool:
+            return (self._closed or len(self._index) > last_id
+                    or self._live_count > last_live_id)
+
         with self._condition:
-            self._condition.wait_for(lambda: self._closed or len(self._index) > after
-                                   or self._live_count > live_seen, timeout)
-            known, closed = len(self._index), self._closed
-            live = sorted(each for each in self._live.values() if each[0] > live_seen)
-        kept: list[tuple[int, bytes]] = []
+            self._condition.wait_for(has_news, timeout)
+            count = len(self._index)
+            is_closed = self._closed
+            live = sorted(entry for entry in self._live.values() if entry[0] > last_live_id)
+        events: list[tuple[int, bytes]] = []
         size = 0
-        while after + len(kept) < known and size < _MAX_BATCH_BYTES:
-            kept.append((after + len(kept) + 1, self._read_line(after + len(kept))))
-            size += len(kept[-1][1])
-        if after + len(kept) < known:       # live events never come before what is kept
-            return Batch(kept, [], live_seen, False)
-        return Batch(kept, [line for _, line in live], live[-1][0] if live else live_seen, closed)
+        while last_id < count and size < _MAX_BATCH_BYTES:
+            line = self._read_line(last_id)
+            last_id += 1
+            events.append((last_id, line))
+            size += len(line)
+        if last_id < count:
+            return Batch(events, [], last_live_id, False)
+        if live:
+            last_live_id = live[-1][0]
+        return Batch(events, [line for _, line in live], last_live_id, is_closed)
 
     @contextlib.contextmanager
     def count_reader(self) -> Iterator[None]:
-        """Count as a reader while this lasts; live events are worth their making only then."""
+        """Count a reader while the block runs; live events are made only for readers."""
         with self._condition:
-            self._reader_count, self._had_reader = self._reader_count + 1, True
+            self._reader_count += 1
+            self._had_reader = True
             self._condition.notify_all()
         try:
             yield
@@ -2335,15 +2898,19 @@ class Journal:
                 self._reader_count -= 1
 
     def has_readers(self) -> bool:
-        """Whether anybody reads."""
+        """Whether somebody reads the journal right now."""
         return self._reader_count > 0
 
     def close(self, wait_for_reader: bool = False) -> None:
-        """Let the readers go once they have all events; wait two seconds for one `wait_for_reader`."""
+        """Tell readers that no more events will come.
+
+        With `wait_for_reader`, give a reader that is expected two seconds to connect.
+        """
         with self._condition:
             self._closed = True
             self._condition.notify_all()
-            self._condition.wait_for(lambda: self._had_reader or not wait_for_reader, 2.0)
+            if wait_for_reader:
+                self._condition.wait_for(lambda: self._had_reader, 2.0)
 
 
 # -- 11. Conversation ---------------------------------------------------------------------
@@ -2519,31 +3086,56 @@ class Conversation:
 
 # -- 12. Loops ----------------------------------------------------------------------------
 # Chat and autopilot: they ask the agent and the model, and publish what happens.
-# May use: Errors, Configuration, Text, Agent, Model client, Memory, Journal, Conversation.
+# May use: Errors, Configuration, Text, Agent profiles, Agent, Model client, Memory, Journal,
+# Conversation.
 
 class RunControl:
-    """What a person asks for from outside while the loop runs; threads may call it."""
+    """What the user asks for from outside while a run goes on.  Other threads may call `handle`."""
 
     def __init__(self, journal: Journal, stop: Callable[[], object] = ignore) -> None:
-        self._journal, self._stop = journal, stop
+        self._journal = journal
+        self._stop = stop
         self._notes: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self.paused = False
+        self._interrupt_requested = False
+        self._continue_requested = False
+        self.is_paused = False
+        self.is_stopped = False
 
     def handle(self, action: str, text: str = "") -> None:
-        """Pause after the current turn, resume, stop, or pass on a note."""
-        if action == "note":
-            text = self._journal.redact(sanitize(text).strip())
-            self._notes.put(text)
-            self._journal.publish("note", text=text, source="dashboard")
+        """Carry out an action: pause, resume, stop, note, continue or interrupt."""
+        if action in ("note", "interrupt") and text.strip():
+            note = self._journal.redact(sanitize(text).strip())
+            self._notes.put(note)
+            self._journal.publish("note", text=note, source="dashboard")
+        if action == "interrupt":
+            self._interrupt_requested = True
+            self._journal.publish("state", state="interrupted", reason="from the dashboard")
+        elif action == "continue":
+            self._continue_requested = True
         elif action == "stop":
+            self.is_stopped = True
             self._stop()
-        elif self.paused != (action == "pause"):
-            self.paused = not self.paused
-            self._journal.publish("state", state="paused" if self.paused else "resumed")
+        elif action in ("pause", "resume") and self.is_paused != (action == "pause"):
+            self.is_paused = action == "pause"
+            self._journal.publish("state", state="paused" if self.is_paused else "resumed")
 
     def take_notes(self) -> list[str]:
-        """Take the notes that came since the last time."""
+        """Return the notes that came since the last call."""
         return [_NOTE_PREFIX + self._notes.get() for _ in range(self._notes.qsize())]
+
+    def take_interrupt(self) -> bool:
+        """Tell whether an interruption was asked for since the last call."""
+        was_requested = self._interrupt_requested
+        self._interrupt_requested = False
+        return was_requested
+
+    def begin_wait(self) -> None:
+        """Forget what was asked for before a wait that "continue" can end."""
+        self._continue_requested = False
+
+    def ends_wait(self) -> bool:
+        """Tell whether a wait must end now: for a note, or because the user says so."""
+        return self._continue_requested or not self._notes.empty()
 
 
 class RunTotals:
@@ -2834,7 +3426,7 @@ class Autopilot:
 
     def _step(self) -> None:
         """Ask the model what to say, say it to the agent, and note what came of it."""
-        while self._control.paused:
+        while self._control.is_paused:
             self._sleep(min(0.2, self._seconds_left()))
         self._check_budgets(self._totals.iterations)
         for note in self._control.take_notes():
@@ -2949,7 +3541,7 @@ class Autopilot:
         def rewrite(known: list[str]) -> list[str] | None:
             with contextlib.suppress(ModelError, BudgetExceeded):    # the next call tells of it
                 reply = self._complete(Conversation(
-                    _COMPACTION_PROMPT.format(limit=self._memory.limit // 2 + 1),
+                    _COMPACTION_PROMPT.format(limit=self._memory.max_facts // 2 + 1),
                     json.dumps({"facts": known}, ensure_ascii=False)).messages())
                 used.update(reply.usage_fields())
                 text = reply.text[reply.text.find("{"):reply.text.rfind("}") + 1]
@@ -3047,7 +3639,7 @@ class Autopilot:
 # The browser's side.  May use: nothing.
 
 DASHBOARD_PAGE = r"""<!doctype html>
-<html lang="en" data-recording="RECORDING">
+<html lang="en" data-recording="RECORDING" data-now="SERVER_TIME" data-journal="JOURNAL_PATH">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>orchestrator</title>
@@ -3617,16 +4209,76 @@ DASHBOARD_PAGE = r"""<!doctype html>
 # -- 14. Dashboard ------------------------------------------------------------------------
 # The journal in a browser, and the controls.  May use: Errors, Text, Journal, Dashboard page.
 
-_CONTENT_SECURITY_POLICY = ("default-src 'none'; script-src 'nonce-NONCE'; style-src 'nonce-NONCE'; "
-           "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
-           "frame-ancestors 'none'")
+_CONTENT_SECURITY_POLICY = (
+    "default-src 'none'; script-src 'nonce-NONCE'; style-src 'nonce-NONCE'; connect-src 'self'; "
+    "img-src data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'")
+_TOKEN_FORM = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>orchestrator</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style nonce="NONCE">
+  :root { color-scheme: light dark; font: 16px/1.6 sans-serif; }
+  main { max-width: 36rem; margin: 12vh auto; } input, button { font: inherit; padding: 4px 8px; }
+</style>
+<main><h1>Dashboard</h1><p>Missing or wrong token. Open the address that the orchestrator printed
+in the terminal, or paste that address or its token here.</p>
+<form><label>Token <input name="token" autocomplete="off" required autofocus></label>
+<button>Open</button></form></main>
+"""
 _MAX_BODY_BYTES = 65_536
 _DIGITS = re.compile("[0-9]{1,15}")
-_CONTROL_ACTIONS = ("pause", "resume", "stop", "note")
+_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^:\[\]]+)(:[0-9]*)?")
+_CONTROL_ACTIONS = ("pause", "resume", "stop", "note", "continue", "interrupt")
+
+
+def _parse_address(name: str) -> Any:
+    """Return the IP address that a text is, IPv4 for one that is mapped into IPv6, or None."""
+    try:
+        address = ipaddress.ip_address(name)
+    except ValueError:
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+@functools.lru_cache(maxsize=None)
+def _machine_names() -> frozenset[str]:
+    """Return the names of this machine.  May take seconds, if a name server does not answer."""
+    name = socket.gethostname().lower()
+    short_name = name.partition(".")[0]
+    return frozenset({name, short_name, f"{short_name}.local", socket.getfqdn().lower()})
+
+
+def _is_other_user(client_port: int, server_port: int) -> bool:
+    """Tell whether a connection within this machine is known to come from another user (Linux)."""
+    table = ""
+    for path in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")):
+        with contextlib.suppress(OSError):
+            table += path.read_text("ascii")
+    owners = re.findall(
+        rf":{client_port:04X} +\w+:{server_port:04X}(?: +\S+){{4}} +(\d+)", table)
+    return any(int(owner) not in (0, os.getuid()) for owner in owners)
+
+
+def read_dashboard_address(journal_path: Path) -> dict[str, Any]:
+    """Return what was kept of a run's dashboard: host, port, token and url; or nothing."""
+    with contextlib.suppress(OSError):
+        address = parse_json_object(journal_path.with_suffix(".dashboard").read_bytes()) or {}
+        if [type(address.get(name)) for name in ("host", "port", "token", "url")] == [str, int, str, str]:
+            return address
+    return {}
+
+
+def find_live_dashboard(journal_path: Path) -> str:
+    """Return the address of a run's dashboard if somebody listens there, with its token, or ""."""
+    address = read_dashboard_address(journal_path)
+    if address:
+        with contextlib.suppress(OSError, OverflowError):
+            socket.create_connection((address["host"], address["port"]), timeout=0.5).close()
+            return str(address["url"])
+    return ""
 
 
 class QuietHandler(http.server.BaseHTTPRequestHandler):
-    """Answers a connection without a word: the terminal belongs to the narration."""
+    """Handles a connection without logging: the terminal belongs to the run's events."""
 
     def handle(self) -> None:
         """Answer, unless the client goes away."""
@@ -3634,95 +4286,130 @@ class QuietHandler(http.server.BaseHTTPRequestHandler):
             super().handle()
 
     def log_message(self, *args: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 class _DashboardHandler(QuietHandler):
-    """Answers one connection of a browser."""
+    """Handles one connection of a browser."""
 
-    server: Any         # the Dashboard
-    timeout = 5         # seconds for a read or write; for a write to a stream, PATIENCE
-    WRITE_TIMEOUT = 20       # a client that can't keep up is dropped, and comes back
-    server_version, sys_version = "orchestrator", ""
+    server: Any                 # the Dashboard
+    timeout = 5                 # seconds for a read or write
+    WRITE_TIMEOUT = 20          # for a write to a stream: a client that can't keep up is dropped
+    server_version = "orchestrator"
+    sys_version = ""
 
     def do_GET(self) -> None:
-        """Serve the page and the stream of events."""
-        path, _, query = self.path.partition("?")
-        if self._refused(urllib.parse.parse_qs(query).get("token", [""])[0]):
+        """Serve the page, the stream of events and the journal."""
+        path, query = self._parse_path()
+        if not self._is_authorized(query.get("token", "")):
             return
         if path == "/":
-            self.server.page_opened.set()
-            nonce, token = secrets.token_urlsafe(16), self.server.token
-            recording = "no" if self.server.control else "yes"
-            page = self.server.page.replace("NONCE", nonce).replace("RECORDING", recording)
-            self._send_text(200, page, {
-                "Content-Type": "text/html; charset=utf-8",
-                "Content-Security-Policy": _CONTENT_SECURITY_POLICY.replace("NONCE", nonce),
-                "Set-Cookie": f"{self._cookie_name}={token}; Path=/; HttpOnly; SameSite=Strict"})
+            self._send_page()
         elif path == "/events":
-            self._stream_events()
+            self._stream_events(query)
+        elif path == "/journal":
+            self._send_journal()
         else:
-            self._send_text(405 if path == "/control" else 404, "GET goes to / and /events")
+            status = 405 if path == "/control" else 404
+            self._send_text(status, "GET serves /, /events and /journal.")
 
     def do_POST(self) -> None:
-        """Pause, resume, stop, or take a note."""
+        """Carry out an action of the user."""
+        path, _ = self._parse_path()
         length = self.headers.get("Content-Length", "")
-        if self._refused(""):
+        if not self._is_authorized():
             return
-        if self.path != "/control":
-            self._send_text(405 if self.path in ("/", "/events") else 404, "POST goes to /control")
+        if path != "/control":
+            status = 405 if path in ("/", "/events", "/journal") else 404
+            self._send_text(status, "POST goes to /control.")
         elif self.headers.get_content_type() != "application/json":
-            self._send_text(415, "expected Content-Type: application/json")
+            self._send_text(415, "Expected Content-Type: application/json.")
         elif not _DIGITS.fullmatch(length) or int(length) > _MAX_BODY_BYTES:
-            self._send_text(413, f"expected a body of 1 to {_MAX_BODY_BYTES} bytes, not chunked")
+            self._send_text(413, f"Expected a body of 1 to {_MAX_BODY_BYTES} bytes, not chunked.")
         else:
-            order = parse_json_object(self.rfile.read(int(length))) or {}
-            action, text = order.get("action"), order.get("text", "")
-            fits = isinstance(text, str) and (text.strip() or action != "note")
-            if action not in _CONTROL_ACTIONS or not fits:
-                self._send_text(400, f"expected an action ({', '.join(_CONTROL_ACTIONS)}), a note with text")
-            elif not self.server.control:
-                self._send_text(409, "this is a recording")
-            else:
-                self.server.control(action, text)
-                self._send_text(204, "")
+            self._control(parse_json_object(self.rfile.read(int(length))) or {})
 
     def _reject_method(self) -> None:
-        if not self._refused(""):
-            self._send_text(405, "GET or POST only")
+        if self._is_authorized():
+            self._send_text(405, "Expected GET or POST.")
 
     do_HEAD = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _reject_method
 
-    @property
-    def _cookie_name(self) -> str:
-        """The cookie's name: ports do not keep cookies apart, so each dashboard has its own."""
-        return f"orchestrator-{self.server.server_port}"
-
-    def _refused(self, token: str) -> bool:
-        """Refuse whoever is not our own page, or does not have the token.
-
-        A name that is not ours in Host is a page of somebody else's, rebound to this address.
-        """
-        bound = self.connection.getsockname()[0]
-        names = ("localhost", "127.0.0.1", "[::1]", f"[{bound}]", bound, self.server.name)
-        host, origin = self.headers.get("Host", "").lower(), self.headers.get("Origin")
-        cookies = dict(pair.strip().partition("=")[::2]
-                       for pair in self.headers.get("Cookie", "").split(";"))
-        given = (token or cookies.get(self._cookie_name, "")).encode("utf-8", "replace")
-        origins = [f"http://{host}"] + [None] * (self.command != "POST")
-        if host not in [f"{name}:{self.server.server_port}" for name in names] \
-                or origin not in origins:
-            self._send_text(403, "this address does not belong to the dashboard")
-        elif not secrets.compare_digest(given, self.server.token.encode()):
-            self._send_text(403, "open the address that the orchestrator printed: it has the token")
+    def _control(self, request: Mapping[str, object]) -> None:
+        action, text = request.get("action"), request.get("text", "")
+        if action not in _CONTROL_ACTIONS or not isinstance(text, str):
+            self._send_text(400, f"Expected an action: {', '.join(_CONTROL_ACTIONS)}.")
+        elif action == "note" and not text.strip():
+            self._send_text(400, "Expected a text: the note is empty.")
+        elif not self.server.control:
+            self._send_text(409, "This is a recording: there is no run to control.")
         else:
-            return False
-        return True
+            self.server.control(action, text)
+            self._send_text(204, "")
+
+    def _parse_path(self) -> tuple[str, dict[str, str]]:
+        """Return the path, without the prefix that a proxy may have left there, and the query."""
+        path, _, query = self.path.partition("?")
+        prefix = self.server.path_prefix
+        if prefix and path.startswith(f"{prefix}/"):
+            path = path[len(prefix):]
+        return path, dict(urllib.parse.parse_qsl(query))
+
+    def _is_authorized(self, token: str = "") -> bool:
+        """Tell whether our own page, or who has the token, asks; refuse all others.
+
+        Another web page reaches us only under a foreign name (DNS rebinding) or with a foreign
+        Origin, which a POST always has.
+        """
+        origins = self.server.own_origins(self.headers.get("Host", ""))
+        origin = self.headers.get("Origin")
+        if not origins:
+            self._send_text(403, "The dashboard does not answer under this name. Open the address "
+                            "that the orchestrator printed, or set DASHBOARD_URL to yours.")
+        elif origin not in origins and (origin is not None or self.command == "POST"):
+            self._send_text(403, "The dashboard's page did not send this. If a proxy publishes it, "
+                            "set DASHBOARD_URL to the address that the browser shows.")
+        elif self._has_token(token):
+            return True
+        elif self.command == "GET":
+            self._send_html(403, _TOKEN_FORM, {})
+        else:
+            self._send_text(403, "Missing or wrong token. Open the address that the orchestrator "
+                            "printed in the terminal.")
+        return False
+
+    def _has_token(self, token: str) -> bool:
+        """Tell whether the query, as a token or as a whole address, or a cookie has the token."""
+        cookies = {}
+        for pair in self.headers.get("Cookie", "").split(";"):
+            name, _, value = pair.strip().partition("=")
+            cookies[name] = value
+        given = token.rpartition("token=")[2].strip() or cookies.get(self.server.cookie_name, "")
+        return self.server.take_token(given, self.client_address[1])
+
+    def _send_page(self) -> None:
+        self.server.page_opened.set()
+        values = {"RECORDING": "no" if self.server.control else "yes",
+                  "SERVER_TIME": utc_timestamp(),
+                  "JOURNAL_PATH": html.escape(str(self.server.journal.path or ""))}
+        # Without a Path the browser takes that of the page, also behind a proxy.
+        cookie = f"{self.server.cookie_name}={self.server.token}; HttpOnly; SameSite=Strict"
+        self._send_html(200, DASHBOARD_PAGE, values, {"Set-Cookie": cookie})
+
+    def _send_html(self, status: int, page: str, values: Mapping[str, str],
+                   headers: Mapping[str, str] = {}) -> None:
+        """Send a page in which the names of `values` are replaced by these, and NONCE by a new one."""
+        nonce = secrets.token_urlsafe(16)
+        texts = {"NONCE": nonce, **values}
+        page = re.sub("|".join(texts), lambda match: texts[match[0]], page)
+        self._send_text(status, page, {
+            "Content-Type": "text/html; charset=utf-8",
+            "Content-Security-Policy": _CONTENT_SECURITY_POLICY.replace("NONCE", nonce), **headers})
 
     def _send_text(self, status: int, text: str, headers: Mapping[str, str] = {}) -> None:
-        body = text.encode()
+        body = text.encode("utf-8", "replace")
         self._send_headers(status, {"Content-Type": "text/plain; charset=utf-8",
-                             "Content-Length": str(len(body)), **headers})
+                                    "Content-Length": str(len(body)), **headers})
         self.wfile.write(body)
 
     def _send_headers(self, status: int, headers: Mapping[str, str]) -> None:
@@ -3732,80 +4419,179 @@ class _DashboardHandler(QuietHandler):
             self.send_header(name, value)
         self.end_headers()
 
-    def _stream_events(self) -> None:
-        """Send the run so far, or what was missed, and go on with what comes."""
-        last = self.headers.get("Last-Event-ID", "")
-        after, live_seen, closed = int(last) if _DIGITS.fullmatch(last) else 0, 0, False
-        journal = self.server.journal
+    def _stream_events(self, query: Mapping[str, str]) -> None:
+        """Send the events after an id, and those to come unless the query says `once`."""
+        last_id = self.headers.get("Last-Event-ID") or query.get("after", "")
+        after = int(last_id) if _DIGITS.fullmatch(last_id) else 0
+        live_id = 0
+        is_over = False
         self.connection.settimeout(self.WRITE_TIMEOUT)
         self._send_headers(200, {"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"})
-        with journal.count_reader():
-            while not closed:
-                kept, live, live_seen, closed = journal.read_after(after, live_seen, 15.0)
-                chunks = [b"id: %d\ndata: %s\n" % (number, line) for number, line in kept]
-                chunks += [b"data: %s\n" % line for line in live]
-                self.wfile.write(b"".join(chunks) or b": still here\n\n")
-                after = kept[-1][0] if kept else after
+        self._send_time()
+        with self.server.journal.count_reader():
+            while not is_over:
+                batch = self.server.journal.read_after(after, live_id, 0 if "once" in query else 15)
+                lines = [b"id: %d\ndata: %s\n" % event for event in batch.events]
+                lines += [b"data: %s\n" % event for event in batch.live_events]
+                self.wfile.write(b"".join(lines))
+                if batch.events:
+                    after = batch.events[-1][0]
+                live_id = batch.last_live_id
+                is_over = batch.is_closed or ("once" in query and not batch.events)
+                if not lines:
+                    self._send_time()
+
+    def _send_time(self) -> None:
+        """Send the time, by which the page also knows that the connection still works."""
+        event = json.dumps({"type": "now", "time": utc_timestamp()})
+        self.wfile.write(f"data: {event}\n\n".encode())
+
+    def _send_journal(self) -> None:
+        """Send the events so far as a file."""
+        journal = self.server.journal
+        name = re.sub(r"[^A-Za-z0-9_.-]", "_", journal.path.name if journal.path else "run.jsonl")
+        self.connection.settimeout(self.WRITE_TIMEOUT)
+        self._send_headers(200, {"Content-Type": "application/x-ndjson",
+                                 "Content-Disposition": f'attachment; filename="{name}"'})
+        after = 0
+        while events := journal.read_after(after, sys.maxsize, 0).events:
+            self.wfile.write(b"".join(line for _, line in events))
+            after = events[-1][0]
 
 
 class Dashboard(http.server.ThreadingHTTPServer):
-    """A server of the page, its events and its controls, in threads of its own.
+    """Serves the page, its events and its controls, in threads of its own, in a `with` block.
 
-    `control(action, text)` is called for pause, resume, stop and note; None: it is a recording.
-    Enter it with `with`; raises ConfigError if it can't listen.
+    `control(action, text)` is called for what the user asks; without it, the journal is a
+    recording.  `url` is the address under which a proxy publishes it; `token` one to use again.
+    Raises ConfigError if it can't listen.
     """
 
-    request_queue_size, timeout = 128, 0
-    MAX_CONNECTIONS = 160      # more are turned away: a flood leaves the run its files, on macOS 256
+    request_queue_size = 128
+    timeout = 0
+    allow_reuse_port = False
+    MAX_CONNECTIONS = 160       # a flood must leave the run its files: macOS allows 256
+    ENTRY_SECONDS = 60.0        # within which a browser that we open has to come
 
     def __init__(self, journal: Journal, *, host: str = "127.0.0.1", port: int = 0,
-                 control: Callable[[str, str], object] | None = None,
-                 page: str = DASHBOARD_PAGE) -> None:
-        self.journal, self.page, self.control = journal, page, control
+                 control: Callable[[str, str], object] | None = None, url: str = "",
+                 token: str = "") -> None:
+        self.journal = journal
+        self.control = control
+        self.token = token or secrets.token_urlsafe(24)
+        # Ports do not keep cookies apart, so each dashboard has a name of its own.
+        self.cookie_name = f"orchestrator-{hashlib.sha256(self.token.encode()).hexdigest()[:8]}"
+        self.page_opened = threading.Event()
+        self._entry_codes: dict[str, float] = {}        # and until when they are good
         self._connections: set[socket.socket] = set()
-        self.token, self.page_opened = secrets.token_urlsafe(24), threading.Event()     # page opened
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self.name = f"[{host}]" if ":" in host else host
+        self._host = host.strip("[]").lower()
+        self.address_family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
         try:
-            super().__init__((host, port), _DashboardHandler)
-        except (OSError, UnicodeError) as error:
+            super().__init__((self._host, port), _DashboardHandler)
+        except (OSError, OverflowError, UnicodeError) as error:
             raise ConfigError(f"DASHBOARD_HOST={host!r}, DASHBOARD_PORT={port}: can't listen: "
                               f"{getattr(error, 'strerror', None) or error}") from None
-        shown = self.name.replace("0.0.0.0", "127.0.0.1")
-        self.url = f"http://{shown}:{self.server_port}/?token={self.token}"
+        self._bound_address = _parse_address(str(self.server_address[0]))
+        self._set_addresses(url)
+
+    def _set_addresses(self, public_url: str) -> None:
+        """Work out the addresses of the page: on this machine and, through a proxy, its own."""
+        if self._bound_address.is_unspecified:
+            self._host = "127.0.0.1"
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        self._local_url = f"http://{host}:{self.server_port}/"
+        self.url = f"{public_url.rstrip('/') or self._local_url.rstrip('/')}/?token={self.token}"
+        public = urllib.parse.urlsplit(public_url)
+        default_port = ":443" if public.scheme == "https" else ":80"
+        self.path_prefix = public.path.rstrip("/")
+        self._public_name = public.hostname
+        self._public_origin = f"{public.scheme}://{public.netloc.removesuffix(default_port)}".lower()
+
+    def own_origins(self, host_header: str) -> list[str]:
+        """Return the origins of our own page under a Host; none if that is not a name of ours.
+
+        A tunnel or a published port of a container changes the port, so any port will do.
+        """
+        host = host_header.lower()
+        match = _HOST.fullmatch(host)
+        name = match[1].strip("[]") if match else ""
+        origins = []
+        if self._is_own_name(name):
+            origins.append(f"http://{host}")
+        if self._public_name and (origins or name == self._public_name):
+            origins.append(self._public_origin)
+        return origins
+
+    def _is_own_name(self, name: str) -> bool:
+        address = _parse_address(name)
+        has_all_addresses = self._bound_address.is_unspecified
+        if address:
+            return address.is_loopback or has_all_addresses or address == self._bound_address
+        if has_all_addresses and name in _machine_names():
+            return True
+        return name in ("localhost", self._host)
+
+    def take_token(self, given: str, client_port: int) -> bool:
+        """Tell whether this is the token, or a code of `make_entry_url`, which is then used up."""
+        if secrets.compare_digest(given.encode("utf-8", "replace"), self.token.encode()):
+            return True
+        if given not in self._entry_codes or _is_other_user(client_port, self.server_port):
+            return False
+        return self._entry_codes.pop(given, 0.0) > time.monotonic()
+
+    def make_entry_url(self) -> str:
+        """Return an address that opens the page once, within a minute, for this user only.
+
+        It is made for the arguments of a browser, which all users of the machine can read.
+        """
+        code = secrets.token_urlsafe(24)
+        self._entry_codes[code] = time.monotonic() + self.ENTRY_SECONDS
+        return f"{self._local_url}?token={code}"
+
+    def save_address(self, journal_path: Path) -> None:
+        """Keep the address beside the journal, for this user, for `--status` and `--resume`."""
+        address = {"host": self._host, "port": self.server_port, "token": self.token,
+                   "url": self.url}
+        with contextlib.suppress(OSError):      # such a disk is told of by the journal
+            path = journal_path.with_suffix(".dashboard")
+            with open(path, "w", opener=lambda *how: os.open(*how, 0o600)) as file:
+                json.dump(address, file)
 
     def server_bind(self) -> None:
-        """Bind without the base class's look-up of our own name, which may take seconds."""
+        """Bind, `::` for IPv4 too, without the base class's slow search for our own name."""
+        if self.address_family == socket.AF_INET6:
+            with contextlib.suppress(OSError):
+                self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Whether there is room for one more visitor."""
+        """Tell whether there is room for one more connection."""
         if len(self._connections) < self.MAX_CONNECTIONS:
             self._connections.add(request)
         return request in self._connections
 
     def shutdown_request(self, request: Any) -> None:
-        """Part with a visitor."""
+        """Close a connection."""
         super().shutdown_request(request)
         self._connections.discard(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing of what ends one visitor, as where the machine has no thread for it."""
+        """Print nothing if a connection fails, for example because there is no thread for it."""
 
     def __enter__(self) -> Dashboard:
         threading.Thread(target=self.serve_forever, args=(0.1,), daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Answer whoever has come so far: two seconds for their streams, then two for the rest."""
+        """Answer every client so far: two seconds for the streams, then two for the rest."""
         self.journal.close(wait_for_reader=self.page_opened.is_set())
         self.shutdown()
         for _ in range(self.request_queue_size):    # those that were not accepted yet
             self.handle_request()
         self.server_close()
-        until = time.monotonic() + 2.0
-        while self._connections and time.monotonic() < until:
+        deadline = time.monotonic() + 2.0
+        while self._connections and time.monotonic() < deadline:
             time.sleep(0.01)
 
 
@@ -3830,19 +4616,19 @@ _DEMO_REPLIES = (
 
 
 class DemoModelHandler(QuietHandler):
-    """Answers chat completions as OpenRouter does, streamed, with the next of the replies."""
+    """Answers chat completions as OpenRouter does: streamed, with the next reply."""
 
     def do_POST(self) -> None:
-        """Answer with the reply that follows on the conversation."""
+        """Answer with the reply that follows the conversation."""
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         turn = sum(message["role"] == "assistant" for message in request["messages"])
         reply = _DEMO_REPLIES[min(turn, len(_DEMO_REPLIES) - 1)]
-        prompt, completion = len(json.dumps(request)) // 4, len(reply) // 4
-        words = re.findall(r"\s*\S+", reply)
-        chunks: list[dict] = [{"choices": [{"delta": {"content": word}}]} for word in words]
-        usage = {"prompt_tokens": prompt, "completion_tokens": completion,
-                 "cost": prompt * 5e-6 + completion * 25e-6}
-        chunks += [{"choices": [{"finish_reason": "stop"}]}, {"choices": [], "usage": usage}]
+        chunks: list[dict[str, Any]] = [{"choices": [{"delta": {"content": word}}]}
+                                        for word in re.findall(r"\s*\S+", reply)]
+        usage = {"prompt_tokens": len(json.dumps(request)) // 4,
+                 "completion_tokens": len(reply) // 4, "cost": 0}
+        chunks.append({"choices": [{"finish_reason": "stop"}]})
+        chunks.append({"choices": [], "usage": usage})
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.end_headers()
@@ -3852,13 +4638,21 @@ class DemoModelHandler(QuietHandler):
         self.wfile.write(b"data: [DONE]\n\n")
 
 
-def _execute_demo_message(message: str) -> str:
-    """Write the file or run the command that a message names; return what there is to show."""
+# The agent is the text of a program, because there may be no file to start it from: with
+# `curl ... | python3 -` this one is read once and gone.  It does on a screen what the real agents
+# do: bracketed paste, an input line, and while it works a spinner in the title and a busy footer.
+DEMO_AGENT = r'''
+import os, re, subprocess, sys, time, tty
+from pathlib import Path
+
+
+def execute(message):
     file = re.search(r"Write the file (\w+\.py):\n```\n(.*?\n)```", message, re.S)
-    command = re.search(r"Run the command: (.+)", message)
     if file:
-        Path(file[1]).write_text(file[2], encoding="utf-8")
-        return f"● Wrote {file[1]}, {file[2].count(chr(10))} lines."
+        name, content = file.groups()
+        Path(name).write_text(content, encoding="utf-8")
+        return f"● Wrote {name}, {len(content.splitlines())} lines."
+    command = re.search(r"Run the command: (.+)", message)
     if command:
         done = subprocess.run(command[1], shell=True, stdin=subprocess.DEVNULL, text=True,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -3866,31 +4660,40 @@ def _execute_demo_message(message: str) -> str:
     return "● Tell me: Write the file NAME.py: with a code block, or Run the command: ..."
 
 
-def run_demo_agent() -> None:
-    """Be a small coding agent in a terminal: write files and run commands, as it is told.
+def write(text):
+    os.write(sys.stdout.fileno(), text.encode())
 
-    It does on a screen what the real ones do: bracketed paste, an input line, and while it works
-    a spinner in the title and a line that says so.
-    """
-    def write(text: str) -> None:
-        os.write(sys.stdout.fileno(), text.encode())
 
-    tty.setcbreak(sys.stdin)
-    write("\x1b[?2004h\x1b]0;demo agent\x07Demo agent: I write files and run commands.\n\n")
-    while True:
-        write("❯ ")
-        typed, pasting = b"", False
-        while pasting or not typed.endswith((b"\r", b"\n")):
-            typed += os.read(sys.stdin.fileno(), 1)
-            if typed.endswith((b"\x1b[200~", b"\x1b[201~")):
-                pasting, typed = typed.endswith(b"\x1b[200~"), typed[:-6]
-                write("" if pasting else typed.decode().replace("\n", "\n  "))
-        answer = _execute_demo_message(typed.decode("utf-8", "replace"))
-        for frame in "⠋⠙⠹⠸⠼⠴⠦⠧":
-            write(f"\x1b]0;{frame} demo agent\x07\r\x1b[K• Working (esc to interrupt) {frame}"
-                  if frame != "⠋" else "\n")
-            time.sleep(0.1)
-        write(f"\r\x1b[K{answer}\n\n\x1b]0;demo agent\x07")
+def read_message():
+    typed = b""
+    is_pasting = False
+    while is_pasting or not typed.endswith((b"\r", b"\n")):
+        typed += os.read(sys.stdin.fileno(), 1)
+        if typed.endswith(b"\x1b[200~"):
+            is_pasting = True
+            typed = b""
+        elif typed.endswith(b"\x1b[201~"):
+            is_pasting = False
+            typed = typed[:-6]
+            write(typed.decode("utf-8", "replace").replace("\n", "\n  "))
+    return typed.decode("utf-8", "replace")
+
+
+def show_spinner():
+    write("\n")
+    for frame in "⠙⠹⠸⠼⠴⠦⠧⠇":
+        write(f"\x1b]0;{frame} demo agent\x07\r\x1b[K• Working (esc to interrupt) {frame}")
+        time.sleep(0.1)
+
+
+tty.setcbreak(sys.stdin)
+write("\x1b[?2004h\x1b]0;demo agent\x07Demo agent: I write files and run commands.\n\n")
+while True:
+    write("❯ ")
+    answer = execute(read_message())
+    show_spinner()
+    write(f"\r\x1b[K{answer}\n\n\x1b]0;demo agent\x07")
+'''
 
 
 # -- 16. Terminal -------------------------------------------------------------------------
@@ -4185,6 +4988,15 @@ def wait_for_enter(stream: TextIO) -> None:
     except Interrupted as interrupt:
         if interrupt.signum != signal.SIGINT:
             raise
+
+
+def read_from_terminal() -> None:
+    """Make the terminal our standard input, if there is one.
+
+    In `curl ... | python3 -` standard input was this program, not a task or a chat.
+    """
+    with contextlib.suppress(OSError):
+        os.dup2(os.open("/dev/tty", os.O_RDWR), 0)
 
 
 _CONTINUATION_PROMPT = "... "       # inside triple quotes
@@ -4534,17 +5346,42 @@ def hold_session(config: Config, workspace: Workspace) -> Iterator[Config]:
 
 # The dashboard
 
-@contextlib.contextmanager
-def serve_dashboard(config: Config, journal: Journal, control: Callable[[str, str], object] | None,
-                    stream: TextIO) -> Iterator[None]:
-    """Serve the dashboard and say where; a run goes on without, a recording has nothing else.
+def open_dashboard(config: Config, journal: Journal,
+                   control: Callable[[str, str], object] | None) -> Dashboard:
+    """Return the dashboard; that of a resumed run keeps its token and, if it is free, its port."""
+    is_run = control and journal.path
+    earlier = read_dashboard_address(journal.path) if is_run else {}
 
-    At a run's end a browser that was just opened gets time to come, and on a terminal it stays
-    for a person who has opened it.
+    def listen(port: int) -> Dashboard:
+        return Dashboard(journal, host=config.dashboard_host, port=port, control=control,
+                         url=config.dashboard_url, token=earlier.get("token", ""))
+
+    if earlier and not config.dashboard_port:
+        with contextlib.suppress(ConfigError):
+            return listen(earlier["port"])
+    return listen(config.dashboard_port)
+
+
+def open_browser(url: str) -> None:
+    """Open a page in the user's browser, without the key, and away from our terminal."""
+    with contextlib.suppress(OSError):
+        subprocess.Popen([sys.executable, "-I", "-m", "webbrowser", url],
+                         env=child_environment(os.environ), stdin=subprocess.DEVNULL,
+                         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                         start_new_session=True)
+
+
+@contextlib.contextmanager
+def serve_dashboard(config: Config, journal: Journal,
+                    control: Callable[[str, str], object] | None,
+                    stream: TextIO) -> Iterator[None]:
+    """Serve the dashboard and print its address; a run goes on without, a recording does not.
+
+    At the end of a run, a browser that was just opened gets time to come; on a terminal, the
+    dashboard stays for a user who has opened it.
     """
     try:
-        dashboard = Dashboard(journal, host=config.dashboard_host, port=config.dashboard_port,
-                              control=control)
+        dashboard = open_dashboard(config, journal, control)
     except ConfigError as error:
         if not control:
             raise
@@ -4552,20 +5389,18 @@ def serve_dashboard(config: Config, journal: Journal, control: Callable[[str, st
         yield
         return
     with dashboard:
+        if control and journal.path:
+            dashboard.save_address(journal.path)
         print_line(f"Dashboard: {dashboard.url}", stream)
-        has_screen = any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY")))
-        opened = config.dashboard_open and (has_screen or sys.platform == "darwin")
-        if opened:      # without the key, and away from the terminal, which a browser may draw on
-            with contextlib.suppress(OSError):
-                subprocess.Popen([sys.executable, "-I", "-m", "webbrowser", dashboard.url],
-                                 env=child_environment(os.environ), stdin=subprocess.DEVNULL,
-                                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                                 start_new_session=True)
+        has_display = any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY")))
+        is_opened = config.dashboard_open and (has_display or sys.platform == "darwin")
+        if is_opened:
+            open_browser(dashboard.make_entry_url())
         try:
             yield
         finally:
             if not isinstance(sys.exc_info()[1], KeyboardInterrupt):
-                dashboard.page_opened.wait(5.0 if opened else 0)
+                dashboard.page_opened.wait(5.0 if is_opened else 0)
                 if dashboard.page_opened.is_set():
                     wait_for_enter(stream)
 
@@ -4744,7 +5579,7 @@ def run(config: Config, workspace: Workspace, request: RunRequest) -> int:
         agent.find_session()
         if not request.is_chat:
             check_access(config)
-        task = str(history[0]["task"]) if history else "" if request.is_chat else request.read_task()
+        task = str(history[0]["task"]) if history else request.read_task()
         journal = Journal(path, defer_signals=signals.deferred, secret=config.openrouter_api_key)
         stack.callback(lambda: print_error(journal.unreported_error))
         reporter = make_reporter(config, request, agent.name)
@@ -4882,6 +5717,7 @@ def _describe_driver(run: RecordedRun | None, holder: SessionHolder | None) -> R
     elif run:
         driver = f"a run with {run.info['model']} since {_format_start(run)}, {driver}"
         rows.append(("Task", textwrap.shorten(run.info["task"], 70, placeholder=" ...")))
+        rows.append(("Dashboard", find_live_dashboard(run.path) or "none"))
     return [("Driver", driver), *rows, ("Stop it", f"kill {holder.process}")]
 
 
@@ -5119,8 +5955,9 @@ def dispatch(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     is_chat = options.chat or not (config.autonomous_mode or options.resume)
     if is_chat and options.task is not None:
         raise ConfigError("a chat takes no --task: AUTONOMOUS_MODE=false is set")
+    ask = str if is_chat else functools.partial(read_task, options.task)
     return run(config, workspace, RunRequest(
-        functools.partial(read_task, options.task), is_chat=is_chat, as_json=options.json,
+        ask, is_chat=is_chat, as_json=options.json,
         resume=options.resume))
 
 
@@ -5154,6 +5991,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    if __file__ == "<stdin>":
+        read_from_terminal()
     status = main()
     signal.signal(signal.SIGINT, signal.SIG_IGN)    # there is nothing left to interrupt
     raise SystemExit(status)

@@ -31,6 +31,7 @@ import tempfile
 import threading
 import time
 import urllib.parse
+import zipfile
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, Mapping, NamedTuple, Sequence
 
@@ -1083,6 +1084,49 @@ def test_the_demo_completes_again_and_again_without_a_terminal_and_in_one(world)
     assert list(world.work.iterdir()) == []
 
 
+def test_the_demo_completes_however_the_file_is_run(world: World) -> None:
+    """By its name, a link, a pipe, a process substitution, as a zip archive, by uv and by pipx."""
+    link, archive = world.directory / "orchestrator", world.directory / "orchestrator.pyz"
+    link.symlink_to(TOOL)
+    with zipfile.ZipFile(archive, "w") as zipped:
+        zipped.write(TOOL, "__main__.py")
+    (world.home / "python3").symlink_to(sys.executable)
+    commands = [f"{TOOL} --demo", f"{link} --demo", f"cat {TOOL} | python3 - --demo",
+                f"python3 <(cat {TOOL}) --demo", f"python3 {archive} --demo"]
+    for runner in ("uv", "pipx"):
+        if shutil.which(runner):
+            commands.append(f"{runner} run {TOOL} --demo")
+    env = {**world.env, "PATH": f"{world.home}:{world.env['PATH']}"}
+    runs = [(command, Run(["bash", "-c", command], None, world.directory / f"demo-{number}",
+                          world.work, env)) for number, command in enumerate(commands)]
+    for command, run in runs:
+        done = run.end(60)
+        assert (done.status, done.stderr) == (0, ""), (command, done)
+        assert "all checks passed" in done.stdout and "Task complete" in done.stdout, command
+    for lock in world.tmp.glob("uv-*.lock"):
+        lock.unlink()
+    assert_nothing_is_left(world)
+
+
+def test_a_chat_reads_the_terminal_if_standard_input_is_the_program(world: World) -> None:
+    command = f"cat {TOOL} | {sys.executable} - --chat"
+    with Terminal(["sh", "-c", command], world.env, world.work) as terminal:
+        at_prompt(terminal)
+        terminal.enter("echo one")
+        assert world.taken("echo one")
+        at_prompt(terminal)
+        terminal.send_keys("C-d")
+        assert terminal.exit_status() == 0
+
+
+def test_a_program_on_standard_input_is_no_task(world: World) -> None:
+    with TOOL.open() as program:
+        done = subprocess.run([sys.executable, "-"], cwd=world.work, env=world.env, text=True,
+                              stdin=program, capture_output=True, start_new_session=True,
+                              timeout=30)
+    assert (done.returncode, done.stdout) == (2, "") and "there is no task" in done.stderr
+
+
 def test_a_demo_that_is_interrupted_while_its_model_speaks_leaves_no_trace(world):
     run = world.start("--demo", "--json")
     assert poll(lambda: "iteration_start" in run.stdout, 30)
@@ -2060,12 +2104,14 @@ def test_the_key_reaches_the_model_and_nothing_else_from(source, world):
     arguments: list[bytes] = []
 
     def last() -> str:
+        assert poll(lambda: "/?token=" in str(processes_of(world.directory)), 30), "no browser"
         arguments.extend(processes_of(world.directory).values())
         return "TASK_COMPLETE"
 
     model = world.model("printenv | sort", last)
-    look = ("import sys, urllib.request as web; url = sys.argv[1]; web.urlopen(url); "
-            "web.urlopen(url.replace('?', 'events?')).read()")
+    look = ("import sys, urllib.request as web; url = sys.argv[1]; page = web.urlopen(url); "
+            "cookie = page.headers['Set-Cookie'].split(';')[0]; web.urlopen(web.Request("
+            "url.split('?')[0] + 'events', headers={'Cookie': cookie})).read()")
     browser = f'printenv > ../browser; exec {sys.executable} -c "{look}" "$1"'
     settings = {"CLAUDE_CMD": "bash --norc", "VERIFY_CMD": "printenv > ../check",
                 "PATH": world.program("browser", browser),
@@ -2081,6 +2127,10 @@ def test_the_key_reaches_the_model_and_nothing_else_from(source, world):
             json.dumps([request.body for request in model.requests]), str(arguments)]
     seen += [(world.directory / name).read_text() for name in ("browser", "check")]
     assert [KEY in text for text in seen] == [False] * 6 and "orchestrator.py" in seen[3]
+    (address,) = world.directory.glob("state/orchestrator/runs/*.dashboard")
+    token = json.loads(address.read_text())["token"]
+    seen[0] = world.journals()[0].read_text()
+    assert [token in text for text in seen] == [False] * 6
 
 
 def test_a_key_that_the_agent_prints_is_masked(world):
@@ -2140,12 +2190,22 @@ def test_a_wrong_key_is_not_shown(world):
     assert KEY not in done.stderr
 
 
-@pytest.mark.parametrize("line", ["no equals sign", "A B=1", "KEY='open", "=1", "1A=2"])
-def test_a_malformed_line_of_the_env_file_is_named_but_not_shown(line, world):
-    (world.work / ".env").write_text(f"# fine\n{line}\n")
+def test_a_setting_that_cannot_be_read_from_the_env_file_is_named_and_not_shown(
+        world: World) -> None:
+    (world.work / ".env").write_text(f"# fine\nOPENROUTER_API_KEY='{KEY}\n")
     done = world.run("--task", "x")
-    assert_refused(done, 2, ".env line 2")
-    assert line not in done.stderr
+    assert_refused(done, 2, ".env line 2: OPENROUTER_API_KEY")
+    assert KEY not in done.stderr
+
+
+def test_the_env_file_of_another_project_stops_neither_a_chat_nor_a_run(world: World) -> None:
+    (world.work / ".env").write_bytes(
+        b'PRIVATE_KEY="-----BEGIN PRIVATE KEY-----\nMAX_COST=none\n-----END PRIVATE KEY-----"\n'
+        b"[database]\nurl: postgres://\nAPP='never closed\n# Schl\xfcssel\nif [ -f x ]; then\n")
+    world.model("echo one", "TASK_COMPLETE")
+    for arguments in (["--chat"], ["--task", "x"]):
+        done = world.run(*arguments, stdin="echo one\n")
+        assert (done.status, done.stderr) == (0, "")
 
 
 def test_settings_that_run_or_redirect_are_announced_when_they_come_from_the_env_file(world):
@@ -2782,6 +2842,30 @@ def test_the_doctor_says_what_a_run_needs(world):
         assert re.search(f"^{line}", done.stdout, re.M), done.stdout
 
 
+# -- Vendoring ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("mode", ["prepend", "append", "importlib"])
+def test_a_vendored_copy_runs_imports_and_passes_its_tests_with_import_mode(
+        mode: str, world: World) -> None:
+    tools = world.work / "tools"
+    tools.mkdir()
+    for file in (TOOL, TOOL.with_name("test_orchestrator.py")):
+        shutil.copy(file, tools)
+    if mode == "append":
+        (tools / "__init__.py").touch()
+        (tools / "README.md").write_text("# Our tools\n")
+    selection = "readme or contents or docstrings or import or env"
+    tests = ["-m", "pytest", "-q", f"--import-mode={mode}", "tools", "-k", selection]
+    for arguments, expected in (
+            (["tools/orchestrator.py", "--version"], r"orchestrator \d+\.\d+\.\d+\n"),
+            (["-c", "from tools import orchestrator; print(orchestrator.Agent.__name__)"],
+             r"Agent\n"),
+            (tests, r"(?s).*\b[1-9]\d passed, [1-9]\d* skipped, \d+ deselected.*")):
+        done = subprocess.run([sys.executable, "-B", *arguments], cwd=world.work, text=True,
+                              capture_output=True, timeout=60)
+        assert done.returncode == 0 and re.fullmatch(expected, done.stdout), done
+
+
 # -- Pythons ------------------------------------------------------------------------------------
 
 PYTHONS = ["3.9", "3.10", "3.11", "3.12", "3.13", "3.14"]
@@ -2856,7 +2940,7 @@ def test_the_dashboard_serves_only_those_who_have_the_token(world):
     for case, expected in [
             (site.ask("/", cookie=""), 403), (site.ask("/?token=wrong", cookie=""), 403),
             (site.ask("/events", cookie=""), 403), (site.ask("/control", order, cookie=""), 403),
-            (site.ask("/", Host="evil.example"), 403), (site.ask("/", Host="127.0.0.1:1"), 403),
+            (site.ask("/", Host="evil.example"), 403), (site.ask("/", Host="192.0.2.77"), 403),
             (site.ask(site.entrance, Host=f"evil.example:{site.host.split(':')[1]}"), 403),
             (site.ask("/", Origin="http://evil.example"), 403),
             (site.ask("/control", order, Origin="http://evil.example"), 403),

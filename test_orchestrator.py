@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import dataclasses
 import datetime
 import doctest
 import email.utils
@@ -30,15 +31,18 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 from pathlib import Path
+from typing import Any, Iterator, Mapping
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))     # whatever pytest's import mode is
 import orchestrator
 from orchestrator import (
     Agent, AgentError, AgentExited, Autopilot, BudgetExceeded, Chat, Config, ConfigError,
     ContextWindowExceeded, RunControl, Conversation, Dashboard, TaskFailed, Interrupted, Journal, Memory,
-    ModelError, TerminalReporter, RequestRejected, OpenRouter, OrchestratorError, PaneSnapshot, Workspace, AgentProfile, StartupDialog,
+    CLAUDE_CODE, CODEX, ModelError, TerminalReporter, RequestRejected, OpenRouter, OrchestratorError, PaneSnapshot, Workspace, AgentProfile, StartupDialog,
     Reply, SignalHandler, StuckInLoop, Tmux, TmuxServerLost, TmuxError, TmuxSessionLost, TokenUsage, TransientError, Turn,
     TurnDetector, strip_input_box, process_start_time, child_environment, select_profile, truncate_middle, find_draft, normalize_screen,
     is_message_unsent, is_resumable_event, find_startup_dialog, find_unfinished_run, last_text_line, main, describe_menu, format_event,
@@ -47,6 +51,10 @@ from orchestrator import (
 
 SOURCE = Path(orchestrator.__file__).read_text(encoding="utf-8")
 KEY = "sk-or-v1-0123456789abcdef"
+README = Path(orchestrator.__file__).with_name("README.md")
+with_our_readme = pytest.mark.skipif(
+    not README.exists() or not README.read_text(encoding="utf-8").startswith("# orchestrator\n"),
+    reason="there is no README.md of ours beside the file: it was vendored")
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -318,7 +326,8 @@ def doomed(event):
     return program
 
 
-PROGRAM = AgentProfile("Claude Code", ("sh", "--start"), ("sh", "--continue"), "npm install -g it")
+PROGRAM = dataclasses.replace(CLAUDE_CODE, start_command=("sh", "--start"),
+                              resume_command=("sh", "--continue"), optional_arguments=())
 
 
 class Desk:
@@ -552,7 +561,22 @@ def test_each_outside_thing_has_one_door():
         assert {section for section, *call in calls if door(*call)} <= {home}
     readers = {section_of(node.lineno) for node in ast.walk(ast.parse(SOURCE))
                if isinstance(node, ast.Attribute) and ast.unparse(node) == "os.environ"}
-    assert readers <= {"Configuration", "Command line"}
+    assert readers <= {"Agent profiles", "Command line"}
+
+
+def test_temporary_line_budgets_of_the_sections() -> None:
+    """LEAD TO ALL HELPERS (removed before landing): the file must end near 4,800 lines, at most 5,280.
+
+    Branches at 02:10 add up to 6,700.  Each section must fit its budget: simplify mechanisms, merge near-duplicates, drop
+    what nobody asked for, cut docstrings that repeat names.  Do not pack lines.
+    """
+    budgets = {"Errors": 108, "Configuration": 160, "Text": 172, "Agent profiles": 290, "Screens": 240, "Tmux": 230,
+               "Agent": 600, "Model client": 520, "Memory": 155, "Journal": 255, "Conversation": 230, "Loops": 570,
+               "Dashboard page": 640, "Dashboard": 260, "Demo": 95, "Terminal": 200, "Command line": 480}
+    starts = [*BANNERS, len(SOURCE.split("\n"))]
+    sizes = {title: end - start for (start, (_, title)), end in zip(BANNERS.items(), starts[1:])}
+    over = {title: f"{size} lines, budget {budgets[title]}" for title, size in sizes.items() if size > budgets[title]}
+    assert not over, f"total {len(SOURCE.splitlines())}; over budget: {over}"
 
 
 def test_the_file_reads_on_python_3_9_and_stays_narrow():
@@ -603,17 +627,34 @@ def test_each_error_knows_how_it_ends_a_run(error, status, outcome):
     ("A='b c'", "b c"), ('A="b c"', "b c"), ('A="it\'s"', "it's"), ("A='say \"b\"'", 'say "b"'),
     ("A=b c", "b c"), ("A=b # c", "b"), ("A=b#c", "b#c"), ('A="b # c"', "b # c"),
     ('A="b" # c', "b"), ("A=b=c", "b=c"), ("A=b\r", "b"), ("A=x\nA=b", "b"), ("# x\n\nA=b\n", "b"),
-    ("A=$HOME", "$HOME"), ("A=ä ö", "ä ö")])
-def test_a_line_of_an_env_file(line, value):
+    ("A=$HOME", "$HOME"), ("A=ä ö", "ä ö"), ("A=#b", "#b"), ("A= # b", ""), ("A=it's", "it's"),
+    ("A='b\nc'", "b\nc"), ('A="b\nc" # d\n', "b\nc"), ("A='\nb=c\n'", "\nb=c\n"),
+    ('A="say \\"b\\""', 'say "b"'), ('A="b\\\\"', "b\\"), ('A="b\\n"', "b\\n"), (r"A='\\'", r"\\")])
+def test_an_entry_of_an_env_file(line: str, value: str) -> None:
     assert parse_env(line) == {"A": value}
 
 
-@pytest.mark.parametrize("line", ["secret", "A 'secret'", "A='secret", 'A="secret', "=secret",
-                                  "1A=secret", "A-B=secret", "A='b' secret", "export A secret"])
-def test_a_malformed_line_is_named_by_its_number_and_not_shown(line):
+PRIVATE_KEY = "-----BEGIN PRIVATE KEY-----\nMIIEvQ==\nMAX_COST=none\n-----END PRIVATE KEY-----\n"
+
+
+@pytest.mark.parametrize("lines", [
+    f'KEY="{PRIVATE_KEY}"', f"KEY='{PRIVATE_KEY}'", "key: value", "[section]", "if [ -f x ]; then",
+    ". ./other.env", "A 'b'", "A='b' c", "=b", "1A=b", "A-B=b", "export A b", "A=`pwd`", "<<<<<<<",
+    "A='never closed", 'A="never closed', "\0\0", "\udcff=\udcfe", "-----END PRIVATE KEY-----"])
+def test_lines_of_other_programs_are_passed_over(lines: str) -> None:
+    values = parse_env(f"MAX_ITERATIONS=1\n{lines}\nMAX_MINUTES='2'\n")
+    ours = {name: values[name] for name in values if name in Config.fields_by_variable()}
+    assert ours == {"MAX_ITERATIONS": "1", "MAX_MINUTES": "2"}
+
+
+@pytest.mark.parametrize("line", [
+    "VERIFY_CMD", "VERIFY_CMD 'secret'", "VERIFY_CMD='secret", 'VERIFY_CMD="secret',
+    "VERIFY_CMD: secret", "VERIFY_CMD='b' secret", "export VERIFY_CMD secret"])
+def test_a_setting_of_ours_that_cannot_be_read_is_named_with_its_line_and_not_shown(
+        line: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        parse_env(f"# first\nB=c\n{line}\n")
-    assert "line 3" in str(caught.value) and "secret" not in str(caught.value)
+        parse_env(f"# first\nB='c\nd'\n{line}\n")
+    assert "line 4: VERIFY_CMD" in str(caught.value) and "secret" not in str(caught.value)
 
 
 def test_an_env_file_may_be_missing_or_a_virtual_environment_but_not_unreadable(tmp_path):
@@ -621,10 +662,10 @@ def test_an_env_file_may_be_missing_or_a_virtual_environment_but_not_unreadable(
     assert read_env_file(path) == read_env_file(tmp_path) == {}
     path.write_bytes(b"\xef\xbb\xbfA=b\r\nC=d\r\n")
     assert read_env_file(path) == {"A": "b", "C": "d"}
-    path.write_bytes(b"A=\xff\n")
-    for wrong in (path, path / ".env"):
-        with pytest.raises(ConfigError, match=str(wrong)):
-            read_env_file(wrong)
+    path.write_bytes(b"# Schl\xfcssel\nVERIFY_CMD=grep \xfc\n")     # the shell gets the same bytes
+    assert os.fsencode(read_env_file(path)["VERIFY_CMD"]) == b"grep \xfc"
+    with pytest.raises(ConfigError, match=str(path / ".env")):
+        read_env_file(path / ".env")
 
 
 def test_an_env_file_may_be_a_pipe_of_a_password_manager(tmp_path):
@@ -675,8 +716,9 @@ def test_a_wrong_value_is_an_error_that_names_it(name, texts):
         assert str(caught.value).startswith(f"{name}={shown}: expected ")
 
 
-def test_the_readme_lists_the_settings_as_they_are():
-    readme = (Path(orchestrator.__file__).parent / "README.md").read_text(encoding="utf-8")
+@with_our_readme
+def test_the_readme_lists_the_settings_as_they_are() -> None:
+    readme = README.read_text(encoding="utf-8")
     rows = [[cell.strip() for cell in line.strip().strip("|").split("|")]
             for line in readme.splitlines() if line.startswith("|")]
     for name, field in Config.fields_by_variable().items():
@@ -729,7 +771,7 @@ def test_clipping_keeps_whole_lines_of_head_and_tail_and_says_what_went():
 
 
 OLD = [f"line {number}" for number in range(300)]
-BOX = ["────", "❯", "────", "  ? for help"]
+BOX = ["─" * 20, "❯", "─" * 20, "  ? for help"]
 
 
 @pytest.mark.parametrize("before, after, new", [
@@ -780,18 +822,52 @@ def test_fingerprints_differ_in_more_than_times_and_tokens():
 
 # -- 4. Agent profiles --------------------------------------------------------------------
 
-def test_the_program_follows_from_the_settings():
-    assert select_profile("claude").start_command == (
-        "claude", "--dangerously-skip-permissions", "--setting-sources", "user")
+def test_the_profile_follows_from_the_default_model() -> None:
+    flags = ("--dangerously-skip-permissions", "--setting-sources", "user")
+    assert select_profile("claude").start_command == ("claude", *flags)
     assert select_profile("Claude") == select_profile("claude")
-    assert select_profile("claude").resume_command == (*select_profile("claude").start_command, "--continue")
-    assert select_profile("opus").start_command[-2:] == ("--model", "opus")
-    assert select_profile("gpt").start_command == (
-        "codex", "--no-alt-screen", "--ask-for-approval", "never", "--sandbox", "workspace-write")
-    assert select_profile("GPT-5").start_command[:3] == ("codex", "--model", "GPT-5")
-    assert select_profile("gpt").resume_command[:3] == ("codex", "resume", "--last")
-    assert select_profile("gpt", "X=1 ./mine --now") == AgentProfile(
-        "mine", ("/bin/sh", "-c", "X=1 ./mine --now"))
+    assert select_profile("claude").resume_command == ("claude", "--continue", *flags)
+    assert select_profile("opus").start_command == ("claude", "--model", "opus", *flags)
+    sandbox = ("--no-alt-screen", "--ask-for-approval", "never", "--sandbox", "workspace-write")
+    assert select_profile("gpt").start_command == ("codex", *sandbox)
+    assert select_profile("CODEX") == select_profile("codex") == select_profile("gpt")
+    assert select_profile("GPT-5").start_command == ("codex", "--model", "GPT-5", *sandbox)
+    assert select_profile("gpt").resume_command == ("codex", "resume", "--last", *sandbox)
+
+
+@pytest.mark.parametrize("command, name, resumed", [
+    ("claude", "Claude Code", "claude --continue"),
+    ("docker exec -it box claude -d", "Claude Code", "docker exec -it box claude --continue -d"),
+    ("ssh -t host codex", "Codex", "ssh -t host codex resume --last"),
+    ("ssh -p 22 pi@rpi codex", "Codex", "ssh -p 22 pi@rpi codex resume --last"),
+    ("ssh -t pi codex", "Codex", "ssh -t pi codex resume --last"),
+    ("env X=1 gemini", "Gemini CLI", "env X=1 gemini --resume latest"),
+    ("npx -y @google/gemini-cli", "Gemini CLI", "npx -y @google/gemini-cli --resume latest"),
+    ("npx @openai/codex@0.169.0 -s x", "Codex", "npx @openai/codex@0.169.0 resume --last -s x"),
+    ("bash -lc 'claude'", "Claude Code", "/bin/sh -c bash -lc 'claude --continue'"),
+    ("cd x && exec codex", "Codex", "/bin/sh -c cd x && exec codex resume --last"),
+    ("/opt/bin/claude-2.1.197", "Claude Code", "/opt/bin/claude-2.1.197 --continue"),
+    ("./codex-x86_64-unknown-linux-musl", "Codex",
+     "./codex-x86_64-unknown-linux-musl resume --last"),
+    ("docker run -it ghcr.io/me/claude-code:latest", "Claude Code",
+     "docker run -it ghcr.io/me/claude-code:latest --continue"),
+    ("kubectl exec -it claude-pod -- opencode", "opencode",
+     "kubectl exec -it claude-pod -- opencode --continue"),
+    ("python3 -m aider --model claude", "aider",
+     "python3 -m aider --restore-chat-history --model claude"),
+    ("uvx --from aider-chat aider", "aider", "uvx --from aider-chat aider --restore-chat-history"),
+    ("sudo -u claude qwen", "Qwen Code", "sudo -u claude qwen --continue"),
+    ("gh-proxy copilot", "Copilot CLI", "gh-proxy copilot --continue"),
+    ("cline", "Cline", ""), ("pi", "Pi", "pi --continue"),
+    ("docker exec -it claude bash", "docker", ""), ("vim codex.txt", "vim", ""),
+    ("docker run --name claude ubuntu bash", "docker", ""), ("bash --norc", "bash", ""),
+    ("AGENT=claude ./mine --now", "mine", ""), ("/opt/pi/run", "run", ""), ("claudette", "claudette", "")])
+def test_an_agent_is_found_by_its_name_anywhere_in_a_command(
+        command: str, name: str, resumed: str) -> None:
+    profile = select_profile("claude", command)
+    assert (profile.name, " ".join(profile.resume_command)) == (name, resumed)
+    assert " ".join(profile.start_command).endswith(command)
+    assert not profile.optional_arguments       # the words of the user are left alone
 
 
 def test_a_shell_is_read_by_its_stillness():
@@ -841,25 +917,31 @@ def test_a_program_that_is_typed_to_while_it_works_is_not_taken_for_one_that_wai
 
 # -- 5. Screens ---------------------------------------------------------------------------
 
+def profile_of(screen):
+    """Return the profile of the agent whose prompt mark a screen shows."""
+    return CODEX if any("›" in line for line in screen) else CLAUDE_CODE
+
+
 @pytest.mark.parametrize("screen, busy", [
     (["● Reading", *BOX[:-1], "  ⏵⏵ bypass permissions on · esc to interrupt"], True),
     (["working", "Press Ctrl+C to interrupt", ""], True),
     (["• Working (12s • esc to interrupt)", "", "› Ask Codex", "", "  gpt-5", "  hints"], True),
-    (["✻ Thinking… (1m 3s · ↓ 2k tokens · esc to interrupt)", *BOX], True),
+    (["✻ Thinking… (1m 3s · ↓ 2k tokens · esc to interrupt)", "  ⎿  Tip: x", *BOX], True),
     (["● Press esc to interrupt it", *BOX], False),
     (["(12s • esc to interrupt)", *map(str, range(12))], False),
     (["done", *BOX], False), ([], False), (["press esc to interrupted"], False)])
 def test_which_screens_say_that_the_agent_works(screen, busy):
-    assert is_busy(screen) is busy
+    assert is_busy(profile_of(screen), screen) is busy
 
 
 @pytest.mark.parametrize("screen, shows", [
-    (BOX, True), (["› Ask Codex to do anything", "", "  gpt-5"], True), (["│ > │"], True),
-    (["> "], True), (["❯ 1. Yes", "  2. No"], True), (["starting"], False), ([], False),
+    (BOX, True), (["› Ask Codex to do anything", "", "  gpt-5"], True),
+    (["╭" + "─" * 40, "│ > │", "╰" + "─" * 40], True), (["❯ 1. Yes", "  2. No"], False),
+    (["starting"], False), ([], False), (["❯", *map(str, range(16))], False), (["a > b"], False),
     (["❯ No, exit", "  Yes, I trust this folder", "Enter to confirm · Esc to cancel"], False),
-    (["❯", *map(str, range(16))], False), (["a > b"], False)])
+    (["› 1. Yes", "  2. No", "", "  Press enter to confirm or esc to cancel"], False)])
 def test_which_screens_show_an_input_box(screen, shows):
-    assert has_input_box(screen) is shows
+    assert has_input_box(profile_of(screen), screen) is shows
 
 
 @pytest.mark.parametrize("screen, words", [
@@ -887,13 +969,13 @@ def test_whether_the_line_of_the_cursor_holds_the_message(line, message, holds):
 @pytest.mark.parametrize("screen, menu", [
     (ASKED, asks("Do you want to proceed?", "1. Yes")),
     ([*ASKED[:1], "   1. Yes", " ❯ 2. No", "", ASKED[3]], asks("Do you want to proceed?", "2. No")),
-    (["Allow command?", "› 1. Yes, proceed", "  2. No", "", "  Press enter to confirm"],
+    (["  Allow command?", "› 1. Yes, proceed", "  2. No", "", "  Press enter to confirm"],
      asks("Allow command?", "1. Yes, proceed")),
-    (["Help", "  ←/→ to switch · Esc to close"], asks("Help")),
+    ([RULE, "Help", "  ←/→ to switch · Esc to close"], asks("Help")),
     ([*ASKED, RULE, "❯", RULE, "  ? for shortcuts"], ""),
     (["press esc to cancel", "› Ask Codex", "  gpt-5", "  ? for shortcuts"], ""), ([], "")])
 def test_which_screens_ask_for_keys(screen, menu):
-    assert describe_menu(screen) == menu
+    assert describe_menu(profile_of(screen), screen) == menu
 
 
 @pytest.mark.parametrize("lines, above", [
@@ -904,24 +986,27 @@ def test_which_screens_ask_for_keys(screen, menu):
     (["● ❯ is a prompt", "❯ this", "● done"], ["● ❯ is a prompt", "❯ this", "● done"]),
     (ASKED, ASKED), ([RULE, "❯", RULE], []), ([], [])])
 def test_the_input_box_and_the_footer_are_left_out(lines, above):
-    assert strip_input_box(lines) == above
+    assert strip_input_box(profile_of(lines), lines) == above
 
 
-@pytest.mark.parametrize("lines, column, draft", [
-    ([RULE, "❯"], 2, ""), ([RULE, "❯\u00a0"], 2, ""), (["› Ask Codex to do anything"], 2, ""),
-    (['❯ Try "fix it"'], 2, ""), (["│ >                │"], 4, ""), ([], 0, ""), (["$ ls"], 4, ""),
+@pytest.mark.parametrize("box, column, draft", [
+    (["❯"], 2, ""), (["❯\u00a0"], 2, ""), (["› Ask Codex to do anything"], 2, ""),
+    (['❯ Try "fix it"'], 2, ""), (["│ >                │"], 4, ""), (["$ ls"], 4, ""),
     (["❯ rm -rf x"], 10, "rm -rf x"), (["› über"], 6, "über"), (["❯ one", "  two"], 5, "one\ntwo"),
     (["❯ one", "", "  two"], 5, "one\n\ntwo"), (["❯", ""], 2, "\n"), (["❯ one", "● two"], 3, ""),
-    (["❯ one", RULE, "  ? for help"], 12, ""), ([RULE, "!"], 2, "!"), ([RULE, "! ls"], 4, "!ls")])
-def test_what_stands_in_an_input_box(lines, column, draft):
-    row = len(lines) - 1
-    assert find_draft(lines, row, column) == draft
-    assert find_draft([*lines, RULE, "  ? for help"], row, column) == draft
-    assert find_draft([*lines, "", "  gpt-5 default"], row, column) == draft
+    (["!"], 2, "!"), (["! ls"], 4, "!ls"), (["› one", "", "  two"], 5, "one\n\ntwo")])
+def test_what_stands_in_an_input_box(box, column, draft):
+    profile = profile_of(box)
+    footer = ["", "  gpt-5 default"] if profile is CODEX else [RULE, "  ? for help"]
+    screen = [*([] if profile is CODEX else [RULE]), *box, *footer]
+    row = screen.index(box[0]) + len(box) - 1
+    assert find_draft(profile, screen, row, column) == draft
+    assert find_draft(profile, ["● text", *screen], 0, 2) == ""
 
 
 def test_a_draft_may_stand_below_the_cursor():
-    assert find_draft([RULE, "❯", "  two", RULE, "  ? for help"], 1, 2) == "\ntwo"
+    screen = [RULE, "❯", "  two", RULE, "  ? for help"]
+    assert find_draft(CLAUDE_CODE, screen, 1, 2) == "\ntwo"
 
 
 @pytest.mark.parametrize("screen, question", [
@@ -937,7 +1022,7 @@ def test_a_draft_may_stand_below_the_cursor():
     ([*TRUST, "   No, exit", f"   {YES}"], None),
     ([*BYPASS, *BOX], None), (["● I shall trust this folder", *BOX], None), ([], None)])
 def test_which_start_up_questions_are_known(screen, question):
-    assert find_startup_dialog(screen) == question
+    assert find_startup_dialog(CLAUDE_CODE, screen) == question
 
 
 @pytest.mark.parametrize("output, hours", [
@@ -958,8 +1043,9 @@ def test_which_start_up_questions_are_known(screen, question):
     ("print(\"You've hit your limit · resets 3am\")", None), ("\"You've hit your limit\"", None),
     ("You've hit your limit · resets 3am\n" + "● and then\n" * 8, None)])
 def test_a_usage_limit_is_read_at_the_end_of_an_output(output, hours):
-    said, seconds = parse_usage_limit(output, datetime.datetime(2026, 11, 22, 15, 0))
-    assert (bool(said), seconds) == (hours is not None, (hours or 0) * 3600)
+    profile = CODEX if output.startswith("■") else CLAUDE_CODE
+    limit = parse_usage_limit(profile, output, datetime.datetime(2026, 11, 22, 15, 0))
+    assert (limit and limit.seconds) == (None if hours is None else hours * 3600)
 
 
 # -- 6. Tmux ------------------------------------------------------------------------------
@@ -1118,9 +1204,9 @@ def test_a_session_is_found_by_its_name_or_is_none(fake):
 
 # -- 7. Agent -----------------------------------------------------------------------------
 
-def verdicts(*looks, draft="", has_title_spinner=False, idle_timeout=15.0):
+def verdicts(*looks, draft="", has_title_spinner=False, idle_timeout=15.0, profile=CLAUDE_CODE):
     """Return what a Watch says to (second, screen, title, command) after a quiet first look."""
-    watch = TurnDetector(PANE._replace(screen=("❯",)), 0.0, ["claude"], has_title_spinner=has_title_spinner, idle_timeout=idle_timeout,
+    watch = TurnDetector(profile, PANE._replace(screen=("❯",)), 0.0, ["claude"], has_title_spinner=has_title_spinner, idle_timeout=idle_timeout,
                   is_unsent=lambda pane: bool(draft) and is_message_unsent(pane.cursor_line, draft))
     return [watch.update(PANE._replace(screen=tuple(screen.split("\n")), title=title,
                                     cursor_row=screen.count("\n"),
@@ -1148,7 +1234,7 @@ def test_a_sign_that_stands_still_counts_for_fifteen_seconds(screen, title, comm
 
 
 def test_a_spinner_that_a_dead_program_left_in_the_title_is_no_sign_of_work():
-    watch = TurnDetector(PANE._replace(title="⠂ x"), 0.0, ["claude"])
+    watch = TurnDetector(CLAUDE_CODE, PANE._replace(title="⠂ x"), 0.0, ["claude"])
     looks = [(0.1, "⠂ x"), (2.2, "⠂ x"), (2.3, "⠐ x"), (2.4, "⠂ x")]
     assert [watch.update(PANE._replace(title=title, screen=("a",)), now) for now, title in looks] == [
         "wait", "done", "wait", "wait"]
@@ -1156,7 +1242,7 @@ def test_a_spinner_that_a_dead_program_left_in_the_title_is_no_sign_of_work():
 
 @pytest.mark.parametrize("box, over", [("❯\n  hints", 5.3), ("❯ hi\n  hints", 7.0)])
 def test_words_that_give_way_to_what_a_person_types_have_not_gone(box, over):
-    watch = TurnDetector(PANE._replace(screen=("❯", "  hints")), 0.0, ["claude"])
+    watch = TurnDetector(CLAUDE_CODE, PANE._replace(screen=("❯", "  hints")), 0.0, ["claude"])
     looks = [(1.0, FOOTER), (2.0, FOOTER), (3.0, "{}\n❯ hi\n  hints"), (4.9, "{}\n❯ hi\n  hints"),
              (5.0, "done\n" + box), (over - 0.1, "done\n" + box), (over, "done\n" + box)]
     assert [watch.update(PANE._replace(cursor_row=1, screen=tuple(text.format(now).split("\n"))), now)
@@ -1178,7 +1264,7 @@ def test_a_program_without_a_sign_ends_after_two_seconds_of_stillness():
 def test_a_message_that_is_kept_until_the_agent_has_started_is_not_taken_yet():
     kept, taken = "> hi\n❯\n  Waiting for startup · esc cancel", "> hi\n❯"
     looks = [(0.1, kept, ""), (9, kept, ""), (9.5, taken, ""), (11.4, taken, ""), (11.5, taken, "")]
-    assert verdicts(*looks) == ["wait"] * 4 + ["done"]
+    assert verdicts(*looks, profile=CODEX) == ["wait"] * 4 + ["done"]
 
 
 def test_another_program_in_the_foreground_is_work():
@@ -1587,7 +1673,8 @@ def test_a_program_that_ends_at_once_leaves_its_last_words():
 
 def test_a_missing_program_says_how_to_get_it():
     with pytest.raises(AgentError, match="there is no no-such-agent on the PATH: npm install"):
-        Desk(claude(), program=PROGRAM._replace(start_command=("no-such-agent",)))
+        Desk(claude(), program=dataclasses.replace(
+            PROGRAM, start_command=("no-such-agent",)))
 
 
 @pytest.mark.parametrize("rows, at", [
@@ -2816,10 +2903,10 @@ def test_a_reply_that_asks_for_nothing_says_why(reply, facts, hint):
 def test_no_output_makes_understanding_it_take_long(filling):
     text, began = filling * (16_000 // len(filling)), time.process_time()
     for line in (f"You've hit your limit · try again in 3m{text}", f"{' ' * 16_000}x", text):
-        parse_usage_limit(line, datetime.datetime(2026, 11, 22, 15, 0))
+        parse_usage_limit(CLAUDE_CODE, line, datetime.datetime(2026, 11, 22, 15, 0))
         normalize_screen(line)
-        describe_menu([line])
-        strip_input_box(["❯", line])
+        describe_menu(CLAUDE_CODE, [line])
+        strip_input_box(CLAUDE_CODE, ["❯", line])
         parse_reply(f"```\n{line * 4}")
     assert time.process_time() - began < 3      # without bounds it is minutes
 
@@ -3457,53 +3544,66 @@ def test_a_check_that_takes_too_long_is_ended_with_all_it_started(tmp_path):
 class Visitor:
     """A browser at a dashboard whose journal and orders are at hand."""
 
-    def __init__(self, journal, recording=False) -> None:
-        self.journal, self.orders, self._open = journal, [], []
-        self.dashboard = Dashboard(
-            journal, page="<p nonce=NONCE>page",
-            control=None if recording else lambda action, text: self.orders.append((action, text)))
-        _, self.host, self._token = re.split(r"http://|/\?token=", self.dashboard.url)
+    def __init__(self, journal: Journal, *, recording: bool = False, **how: Any) -> None:
+        self.journal = journal
+        self.orders: list[tuple[str, str]] = []
+        self._open: list[Any] = []
+        self.dashboard = Dashboard(journal, control=None if recording else self._order, **how)
+        self.token = self.dashboard.token
+        self.host = f"127.0.0.1:{self.dashboard.server_port}"
+
+    def __enter__(self) -> Visitor:
+        self.dashboard.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for each in self._open:
+            each.close()
+        self.dashboard.page_opened.clear()      # it is not waited for
+        self.dashboard.__exit__(*error)
+
+    def _order(self, action: str, text: str) -> None:
+        self.orders.append((action, text))
 
     @property
-    def cookie(self):
+    def cookie(self) -> dict[str, str]:
         """The headers of a browser that has the token."""
-        return {"Cookie": f"orchestrator-{self.host.split(':')[1]}={self._token}"}
+        return {"Cookie": f"{self.dashboard.cookie_name}={self.token}"}
 
-    def ask(self, method, path, headers, body=None):
+    def ask(self, method: str, path: str, headers: Mapping[str, str],
+            body: str | None = None) -> http.client.HTTPResponse:
         """Return the response to a request."""
         connection = http.client.HTTPConnection(self.host, timeout=10)
-        connection.request(method, path.replace("TOKEN", self._token), body, headers)
-        self._open += [connection, connection.getresponse()]
-        return self._open[-1]
+        connection.request(method, path.replace("TOKEN", self.token), body, dict(headers))
+        response = connection.getresponse()
+        self._open += [connection, response]
+        return response
 
-    def post(self, body, **headers):
+    def page(self, **headers: str) -> int:
+        """Return the status of the page for a browser that has the token."""
+        return self.ask("GET", "/", {**self.cookie, **headers}).status
+
+    def post(self, body: str, **headers: str) -> int:
         """Return the status of an order."""
         headers = {"Content-Type": "application/json", "Origin": f"http://{self.host}", **headers}
         return self.ask("POST", "/control", {**self.cookie, **headers}, body).status
 
-    def leave(self):
-        """Close all connections."""
-        for each in self._open:
-            each.close()
-
 
 @pytest.fixture
-def visitor():
-    visitor = Visitor(Journal())
-    with visitor.dashboard:
+def visitor() -> Iterator[Visitor]:
+    with Visitor(Journal()) as visitor:
         yield visitor
-        visitor.leave()
-        visitor.dashboard.page_opened.clear()       # it is not waited for
 
 
-def events_of(response, count):
+def events_of(response: http.client.HTTPResponse, count: int) -> list[tuple[int | None, str]]:
     """Read events of a stream: their ids, None where there is none, and their texts."""
-    found, number = [], None
+    found: list[tuple[int | None, str]] = []
+    number = None
     while len(found) < count:
         line = response.readline().decode()
         if line.startswith("id: "):
             number = int(line[4:])
-        elif line.startswith("data: "):
+        elif line.startswith("data: ") and "text" in json.loads(line[6:]):
             found.append((number, json.loads(line[6:])["text"]))
             number = None
     return found
@@ -3511,8 +3611,7 @@ def events_of(response, count):
 
 def test_visitors_for_whom_there_is_no_thread_are_turned_away(monkeypatch, capfd):
     monkeypatch.setattr(Dashboard, "MAX_CONNECTIONS", 1)
-    visitor = Visitor(Journal())
-    with visitor.dashboard:
+    with Visitor(Journal()) as visitor:
         without_threads(monkeypatch, 2)
         for _ in range(2):
             with pytest.raises(ConnectionError):
@@ -3521,39 +3620,189 @@ def test_visitors_for_whom_there_is_no_thread_are_turned_away(monkeypatch, capfd
     assert capfd.readouterr() == ("", "")
 
 
-def test_the_printed_address_opens_the_page_and_gives_a_cookie(visitor):
+def test_the_printed_address_opens_the_page_and_gives_a_cookie(visitor: Visitor) -> None:
+    address = urllib.parse.urlsplit(visitor.dashboard.url)
+    assert (address.netloc, address.query) == (visitor.host, f"token={visitor.token}")
     response = visitor.ask("GET", "/?token=TOKEN", {})
     cookie, policy = response.headers["Set-Cookie"], response.headers["Content-Security-Policy"]
     nonce = re.search(r"script-src 'nonce-([\w-]+)'", policy)[1]
-    assert response.status == 200 and response.read().decode() == f"<p nonce={nonce}>page"
+    page = response.read().decode()
+    assert response.status == 200 and f'nonce="{nonce}"' in page
+    assert not re.findall("NONCE|RECORDING|SERVER_TIME|JOURNAL_PATH", page)
     assert "default-src 'none'" in policy and "unsafe" not in policy
     assert "HttpOnly" in cookie and "SameSite=Strict" in cookie
+    assert "Path" not in cookie         # behind a proxy, only the browser knows the path
     assert "Access-Control-Allow-Origin" not in response.headers
-    again = visitor.ask("GET", "/", {"Cookie": cookie.split(";")[0]})
+    again = visitor.ask("GET", "/", {"Cookie": f"other=1; {cookie.split(';')[0]}"})
     assert again.status == 200 and nonce not in again.read().decode()
     assert visitor.dashboard.page_opened.is_set()
 
 
-def test_who_is_let_in(visitor):
+def test_who_is_let_in(visitor: Visitor) -> None:
     port = visitor.host.split(":")[1]
-    name = f"orchestrator-{port}"
+    name = visitor.dashboard.cookie_name
     for path, headers, status in (
             ("/", {}, 403), ("/events", {}, 403), ("/nowhere", {}, 403), ("/?token=", {}, 403),
-            ("/?token=wrong", {}, 403), ("/?token=TOKENx", {}, 403),
+            ("/journal", {}, 403), ("/events?after=1&once=1", {}, 403),
+            ("/?token=wrong", {}, 403), ("/?token=TOKENx", {}, 403), ("/?token=%00", {}, 403),
             ("/?token=%C3%A4", {}, 403), ("/", {"Cookie": f"{name}=wrong"}, 403),
-            ("x://[", {}, 403),
+            ("x://[", {}, 403), ("/?token=token=", {}, 403),
             ("/", {"Cookie": f"{name}="}, 403), ("/?token=TOKEN", {}, 200),
             ("/", visitor.cookie, 200), ("/nowhere?token=TOKEN", {}, 404),
-            ("/?token=TOKEN", {"Host": f"localhost:{port}"}, 200),
-            ("/?token=TOKEN", {"Host": f"LOCALHOST:{port}"}, 200),
-            ("/?token=TOKEN", {"Host": "localhost"}, 403), ("/?token=TOKEN", {"Host": ""}, 403),
+            ("/?token=http://localhost/?token=TOKEN%20", {}, 200),
+            ("/?token=TOKEN", {"Host": ""}, 403), ("/?token=TOKEN", {"Host": ":80"}, 403),
             ("/?token=TOKEN", {"Host": f"evil.example:{port}"}, 403),
             ("/?token=TOKEN", {"Host": f"127.0.0.1.evil.example:{port}"}, 403),
+            ("/?token=TOKEN", {"Host": f"localhost.evil.example:{port}"}, 403),
+            ("/?token=TOKEN", {"Host": f"evil.example@localhost:{port}"}, 403),
+            ("/?token=TOKEN", {"Host": f"localhost:{port}@evil.example"}, 403),
+            ("/?token=TOKEN", {"Host": f"192.0.2.77:{port}"}, 403),
+            ("/?token=TOKEN", {"Host": f"{socket.gethostname()}x:{port}"}, 403),
             ("/?token=TOKEN", {"Origin": f"http://{visitor.host}"}, 200),
             ("/?token=TOKEN", {"Origin": "http://evil.example"}, 403),
-            ("/?token=TOKEN", {"Origin": "null"}, 403),
+            ("/?token=TOKEN", {"Origin": "http://localhost:1"}, 403),
+            ("/?token=TOKEN", {"Origin": ""}, 403), ("/?token=TOKEN", {"Origin": "null"}, 403),
             ("/?token=TOKEN", {"Origin": f"https://{visitor.host}"}, 403)):
         assert visitor.ask("GET", path, headers).status == status, (path, headers)
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1234", "127.0.0.1:9000", "[::1]:8",
+                                  "127.8.8.8:80", "[::ffff:127.0.0.1]:9"])
+def test_a_tunnel_or_a_published_port_may_change_the_port(host: str, visitor: Visitor) -> None:
+    assert visitor.page(Host=host) == 200
+    assert visitor.post('{"action": "pause"}', Host=host, Origin=f"http://{host.lower()}") == 204
+    assert visitor.post('{"action": "stop"}', Host=host) == 403
+    assert visitor.post('{"action": "stop"}', Host=host, Origin="http://127.0.0.1:1") == 403
+    assert visitor.orders == [("pause", "")]
+
+
+def test_a_dashboard_on_all_addresses_answers_by_each_of_them_and_by_the_machines_names() -> None:
+    name = socket.gethostname()
+    with Visitor(Journal(), host="0.0.0.0") as visitor:
+        for host in ("192.0.2.77:9000", "[2001:db8::1]:80", name, f"{name.upper()}:1",
+                     f"{name.split('.')[0]}.local:5", "localhost:7", visitor.host):
+            assert visitor.page(Host=host) == 200, host
+        for host in ("evil.example", f"{name}.evil.example", f"x{name}", "0.0.0.0.evil.example"):
+            assert visitor.page(Host=host) == 403, host
+        assert visitor.dashboard.url.startswith(f"http://{visitor.host}/?token=")
+
+
+def without_ipv6() -> bool:
+    """Return whether this machine has no IPv6."""
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+        return False
+    except OSError:
+        return True
+
+
+@pytest.mark.skipif(without_ipv6(), reason="there is no IPv6 here")
+def test_visitors_come_by_ipv4_and_by_ipv6() -> None:
+    with Visitor(Journal(), host="::") as visitor:
+        port = visitor.dashboard.server_port
+        for host in ("127.0.0.1", "::1", "::ffff:127.0.0.1"):
+            connection = http.client.HTTPConnection(host, port, timeout=10)
+            with contextlib.closing(connection):
+                connection.request("GET", "/", headers=visitor.cookie)
+                assert connection.getresponse().status == 200, host
+    for host in ("::1", "[::1]"):
+        with Visitor(Journal(), host=host) as visitor:
+            assert visitor.dashboard.url.startswith(f"http://[::1]:{visitor.dashboard.server_port}")
+
+
+def test_a_published_address_is_printed_and_accepted_with_or_without_its_path() -> None:
+    with Visitor(Journal(), url="https://Dash.example:443/team/run") as visitor:
+        assert visitor.dashboard.url == f"https://Dash.example:443/team/run/?token={visitor.token}"
+        origin = "https://dash.example"
+        for host in ("dash.example", "Dash.example:443", "dash.example:8443", visitor.host):
+            assert visitor.page(Host=host) == 200
+            assert visitor.post('{"action": "pause"}', Host=host, Origin=origin) == 204, host
+        for path, status in (("/team/run/", 200), ("/team/run/journal", 200), ("/team/run", 404),
+                             ("/team/runner/", 404), ("/team/run/team/run/", 404)):
+            assert visitor.ask("GET", path, visitor.cookie).status == status, path
+        for origin in ("http://dash.example", "https://dash.example:444", "https://evil.example"):
+            headers = {"Host": "dash.example", "Origin": origin}
+            assert visitor.post('{"action": "stop"}', **headers) == 403
+        assert visitor.page(Host="evil.example") == 403
+        assert visitor.post('{"action": "pause"}') == 204       # from this machine, as before
+
+
+def test_who_has_no_token_can_type_it_in(visitor: Visitor) -> None:
+    response = visitor.ask("GET", "/?token=wrong", {})
+    form, policy = response.read().decode(), response.headers["Content-Security-Policy"]
+    nonce = re.search(r'<style nonce="([\w-]+)">', form)[1]
+    assert f"style-src 'nonce-{nonce}'" in policy and "form-action 'self'" in policy
+    assert re.search('<form>.*<input name="token"', form, re.S) and "<script" not in form
+    assert "wrong" not in form.replace("Missing or wrong", "") and visitor.token not in form
+    refused = visitor.ask("POST", "/control", {"Origin": f"http://{visitor.host}"}, "{}")
+    assert refused.read() == (b"Missing or wrong token. Open the address that the orchestrator "
+                              b"printed in the terminal.")
+
+
+def test_a_refusal_says_what_to_do(visitor: Visitor) -> None:
+    for headers in ({"Host": "dash.example"}, {"Origin": "https://dash.example"}):
+        refused = visitor.ask("GET", "/", {**visitor.cookie, **headers})
+        assert refused.headers["Content-Type"].startswith("text/plain")
+        assert b"set DASHBOARD_URL to" in refused.read()
+
+
+def test_dashboards_beside_each_other_do_not_take_each_others_cookies(visitor: Visitor) -> None:
+    with Visitor(Journal()) as other:
+        both = {"Cookie": "; ".join(each.cookie["Cookie"] for each in (visitor, other))}
+        assert [each.page(**both) for each in (visitor, other)] == [200, 200]
+        assert other.page(**visitor.cookie) == 403
+
+
+def test_the_address_for_a_browsers_arguments_is_good_once_and_for_a_minute(
+        visitor: Visitor, monkeypatch: pytest.MonkeyPatch) -> None:
+    def statuses(*urls: str) -> list[int]:
+        paths = [url.split(visitor.host)[1] for url in urls]
+        return [visitor.ask("GET", path, {}).status for path in paths]
+
+    first, second, third = (visitor.dashboard.make_entry_url() for _ in range(3))
+    assert visitor.token not in first + second + third
+    response = visitor.ask("GET", first.split(visitor.host)[1], {})
+    assert response.status == 200 and visitor.token in response.headers["Set-Cookie"]
+    assert statuses(first, second, second) == [403, 200, 403]
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 61)
+    assert statuses(third) == [403]
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="only Linux tells whose it is")
+def test_the_address_for_a_browsers_arguments_is_not_good_for_other_users(
+        visitor: Visitor, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = visitor.dashboard.make_entry_url()
+    path = url.split(visitor.host)[1]
+    if os.getuid() == 0:
+        os.seteuid(65534)       # whose socket it is then; root's may always come
+        try:
+            assert visitor.ask("GET", path, {}).status == 403
+        finally:
+            os.seteuid(0)
+    else:
+        monkeypatch.setattr(os, "getuid", lambda: os.geteuid() + 1)
+        assert visitor.ask("GET", path, {}).status == 403
+        monkeypatch.undo()
+    assert visitor.ask("GET", path, {}).status == 200
+
+
+def test_the_address_is_kept_beside_the_journal_for_its_user_only(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    assert orchestrator.read_dashboard_address(path) == {}
+    assert orchestrator.find_live_dashboard(path) == ""
+    with Visitor(Journal(path)) as visitor:
+        visitor.dashboard.save_address(path)
+        assert (tmp_path / "run.dashboard").stat().st_mode & 0o777 == 0o600
+        assert orchestrator.find_live_dashboard(path) == visitor.dashboard.url
+        kept = orchestrator.read_dashboard_address(path)
+    assert (kept["port"], kept["token"]) == (visitor.dashboard.server_port, visitor.token)
+    assert orchestrator.find_live_dashboard(path) == ""
+    assert visitor.token not in path.read_text()
+    for damaged in ("", "[]", "{", '{"port": "80"}', '{"port": 80, "token": null}'):
+        (tmp_path / "run.dashboard").write_text(damaged)
+        assert orchestrator.read_dashboard_address(path) == {}
 
 
 def test_which_orders_are_taken(visitor):
@@ -3576,10 +3825,11 @@ def test_which_orders_are_taken(visitor):
     for length in ("many", "\xb2", "9" * 5000):
         assert visitor.post('{"action": "stop"}', **{"Content-Length": length}) == 413
     assert not visitor.orders
-    for order in ({"action": "pause"}, {"action": "resume"}, {"action": "note", "text": "ä <b>"},
-                  {"action": "stop"}):
-        assert visitor.post(json.dumps(order)) == 204
-    assert visitor.orders == [("pause", ""), ("resume", ""), ("note", "ä <b>"), ("stop", "")]
+    orders = [("pause", ""), ("resume", ""), ("note", "ä\n<b>"), ("continue", ""),
+              ("interrupt", ""), ("interrupt", "stop that"), ("stop", "")]
+    for action, text in orders:
+        assert visitor.post(json.dumps({"action": action, "text": text})) == 204
+    assert visitor.orders == orders
 
 
 def test_an_order_comes_from_our_own_page_or_is_refused(visitor):
@@ -3592,10 +3842,10 @@ def test_an_order_comes_from_our_own_page_or_is_refused(visitor):
 
 
 def test_a_recording_takes_no_orders():
-    visitor = Visitor(Journal(), recording=True)
-    with visitor.dashboard:
-        assert visitor.post('{"action": "stop"}') == 409
-        visitor.leave()
+    with Visitor(Journal(), recording=True) as visitor:
+        for action in ("stop", "continue", "interrupt"):
+            assert visitor.post(json.dumps({"action": action})) == 409
+        assert b'data-recording="yes"' in visitor.ask("GET", "/", visitor.cookie).read()
 
 
 def test_a_new_client_gets_the_whole_run_and_then_what_comes(visitor):
@@ -3613,16 +3863,46 @@ def test_a_new_client_gets_the_whole_run_and_then_what_comes(visitor):
     assert b"last words" in stream.read()
 
 
-def test_a_returning_client_gets_what_it_missed(visitor):
+def test_a_returning_client_gets_what_it_missed(visitor: Visitor) -> None:
     for number in range(1, 5):
         visitor.journal.publish("note", text=str(number))
-    for last, expected in (("2", [3, 4]), ("0", [1, 2]), ("x", [1, 2]), ("-1", [1, 2]),
-                           ("\xb2", [1, 2]), ("9" * 5000, [1, 2])):
-        stream = visitor.ask("GET", "/events", {**visitor.cookie, "Last-Event-ID": last})
-        assert [number for number, _ in events_of(stream, 2)] == expected
+    for path, last, expected in (
+            ("/events", "2", [3, 4]), ("/events", "0", [1, 2]), ("/events", "x", [1, 2]),
+            ("/events", "-1", [1, 2]), ("/events", "\xb2", [1, 2]),
+            ("/events", "9" * 5000, [1, 2]), ("/events?after=2", "", [3, 4]),
+            ("/events?after=x", "", [1, 2]), ("/events?after=1", "2", [3, 4])):
+        stream = visitor.ask("GET", path, {**visitor.cookie, "Last-Event-ID": last})
+        assert [number for number, _ in events_of(stream, 2)] == expected, (path, last)
 
 
-def test_who_knocks_before_the_end_is_still_answered():
+def test_a_hidden_tab_asks_once_and_gets_the_time_too(visitor: Visitor) -> None:
+    for number in range(3):
+        visitor.journal.publish("note", text=str(number))
+    answer = visitor.ask("GET", "/events?after=1&once=1", visitor.cookie).read().decode()
+    first, *others = re.findall("data: (.*)\n", answer)
+    assert (json.loads(first)["type"], len(json.loads(first)["time"])) == ("now", 24)
+    assert re.findall('"text": "(.)"', "".join(others)) == ["1", "2"]
+
+
+def test_the_journal_can_be_downloaded(tmp_path: Path) -> None:
+    path = tmp_path / 'a "b"\u6f22.jsonl'
+    journal = Journal(path)
+    for number in range(3000):
+        journal.publish("note", text="x" * 1000 + str(number))
+    journal.publish("screen", text="live")
+    with Visitor(journal) as visitor:
+        answer = visitor.ask("GET", "/journal", visitor.cookie)
+        assert answer.headers["Content-Disposition"] == 'attachment; filename="a__b__.jsonl"'
+        assert answer.read() == path.read_bytes()
+        assert b"a &quot;b&quot;" in visitor.ask("GET", "/", visitor.cookie).read()
+    with Visitor(Journal()) as visitor:
+        visitor.journal.publish("note", text="x")
+        answer = visitor.ask("GET", "/journal", visitor.cookie)
+        assert 'filename="run.jsonl"' in answer.headers["Content-Disposition"]
+        assert json.loads(answer.read())["text"] == "x"
+
+
+def test_who_knocks_before_the_end_is_still_answered() -> None:
     visitor = Visitor(Journal())
     host, port = visitor.host.split(":")
     with socket.socket() as late:
@@ -3816,9 +4096,12 @@ def test_settings_that_run_something_are_announced_when_they_come_from_a_file(sc
     err = scene("--task", "")[2]
     assert "MAX_ITERATION in .env is no setting: do you mean MAX_ITERATIONS?" in err
     assert "PORT" not in err
-    Path(".env").write_text("MAX_COST=1\nsk-secret\n")
+    Path(".env").write_text("MAX_ITERATION: 3\nMAX_COST 1\nsk-secret\n")
     status, out, err = scene("--chat")
     assert status == 2 and ".env line 2" in err and "sk-secret" not in err
+    Path(".env").write_text("MAX_ITERATION: 3\nsk-secret\n")
+    err = scene("--chat")[2]
+    assert "MAX_ITERATION in .env" in err and "secret" not in err
 
 
 @pytest.fixture
@@ -3882,7 +4165,7 @@ def test_the_doctor_says_who_has_the_session_the_port_and_the_state_directory(ru
 
 
 def test_the_doctor_names_all_wrong_settings_and_checks_the_rest(run_doctor, tmp_path):
-    for content, words in ((b"\xff", ".env: can't be read: not UTF-8"), (b"a b", ".env line 1: "),
+    for content, words in ((b"MAX_COST $5", ".env line 1: MAX_COST can't be read"),
                            (b"MAX_COST=$5\nDEFAULT_MODEL=gpt", "MAX_COST='$5': expected a number")):
         Path(".env").write_bytes(content)
         status, lines = run_doctor(AUTONOMOUS_MODE="no")
