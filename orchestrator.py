@@ -5248,7 +5248,7 @@ def session_name_of(directory: Path) -> str:
     """Return the session name of a directory's own.
 
     >>> session_name_of(Path("/home/me/my project"))
-    'gt-claude-loop-my-project-4da3'
+    'gt-claude-loop-my-project-9e0b'
     """
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", directory.name)[:40]
     digits = f"{zlib.crc32(os.fsencode(directory)) & 0xffff:04x}"
@@ -5274,7 +5274,7 @@ def session_lock(config: Config, workspace: Workspace, mark: str = "") -> Iterat
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             file = stack.enter_context(open(path, "a", encoding="ascii"))
-            _lock_file(file)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.write_text(f"{os.getpid()}\n{mark}", encoding="utf-8", errors="replace")
         except BlockingIOError:
             holder = find_session_holder(path)
@@ -5285,16 +5285,6 @@ def session_lock(config: Config, workspace: Workspace, mark: str = "") -> Iterat
         except OSError:     # no locks on this file system, or the journal says what is wrong
             pass
         yield
-
-
-def _lock_file(file: TextIO) -> None:
-    """Lock a file; try for a moment, because --status locks it in passing."""
-    for _ in range(4):
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        time.sleep(0.05)
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def make_agent(config: Config, workspace: Workspace, **callbacks: Any) -> Agent:
@@ -5561,6 +5551,32 @@ def choose_journal(config: Config, workspace: Workspace, resume: bool) -> tuple[
     return workspace.journal_directory / name, []
 
 
+def run_chat(config: Config, agent: Agent, journal: Journal) -> None:
+    """Let you drive the agent."""
+    prompt = ChatPrompt()
+    Chat(agent, prompt.read, read_hidden=prompt.read_hidden, config=config, journal=journal,
+         is_interactive=sys.stdin.isatty()).run()
+
+
+def run_autopilot(config: Config, workspace: Workspace, request: RunRequest, agent: Agent,
+                  journal: Journal, task: str, history: Sequence[Event]) -> None:
+    """Let the model drive the agent, with the dashboard."""
+    memory = Memory(workspace.directory / "memory.json", config.memory_max_facts)
+    print_error(memory.load())
+    if config.notify_cmd:
+        journal.subscribe(Notifier(config, workspace, journal).on_event)
+    model = OpenRouter(config.openrouter_base_url, config.openrouter_api_key,
+                       config.openrouter_model, publish=journal.publish)
+    control = RunControl(journal, lambda: signal.pthread_kill(
+        threading.main_thread().ident or 0, signal.SIGINT))
+    autopilot = Autopilot(agent, model, config=config, memory=memory, journal=journal,
+                          control=control, environ=workspace.environ)
+    stream = sys.stderr if request.as_json else sys.stdout
+    with serve_dashboard(config, journal, control.handle, stream) if config.dashboard_enabled \
+            else contextlib.nullcontext():
+        autopilot.run(task, history=history)
+
+
 def run(config: Config, workspace: Workspace, request: RunRequest) -> int:
     """Let you or the model drive the agent; return 0.
 
@@ -5600,32 +5616,6 @@ def run(config: Config, workspace: Workspace, request: RunRequest) -> int:
     return 0
 
 
-def run_chat(config: Config, agent: Agent, journal: Journal) -> None:
-    """Let you drive the agent."""
-    prompt = ChatPrompt()
-    Chat(agent, prompt.read, read_hidden=prompt.read_hidden, config=config, journal=journal,
-         is_interactive=sys.stdin.isatty()).run()
-
-
-def run_autopilot(config: Config, workspace: Workspace, request: RunRequest, agent: Agent,
-                  journal: Journal, task: str, history: Sequence[Event]) -> None:
-    """Let the model drive the agent, with the dashboard."""
-    memory = Memory(workspace.directory / "memory.json", config.memory_max_facts)
-    print_error(memory.load())
-    if config.notify_cmd:
-        journal.subscribe(Notifier(config, workspace, journal).on_event)
-    model = OpenRouter(config.openrouter_base_url, config.openrouter_api_key,
-                       config.openrouter_model, publish=journal.publish)
-    control = RunControl(journal, lambda: signal.pthread_kill(
-        threading.main_thread().ident or 0, signal.SIGINT))
-    autopilot = Autopilot(agent, model, config=config, memory=memory, journal=journal,
-                          control=control, environ=workspace.environ)
-    stream = sys.stderr if request.as_json else sys.stdout
-    with serve_dashboard(config, journal, control.handle, stream) if config.dashboard_enabled \
-            else contextlib.nullcontext():
-        autopilot.run(task, history=history)
-
-
 def run_replay(path: Path, config: Config) -> int:
     """Serve the dashboard of a recorded run until a signal; follow it while it is written."""
     if not read_events(path, 1):
@@ -5636,6 +5626,17 @@ def run_replay(path: Path, config: Config) -> int:
         while True:
             time.sleep(0.5)
             journal.read_appended()
+
+
+def own_command() -> str:
+    """Return how this program was started, for commands to copy."""
+    script = sys.argv[0]
+    if not os.path.isfile(script):      # `curl ... | python3 -`
+        return "python3 orchestrator.py"
+    if os.access(script, os.X_OK) and "/" in script:
+        return shlex.quote(script)
+    python = Path(sys.executable).name
+    return shlex.join([python if shutil.which(python) else sys.executable, script])
 
 
 _AFTER_DEMO = """
@@ -5785,6 +5786,7 @@ class Doctor:
     def __init__(self, config: Config, workspace: Workspace) -> None:
         self._config = config
         self._workspace = workspace
+        self._profile = select_profile(config.default_model, config.claude_cmd)
 
     def run(self, errors: Sequence[str]) -> int:
         """Print a line for each thing and each error in the settings; return 0 if all is well."""
@@ -5805,26 +5807,37 @@ class Doctor:
         return make_agent(self._config, self._workspace).tmux.check_version()
 
     def _check_agent(self) -> str:
-        agent = make_agent(self._config, self._workspace)
-        found = agent.check_installed()
-        profile = select_profile(self._config.default_model, self._config.claude_cmd)
+        profile = self._profile
+        found = make_agent(self._config, self._workspace).check_installed()
+        option, variable = profile.root_check
+        if (os.getuid() == 0 and option and option in profile.start_command
+                and not self._workspace.environ.get(variable)):
+            raise AgentError(f"{profile.name} refuses {option} as root. Run as another user, or "
+                             f"set {variable}=1 where nothing can be damaged.")
         if not profile.install_command:     # another program may take --version for a task
             return found
         command = shlex.join([profile.start_command[0], "--version"])
-        return f"{found}, {self._run_command(command, profile.install_command)}"
-
-    def _run_command(self, command: str, advice: str) -> str:
-        """Return the last line that a command prints."""
-        status, output = run_shell_command(
-            command, self._workspace.directory, self._workspace.environ, 20)
-        last_line = output.rpartition("\n")[2]
+        status, output = self._run_command(command)
         if status:
-            raise AgentError(f"`{command}` ended with exit status {status}: {last_line[-200:]}. "
-                             f"{advice}")
-        return last_line
+            raise AgentError(f"{command} ended with exit status {status}: {output[-200:]}. "
+                             f"Install it again: {profile.install_command}")
+        version = output.rpartition("\n")[2]
+        return f"{found}, {version}"
+
+    def _run_command(self, command: str) -> tuple[int, str]:
+        return run_shell_command(
+            command, self._workspace.directory, self._workspace.environ, 20)
 
     def _check_login(self) -> str:
-        return "unknown"
+        profile = self._profile
+        if not profile.login_status_command:
+            return f"not known for {profile.name}"
+        command = shlex.join(profile.login_status_command)
+        status, output = self._run_command(command)
+        advice = find_problem(profile, output)
+        if advice:
+            raise AgentError(f"{profile.name} is not logged in. {advice}")
+        return "logged in" if status == 0 else f"unknown: `{command}` failed"
 
     def _check_model(self) -> str:
         config = self._config
@@ -5864,17 +5877,6 @@ _ANNOUNCED_SETTINGS = ("CLAUDE_CMD", "VERIFY_CMD", "NOTIFY_CMD", "OPENROUTER_BAS
                        "DEFAULT_MODEL")
 _REPEATED_SETTINGS = ("CLAUDE_TMUX_SESSION", "CLAUDE_TMUX_SOCKET", "DEFAULT_MODEL", "CLAUDE_CMD",
                       "OPENROUTER_MODEL", "OPENROUTER_BASE_URL", "VERIFY_CMD")
-
-
-def own_command() -> str:
-    """Return how this program was started, for commands to copy."""
-    script = sys.argv[0]
-    if not os.path.isfile(script):      # `curl ... | python3 -`
-        return "python3 orchestrator.py"
-    if os.access(script, os.X_OK) and "/" in script:
-        return shlex.quote(script)
-    python = Path(sys.executable).name
-    return shlex.join([python if shutil.which(python) else sys.executable, script])
 
 
 def repeat_settings(environ: Mapping[str, str]) -> str:

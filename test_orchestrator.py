@@ -45,8 +45,8 @@ from orchestrator import (
     CLAUDE_CODE, CODEX, ModelError, TerminalReporter, RequestRejected, OpenRouter, OrchestratorError, PaneSnapshot, Workspace, AgentProfile, StartupDialog,
     Reply, SignalHandler, StuckInLoop, Tmux, TmuxServerLost, TmuxError, TmuxSessionLost, TokenUsage, TransientError, Turn,
     TurnDetector, strip_input_box, process_start_time, child_environment, select_profile, truncate_middle, find_draft, normalize_screen,
-    is_message_unsent, is_resumable_event, find_startup_dialog, find_unfinished_run, last_text_line, main, describe_menu, format_event,
-    format_chat_event, find_new_lines, parse_env, parse_json_object, parse_reply, read_env_file, read_events,
+    is_message_unsent, is_resumable_event, find_startup_dialog, find_unfinished_run, last_text_line, main, describe_menu, describe_event,
+    describe_chat_event, find_new_lines, parse_env, parse_json_object, parse_reply, read_env_file, read_events,
     run_shell_command, sanitize, print_line, is_busy, has_input_box, session_lock, format_duration, trimmed_lines, parse_usage_limit)
 
 SOURCE = Path(orchestrator.__file__).read_text(encoding="utf-8")
@@ -158,6 +158,7 @@ class Hands:
     """An agent that does at once what it is told: a list of turns, then an echo."""
 
     name, directory, tmux = "Agent", Path("/"), Tmux("private", "work", {})
+    is_hiding_input = False
 
     def __init__(self, *turns) -> None:
         self.told, self._turns = [], list(turns)
@@ -174,8 +175,11 @@ class Hands:
     def send_keys(self, keys, timeout=0):
         return self._next(tuple(keys))
 
-    def wait(self, seconds):
+    def wait(self, seconds, idle_timeout=None):
         return self._next(seconds)
+
+    def hides_input(self):
+        return self.is_hiding_input
 
     def _next(self, order):
         self.told.append(order)
@@ -3478,21 +3482,6 @@ def test_a_chat_passes_lines_on_until_quit():
         assert talk.journal.events()[-1]["outcome"] == "complete"
 
 
-@pytest.mark.parametrize("lines, message", [
-    (['"""', "one", "", "  two", '"""'], "one\n\n  two"), (['"""one', 'two"""  '], "one\ntwo"),
-    (['"""one"""'], "one"), (['"""', '"""'], None),
-    (['"""', ' "quoted"', "/quit", '"""'], ' "quoted"\n/quit'),
-    (['"""\none\n\ntwo\n"""'], "one\n\ntwo"), (['"""Doc."""\nimport os'], '"""Doc."""\nimport os')])
-def test_triple_quotes_hold_a_message_of_several_lines(lines, message):
-    talk = Talk(*lines)
-    assert talk.run() == ([f"did {message}"] if message else []) and not talk.left
-    assert talk.prompts == ["> ", *["... "] * (len(lines) - 1), "> "]
-
-
-def test_a_message_whose_quotes_are_never_closed_is_not_said():
-    assert Talk('"""one', "two", None).run() == []
-
-
 def test_a_person_presses_keys_and_looks_at_the_screen():
     talk = Talk("/keys Down  C-c", "/keys Foo Down", "/keys", " /screen", "/keyboard")
     pressed, foo, none, screen, other = talk.run()
@@ -3501,10 +3490,35 @@ def test_a_person_presses_keys_and_looks_at_the_screen():
 
 
 def test_an_interrupted_turn_gives_the_prompt_back():
-    talk = Talk("hello", "again", agent=Hands(Interrupted(signal.SIGINT)))
-    assert "goes on" in talk.run()[0] and talk.agent.told == ["hello", "again"]
+    talk = Talk("hello", "again", "/wait", agent=Hands(Interrupted(signal.SIGINT)))
+    output = talk.run()[0]
+    assert "keeps working" in output and "/wait" in output and "/keys Escape" in output
+    assert talk.agent.told == ["hello", "again", Config().turn_timeout]
     with pytest.raises(Interrupted):        # no prompt to give back
         Talk("x", agent=Hands(Interrupted(signal.SIGINT)), is_interactive=False).run()
+
+
+def test_ctrl_c_right_after_a_turn_does_not_end_the_chat(monkeypatch: Any) -> None:
+    talk = Talk("hello", "again")
+    publish, interrupts = talk.journal.publish, [Interrupted(signal.SIGINT)]
+
+    def publish_and_interrupt(kind: str, **fields: Any) -> None:
+        publish(kind, **fields)
+        if kind == "iteration_end" and fields["orchestrator"] == "hello" and interrupts:
+            raise interrupts.pop()
+
+    monkeypatch.setattr(talk.journal, "publish", publish_and_interrupt)
+    assert talk.run() == ["did hello", "did again"]
+
+
+def test_what_a_hidden_prompt_is_answered_is_sent_and_not_recorded() -> None:
+    agent = Hands()
+    agent.is_hiding_input = True
+    talk = Talk("s3cret", agent=agent)
+    talk.run()
+    assert agent.told == ["s3cret"] and talk.prompts == ["hidden> ", "hidden> "]
+    (turn,) = [event for event in talk.journal.events() if event.get("orchestrator")]
+    assert turn["orchestrator"] == "(hidden input)"
 
 
 @pytest.mark.parametrize("error, outcome", [
@@ -3948,11 +3962,13 @@ def test_how_a_time_is_said(seconds, words):
 class Stage:
     """A narrator of a chat on a terminal of 40 columns, or on none."""
 
-    def __init__(self, monkeypatch, capsys, live=True) -> None:
+    def __init__(self, monkeypatch, capsys, live=True, describe=describe_chat_event,
+                 **how) -> None:
         monkeypatch.setenv("COLUMNS", "40")
         self.clock, self._capsys = Clock(), capsys
-        self.narrator = TerminalReporter(format_chat_event, {"iteration_start": "Agent", "iteration_end": ""},
-                                 live=live, clock=self.clock)
+        self.narrator = TerminalReporter(
+            describe, {"iteration_start": "Agent", "iteration_end": ""},
+            orchestrator.Display(live, live, live), clock=self.clock, **how)
 
     def drawn(self, kind="", **fields):
         """Hear an event, or look again; return what was printed."""
@@ -3996,18 +4012,146 @@ TOKENS = {"prompt": 1000, "completion": 200, "total": 1200, "cached": 0, "writte
     ({"type": "complete", "outcome": "complete", "reason": "", "iterations": 3, "tokens": TOKENS,
       "cost": 0.5, "duration_ms": 61_000}, ["complete: 3 iterations", "1,200", "$0.5", "1 min"]),
     ({"type": "complete", "outcome": "budget", "reason": "", "iterations": 1, "tokens": TOKENS,
-      "cost": 0.5, "duration_ms": 1}, [": 1 iteration,", "--resume"]),
+      "cost": 0.5, "duration_ms": 1}, [": 1 iteration,"]),
     ({"type": "complete", "outcome": "stuck", "reason": "circles", "iterations": 3,
       "tokens": TOKENS, "cost": 0.5, "duration_ms": 1}, ["stuck"])],
     ids=lambda case: case and case["type"] if isinstance(case, dict) else "")
 def test_the_terminal_says_what_happens_and_obeys_nobody(event, words, capsys):
     event = {"id": 1, "time": "2026-01-31T09:00:00.123Z", **event}
-    print_line(format_event(event))
+    TerminalReporter(describe_event, {}, orchestrator.Display()).on_event(event)
     text = capsys.readouterr().out
     assert bool(text) is bool(words) and all(word in text for word in words or ())
-    assert "--resume" not in format_event(event, is_persistent=False)
-    print_line(format_chat_event(event))
+    TerminalReporter(describe_chat_event, {}, orchestrator.Display()).on_event(event)
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", text + capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("outcome, fields, words, others", [
+    ("complete", {}, ["Task complete: 3 iterations, ", "Next task: orchestrator /w", "still running",
+                      "tmux attach", "tmux kill", "/j.jsonl"], ["raise"]),
+    ("budget", {"can_continue": True, "next_command": "orchestrator --resume /w"},
+     ["Ended (budget)", "Continue:  raise the budget, then: orchestrator --resume /w"], []),
+    ("interrupted", {"can_continue": True, "agent_running": False}, ["is not running", "/j.jsonl"],
+     ["tmux attach", "tmux kill", "raise"]),
+    ("complete", {"next_command": ""}, ["Task complete"], ["Journal", "Agent"]),
+    ("complete", {"cost": None}, ["cost not reported"], ["$"]),
+    ("complete", {"cost": 0.0}, ["free"], ["$", "reported"]),
+    ("complete", {"restarts": 1, "files_changed": 2},
+     ["1 restart of the agent", "2 changed files"], [])])
+def test_the_end_of_a_run_tells_what_is_left_of_it_and_how_to_go_on(
+        outcome: str, fields: dict[str, Any], words: list[str], others: list[str]) -> None:
+    event = {"type": "complete", "outcome": outcome, "reason": "", "iterations": 3, "cost": 0.5,
+             "tokens": TOKENS, "duration_ms": 61_000, "agent": "A", "can_continue": False,
+             "next_command": "orchestrator /w", "agent_running": True, "journal": "/j.jsonl",
+             "watch_command": "tmux attach", "stop_command": "tmux kill", **fields}
+    for describe in (describe_event, describe_chat_event):
+        text = "\n".join(describe(event))
+        assert describe is describe_chat_event or all(word in text for word in words), text
+        assert not any(word in text for word in others)
+    assert "Chat ended: 3 messages, 1 min" in text
+
+
+def shown_on(stage: Any, *events: dict[str, Any]) -> str:
+    """Return what a terminal shows of the events, without its status line."""
+    text = "".join(stage.drawn(event.pop("type"), **event) for event in map(dict, events))
+    return re.sub(r"\r\x1b\[K|\x1b\[\?7l.*?\x1b\[\?7h", "", text)
+
+
+LONG_OUTPUT = "\n".join(f"line {number}" for number in range(60))
+
+
+def test_a_terminal_shows_twenty_lines_of_a_turn_and_a_pipe_all(
+        monkeypatch: Any, capsys: Any) -> None:
+    turn = {"type": "iteration_end", "iteration": 1, "agent_output": LONG_OUTPUT}
+    how: dict[str, Any] = {"describe": describe_event, "shortens": True}
+    text = shown_on(Stage(monkeypatch, capsys, **how), turn)
+    assert text.count("\n") == 21 and "... 41 more lines in the journal" in text
+    assert "    line 0\n" in text and "    line 59\n" in text
+    assert "line 30" in shown_on(Stage(monkeypatch, capsys, live=False, **how), turn)
+    chat = Stage(monkeypatch, capsys)
+    assert shown_on(chat, turn) == LONG_OUTPUT + "\n"
+
+
+def test_heads_are_bold_on_a_terminal_and_a_failed_check_is_shown_once(
+        monkeypatch: Any, capsys: Any) -> None:
+    events: list[dict[str, Any]] = [
+        {"type": "reply", "iteration": 2, "text": "TASK_COMPLETE", "tokens": TOKENS, "cost": 0.5},
+        {"type": "verify", "command": "make", "status": 2, "output": "it broke"},
+        {"type": "iteration_end", "iteration": 2, "agent_output": "The check failed: it broke"},
+        {"type": "iteration_start", "iteration": 3},
+        {"type": "iteration_end", "iteration": 3, "agent_output": "it broke"}]
+    text = shown_on(Stage(monkeypatch, capsys, describe=describe_event), *events)
+    assert text.count("it broke") == 2 and "\x1b[1m\n[2] model" in text
+    text = shown_on(Stage(monkeypatch, capsys, live=False, describe=describe_event), *events)
+    assert text.count("it broke") == 3 and "\x1b" not in text
+
+
+@pytest.mark.parametrize("environ, display", [
+    ({"TERM": "xterm"}, (True, True, True)), ({"TERM": "dumb"}, (True, False, False)),
+    ({}, (True, False, False)), ({"TERM": "xterm", "NO_COLOR": "1"}, (True, True, False))])
+def test_what_a_terminal_can_show(environ: dict[str, str], display: tuple[bool, ...],
+                                  monkeypatch: Any) -> None:
+    assert orchestrator.Display.of_stdout(environ) == (False, False, False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert orchestrator.Display.of_stdout(environ) == display
+
+
+@pytest.mark.parametrize("output, shown", [
+    ("❯ say hi\n\n● hi", "● hi"), ("› say hi\n\n• hi", "• hi"), ("> say\n  hi\n\n✦ hi", "✦ hi"),
+    ("❯ [Pasted text #1 +3 lines]\n\n● hi", "● hi"), ("❯ say hi", ""),
+    ("say high\n● hi", "say high\n● hi"), ("● hi", "● hi"), ("", ""), ("say", "say")])
+def test_our_own_message_is_not_shown_again(output: str, shown: str) -> None:
+    assert orchestrator.remove_echo(output, "say hi") == shown
+
+
+@pytest.mark.parametrize("lines, message", [
+    (['"""', "one", "", "  two", '"""'], "one\n\n  two"), (['"""one', 'two"""  '], "one\ntwo"),
+    (['"""one"""'], "one"), (['"""', '"""'], ""), (['"""one', "two"], None),
+    (['"""', ' "quoted"', "/quit", '"""'], ' "quoted"\n/quit'), (["hello"], "hello"), ([], None),
+    (['"""\none\n\ntwo\n"""'], "one\n\ntwo"), (['"""Doc."""\nimport os'], '"""Doc."""\nimport os')])
+def test_triple_quotes_hold_a_message_of_several_lines(
+        lines: list[str], message: str | None, monkeypatch: Any) -> None:
+    prompts: list[str] = []
+    left = list(lines)
+
+    def read_line(prompt: str) -> str | None:
+        prompts.append(prompt)
+        return left.pop(0) if left else None
+
+    monkeypatch.setattr(orchestrator, "read_line", read_line)
+    assert orchestrator.read_message("> ") == message and not left
+    assert prompts[0] == "> " and set(prompts[1:]) <= {"... "}
+
+
+def test_a_task_in_triple_quotes_is_asked_for_line_by_line(monkeypatch: Any) -> None:
+    lines = ['"""Build it.', "", 'Test it."""']
+    monkeypatch.setattr(orchestrator, "read_line", lambda prompt: lines.pop(0))
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    assert orchestrator.read_task(None) == "Build it.\n\nTest it."
+
+
+@pytest.mark.parametrize("typed, messages, hints", [
+    (["", ""], [None], 1), (["a", "b", ""], [None], 2), (["", "one", "", ""], ["one", None], 2),
+    (["", "a", ""], [None], 2), (["one", None], ["one", None], 0)])
+def test_ctrl_c_at_a_prompt_clears_the_line_and_leaves_only_the_second_time(
+        typed: list[str | None], messages: list[str | None], hints: int,
+        monkeypatch: Any, capsys: Any) -> None:
+    steps = list(typed)
+
+    def read(prompt: str) -> str | None:
+        text = steps.pop(0)
+        if text is None or text == "one":
+            return text
+        interrupt = Interrupted(signal.SIGINT)      # at a prompt that shows the text
+        interrupt.has_cleared_input = bool(text)
+        raise interrupt
+
+    monkeypatch.setattr(orchestrator, "read_message", read)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    prompt = orchestrator.ChatPrompt()
+    assert [prompt.read("> ") for _ in messages] == messages and not steps
+    assert capsys.readouterr().out.count("/quit to leave") == hints
 
 
 def test_a_closed_pipe_ends_the_narration_and_not_the_run():
@@ -4058,11 +4202,11 @@ def scene(tmp_path, monkeypatch, capsys):
     (["--chat"], {"TURN_TIMEOUT": "0"}, 2, "TURN_TIMEOUT='0': expected"),
     (["--task", "x"], {"AUTONOMOUS_MODE": "no"}, 2, "a chat takes no --task"),
     (["--replay", "nothing.jsonl"], {}, 2, "nothing.jsonl: can't be read"),
-    (["--resume"], {"OPENROUTER_API_KEY": KEY}, 2, "there is no run to resume"),
+    (["--resume"], {"OPENROUTER_API_KEY": KEY}, 2, "There is no run to resume"),
     (["--chat"], {"PATH": "/nowhere"}, 5, "tmux is not installed"),
     (["--chat"], {"CLAUDE_CMD": "", "DEFAULT_MODEL": "gpt"}, 5, "no codex on the PATH: npm"),
-    (["--task", " "], {"OPENROUTER_API_KEY": KEY, "CLAUDE_CMD": "cat"}, 2, "there is no task"),
-    ([], {"OPENROUTER_API_KEY": KEY, "CLAUDE_CMD": "cat"}, 2, "there is no task")])
+    (["--task", " "], {"OPENROUTER_API_KEY": KEY, "CLAUDE_CMD": "cat"}, 2, "There is no task"),
+    ([], {"OPENROUTER_API_KEY": KEY, "CLAUDE_CMD": "cat"}, 2, "There is no task")])
 def test_wrong_use_is_one_line_that_says_what_to_change(scene, arguments, environ, status, words):
     ended, out, err = scene(*arguments, **environ)
     assert (ended, out) == (status, "")
@@ -4274,8 +4418,8 @@ def test_the_run_to_resume_is_the_last_of_the_directory_with_this_session(tmp_pa
             "".join(json.dumps({"time": "", **event}) + "\n" for event in events) + '{"torn')
 
     runs.mkdir(parents=True)
-    with pytest.raises(ConfigError, match="there is no run to resume in [^:]+$"):
-        find_unfinished_run(place, "attach a")
+    with pytest.raises(ConfigError, match="There is no run to resume in [^:]+$"):
+        find_unfinished_run(place, ["attach a"])
     write("1", {**first, "workdir": "/elsewhere"})
     write("2", first, {**ended, "outcome": "budget"}, {"type": "unknown"})
     write("3", {**first, "mode": "chat"})
@@ -4283,16 +4427,16 @@ def test_the_run_to_resume_is_the_last_of_the_directory_with_this_session(tmp_pa
     write("5", {**first, "task": 7})
     (runs / "6.jsonl").mkdir()
     (runs / "7.jsonl").write_bytes(b"\0" * 5000)
-    assert find_unfinished_run(place, "attach a")[0] == runs / "2.jsonl"
-    assert [event["type"] for event in find_unfinished_run(place, "attach a")[1]] == [
+    assert find_unfinished_run(place, ["attach a"])[0] == runs / "2.jsonl"
+    assert [event["type"] for event in find_unfinished_run(place, ["attach a"])[1]] == [
         "task_info", "complete", "unknown"]
     write("8", {**first, "attach": "attach b"})
-    assert find_unfinished_run(place, "attach a")[0] == runs / "2.jsonl"
+    assert find_unfinished_run(place, ["attach a"])[0] == runs / "2.jsonl"
     with pytest.raises(ConfigError, match="the last one had another session, attach b$"):
-        find_unfinished_run(place, "attach c")
+        find_unfinished_run(place, ["attach c"])
     write("9", first, ended)
     with pytest.raises(ConfigError, match=r"has ended \(complete\): .*9.jsonl$"):
-        find_unfinished_run(place, "attach a")
+        find_unfinished_run(place, ["attach a"])
 
 
 def test_a_run_in_a_directory_whose_name_is_no_text_is_found_again(tmp_path):
@@ -4300,7 +4444,7 @@ def test_a_run_in_a_directory_whose_name_is_no_text_is_found_again(tmp_path):
     place = Workspace(work, tmp_path / "state", {})
     journal = Journal(place.state_directory / "runs" / "run.jsonl")
     journal.publish("task_info", task="x", model="M", agent="A", attach="attach", workdir=str(work))
-    assert find_unfinished_run(place, "attach") == (journal.path, journal.events())
+    assert find_unfinished_run(place, ["attach"]) == (journal.path, journal.events())
     assert journal.path.read_bytes().decode("utf-8")
 
 
@@ -4317,7 +4461,7 @@ def test_the_run_to_resume_is_found_among_more_runs_than_may_be_open(tmp_path):
     os.close(last)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (last + 50, hard))
-        assert find_unfinished_run(place, "attach")[0] == runs / "000.jsonl"
+        assert find_unfinished_run(place, ["attach"])[0] == runs / "000.jsonl"
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
