@@ -928,6 +928,7 @@ class World:
             "TMUX_TMPDIR": str(directory), "XDG_STATE_HOME": str(directory / "state"),
             "LANG": "C.UTF-8", "TERM": "xterm-256color", "DASHBOARD_OPEN": "false",
             "OPENROUTER_BASE_URL": "http://127.0.0.1:9/v1", "OPENROUTER_API_KEY": KEY,
+            "CONFIRM_COMPLETE": "false",        # one TASK_COMPLETE ends a run
             "CLAUDE_CMD": shlex.join([sys.executable, str(agent)])}
 
     def model(self, *replies: Any) -> ScriptedModel:
@@ -1170,7 +1171,7 @@ def test_a_run_of_five_turns_completes_on_the_real(name, agent, world, agent_api
     assert json.loads((world.work / "memory.json").read_text()) == ["tests need no network"]
 
     shown = [model.last_message(number) for number in range(6)]
-    assert "see five answers" in shown[0] and f"The screen of {agent}" in shown[0]
+    assert "see five answers" in shown[0] and f"\n\n{agent} output:\n" in shown[0]
     for answer, own in (("alpha one", 1), ("beta two", 2), ("gamma three", 3), ("epsilon five", 5)):
         lines = [[line for line in text.split("\n") if re.fullmatch(rf"\W*{answer}", line)]
                  for text in shown]
@@ -2316,7 +2317,7 @@ def test_an_agent_that_ends_at_once_leaves_its_last_words(world):
     (3, "budget", ["echo one", "echo two"], {"MAX_COST": "0.01"}, "MAX_COST=0.01"),
     (3, "budget", ["sleep 60"], {"MAX_MINUTES": "0.05"}, "MAX_MINUTES=0.05"),
     (4, "failed", ["TASK_FAILED: there is no coffee"], {}, "there is no coffee"),
-    (4, "stuck", ["echo round"] * 9, {}, "circles"),
+    (4, "stuck", ["echo round"] * 9, {}, "the same results again"),
     (5, "agent", [], {"CLAUDE_CMD": "echo 'license expired'; exit 3"}, "license expired"),
     (6, "model", [401], {}, "OPENROUTER_API_KEY"),
     (6, "model", [404], {}, "OPENROUTER_MODEL"),
@@ -2376,7 +2377,7 @@ def test_four_runs_at_once_each_complete_in_their_own_directory_and_session(worl
 def test_a_run_needs_no_terminal_no_home_and_no_locale(world):
     model = world.model("echo ä", "TASK_COMPLETE")
     kept = ("TMUX_TMPDIR", "XDG_STATE_HOME", "OPENROUTER_API_KEY", "OPENROUTER_BASE_URL",
-            "CLAUDE_CMD")
+            "CLAUDE_CMD", "CONFIRM_COMPLETE")
     done = subprocess.run([sys.executable, TOOL, "--task", "ü"], cwd=world.work, timeout=60,
                           env={name: world.env[name] for name in kept}, stdin=subprocess.DEVNULL,
                           capture_output=True)
