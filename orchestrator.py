@@ -6367,6 +6367,12 @@ class Doctor:
             raise AgentError(f"{command} ended with exit status {status}: {output[-200:]}. "
                              f"Install it again: {profile.install_command}")
         version = output.rpartition("\n")[2]
+        options = self._run_command(shlex.join([profile.start_command[0], "--help"]))[1]
+        unknown = [word for word in profile.start_command
+                   if word.startswith("--") and word not in options]
+        if unknown and not self._config.claude_cmd:
+            raise AgentError(f"{version} does not list {unknown[0]} in its --help. Update it: "
+                             f"{profile.install_command}")
         return f"{found}, {version}"
 
     def _run_command(self, command: str) -> tuple[int, str]:
