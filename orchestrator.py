@@ -55,6 +55,7 @@ Contents
 from __future__ import annotations
 
 import argparse
+import codecs
 import collections
 import contextlib
 import dataclasses
@@ -74,6 +75,7 @@ import ipaddress
 import itertools
 import json
 import math
+import operator
 import os
 import platform
 import queue
@@ -180,20 +182,21 @@ class AgentExited(AgentError):
 
 
 class ModelError(OrchestratorError):
-    """The model server refused a request or could not be reached; a retry would not help.
+    """The model server refused a request or can't be reached; sending it again does not help.
 
-    `http_status` is the HTTP status, or 0.  `suggested_options` maps options of the request to
-    the lower value that would be accepted, or to None if the option has to be left out.
+    `kind` says what is wrong, `token_counts` which limits the server named, by what they count,
+    and `refused_features` what it does not take of the request.
     """
 
     exit_status = 6
     outcome = "model"
-    http_status = 0
-    suggested_options: Mapping[str, int | None] = {}
+    kind = ""
+    token_counts: Mapping[str, int] = {}
+    refused_features: Sequence[str] = ()
 
 
 class RequestRejected(ModelError):
-    """The model can't or won't answer this request.  Sending it again fails again."""
+    """The model can't or won't answer this request. Sending it again fails again."""
 
 
 class ContextWindowExceeded(RequestRejected):
@@ -201,17 +204,14 @@ class ContextWindowExceeded(RequestRejected):
 
 
 class TransientError(ModelError):
-    """A request failed in a way that may pass.  Wait, then send it again.
+    """A request failed in a way that may pass: wait, then send it again."""
 
-    `retry_after` is the number of seconds that the server asked for, or None.  `max_attempts`
-    limits the attempts in a row; 0 means that only the retry timeout does.
-    """
-
-    def __init__(self, message: str, *, retry_after: float | None = None,
-                 max_attempts: int = 0) -> None:
+    def __init__(self, message: str, *, retry_after: float | None = None, max_attempts: int = 0,
+                 correction: str = "") -> None:
         super().__init__(message)
-        self.retry_after = retry_after
-        self.max_attempts = max_attempts
+        self.retry_after = retry_after      # seconds, if the server said so
+        self.max_attempts = max_attempts    # in a row; 0: until RETRY_TIMEOUT
+        self.correction = correction        # what the model is told with the next attempt
 
 
 class Interrupted(KeyboardInterrupt):
@@ -239,7 +239,7 @@ _POSITIVE_INT = (r"0*[1-9][0-9]{0,8}", "a whole number, 1 or more")
 _NON_NEGATIVE_NUMBER = (r"[0-9]{1,9}(\.[0-9]*)?|\.[0-9]+", "a number, 0 or more")
 _PORT = (r"[0-5]?\d{1,4}|6[0-4]\d{3}|65[0-4]\d\d|655[0-2]\d|6553[0-5]",
          "a whole number, 0 to 65535")
-_URL = (rf"https?://([\w.-]+|\[[\da-fA-F:.]+\])(:({_PORT[0]}))?(/[^\s?#]*)?",
+_URL = (rf"https?://([\w.-]+|\[[\da-fA-F:.]+\])(:({_PORT[0]}))?(/[^\s?#]*)?(\?[^\s#]*)?",
         "an http:// or https:// address")
 
 
@@ -2031,7 +2031,7 @@ Messages = Sequence[Mapping[str, str]]
 
 
 class TokenUsage(NamedTuple):
-    """What calls used, as the API counts; of `prompt` what its cache had, and what was put in."""
+    """Tokens of model calls; of `prompt`, how many the cache had, and how many it took in."""
 
     prompt: int = 0
     completion: int = 0
@@ -2039,17 +2039,21 @@ class TokenUsage(NamedTuple):
     cached: int = 0
     written: int = 0
 
+    def plus(self, other: Sequence[int]) -> TokenUsage:
+        """Return the sum of both."""
+        return TokenUsage(*map(operator.add, self, other))
+
 
 class Reply(NamedTuple):
-    """A complete answer of the model, and what all attempts to get it used."""
+    """A complete reply of the model, and what all the attempts at it used."""
 
     text: str
     tokens: TokenUsage = TokenUsage()
-    cost: float | None = None       # US dollars; None: the server did not report it
+    cost: float | None = None       # US dollars, None if the server does not report it
     duration_ms: int = 0
 
     def usage_fields(self) -> dict[str, Any]:
-        """Return what it used, as events tell it."""
+        """Return the usage as fields of an event."""
         return {"tokens": self.tokens._asdict(), "cost": self.cost}
 
 
@@ -2076,15 +2080,100 @@ class ChatModel(Protocol):
         ...
 
 
+class ModelAccess(NamedTuple):
+    """What is known of the model before its first call; `warning` is a sentence or nothing."""
+
+    description: str
+    warning: str = ""
+
+
+class _ErrorKind(NamedTuple):
+    """How servers report one kind of error, and what the user can do about it."""
+
+    name: str
+    statuses: tuple[int, ...] = ()  # of HTTP, or as the body has it
+    types: str = ""                 # the error's type or code: regular expressions, for any case
+    words: str = ""                 # in its message
+    advice: str = ""
+
+
+# The first row that fits counts.  What is said comes before the status, which is often wrong.
+_ERROR_KINDS = (
+    _ErrorKind("tool call", (), "tool_use_failed",
+               "model called a tool|failed to call a function|tool call validation"),
+    _ErrorKind("credit", (402,), "payment_required|insufficient_.*|arrearage|billing_.*",
+               r"credit balance|insufficient[\w ]* (balance|credit|fund|quota)|(out of|no) credit|"
+               r"(balance|credits?)( is| are| has been| have been)* (too low|exhausted|depleted|"
+               r"used up|insufficient|not enough)|quota (is )?not enough|in arrears|overdue|top up|"
+               r"recharge|key limit exceeded|(spend(ing)?|billing)( hard)? limit|can only afford",
+               "Add credit, or raise the limit of the key"),
+    _ErrorKind("overflow", (), "", "request too large"),
+    _ErrorKind("rate limit", (429,), "rate_limit_exceeded", "rate limit (reached|exceeded)",
+               "That is too long to wait: continue later with --resume"),
+    _ErrorKind("output limit", (), "", r"max_tokens`? (is too large|must be less|value)|"
+               r"range of max_tokens|max_tokens: \d+ > \d+"),
+    _ErrorKind("overflow", (413,), "context_.*exceeded|exceed_context_size_error|string_too_long|"
+               "token_limit_exceeded|payload_too_large|request_too_large",
+               r"context[ _](length|limit|window|size)|maximum context|too many tokens|(prompt|"
+               r"input) is too long|exceeds? the maximum number of tokens|reduce the length of|"
+               r"tokens \+ `?max_new_tokens"),
+    _ErrorKind("key", (401,), "authentication(_error)?|(invalid_api_key|api_key_invalid)|"
+               "unauthenticated", r"(incorrect|invalid|missing|expired|no) api[ _-]?key|"
+               r"api[ _-]?key (is )?(not valid|invalid|missing|expired)",
+               "Check OPENROUTER_API_KEY for {address}"),
+    _ErrorKind("content", (451,), "content_policy.*|content_filter|refusal|"
+               "data_inspection_failed|responsibleaipolicyviolation",
+               r"content[ _](policy|management)|usage polic|moderation|flagged|prompt.injection"),
+    _ErrorKind("model", (), "model_not_found|deploymentnotfound",
+               r"not a valid model|model\b.{0,80}\b(not found|not exist)|no endpoints found",
+               "Check OPENROUTER_MODEL for {address}"),
+    _ErrorKind("address", (300, 301, 302, 303, 307, 308, 404, 405, 501), "",
+               "unexpected endpoint",
+               "Check OPENROUTER_BASE_URL={address} (most servers need /v1 at its end) and "
+               "OPENROUTER_MODEL"),
+    _ErrorKind("proxy", (407,), advice="Check user and password of the proxy"),
+    _ErrorKind("forbidden", (403,), "permission_denied",
+               advice="The key, the provider or a firewall does not allow this request"),
+    _ErrorKind("outage", (408, 409, 425, *range(500, 600)), "server(_error)?|unmapped|timeout|"
+               "provider_unavailable|provider_overloaded|overloaded_error"),
+    _ErrorKind("request", words=".?", advice="OPENROUTER_MODEL may not take this request"))
+_AZURE_ADVICE = ("For Azure OpenAI set OPENROUTER_BASE_URL to https://RESOURCE.openai.azure.com/"
+                 "openai/v1 and OPENROUTER_MODEL to the name of the deployment")
+_TOKEN_COUNTS = tuple(map(re.compile, (     # what errors say of numbers of tokens
+    r"can only afford (?P<affordable>\d{1,9})",
+    r"supports at most (?P<output>\d{1,9}) completion",
+    r"max_tokens`? must be less than or equal to `?(?P<output>\d{1,9})",
+    r"max_tokens: \d+ > (?P<output>\d{1,9})",
+    r"range of max_tokens (?:is|should be) \[\d+, ?(?P<output>\d{1,9})",
+    r"Limit (?P<total>\d{1,9}), Requested (?P<requested>\d{1,9})",
+    r"context length is (?P<total>\d{1,9}) tokens.*?(?P<prompt>\d{1,9}) "
+    r"(?:of text input|in the messages|input tokens)",
+    r"exceed context limit: (?P<prompt>\d{1,9}) \+ \d+ > (?P<total>\d{1,9})",
+    r"must be <= (?P<total>\d{1,9})\. Given: (?P<prompt>\d{1,9})")))
+_FEATURES = {       # what a request uses, and the words of a server that does not take it
+    "max_completion_tokens": r"\bmax_completion_tokens\b",
+    "cache_control": r"\bcache[ _]control\b",
+    "stream_options": r"\bstream[ _]options\b",
+    "session_id": r"\bsession[ _]id\b",
+    "max_tokens": r"\bmax[ _]tokens\b",
+    "stream": r"\bstream(ing)?\b",
+    "system role": r"system role|roles must alternate|got system"}
+_CONTINUE_PROMPT = ("Your answer was cut off because it became too long. Continue exactly where it "
+                    "stopped, without a comment on that.")
+_NO_TOOLS_PROMPT = "[Your last answer was a tool call. There are no tools here: answer with text.]"
+_END_OF_STREAM: dict[str, Any] = {"choices": []}        # stands for `data: [DONE]`
+
+
 class _NoRedirectHandler(urllib.request.HTTPRedirectHandler):
-    """A redirected POST would become a GET, and might carry the key to another host."""
+    """Refuse redirects: a redirected POST becomes a GET, and could take the key to another host."""
 
     def redirect_request(self, *request: object) -> None:
         return None
 
 
 def _error_reason(error: BaseException) -> str:
-    said = str(getattr(error, "reason", None) or error)     # may repeat what the server sent
+    """Return what an error says on one line; it may repeat what the server sent."""
+    said = str(getattr(error, "reason", None) or error)
     return " ".join(sanitize(said).split()) or type(error).__name__
 
 
@@ -2093,375 +2182,668 @@ def _base_model_name(model: object) -> str:
     return re.sub(r"[:@].*", "", str(model)).replace(".", "-").lower()
 
 
-_STATUS_BY_ERROR_TYPE = {word: status for status, words in {     # of types and codes that are words
-    401: "authentication invalid_api_key", 402: "payment_required insufficient_quota",
-    400: "invalid_request invalid_prompt unprocessable precondition_failed",
-    403: "permission_denied", 404: "not_found model_not_found", 429: "rate_limit_exceeded",
-    413: "context_length_exceeded string_too_long token_limit_exceeded payload_too_large",
-    451: "content_policy_violation refusal",
-    503: "server server_error unmapped timeout provider_unavailable provider_overloaded"
-         " overloaded_error"}.items() for word in words.split()}
-_CONTEXT_WINDOW_ERROR = re.compile(r"context[ _]length|maximum context|(prompt|input) is too long|"
-                       r"too many tokens|context (window|limit)", re.I)
-_CONTENT_POLICY_ERROR = re.compile(r"content[ _]policy|usage polic|moderation|flagged|prompt[ _]injection", re.I)
-_TOKEN_LIMIT_ERROR = re.compile(r"can only afford (\d{1,9})|context length is (\d{1,9}) tokens.*?"
-                   r"(\d{1,9}) (?:of text input|in the messages|input tokens)")
-_OPTIONAL_PARAMETERS = ("cache_control", "stream_options", "session_id", "max_tokens", "stream")
-_CONTINUE_PROMPT = ("Your answer was cut off because it became too long. Go on exactly where it stopped, "
-       "without a word about that.")
-_CREDIT_ADVICE = "add credit, or raise the limit of the key"
-_ADVICE_BY_STATUS = {401: "check OPENROUTER_API_KEY", 402: _CREDIT_ADVICE,
-           403: "the key, the provider or what stands before it does not allow that",
-           404: "check OPENROUTER_MODEL and OPENROUTER_BASE_URL",
-           407: "check the proxy that the environment names",
-           429: "too long to wait for: --resume goes on later"}
+def _find_proxy(url: str) -> str:
+    """Return host and port of the proxy for a URL, "" for none; its password is left out."""
+    with contextlib.suppress(ValueError):
+        parts = urllib.parse.urlsplit(url)
+        if not urllib.request.proxy_bypass(parts.hostname or ""):
+            proxy = urllib.request.getproxies().get(parts.scheme, "")
+            return proxy.rpartition("@")[2].rpartition("//")[2].rstrip("/")
+    return ""
 
 
-def _parse_retry_after(error: Mapping, headers: Mapping[str, str]) -> float | None:
-    """Return in how many seconds a server wants to be asked again, None if it does not say."""
-    told = {str(name).lower().replace("_", "-"): value for name, value in [
+def split_lines(pieces: Iterable[bytes], encoding: str, max_bytes: int) -> Iterator[str]:
+    """Yield the lines of a body, which may be compressed; they end with LF, CRLF or CR."""
+    decoder = io.IncrementalNewlineDecoder(
+        codecs.getincrementaldecoder("utf-8-sig")("replace"), translate=True)
+    decompressor: Any = None
+    begun = size = 0
+    parts: list[str] = []
+    for piece in pieces:
+        if not begun and (piece.startswith(b"\x1f") or encoding == "deflate"):
+            decompressor = zlib.decompressobj(wbits=47)     # gzip or zlib, by its first bytes
+        begun = 1
+        plain = decompressor.decompress(piece) if decompressor else piece
+        size += len(plain)
+        if size > max_bytes:
+            break
+        rest, *lines = decoder.decode(plain).split("\n")
+        parts.append(rest)
+        for line in lines:
+            yield "".join(parts)
+            parts = [line]
+    yield "".join(parts)
+
+
+def _parse_events(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Yield the JSON objects of server-sent events; one that is cut off at the end is dropped."""
+    name = data = ""
+    for line in lines:
+        field, _, value = line.partition(":")
+        if line.startswith("{"):        # from a server that forgets `data:`
+            field, value = "data", line
+        value = re.sub(r"\A\s*(data:\s*)*", "", value)      # some gateways write it twice
+        if field in ("event", "error"):
+            name = "error" if field == "error" else value
+        if field in ("data", "error") and not value.startswith(":"):    # a comment gone astray
+            data = f"{data}\n{value}".strip()
+        if data == "[DONE]":
+            yield _END_OF_STREAM
+            return
+        chunk = parse_json_object(data) if data.endswith("}") else None
+        if not line and not chunk and data.startswith("{"):
+            raise ValueError(data[:80])
+        if name == "error" and data and (chunk or not line) and not (chunk and "error" in chunk):
+            chunk = {"error": chunk or data}
+        if chunk:
+            yield chunk
+        if chunk or not line:
+            name = data = ""
+
+
+def parse_chunks(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
+    """Yield the JSON objects of a response: of a whole body, or of a stream of events.
+
+    Its first line decides which it is; labels are often wrong.  Raises ValueError for other text.
+    """
+    first = next((line for line in lines if line.strip()), "")
+    if re.match("(data|event|id|retry|error)? ?:", first):
+        yield from _parse_events(itertools.chain([first], lines))
+        return
+    text = "\n".join([first, *lines]).strip()
+    body = (parse_json_object(f'{{"body": {text}}}') or {}).get("body")
+    if body is None:        # one object a line, or no JSON
+        body = [parse_json_object(line) for line in text.split("\n") if line.strip()]
+    for chunk in body if isinstance(body, list) else [body]:
+        if not isinstance(chunk, dict):
+            raise ValueError(text[:80])
+        yield chunk
+
+
+class _ThinkingTooLong(RequestRejected):
+    """The reply reached max_tokens before it had any text: more room may help."""
+
+
+def _parse_retry_after(error: Mapping[str, Any], headers: Mapping[str, str]) -> float | None:
+    """Return the seconds after which a server wants to be asked again, None if it says nothing."""
+    fields = {str(name).lower().replace("_", "-"): value for name, value in [
         *headers.items(), *get_object(get_object(error, "metadata"), "headers").items(),
         *get_object(error, "availability").items()]}
-    seconds, reset = get_number(told, "retry-after"), get_number(told, "x-ratelimit-reset") or 0.0
-    at = reset / 1000       # it is in milliseconds since 1970
+    seconds = get_number(fields, "retry-after")
+    reset_at = (get_number(fields, "x-ratelimit-reset") or 0.0) / 1000      # milliseconds
     with contextlib.suppress(TypeError, ValueError, OverflowError):
-        at = email.utils.parsedate_to_datetime(str(told.get("retry-after"))).timestamp()
-    return at - time.time() if seconds is None and at > time.time() else seconds
+        reset_at = email.utils.parsedate_to_datetime(str(fields.get("retry-after"))).timestamp()
+    if seconds is None and reset_at > time.time():
+        return reset_at - time.time()
+    return seconds
 
 
-def _parse_option_changes(message: str, kind: int) -> dict[str, int | None]:
-    """Return what a refusal asks to change: a lower max_tokens, or an option that is to go."""
-    found = _TOKEN_LIMIT_ERROR.search(message)
-    if found:
-        room = int(found[1] or found[2]) - int(found[3] or 0)
-        return {"max_tokens": int(room * 0.95)} if room >= 1000 else {}
-    return {name: None for name in _OPTIONAL_PARAMETERS if kind in (400, 404, 422)
-            and re.search(rf"\b{name.replace('_', '[ _]')}(ing)?\b", message, re.I)}
+def _error_message(error: Mapping[str, Any]) -> str:
+    """Return what an error says, without markup; it may be JSON again, and in several places."""
+    said = next(filter(None, map(error.get, ("message", "error", "msg", "detail", "errors"))), "")
+    raw = get_object(error, "metadata").get("raw")
+    if raw and said in ("", "Provider returned error"):
+        said = f"{said}: {raw}"
+    inner = said if isinstance(said, dict) else parse_json_object(str(said))
+    if inner:
+        return _error_message(get_object(inner, "error") or inner)
+    return " ".join(re.sub(r"<[^>]*>", " ", sanitize(str(said)[:2_000])).split())
 
 
-def error_from_response(status: int, body: object, headers: Mapping[str, str]) -> ModelError:
-    """Return the error for an answer that is no success, by its type or code wherever that stands.
+def _find_error_kind(types: Iterable[str], status: int, message: str) -> _ErrorKind:
+    """Return the first row of the table that fits."""
+    for kind in _ERROR_KINDS[:-1]:
+        if status in kind.statuses or any(re.fullmatch(kind.types, name) for name in types):
+            return kind
+        if kind.words and re.search(kind.words, message, re.I):
+            return kind
+    return _ERROR_KINDS[-1]
 
-    The shapes are those of the OpenRouter documentation, errors-and-debugging: the error may
-    come with status 200, its code may be a number, a word or missing, and the provider's own
-    words may be in metadata.raw.
+
+def _find_token_counts(error: Mapping[str, Any], message: str) -> dict[str, int]:
+    """Return the numbers of tokens that an error mentions, by what they count."""
+    if "n_ctx" in error:
+        return {"total": get_int(error, "n_ctx"), "prompt": get_int(error, "n_prompt_tokens")}
+    matches = filter(None, (pattern.search(message) for pattern in _TOKEN_COUNTS))
+    return next(({name: int(count) for name, count in match.groupdict().items()}
+                 for match in matches), {})
+
+
+def _make_error(kind: _ErrorKind, text: str, can_pass: bool, retry_after: float | None,
+                address: str) -> ModelError:
+    """Return the error of a kind: whether it passes, is the model's, or needs the user."""
+    if kind.name == "overflow":
+        return ContextWindowExceeded(text)
+    if kind.name in ("content", "tool call"):
+        correction = _NO_TOOLS_PROMPT if kind.name == "tool call" else ""
+        return TransientError(text, max_attempts=3, correction=correction)
+    is_daily = kind.name == "rate limit" and re.search("per.day|daily", text)
+    if can_pass and not is_daily and not (kind.name == "rate limit" and (retry_after or 0) > 3600):
+        return TransientError(text, retry_after=retry_after)
+    advice = kind.advice.format(address=address)
+    if "azure.com" in address and kind.name in ("key", "model", "address"):
+        advice = _AZURE_ADVICE
+    if kind.name == "address" and "unexpected endpoint" in text.lower():    # even with status 200
+        return TransientError(f"{text}. {advice}", max_attempts=3)
+    return ModelError(f"{text}. {advice}")
+
+
+def error_from_response(status: int, body: object, headers: Mapping[str, str],
+                        address: str) -> ModelError:
+    """Return the error that a response reports, wherever and however it does.
+
+    It may come with status 200, in a list, or without the word "error"; its code may be a number,
+    a word or missing; and the provider's own words may stand deep inside.
     """
-    error = body.get("error") if isinstance(body, dict) else body
-    error = error if isinstance(error, dict) else {"message": error or body}
-    metadata, hint = get_object(error, "metadata"), _parse_retry_after(error, headers)
-    told = [metadata.get("error_type"),
-            *map(error.get, ("error_type", "code", "type", "http_status")), status]
-    code = next((int(each) for each in map(str, told) if re.fullmatch(r"[3-5]\d\d", each)), 502)
-    kind = next((_STATUS_BY_ERROR_TYPE[each] for each in map(str, told) if each in _STATUS_BY_ERROR_TYPE), code)
-    message = str(error.get("message") or "")
-    if metadata.get("raw") and message in ("", "Provider returned error"):
-        message = f"{message}: {metadata['raw']}"
-    message = " ".join(re.sub(r"<[^>]*>", " ", sanitize(message[:2_000])).split())
-    said = f"the model's server answered {code}" + f": {message[:300]}" * bool(message)
-    if kind == 403 and "limit exceeded" in message:     # of the key
-        kind = 402
-    passing = get_object(error, "availability").get("retryable")
-    if passing is None:
-        passing = kind in (408, 409, 425, 429) or kind >= 500
-    if kind == 429 and (hint or 86_400 * bool(re.search("per.day|daily", message))) > 3600:
-        passing = False
-    refused = metadata.get("reasons") or _CONTENT_POLICY_ERROR.search(message)
+    holder = get_object({"body": body}, "body")
+    error = get_object(holder, "error") or holder or {"message": body}
+    metadata = get_object(error, "metadata")
+    claims = [metadata.get("error_type"), error.get("error_type"), error.get("code"),
+              error.get("type"), error.get("http_status"), error.get("status"),
+              holder.get("code"), "refusal" if metadata.get("reasons") else "", status]
+    types = [str(claim).lower() for claim in claims if claim]
+    code = next((int(name) for name in types if re.fullmatch(r"[3-5]\d\d", name)), 502)
+    message = _error_message(error)
+    is_page = not holder and "<" in str(body)
+    kind = _find_error_kind(types, code, "" if is_page else message)
+    refused = [name for name, words in _FEATURES.items() if kind.name != "overflow"
+               and (code in (400, 404, 422) or name == "system role")
+               and re.search(words, message, re.I)]
+    can_pass = get_object(error, "availability").get("retryable")
+    if can_pass is None:
+        can_pass = kind.name in ("rate limit", "outage") and not refused
+    text = f"the model server answered {code}"
+    if message:
+        text += f": {message[:300].rstrip('.')}"
+    result = _make_error(kind, text, bool(can_pass), _parse_retry_after(error, headers), address)
+    result.kind = kind.name
+    result.token_counts = _find_token_counts(error, message)
+    result.refused_features = refused
+    return result
 
-    if kind == 413 or kind != 429 and _CONTEXT_WINDOW_ERROR.search(message):
-        found: ModelError = ContextWindowExceeded(said)
-        kind = 0        # no option that it names is at fault
-    elif kind == 451 or refused and (kind in (400, 403) or kind >= 500):
-        found = TransientError(said, max_attempts=3)
-    elif passing:
-        found = TransientError(said, retry_after=hint)
-    else:
-        otherwise = "OPENROUTER_MODEL may not take this request" if kind >= 400 else _ADVICE_BY_STATUS[404]
-        found = ModelError(f"{said} ({_ADVICE_BY_STATUS.get(kind, otherwise)})")
-    found.http_status, found.suggested_options = code, _parse_option_changes(message, kind)
-    return found
+
+class _Completion:
+    """The reply to one request, put together from the chunks of the response."""
+
+    def __init__(self) -> None:
+        self.finish_reason = self.refusal = ""
+        self.usage: dict[str, Any] = {}
+        self.has_begun = False          # something came that costs money
+        self._has_tool_call = False
+        self._is_whole = False          # a whole message came, or the end of the stream was marked
+        self._streamed = self._message = ""
+
+    @property
+    def text(self) -> str:
+        """Return the reply so far; a whole message adds nothing to text that was streamed."""
+        return self._streamed or self._message
+
+    def add(self, chunk: Mapping[str, Any], address: str) -> None:
+        """Add a chunk; raise the error that it reports, if it does."""
+        self.usage = get_object(chunk, "usage") or self.usage
+        choice = get_object(chunk, "choices")
+        if choice.get("error"):
+            raise error_from_response(200, choice, {}, address)
+        says = chunk.get("message") or chunk.get("detail") or chunk.get("msg")
+        if chunk.get("error") or "choices" not in chunk and isinstance(says, str):
+            raise error_from_response(200, chunk, {}, address)
+        self.finish_reason = str(choice.get("finish_reason") or self.finish_reason)
+        delta, message = get_object(choice, "delta"), get_object(choice, "message")
+        part = delta or message
+        self._is_whole |= bool(message) or chunk is _END_OF_STREAM
+        self.has_begun |= bool(part)
+        self._has_tool_call |= bool(part.get("tool_calls")) or self.finish_reason == "tool_calls"
+        self.refusal += get_text(part, "refusal")
+        self._streamed += get_text(delta, "content")
+        if not delta:
+            self._message += get_text(message, "content")
+
+    def check(self, max_malformed: int) -> None:
+        """Raise an error for a reply that is cut, empty, refused, or no text."""
+        text = self.text.strip()
+        if self.finish_reason == "length" and not text:
+            raise _ThinkingTooLong("the model used up its tokens before it began to answer. "
+                                   "Choose an OPENROUTER_MODEL that thinks less")
+        if self._has_tool_call and not text:
+            raise TransientError("the model called a tool, but it has none", max_attempts=3,
+                                 correction=_NO_TOOLS_PROMPT)
+        reason = self.finish_reason or ("stop" if self._is_whole and text else "")
+        if reason in ("", "error"):
+            raise TransientError(f"the model's answer broke off ({reason or 'no finish_reason'})",
+                                 max_attempts=0 if text else max_malformed)
+        if not text or reason == "content_filter":      # half a command is none
+            said = " ".join(self.refusal.split())[:300] or reason
+            raise TransientError(f"the model's answer is empty or refused ({said})", max_attempts=3)
+
+
+def _append(messages: Messages, text: str) -> Messages:
+    """Return messages with a paragraph added to the last one, if there is one to add."""
+    if not text:
+        return messages
+    last = {**messages[-1], "content": f"{messages[-1]['content']}\n\n{text}"}
+    return [*messages[:-1], last]
 
 
 class OpenRouter:
-    """A client of the chat completions API of OpenRouter, or of a server that speaks the same.
+    """A client of the chat completions API of OpenRouter, or of another server that has it.
 
-    `publish` is told of each failure that is survived.  Times are in seconds: READ_TIMEOUT without a
-    byte, STREAM_TIMEOUT without data, REQUEST_TIMEOUT for one try, RETRY_TIMEOUT for all of them, CHECK_TIMEOUT for a question
-    before the run, MAX_RETRY_AFTER for what a server may ask us to wait.  Raises ConfigError for a key that
-    no header takes.
+    `publish` is told of each failure that is survived.  Times are in seconds: READ_TIMEOUT without
+    a byte, STREAM_TIMEOUT without data, REQUEST_TIMEOUT for one attempt, RETRY_TIMEOUT for all of
+    them, CHECK_TIMEOUT for a question before the run.
     """
 
-    READ_TIMEOUT, STREAM_TIMEOUT, REQUEST_TIMEOUT, RETRY_TIMEOUT, CHECK_TIMEOUT, MAX_RETRY_AFTER = 120.0, 300.0, 1200.0, 3600.0, 5.0, 900.0
+    READ_TIMEOUT = 120.0
+    STREAM_TIMEOUT = 300.0
+    REQUEST_TIMEOUT = 1200.0
+    RETRY_TIMEOUT = 3600.0
+    CHECK_TIMEOUT = 5.0
+    MAX_RETRY_AFTER = 900.0
     MAX_TOKENS = 16_000     # always sent: without it the credit check assumes the model's maximum
-    MAX_RESPONSE_BYTES = 30_000_000       # bytes of an answer: a piece of a stream takes some 500 for a word
-    MAX_REPLY_PARTS = 4               # of an answer that is cut at its length again and again
+    MIN_TOKENS = 1_000      # a lower limit is of no use
+    MAX_THINKING_TOKENS = 64_000
+    MAX_RESPONSE_BYTES = 30_000_000     # a piece of a stream takes some 500 for a word
+    MAX_REPLY_PARTS = 4     # of a reply that is cut at its length again and again
 
-    def __init__(self, base_url: str, key: str, model: str, *,
+    def __init__(self, base_url: str, key: str, model: str, *, session_id: str = "",
                  publish: Callable[..., object] = ignore,
                  clock: Callable[[], float] = time.monotonic,
+                 wall_clock: Callable[[], float] = time.time,
                  sleep: Callable[[float], None] = time.sleep) -> None:
         if not re.fullmatch(r"[!-~]*", key):    # an error of the library would show it
             raise ConfigError("OPENROUTER_API_KEY: expected one word of ASCII characters")
         self.model = model
         self.characters_per_token = 4.0     # until the server has counted
-        self._max_malformed = 5      # tries, until it is known that a model is there
-        self._base = re.sub(r"/+(chat/completions/*)?$", "", base_url)
-        self._key, self._publish, self._clock, self._sleep = key, publish, clock, sleep
-        self._is_openrouter = self._base.startswith("https://openrouter.ai/")
-        self._options: dict[str, Any] = {"max_tokens": self.MAX_TOKENS, "stream": True,
-                                         "stream_options": {"include_usage": True}}
-        if self._is_openrouter:     # only it knows them; the id keeps a run on one provider's cache
-            marks = {"cache_control": {"type": "ephemeral"}} if "claude" in model else {}
-            self._options.update(marks, session_id=secrets.token_hex(16))
-        near = re.match(r"https?://(localhost|127\.0\.0\.1|\[::1\])[:/]", f"{self._base}/")
-        self._opener = urllib.request.build_opener(
-            _NoRedirectHandler, *[urllib.request.ProxyHandler({})] * bool(near))
+        self.has_long_pauses = False        # between calls: the five-minute cache would be lost
+        self._max_malformed = 5     # responses, until it is known that a model is there
+        self._key, self._publish = key, publish
+        self._clock, self._wall_clock, self._sleep = clock, wall_clock, sleep
+        address, _, query = base_url.partition("?")
+        self._address = re.sub(r"/+(chat/completions/*)?$", "", address)
+        self._query = f"?{query}" if query else ""
+        self._features = {"max_tokens", "stream", "stream_options", "system role"}
+        self._is_openrouter = self._address.startswith("https://openrouter.ai/")
+        if self._is_openrouter:     # only it knows this; it keeps a run on one provider's cache
+            self._features.add("session_id")
+        if self._is_openrouter and "claude" in model:
+            self._features.add("cache_control")
+        self._session_id = session_id or secrets.token_hex(16)
+        self._wanted_tokens = self.MAX_TOKENS
+        self._output_limit = math.inf       # tokens of a reply, by the model or the credit
+        self._total_limit = math.inf        # tokens of a request and its reply
+        self._room = math.inf               # tokens that the current request leaves for its reply
+        is_local = re.match(r"https?://(localhost|127\.0\.0\.1|\[::1\])[:/]", f"{self._address}/")
+        self._proxy = "" if is_local else _find_proxy(self._address)
+        handlers = [urllib.request.ProxyHandler({})] if is_local else []
+        self._opener = urllib.request.build_opener(_NoRedirectHandler, *handlers)
 
-    def check_access(self) -> str:
-        """Ask for the key and the model by free calls; return what is known of the model.
+    # before the run
 
-        Raises TransientError if the server can't be asked now, another ModelError for a key that
-        it refuses or that has no credit, and for a model that it does not have.
+    def check_access(self) -> ModelAccess:
+        """Check key, address and model with free requests; return what is known of the model.
+
+        Raises TransientError if the server can't be asked now, another ModelError for what has to
+        be changed.  Only OpenRouter lists every name that works; others get a warning.
         """
-        key = get_object(self._get_json("/key"), "data") if self._is_openrouter else {}
-        if isinstance(key.get("limit_remaining"), (int, float)) and key["limit_remaining"] <= 0:
-            raise ModelError(f"OPENROUTER_API_KEY has no credit left: {_CREDIT_ADVICE}")
+        if self._is_openrouter:
+            remaining = get_object(self._get_json("/key"), "data").get("limit_remaining")
+            if isinstance(remaining, (int, float)) and remaining <= 0:
+                raise ModelError("OPENROUTER_API_KEY has no credit left. Add credit, or raise the "
+                                 "limit of the key")
+        models = self._list_models()
+        if not models:
+            return ModelAccess(f"{self.model}, not checked: the server does not list its models")
+        is_pattern = self.model.startswith("~") or "*" in "".join(models)
+        is_listed = _base_model_name(self.model) in {"", *map(_base_model_name, models)}
+        if not is_pattern and not is_listed:
+            closest = difflib.get_close_matches(self.model, models, 1, 0)[0]
+            missing = (f"OPENROUTER_MODEL={self.model!r}: the server lists no such model. The "
+                       f"closest match is {closest!r}")
+            if self._is_openrouter:
+                raise ModelError(missing)
+            return ModelAccess(self.model, f"{missing}. Names that are not listed may work")
+        pricing = get_object(models.get(self.model, {}), "pricing")
+        prices = {kind: get_number(pricing, kind) for kind in ("prompt", "completion")}
+        return ModelAccess(", ".join([self.model, *(
+            f"${price * 1e6:g} per million {kind} tokens"
+            for kind, price in prices.items() if price is not None)]))
+
+    def _list_models(self) -> dict[str, dict[str, Any]]:
+        """Return the server's models by their names, nothing if it does not list them."""
         listed: Any = None
         try:
             listed = self._get_json("/models").get("data")
         except ModelError as error:
-            if error.http_status not in (400, 403, 404, 405, 501):
+            if error.kind in ("", "key", "credit", "proxy", "rate limit", "outage"):
                 raise
-        models = {str(each[name]): each for each in (listed if isinstance(listed, list) else [])
-                  for name in ("canonical_slug", "id") if isinstance(each, dict) and name in each}
-        if not models:
-            return f"{self.model}, which is not checked: the server does not list its models"
-        if not self.model.startswith("~") and "*" not in "".join(models) \
-                and _base_model_name(self.model) not in {"", *map(_base_model_name, models)}:
-            near = difflib.get_close_matches(self.model, models, 1, 0)[0]
-            raise ModelError(f"OPENROUTER_MODEL={self.model!r}: the server has no such model, "
-                             f"the nearest is {near}")
-        pricing = get_object(models.get(self.model, {}), "pricing")
-        prices = [(kind, get_number(pricing, kind)) for kind in ("prompt", "completion")]
-        return ", ".join([self.model, *(f"${price * 1e6:g} per million {kind} tokens"
-                                        for kind, price in prices if price is not None)])
+            self._check_version_path()
+        return {str(model[name]): model for model in (listed if isinstance(listed, list) else [])
+                for name in ("canonical_slug", "id") if isinstance(model, dict) and name in model}
+
+    def _check_version_path(self) -> None:
+        """Raise an error with the right address if the server has its models below /v1."""
+        listed: Any = None
+        with contextlib.suppress(ModelError):
+            listed = self._get_json("/v1/models").get("data")
+        if isinstance(listed, list):
+            raise ModelError(f"OPENROUTER_BASE_URL={self._address}: the server has its models at "
+                             f"another address. Set it to {self._address}/v1")
+
+    def check_completion(self) -> str:
+        """Ask for a tiny reply without waiting for anything; return what that took."""
+        self._wanted_tokens = 16        # the least that some providers take
+        used: list[tuple[TokenUsage, float | None]] = [(TokenUsage(), None)]
+        question = [{"role": "user", "content": "Answer with the word OK."}]
+        started_at = self._clock()
+        is_answered = False
+        while not is_answered:
+            try:
+                self._request_completion(question, ignore, lambda *usage: used.append(usage),
+                                         lambda: self.REQUEST_TIMEOUT)
+                is_answered = True
+            except _ThinkingTooLong:        # it thinks, so it is there
+                is_answered = True
+            except ModelError as error:
+                if not self._repair(error):
+                    raise
+        tokens, cost = used[-1]
+        price = "cost not reported" if cost is None else f"${cost:.4f}"
+        return f"answered in {self._clock() - started_at:.1f} s, {tokens.total:,} tokens, {price}"
+
+    # during the run
 
     def complete(self, messages: Messages, *,
                  on_text: Callable[[str], object] = ignore,
                  on_usage: Callable[[TokenUsage, float | None], object] = ignore,
                  time_left: Callable[[], float] = lambda: math.inf) -> Reply:
-        """Return the model's answer; `on_text` is given what there is of it while it comes.
+        """Return the model's reply; `on_text` is given what there is of it while it comes.
 
-        Waits out what may pass, leaves out what the server does not take, and has an answer go
-        on that was cut at its length.  `time_left` returns how many seconds there are, or raises what
-        is to end the call; `on_usage` is told what each try has used.  Raises ContextOverflow for a
-        conversation that is too long, another ModelError for what else will not pass.
+        Waits out what may pass, changes what the server does not take, and has a reply continued
+        that was cut at its length.  `time_left` returns how many seconds there are, or raises what
+        is to end the call; `on_usage` is told what each attempt used.  Raises
+        ContextWindowExceeded for a conversation that is too long, another ModelError for what else
+        will not pass.
         """
-        began, talk, whole = self._clock(), list(messages), ""
-        tokens, cost = TokenUsage(), None
+        started_at = self._clock()
+        conversation = list(messages)
+        whole = ""
+        tokens = TokenUsage()
+        cost: float | None = None
 
-        def count(more: TokenUsage, dollars: float | None) -> None:
+        def add_usage(more: TokenUsage, dollars: float | None) -> None:
             nonlocal tokens, cost
-            tokens = TokenUsage(*map(sum, zip(tokens, more)))
-            cost = cost if dollars is None else (cost or 0.0) + dollars
+            tokens = tokens.plus(more)
+            if dollars is not None:
+                cost = (cost or 0.0) + dollars
             on_usage(more, dollars)
+
+        def show_part(part: str) -> None:
+            on_text(whole + part)
 
         try:
             for _ in range(self.MAX_REPLY_PARTS):
-                text, finish = self._call_with_retries(lambda: self._request_completion(
-                    talk, lambda part: on_text(whole + part), count, time_left), time_left)
+                text, finish_reason = self._call_with_retries(conversation, show_part, add_usage,
+                                                              time_left)
                 whole += text
-                if finish != "length":
+                if finish_reason != "length":
                     break
-                talk += [{"role": "assistant", "content": text}, {"role": "user", "content": _CONTINUE_PROMPT}]
+                conversation += [{"role": "assistant", "content": text},
+                                 {"role": "user", "content": _CONTINUE_PROMPT}]
         except ModelError:
             if not whole:
                 raise
-        return Reply(whole, tokens, cost, round((self._clock() - began) * 1000))
+        return Reply(whole, tokens, cost, round((self._clock() - started_at) * 1000))
 
-    def _call_with_retries(self, call: Callable[[], tuple[str, str]],
-                time_left: Callable[[], float]) -> tuple[str, str]:
-        """Make a call, again and again until it succeeds; return what it returns."""
-        began, failures, limited = self._clock(), 0, 0
-        if "max_tokens" in self._options:       # was perhaps lowered for the last answer
-            self._options["max_tokens"] = self.MAX_TOKENS
+    def _call_with_retries(self, messages: Messages, on_text: Callable[[str], object],
+                           on_usage: Callable[..., object],
+                           time_left: Callable[[], float]) -> tuple[str, str]:
+        """Make a request, again and again until it succeeds; return text and finish reason."""
+        started_at = self._clock()
+        failures = bounded_failures = 0     # in a row
+        correction = ""
+        self._estimate_room(messages)
         while True:
             time_left()
             try:
-                return call()
+                return self._request_completion(_append(messages, correction), on_text, on_usage,
+                                                time_left)
             except TransientError as error:
-                failures, limited = failures + 1, limited + 1 if error.max_attempts else 0     # in a row
-                delay = min(60.0, 2.0 ** failures) * random.uniform(0.75, 1.25)
-                if error.retry_after is not None:       # the server's word wins, within reason
-                    delay = min(max(error.retry_after, failures / 2), self.MAX_RETRY_AFTER)
-                if error.max_attempts and limited >= error.max_attempts:
-                    raise RequestRejected(f"{error}, {limited} times") from None
-                if self._clock() + delay - began > self.RETRY_TIMEOUT:
-                    raise ModelError(f"gave up after an hour: {error}") from None
+                failures += 1
+                bounded_failures = bounded_failures + 1 if error.max_attempts else 0
+                if error.max_attempts and bounded_failures >= error.max_attempts:
+                    raise RequestRejected(f"{error}, {bounded_failures} times") from None
+                delay = self._retry_delay(error, failures)
+                if self._clock() + delay - started_at > self.RETRY_TIMEOUT:
+                    raise ModelError(f"{error}. This has gone on for an hour: continue later with "
+                                     "--resume") from None
+                correction = error.correction
                 self._publish("error", error=str(error), retry_in=round(delay, 1))
-                self._sleep(min(delay, time_left()))
+                self._wait(min(delay, time_left()))
             except ModelError as error:
-                mended = self._apply_option_change(error.suggested_options)
-                if not mended:
+                change = self._repair(error)
+                if not change:
                     raise
-                self._publish("error", error=f"{error}; asking again {mended}")
+                self._publish("error", error=f"{error}; asking again {change}")
 
-    def _apply_option_change(self, change: Mapping[str, int | None]) -> str:
-        """Lower an option, or drop it; return what was done, if anything."""
-        for name, value in change.items():
-            if value is None and self._options.pop(name, None):
+    def _retry_delay(self, error: TransientError, failures: int) -> float:
+        """Return how many seconds to wait; what the server says wins, within reason."""
+        if error.retry_after is not None:
+            return min(max(error.retry_after, failures / 2), self.MAX_RETRY_AFTER)
+        return min(60.0, 2.0 ** failures) * random.uniform(0.75, 1.25)
+
+    def _wait(self, seconds: float) -> None:
+        """Sleep until either clock says that the time is over: a laptop may sleep meanwhile."""
+        end, wall_end = self._clock() + seconds, self._wall_clock() + seconds
+        while seconds > 0:
+            self._sleep(min(seconds, 30.0))
+            seconds = min(end - self._clock(), wall_end - self._wall_clock())
+
+    # the request, and what servers have us change about it
+
+    def _max_tokens(self) -> int:
+        """Return how long the reply to the current request may become."""
+        return int(min(self._wanted_tokens, self._output_limit, self._room))
+
+    def _estimate_room(self, messages: Messages) -> None:
+        """Work out what the limits that the server once named leave for the reply to a request."""
+        size = sum(len(message["content"]) for message in messages)
+        room = 0.95 * (self._total_limit - size / self.characters_per_token)
+        self._room = max(room, self.MIN_TOKENS)
+
+    def _repair(self, error: ModelError) -> str:
+        """Change the request as an error asks for; return what was changed, "" if nothing was.
+
+        Changes last for the run, so that each is made, told and paid for once.
+        """
+        before, counts = self._max_tokens(), error.token_counts
+        if isinstance(error, _ThinkingTooLong):
+            self._wanted_tokens = min(2 * before, self.MAX_THINKING_TOKENS)
+        affordable = 0.95 * counts.get("affordable", math.inf)
+        self._output_limit = min(self._output_limit, counts.get("output", math.inf), affordable)
+        if "total" in counts:
+            prompt = counts.get("prompt", counts.get("requested", 0) - before)
+            self._total_limit = counts["total"]
+            self._room = 0.95 * (self._total_limit - prompt)
+        after = self._max_tokens()
+        names = self._features & {"max_tokens", "max_completion_tokens"}
+        if names and after != before and after >= self.MIN_TOKENS:
+            return f"with {names.pop()}={after}"
+        for name in error.refused_features:
+            if name == "max_completion_tokens" and "max_tokens" in self._features:
+                self._features = self._features - {"max_tokens"} | {name}
+                return f"with {name}"
+            if name in self._features:
+                self._features.remove(name)
                 return f"without {name}"
-            if value and value < self._options.get(name, 0):
-                self._options[name] = value
-                return f"with {name}={value}"
         return ""
 
-    def build_request(self, messages: Messages) -> dict:
+    def build_request(self, messages: Messages) -> dict[str, Any]:
         """Return the request; system prompt and newest message are marked for Claude's cache."""
-        sent: list[dict] = [dict(message) for message in messages]
-        options = dict(self._options)
-        mark = options.pop("cache_control", None)
-        for message in sent[:1] + sent[-1:] if mark else []:
-            message["content"] = [{"type": "text", "text": message["content"],
-                                   "cache_control": mark}]
-        return {"model": self.model, "messages": sent, **options}
+        sent: list[dict[str, Any]] = [dict(message) for message in messages]
+        if "system role" not in self._features and sent[0]["role"] == "system":
+            system = sent.pop(0)
+            sent[0]["content"] = f"{system['content']}\n\n{sent[0]['content']}"
+        if "cache_control" in self._features:
+            mark = {"type": "ephemeral", **({"ttl": "1h"} if self.has_long_pauses else {})}
+            for index in {0, len(sent) - 1}:
+                sent[index]["content"] = [{"type": "text", "text": sent[index]["content"],
+                                           "cache_control": mark}]
+        request: dict[str, Any] = {"model": self.model, "messages": sent}
+        for name in self._features & {"max_tokens", "max_completion_tokens"}:
+            request[name] = self._max_tokens()
+        if "stream" in self._features:
+            request["stream"] = True
+        if self._features >= {"stream", "stream_options"}:
+            request["stream_options"] = {"include_usage": True}
+        if "session_id" in self._features:
+            request["session_id"] = self._session_id
+        return request
 
-    def _request_completion(self, messages: Messages, on_text: Callable, on_usage: Callable,
-              time_left: Callable[[], float]) -> tuple[str, str]:
-        """Return text and finish reason of one try."""
-        text, finish, refusal, usage, begun = "", "", "", {}, False
-        answer = self._stream_json("/chat/completions", time_left, self.build_request(messages))
+    def _request_completion(self, messages: Messages, on_text: Callable[[str], object],
+                            on_usage: Callable[..., object],
+                            time_left: Callable[[], float]) -> tuple[str, str]:
+        """Return text and finish reason of one attempt."""
+        reply = _Completion()
+        response = self._stream_json("/chat/completions", time_left, self.build_request(messages))
         try:
-            for chunk in answer:
-                usage = get_object(chunk, "usage") or usage
-                choice = get_object(chunk, "choices")
-                wrong = chunk if chunk.get("error") else choice
-                if wrong.get("error"):
-                    raise error_from_response(200, wrong, {})
-                message = get_object(choice, "delta") or get_object(choice, "message")
-                begun |= bool(message)
-                text += get_text(message, "content")
-                refusal += get_text(message, "refusal")
-                finish = str(choice.get("finish_reason") or finish)
-                on_text(text)
+            for chunk in response:
+                reply.add(chunk, self._address)
+                on_text(reply.text)
         except TransientError:
-            if not finish or not text:      # else it was whole
+            if not reply.finish_reason or not reply.text:       # else it was complete
                 raise
         finally:
-            answer.close()
-            if usage or begun:      # what was cut costs something too, and nobody says how much
-                on_usage(*self._parse_usage(usage, sum(len(message["content"]) for message in messages)))
-        if not finish or finish == "error":     # cut by an outage, or the server knows no better
-            raise TransientError(f"the model's answer broke off ({finish or 'no finish_reason'})",
-                                 max_attempts=0 if text else self._max_malformed)
-        if not text.strip() or finish == "content_filter":      # half an order is none
-            why = " ".join(refusal.split())[:300] or finish
-            raise TransientError(f"the model's answer is empty or refused ({why})", max_attempts=3)
+            response.close()
+            if reply.usage or reply.has_begun:      # what was cut costs something too
+                on_usage(*self._parse_usage(reply.usage, messages))
+        reply.check(self._max_malformed)
         self._max_malformed = 0
-        return text, finish
+        return reply.text, reply.finish_reason
 
-    def _parse_usage(self, usage: Mapping, sent: int) -> tuple[TokenUsage, float | None]:
-        """Return tokens and US dollars of a try, and learn how long a token is."""
+    def _parse_usage(self, usage: Mapping[str, Any],
+                     messages: Messages) -> tuple[TokenUsage, float | None]:
+        """Return tokens and US dollars of an attempt, and learn how long a token is."""
         prompt, completion = get_int(usage, "prompt_tokens"), get_int(usage, "completion_tokens")
         if prompt:
-            self.characters_per_token = min(max(sent / prompt, 0.5), 8.0)
+            size = sum(len(message["content"]) for message in messages)
+            self.characters_per_token = min(max(size / prompt, 0.5), 8.0)
         details = get_object(usage, "prompt_tokens_details")
-        return (TokenUsage(prompt, completion, prompt + completion, get_int(details, "cached_tokens"),
-                       get_int(details, "cache_write_tokens")), get_number(usage, "cost"))
+        tokens = TokenUsage(prompt, completion, prompt + completion,
+                            get_int(details, "cached_tokens"),
+                            get_int(details, "cache_write_tokens"))
+        return tokens, get_number(usage, "cost")
 
-    def _get_json(self, path: str) -> dict:
-        with contextlib.closing(self._stream_json(path, lambda: self.CHECK_TIMEOUT)) as answer:
-            return next(answer, {})
+    # the connection
+
+    def _get_json(self, path: str) -> dict[str, Any]:
+        """Return the object at an address of the server; raise the error that it reports."""
+        with contextlib.closing(self._stream_json(path, lambda: self.CHECK_TIMEOUT)) as response:
+            answer = next(response, {})
+        if answer.get("error"):
+            raise error_from_response(200, answer, {}, self._address)
+        return answer
 
     def _stream_json(self, path: str, time_left: Callable[[], float],
-             body: dict | None = None) -> Generator[dict, None, None]:
-        """Yield the JSON objects of an answer, streamed or whole, while there is time `time_left`.
+                     body: dict[str, Any] | None = None) -> Generator[dict[str, Any], None, None]:
+        """Yield the JSON objects of a response, streamed or whole, while there is time left.
 
         A thread reads them, so that every wait has an end: looking up a name, a body that
         trickles and comments that go on and on have none of their own.
         """
-        inbox: queue.SimpleQueue[bytes | Exception | None] = queue.SimpleQueue()
-        over = threading.Event()
+        inbox: queue.SimpleQueue[dict[str, Any] | Exception | None] = queue.SimpleQueue()
+        is_over = threading.Event()
         try:
-            threading.Thread(target=self._read_response, args=(path, body, inbox.put, over),
+            threading.Thread(target=self._read_response, args=(path, body, inbox.put, is_over),
                              daemon=True).start()
         except RuntimeError as error:
             raise TransientError(f"the model can't be asked: {error}") from None
-        began = progress = self._clock()
-        parsed: dict | None = None
+        started_at = progress_at = self._clock()
         try:
-            while (wait := min(progress + self.STREAM_TIMEOUT, began + self.REQUEST_TIMEOUT) - self._clock()) > 0:
+            while (timeout := min(progress_at + self.STREAM_TIMEOUT,
+                                  started_at + self.REQUEST_TIMEOUT) - self._clock()) > 0:
                 try:
-                    found = inbox.get(timeout=min(wait, time_left()))
+                    found = inbox.get(timeout=min(timeout, time_left()))
                 except queue.Empty:
-                    time_left()      # says if it was that
+                    time_left()     # raises if that was it
                     break
                 if isinstance(found, Exception):
                     raise found
                 if found is None:
                     return
-                progress, text = self._clock(), self._redact(found)
-                before, parsed = parsed, parse_json_object(text)
-                if parsed is None and before:       # cut in a line
-                    return
-                if parsed is None:
-                    raise TransientError("the model's server sent no JSON object, but "
-                                         f"{text[:80]!r}: check OPENROUTER_BASE_URL",
-                                         max_attempts=self._max_malformed)
-                yield parsed
-            raise TransientError("the model's server is too slow: gave up after "
-                                 f"{self._clock() - began:.0f} s")
+                progress_at = self._clock()
+                yield found
+            raise TransientError("the model server is too slow: gave up after "
+                                 f"{self._clock() - started_at:.0f} s")
         finally:
-            over.set()
+            is_over.set()
 
-    def _read_response(self, path: str, body: dict | None, tell: Callable[[bytes | Exception | None], None],
-               over: threading.Event) -> None:
-        """Read an answer until it is over: tell each JSON text in it, then None, or what failed."""
-        answered = False
+    def _read_response(self, path: str, body: dict[str, Any] | None,
+                       put: Callable[[dict[str, Any] | Exception | None], None],
+                       is_over: threading.Event) -> None:
+        """Put each JSON object of a response, then None, or instead the error that came."""
+        has_answered = False
         try:
-            sent = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace") if body else None
-            request = urllib.request.Request(self._base + path, sent, {
+            data = None
+            if body:
+                data = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
+            request = urllib.request.Request(f"{self._address}{path}{self._query}", data, {
                 "Content-Type": "application/json", "Authorization": f"Bearer {self._key}",
                 "User-Agent": f"orchestrator/{__version__}"})
-            with self._opener.open(request, timeout=self.READ_TIMEOUT) as answer:
-                answered, room = True, self.MAX_RESPONSE_BYTES
-                if answer.headers.get_content_type() != "text/event-stream":
-                    tell(answer.read(room))
-                    room = 0
-                while not over.is_set() and (line := answer.readline(room)):
-                    room -= len(line)
-                    data = line[len(b"data:"):].strip() if line.startswith(b"data:") else b""
-                    if data == b"[DONE]":
-                        break
-                    if data:
-                        tell(data)
-            tell(None)
+            with self._opener.open(request, timeout=self.READ_TIMEOUT) as response:
+                has_answered = True
+                for chunk in parse_chunks(self._read_lines(response, is_over)):
+                    put(chunk)
+            put(None)
+        except urllib.error.HTTPError as error:
+            put(self._error_from_status(error))
         except Exception as error:      # the library has more kinds for junk than it says
-            tell(self._error_from_exception(error, answered))
+            put(self._error_from_exception(error, has_answered))
 
-    def _error_from_exception(self, error: Exception, answered: bool) -> ModelError:
+    def _read_lines(self, response: Any, is_over: threading.Event) -> Iterator[str]:
+        """Yield the lines of a body, without the key, until nobody waits for them."""
+        pieces = iter(lambda: b"" if is_over.is_set() else response.read1(16_384), b"")
+        encoding = response.headers.get("Content-Encoding", "")
+        for line in split_lines(pieces, encoding, self.MAX_RESPONSE_BYTES):
+            yield line.replace(self._key, "[key]") if len(self._key) >= 8 else line
+
+    def _error_from_status(self, error: urllib.error.HTTPError) -> ModelError:
+        """Return the error for an HTTP status, which the server or a proxy has answered with."""
+        wants_basic = "basic" in str(error.headers["WWW-Authenticate"]).lower()
+        if self._proxy and (error.code == 407 or wants_basic):
+            return self._proxy_error(error.code)
+        body: object = ""
+        with error, contextlib.suppress(Exception):
+            lines = list(self._read_lines(error, threading.Event()))
+            body = "\n".join(lines)
+            body = next(parse_chunks(iter(lines)), body)
+        return error_from_response(error.code, body, dict(error.headers), self._address)
+
+    def _proxy_error(self, status: int) -> ModelError:
+        """Return the error for a proxy that refuses us; its password is not shown."""
+        error = ModelError(f"the proxy {self._proxy} refused the connection ({status}). Check its "
+                           "user and password in https_proxy or http_proxy")
+        error.kind = "proxy"
+        return error
+
+    def _error_from_exception(self, error: Exception, has_answered: bool) -> ModelError:
         """Return what an error of the library means."""
         reason = _error_reason(error)
-        if isinstance(error, urllib.error.HTTPError):
-            text = ""
-            with error, contextlib.suppress(Exception):
-                text = self._redact(error.read(100_000))
-            return error_from_response(error.code, parse_json_object(text) or text, error.headers)
-        if refused := re.search(r"Tunnel connection failed: (\d+)", reason):   # by a proxy
-            return error_from_response(int(refused[1]), reason, {})
-        if answered:
+        tunnel = re.search(r"Tunnel connection failed: (\d+)", reason)
+        if tunnel and tunnel[1] in ("401", "403", "407"):
+            return self._proxy_error(int(tunnel[1]))
+        if has_answered and isinstance(error, ValueError):
+            return TransientError(f"the model server sent no JSON object, but {reason!r}. Check "
+                                  f"OPENROUTER_BASE_URL={self._address}",
+                                  max_attempts=self._max_malformed)
+        if has_answered:
             return TransientError(f"the model's answer broke off: {reason}")
         if isinstance(error, (http.client.InvalidURL, ValueError)):
-            return ModelError(f"OPENROUTER_BASE_URL={self._base!r}: {error}")
+            return ModelError(f"OPENROUTER_BASE_URL={self._address!r}: {error}")
         if "CERTIFICATE_VERIFY_FAILED" in reason:
-            return ModelError(f"the certificate of {self._base} can't be verified: Python from "
+            return ModelError(f"the certificate of {self._address} can't be verified. Python from "
                               "python.org on macOS needs its Install Certificates.command once; "
                               "elsewhere set SSL_CERT_FILE")
-        return TransientError(f"{self._base} can't be reached: {reason}")
-
-    def _redact(self, data: bytes) -> str:
-        """Return what the server said without the key, should it repeat that."""
-        text = data.decode("utf-8-sig", "replace")
-        return text.replace(self._key, "[key]") if len(self._key) >= 8 else text
+        proxy = f" through the proxy {self._proxy}" if self._proxy else ""
+        return TransientError(f"{self._address} can't be reached{proxy}: {reason}")
 
 
 # -- 9. Memory ----------------------------------------------------------------------------
@@ -6080,7 +6462,7 @@ def check_access(config: Config) -> None:
     model = OpenRouter(config.openrouter_base_url, config.openrouter_api_key,
                        config.openrouter_model)
     with contextlib.suppress(TransientError):   # an outage may be over by the first call
-        model.check_access()
+        print_error(model.check_access().warning)
 
 
 def choose_journal(config: Config, workspace: Workspace, resume: bool) -> tuple[Path, list[Event]]:
@@ -6111,7 +6493,8 @@ def run_autopilot(config: Config, workspace: Workspace, request: RunRequest, age
     if config.notify_cmd:
         journal.subscribe(Notifier(config, workspace, journal).on_event)
     model = OpenRouter(config.openrouter_base_url, config.openrouter_api_key,
-                       config.openrouter_model, publish=journal.publish)
+                       config.openrouter_model, session_id=journal.path.stem if journal.path else "",
+                       publish=journal.publish)
     control = RunControl(journal, lambda: signal.pthread_kill(
         threading.main_thread().ident or 0, signal.SIGINT))
     autopilot = Autopilot(agent, model, config=config, memory=memory, journal=journal,
@@ -6398,7 +6781,9 @@ class Doctor:
             raise ConfigError("OPENROUTER_API_KEY is not set: export it, or put it into .env")
         model = OpenRouter(config.openrouter_base_url, config.openrouter_api_key,
                            config.openrouter_model)
-        return model.check_access()
+        access = model.check_access()
+        note = f"; {access.warning}" if access.warning else ""
+        return f"{access.description}, {model.check_completion()} (tried with a few tokens){note}"
 
     def _check_session(self) -> str:
         with hold_session(self._config, self._workspace) as config:

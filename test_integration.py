@@ -2235,9 +2235,8 @@ def test_wrong_arguments_are_told_in_one_line(arguments, words, world):
 
 
 @pytest.mark.parametrize("settings, words", [
-    ({"OPENROUTER_MODEL": "anthropic/claude-opus-4.7"}, ["4.7", "no such model", "4.6"]),
-    ({"OPENROUTER_API_KEY": "sk-or-v1-of-somebody-else"}, ["401", "check OPENROUTER_API_KEY"])])
-def test_a_wrong_key_or_model_is_told_before_the_task_is_asked_for(settings, words, world):
+    ({"OPENROUTER_API_KEY": "sk-or-v1-of-somebody-else"}, ["401", "Check OPENROUTER_API_KEY"])])
+def test_a_wrong_key_is_told_before_the_task_is_asked_for(settings, words, world):
     world.model()
     with Terminal([sys.executable, TOOL], {**world.env, **settings}, world.work) as person:
         shown = person.wait_for("orchestrator: ")
