@@ -6049,9 +6049,9 @@ class Workspace(NamedTuple):
         """The directory of the journals."""
         return self.state_directory / "runs"
 
-    def lock_path(self, socket_name: str, session: str) -> Path:
+    def lock_path(self, tmux: Tmux) -> Path:
         """Return the file that the process which drives a session keeps locked."""
-        return self.state_directory / "locks" / f"{socket_name}.{session}"
+        return self.state_directory / "locks" / f"{tmux.socket_name}.{tmux.session}"
 
     def command_with(self, *options: str) -> str:
         """Return the command that starts this program in the same directory."""
@@ -6127,7 +6127,7 @@ class SignalHandler:
         error = sys.exc_info()[1]
         while error and not isinstance(error, Interrupted):
             error = error.__context__
-        return error
+        return error if isinstance(error, Interrupted) else None
 
 
 def help_text() -> str:
@@ -6164,13 +6164,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 # Sessions
 
-class SessionHolder(NamedTuple):
-    """The process that holds a session's lock, and the mark of the session."""
-
-    process: str
-    mark: str
-
-
 def session_name_of(directory: Path) -> str:
     """Return the session name of a directory's own.
 
@@ -6182,21 +6175,26 @@ def session_name_of(directory: Path) -> str:
     return f"{Config.claude_tmux_session}-{name}-{digits}"
 
 
-def find_session_holder(path: Path) -> SessionHolder | None:
-    """Return who holds a session's lock now, if anybody does."""
+def find_session_holder(path: Path) -> tuple[str, str]:
+    """Return the process that holds a session's lock and the session's mark; "" for nobody."""
     with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             process, _, mark = file.read().partition("\n")
-            return SessionHolder(process, mark)
-    return None
+            return process, mark
+    return "", ""
+
+
+def make_tmux(config: Config, workspace: Workspace) -> Tmux:
+    """Return the session that the settings name."""
+    return Tmux(config.claude_tmux_socket, config.claude_tmux_session, workspace.environ)
 
 
 @contextlib.contextmanager
 def session_lock(config: Config, workspace: Workspace, mark: str = "") -> Iterator[None]:
     """Hold the lock of a session; raise ConfigError with the process that has it."""
-    path = workspace.lock_path(config.claude_tmux_socket, config.claude_tmux_session)
+    path = workspace.lock_path(make_tmux(config, workspace))
     with contextlib.ExitStack() as stack:
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -6204,10 +6202,9 @@ def session_lock(config: Config, workspace: Workspace, mark: str = "") -> Iterat
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.write_text(f"{os.getpid()}\n{mark}", encoding="utf-8", errors="replace")
         except BlockingIOError:
-            holder = find_session_holder(path)
             raise ConfigError(
                 f"Another orchestrator drives the tmux session {config.claude_tmux_session}: "
-                f"process {holder.process if holder else 'unknown'}. Wait for its end, or set "
+                f"process {find_session_holder(path)[0]}. Wait for its end, or set "
                 "CLAUDE_TMUX_SESSION to another name. --status tells more.") from None
         except OSError:     # no locks on this file system, or the journal says what is wrong
             pass
@@ -6216,19 +6213,17 @@ def session_lock(config: Config, workspace: Workspace, mark: str = "") -> Iterat
 
 def make_agent(config: Config, workspace: Workspace, **callbacks: Any) -> Agent:
     """Return the agent that the settings name, in their session."""
-    tmux = Tmux(config.claude_tmux_socket, config.claude_tmux_session, workspace.environ)
     profile = select_profile(config.default_model, config.claude_cmd)
-    return Agent(profile, workspace.directory, tmux=tmux, **callbacks)
+    return Agent(profile, workspace.directory, tmux=make_tmux(config, workspace), **callbacks)
 
 
 def find_session_owner(config: Config, workspace: Workspace) -> str:
     """Return the mark of a session, or of the run that is about to make it; "" if it is free."""
-    tmux = Tmux(config.claude_tmux_socket, config.claude_tmux_session, workspace.environ)
+    tmux = make_tmux(config, workspace)
     mark, pane_id = tmux.find_pane()
     if pane_id:
         return mark or "another program"
-    holder = find_session_holder(workspace.lock_path(tmux.socket_name, tmux.session))
-    return holder.mark if holder else ""
+    return find_session_holder(workspace.lock_path(tmux))[1]
 
 
 def choose_session(config: Config, workspace: Workspace) -> Config:
@@ -6329,26 +6324,19 @@ _REQUIRED_FIELDS = {       # what a run needs to go on from an event, besides it
     "iteration_end": ("agent_output",), "history": ("summary",), "note": ("text",)}
 
 
-class RecordedRun(NamedTuple):
-    """A run's journal, and its first event."""
-
-    path: Path
-    info: Event
-
-
 def is_resumable_event(event: Event) -> bool:
     """Whether a run can go on from an event: it has the texts that its type should have."""
     required = ("time", *_REQUIRED_FIELDS.get(event["type"], ()))
     return all(isinstance(event.get(name), str) for name in required)
 
 
-def list_runs(workspace: Workspace) -> Iterator[RecordedRun]:
-    """Yield the runs whose journals can be read, the latest first."""
+def list_runs(workspace: Workspace) -> Iterator[tuple[Path, Event]]:
+    """Yield journal and first event of each recorded run, the latest run first."""
     for path in sorted(workspace.journal_directory.glob("*.jsonl"), reverse=True):
         with contextlib.suppress(ConfigError):
             first = next(filter(is_resumable_event, read_events(path, 1)), {})
             if first.get("type") == "task_info":
-                yield RecordedRun(path, first)
+                yield path, first
 
 
 def find_unfinished_run(workspace: Workspace, attach_commands: Sequence[str],
@@ -6359,17 +6347,17 @@ def find_unfinished_run(workspace: Workspace, attach_commands: Sequence[str],
     there is none.
     """
     reason = ""
-    for run in list_runs(workspace):
-        if run.info.get("mode") == "chat" or run.info["workdir"] != str(workspace.directory):
+    for path, info in list_runs(workspace):
+        if info.get("mode") == "chat" or info["workdir"] != str(workspace.directory):
             continue
-        if run.info["attach"] not in attach_commands:
-            reason = reason or f": the last one had another session, {run.info['attach']}"
+        if info["attach"] not in attach_commands:
+            reason = reason or f": the last one had another session, {info['attach']}"
             continue
-        events = read_events(run.path)
+        events = read_events(path)
         outcome = events[-1].get("outcome")
         if outcome not in FINAL_OUTCOMES:
-            return run.path, list(filter(is_resumable_event, events))
-        reason = f": the last one has ended ({outcome}): {run.path}"
+            return path, list(filter(is_resumable_event, events))
+        reason = f": the last one has ended ({outcome}): {path}"
         break
     raise ConfigError(f"There is no run to resume in {workspace.directory}{reason}")
 
@@ -6384,9 +6372,9 @@ def read_outcome(path: Path) -> str:
 
 def find_replay(workspace: Workspace) -> Path:
     """Return the journal of the directory's latest run."""
-    for run in list_runs(workspace):
-        if run.info["workdir"] == str(workspace.directory):
-            return run.path
+    for path, info in list_runs(workspace):
+        if info["workdir"] == str(workspace.directory):
+            return path
     raise ConfigError(f"There is no recorded run of {workspace.directory}. Give a file: "
                       f"--replay FILE. Journals are in {workspace.journal_directory}")
 
@@ -6407,40 +6395,27 @@ def describe_end(config: Config, workspace: Workspace, agent: Agent, path: Path,
             "journal": str(path)}
 
 
-class Notifier:
-    """Runs NOTIFY_CMD when a run ends or begins to wait for a usage limit."""
+NOTIFY_TIMEOUT = 30.0       # seconds
 
-    TIMEOUT = 30.0      # seconds
 
-    def __init__(self, config: Config, workspace: Workspace, journal: Journal) -> None:
-        self._command = config.notify_cmd
-        self._workspace = workspace
-        self._journal = journal
-
-    def on_event(self, event: Event) -> None:
-        """Run the command if the event is one to tell of."""
-        directory = self._workspace.directory
-        if event["type"] == "complete":
-            reason = event["reason"] or f"{event['iterations']} iterations"
-            self._notify(event["outcome"], reason,
-                         f"The run in {directory} ended ({event['outcome']}): {reason}")
-        elif event.get("state") == "waiting" and event.get("kind") == "usage_limit":
-            self._notify("waiting", event["reason"],
-                         f"The run in {directory} is waiting: {event['reason']}")
-
-    def _notify(self, outcome: str, reason: str, sentence: str) -> None:
-        environ = {**self._workspace.environ, "ORCHESTRATOR_OUTCOME": outcome,
-                   "ORCHESTRATOR_REASON": reason,
-                   "ORCHESTRATOR_DIRECTORY": str(self._workspace.directory),
-                   "ORCHESTRATOR_JOURNAL": str(self._journal.path)}
-        try:
-            status, output = run_shell_command(self._command, self._workspace.directory, environ,
-                                               self.TIMEOUT, stdin=f"{sentence}\n")
-        except OSError as error:
-            status, output = 126, str(error.strerror)
-        if status:
-            last_line = output.rpartition("\n")[2]
-            print_error(f"NOTIFY_CMD ended with exit status {status}: {last_line}")
+def notify(config: Config, workspace: Workspace, path: Path, event: Event) -> None:
+    """Run NOTIFY_CMD if an event ends a run or begins to wait for a usage limit."""
+    if event["type"] == "complete":
+        outcome, reason = event["outcome"], event["reason"]
+        sentence = f"The run in {workspace.directory} ended ({outcome})"
+    elif event.get("state") == "waiting" and event.get("kind") == "usage_limit":
+        outcome, reason = "waiting", event["reason"]
+        sentence = f"The run in {workspace.directory} is waiting"
+    else:
+        return
+    environ = {**workspace.environ, "ORCHESTRATOR_OUTCOME": outcome, "ORCHESTRATOR_REASON": reason,
+               "ORCHESTRATOR_DIRECTORY": str(workspace.directory),
+               "ORCHESTRATOR_JOURNAL": str(path)}
+    sentence += f": {reason}\n" if reason else "\n"
+    status, output = run_shell_command(
+        config.notify_cmd, workspace.directory, environ, NOTIFY_TIMEOUT, stdin=sentence)
+    if status:
+        print_error(f"NOTIFY_CMD ended with exit status {status}: {output[-200:]}")
 
 
 def make_reporter(config: Config, request: RunRequest, agent_name: str) -> TerminalReporter:
@@ -6490,11 +6465,11 @@ def run_autopilot(config: Config, workspace: Workspace, request: RunRequest, age
     """Let the model drive the agent, with the dashboard."""
     memory = Memory(workspace.directory / "memory.json", config.memory_max_facts)
     print_error(memory.load())
-    if config.notify_cmd:
-        journal.subscribe(Notifier(config, workspace, journal).on_event)
+    if config.notify_cmd and journal.path:
+        journal.subscribe(functools.partial(notify, config, workspace, journal.path))
     model = OpenRouter(config.openrouter_base_url, config.openrouter_api_key,
-                       config.openrouter_model, session_id=journal.path.stem if journal.path else "",
-                       publish=journal.publish)
+                       config.openrouter_model, publish=journal.publish,
+                       session_id=journal.path.stem if journal.path else "")
     control = RunControl(journal, lambda: signal.pthread_kill(
         threading.main_thread().ident or 0, signal.SIGINT))
     autopilot = Autopilot(agent, model, config=config, memory=memory, journal=journal,
@@ -6577,18 +6552,6 @@ To let it work for you:
 To type yourself, without a key:  {command} --chat ~/src/project"""
 
 
-@contextlib.contextmanager
-def serve_demo_model() -> Iterator[str]:
-    """Serve the built-in model on loopback; yield its address."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), DemoModelHandler)
-    threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/api/v1"
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
 def run_demo(config: Config, environ: Mapping[str, str], as_json: bool) -> int:
     """Do a run in a scratch directory, with the built-in model and agent."""
     scratch = Path(tempfile.mkdtemp(prefix="orchestrator-demo-")).resolve()
@@ -6597,146 +6560,110 @@ def run_demo(config: Config, environ: Mapping[str, str], as_json: bool) -> int:
     workspace.directory.mkdir()
     agent = scratch / "demo_agent.py"
     agent.write_text(DEMO_AGENT, encoding="utf-8")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), DemoModelHandler)
+    threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
     shown = {name: value for name, value in vars(config).items() if name.startswith("dashboard")}
+    config = Config(
+        claude_tmux_socket=scratch.name, claude_cmd=shlex.join([sys.executable, str(agent)]),
+        openrouter_base_url=f"http://127.0.0.1:{server.server_port}/api/v1",
+        openrouter_api_key="the-key-of-the-demo", openrouter_model="built-in demo",
+        verify_cmd=DEMO_VERIFY_CMD, terminate_when_quit=True, **shown)
     try:
-        with serve_demo_model() as address:
-            status = run(Config(
-                claude_tmux_socket=scratch.name, openrouter_base_url=address,
-                claude_cmd=shlex.join([sys.executable, str(agent)]),
-                openrouter_api_key="the-key-of-the-demo", openrouter_model="built-in demo",
-                verify_cmd=DEMO_VERIFY_CMD, terminate_when_quit=True, **shown),
-                workspace, RunRequest(lambda: DEMO_TASK, as_json=as_json))
-        if not as_json:
-            print_line(_AFTER_DEMO.format(command=own_command()))
-        return status
+        run(config, workspace, RunRequest(lambda: DEMO_TASK, as_json=as_json))
     finally:
+        server.shutdown()
+        server.server_close()
         shutil.rmtree(scratch, ignore_errors=True)
         with contextlib.suppress(OSError):      # a name for this run only, so nobody else's socket
             os.unlink(f"{environ.get('TMUX_TMPDIR') or '/tmp'}/tmux-{os.getuid()}/{scratch.name}")
+    if not as_json:
+        print_line(_AFTER_DEMO.format(command=own_command()))
+    return 0
 
 
 # Status
 
-def _format_start(run: RecordedRun) -> str:
+def _format_start(info: Event) -> str:
     """Return when a run began, in local time."""
-    with contextlib.suppress(ValueError):
-        text = run.info["time"].replace("Z", "+00:00")
-        return f"{datetime.datetime.fromisoformat(text).astimezone():%Y-%m-%d %H:%M}"
-    return str(run.info["time"])
+    try:
+        started = datetime.datetime.fromisoformat(info["time"].replace("Z", "+00:00"))
+        return f"{started.astimezone():%Y-%m-%d %H:%M}"
+    except (KeyError, ValueError):
+        return "an unknown time"
 
 
-def list_sessions(config: Config, workspace: Workspace) -> Iterator[tuple[Tmux, TmuxSession]]:
-    """Yield the sessions of our runs, on all sockets that they have used."""
-    locks = (workspace.state_directory / "locks").glob("*.*")
-    sockets = {config.claude_tmux_socket, *(path.name.partition(".")[0] for path in locks)}
-    for socket_name in sorted(sockets):
-        server = Tmux(socket_name, config.claude_tmux_session, workspace.environ)
-        for session in server.list_sessions():
-            yield Tmux(socket_name, session.name, workspace.environ), session
+def _format_task(info: Event) -> str:
+    task = "chat" if info.get("mode") == "chat" else info.get("task", "an unknown task")
+    return textwrap.shorten(task, 60, placeholder=" ...")
 
 
-def _describe_driver(run: RecordedRun | None, holder: SessionHolder | None) -> Rows:
-    """Return who drives a session, and how to see and stop that."""
-    if not holder:
+def _describe_driver(path: Path | None, info: Event, process: str) -> Rows:
+    """Return who drives a session, how to watch that in a browser, and how to stop it."""
+    if not process:
         return [("Driver", "none; the agent waits for the next run or chat in its directory")]
-    driver = f"process {holder.process}"
-    rows: Rows = []
-    if run and run.info.get("mode") == "chat":
-        driver = f"a chat since {_format_start(run)}, {driver}"
-    elif run:
-        driver = f"a run with {run.info['model']} since {_format_start(run)}, {driver}"
-        rows.append(("Task", textwrap.shorten(run.info["task"], 70, placeholder=" ...")))
-        rows.append(("Dashboard", find_live_dashboard(run.path) or "none"))
-    return [("Driver", driver), *rows, ("Stop it", f"kill {holder.process}")]
-
-
-def _describe_session(tmux: Tmux, session: TmuxSession, run: RecordedRun | None,
-                      holder: SessionHolder | None) -> Rows:
-    since = datetime.datetime.fromtimestamp(session.created_at)
-    agent = run.info["agent"] if run else "It"
-    state = "is running" if session.is_running else "has ended"
-    return [("Agent", f"{agent} {state}; the session is there since {since:%Y-%m-%d %H:%M}"),
-            ("Made for", session.mark), *_describe_driver(run, holder),
-            ("Watch it", tmux.attach_command), ("End it", tmux.kill_command)]
-
-
-def _format_run(run: RecordedRun, is_driven: bool) -> str:
-    """Return a line about a run: when, how it ended, where and for what."""
-    outcome = read_outcome(run.path) or ("running" if is_driven else "cut off")
-    task = "(chat)" if run.info.get("mode") == "chat" else run.info["task"]
-    shown = textwrap.shorten(task, 50, placeholder=" ...")
-    return f"    {_format_start(run)}  {outcome:<11}  {run.info['workdir']}: {shown}"
+    rows = [("Driver", f"process {process}, since {_format_start(info)}: {_format_task(info)}")]
+    if path and info.get("mode") != "chat":
+        rows.append(("Dashboard", find_live_dashboard(path) or "none"))
+    return [*rows, ("Stop it", f"kill {process}")]
 
 
 def run_status(config: Config, workspace: Workspace) -> int:
-    """Print the sessions and the latest runs; return 0."""
+    """Print the sessions on our socket and the latest runs; return 0."""
     runs = list(list_runs(workspace))
     driven = []
-    sessions = list(list_sessions(config, workspace))
-    for tmux, session in sessions:
-        run = next((run for run in runs if run.info["attach"] == tmux.attach_command), None)
-        holder = find_session_holder(workspace.lock_path(tmux.socket_name, tmux.session))
-        if holder:
-            driven.append(run)
-        rows = _describe_session(tmux, session, run, holder)
-        print_line(f"Session {session.name}\n{textwrap.indent(format_rows(rows), '    ')}\n")
-    if not sessions:
-        print_line("There is no session, and no agent runs in one.\n")
+    for name, mark, created_at, is_running in make_tmux(config, workspace).list_sessions():
+        tmux = Tmux(config.claude_tmux_socket, name, workspace.environ)
+        path, info = next(((path, info) for path, info in runs
+                           if info["attach"] == tmux.attach_command), (None, {}))
+        process = find_session_holder(workspace.lock_path(tmux))[0]
+        if process:
+            driven.append(path)
+        agent = f"{info.get('agent', 'a program')}, " + ("running" if is_running else "ended")
+        since = datetime.datetime.fromtimestamp(created_at)
+        rows = [("Agent", f"{agent}; the session is there since {since:%Y-%m-%d %H:%M}"),
+                ("Made for", mark), *_describe_driver(path, info, process),
+                ("Watch it", tmux.attach_command), ("End it", tmux.kill_command)]
+        print_line(f"Session {name}\n{textwrap.indent(format_rows(rows), '    ')}\n")
     print_line(f"Latest runs, with their journals in {workspace.journal_directory}")
-    for run in runs[:10]:
-        print_line(_format_run(run, run in driven))
+    for path, info in runs[:10]:
+        outcome = read_outcome(path) or ("running" if path in driven else "cut off")
+        print_line(f"    {_format_start(info)}  {outcome:<11}  {info['workdir']}: "
+                   f"{_format_task(info)}")
     return 0
 
 
 # Doctor
 
-class Check(NamedTuple):
-    """A line of --doctor: its name, and what describes a thing or raises what is wrong with it."""
-
-    name: str
-    describe: Callable[[], str]
-    is_required: bool = True
-
-    def report(self) -> bool:
-        """Print the line; return False if no run can start."""
-        try:
-            print_line(f"{self.name:<9} ok      {self.describe()}")
-            return True
-        except (OrchestratorError, OSError, ValueError) as error:
-            verdict = "FAILED" if self.is_required else "warning"
-            print_line(f"{self.name:<9} {verdict:<7} {error}")
-            return not self.is_required
-
-
 class Doctor:
-    """Checks what a run needs, by trying it."""
+    """Checks what a run needs, by trying it.  Each check returns a description or raises."""
 
     def __init__(self, config: Config, workspace: Workspace) -> None:
         self._config = config
         self._workspace = workspace
+        self._agent = make_agent(config, workspace)
         self._profile = select_profile(config.default_model, config.claude_cmd)
 
     def run(self, errors: Sequence[str]) -> int:
         """Print a line for each thing and each error in the settings; return 0 if all is well."""
-        checks = [Check("python", platform.python_version)]
-        checks += [Check("settings", functools.partial(self._fail, error)) for error in errors]
-        checks += [Check("tmux", self._check_tmux), Check("agent", self._check_agent),
-                   Check("login", self._check_login), Check("model", self._check_model),
-                   Check("session", self._check_session), Check("state", self._check_state)]
-        if self._config.dashboard_enabled:
-            checks.append(Check("dashboard", self._check_dashboard, is_required=False))
-        reports = [check.report() for check in checks]
-        return 0 if all(reports) else 1
-
-    def _fail(self, error: str) -> str:
-        raise ConfigError(error)
-
-    def _check_tmux(self) -> str:
-        return make_agent(self._config, self._workspace).tmux.check_version()
+        print_line(f"python    ok      {platform.python_version()}")
+        for error in errors:
+            print_line(f"settings  FAILED  {error}")
+        checks = {"tmux": self._agent.tmux.check_version, "agent": self._check_agent,
+                  "login": self._check_login, "model": self._check_model,
+                  "session": self._check_session, "state": self._check_state}
+        failures = len(errors)
+        for name, check in checks.items():
+            try:
+                print_line(f"{name:<9} ok      {check()}")
+            except (OrchestratorError, OSError, ValueError) as error:
+                print_line(f"{name:<9} FAILED  {error}")
+                failures += 1
+        self._check_dashboard()
+        return 1 if failures else 0
 
     def _check_agent(self) -> str:
         profile = self._profile
-        found = make_agent(self._config, self._workspace).check_installed()
+        found = self._agent.check_installed()
         option, variable = profile.root_check
         if (os.getuid() == 0 and option and option in profile.start_command
                 and not self._workspace.environ.get(variable)):
@@ -6801,10 +6728,15 @@ class Doctor:
                               "that can be written.") from None
         return f"{directory} can be written"
 
-    def _check_dashboard(self) -> str:
+    def _check_dashboard(self) -> None:
+        """Print whether the dashboard can be served; a run does without it if it must."""
         host, port = self._config.dashboard_host, self._config.dashboard_port
-        Dashboard(Journal(), host=host, port=port).server_close()
-        return f"can listen on {host}, port {port or 'any'}"
+        if self._config.dashboard_enabled:
+            try:
+                Dashboard(Journal(), host=host, port=port).server_close()
+                print_line(f"dashboard ok      can listen on {host}, port {port or 'any'}")
+            except ConfigError as error:
+                print_line(f"dashboard warning {error}")
 
 
 # Dispatch
@@ -6860,9 +6792,9 @@ def find_workspace(directory: str | None, environ: Mapping[str, str],
 def start_replay(options: argparse.Namespace, environ: Mapping[str, str],
                  env_file: Mapping[str, str]) -> int:
     """Serve a recorded run.  Only the settings of the dashboard matter, and must be right."""
-    config = Config.from_env(*(
-        {name: value for name, value in source.items() if name.startswith("DASHBOARD_")}
-        for source in (environ, env_file)))
+    config = Config.from_env(
+        {name: value for name, value in environ.items() if name.startswith("DASHBOARD_")},
+        {name: value for name, value in env_file.items() if name.startswith("DASHBOARD_")})
     path = Path(options.replay)
     if not options.replay or path.is_dir():
         workspace = find_workspace(options.replay or options.directory, environ, env_file)
@@ -6904,7 +6836,7 @@ def repair_standard_streams() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, open(os.devnull, mode))
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  (until the process ends)
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
             with contextlib.suppress(OSError):      # a slow reader must not lose output
