@@ -6412,8 +6412,11 @@ def notify(config: Config, workspace: Workspace, path: Path, event: Event) -> No
                "ORCHESTRATOR_DIRECTORY": str(workspace.directory),
                "ORCHESTRATOR_JOURNAL": str(path)}
     sentence += f": {reason}\n" if reason else "\n"
-    status, output = run_shell_command(
-        config.notify_cmd, workspace.directory, environ, NOTIFY_TIMEOUT, stdin=sentence)
+    try:
+        status, output = run_shell_command(
+            config.notify_cmd, workspace.directory, environ, NOTIFY_TIMEOUT, stdin=sentence)
+    except OSError as error:
+        status, output = 126, str(error)
     if status:
         print_error(f"NOTIFY_CMD ended with exit status {status}: {output[-200:]}")
 

@@ -4746,6 +4746,136 @@ def test_a_file_system_without_locks_stops_nobody(tmp_path, monkeypatch):
         pass
 
 
+@pytest.mark.parametrize("owners, chosen", [
+    (["", ""], "default"), (["mine", ""], "default"), (["theirs", ""], "own"),
+    (["another program", "mine"], "own"), (["", "mine"], "own"), (["mine", "mine"], "default"),
+    (["theirs", "theirs"], "own")])
+def test_a_session_that_belongs_to_something_else_is_left_alone(
+        owners: list[str], chosen: str, tmp_path: Path, monkeypatch: Any) -> None:
+    workspace = Workspace(tmp_path, tmp_path / "state", {})
+    mark = orchestrator.make_agent(Config(), workspace).session_mark
+    names = {"default": Config().claude_tmux_session, "own": orchestrator.session_name_of(tmp_path)}
+    by_name = dict(zip(names.values(), owners))
+    monkeypatch.setattr(orchestrator, "find_session_owner", lambda config, workspace: (
+        by_name[config.claude_tmux_session].replace("mine", mark)))
+    assert orchestrator.choose_session(Config(), workspace).claude_tmux_session == names[chosen]
+    named = workspace._replace(has_session_name=True)
+    assert orchestrator.choose_session(Config(), named) == Config()
+
+
+def test_a_session_is_taken_before_it_is_made(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(Tmux, "find_pane", lambda tmux: ("", ""))
+    workspace = Workspace(tmp_path, tmp_path / "state", {})
+    assert orchestrator.find_session_owner(Config(), workspace) == ""
+    with session_lock(Config(), workspace, "'claude' in '/elsewhere'"):
+        assert orchestrator.find_session_owner(Config(), workspace) == "'claude' in '/elsewhere'"
+        with orchestrator.hold_session(Config(), workspace) as config:
+            assert config.claude_tmux_session == orchestrator.session_name_of(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a b", "ä.ö", "x" * 200, "-", "/"])
+def test_the_session_of_a_directory_has_a_name_that_tmux_takes(name: str) -> None:
+    names = {orchestrator.session_name_of(Path(parent, name)) for parent in ("/one", "/two")}
+    assert len(names) == (1 if name == "/" else 2)
+    assert all(re.fullmatch(r"gt-claude-loop-[A-Za-z0-9_-]*-[0-9a-f]{4}", each) for each in names)
+    assert {Config.from_env({"CLAUDE_TMUX_SESSION": each}, {}) for each in names}
+
+
+@pytest.mark.parametrize("event, sentence, outcome", [
+    ({"type": "complete", "outcome": "budget", "reason": "MAX_COST=1 reached"},
+     "The run in {} ended (budget): MAX_COST=1 reached\n", "budget"),
+    ({"type": "complete", "outcome": "complete", "reason": ""},
+     "The run in {} ended (complete)\n", "complete"),
+    ({"type": "state", "state": "waiting", "kind": "usage_limit", "reason": "until 3 am"},
+     "The run in {} is waiting: until 3 am\n", "waiting"),
+    ({"type": "state", "state": "waiting", "kind": "wait", "reason": "60 s"}, None, ""),
+    ({"type": "reply", "text": "x"}, None, "")])
+def test_you_are_told_of_ends_and_of_usage_limits(
+        event: dict[str, Any], sentence: str | None, outcome: str, tmp_path: Path) -> None:
+    command = "cat > note; env | grep ^ORCHESTRATOR_ > variables"
+    workspace = Workspace(tmp_path, tmp_path, {"PATH": os.environ["PATH"]})
+    orchestrator.notify(Config(notify_cmd=command), workspace, tmp_path / "j", event)
+    assert (tmp_path / "note").exists() is (sentence is not None)
+    if sentence:
+        assert (tmp_path / "note").read_text() == sentence.format(tmp_path)
+        assert set((tmp_path / "variables").read_text().splitlines()) == {
+            f"ORCHESTRATOR_OUTCOME={outcome}", f"ORCHESTRATOR_REASON={event['reason']}",
+            f"ORCHESTRATOR_DIRECTORY={tmp_path}", f"ORCHESTRATOR_JOURNAL={tmp_path / 'j'}"}
+
+
+def test_a_notice_that_fails_is_told_and_changes_nothing(
+        tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(orchestrator, "NOTIFY_TIMEOUT", 0.2)
+    end = {"type": "complete", "outcome": "complete", "reason": ""}
+    for command, directory, words in (("echo no mail; exit 3", tmp_path, "status 3: no mail"),
+                                      ("sleep 60", tmp_path, "status 124"),
+                                      ("true", tmp_path / "gone", "status 126")):
+        workspace = Workspace(directory, tmp_path, {"PATH": os.environ["PATH"]})
+        orchestrator.notify(Config(notify_cmd=command), workspace, tmp_path / "j", end)
+        assert words in capsys.readouterr().err
+
+
+def test_how_to_continue_is_told_as_a_command_that_can_be_copied(
+        tmp_path: Path, monkeypatch: Any) -> None:
+    script = tmp_path / "my scripts" / "orchestrator.py"
+    script.parent.mkdir()
+    script.touch()
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    workspace = orchestrator.find_workspace(str(tmp_path), {
+        "DEFAULT_MODEL": "gpt", "CLAUDE_CMD": "a b", "OPENROUTER_API_KEY": KEY, "HOME": "/x",
+        "OPENROUTER_BASE_URL": "http://x/v1?key=1"}, {"CLAUDE_TMUX_SESSION": "s"})
+    command = workspace.command_with("--resume")
+    assert command.startswith("DEFAULT_MODEL=gpt CLAUDE_CMD='a b' ")
+    assert command.endswith(f" '{script}' --resume {tmp_path}") and workspace.has_session_name
+    script.chmod(0o755)
+    assert orchestrator.own_command() == f"'{script}'"
+    monkeypatch.setattr(sys, "argv", ["-"])
+    assert orchestrator.own_command() == "python3 orchestrator.py"
+
+
+@pytest.mark.parametrize("outcome, is_chat, options, can_continue", [
+    ("complete", False, "", False), ("failed", False, "", False), ("stuck", False, "", False),
+    ("budget", False, "--resume ", True), ("agent", False, "--resume ", True),
+    ("interrupted", False, "--resume ", True), ("complete", True, "--chat ", True)])
+def test_only_what_can_be_resumed_is_said_to_be(
+        outcome: str, is_chat: bool, options: str, can_continue: bool, tmp_path: Path,
+        monkeypatch: Any) -> None:
+    workspace = Workspace(tmp_path, tmp_path / "state", {}, command="orchestrator")
+    agent = orchestrator.make_agent(Config(), workspace)
+    monkeypatch.setattr(agent, "is_running", lambda: True)
+    journal = Journal(tmp_path / "run.jsonl")
+    for terminate in (False, True):
+        journal.describe_end = functools.partial(
+            orchestrator.describe_end, Config(terminate_when_quit=terminate), workspace, agent,
+            tmp_path / "run.jsonl", is_chat)
+        fields = journal.describe_end(outcome)
+        assert fields["agent_running"] is not terminate
+    journal.publish("complete", outcome=outcome)
+    (event,) = journal.events()
+    assert event["next_command"] == f"orchestrator {options}{tmp_path}"
+    assert event["can_continue"] is can_continue
+    assert event["stop_command"] == "tmux -L gt-claude-loop kill-session -t gt-claude-loop"
+    assert not orchestrator.describe_end(Config(), workspace._replace(is_persistent=False), agent,
+                                         tmp_path, is_chat, outcome)
+
+
+def test_a_replay_without_a_file_is_of_the_latest_run_here(scene: Any, tmp_path: Path,
+                                                           monkeypatch: Any) -> None:
+    replayed: list[Path] = []
+    monkeypatch.setattr(orchestrator, "run_replay", lambda path, config: replayed.append(path) or 0)
+    assert scene("--replay")[0] == 2 and "no recorded run" in scene("--replay")[2]
+    runs = tmp_path / "state" / "orchestrator" / "runs"
+    runs.mkdir(parents=True)
+    for number, directory in enumerate(("home", "home", "elsewhere")):
+        event = {"time": "", "type": "task_info", "task": "x", "model": "M", "agent": "A",
+                 "attach": "attach", "workdir": str(tmp_path / directory)}
+        (runs / f"{number}.jsonl").write_text(json.dumps(event) + "\n")
+    (tmp_path / "elsewhere").mkdir()
+    assert scene("--replay")[0] == scene("--replay", str(tmp_path / "elsewhere"))[0] == 0
+    assert scene("--replay", "x.jsonl")[0] == scene(str(tmp_path / "elsewhere"), "--replay")[0] == 0
+    assert replayed == [runs / "1.jsonl", runs / "2.jsonl", Path("x.jsonl"), runs / "2.jsonl"]
+
+
 def test_the_run_to_resume_is_the_last_of_the_directory_with_this_session(tmp_path):
     place, runs = Workspace(tmp_path, tmp_path / "state", {}), tmp_path / "state" / "runs"
     first = {"type": "task_info", "task": "x", "model": "M", "agent": "A", "attach": "attach a",
