@@ -96,7 +96,6 @@ import termios
 import textwrap
 import threading
 import time
-import unicodedata
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -389,7 +388,7 @@ def ignore(*args: object, **fields: object) -> None:
     """Do nothing: the default of optional callbacks."""
 
 
-def never() -> bool:
+def never(*args: object) -> bool:
     """Return False: the default of optional conditions."""
     return False
 
@@ -492,6 +491,19 @@ def _find_overlap(before: list[str], after: list[str]) -> int:
     return places[0] if len(places) == 1 else len(before)
 
 
+def _find_redrawn(old: list[str], after: list[str]) -> int:
+    """Return where the new lines begin if the old ones were all drawn again further down, else 0.
+
+    Fewer than three lines of text may stand there by chance.
+    """
+    if sum(map(bool, old)) < 3:
+        return 0
+    for start in range(len(after) - len(old), 0, -1):
+        if after[start:start + len(old)] == old:
+            return start + len(old)
+    return 0
+
+
 def find_new_lines(before: list[str], after: list[str]) -> list[str] | None:
     """Return the lines of one capture that an earlier one lacks; None if they share nothing.
 
@@ -506,7 +518,29 @@ def find_new_lines(before: list[str], after: list[str]) -> list[str] | None:
     if before and not any(old[:start]) and not grown:       # blank lines are alike by chance
         return None
     end = _common_prefix_length(old[start:][::-1], after[start:][::-1])
-    return after[start:len(after) - end]
+    redrawn = _find_redrawn(old, after) if start + end < len(old) else 0
+    return after[redrawn:] if redrawn else after[start:len(after) - end]
+
+
+def find_new_blocks(before: list[str], after: list[str]) -> list[str] | None:
+    """Return the lines of a full screen that an earlier one lacks; None if they share nothing.
+
+    They are those outside the common beginning, the common end and equal blocks of three lines.
+
+    >>> find_new_blocks(['title', 'a', 'b', 'c', 'box'], ['title', 'a', 'b', 'c', 'd', 'box'])
+    ['d']
+    """
+    matcher = difflib.SequenceMatcher(None, before, after, autojunk=False)
+    new: list[str] = []
+    end, has_equal_text = 0, False
+    for block in matcher.get_matching_blocks():
+        is_first = block.a == block.b == 0
+        is_last = (block.a + block.size, block.b + block.size) == (len(before), len(after))
+        if block.size >= 3 or is_first or is_last:
+            new += after[end:block.b]
+            end = block.b + block.size
+            has_equal_text |= any(after[block.b:end])
+    return new if has_equal_text else None
 
 
 _VOLATILE_TEXT = re.compile(      # all repetitions are bounded: 16,000 digits must not take seconds
@@ -618,6 +652,7 @@ class AgentProfile:
     busy_title: re.Pattern[str] = SPINNER
     busy_words: re.Pattern[str] | None = None           # below the input box
     status_line: re.Pattern[str] | None = None          # the last unindented line above the box
+    hides_status_line: bool = False                     # while its answer streams
     closing_line: re.Pattern[str] | None = None         # the last line of a turn that is over
     queued_message: re.Pattern[str] | None = None       # typed before the agent had started
     needs_blank: re.Pattern[str] | None = None          # a message that a blank must follow
@@ -730,6 +765,7 @@ CODEX = AgentProfile(
     login_status_command=("codex", "login", "status"),
     prompt_line=re.compile(r"[›!](?:\s|$)"),
     status_line=re.compile(r"(?:[•◦] )?\w[^(]{0,80}\((?:\d+[hms] ?)+ • esc to interrupt\).*"),
+    hides_status_line=True,
     closing_line=re.compile(r"\s+Worked for <?\d.*"),
     queued_message=re.compile(r"\s*Waiting for startup\b"),
     needs_blank=re.compile(r"[@$]\S*\Z"),       # else a completion takes the Enter
@@ -738,7 +774,8 @@ CODEX = AgentProfile(
                          r"\besc (?:to )?(?:cancel|close|exit|(?:go )?back)\b", re.I),
     startup_dialogs=(
         StartupRule(re.compile("trust the contents of this directory"), "Yes"),
-        StartupRule(re.compile("Update available"), "Skip")),
+        StartupRule(re.compile("Update available"), "Skip"),
+        StartupRule(re.compile("Try new model"), "Use existing model")),
     usage_limit=re.compile(
         r"(?m)^[^\w\"'`]*(?:You['’]ve (?:hit|reached) your .*limit|Usage limit reached)"
         + _LIMIT_END, re.I),
@@ -1025,6 +1062,11 @@ def is_busy(profile: AgentProfile, screen: Sequence[str]) -> bool:
                 and profile.status_line.fullmatch(unindented[-1]))
 
 
+def text_lines(lines: Iterable[str]) -> list[str]:
+    """Return the lines that have text."""
+    return [line for line in lines if line.strip()]
+
+
 def is_message_queued(profile: AgentProfile, screen: Iterable[str]) -> bool:
     """Whether a screen says that the agent will take a message only once it has started."""
     pattern = profile.queued_message
@@ -1091,6 +1133,39 @@ def last_text_line(ansi_screen: str) -> str:
     return next((" ".join(line.split()) for line in lines[::-1] if re.search(r"\w", line)), "")
 
 
+_USUAL_BUSY_WORDS = re.compile(
+    r"\b(?:esc|ctrl[+-]c) (?:to )?(?:interrupt|cancel|stop|abort)\b|"
+    r"^[\s│┃|]*[\u2801-\u28ff\u25d0-\u25d3] ", re.I)
+_USUAL_MENU_HINT = re.compile(r"\benter (?:to )?(?:\w+)\b", re.I)
+
+
+def count_usual_busy_lines(screen: Sequence[str]) -> int:
+    """Count the last lines of any program that say, or show by a spinner, that it is working."""
+    return sum(1 for line in _last_text_lines(screen, 12)
+               if _USUAL_BUSY_WORDS.search(line) and not _USUAL_MENU_HINT.search(line))
+
+
+_ANY_PASTE_PLACEHOLDER = re.compile(r"\[[^\[\]]{0,20}\bpasted?\b[^\[\]]{0,40}\]", re.I)
+
+
+def has_appeared(text: str, before: Sequence[str], after: Sequence[str]) -> bool:
+    """Tell whether the end of a text, or a placeholder for it, is on the lines that are new.
+
+    Only letters and digits are compared: lines may be wrapped and framed.
+
+    >>> has_appeared("hello, you", ["> "], ["> hello,", "│ you │"])
+    True
+    """
+    old = set(before)
+    lines = "\n".join(line for line in after if line not in old)
+    end = "".join(filter(str.isalnum, text[-1000:]))
+    if not end or _ANY_PASTE_PLACEHOLDER.search(lines):
+        return True
+    shown = "".join(filter(str.isalnum, lines))
+    parts = (end[-8:], end[-16:-8])     # between which another column may stand
+    return any(part and part in shown for part in parts)
+
+
 def is_message_unsent(line: str, message: str) -> bool:
     """Whether the cursor's line still shows the end of a message, or a placeholder for it."""
     shown = line.strip().rstrip("│| \u00a0")
@@ -1130,10 +1205,12 @@ def find_startup_dialog(profile: AgentProfile, screen: Sequence[str]) -> Startup
 
 
 def find_problem(profile: AgentProfile, text: str) -> str:
-    """Return what to do about a problem in the agent's text that only you can fix, or ""."""
+    """Return a sentence on a problem in the agent's text that only you can fix, or ""."""
     for rule in profile.problems:
-        if rule.pattern.search(text):
-            return rule.advice
+        found = rule.pattern.search(text)
+        if found:
+            line = text[:found.end()].rsplit("\n", 1)[-1] + text[found.end():].split("\n", 1)[0]
+            return f"it says {' '.join(line.split())[:200]!r}. {rule.advice}"
     return ""
 
 
@@ -1199,11 +1276,27 @@ def parse_usage_limit(
 # May use: Errors, Configuration, Agent profiles.
 
 _SERVER_LOST = re.compile("server exited|lost server")
-_SESSION_LOST = re.compile(r"no server running|error connecting to .*\((No such file|Connection refused)|"
-                   "no sessions|no current target|can't find (session|window|pane)")
+_NO_CONNECTION = re.compile(r"error connecting to .*\((No such file|Connection refused)")
+_SESSION_LOST = re.compile(r"no server running|error connecting to .*\((No such file|"
+                           r"Connection refused)|no sessions|no current target|"
+                           r"can't find (session|window|pane)")
 _WIDTH, _HEIGHT, _HISTORY_LIMIT = 200, 50, 50_000
-INITIAL_TITLE = "starting"    # the title of a window whose program has not given it one
-_CALL_TIMEOUT = 5.0       # seconds; a server of another version may never answer
+INITIAL_TITLE = "starting"      # the title of a window whose program has not given it one
+_CALL_TIMEOUT = 5.0             # seconds; a server of another version may never answer
+
+
+def process_start_time(pid: int) -> str:
+    """Return when a process began, "" if it is gone or a zombie, or if nothing tells.
+
+    Slim containers have no ps, and macOS has no /proc.
+    """
+    with contextlib.suppress(OSError):
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        return "" if fields[0] == "Z" else fields[19]
+    with contextlib.suppress(OSError):
+        return subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True,
+                              stdin=subprocess.DEVNULL, text=True, errors="replace", env={}).stdout
+    return ""
 
 
 class PaneSnapshot(NamedTuple):
@@ -1221,16 +1314,15 @@ class PaneSnapshot(NamedTuple):
     foreground_command: str            # the program in the foreground
     title: str
     screen: tuple[str, ...]
+    reads_keys: bool | None = None      # raw mode, not line mode; None: unknown
+    columns: int = 0
+    rows: int = 0
+    cursor_is_visible: bool = True
 
     @property
     def cursor_line(self) -> str:
         """The line that the cursor is on."""
         return "".join(self.screen[self.cursor_row:self.cursor_row + 1])
-
-    @property
-    def lines_from_cursor(self) -> tuple[str, int]:
-        """The line that the cursor is on, and how many have text from there on."""
-        return self.cursor_line, sum(map(bool, self.screen[self.cursor_row:]))
 
     @property
     def text(self) -> str:
@@ -1245,6 +1337,26 @@ class TmuxSession(NamedTuple):
     mark: str           # what it was made for
     created_at: float   # Unix time
     is_running: bool    # False: its program has ended
+
+
+def read_terminal_modes(terminal: str) -> int | None:
+    """Return the local modes of a terminal (ICANON, ECHO, ...); None if they are unknown."""
+    try:
+        descriptor = os.open(terminal, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
+    except OSError:
+        return None
+    try:
+        return int(termios.tcgetattr(descriptor)[3])
+    except termios.error:
+        return None
+    finally:
+        os.close(descriptor)
+
+
+def is_in_raw_mode(terminal: str) -> bool | None:
+    """Tell whether the program on a terminal reads keys (raw mode), not lines; None: unknown."""
+    modes = read_terminal_modes(terminal)
+    return None if modes is None else not modes & termios.ICANON
 
 
 class Tmux:
@@ -1264,6 +1376,8 @@ class Tmux:
         self.socket_name = socket_name
         self.session = session
         self._environ = child_environment(environ)
+        self._session_exists = False    # when last asked for
+        self._server = 0, ""            # id and start time of the server, once it was seen
         self._server_hint = f"is the server on socket {socket_name} of another version, or stopped?"
 
     @property
@@ -1284,47 +1398,68 @@ class Tmux:
         return text
 
     def find_pane(self) -> tuple[str, str]:
-        """Return mark and id of our pane; no mark for a session of others, nor id for none.
+        """Return the mark of our session and the id of the agent's pane.
 
-        A person may have made panes beside ours, and look at one of them.
+        Without a session both are ""; for a session of others only the mark is; if the agent's
+        pane was closed but panes that a person made are left, only the id is.
         """
         try:
-            panes = self._query("list-panes", "-s", "-t", f"={self.session}:",
-                               "-F", "#{@orchestrator}\t#{pane_id}").splitlines()
+            rows = self._query("list-panes", "-s", "-t", f"={self.session}:", "-F",
+                               "#{@orchestrator}\t#{pane_id}\t#{@orchestrator_session}")
         except TmuxSessionLost:
+            self._session_exists = False
             return "", ""
-        mark, pane_id = max(panes).split("\t")         # those without a mark sort below
-        return mark, pane_id
+        self._session_exists = True
+        pane_mark, pane_id, session_mark = max(row.split("\t") for row in rows.splitlines())
+        if pane_mark:
+            return pane_mark, pane_id
+        return (session_mark, "") if session_mark else ("", pane_id)
 
-    def new_session(self, command: Sequence[str], directory: str, mark: str) -> str:
-        """Make the session, and the server if need be; return the id of its pane.
+    def new_pane(self, command: Sequence[str], directory: str, mark: str) -> str:
+        """Start a command in a new session, or in a new window of ours; return the pane's id.
 
         All in one call: history-limit and remain-on-exit are fixed, or too late, once the program
         runs.  A global window-size manual, for resize-window, kills the server on tmux 3.3a to
         3.6; -c can't name each directory: since 3.2 not a#[b]; without a pipe tmux up to 3.3a may
         note the end of a program before it has read its last words.
         """
-        target, apart = f"={self.session}:", self._foreign_server_prefix()
-        settings = () if apart else (
-            "start-server", ";", "set-option", "-s", "@started_by", "orchestrator", ";",
-            "set-option", "-g", "history-limit", str(_HISTORY_LIMIT), ";",
-            "set-option", "-g", "remain-on-exit", "on", ";",
-            "set-option", "-s", "focus-events", "on", ";",
-            "set-option", "-g", "update-environment", "", ";")
+        target = f"={self.session}:"
+        prefix = self._foreign_server_prefix()
+        new: tuple[str, ...] = ("new-window", "-t", target)
+        if not self._session_exists:
+            new = (*(() if prefix else self._server_settings()), "new-session", "-d", "-s",
+                   self.session, "-x", str(_WIDTH), "-y", str(_HEIGHT))
         return self._query(
-            *settings, "new-session", "-d", "-s", self.session, "-x", str(_WIDTH),
-            "-y", str(_HEIGHT), "-P", "-F", "#{pane_id}", "--", *apart, *command, ";",
+            *new, "-P", "-F", "#{pane_id}", "--", *prefix, *self._without_shell(command), ";",
             "set-option", "-w", "-t", target, "remain-on-exit", "on", ";",
             "pipe-pane", "-t", target, "exec cat > /dev/null", ";",
             "resize-window", "-t", target, "-x", str(_WIDTH), "-y", str(_HEIGHT), ";",
             "select-pane", "-t", target, "-T", INITIAL_TITLE, ";",
+            "set-option", "-t", target, "@orchestrator_session", mark, ";",
             "set-option", "-p", "-t", target, "@orchestrator", mark, cwd=directory).strip()
+
+    @staticmethod
+    def _server_settings() -> tuple[str, ...]:
+        """Return the commands that set up a server of ours."""
+        return ("start-server", ";", "set-option", "-s", "@started_by", "orchestrator", ";",
+                "set-option", "-g", "history-limit", str(_HISTORY_LIMIT), ";",
+                "set-option", "-g", "remain-on-exit", "on", ";",
+                "set-option", "-s", "focus-events", "on", ";",
+                "set-option", "-g", "update-environment", "", ";")
+
+    @staticmethod
+    def _without_shell(command: Sequence[str]) -> tuple[str, ...]:
+        """Return a command in the form that tmux runs itself.
+
+        It gives a single word to the user's shell, which may be one that refuses, as nologin.
+        """
+        return ("env", *command) if len(command) == 1 else tuple(command)
 
     def respawn_pane(self, pane_id: str, command: Sequence[str], directory: str) -> None:
         """Start a command in a pane whose program has ended; its history stays."""
         self._run("select-pane", "-t", pane_id, "-T", INITIAL_TITLE, ";",
-                  "respawn-pane", "-k", "-t", pane_id, "--", *self._foreign_server_prefix(), *command,
-                  cwd=directory)
+                  "respawn-pane", "-k", "-t", pane_id, "--", *self._foreign_server_prefix(),
+                  *self._without_shell(command), cwd=directory)
 
     def _foreign_server_prefix(self) -> tuple[str, ...]:
         """Return what goes before a command on a server of others, whose options stay theirs.
@@ -1340,27 +1475,32 @@ class Tmux:
     def snapshot(self, pane_id: str) -> PaneSnapshot:
         """Return the state and the screen of a pane, in one call to tmux."""
         facts = ("#{pane_id}:#{pid}:#{pane_pid}:#{pane_dead}:#{pane_in_mode}:#{alternate_on}:"
-                 "#{cursor_y}:#{cursor_x}:#{pane_dead_status}:#{pane_dead_signal}\n"
+                 "#{cursor_y}:#{cursor_x}:#{pane_width}:#{pane_height}:#{cursor_flag}:"
+                 "#{pane_dead_status}:#{pane_dead_signal}:#{pane_tty}\n"
                  "#{pane_current_command}\n#{pane_title}")
         answer = self._query("display-message", "-p", "-t", pane_id, facts, ";",
-                            "capture-pane", "-p", "-t", pane_id)
+                             "capture-pane", "-p", "-t", pane_id)
         first, command, title, screen = (answer + "\n\n\n").split("\n", 3)
         if not first.startswith(pane_id + ":"):     # since tmux 3.2 a wrong target is no error
             raise TmuxSessionLost(f"can't find pane: {pane_id}")
-        _, server, pid, dead, mode, alternate, row, column, status, ended_by = first.split(":")
-        return PaneSnapshot(pane_id, int(server), int(pid or 0), dead == "1",
-                    f"signal {ended_by}" if ended_by else f"status {status}" if status else "",
-                    mode not in ("", "0"), alternate == "1", int(row or 0), int(column or 0),
-                    command, title, tuple(line.rstrip() for line in screen.split("\n")))
+        (_, server, pid, dead, mode, alternate, row, column, columns, rows, cursor_flag,
+         exit_status, exit_signal, terminal) = first.split(":", 13)
+        if int(server) != self._server[0]:
+            self._server = int(server), process_start_time(int(server))
+        exit_description = f"status {exit_status}" if exit_status else ""
+        if exit_signal:
+            exit_description = f"signal {exit_signal}"
+        return PaneSnapshot(
+            pane_id, int(server), int(pid or 0), dead == "1", exit_description,
+            mode not in ("", "0"), alternate == "1", int(row or 0), int(column or 0),
+            command, title, tuple(line.rstrip() for line in screen.split("\n")),
+            None if dead == "1" else is_in_raw_mode(terminal), int(columns or 0), int(rows or 0),
+            cursor_flag != "0")
 
     def hides_input(self, pane_id: str) -> bool:
         """Whether the pane's terminal takes lines and does not show them, as for a password."""
-        path = self._query("display-message", "-p", "-t", pane_id, "#{pane_tty}").strip()
-        terminal = os.open(path, os.O_RDONLY | os.O_NOCTTY)
-        try:
-            modes = termios.tcgetattr(terminal)[3]
-        finally:
-            os.close(terminal)
+        terminal = self._query("display-message", "-p", "-t", pane_id, "#{pane_tty}").strip()
+        modes = read_terminal_modes(terminal) or termios.ECHO
         return bool(modes & termios.ICANON) and not modes & termios.ECHO
 
     def list_sessions(self) -> list[TmuxSession]:
@@ -1396,6 +1536,10 @@ class Tmux:
         """Press keys by their tmux names; False if the pane would not take them now."""
         return self._run_if_unchanged(pane, f"send-keys -t {pane.id} {shlex.join(keys)}")
 
+    def resize(self, pane: PaneSnapshot, rows: int) -> None:
+        """Give the pane's window another height."""
+        self._run("resize-window", "-t", pane.id, "-x", str(pane.columns), "-y", str(rows))
+
     def exit_copy_mode(self, pane_id: str) -> None:
         """End copy mode or another mode, in which keys would go to tmux."""
         try:
@@ -1428,32 +1572,55 @@ class Tmux:
         return answer
 
     def _run(self, *args: str, text: str = "", cwd: str | None = None) -> str:
-        """Run commands, with a `;` between them; one at the end of another word is that word's."""
+        """Run commands, with a `;` between them, and return what they print."""
+        done = self._call(args, text, cwd)
+        if done.returncode and _NO_CONNECTION.search(done.stderr) and self._restore_socket():
+            done = self._call(args, text, cwd)
+        if done.returncode == 0:
+            return done.stdout
+        message = done.stderr.strip() or f"status {done.returncode}"
+        if "server exited unexpectedly" in message:     # it died, or it is of another version
+            if args == ("list-sessions",):
+                raise TmuxError(f"tmux: {message}: {self._server_hint}")
+            with contextlib.suppress(TmuxSessionLost):
+                self._run("list-sessions")
+        text = f"tmux {args[0]}: {message}"
+        if _SERVER_LOST.search(message):
+            raise TmuxServerLost(text)
+        if _SESSION_LOST.search(message):
+            raise TmuxSessionLost(text)
+        raise TmuxError(text)
+
+    def _call(self, args: Sequence[str], text: str,
+              cwd: str | None) -> subprocess.CompletedProcess[str]:
+        """Run the tmux program; a `;` at the end of a longer word belongs to that word."""
         words = [re.sub(r"(?<=.);\Z", r"\\;", word, flags=re.S) for word in args]
         try:
-            done = subprocess.run(
+            return subprocess.run(
                 ["tmux", "-u", "-L", self.socket_name, "-f", os.devnull, *words], input=text,
                 capture_output=True, encoding="utf-8", errors="replace", env=self._environ,
                 cwd=cwd, timeout=_CALL_TIMEOUT, start_new_session=True)   # no Ctrl-C for it
         except FileNotFoundError as error:
+            if error.filename == cwd:
+                raise AgentError(f"the working directory is gone: {cwd}") from None
             raise AgentError(
-                f"the working directory is gone: {cwd}" if error.filename == cwd else
                 "tmux is not installed: apt install tmux, brew install tmux") from None
         except subprocess.TimeoutExpired:
             raise TmuxError(f"tmux {args[0]} gave no answer in {_CALL_TIMEOUT:g} s: "
                             f"{self._server_hint}") from None
         except OSError as error:
             raise TmuxError(f"tmux can't be run: {error.strerror}") from None
-        if done.returncode == 0:
-            return done.stdout
-        said = done.stderr.strip() or f"status {done.returncode}"
-        if "server exited unexpectedly" in said:    # it died, or it is of another version
-            if args == ("list-sessions",):
-                raise TmuxError(f"tmux: {said}: {self._server_hint}")
-            with contextlib.suppress(TmuxSessionLost):
-                self._run("list-sessions")
-        kind = TmuxServerLost if _SERVER_LOST.search(said) else TmuxSessionLost if _SESSION_LOST.search(said) else TmuxError
-        raise kind(f"tmux {args[0]}: {said}")
+
+    def _restore_socket(self) -> bool:
+        """Ask our server to make its socket again, which something that cleans /tmp removed."""
+        pid, start_time = self._server
+        if not start_time or process_start_time(pid) != start_time:
+            return False
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGUSR1)
+            time.sleep(0.2)
+            return True
+        return False
 
 
 # -- 7. Agent -----------------------------------------------------------------------------
@@ -1474,82 +1641,292 @@ class Turn(NamedTuple):
         return "\n".join([*(f"[{note}]" for note in self.notes), self.output]).rstrip("\n")
 
 
-class TurnDetector:
-    """Decide, look by look, whether a turn is over.
+class ProgramHabits:
+    """What the program in the pane has shown of itself, kept from turn to turn."""
 
-    A turn is over when a busy sign has gone and the screen stands still for SETTLE_SECONDS seconds or,
-    for a program that gives none, when the screen has changed and stands still for `settle_seconds`.
-    A sign counts only while something is redrawn: one that stands for STALE_SECONDS is a quotation, or
-    was left behind.  Words below the input box give way to what a person types there: while that
-    looks other than before, they count as gone only once the screen stands still for SETTLE_SECONDS_WITHOUT_INDICATOR.
-    (Measured on Claude Code 2.1 and Codex 0.169, which redraw twice a second.)
+    def __init__(self, profile: AgentProfile) -> None:
+        self.profile = profile
+        self.prompt_commands: set[str] = set()  # programs in the foreground that waited for input
+        self.reads_keys: bool | None = None     # whether it reads in raw mode while it waits
+        self.idle_busy_lines = 0                # lines below its box that say "busy" all the time
+        self.has_title_spinner = False
+        self.has_closing_line = False
+
+    def learn_idle(self, pane: PaneSnapshot) -> None:
+        """Note what the program looks like while it waits for input."""
+        self.prompt_commands.add(pane.foreground_command)
+        self.reads_keys = pane.reads_keys
+
+
+class TurnDetector:
+    """Detect the end of the agent's turn from successive pane snapshots.
+
+    Each rule is one method.  Rules 1 to 5 find a sign of work, in the order of trust.  The turn is
+    over when the sign has gone and the screen has settled.  Without a sign, a closing line, the
+    prompt (rule 6) or stillness alone (rule 7) ends it.  For stillness only the text above and in
+    the input box counts: status lines below it may tick for ever.
     """
 
-    SETTLE_SECONDS, SETTLE_SECONDS_WITHOUT_INDICATOR, STALE_SECONDS = 0.25, 2.0, 15.0
-    ENTER_RETRY_SECONDS = (0.5, 1.0, 2.0)        # when to press Enter again, in seconds after the last time
+    STALE_SECONDS = 15.0                    # a doubtful sign counts so long on a still screen
+    SETTLE_SECONDS = 0.1                    # after a sign of the program's own
+    SETTLE_SECONDS_AFTER_USUAL_WORDS = 1.0
+    SETTLE_SECONDS_AT_PROMPT = 0.5
+    SETTLE_SECONDS_OF_SLASH_COMMANDS = 1.0
+    SETTLE_SECONDS_WITHOUT_INDICATOR = 2.0
+    TOOL_SECONDS = 45.0                     # a new process counts so long on a still screen
+    ENTER_RETRY_SECONDS = (0.5, 1.0, 2.0)   # after the last Enter
 
-    def __init__(self, profile: AgentProfile, before: PaneSnapshot, now: float,
-                 prompt_commands: Iterable[str], *, has_title_spinner: bool = False,
-                 is_unsent: Callable[[PaneSnapshot], bool] = lambda pane: False, idle_timeout: float = STALE_SECONDS,
+    def __init__(self, before: PaneSnapshot, now: float, habits: ProgramHabits, *,
+                 message: str = "", is_unsent: Callable[[PaneSnapshot], bool] = never,
+                 has_new_process: Callable[[], bool] = never, idle_timeout: float = STALE_SECONDS,
                  settle_seconds: float = SETTLE_SECONDS_WITHOUT_INDICATOR) -> None:
-        self.has_title_spinner = has_title_spinner        # the title has shown a spinner: words are not asked any more
-        self._profile = profile
-        self._prompt_commands = frozenset(prompt_commands)      # programs that have waited for us
-        self._is_unsent, self._settle_seconds = is_unsent, settle_seconds
-        self._idle_timeout = idle_timeout           # seconds without any change
-        self._last_state = (before.title, before.foreground_command, before.screen)
-        self._title, self._lines_from_cursor = before.title, before.lines_from_cursor
-        self._started = self._changed = self._last_enter_at = now
-        self._has_changed = self._was_busy = self._was_busy_by_text = self._is_busy = False
+        self.last_sign = ""                     # the last sign of work in this turn
+        self.is_busy = False                    # a sign is shown now
+        self.is_unsent = is_unsent
+        self._before = before
+        self._habits = habits
+        self._profile = habits.profile
+        self._message = message
+        self._has_new_process = has_new_process
+        self._idle_timeout = idle_timeout
+        self._settle_seconds = settle_seconds
+        self._signs = (
+            ("title", self.has_title_spinner),
+            ("own words", self.has_own_words),
+            ("program", self.runs_another_program),
+            ("line mode", self.reads_lines),
+            ("usual words", self.has_usual_words))
+        self._started_at = now
+        self._read_parts(before)
+        self._last_lines_before = text_lines(self._above)[-3:]
+        self._text = (tuple(self._above), tuple(self._box))
+        self._state = (before.title, before.foreground_command, self._text)
+        self._text_changed_at = now
+        self._state_changed_at = now
+        self._has_changed = False
+        self._title_has_changed = False
+        self._quiet_since = now                 # no sign of work has been seen since
+        self._still_seconds = 0.0               # since any change: text, title or program
+        self._last_enter_at = now
         self._enter_retries = 0
+        self._processes_checked_at = -math.inf
+        self._tool_was_running = False
 
     def update(self, pane: PaneSnapshot, now: float) -> str:
-        """Return what to do after a look: wait, enter (it was not taken), done or quiet."""
-        picture = (pane.title, pane.foreground_command, pane.screen)
-        if picture != self._last_state:
-            self._last_state, self._changed, self._has_changed = picture, now, True
-        still, elsewhere = now - self._changed, pane.foreground_command not in self._prompt_commands
-        if pane.title != self._title:       # one that stands still since before was left behind
-            self._title = ""
-        spins = bool(self._profile.busy_title.match(pane.title)) and not self._title
-        self.has_title_spinner |= spins
-        words = not self.has_title_spinner and is_busy(self._profile, pane.screen)
-        self._is_busy = still < self.STALE_SECONDS and (spins or elsewhere or words)
-        if self._is_busy:
-            self._was_busy, self._was_busy_by_text = True, words
+        """Return what to do: "wait", "enter" (it was not taken), or how the turn has ended."""
+        self._note_changes(pane, now)
+        sign = next((name for name, is_shown in self._signs if is_shown(pane)), "")
+        if self.is_busy and not sign:
+            self._quiet_since = now
+        self.is_busy = bool(sign)
+        if sign:
+            self.last_sign = sign
+            is_endless = sign in ("program", "line mode") and self._is_stale
+            return "idle" if is_endless else "wait"
+        if is_message_queued(self._profile, pane.screen) and not self._is_stale:
             return "wait"
-        if elsewhere:
-            return "idle"
-        if is_message_queued(self._profile, pane.screen) and still < self.STALE_SECONDS:
+        if not self.last_sign and self.is_unsent(pane):
+            return self._retry_enter(now)
+        if not self.last_sign and not self._has_changed:
+            return "idle" if self._still_seconds >= self._idle_timeout else "wait"
+        settled_for = now - max(self._text_changed_at, self._quiet_since)
+        if settled_for < self._seconds_to_settle(pane) or self._runs_tool(pane, now):
             return "wait"
-        if self._was_busy:
-            hidden = self._was_busy_by_text and pane.lines_from_cursor != self._lines_from_cursor
-            return "done" if still >= (self.SETTLE_SECONDS_WITHOUT_INDICATOR if hidden else self.SETTLE_SECONDS) else "wait"
-        if self._is_unsent(pane):
-            waits = self.ENTER_RETRY_SECONDS[self._enter_retries:self._enter_retries + 1]
-            if waits and now - max(self._last_enter_at, self._changed) >= waits[0]:
-                self._enter_retries, self._last_enter_at = self._enter_retries + 1, now
-                return "enter"
-        elif self._has_changed:
-            return "done" if still >= self._settle_seconds else "wait"
-        return "idle" if still >= self._idle_timeout else "wait"
+        return "done"
 
     def poll_interval(self, now: float) -> float:
         """Return the seconds until the next look: 2 % of the turn's age, less near its end."""
-        age = now - self._started
-        if age < 1:
+        age = now - self._started_at
+        if age < 1 or (self.last_sign and not self.is_busy):
             return 0.05
-        return 0.1 if self._was_busy and not self._is_busy else min(0.5, max(0.1, 0.02 * age))
+        return min(0.5, max(0.1, 0.02 * age))
+
+    # the rules
+
+    def has_title_spinner(self, pane: PaneSnapshot) -> bool:
+        """Apply rule 1: a spinner begins the title, and was not left there by a dead program."""
+        spinner = self._profile.busy_title or SPINNER
+        if not self._title_has_changed or not spinner.match(pane.title):
+            return False
+        self._habits.has_title_spinner = True
+        return not self._is_stale
+
+    def has_own_words(self, pane: PaneSnapshot) -> bool:
+        """Apply rule 2: the known agent's own words stand in their place.
+
+        They are below its input box (the last lines, if it shows no box), or are the last line
+        above that which is not indented.  Quotations in an answer stand nowhere there.
+        """
+        if not self._profile.is_known or self._shows_closing_line:
+            return False
+        if self._count_busy_lines_below() > self._habits.idle_busy_lines:
+            return True
+        if self._habits.has_title_spinner or not self._profile.status_line:
+            return False
+        outdented = next((line for line in reversed(self._above) if line and line[0] != " "), "")
+        return bool(self._profile.status_line.match(outdented))
+
+    def runs_another_program(self, pane: PaneSnapshot) -> bool:
+        """Apply rule 3: the program in the foreground has never waited for us."""
+        return pane.foreground_command not in self._habits.prompt_commands
+
+    def reads_lines(self, pane: PaneSnapshot) -> bool:
+        """Apply rule 4: the terminal of a program that waits in raw mode is in line mode."""
+        return self._habits.reads_keys is True and pane.reads_keys is False
+
+    def has_usual_words(self, pane: PaneSnapshot) -> bool:
+        """Apply rule 5: an unknown program shows words or a spinner that it did not show before."""
+        if self._profile.is_known or self._is_stale:
+            return False
+        return (count_usual_busy_lines(pane.screen)
+                > count_usual_busy_lines(self._before.screen))
+
+    def has_prompt_again(self, pane: PaneSnapshot) -> bool:
+        """Apply rule 6: below the message, the cursor's line is again what it was before."""
+        prompt = self._before.cursor_line
+        is_as_before = (pane.cursor_line, pane.cursor_column, pane.reads_keys) == (
+            prompt, self._before.cursor_column, self._before.reads_keys)
+        if self._profile.is_known or not prompt or not is_as_before or "\n" in self._message:
+            return False
+        beginning = self._message[:20].rstrip()
+        return bool(beginning) and any(line.startswith(prompt) and beginning in line
+                                       for line in pane.screen[:pane.cursor_row])
+
+    # how they play together
+
+    @property
+    def _is_stale(self) -> bool:
+        """Whether nothing has changed for so long that a doubtful sign counts no more."""
+        return self._still_seconds >= self.STALE_SECONDS
+
+    def _seconds_to_settle(self, pane: PaneSnapshot) -> float:
+        """Return how long the text has to stand still now that no sign of work is seen."""
+        if self.last_sign == "usual words":
+            return self.SETTLE_SECONDS_AFTER_USUAL_WORDS
+        if self.last_sign:
+            return self.STALE_SECONDS if self._lacks_closing_line(pane) else self.SETTLE_SECONDS
+        if self._message.startswith("/"):
+            return self.SETTLE_SECONDS_OF_SLASH_COMMANDS
+        if self._has_new_closing_line():
+            return self.SETTLE_SECONDS
+        if self.has_prompt_again(pane):
+            return self.SETTLE_SECONDS_AT_PROMPT
+        return self._settle_seconds
+
+    def _has_new_closing_line(self) -> bool:
+        """Tell whether a closing line has come since the message: its answer was an instant one."""
+        return (self._shows_closing_line and bool(self._message)
+                and text_lines(self._above)[-3:] != self._last_lines_before)
+
+    def _lacks_closing_line(self, pane: PaneSnapshot) -> bool:
+        """Tell whether an answer may still be going on although its status line has gone.
+
+        Codex shows nothing else while its answer streams, if its user has changed its title.
+        """
+        return (self._profile.hides_status_line and self._habits.has_closing_line
+                and self.last_sign == "own words" and not self._habits.has_title_spinner
+                and not self._shows_closing_line
+                and not describe_menu(self._profile, pane.screen))
+
+    def _runs_tool(self, pane: PaneSnapshot, now: float) -> bool:
+        """Tell whether an unknown program runs a tool that it began since the message.
+
+        A tool may be silent, and so may its agent.  It is looked for once a second.
+        """
+        is_over = self.last_sign not in ("", "usual words") or self.has_prompt_again(pane)
+        if self._profile.is_known or is_over or self._still_seconds >= self.TOOL_SECONDS:
+            return False
+        if now - self._processes_checked_at >= 1:
+            self._processes_checked_at = now
+            self._tool_was_running = self._has_new_process()
+        return self._tool_was_running
+
+    def _retry_enter(self, now: float) -> str:
+        """Return "enter" when it is time to press it again: the message still stands in the box."""
+        if self._still_seconds >= self._idle_timeout:
+            return "idle"
+        waits = self.ENTER_RETRY_SECONDS[self._enter_retries:self._enter_retries + 1]
+        if not waits or now - max(self._last_enter_at, self._state_changed_at) < waits[0]:
+            return "wait"
+        self._enter_retries += 1
+        self._last_enter_at = now
+        return "enter"
+
+    def _note_changes(self, pane: PaneSnapshot, now: float) -> None:
+        self._read_parts(pane)
+        text = (tuple(self._above), tuple(self._box))
+        if text != self._text:
+            self._text = text
+            self._text_changed_at = now
+        state = (pane.title, pane.foreground_command, text)
+        if state != self._state:
+            self._state = state
+            self._state_changed_at = now
+            self._has_changed = True
+        self._title_has_changed |= pane.title != self._before.title
+        self._still_seconds = now - self._state_changed_at
+
+    def _read_parts(self, pane: PaneSnapshot) -> None:
+        """Take the screen apart, and learn what it looks like under a closing line."""
+        self._above, self._box, self._below = split_at_input_box(self._profile, pane.screen)
+        last = text_lines(self._above)[-1:]
+        self._shows_closing_line = bool(
+            last and self._profile.closing_line and self._profile.closing_line.match(last[0]))
+        if self._shows_closing_line:
+            self._habits.has_closing_line = True
+            self._habits.idle_busy_lines = self._count_busy_lines_below()
+
+    def _count_busy_lines_below(self) -> int:
+        """Count the lines with the agent's busy words below its box, or at the bottom without one."""
+        words = self._profile.busy_words
+        lines = self._below or text_lines(self._above)[-3:]
+        return sum(1 for line in lines if words and words.search(line))
 
 
-def process_start_time(pid: int) -> str:
-    """Return when a process began, or nothing: slim containers have no ps, macOS has no /proc."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
-    with contextlib.suppress(OSError):
-        return subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True,
-                              stdin=subprocess.DEVNULL, text=True, errors="replace", env={}).stdout
-    return ""
+def process_tree(pid: int) -> dict[int, str]:
+    """Return a process and its descendants, with the session (else the terminal) of each."""
+    parents: dict[int, tuple[int, str]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):      # it has just ended
+            fields = path.read_text(errors="replace").rpartition(")")[2].split()
+            parents[int(path.parent.name)] = int(fields[1]), fields[3]
+    if not parents:
+        with contextlib.suppress(OSError):
+            listed = subprocess.run(["ps", "-axo", "pid=,ppid=,tty="], capture_output=True,
+                                    stdin=subprocess.DEVNULL, text=True, errors="replace")
+            for line in listed.stdout.splitlines():
+                child, parent, terminal = line.split(None, 2)
+                parents[int(child)] = int(parent), terminal
+    family = {pid}
+    while found := {child for child, (parent, _) in parents.items()
+                    if parent in family and child not in family}:
+        family |= found
+    return {member: parents[member][1] for member in family if member in parents}
+
+
+def processes_of_pane(server_pid: int, pane_id: str) -> list[int]:
+    """Return the processes that have a pane in their environment, wherever they are now.
+
+    A daemon has left its parent and its session, but its environment still tells where it was
+    started.  Where that can't be read, as on macOS, the list is empty.
+    """
+    found = []
+    pane, server = f"\0TMUX_PANE={pane_id}\0".encode(), f",{server_pid},".encode()
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            variables = b"\0" + path.read_bytes() + b"\0"
+            tmux = variables.partition(b"\0TMUX=")[2].partition(b"\0")[0]
+            if pane in variables and server in tmux:
+                found.append(int(path.parent.name))
+    return found
+
+
+class _Submission:
+    """A message on its way to the agent."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.enter_sent = False     # tmux may have sent Enter: it must not be sent again
 
 
 class Agent:
@@ -1570,8 +1947,14 @@ class Agent:
     """
 
     # Seconds that a first screen stands still: a ready one, unknown words, a box without a title.
-    READY_SETTLE_SECONDS, UNKNOWN_SETTLE_SECONDS, UNTITLED_SETTLE_SECONDS, READY_TIMEOUT = 0.4, 10.0, 30.0, 60.0
-    INDICATOR_DELAY_SECONDS = 5.0     # until when the sign of an agent that gives one may come: a busy machine
+    READY_SETTLE_SECONDS, UNKNOWN_SETTLE_SECONDS, UNTITLED_SETTLE_SECONDS = 0.4, 10.0, 30.0
+    MENU_SETTLE_SECONDS, READY_TIMEOUT = 2.0, 60.0
+    INDICATOR_DELAY_SECONDS = 5.0   # a known agent shows that it works; a busy machine is slow
+    KEY_SETTLE_SECONDS = 1.0        # a known agent's screen after a key that starts no work
+    SHOW_SECONDS = 2.0              # on a still screen, for a pasted text to show
+    ENTER_DELAY_SECONDS = 0.2       # Gemini CLI takes an Enter right after a paste for a line break
+    TALL_ROWS = 500                 # the window in which a full-screen program is read
+    INTERRUPT_SECONDS = 5.0         # for the agent to stop its turn
     MAX_RESTARTS, RESTART_WINDOW_SECONDS = 3, 600.0
     STATE_SECONDS = 0.3
     TMUX_TIMEOUT = 25.0   # seconds: how long a tmux that does not answer is asked again
@@ -1597,10 +1980,13 @@ class Agent:
         self._pane_id, self._server_pid = "", 0     # a new server counts its panes from %0 again
         self._process = 0, ""                    # the program in the pane when last seen: id, birth
         self._last_capture: list[str] = []              # the last capture that was reported
-        self._prompt_commands: set[str] = set()
-        self._has_title_spinner = self._has_conversation = self._turn_in_progress = False
+        self._last_full_screen: list[str] = []          # the same of a full-screen program
+        self._habits = ProgramHabits(profile)
+        self.take_interrupt: Callable[[], bool] = never     # the user asks to interrupt a turn
+        self._has_conversation = self._turn_in_progress = False
         self._blocked_by_dialog = False                      # it shows no input box, but something unknown
         self._restart_times: list[float] = []
+        self._refused_options: set[str] = set()     # optional ones that the installed version lacks
         self._last_published: tuple[float, tuple[str, ...]] = (0.0, ())
 
     def __enter__(self) -> Agent:
@@ -1615,16 +2001,42 @@ class Agent:
 
     def check_installed(self) -> str:
         """Return where the agent's program is; raise AgentError if it is not there."""
-        profile, how = self._profile.start_command[0], self._profile.install_command or "check CLAUDE_CMD"
-        found = shutil.which(profile)
-        if not found:
-            raise AgentError(f"{self.name}: there is no {profile} on the PATH: {how}")
-        return f"{self.name}: {found}"
+        program = self._profile.start_command[0]
+        path = shutil.which(program)
+        if not path:
+            how = self._profile.install_command or "Check CLAUDE_CMD."
+            if self._profile.install_command:
+                how = f"Install it: {how}"
+            raise AgentError(f"{self.name}: {program} is not on your PATH. {how}")
+        return f"{self.name}: {path}"
+
+    def check_login(self, environ: Mapping[str, str]) -> str:
+        """Return whether the agent is logged in; raise AgentError if it says that it isn't.
+
+        Raises AgentError too if it would refuse to run as root.  Takes some seconds.
+        """
+        option, variable = self._profile.root_check
+        words = self._profile.start_command
+        if option and option in words and not environ.get(variable) and os.geteuid() == 0:
+            raise AgentError(f"{self.name} refuses {option} as root. Run as another user, or set "
+                             f"{variable}=1 where nothing can be damaged, as in a container.")
+        command = self._profile.login_status_command
+        if not command or words[0] != command[0]:
+            return "unknown: start it once to see"
+        try:
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                                  errors="replace", env=child_environment(environ), timeout=30)
+        except (OSError, subprocess.TimeoutExpired):
+            return "unknown: it did not answer"
+        problem = find_problem(self._profile, f"{done.stdout}\n{done.stderr}")
+        if problem:
+            raise AgentError(f"{self.name}: {problem}")
+        return "logged in" if done.returncode == 0 else "unknown: this version does not tell"
 
     def find_session(self) -> str:
         """Return the pane to join, if there is one; raise ConfigError if the session isn't ours."""
         mark, pane_id = self._tmux.find_pane()
-        if pane_id and mark != self.session_mark:
+        if mark != self.session_mark and (mark or pane_id):
             raise ConfigError(
                 f"the tmux session {self._tmux.session} is in use for {mark or 'something else'}. "
                 "Choose another name (CLAUDE_TMUX_SESSION, or the argument session), or close it: "
@@ -1636,7 +2048,7 @@ class Agent:
 
         If it was `resume` to before, and the session is gone, it is started with its conversation.
         Raises ConfigError for a session that was made for something else, AgentError if the
-        program is missing or ends at once.
+        program is missing or ends at once, or says that you have to do something first.
         """
         self._pane_id, notes = self.find_session(), ()
         self._has_conversation = resume or bool(self._pane_id)
@@ -1646,13 +2058,14 @@ class Agent:
             elif resume:
                 raise TmuxSessionLost(f"there is no {self._tmux.session}")
             else:
-                self._launch(self._profile.start_command)
-        except (TmuxSessionLost, AgentExited) as trouble:
-            if isinstance(trouble, AgentExited) and not self._has_conversation:
+                self._launch(resume=False)
+        except (TmuxSessionLost, AgentExited) as error:
+            if isinstance(error, AgentExited) and not self._has_conversation:
                 self.stop()     # its words are told; a dead session is in the way
                 raise
-            notes = (self._restart(trouble),)
-        self._last_capture, pane = self._capture_transcript(), self._snapshot()
+            notes = (self._restart(error),)
+        self._forget_output()
+        pane = self._snapshot()
         return Turn(pane.text, notes=notes + self._menu_notes(pane))
 
     def ask(self, message: str, timeout: float = 1800) -> Turn:
@@ -1660,42 +2073,36 @@ class Agent:
 
         A turn of more than `timeout` seconds is returned as still working.
         """
-        text, submitted = sanitize(message), False
-
-        def act(before: PaneSnapshot) -> Turn:
-            nonlocal submitted
-            asks = self._menu_notes(before)
-            notes, empty = self._clear_draft(before)
-            if asks or not empty:
-                return Turn(before.text, "idle", ("Nothing was typed.", *notes, *asks))
-            if not self._turn_in_progress:       # else it is not for us that it waits
-                self._prompt_commands.add(before.foreground_command)
-            is_unsent = self._paste_message(before, text)
-            self._retry_write(lambda pane: self._tmux.send_keys(pane, "Enter"))
-            submitted = self._has_conversation = True     # or nobody knows
-            turn = self._wait_for_turn_end(before, timeout, is_unsent=is_unsent, late=self._is_known)
-            return turn._replace(notes=notes + turn.notes)
-
-        turn = self._with_recovery(act, lambda: not submitted)
-        unsure = turn.state == "exited" and submitted
-        return turn._replace(notes=turn.notes + ("It may have taken the message.",) * unsure)
+        submission = _Submission(sanitize(message))
+        turn = self._with_recovery(lambda before: self._submit(before, submission, timeout),
+                                   lambda: not submission.enter_sent)
+        if turn.state == "exited" and submission.enter_sent:
+            note = (f"{self.name} may have received the message. "
+                    "Check before you send it again.")
+            turn = turn._replace(notes=(*turn.notes, note))
+        return turn
 
     def send_keys(self, keys: Sequence[str], timeout: float = 1800) -> Turn:
         """Press keys by their tmux names, and return what is new once the screen stands still."""
-        def act(before: PaneSnapshot) -> Turn:
+        def press(before: PaneSnapshot) -> Turn:
             self._retry_write(lambda pane: self._tmux.send_keys(pane, *keys))
-            return self._wait_for_turn_end(before, timeout, idle_timeout=2.0)
+            detector = self._new_detector(before, idle_timeout=2.0)
+            return self._wait_for_turn_end(detector, timeout)
 
-        return self._with_recovery(act)
+        return self._with_recovery(press)
 
-    def wait(self, seconds: float, *, idle_timeout: float | None = None) -> Turn:
-        """Wait until the screen changes and the agent is done, or the time is over.
+    def wait(self, timeout: float, until: Callable[[], bool] = never, *,
+             idle_timeout: float | None = None) -> Turn:
+        """Wait until the screen changes and the agent is done, `until()`, or the time is over.
 
         With `idle_timeout`, a screen that does not change for so many seconds ends the wait, too.
         """
-        idle_seconds = seconds if idle_timeout is None else idle_timeout
-        return self._with_recovery(
-            lambda before: self._wait_for_turn_end(before, seconds, idle_timeout=idle_seconds))
+        def watch(before: PaneSnapshot) -> Turn:
+            detector = self._new_detector(
+                before, idle_timeout=timeout if idle_timeout is None else idle_timeout)
+            return self._wait_for_turn_end(detector, timeout, until)
+
+        return self._with_recovery(watch)
 
     def read_state(self) -> Turn:
         """Look for a moment; the turn's state is "working" while the agent works."""
@@ -1707,7 +2114,7 @@ class Agent:
 
     def hides_input(self) -> bool:
         """Whether the agent's terminal hides what is typed, as for a password."""
-        with contextlib.suppress(OrchestratorError, OSError, termios.error):
+        with contextlib.suppress(OrchestratorError):
             return self._tmux.hides_input(self._pane_id)
         return False
 
@@ -1719,10 +2126,16 @@ class Agent:
         return False
 
     def stop(self) -> None:
-        """End the session, if it is ours."""
+        """End the session, if it is ours, and all that the agent has started in it."""
         with contextlib.suppress(OrchestratorError):
-            if self.find_session():
-                self._tmux.kill_session()
+            self._pane_id = self.find_session() or self._pane_id
+            with contextlib.suppress(OrchestratorError):
+                pane = self._tmux.snapshot(self._pane_id)
+                self._server_pid = pane.server_pid
+                self._process = pane.pid, process_start_time(pane.pid)
+            processes = self._find_processes()
+            self._tmux.kill_session()
+            self._end_processes(processes)
 
     def _with_recovery(self, act: Callable[[PaneSnapshot], Turn],
                  again: Callable[[], bool] = never) -> Turn:
@@ -1757,6 +2170,7 @@ class Agent:
         return pane
 
     def _capture_transcript(self) -> list[str]:
+        """Return the whole transcript, without the input box of a known agent."""
         lines = trimmed_lines(self._retry_read(self._tmux.capture_history))
         return strip_input_box(self._profile, lines)
 
@@ -1772,12 +2186,16 @@ class Agent:
                 self._sleep(0.2)
 
     def _publish_screen(self, pane: PaneSnapshot, pause: float) -> None:
-        """Publish a new screen for who watches, `pause` seconds after the last one."""
+        """Publish a new screen for the viewers, `pause` seconds after the last one."""
         now = self._clock()
-        if now - self._last_published[0] >= pause and pane.screen != self._last_published[1] and self._has_viewers():
-            self._last_published = (now, pane.screen)
-            with contextlib.suppress(TmuxError):
-                self._publish("screen", text=self._tmux.capture_ansi(pane.id))
+        last_time, last_screen = self._last_published
+        if now - last_time < pause or pane.screen == last_screen or not self._has_viewers():
+            return
+        self._last_published = (now, pane.screen)
+        cursor = [pane.cursor_row, pane.cursor_column] if pane.cursor_is_visible else None
+        with contextlib.suppress(TmuxError):
+            self._publish("screen", text=self._tmux.capture_ansi(pane.id), columns=pane.columns,
+                          rows=pane.rows, cursor=cursor)
 
     def _exit_error(self, pane: PaneSnapshot) -> AgentExited:
         if not pane.exit_description:         # some builds of tmux lose the signal that a child has ended
@@ -1792,15 +2210,89 @@ class Agent:
         error.last_output = "\n".join(words).strip("\n")
         return error
 
+    def _forget_output(self) -> None:
+        """Take all that is on the screen now for known."""
+        self._last_capture = self._capture_transcript()
+        pane = self._snapshot()
+        if pane.is_alternate_screen:
+            self._last_full_screen = self._capture_full_screen(pane)
+
     def _take_new_output(self, pane: PaneSnapshot) -> tuple[list[str], bool]:
         """Return what is new since the last report, and whether that could be told apart."""
-        lines = None
-        if not pane.is_alternate_screen:      # what is below a full-screen program will be there again
+        lines: list[str] | None
+        if pane.is_alternate_screen:        # what is below it will be there again
+            before, self._last_full_screen = self._last_full_screen, self._capture_full_screen(pane)
+            lines = find_new_blocks(before, self._last_full_screen)
+        else:
             before, self._last_capture = self._last_capture, self._capture_transcript()
             lines = find_new_lines(before, self._last_capture)
         return (pane.text.split("\n"), False) if lines is None else (lines, True)
 
+    def _capture_full_screen(self, pane: PaneSnapshot) -> list[str]:
+        """Return what a full-screen program shows in a tall window, without blank lines.
+
+        Such a program has no scrollback.  On the normal screen, programs would print everything
+        again.
+        """
+        if pane.dead or not pane.rows:
+            return []
+        try:
+            self._tmux.resize(pane, self.TALL_ROWS)
+            tall = self._wait_for_redraw(pane)
+        finally:
+            self._tmux.resize(pane, pane.rows)
+        self._wait_for_redraw(tall)
+        return text_lines(tall.screen)
+
+    def _wait_for_redraw(self, before: PaneSnapshot) -> PaneSnapshot:
+        """Wait until a program has drawn its screen in a window of another size; return that."""
+        pane, since = before, self._clock()
+        until = since + 1.0
+        while self._clock() < until:
+            self._sleep(0.03)
+            new = self._retry_read(self._tmux.snapshot)
+            if new.screen != pane.screen:
+                pane, since = new, self._clock()
+            elif pane is not before and self._clock() - since >= 0.1:
+                break
+        return pane
+
     # writing
+
+    def _submit(self, before: PaneSnapshot, submission: _Submission, timeout: float) -> Turn:
+        """Type a message into an empty input box, and wait for the end of its turn."""
+        menu_notes = self._menu_notes(before)
+        if menu_notes:
+            return Turn(before.text, "idle", ("Nothing was typed.", *menu_notes),
+                        menu="".join(menu_notes))
+        notes, is_empty = self._clear_draft(before)
+        if not is_empty:
+            return Turn(before.text, "idle", ("Nothing was typed.", *notes))
+        if not self._turn_in_progress:      # otherwise it does not wait for us
+            self._habits.learn_idle(before)
+        old_processes = set(self._tool_processes(before))
+        pasted = self._paste_message(before, submission.text)
+        if not self._is_ready_for_enter(before, pasted, submission.text):
+            note = (f"{self.name} did not show the text within {self.SHOW_SECONDS:g} seconds, so "
+                    "Enter was not pressed. Is a question on the screen, or a hidden input?")
+            return Turn(pasted.text, "idle", (*notes, "Nothing was sent.", note))
+        is_unsent = self._unsent_test(before, pasted, submission.text)
+        self._retry_write(lambda pane: self._tmux.send_keys(pane, "Enter"))
+        submission.enter_sent = self._has_conversation = True   # or nobody knows
+        detector = self._new_detector(
+            before, message=submission.text, is_unsent=is_unsent,
+            has_new_process=lambda: bool(set(self._tool_processes(before)) - old_processes),
+            settle_seconds=(self.INDICATOR_DELAY_SECONDS if self._profile.is_known
+                            else TurnDetector.SETTLE_SECONDS_WITHOUT_INDICATOR))
+        turn = self._wait_for_turn_end(detector, timeout)
+        return turn._replace(notes=(*notes, *turn.notes))
+
+    def _tool_processes(self, pane: PaneSnapshot) -> list[int]:
+        """Return the processes that an unknown program has started in sessions of their own."""
+        if self._profile.is_known:
+            return []
+        sessions = process_tree(pane.pid)
+        return [pid for pid, session in sessions.items() if session != sessions.get(pane.pid)]
 
     def _find_draft(self, pane: PaneSnapshot, column: int = 0) -> str:
         """Return what stands in the input box, nothing for a program whose box we do not know."""
@@ -1828,24 +2320,61 @@ class Agent:
         said = f"The input line held a draft, which {fate}: {truncate_middle(draft.strip(), 400)!r}"
         return (said,) * bool(draft), not left
 
-    def _paste_message(self, before: PaneSnapshot, text: str) -> Callable[[PaneSnapshot], bool]:
-        """Paste text and give it half a second to show; return what tells whether it still stands.
-
-        That is known by the box, or by the line that the cursor is on with it, or by the text.
-        """
-        def shown(pane: PaneSnapshot) -> bool:
-            return pane.screen != before.screen and is_message_unsent(pane.cursor_line, text)
-
+    def _paste_message(self, before: PaneSnapshot, text: str) -> PaneSnapshot:
+        """Paste a text once, and return the pane when it shows, or has not shown for long."""
+        needs_blank = self._profile.needs_blank
+        if needs_blank and needs_blank.search(text):
+            text += " "
         for _ in range(2):
-            answered = self._retry_write(lambda pane: self._tmux.paste_text(pane, text))
-            pasted = self._poll_until(shown)
-            if answered or self._find_draft(pasted) or shown(pasted):
-                break
-        else:
-            raise TmuxError(f"tmux gave no answer, twice, and {self.name} got no text")
-        if self._is_known and has_input_box(self._profile, before.screen):
+            was_answered = self._retry_write(lambda pane: self._tmux.paste_text(pane, text))
+            pasted = self._wait_for_text(before, text)
+            if was_answered or self._is_shown(before, pasted, text):
+                return pasted
+        raise TmuxError(f"tmux gave no answer, twice, and {self.name} got no text")
+
+    def _wait_for_text(self, before: PaneSnapshot, text: str) -> PaneSnapshot:
+        """Wait for a pasted text to show; a long one may take its time, while something moves."""
+        last_screen, changed_at = before.screen, self._clock()
+        until = changed_at + 5 * self.SHOW_SECONDS
+        while True:
+            pane, now = self._snapshot(), self._clock()
+            if pane.screen != last_screen:
+                last_screen, changed_at = pane.screen, now
+            patience = 0.5
+            if pane.reads_keys:
+                patience = self.SHOW_SECONDS + len(text) / 100_000
+            if self._is_shown(before, pane, text) or now - changed_at >= patience or now >= until:
+                return pane
+            self._sleep(0.02)
+
+    def _is_shown(self, before: PaneSnapshot, pane: PaneSnapshot, text: str) -> bool:
+        """Tell whether a pasted text is on the screen, in the input box if that is known."""
+        if self._find_draft(pane):
+            return True
+        if self._profile.is_known and has_input_box(self._profile, pane.screen):
+            return False
+        return has_appeared(text, before.screen, pane.screen)
+
+    def _is_ready_for_enter(self, before: PaneSnapshot, pasted: PaneSnapshot, text: str) -> bool:
+        """Tell whether Enter will submit a text that was pasted, and not answer a question.
+
+        In line mode the terminal itself keeps the text, shown or not.
+        """
+        if not pasted.reads_keys:
+            return True
+        if not self._profile.is_known:
+            self._sleep(self.ENTER_DELAY_SECONDS)
+        return self._is_shown(before, pasted, text)
+
+    def _unsent_test(self, before: PaneSnapshot, pasted: PaneSnapshot,
+                     text: str) -> Callable[[PaneSnapshot], bool]:
+        """Return what tells whether a message still stands in the input line.
+
+        That is known by the box, by the line that the cursor is on with it, or by the text.
+        """
+        if self._profile.is_known and has_input_box(self._profile, before.screen):
             return lambda pane: bool(self._find_draft(pane))
-        if shown(pasted):
+        if pasted.screen != before.screen and is_message_unsent(pasted.cursor_line, text):
             return lambda pane: pane.cursor_line.startswith(pasted.cursor_line)
         return lambda pane: is_message_unsent(pane.cursor_line, text)
 
@@ -1878,149 +2407,236 @@ class Agent:
 
     # waiting
 
-    def _wait_for_turn_end(self, before: PaneSnapshot, timeout: float, *, late: bool = False,
-                is_unsent: Callable[[PaneSnapshot], bool] = lambda pane: False,
-                idle_timeout: float = TurnDetector.STALE_SECONDS) -> Turn:
-        """Watch the pane until the turn is over, whose sign may come `late`; return what is new."""
-        started = self._clock()
-        watch = TurnDetector(self._profile, before, started, self._prompt_commands, has_title_spinner=self._has_title_spinner, is_unsent=is_unsent,
-                      idle_timeout=idle_timeout, settle_seconds=self.INDICATOR_DELAY_SECONDS if late else TurnDetector.SETTLE_SECONDS_WITHOUT_INDICATOR)
+    def _new_detector(self, before: PaneSnapshot, **options: Any) -> TurnDetector:
+        if self._profile.is_known:
+            options.setdefault("settle_seconds", self.KEY_SETTLE_SECONDS)
+        return TurnDetector(before, self._clock(), self._habits, **options)
+
+    def _wait_for_turn_end(self, detector: TurnDetector, timeout: float,
+                           until: Callable[[], bool] = never) -> Turn:
+        """Look at the pane until the turn is over; return what is new."""
+        started_at = self._clock()
+        notes: tuple[str, ...] = ()
         while True:
             pane, now = self._snapshot(), self._clock()
-            verdict = watch.update(pane, now)
-            self._has_title_spinner = watch.has_title_spinner
+            verdict = detector.update(pane, now)
+            if self.take_interrupt():
+                self._retry_write(lambda pane: self._tmux.send_keys(pane, "Escape"))
+                timeout = min(timeout, now - started_at + self.INTERRUPT_SECONDS)
+                notes = (f"The user interrupted {self.name} (Escape was pressed).",)
             if verdict == "enter":
-                self._retry_write(lambda now: not is_unsent(now) or self._tmux.send_keys(now, "Enter"))
+                self._press_enter_if(detector.is_unsent)
             elif verdict != "wait":
-                return self._finish_turn(pane, verdict)
-            elif now - started >= timeout:
-                return self._finish_turn(pane, "working")
-            self._sleep(min(watch.poll_interval(now), max(0.0, started + timeout - now)))
+                break
+            elif until() or now - started_at >= timeout:
+                verdict = "working" if detector.is_busy or not until() else "idle"
+                break
+            self._sleep(min(detector.poll_interval(now),
+                            max(0.0, started_at + timeout - now)))
+        turn = self._finish_turn(pane, verdict, detector)
+        return turn._replace(notes=(*notes, *turn.notes))
 
-    def _finish_turn(self, pane: PaneSnapshot, state: str) -> Turn:
-        """Return what is new since the last report."""
+    def _press_enter_if(self, is_unsent: Callable[[PaneSnapshot], bool]) -> None:
+        """Press Enter again, if the message still stands in the input line."""
+        def press(pane: PaneSnapshot) -> bool:
+            return not is_unsent(pane) or self._tmux.send_keys(pane, "Enter")
+
+        self._retry_write(press)
+
+    def _finish_turn(self, pane: PaneSnapshot, state: str, detector: TurnDetector) -> Turn:
+        """Return what is new since the last report, and how the turn has ended."""
         self._publish_screen(pane, 0.0)
-        self._turn_in_progress, notes = state == "working", []
+        self._turn_in_progress = state == "working"
         if state == "done":
             self._restart_times.clear()
-        elif state == "working":
-            notes.append(f"{self.name} is still working.")
-        elif pane.foreground_command in self._prompt_commands:
-            notes.append("Nothing more happens on the screen.")
-        else:
-            notes.append(f"Nothing has changed for {TurnDetector.STALE_SECONDS:g} seconds, but {pane.foreground_command} "
-                         "is still running in the foreground.")
-        lines, exact = self._take_new_output(pane)
+        notes = self._state_notes(pane, state, detector)
+        lines, is_exact = self._take_new_output(pane)
         output = "\n".join(lines).strip("\n")
         limit = parse_usage_limit(self._profile, output, datetime.datetime.now())
-        seconds = limit.seconds if limit else 0.0
+        if state != "working":
+            self._raise_problem("\n".join(text_lines(lines)[-3:]))
         if not output and state != "working":       # no answer; or cleared, and the same again
-            output, exact, state = pane.text, state == "idle", "idle"
-        if not exact:
-            notes.append("This is the visible screen; what is new on it can't be told apart.")
+            output = pane.text
+            is_exact = state == "idle"
+            state = "idle"
+        if not is_exact:
+            notes.append("This is the whole visible screen. The new part could not be identified.")
         if limit:
-            notes.append(f"This is a usage limit of {self.name}"
-                         + f", over in {seconds / 60:.0f} minutes" * bool(seconds)
-                         + ". Never choose to pay for more.")
+            end = f", over in {limit.seconds / 60:.0f} minutes" if limit.seconds else ""
+            notes.append(f"This is a usage limit of {self.name}{end}. Never choose to pay for more.")
         menu = self._menu_notes(pane)
-        return Turn(truncate_middle(output), state, (*notes, *menu), seconds, "".join(menu))
+        return Turn(truncate_middle(output), state, (*notes, *menu),
+                    limit.seconds if limit else 0.0, "".join(menu))
+
+    def _state_notes(self, pane: PaneSnapshot, state: str, detector: TurnDetector) -> list[str]:
+        """Return what is to be said of the end of a turn, unless it is simply done."""
+        still = f"Nothing has changed for {detector.STALE_SECONDS:g} seconds, but"
+        if state == "done":
+            return []
+        if state == "working":
+            return [f"{self.name} is still working."]
+        if pane.foreground_command not in self._habits.prompt_commands:
+            return [f"{still} {pane.foreground_command} is still running in the foreground."]
+        if detector.reads_lines(pane):
+            return [f"{still} {self.name} is not at its prompt: it works, or waits for a line."]
+        if detector.is_unsent(pane):
+            return ["The message still stands in the input line: Enter was pressed, but "
+                    f"{self.name} did not take it."]
+        return ["Nothing more happens on the screen."]
 
     def _menu_notes(self, pane: PaneSnapshot) -> tuple[str, ...]:
         menu = describe_menu(self._profile, pane.screen)
-        return (menu,) * bool(menu)
+        return (menu,) if menu else ()
 
     # starting and reviving
 
-    def _launch(self, command: Sequence[str]) -> None:
-        """Run a command in the pane, or in a new session, and wait until it is ready."""
+    def _launch(self, resume: bool) -> None:
+        """Run the agent in the pane, or in a new session, and wait until it is ready.
+
+        An installed version that refuses an optional argument is started again without it.
+        """
         self.check_installed()
-        self._pane_id, self._server_pid = self.find_session(), 0
-        if self._pane_id:
-            self._tmux.respawn_pane(self._pane_id, command, self._directory)
-        else:
-            self._pane_id = self._tmux.new_session(command, self._directory, self.session_mark)
-            self._made_session = True
-        self._wait_until_ready()
+        while True:
+            command = self._profile.resume_command if resume else self._profile.start_command
+            for name, words in self._profile.optional_arguments:
+                if name not in self._refused_options:
+                    command = (*command, *words)
+            self._pane_id, self._server_pid = self.find_session(), 0
+            if self._pane_id:
+                self._tmux.respawn_pane(self._pane_id, command, self._directory)
+            else:
+                self._pane_id = self._tmux.new_pane(command, self._directory, self.session_mark)
+                self._made_session = True
+            try:
+                self._wait_until_ready()
+                return
+            except AgentExited as error:
+                self._raise_problem(error.last_output)
+                refused = {name for name, _ in self._profile.optional_arguments
+                           if name in error.last_output} - self._refused_options
+                if not refused:
+                    raise
+                self._refused_options |= refused
+
+    def _raise_problem(self, text: str) -> None:
+        """Raise AgentError if the agent says that there is a problem which only you can fix."""
+        problem = find_problem(self._profile, text)
+        if problem:
+            error = AgentError(f"{self.name}: {problem}")
+            error.last_output = text
+            raise error
 
     def _wait_until_ready(self) -> None:
-        """Wait until the screen stands still and the agent can be typed to; answer its questions.
+        """Wait until the screen has settled and the agent can be typed to; answer its dialogs.
 
-        One key at a time, and only on a screen that stands still: Claude Code draws its trust
-        question twice, and the cursor jumps back.
+        One key at a time, and only on a settled screen: an agent may draw a dialog twice, and then
+        its cursor jumps back.
         """
-        started, changed, last, answered = self._clock(), 0.0, None, ""
+        started = self._clock()
+        changed, last_state, answer = 0.0, None, ""
         while True:
             pane, now = self._snapshot(), self._clock()
-            if pane.screen != last:
-                last, changed = pane.screen, now
-            late = now - started >= self.READY_TIMEOUT
-            if now - changed >= self._required_settle_seconds(pane) or late:
-                question = find_startup_dialog(self._profile, pane.screen)
-                if answered and (not question or question.answer != answered):
+            dialog = find_startup_dialog(self._profile, pane.screen)
+            state = dialog or find_problem(self._profile, pane.text) or pane.screen
+            if state != last_state:     # not the screen: there may be an animation above a dialog
+                last_state, changed = state, now
+            is_late = now - started >= self.READY_TIMEOUT
+            if now - changed >= self._required_settle_seconds(pane) or is_late:
+                if answer and (not dialog or dialog.answer != answer):
                     self._publish("note", source="orchestrator",
-                                  text=f"answered a question of {self.name}: {answered}")
-                if not question or late:
-                    self._turn_in_progress = False
-                    self._prompt_commands.add(pane.foreground_command)
-                    self._blocked_by_dialog = self._is_known and (
-                        bool(question) or self._required_settle_seconds(pane) > self.READY_SETTLE_SECONDS)
+                                  text=f"answered a question of {self.name}: {answer}")
+                if not dialog or is_late:
+                    self._accept_first_screen(pane)
                     return
-                key, answered, changed = question.next_key, question.answer, now
-                self._retry_write(lambda seen: self._tmux.send_keys(seen, key))
+                answer, changed = dialog.answer, now
+                self._press_key(dialog.next_key)
             self._sleep(0.05)
 
+    def _press_key(self, key: str) -> None:
+        self._retry_write(lambda pane: self._tmux.send_keys(pane, key))
+
+    def _accept_first_screen(self, pane: PaneSnapshot) -> None:
+        """Note that the agent waits for input, or for what only you can do: then AgentError."""
+        has_box = has_input_box(self._profile, pane.screen)
+        if not has_box:
+            self._raise_problem(pane.text)
+        self._turn_in_progress = False
+        self._habits.learn_idle(pane)
+        is_untitled = pane.title == INITIAL_TITLE
+        self._blocked_by_dialog = self._is_known and (not has_box or is_untitled)
+
     def _required_settle_seconds(self, pane: PaneSnapshot) -> float:
-        """Return how long a first screen has to stand still before it is taken as the last.
-
-        Codex shows its box, but no title, before it takes text.
-        """
-        if not self._is_known:
-            return self.READY_SETTLE_SECONDS if pane.text else self.UNKNOWN_SETTLE_SECONDS
-        if find_startup_dialog(self._profile, pane.screen):
-            return self.READY_SETTLE_SECONDS
+        """Return how long a first screen has to stand still before it is taken as the last."""
+        if not pane.text:
+            return self.READY_TIMEOUT if self._is_known else self.UNKNOWN_SETTLE_SECONDS
         if has_input_box(self._profile, pane.screen):
-            return self.UNTITLED_SETTLE_SECONDS if pane.title == INITIAL_TITLE else self.READY_SETTLE_SECONDS
-        return self.UNKNOWN_SETTLE_SECONDS if pane.text else self.READY_TIMEOUT
+            # A box may be there before the agent takes text, but then it has not set the title.
+            is_untitled = pane.title == INITIAL_TITLE
+            return self.UNTITLED_SETTLE_SECONDS if is_untitled else self.READY_SETTLE_SECONDS
+        if not self._is_known or find_startup_dialog(self._profile, pane.screen):
+            return self.READY_SETTLE_SECONDS
+        if find_problem(self._profile, pane.text) or describe_menu(self._profile, pane.screen):
+            return self.MENU_SETTLE_SECONDS
+        return self.UNKNOWN_SETTLE_SECONDS
 
-    def _restart(self, trouble: AgentError) -> str:
+    def _restart(self, error: AgentError) -> str:
         """Start the agent again, with its conversation if it can; return what to say about it."""
-        remembers, latest = bool(self._has_conversation and self._profile.resume_command), trouble
-        what = str(trouble)
-        if isinstance(trouble, TmuxSessionLost):
-            what = f"the session is gone ({trouble})"
-            self._kill_orphan()
+        what = str(error)
+        if isinstance(error, TmuxSessionLost):
+            what = f"the session is gone ({error})"
+            self._end_processes(self._find_processes())
+        resumes = bool(self._has_conversation and self._profile.resume_command)
+        self._count_restart(error)
         while True:
-            now = self._clock()
-            self._restart_times = [at for at in self._restart_times if now - at < self.RESTART_WINDOW_SECONDS] + [now]
-            if len(self._restart_times) > self.MAX_RESTARTS:
-                raise AgentError(f"{self.name} was restarted {self.MAX_RESTARTS} times in ten minutes "
-                                 f"without finishing a turn; the last time: {latest}")
             try:
-                self._launch(self._profile.resume_command if remembers else self._profile.start_command)
+                self._launch(resumes)
                 break
-            except (TmuxSessionLost, AgentExited) as error:
-                if remembers:       # the other way to start it is no restart more
-                    self._restart_times.pop()
-                latest, remembers = error, False
-        self._last_capture = self._capture_transcript()
-        what += "; it was started again"
-        self._publish("recovery", what=what, resumed=remembers)
-        return f"{what} and " + ("remembers the conversation." if remembers
-                                 else "remembers nothing of what was said before.")
+            except (TmuxSessionLost, AgentExited) as latest:
+                if not resumes:     # the other way to start it is no restart more
+                    self._count_restart(latest)
+                resumes = False
+        self._forget_output()
+        self._publish("recovery", what=f"{what}; it was started again", resumed=resumes)
+        memory = ("remembers the conversation" if resumes
+                  else "has no memory of the earlier conversation")
+        return f"{what}; it was started again and {memory}."
 
-    def _kill_orphan(self) -> None:
-        """End a program that outlives its pane, two seconds later: a new one would work beside it.
+    def _count_restart(self, error: AgentError) -> None:
+        """Note a restart; raise AgentError if there were too many of them lately."""
+        now = self._clock()
+        self._restart_times = [at for at in self._restart_times
+                               if now - at < self.RESTART_WINDOW_SECONDS] + [now]
+        if len(self._restart_times) > self.MAX_RESTARTS:
+            raise AgentError(f"{self.name} was restarted {self.MAX_RESTARTS} times in ten minutes "
+                             f"without finishing a turn; the last time: {error}")
 
-        It leads a session of its own, as tmux had it; it was told by SIGHUP that the pane is gone.
+    def _find_processes(self) -> dict[int, str]:
+        """Return the agent's process and those that it has started, with their start times."""
+        pid, start_time = self._process
+        pids = set(processes_of_pane(self._server_pid, self._pane_id))
+        with contextlib.suppress(OSError):
+            # It leads a session of its own.  0 and 1 would be our own group, or every process.
+            if pid > 1 and start_time and os.getsid(pid) == pid and (
+                    process_start_time(pid) == start_time):
+                pids.update(process_tree(pid))
+        return {pid: process_start_time(pid) for pid in pids if pid > 1 and pid != os.getpid()}
+
+    def _end_processes(self, processes: dict[int, str]) -> None:
+        """End what outlives its pane: its tools would work on, and beside a new agent.
+
+        By then they were told by SIGHUP that the pane is gone, except those that have left its
+        session.  What they start meanwhile ends too.
         """
-        pid, born = self._process
-        for again in range(25):
-            try:        # 0 and 1 would be our own group and every process there is
-                if pid < 2 or not born or os.getsid(pid) != pid or process_start_time(pid) != born:
-                    return
-                os.killpg(pid, signal.SIGKILL if again >= 20 else 0)
-            except OSError:
+        for attempt in range(25):
+            processes.update(self._find_processes())
+            alive = [pid for pid, start_time in processes.items()
+                     if start_time and process_start_time(pid) == start_time]
+            if not alive:
                 return
+            if attempt in (3, 20):
+                for pid in alive:
+                    with contextlib.suppress(OSError):
+                        os.kill(pid, signal.SIGTERM if attempt == 3 else signal.SIGKILL)
             self._sleep(0.1)
 
 
@@ -3039,10 +3655,11 @@ class TaskInfo(TypedDict):
     memories: list[str]
 
 
-def utc_timestamp() -> str:
-    """Return the time in the form 2026-01-31T09:00:00.123Z."""
+def utc_timestamp(seconds_from_now: float = 0.0) -> str:
+    """Return a time in the form 2026-01-31T09:00:00.123Z."""
     now = datetime.datetime.now(datetime.timezone.utc)
-    return now.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    time = now + datetime.timedelta(seconds=seconds_from_now)
+    return time.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def parse_event(line: bytes) -> Event | None:
@@ -3170,7 +3787,7 @@ class Journal:
             return self._secret.sub("[key]", value)
         return value
 
-    def publish(self, kind: str, **fields: object) -> None:
+    def publish(self, kind: str, /, **fields: object) -> None:
         """Add an event; it is in the file when this returns."""
         with self._publish_lock:        # so that subscribers get the events in order
             if self._is_complete:
@@ -3348,9 +3965,9 @@ MEMORY_SAVE: fact      a short fact that will help in later runs in this directo
 _VERIFY_HINT = "The user's check then runs; if it fails, you see its output and go on."
 _CONFIRM_HINT = "No check is set up, so you are asked to confirm it."
 _SUMMARY_PROMPT = """\
-Below is the older part of a session in which you direct a coding agent. Summarise it for \
-yourself, in at most 600 words: what was asked, what was done and proved, what failed and why, \
-decisions, names of files and commands that matter, what is still to do. Write only the summary."""
+[The conversation gets too long. Summarise the session so far for yourself, in at most 600 words: \
+what was asked, what was done and proved, what failed and why, decisions, names of files and \
+commands that matter, what is still to do. Write only the summary; it is not typed.]"""
 _COMPACTION_PROMPT = """\
 Below are facts remembered from work in one directory, as a JSON object. Return one of the same \
 form with at most {limit} facts, and nothing else: merge what belongs together, drop what is \
@@ -3372,60 +3989,41 @@ class Action(NamedTuple):
 
 
 class _Line(NamedTuple):
-    """A line of a reply: a command with its argument, or text, which has no command word."""
+    """A line of a reply: text, or a command with its argument, which is None if it is unclear."""
 
     text: str
     word: str = ""
-    argument: str = ""
-    is_clear: bool = True           # False: it begins with a command word, but has another form
+    argument: str | None = ""
 
 
 _COMMAND_FORMS = {
-    "KEYS": "KEYS: Down Enter", "WAIT": "WAIT: 90s (or 10m, 2h)", "MEMORY_SAVE": "MEMORY_SAVE: fact",
-    "TASK_COMPLETE": "TASK_COMPLETE, alone on its line", "TASK_FAILED": "TASK_FAILED: reason"}
+    "KEYS": "KEYS: Down Enter", "WAIT": "WAIT: 90s (or 10m, 2h)",
+    "MEMORY_SAVE": "MEMORY_SAVE: fact", "TASK_FAILED": "TASK_FAILED: reason",
+    "TASK_COMPLETE": "TASK_COMPLETE, alone on its line"}
 _THINKING_BLOCK = re.compile(r"\A\s*<(think|thinking)>.*?(?:</\1>|\Z)|"
                              r"\A(?:(?!<think).)*?^</think(?:ing)?>", re.S | re.M)
 _FENCED_REPLY = re.compile(r"```[^`\n]*\n((?:(?!```).)*)```", re.S)
 _FENCE_LINE = re.compile(r"\s*(```+|~~~+)\s*([^`]*)")
-
-# These three match plain lines, as _plain_line makes them: • stands for any symbol.
-_COMMAND_LINE = re.compile(
-    r"(?:[\s•+#=-]|\*\s|\d{1,3}[.)]\s|\[[xX•]\]\s)*(?P<opening>[*_`(\[<]*)\s*"
-    r"(?P<word>(?:TASK[\\_ -]{1,3}(?:COMPLETE|FAILED)|MEMORY[\\_ -]{1,3}SAVE|KEYS|WAIT)"
+_FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}      # to ASCII
+_COMMAND_LINE = re.compile(     # behind list marks, emojis, brackets, but no quotes or empty boxes
+    r"(?!.{0,9}\[ \])(?:[^\w\"'~>]|_|\d{1,3}[.)]\s|\[[xX]\])*?(?P<opening>[*_`(\[<]{0,6})\s{0,3}"
+    r"(?P<word>(?:TASK[\W_]{1,3}(?:COMPLETE|FAILED)|MEMORY[\W_]{1,3}SAVE|KEYS|WAIT)"
     r"(?!_*-?[A-Za-z]|_*\d)|(?i:keys|wait)(?=\s*:))(?P<rest>.*)")
-_SEPARATOR = re.compile(r"[*_`)\]]*\s*(?:[:=][*_`)\]]*|[-•.!,;]+[*_`)\]]*(?=\s)|(?=[\s(]))\s*")
-_DECORATION = re.compile(r"[\s.!,*_`)\]>•=-]*")
-_NOT_YET = re.compile(r"(?i)\W*(?:no|not|never|false|pending|almost|nearly|after|when|if|once|unless|"
-                      r"until|is|will|would|should|can|can't|cannot|won't)\b")
-
-
-def _plain_line(line: str) -> str:
-    """Return a line of the same length, with ASCII for wide letters and dashes, • for symbols."""
-    plain_by_category = {"Pd": "-", "So": "•", "Sk": "•", "Sm": "•", "Po": "•", "Ps": "[",
-                         "Pe": "]", "Mn": " ", "Cf": " ", "Zs": " "}
-
-    def convert(character: str) -> str:
-        if character.isascii():
-            return character
-        if "\uff01" <= character <= "\uff5e":       # full width
-            return chr(ord(character) - 0xFEE0)
-        return plain_by_category.get(unicodedata.category(character), character)
-
-    return "".join(map(convert, line))
-
-
-_MODIFIERS = {"c": "C-", "ctrl": "C-", "control": "C-", "m": "M-", "alt": "M-", "meta": "M-",
-              "option": "M-", "s": "S-", "shift": "S-"}
+_SEPARATOR = re.compile(
+    r"[*_`)\]]*\s*(?:[:=][*_`)\]]*|[^\w\s(\"'?]+(?=\s)|(?=[\s(]))\s*")
+_DECORATION = re.compile(r"(?:[^\w\"'?~]|_)*")
+_NOT_YET = re.compile(
+    r"(?i)\W*(?:no|not|never|false|pending|almost|nearly|after|when|if|once|unless|until|is|will|"
+    r"would|should|can|can't|cannot|won't)\b")
+_TMUX_KEYS = ("Up", "Down", "Left", "Right", "Enter", "Escape", "Tab", "BTab", "Space", "BSpace",
+              "Home", "End", "PageUp", "PageDown", "PPage", "NPage", "PgUp", "PgDn", "IC", "DC",
+              "Insert", "Delete", *(f"F{number}" for number in range(1, 13)))
+_KEY_ALIASES = {
+    **{name.lower(): name for name in _TMUX_KEYS}, "return": "Enter", "esc": "Escape",
+    "backspace": "BSpace", "del": "Delete", "spacebar": "Space", "arrowup": "Up",
+    "arrowdown": "Down", "arrowleft": "Left", "arrowright": "Right", "↑": "Up", "↓": "Down",
+    "←": "Left", "→": "Right", "⏎": "Enter", "↵": "Enter"}
 _MODIFIED_KEY = re.compile(r"(?i)(c|ctrl|control|m|alt|meta|option|s|shift)[+-](.+)")
-_KEYS_BY_NAME = {
-    "up": "Up", "down": "Down", "left": "Left", "right": "Right", "enter": "Enter",
-    "escape": "Escape", "tab": "Tab", "btab": "BTab", "space": "Space", "bspace": "BSpace",
-    "home": "Home", "end": "End", "pageup": "PageUp", "pagedown": "PageDown", "ppage": "PPage",
-    "npage": "NPage", "pgup": "PgUp", "pgdn": "PgDn", "ic": "IC", "dc": "DC", "insert": "Insert",
-    "delete": "Delete", "return": "Enter", "esc": "Escape", "backspace": "BSpace", "del": "Delete",
-    "spacebar": "Space", "backtab": "BTab", "pgdown": "PgDn", "arrowup": "Up", "arrowdown": "Down",
-    "arrowleft": "Left", "arrowright": "Right", "↑": "Up", "↓": "Down", "←": "Left", "→": "Right",
-    "⏎": "Enter", "↵": "Enter"}
 _MAX_KEYS = 100
 
 
@@ -3436,20 +4034,17 @@ def _parse_key(word: str) -> str:
     ['Escape', 'C-c', 'C-c', 'BTab', 'y', '']
     """
     modifiers = ""
-    if len(word) == 2 and word[0] == "^":
-        word = f"C-{word[1]}"
+    word = re.sub(r"\A\^(?=.)", "C-", word)
     while match := _MODIFIED_KEY.fullmatch(word):
-        modifiers += _MODIFIERS[match[1].lower()]
+        modifiers += {"c": "C-", "s": "S-"}.get(match[1][0].lower(), "M-")
         word = match[2]
-    key = _KEYS_BY_NAME.get(word.lower(), "")
-    if not key and re.fullmatch(r"(?i)f([1-9]|1[0-2])", word):
-        key = word.upper()
-    if not key and len(word) == 1:
-        key = word.lower() if modifiers else word
+    key = _KEY_ALIASES.get(word.lower(), word if len(word) == 1 else "")
     if modifiers == "S-" and key == "Tab":
         return "BTab"
     if modifiers == "S-" and len(key) == 1:
         return key.upper()
+    if modifiers and len(key) == 1:
+        key = key.lower()
     return modifiers + key if key else ""
 
 
@@ -3457,26 +4052,24 @@ def _parse_keys(text: str) -> tuple[list[str], list[str]]:
     """Return the tmux names of keys as people write them, and the words that are no keys."""
     text = re.sub(r"(?<=\S),|,(?=\S)", " ", text)
     text = re.sub(r"(?i)\b(ctrl|control|alt|meta|option|shift) ?\+ ?(?=\S)", r"\1+", text)
-    text = re.sub(r"(?i)\bpage (up|down)\b", r"page\1", text)
     text = re.sub(r"(?<=\w\w)[ (]*[x×*] ?(\d{1,2})\b\)?", r" x\1 ", text)       # Down x3
     keys: list[str] = []
     unknown = []
     for word in text.split():
-        bare = re.sub(r"\A[<\[(\"'`]+(?=.)|(?<=.)[>\])\"'`]+\Z|(?<=\w)\.\Z", "", word)
-        key = _parse_key(bare)
         repeated = re.fullmatch(r"x(\d{1,2})", word)
+        key = _parse_key(re.sub(r"\A[<\[(\"'`]+(?=.)|(?<=.)[>\])\"'`]+\Z|(?<=\w)\.\Z", "", word))
         if repeated and keys:
             keys += [keys[-1]] * (int(repeated[1]) - 1)
         elif key:
             keys.append(key)
-        elif bare.lower() not in ("arrow", "key", "then", "and"):
+        elif word.lower() not in ("arrow", "key", "then", "and"):
             unknown.append(word)
     return keys, unknown
 
 
-_DURATION = re.compile(r"(?i)(?:(?:for|about|up to|~) ?)*((?:(?:\d{1,6}(?:[.,]\d{1,3})?|an?) ?"
-                       r"(?:s|secs?|seconds?|m|mins?|minutes?|h|hrs?|hours?)(?![a-z])[\s,]*"
-                       r"(?:and )?)+|\d{1,6})\.?(?:\s*[(–—-].*)?")
+_DURATION = re.compile(
+    r"(?i)(?:(?:for|about|up to|~) ?)*((?:\d{1,6}(?:[.,]\d{1,3})? ?(?:s|secs?|seconds?|m|mins?|"
+    r"minutes?|h|hrs?|hours?)(?![a-z])[\s,]*(?:and )?)+|\d{1,6})\.?(?:\s*[(–—-].*)?")
 
 
 def _parse_duration(text: str) -> float | None:
@@ -3488,119 +4081,106 @@ def _parse_duration(text: str) -> float | None:
     match = _DURATION.fullmatch(text)
     if not match:
         return None
-    if match[1].isdigit():
-        return float(match[1])
     seconds = 0.0
-    for number, unit in re.findall(r"(\d+(?:[.,]\d+)?|\ban?) ?([smh])", match[1].lower()):
-        amount = 1.0 if number.startswith("a") else float(number.replace(",", "."))
-        seconds += amount * SECONDS_PER_UNIT[unit]
+    for number, unit in re.findall(r"([\d.,]*\d) ?([smh]?)", match[1].lower()):
+        seconds += float(number.replace(",", ".")) * SECONDS_PER_UNIT[unit or "s"]
     return seconds
 
 
-def _invalid(line: _Line, problem: str) -> Action:
-    shown = truncate_middle(line.text.strip(), 400)
-    return Action("invalid", f"Nothing was done: {problem} in the line {shown!r}. The form is: "
-                             f"{_COMMAND_FORMS[line.word]}. No line that is meant as text may begin "
-                             f"with {line.word}.")
+def _not_understood(line: _Line, problem: str) -> Action:
+    return Action("invalid", (
+        f"Nothing was done: {problem} in the line {truncate_middle(line.text.strip(), 400)!r}. The "
+        f"form is: {_COMMAND_FORMS[line.word]}. No line of a message may begin with {line.word}."))
 
 
-def _parse_key_and_wait_lines(lines: Sequence[_Line]) -> Action:
+def _parse_command(lines: Sequence[_Line]) -> Action:
     """Return what one or more KEYS lines, or one WAIT line, ask for."""
     text = "\n".join(line.text for line in lines)
-    if lines[0].word == "WAIT":
-        seconds = _parse_duration(lines[0].argument)
-        if len(lines) > 1:
-            return Action("invalid", "Nothing was done: WAIT stands alone in a reply.")
-        if seconds is None:
-            return _invalid(lines[0], "there is no time that I understand")
-        return Action("wait", text, seconds=seconds)
-    keys, unknown = _parse_keys(" ".join(line.argument for line in lines))
-    if any(line.word == "WAIT" for line in lines):
+    if len(lines) > 1 and any(line.word == "WAIT" for line in lines):
         return Action("invalid", "Nothing was done: WAIT stands alone in a reply.")
+    if lines[0].word == "WAIT":
+        seconds = _parse_duration(lines[0].argument or "")
+        if seconds is None:
+            return _not_understood(lines[0], "there is no time that I understand")
+        return Action("wait", text, seconds=seconds)
+    keys, unknown = _parse_keys(" ".join(line.argument or "" for line in lines))
     if unknown:
-        return _invalid(lines[0], f"{truncate_middle(' '.join(unknown), 200)!r} is no key")
+        return _not_understood(lines[0], f"{truncate_middle(' '.join(unknown), 200)!r} is no key")
     if not 0 < len(keys) <= _MAX_KEYS:
-        return _invalid(lines[0], f"there are {len(keys)} keys (1 to {_MAX_KEYS} are allowed)")
+        return _not_understood(lines[0], f"{len(keys)} keys (1 to {_MAX_KEYS} are allowed)")
     return Action("keys", text, keys=tuple(keys))
 
 
-def _read_line(line: str) -> _Line:
+def _read_line(text: str) -> _Line:
     """Return what a line outside any code fence is."""
-    match = _COMMAND_LINE.match(_plain_line(line[:400]))
+    match = _COMMAND_LINE.match(text[:400].translate(_FULL_WIDTH))
     if not match:
-        return _Line(line)
-    word = re.sub(r"[\\_ -]+", "_", match["word"]).upper()
-    rest = match["rest"]
-    if word.startswith("TASK") and _DECORATION.fullmatch(rest):
-        return _Line(line, word)
-    separator = _SEPARATOR.match(rest)
+        return _Line(text)
+    word = re.sub(r"[\W_]+", "_", match["word"]).upper()
+    if word.startswith("TASK") and _DECORATION.fullmatch(match["rest"]):
+        return _Line(text, word)
+    separator = _SEPARATOR.match(match["rest"])
     if not separator:
-        return _Line(line, word, is_clear=False)
-    argument = line[match.start("rest") + separator.end():].strip()
+        return _Line(text, word, None)
+    argument = text[match.start("rest") + separator.end():].strip()
     closing = match["opening"][::-1].translate({ord("("): ")", ord("["): "]", ord("<"): ">"})
     if closing and closing not in separator[0]:
         argument = argument.removesuffix(closing).strip()
-    is_clear = True
-    if word.startswith("TASK"):
-        is_clear = bool(separator[0].strip()) or argument.startswith("(")
-    if word == "TASK_COMPLETE" and _NOT_YET.match(argument):
-        is_clear = False
-    command = _Line(line, word, argument, is_clear)
-    if not match["word"].isupper() and _parse_key_and_wait_lines([command]).kind == "invalid":
-        return _Line(line)      # a sentence, such as "Wait: the build is broken"
-    return command
+    line = _Line(text, word, argument)
+    if not match["word"].isupper() and _parse_command([line]).kind == "invalid":
+        return _Line(text)      # a sentence, such as "Wait: the build is broken"
+    is_blank = not separator[0].strip() and not argument.startswith("(")
+    if word.startswith("TASK") and is_blank or word == "TASK_COMPLETE" and _NOT_YET.match(argument):
+        return _Line(text, word, None)
+    return line
 
 
 def _read_lines(reply: str, agent: str) -> Iterator[_Line]:
     """Yield the lines of a reply, up to one that pretends to be the agent's output."""
     fence = ""
-    for line in reply.split("\n"):
-        mark = _FENCE_LINE.fullmatch(line)
-        if mark and not fence:
-            fence = mark[1]
-            yield _Line(line)
-        elif fence:
-            if mark and mark[1].startswith(fence) and not mark[2]:
-                fence = ""
-            yield _Line(line)
-        elif agent and line.lstrip(" *_`#>").lower().startswith(f"{agent} output:".lower()):
-            yield _Line(line, "OUTPUT")
+    for text in reply.split("\n"):
+        mark = _FENCE_LINE.fullmatch(text)
+        if fence or mark:
+            yield _Line(text)
+        elif agent and text.lstrip(" *_`#>").lower().startswith(f"{agent} output:".lower()):
+            yield _Line(text, "OUTPUT")
             return
         else:
-            yield _read_line(line)
+            yield _read_line(text)
+        if mark and not fence:
+            fence = mark[1]
+        elif mark and mark[1].startswith(fence) and not mark[2]:
+            fence = ""
 
 
 def _choose_action(lines: Sequence[_Line]) -> Action:
     """Return the one action that the lines of a reply, without MEMORY_SAVE, ask for."""
-    words = [line.word for line in lines if line.word]
+    words = [line.word for line in lines]
     commands = [line for line in lines if line.word in ("KEYS", "WAIT")]
     message = "\n".join(line.text for line in lines if not line.word).strip("\n").rstrip()
     for line in lines:
-        if not line.is_clear:
-            return _invalid(line, "I can't tell what is asked for")
+        if line.argument is None:
+            return _not_understood(line, "I can't tell what you want")
     if "TASK_COMPLETE" in words and (commands or "TASK_FAILED" in words):
         return Action("invalid", "Nothing was done: your reply contained TASK_COMPLETE and another "
                                  "command. Send one of them.")
     if "TASK_COMPLETE" in words:
-        remarks = [line.argument for line in lines if line.word == "TASK_COMPLETE" and line.argument]
+        remarks = [line.argument or "" for line in lines if line.word]
         return Action("complete", "\n".join([message, *remarks]).strip("\n"))
     if "TASK_FAILED" in words:
-        first, *more = lines[[line.word for line in lines].index("TASK_FAILED"):]
-        reason = "\n".join([first.argument, *(line.text for line in more)]).strip()
+        first, *more = lines[words.index("TASK_FAILED"):]
+        reason = "\n".join([first.argument or "", *(line.text for line in more)]).strip()
         return Action("failed", reason or "no reason given")
-    if commands:
-        last = max(index for index, line in enumerate(lines) if line.word)
-        if any(line.text.strip() for line in lines[last + 1:]):
-            return Action("invalid", f"Nothing was done: text follows {lines[last].word}. Send either "
-                                     "the text or the command.")
-        action = _parse_key_and_wait_lines(commands)
-        if message and action.kind != "invalid":
-            note = f"The text above {words[0]} was not typed: {truncate_middle(message, 200)!r}"
-            action = action._replace(note=note)
+    if not commands:
+        return Action("message", message)
+    action = _parse_command(commands)
+    if not message or action.kind == "invalid":
         return action
-    if not _plain_line(message).strip():
-        return Action("invalid", "Your reply was empty, so nothing was typed.")
-    return Action("message", message)
+    if not [line.word for line in lines if line.text.strip()][-1]:
+        return Action("invalid", f"Nothing was done: text follows {commands[-1].word}. Send either "
+                                 "the text or the command.")
+    note = f"The text above {commands[-1].word} was not typed: {truncate_middle(message, 200)!r}"
+    return action._replace(note=note)
 
 
 def parse_reply(reply: str, agent: str = "") -> Action:
@@ -3611,16 +4191,15 @@ def parse_reply(reply: str, agent: str = "") -> Action:
     """
     text = _THINKING_BLOCK.sub("", sanitize(reply), 1)
     fenced = _FENCED_REPLY.fullmatch(text.strip())
-    lines = list(_read_lines(fenced[1] if fenced else text, agent))
-    is_cut = lines[-1].word == "OUTPUT"
-    if is_cut:
-        lines.pop()
-    facts = tuple(line.argument for line in lines if line.word == "MEMORY_SAVE" and line.argument)
-    action = _choose_action([line for line in lines if line.word != "MEMORY_SAVE" or not line.is_clear])
-    if is_cut:
+    lines = list(_read_lines((fenced[1] if fenced else text).rstrip(), agent))
+    facts = [line for line in lines if line.word == "MEMORY_SAVE" and line.argument is not None]
+    action = _choose_action([line for line in lines if line not in facts and line.word != "OUTPUT"])
+    if action.kind == "message" and not action.text.strip("\u200b\u200e\u200f\ufeff \n"):
+        action = Action("invalid", "Your reply was empty, so nothing was typed.")
+    if lines[-1].word == "OUTPUT":
         note = f'Your reply was cut at "{agent} output:", which only the program writes.'
         action = action._replace(note=f"{action.note} {note}".strip())
-    return action._replace(facts=facts)
+    return action._replace(facts=tuple(line.argument for line in facts if line.argument))
 
 
 class Observation:
@@ -3667,6 +4246,12 @@ class Conversation:
             messages.append({"role": "user", "content": observation.as_text()})
         return messages
 
+    def messages_with_request(self, request: str) -> list[dict[str, str]]:
+        """Return the messages with a request on top of the newest one, which no cache has yet."""
+        messages = self.messages()
+        messages[-1]["content"] = f"{request}\n\n{messages[-1]['content']}"
+        return messages
+
     def add_exchange(self, reply: str, *sentences: str, output: str = "") -> None:
         """Add a reply of the model, and what came of it."""
         self._exchanges.append((reply, Observation(*sentences, output=output)))
@@ -3698,7 +4283,7 @@ class Conversation:
         return count, "\n\n".join(texts)
 
     def replace_with_summary(self, summary: str, count: int) -> None:
-        """Replace the oldest `count` exchanges by a summary.  Notes of the user stay as they are."""
+        """Replace the oldest `count` exchanges by a summary, but keep the notes of the user."""
         self._summary = summary
         for _, observation in self._exchanges[:count]:
             self._kept_notes += [sentence for sentence in observation.sentences
@@ -3763,9 +4348,16 @@ class RunControl:
 class RunTotals:
     """What a run has used so far: iterations, tokens, US dollars, and seconds."""
 
+    CACHE_SECONDS = 300.0           # how long a model server keeps a prompt, if it costs no more
+    MIN_SHARE_OF_LONG_TURNS = 0.06  # from which on it is worth the price to keep it for an hour
+
     def __init__(self, clock: Callable[[], float]) -> None:
-        self.iterations, self.tokens, self.cost, self.earlier_seconds = 0, TokenUsage(), 0.0, 0.0
-        self._priced_calls = 0        # calls that are in `cost`
+        self.iterations = 0
+        self.tokens = TokenUsage()
+        self.cost: float | None = None      # None: no server has reported any
+        self.earlier_seconds = 0.0          # of the parts of the run before this one
+        self._priced_calls = 0              # calls that are in `cost`
+        self._turns = self._long_turns = 0  # of the agent; those that outlast the cache
         self.restarts = self.errors = 0     # of the agent; of all kinds
         self.last_words = ""        # the last line that the agent has shown
         self.unproved: list[str] = []       # what spoke against the end when the model confirmed it
@@ -3777,22 +4369,32 @@ class RunTotals:
         return self.earlier_seconds + self._clock() - self._started_at
 
     def add_call(self, tokens: Sequence[int], cost: float | None) -> None:
-        """Count a call to the model; a cost that is not told is taken to be the mean."""
-        self.tokens = TokenUsage(*map(sum, zip(self.tokens, tokens)))
-        if cost is None and self._priced_calls:
-            cost = self.cost / self._priced_calls
+        """Count a call to the model; a cost that is not reported is taken to be the mean."""
+        self.tokens = self.tokens.plus(tokens)
+        if cost is None and self.cost is not None:
+            cost = self.cost / max(1, self._priced_calls)
         if cost is not None:
-            self.cost, self._priced_calls = self.cost + cost, self._priced_calls + 1
+            self.cost = (self.cost or 0.0) + cost
+            self._priced_calls += 1
+
+    @property
+    def has_long_pauses(self) -> bool:
+        """Whether so many turns outlast the cache that one of an hour pays off."""
+        return self._long_turns > self.MIN_SHARE_OF_LONG_TURNS * self._turns
 
     def count_event(self, event: Event) -> None:
-        """Count an event that tells of a restart or of an error."""
+        """Count an event that tells of a restart, an error, or a turn."""
+        if event["type"] == "iteration_end":
+            self._turns += 1
+            self._long_turns += get_int(event, "duration_ms") > self.CACHE_SECONDS * 1000
         self.restarts += event["type"] == "recovery"
         self.errors += event["type"] == "error"
 
     def restore(self, past: Sequence[Event]) -> None:
         """Count what earlier parts of a run have used, without the times between them.
 
-        An iteration that had no reply yet is begun again.
+        An iteration that had no reply yet is begun again.  Where a part ends with its duration,
+        the time that the computer slept does not count either.
         """
         previous = None
         for event in past:
@@ -3800,7 +4402,7 @@ class RunTotals:
             used, cost = get_object(event, "tokens"), get_number(event, "cost")
             tokens = TokenUsage(*(get_int(used, name) for name in TokenUsage._fields))
             if event["type"] == "complete":         # has all that was used until then
-                self.tokens, self.cost = tokens, cost or 0.0
+                self.tokens, self.cost = tokens, cost
             elif used and event["type"] != "iteration_end":     # its reply has told that
                 self.add_call(tokens, cost)
             if event["type"] == "reply":
@@ -3810,16 +4412,19 @@ class RunTotals:
                 if previous and event.get("reason") != _RESUMED_REASON:
                     self.earlier_seconds += max(0.0, (at - previous).total_seconds())
                 previous = at
+            if event["type"] == "complete" and get_number(event, "duration_ms"):
+                self.earlier_seconds = get_int(event, "duration_ms") / 1000     # of all parts
 
     @contextlib.contextmanager
-    def publish_outcome(self, journal: Journal,
-                        count_changed_files: Callable[[], int | None] | None = None
-                        ) -> Iterator[None]:
+    def publish_outcome(self, journal: Journal, find_changed_files: (
+            Callable[[], list[str] | None] | None) = None) -> Iterator[None]:
         """Publish `complete` at the end of the block, however it ends."""
         def conclude() -> None:
-            files_changed = count_changed_files() if count_changed_files else None
+            changed = find_changed_files() if find_changed_files else None
+            files_changed = None if changed is None else len(changed)
             journal.publish("complete", outcome=outcome, reason=reason, iterations=self.iterations,
-                            tokens=self.tokens._asdict(), cost=round(self.cost, 6),
+                            tokens=self.tokens._asdict(),
+                            cost=None if self.cost is None else round(self.cost, 6),
                             duration_ms=round(self.seconds * 1000), restarts=self.restarts,
                             errors=self.errors, files_changed=files_changed,
                             last_words=self.last_words, unproved=self.unproved)
@@ -3952,25 +4557,11 @@ def run_shell_command(command: str, directory: Path, environ: Mapping[str, str],
     return status, truncate_middle(sanitize(text).strip())
 
 
-_UNCOUNTED_PATH = re.compile(       # caches, logs, and what agents and this program write themselves
+_UNCOUNTED_PATH = re.compile(       # caches, logs, and files of the agents and of this program
     r"(?:\A|/)(?:\.(?:git|hg|svn|venv|tox|cache|\w+_cache|claude|codex|gemini|aider[^/]*|coverage)|"
     r"venv|node_modules|__pycache__|memory\.json[^/]*|orchestrator/runs)(?:/|\Z)|"
     r"\.(?:log|pyc|swp)\Z")
-
-
-class FileSnapshot(NamedTuple):
-    """The modification times and sizes of the files in a directory."""
-
-    files: Mapping[str, tuple[int, int]]
-    is_complete: bool               # False: there were too many files to look at all of them
-
-    def changed_since(self, earlier: FileSnapshot) -> list[str]:
-        """Return the paths of the files that changed, appeared or disappeared."""
-        changed = {path for path in self.files.keys() & earlier.files.keys()
-                   if self.files[path] != earlier.files[path]}
-        if self.is_complete and earlier.is_complete:
-            changed |= self.files.keys() ^ earlier.files.keys()
-        return sorted(changed)
+Files = Mapping[str, tuple[int, int]]       # modification times and sizes by path
 
 
 def _list_git_files(directory: Path, environ: Mapping[str, str]) -> list[str]:
@@ -3979,24 +4570,23 @@ def _list_git_files(directory: Path, environ: Mapping[str, str]) -> list[str]:
         return []           # without this, macOS offers to install git
     command = ["git", "-c", "core.fsmonitor=false", "ls-files", "-z", "--cached", "--others",
                "--exclude-standard"]
-    try:
-        result = subprocess.run(command, cwd=directory, env=dict(environ), timeout=1.0,
-                                stdin=subprocess.DEVNULL, capture_output=True)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return os.fsdecode(result.stdout).split("\0")[:-1] if result.returncode == 0 else []
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        output = subprocess.run(command, cwd=directory, env=dict(environ), timeout=1.0, check=True,
+                                stdin=subprocess.DEVNULL, capture_output=True).stdout
+        return os.fsdecode(output).split("\0")[:-1]
+    return []
 
 
-def snapshot_files(directory: Path, environ: Mapping[str, str], *, max_files: int = 20_000,
-                   timeout: float = 1.0) -> FileSnapshot:
-    """Look at the files in a directory, except caches and logs, for at most about `timeout` s."""
+def snapshot_files(directory: Path, environ: Mapping[str, str], timeout: float = 1.0
+                   ) -> Files | None:
+    """Look at all files but caches and logs in a directory.  None: there was not enough time."""
     deadline = time.monotonic() + timeout
-    files: dict[str, tuple[int, int]] = {}
+    files = {}
     pending = collections.deque(_list_git_files(directory, environ) or [""])
     while pending:
-        if len(files) >= max_files or time.monotonic() > deadline:
-            return FileSnapshot(files, False)
         path = pending.popleft()
+        if time.monotonic() > deadline:
+            return None
         if _UNCOUNTED_PATH.search(path):
             continue
         with contextlib.suppress(OSError):      # it may be gone by now
@@ -4005,7 +4595,33 @@ def snapshot_files(directory: Path, environ: Mapping[str, str], *, max_files: in
                 pending.extend(os.path.join(path, name) for name in os.listdir(directory / path))
             else:
                 files[path] = (status.st_mtime_ns, status.st_size)
-    return FileSnapshot(files, True)
+    return files
+
+
+def find_changed_files(before: Files | None, after: Files | None) -> list[str] | None:
+    """Return the paths that are in one snapshot only or differ; None if there is no snapshot."""
+    if before is None or after is None:
+        return None
+    paths = before.keys() | after.keys()
+    return sorted(path for path in paths if before.get(path) != after.get(path))
+
+
+_TEST_RESULT = re.compile(
+    r"(?P<failure>\b[1-9]\d* (?:tests? )?(?:failed|failures?|errors?)\b|"
+    r"\b(?:[Ff]ailures?|[Ee]rrors?)[:=] ?[1-9]|\b[A-Z]\w*(?:Error|Exception): |"
+    r"^\W*(?:FAILED|FAIL|ERROR)\b|^Traceback \(most|^not ok \d|\bcommand not found\b|"
+    r"^(?:panic|fatal|error): |Segmentation fault|[✗✘])|\b[1-9]\d* passed\b|^OK\b")
+
+
+def find_failure(output: str) -> str:
+    """Return the last line of an output if it tells of a failure, or "".
+
+    >>> find_failure("FAILED test_a\\n2 failed, 10 passed"), find_failure("0 failed, 12 passed")
+    ('2 failed, 10 passed', '')
+    """
+    lines = [line.strip() for line in output.split("\n") if line.strip()]
+    results = [match for line in lines[-12:] if (match := _TEST_RESULT.search(line[:1_000]))]
+    return truncate_middle(results[-1].string, 200) if results and results[-1]["failure"] else ""
 
 
 _LONG_WORD = re.compile(r"[^\W\d_]{3,}")
@@ -4020,45 +4636,18 @@ def _is_echo(line: str, message: str) -> bool:
     return not text or f" {text} " in f" {' '.join(message.split())} "
 
 
-_FAILURE = re.compile(
-    r"\b[1-9]\d* (?:tests? )?(?:failed|failures?|errors?)\b|\b(?:[Ff]ailures?|[Ee]rrors?)[:=] ?[1-9]|"
-    r"^\W*(?:FAILED|FAIL|ERROR)\b|^Traceback \(most recent|\b[A-Z]\w*(?:Error|Exception): |"
-    r"^not ok \d|\bcommand not found\b|^(?:panic|fatal|error): |Segmentation fault|BUILD FAILED|[✗✘]")
-_SUCCESS = re.compile(r"\b[1-9]\d* passed\b|^OK\b|BUILD SUCCESS")
-
-
-def find_failure(output: str) -> str:
-    """Return the last line at the end of an output that tells of a failure, or "".
-
-    >>> find_failure("FAILED test_a\\n2 failed, 10 passed"), find_failure("0 failed, 12 passed")
-    ('2 failed, 10 passed', '')
-    """
-    lines = [line.strip() for line in output.split("\n") if line.strip()]
-    for line in reversed(lines[-12:]):
-        if _FAILURE.search(line[:1_000]):
-            return truncate_middle(line, 200)
-        if _SUCCESS.search(line[:1_000]):
-            return ""
-    return ""
-
-
-def find_last_line(output: str) -> str:
-    """Return the last line that is not blank, or ""."""
-    return next((line.strip() for line in reversed(output.split("\n")) if line.strip()), "")
-
-
-class ProgressTracker:
-    """Tell turns that bring something new from turns that only repeat or reword."""
+class NewsDetector:
+    """Tell outputs that say something new from those that repeat or reword the last ones."""
 
     def __init__(self) -> None:
         self._lines: collections.deque[set[str]] = collections.deque(maxlen=12)     # of outputs
         self._words: collections.deque[set[str]] = collections.deque(maxlen=50)
 
-    def has_new_lines(self, message: str, output: str) -> bool:
-        """Return whether an output says what the last ones did not, except the echo of a message.
+    def update(self, message: str, output: str) -> bool:
+        """Return whether an output has a new line besides the echo of a message.
 
-        A new sentence is no news if at least half of its words are known; a line with figures,
-        paths or code is, unless only times and counters differ.
+        A sentence is new if most of its words are; a line with figures, paths or code is, unless
+        only times and counters differ.
         """
         text = "\n".join(line for line in output.split("\n") if not _is_echo(line, message))
         lines = {" ".join(line.split()) for line in normalize_screen(text).lower().split("\n")}
@@ -4089,7 +4678,7 @@ class Autopilot:
     MAX_SAME_FAILURES = 5               # of VERIFY_CMD in a row, then the run is stuck
     WARN_TURNS_WITHOUT_NEWS = 5         # then the model is told
     MAX_TURNS_WITHOUT_NEWS = 10         # then the run is stuck
-    LONG_WAIT_SECONDS = 60.0            # a WAIT that is no turn without news
+    LONG_WAIT_SECONDS = 60.0            # a WAIT that is not counted as a turn without news
     MAX_USAGE_LIMIT_SECONDS = 86400.0   # to its end: the model may decide to wait for longer
     USAGE_LIMIT_MARGIN_SECONDS = 120.0  # after its end
 
@@ -4097,6 +4686,7 @@ class Autopilot:
                  memory: Memory | None = None, journal: Journal | None = None,
                  control: RunControl | None = None, environ: Mapping[str, str] | None = None,
                  clock: Callable[[], float] = time.monotonic,
+                 wall_clock: Callable[[], float] = time.time,
                  sleep: Callable[[float], None] = time.sleep) -> None:
         self._agent = agent
         self._model = model
@@ -4105,23 +4695,27 @@ class Autopilot:
         self._journal = journal or Journal()
         self._memory = memory or Memory(agent.directory / "memory.json", config.memory_max_facts)
         self._control = control or RunControl(self._journal)
+        agent.take_interrupt = self._control.take_interrupt
         self._environ = child_environment(environ)
         self._clock = clock
+        self._wall_clock = wall_clock
         self._sleep = sleep
         self._task = ""
         self._output_label = f"{agent.name} output:\n"
         self._conversation = Conversation("")
+        self._untold = ""                   # what the journal should have of its beginning
         self._totals = RunTotals(clock)
         self._is_done = False
         self._messages_sent = 0             # to the agent, by any part of the run
         self._last_output = ""              # of the agent
         self._is_confirming = False         # the last reply was TASK_COMPLETE, and was questioned
         self._recent_failures: list[str] = []   # of VERIFY_CMD, in a row
-        self._progress = ProgressTracker()
+        self._news = NewsDetector()
         self._turns_without_news = 0
         self._recent_steps: list[tuple[Action, str]] = []   # with what came of them, since news
         self._was_warned = False            # of a circle, since there was news
-        self._files_at_start = self._files = FileSnapshot({}, False)
+        self._files_at_start: Files | None = None
+        self._files: Files | None = None    # when they were looked at last
         self._last_memory_error = ""        # was told
         self._part_published_at = 0.0
         self._max_characters = math.inf     # less than what the model called too long
@@ -4132,7 +4726,7 @@ class Autopilot:
         Raises what ends the run otherwise; `complete` is published in every case.
         """
         self._totals.restore(history)
-        with self._totals.publish_outcome(self._journal, self._count_changed_files):
+        with self._totals.publish_outcome(self._journal, self._find_files_changed_since_start):
             if history:
                 self._check_budgets(self._totals.iterations)
                 self._journal.publish("state", state="resumed", reason=_RESUMED_REASON)
@@ -4141,9 +4735,14 @@ class Autopilot:
                 self._journal.publish("task_info", **describe_run(
                     self._agent, self._config, task=task, memories=self._memory.facts,
                     model=getattr(self._model, "model", type(self._model).__name__)))
-            self._begin(task, history)
-            while not self._is_done:
-                self._step()
+            try:
+                self._begin(task, history)
+                while not self._is_done:
+                    self._step()
+            except Interrupted as interrupt:
+                if self._control.is_stopped:
+                    interrupt.args = ("stopped from the dashboard",)
+                raise
 
     # beginning
 
@@ -4153,9 +4752,10 @@ class Autopilot:
         self._task = self._journal.redact(task)
         self._files_at_start = self._files = snapshot_files(self._directory, self._environ)
         turn = self._agent.start(any(event["type"] == "reply" for event in history))
-        self._progress.has_new_lines("", turn.output)
+        self._news.update("", turn.output)
+        facts = history[0].get("memories") if history else self._memory.facts   # as it began
         self._conversation = Conversation(
-            self._system_prompt(), f"Task:\n{self._task}", f"{name} works in {self._directory}.")
+            self._system_prompt(facts), f"Task:\n{self._task}", f"{name} works in {self._directory}.")
         sentences = [f"[{note}]" for note in self._journal.redact(turn.notes)]
         output = self._output_label + self._journal.redact(turn.output)
         if history:
@@ -4164,18 +4764,18 @@ class Autopilot:
                 f"[You were stopped at {history[-1]['time']} and go on now, at {utc_timestamp()}. "
                 "The screen as it is now stands last. Your last message may or may not have "
                 "arrived. If the screen does not show it, check before you send it again.]"))
-            self._journal.publish("state", state="working", reason="the model is told",
-                                  told="\n\n".join([*sentences, output]))
+        self._untold = "\n\n".join([*sentences, output])
         self._conversation.tell(*sentences, output=output)
 
-    def _system_prompt(self) -> str:
+    def _system_prompt(self, memories: object) -> str:
         check = ""
         if self._config.verify_cmd:
             check = _VERIFY_HINT
         elif self._config.confirm_complete:
             check = _CONFIRM_HINT
         prompt = _SYSTEM_PROMPT.format(agent=self._agent.name, check=check)
-        facts = truncate_middle("".join(f"- {fact}\n" for fact in self._memory.facts))
+        memories = self._journal.redact(memories) if isinstance(memories, list) else []
+        facts = truncate_middle("".join(f"- {fact}\n" for fact in memories))
         return f"{prompt}\n## Memory from previous sessions\n{facts}" if facts else prompt
 
     def _rebuild_conversation(self, history: Sequence[Event]) -> None:
@@ -4228,7 +4828,7 @@ class Autopilot:
         self._wait_while_paused()
         self._begin_iteration()
         reply = self._query_model()
-        self._add_exchange(reply.text, self._act_on(reply))
+        self._add_exchange(self._journal.redact(reply.text), self._act_on(reply))
 
     def _act_on(self, reply: Reply) -> Event:
         """Do what a reply asks for; return the `iteration_end` that tells what came of it."""
@@ -4260,10 +4860,13 @@ class Autopilot:
 
     def _begin_iteration(self) -> None:
         self._check_budgets(self._totals.iterations)
+        self._control.take_interrupt()      # there is nothing now that it could interrupt
         self._conversation.tell(*self._control.take_notes())
         self._totals.iterations += 1
+        told = {"told": self._untold} if self._untold else {}
+        self._untold = ""
         self._journal.publish("iteration_start", iteration=self._totals.iterations,
-                              max_iter=self._config.max_iterations)
+                              max_iter=self._config.max_iterations, **told)
 
     def _query_model(self) -> Reply:
         """Return the model's next reply; shorten the conversation if it has become too long."""
@@ -4283,7 +4886,7 @@ class Autopilot:
                     raise
         self._journal.publish("reply", text=reply.text, **reply.usage_fields(),
                               duration_ms=reply.duration_ms)
-        if self._config.max_cost and reply.cost is None and not self._totals.cost:
+        if self._config.max_cost and reply.cost is None and self._totals.cost is None:
             raise BudgetExceeded("MAX_COST is set, but the model's server does not say what a call "
                                  "costs: use MAX_ITERATIONS or MAX_MINUTES")
         return reply
@@ -4301,13 +4904,20 @@ class Autopilot:
         if action.note:
             turn = turn._replace(notes=(action.note, *turn.notes))
         if action.kind in _AGENT_ACTIONS:
-            self._last_output = turn.output or self._last_output
-            self._totals.last_words = truncate_middle(find_last_line(self._last_output), 200)
+            self._note_output(turn.output)
         return turn
+
+    def _note_output(self, output: str) -> None:
+        lines = [line.strip() for line in output.split("\n") if line.strip()]
+        if lines:
+            self._last_output = output
+            self._totals.last_words = truncate_middle(lines[-1], 200)
 
     def _execute(self, action: Action, is_confirmed: bool) -> Turn:
         """Do what a reply asks for; return what came of it."""
         kind = action.kind
+        if self._control.take_interrupt():
+            return Turn("", "idle", ("The user interrupted: nothing of your reply was done.",))
         if kind == "failed":
             raise TaskFailed(f"the model gave up: {action.text}")
         if kind == "complete":
@@ -4320,25 +4930,48 @@ class Autopilot:
             return self._agent.send_keys(action.keys, timeout)
         if kind == "wait":
             seconds = min(action.seconds, left)
-            self._journal.publish("state", state="waiting", reason=f"up to {seconds:g} s")
-            return self._agent.wait(seconds)
+            self._begin_wait("wait", seconds, f"up to {seconds:g} s")
+            turn = self._wait(seconds)
+            if self._control.ends_wait():
+                turn = turn._replace(notes=(*turn.notes, "The user ended the wait."))
+            return turn
         saved = "The fact was saved. " if action.facts else ""
         return Turn("", notes=(f"{saved}{action.text} Continue with the task, or end it with "
                                "TASK_COMPLETE.",))
+
+    def _wait(self, seconds: float) -> Turn:
+        """Wait for the agent, the user, or the end of a time by the clock on the wall.
+
+        While a computer sleeps, only that clock goes on.
+        """
+        end = self._wall_clock() + seconds
+        return self._agent.wait(min(seconds, self._seconds_left()), until=lambda: (
+            self._wall_clock() >= end or self._control.ends_wait()))
 
     def _wait_for_usage_limit(self, turn: Turn) -> Turn:
         """Wait for the end of a usage limit that says when that is, or until the agent goes on."""
         if not 0 < turn.usage_limit_seconds <= self.MAX_USAGE_LIMIT_SECONDS:
             return turn
-        end = self._clock() + turn.usage_limit_seconds + self.USAGE_LIMIT_MARGIN_SECONDS
-        at = datetime.datetime.now() + datetime.timedelta(seconds=end - self._clock())
-        self._journal.publish("state", state="waiting", reason=f"{self._agent.name} has reached a "
-                              f"usage limit: until {at:%Y-%m-%d %H:%M}")
+        seconds = turn.usage_limit_seconds + self.USAGE_LIMIT_MARGIN_SECONDS
+        end = self._wall_clock() + seconds
+        at = datetime.datetime.fromtimestamp(end)
+        self._begin_wait("usage_limit", seconds, f"{self._agent.name} has reached a usage limit: "
+                         f"until {at:%Y-%m-%d %H:%M}")
         later = Turn("", "idle")
-        while later.state in ("idle", "working") and self._clock() < end:
-            later = self._agent.wait(min(end - self._clock(), self._seconds_left()))
-        return turn._replace(output=f"{turn.output}\n{later.output}".rstrip(), notes=(
-            *turn.notes, *later.notes, "The usage limit was waited for and should be over now."))
+        while (later.state in ("idle", "working") and self._wall_clock() < end
+               and not self._control.ends_wait()):
+            later = self._wait(end - self._wall_clock())
+        note = "The usage limit was waited for and should be over now."
+        if self._control.ends_wait():
+            note = "The user ended the wait for the usage limit, which may not be over yet."
+        return turn._replace(output=f"{turn.output}\n{later.output}".rstrip(),
+                             notes=(*turn.notes, *later.notes, note))
+
+    def _begin_wait(self, kind: str, seconds: float, reason: str) -> None:
+        """Announce a wait, which the user can end."""
+        self._control.begin_wait()
+        self._journal.publish("state", state="waiting", kind=kind, reason=reason,
+                              until=utc_timestamp(seconds))
 
     # the end
 
@@ -4346,13 +4979,13 @@ class Autopilot:
         """End the run if nothing speaks against it; otherwise return what does."""
         now = self._agent.read_state()
         if now.state == "done":         # there is something new
-            self._last_output = now.output
+            self._note_output(now.output)
         else:
             now = now._replace(output="")
         name = self._agent.name
         if now.state == "working":
             return now._replace(notes=(
-                f"TASK_COMPLETE did nothing: {name} is still working. Wait for it with WAIT: 10m.",))
+                f"TASK_COMPLETE did nothing: {name} is still working. Wait with WAIT: 10m.",))
         if now.menu:
             return now._replace(notes=(
                 f"TASK_COMPLETE did nothing: a question of {name} stands unanswered.", now.menu))
@@ -4379,96 +5012,88 @@ class Autopilot:
         self._recent_failures = [*self._recent_failures, normalize_screen(output)]
         last = self._recent_failures[-self.MAX_SAME_FAILURES:]
         if len(last) == self.MAX_SAME_FAILURES and len(set(last)) == 1:
-            raise StuckInLoop(f"VERIFY_CMD failed {self.MAX_SAME_FAILURES} times with the same output")
+            raise StuckInLoop(f"VERIFY_CMD failed {len(last)} times with the same output")
         return Turn(f"{now.output}\n{output}".strip("\n"), notes=(
             f"The task is not complete: the check `{command}` failed with status {status}. What it "
             "printed stands below.",))
 
     def _ask_for_confirmation(self, action: Action, now: Turn) -> Turn:
         """Return what is known of the work, and the task, for the model to go through it again."""
-        facts, doubts = self._gather_evidence(action)
+        evidence, doubts = self._gather_evidence(action)
         self._is_confirming = True
         self._totals.unproved = doubts
-        self._journal.publish("confirm", evidence=" ".join([*facts, *doubts]), unproved=doubts)
+        self._journal.publish("confirm", evidence=" ".join([*evidence, *doubts]), unproved=doubts)
         return now._replace(notes=(
-            " ".join(["The run has not ended yet.", *facts, *doubts]),
+            " ".join(["The run has not ended yet.", *evidence, *doubts]),
             f"The task again: {truncate_middle(self._task, 4_000)}",
             "Go through it point by point. If you have seen each point proved after the last "
             "change, reply TASK_COMPLETE again. Otherwise continue."))
 
     def _gather_evidence(self, action: Action) -> tuple[list[str], list[str]]:
         """Return sentences on the work that cost nothing to know, and those that raise doubts."""
-        name, facts, doubts = self._agent.name, [], []
+        name, evidence, doubts = self._agent.name, [], []
         if self._messages_sent:
-            facts.append(f"Messages sent to {name}: {self._messages_sent}.")
+            evidence.append(f"Messages sent to {name}: {self._messages_sent}.")
         else:
             doubts.append(f"You have sent {name} no message.")
-        self._files = snapshot_files(self._directory, self._environ)
-        changed = self._files.changed_since(self._files_at_start)
+        changed = self._find_files_changed_since_start()
         if changed:
-            more = ", ..." if len(changed) > 5 else ""
-            facts.append(f"Files changed since the start: {len(changed)} "
-                         f"({truncate_middle(', '.join(changed[:5]), 300)}{more}).")
-        elif self._files.is_complete and self._files_at_start.is_complete:
-            facts.append("No file has changed since the start.")
+            names = ", ".join(changed[:5]) + (", ..." if len(changed) > 5 else "")
+            evidence.append(f"Files changed since the start: {len(changed)} ({names}).")
+        elif changed is not None:
+            evidence.append("No file has changed since the start.")
         failure = find_failure(self._last_output)
         if failure:
             doubts.append(f"The last output of {name} says: {failure!r}.")
-        elif find_last_line(self._last_output).endswith("?"):
+        elif self._totals.last_words.endswith("?"):
             doubts.append(f"The last output of {name} ends with a question.")
         if action.text:
-            facts.append(f"This text of yours was not typed: {truncate_middle(action.text, 200)!r}.")
-        return facts, doubts
+            text = truncate_middle(action.text, 200)
+            evidence.append(f"This text of yours was not typed: {text!r}.")
+        return evidence, doubts
 
-    def _count_changed_files(self) -> int | None:
-        """Return how many files changed since the start, or None where there are too many files."""
+    def _find_files_changed_since_start(self) -> list[str] | None:
         self._files = snapshot_files(self._directory, self._environ)
-        if not (self._files.is_complete and self._files_at_start.is_complete):
-            return None
-        return len(self._files.changed_since(self._files_at_start))
+        return find_changed_files(self._files_at_start, self._files)
 
     # circles
 
     def _check_stuck(self, action: Action, turn: Turn) -> list[str]:
         """Return a warning if the last turns brought nothing new; raise StuckInLoop if they go on.
 
-        Waiting is no circle.  Equal replies with equal results are noticed after three turns, two
-        that alternate after six, and reworded ones after WARN_TURNS_WITHOUT_NEWS.
+        Waiting is no circle.  Three equal steps are noticed at once, reworded ones later.
         """
         if self._is_done or turn.state == "working" or action.seconds >= self.LONG_WAIT_SECONDS:
             self._recent_steps = []
             return []
-        step = (action, normalize_screen(turn.as_text()))
         if self._has_news(action, turn):
             self._turns_without_news = 0
             self._was_warned = False
-            self._recent_steps = [step]
+            self._recent_steps = [(action, normalize_screen(turn.as_text()))]
             return []
         self._turns_without_news += 1
-        self._recent_steps = last = [*self._recent_steps[-5:], step]
-        is_same = len(last) >= 3 and len(set(last[-3:])) == 1
-        is_alternating = len(last) == 6 and len(set(last[::2])) == len(set(last[1::2])) == 1
+        self._recent_steps.append((action, normalize_screen(turn.as_text())))
         if self._turns_without_news >= self.MAX_TURNS_WITHOUT_NEWS:
             raise StuckInLoop(f"{self._turns_without_news} turns brought no new output and changed "
                               "no file")
-        if is_same or is_alternating:
+        last = self._recent_steps[-3:]
+        if len(last) == 3 and len(set(last)) == 1:
             if self._was_warned:
                 raise StuckInLoop("the same replies have had the same results again and again")
             self._recent_steps = []
-            kind = "three identical steps" if is_same else "two alternating steps"
-            return self._warn(f"You are repeating yourself: {kind} had the same results.")
+            return self._warn("You are repeating yourself: three identical steps had the same "
+                              "results.")
         if self._turns_without_news == self.WARN_TURNS_WITHOUT_NEWS:
-            return self._warn(f"The last {self._turns_without_news} turns brought no new output and "
-                              "changed no file.")
+            return self._warn(f"The last {self._turns_without_news} turns brought no new output "
+                              "and changed no file.")
         return []
 
     def _has_news(self, action: Action, turn: Turn) -> bool:
         """Return whether a turn showed new lines, or else changed files."""
-        if self._progress.has_new_lines(action.text, turn.output):
+        if self._news.update(action.text, turn.output):
             return True
-        earlier = self._files
-        self._files = snapshot_files(self._directory, self._environ)
-        return bool(self._files.changed_since(earlier))
+        earlier, self._files = self._files, snapshot_files(self._directory, self._environ)
+        return bool(find_changed_files(earlier, self._files))
 
     def _warn(self, problem: str) -> list[str]:
         self._was_warned = True
@@ -4526,8 +5151,7 @@ class Autopilot:
         if len(older) < worth:
             return False
         try:
-            reply = self._complete(
-                Conversation(_SUMMARY_PROMPT, truncate_middle(older, room)).messages())
+            reply = self._request_summary(truncate_middle(older, room))
             summary, used = reply.text, reply.usage_fields()
         except RequestRejected:     # any other error ends the run, which has then lost nothing
             summary = "\n".join(textwrap.shorten(part, 200) for part in older.split("\n\n"))
@@ -4537,8 +5161,17 @@ class Autopilot:
         self._journal.publish("history", summarised=count, summary=summary, **used)
         return True
 
+    def _request_summary(self, older: str) -> Reply:
+        """Ask for a summary at the end of the conversation, which the model server has cached."""
+        try:
+            return self._complete(self._conversation.messages_with_request(_SUMMARY_PROMPT))
+        except ContextWindowExceeded:
+            return self._complete(Conversation(_SUMMARY_PROMPT, older).messages())
+
     def _complete(self, messages: Messages, on_text: Callable[[str], object] = ignore) -> Reply:
         """Ask the model within the budgets, which end it too, and count what that uses."""
+        if isinstance(self._model, OpenRouter):
+            self._model.has_long_pauses = self._totals.has_long_pauses
         return self._model.complete(messages, on_text=on_text, on_usage=self._totals.add_call,
                                     time_left=self._check_budgets)
 
@@ -4549,8 +5182,9 @@ class Autopilot:
         config, totals = self._config, self._totals
         if config.max_iterations and iterations >= config.max_iterations:
             raise BudgetExceeded(f"MAX_ITERATIONS={config.max_iterations} reached")
-        if config.max_cost and totals.cost >= config.max_cost:
-            raise BudgetExceeded(f"MAX_COST={config.max_cost:g} reached: ${totals.cost:.4f} spent")
+        cost = totals.cost or 0.0
+        if config.max_cost and cost >= config.max_cost:
+            raise BudgetExceeded(f"MAX_COST={config.max_cost:g} reached: ${cost:.4f} spent")
         return self._seconds_left()
 
     def _seconds_left(self) -> float:
@@ -5142,14 +5776,12 @@ _CONTENT_SECURITY_POLICY = (
 _TOKEN_FORM = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>orchestrator</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<style nonce="NONCE">
-  :root { color-scheme: light dark; font: 16px/1.6 sans-serif; }
-  main { max-width: 36rem; margin: 12vh auto; } input, button { font: inherit; padding: 4px 8px; }
-</style>
+<style nonce="NONCE">:root { color-scheme: light dark; font: 20px/1.6 sans-serif; }
+  main { max-width: 30rem; margin: 12vh auto; } input, button { font: inherit; }</style>
 <main><h1>Dashboard</h1><p>Missing or wrong token. Open the address that the orchestrator printed
-in the terminal, or paste that address or its token here.</p>
-<form><label>Token <input name="token" autocomplete="off" required autofocus></label>
-<button>Open</button></form></main>
+in the terminal, or paste that address or its token here.</p><form><label>Token
+<input name="token" autocomplete="off" required autofocus></label> <button>Open</button></form>
+</main>
 """
 _MAX_BODY_BYTES = 65_536
 _DIGITS = re.compile("[0-9]{1,15}")
@@ -5158,7 +5790,7 @@ _CONTROL_ACTIONS = ("pause", "resume", "stop", "note", "continue", "interrupt")
 
 
 def _parse_address(name: str) -> Any:
-    """Return the IP address that a text is, IPv4 for one that is mapped into IPv6, or None."""
+    """Return the IP address that a text is, or None; IPv4 for one that is mapped into IPv6."""
     try:
         address = ipaddress.ip_address(name)
     except ValueError:
@@ -5175,7 +5807,7 @@ def _machine_names() -> frozenset[str]:
 
 
 def _is_other_user(client_port: int, server_port: int) -> bool:
-    """Tell whether a connection within this machine is known to come from another user (Linux)."""
+    """Tell whether a connection within this machine comes from another user, as Linux knows."""
     table = ""
     for path in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")):
         with contextlib.suppress(OSError):
@@ -5186,21 +5818,18 @@ def _is_other_user(client_port: int, server_port: int) -> bool:
 
 
 def read_dashboard_address(journal_path: Path) -> dict[str, Any]:
-    """Return what was kept of a run's dashboard: host, port, token and url; or nothing."""
+    """Return what was saved of a run's dashboard: host, port, token and url; {} if nothing was."""
     with contextlib.suppress(OSError):
-        address = parse_json_object(journal_path.with_suffix(".dashboard").read_bytes()) or {}
-        if [type(address.get(name)) for name in ("host", "port", "token", "url")] == [str, int, str, str]:
-            return address
+        return parse_json_object(journal_path.with_suffix(".dashboard").read_bytes()) or {}
     return {}
 
 
 def find_live_dashboard(journal_path: Path) -> str:
-    """Return the address of a run's dashboard if somebody listens there, with its token, or ""."""
+    """Return the address of a run's dashboard, with its token, or "" if nobody listens there."""
     address = read_dashboard_address(journal_path)
-    if address:
-        with contextlib.suppress(OSError, OverflowError):
-            socket.create_connection((address["host"], address["port"]), timeout=0.5).close()
-            return str(address["url"])
+    place = get_text(address, "host"), get_int(address, "port")
+    with contextlib.suppress(OSError, OverflowError), socket.create_connection(place, 0.5):
+        return get_text(address, "url")
     return ""
 
 
@@ -5217,85 +5846,50 @@ class QuietHandler(http.server.BaseHTTPRequestHandler):
 
 
 class _DashboardHandler(QuietHandler):
-    """Handles one connection of a browser."""
+    """Handles one request of a browser."""
 
     server: Any                 # the Dashboard
     timeout = 5                 # seconds for a read or write
-    WRITE_TIMEOUT = 20          # for a write to a stream: a client that can't keep up is dropped
+    STREAM_TIMEOUT = 20         # for a write to a stream: a client that can't keep up is dropped
     server_version = "orchestrator"
     sys_version = ""
 
-    def do_GET(self) -> None:
-        """Serve the page, the stream of events and the journal."""
-        path, query = self._parse_path()
+    def _respond(self) -> None:
+        """Answer a request of any method."""
+        path, _, query_text = self.path.partition("?")
+        if path.startswith(f"{self.server.path_prefix}/"):      # where a proxy left it in
+            path = path[len(self.server.path_prefix):]
+        query = dict(urllib.parse.parse_qsl(query_text))
         if not self._is_authorized(query.get("token", "")):
             return
-        if path == "/":
+        if (self.command, path) == ("GET", "/"):
             self._send_page()
-        elif path == "/events":
+        elif (self.command, path) == ("GET", "/events"):
             self._stream_events(query)
-        elif path == "/journal":
+        elif (self.command, path) == ("GET", "/journal"):
             self._send_journal()
+        elif (self.command, path) == ("POST", "/control"):
+            self._take_action()
         else:
-            status = 405 if path == "/control" else 404
-            self._send_text(status, "GET serves /, /events and /journal.")
+            is_known = path in ("/", "/events", "/journal", "/control")
+            self._send_text(405 if is_known else 404,
+                            "GET serves /, /events and /journal; POST goes to /control.")
 
-    def do_POST(self) -> None:
-        """Carry out an action of the user."""
-        path, _ = self._parse_path()
-        length = self.headers.get("Content-Length", "")
-        if not self._is_authorized():
-            return
-        if path != "/control":
-            status = 405 if path in ("/", "/events", "/journal") else 404
-            self._send_text(status, "POST goes to /control.")
-        elif self.headers.get_content_type() != "application/json":
-            self._send_text(415, "Expected Content-Type: application/json.")
-        elif not _DIGITS.fullmatch(length) or int(length) > _MAX_BODY_BYTES:
-            self._send_text(413, f"Expected a body of 1 to {_MAX_BODY_BYTES} bytes, not chunked.")
-        else:
-            self._control(parse_json_object(self.rfile.read(int(length))) or {})
+    do_GET = do_POST = do_HEAD = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _respond
 
-    def _reject_method(self) -> None:
-        if self._is_authorized():
-            self._send_text(405, "Expected GET or POST.")
-
-    do_HEAD = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _reject_method
-
-    def _control(self, request: Mapping[str, object]) -> None:
-        action, text = request.get("action"), request.get("text", "")
-        if action not in _CONTROL_ACTIONS or not isinstance(text, str):
-            self._send_text(400, f"Expected an action: {', '.join(_CONTROL_ACTIONS)}.")
-        elif action == "note" and not text.strip():
-            self._send_text(400, "Expected a text: the note is empty.")
-        elif not self.server.control:
-            self._send_text(409, "This is a recording: there is no run to control.")
-        else:
-            self.server.control(action, text)
-            self._send_text(204, "")
-
-    def _parse_path(self) -> tuple[str, dict[str, str]]:
-        """Return the path, without the prefix that a proxy may have left there, and the query."""
-        path, _, query = self.path.partition("?")
-        prefix = self.server.path_prefix
-        if prefix and path.startswith(f"{prefix}/"):
-            path = path[len(prefix):]
-        return path, dict(urllib.parse.parse_qsl(query))
-
-    def _is_authorized(self, token: str = "") -> bool:
-        """Tell whether our own page, or who has the token, asks; refuse all others.
+    def _is_authorized(self, token: str) -> bool:
+        """Tell whether a request comes from our own page and has the token; refuse all others.
 
         Another web page reaches us only under a foreign name (DNS rebinding) or with a foreign
-        Origin, which a POST always has.
+        Origin, which every POST has.
         """
         origins = self.server.own_origins(self.headers.get("Host", ""))
         origin = self.headers.get("Origin")
-        if not origins:
-            self._send_text(403, "The dashboard does not answer under this name. Open the address "
-                            "that the orchestrator printed, or set DASHBOARD_URL to yours.")
-        elif origin not in origins and (origin is not None or self.command == "POST"):
-            self._send_text(403, "The dashboard's page did not send this. If a proxy publishes it, "
-                            "set DASHBOARD_URL to the address that the browser shows.")
+        is_foreign = origin not in origins and (origin is not None or self.command == "POST")
+        if is_foreign or not origins:
+            self._send_text(403, "The dashboard does not answer under this name, or to this page. "
+                            "Open the address that the orchestrator printed, or set DASHBOARD_URL "
+                            "to the address that your browser shows.")
         elif self._has_token(token):
             return True
         elif self.command == "GET":
@@ -5314,24 +5908,39 @@ class _DashboardHandler(QuietHandler):
         given = token.rpartition("token=")[2].strip() or cookies.get(self.server.cookie_name, "")
         return self.server.take_token(given, self.client_address[1])
 
+    def _take_action(self) -> None:
+        length = self.headers.get("Content-Length", "")
+        if self.headers.get_content_type() != "application/json":
+            return self._send_text(415, "Expected Content-Type: application/json.")
+        if not _DIGITS.fullmatch(length) or int(length) > _MAX_BODY_BYTES:
+            return self._send_text(413, f"Expected a body of 1 to {_MAX_BODY_BYTES} bytes.")
+        request = parse_json_object(self.rfile.read(int(length))) or {}
+        action, text = request.get("action"), request.get("text", "")
+        if action not in _CONTROL_ACTIONS or not isinstance(text, str):
+            return self._send_text(400, f"Expected an action: {', '.join(_CONTROL_ACTIONS)}.")
+        if action == "note" and not text.strip():
+            return self._send_text(400, "Expected a text: the note is empty.")
+        if not self.server.control:
+            return self._send_text(409, "This is a recording: there is no run to control.")
+        self.server.control(action, text)
+        return self._send_text(204, "")
+
     def _send_page(self) -> None:
         self.server.page_opened.set()
-        values = {"RECORDING": "no" if self.server.control else "yes",
-                  "SERVER_TIME": utc_timestamp(),
-                  "JOURNAL_PATH": html.escape(str(self.server.journal.path or ""))}
         # Without a Path the browser takes that of the page, also behind a proxy.
         cookie = f"{self.server.cookie_name}={self.server.token}; HttpOnly; SameSite=Strict"
-        self._send_html(200, DASHBOARD_PAGE, values, {"Set-Cookie": cookie})
+        self._send_html(200, DASHBOARD_PAGE, {
+            "RECORDING": "no" if self.server.control else "yes", "SERVER_TIME": utc_timestamp(),
+            "JOURNAL_PATH": html.escape(str(self.server.journal.path or ""))},
+            {"Set-Cookie": cookie})
 
     def _send_html(self, status: int, page: str, values: Mapping[str, str],
                    headers: Mapping[str, str] = {}) -> None:
-        """Send a page in which the names of `values` are replaced by these, and NONCE by a new one."""
-        nonce = secrets.token_urlsafe(16)
-        texts = {"NONCE": nonce, **values}
-        page = re.sub("|".join(texts), lambda match: texts[match[0]], page)
-        self._send_text(status, page, {
-            "Content-Type": "text/html; charset=utf-8",
-            "Content-Security-Policy": _CONTENT_SECURITY_POLICY.replace("NONCE", nonce), **headers})
+        """Send a page, with `values` in the place of their names and a new nonce."""
+        texts = {**values, "NONCE": secrets.token_urlsafe(16)}
+        self._send_text(status, re.sub("|".join(texts), lambda match: texts[match[0]], page), {
+            "Content-Type": "text/html; charset=utf-8", "Content-Security-Policy":
+            _CONTENT_SECURITY_POLICY.replace("NONCE", texts["NONCE"]), **headers})
 
     def _send_text(self, status: int, text: str, headers: Mapping[str, str] = {}) -> None:
         body = text.encode("utf-8", "replace")
@@ -5340,6 +5949,7 @@ class _DashboardHandler(QuietHandler):
         self.wfile.write(body)
 
     def _send_headers(self, status: int, headers: Mapping[str, str]) -> None:
+        self.connection.settimeout(self.STREAM_TIMEOUT)
         self.send_response(status)
         for name, value in {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
                             "Referrer-Policy": "no-referrer", **headers}.items():
@@ -5350,34 +5960,28 @@ class _DashboardHandler(QuietHandler):
         """Send the events after an id, and those to come unless the query says `once`."""
         last_id = self.headers.get("Last-Event-ID") or query.get("after", "")
         after = int(last_id) if _DIGITS.fullmatch(last_id) else 0
+        timeout = 0.0 if "once" in query else 15.0
         live_id = 0
         is_over = False
-        self.connection.settimeout(self.WRITE_TIMEOUT)
         self._send_headers(200, {"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"})
-        self._send_time()
         with self.server.journal.count_reader():
+            lines: list[bytes] = []
             while not is_over:
-                batch = self.server.journal.read_after(after, live_id, 0 if "once" in query else 15)
+                if not lines:       # the page learns the time, and that the connection works
+                    now = json.dumps({"type": "now", "time": utc_timestamp()}).encode()
+                    self.wfile.write(b"data: %s\n\n" % now)
+                batch = self.server.journal.read_after(after, live_id, timeout)
                 lines = [b"id: %d\ndata: %s\n" % event for event in batch.events]
                 lines += [b"data: %s\n" % event for event in batch.live_events]
                 self.wfile.write(b"".join(lines))
-                if batch.events:
-                    after = batch.events[-1][0]
+                after = batch.events[-1][0] if batch.events else after
                 live_id = batch.last_live_id
-                is_over = batch.is_closed or ("once" in query and not batch.events)
-                if not lines:
-                    self._send_time()
-
-    def _send_time(self) -> None:
-        """Send the time, by which the page also knows that the connection still works."""
-        event = json.dumps({"type": "now", "time": utc_timestamp()})
-        self.wfile.write(f"data: {event}\n\n".encode())
+                is_over = batch.is_closed or (not timeout and not batch.events)
 
     def _send_journal(self) -> None:
         """Send the events so far as a file."""
         journal = self.server.journal
         name = re.sub(r"[^A-Za-z0-9_.-]", "_", journal.path.name if journal.path else "run.jsonl")
-        self.connection.settimeout(self.WRITE_TIMEOUT)
         self._send_headers(200, {"Content-Type": "application/x-ndjson",
                                  "Content-Disposition": f'attachment; filename="{name}"'})
         after = 0
@@ -5398,7 +6002,6 @@ class Dashboard(http.server.ThreadingHTTPServer):
     timeout = 0
     allow_reuse_port = False
     MAX_CONNECTIONS = 160       # a flood must leave the run its files: macOS allows 256
-    ENTRY_SECONDS = 60.0        # within which a browser that we open has to come
 
     def __init__(self, journal: Journal, *, host: str = "127.0.0.1", port: int = 0,
                  control: Callable[[str, str], object] | None = None, url: str = "",
@@ -5406,10 +6009,10 @@ class Dashboard(http.server.ThreadingHTTPServer):
         self.journal = journal
         self.control = control
         self.token = token or secrets.token_urlsafe(24)
+        self.page_opened = threading.Event()
         # Ports do not keep cookies apart, so each dashboard has a name of its own.
         self.cookie_name = f"orchestrator-{hashlib.sha256(self.token.encode()).hexdigest()[:8]}"
-        self.page_opened = threading.Event()
-        self._entry_codes: dict[str, float] = {}        # and until when they are good
+        self._entry_code = secrets.token_urlsafe(24)
         self._connections: set[socket.socket] = set()
         self._host = host.strip("[]").lower()
         self.address_family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
@@ -5419,25 +6022,23 @@ class Dashboard(http.server.ThreadingHTTPServer):
             raise ConfigError(f"DASHBOARD_HOST={host!r}, DASHBOARD_PORT={port}: can't listen: "
                               f"{getattr(error, 'strerror', None) or error}") from None
         self._bound_address = _parse_address(str(self.server_address[0]))
-        self._set_addresses(url)
-
-    def _set_addresses(self, public_url: str) -> None:
-        """Work out the addresses of the page: on this machine and, through a proxy, its own."""
         if self._bound_address.is_unspecified:
             self._host = "127.0.0.1"
-        host = f"[{self._host}]" if ":" in self._host else self._host
-        self._local_url = f"http://{host}:{self.server_port}/"
-        self.url = f"{public_url.rstrip('/') or self._local_url.rstrip('/')}/?token={self.token}"
-        public = urllib.parse.urlsplit(public_url)
-        default_port = ":443" if public.scheme == "https" else ":80"
+        local_host = f"[{self._host}]" if ":" in self._host else self._host
+        local_url = f"http://{local_host}:{self.server_port}"
+        self.url = f"{url.rstrip('/') or local_url}/?token={self.token}"
+        # Other users can read a browser's arguments: this address is good once, and for us only.
+        self.entry_url = f"{local_url}/?token={self._entry_code}"
+        public = urllib.parse.urlsplit(url)
         self.path_prefix = public.path.rstrip("/")
         self._public_name = public.hostname
-        self._public_origin = f"{public.scheme}://{public.netloc.removesuffix(default_port)}".lower()
+        host = public.netloc.lower().removesuffix(":443" if public.scheme == "https" else ":80")
+        self._public_origin = f"{public.scheme}://{host}"
 
     def own_origins(self, host_header: str) -> list[str]:
         """Return the origins of our own page under a Host; none if that is not a name of ours.
 
-        A tunnel or a published port of a container changes the port, so any port will do.
+        Tunnels and published ports change the port, so any port will do.
         """
         host = host_header.lower()
         match = _HOST.fullmatch(host)
@@ -5450,38 +6051,29 @@ class Dashboard(http.server.ThreadingHTTPServer):
         return origins
 
     def _is_own_name(self, name: str) -> bool:
+        bound = self._bound_address
         address = _parse_address(name)
-        has_all_addresses = self._bound_address.is_unspecified
         if address:
-            return address.is_loopback or has_all_addresses or address == self._bound_address
-        if has_all_addresses and name in _machine_names():
-            return True
-        return name in ("localhost", self._host)
+            return address.is_loopback or bound.is_unspecified or address == bound
+        return name in ("localhost", self._host) or (
+            bound.is_unspecified and name in _machine_names())
 
     def take_token(self, given: str, client_port: int) -> bool:
-        """Tell whether this is the token, or a code of `make_entry_url`, which is then used up."""
+        """Tell whether this is the token, or the code of `entry_url`, which is then used up."""
         if secrets.compare_digest(given.encode("utf-8", "replace"), self.token.encode()):
             return True
-        if given not in self._entry_codes or _is_other_user(client_port, self.server_port):
+        if given != self._entry_code or _is_other_user(client_port, self.server_port):
             return False
-        return self._entry_codes.pop(given, 0.0) > time.monotonic()
-
-    def make_entry_url(self) -> str:
-        """Return an address that opens the page once, within a minute, for this user only.
-
-        It is made for the arguments of a browser, which all users of the machine can read.
-        """
-        code = secrets.token_urlsafe(24)
-        self._entry_codes[code] = time.monotonic() + self.ENTRY_SECONDS
-        return f"{self._local_url}?token={code}"
+        self._entry_code = secrets.token_urlsafe(24)
+        return True
 
     def save_address(self, journal_path: Path) -> None:
-        """Keep the address beside the journal, for this user, for `--status` and `--resume`."""
+        """Save the address beside the journal, readable for this user only."""
         address = {"host": self._host, "port": self.server_port, "token": self.token,
                    "url": self.url}
-        with contextlib.suppress(OSError):      # such a disk is told of by the journal
-            path = journal_path.with_suffix(".dashboard")
-            with open(path, "w", opener=lambda *how: os.open(*how, 0o600)) as file:
+        with contextlib.suppress(OSError):      # the journal complains about such a disk
+            with open(journal_path.with_suffix(".dashboard"), "w",
+                      opener=lambda *how: os.open(*how, 0o600)) as file:
                 json.dump(address, file)
 
     def server_bind(self) -> None:
@@ -6261,16 +6853,15 @@ def hold_session(config: Config, workspace: Workspace) -> Iterator[Config]:
 def open_dashboard(config: Config, journal: Journal,
                    control: Callable[[str, str], object] | None) -> Dashboard:
     """Return the dashboard; that of a resumed run keeps its token and, if it is free, its port."""
-    is_run = control and journal.path
-    earlier = read_dashboard_address(journal.path) if is_run else {}
+    earlier = read_dashboard_address(journal.path) if control and journal.path else {}
 
     def listen(port: int) -> Dashboard:
         return Dashboard(journal, host=config.dashboard_host, port=port, control=control,
-                         url=config.dashboard_url, token=earlier.get("token", ""))
+                         url=config.dashboard_url, token=get_text(earlier, "token"))
 
-    if earlier and not config.dashboard_port:
+    if not config.dashboard_port:
         with contextlib.suppress(ConfigError):
-            return listen(earlier["port"])
+            return listen(get_int(earlier, "port"))
     return listen(config.dashboard_port)
 
 
@@ -6307,7 +6898,7 @@ def serve_dashboard(config: Config, journal: Journal,
         has_display = any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY")))
         is_opened = config.dashboard_open and (has_display or sys.platform == "darwin")
         if is_opened:
-            open_browser(dashboard.make_entry_url())
+            open_browser(dashboard.entry_url)
         try:
             yield
         finally:
@@ -6700,7 +7291,7 @@ class Doctor:
         status, output = self._run_command(command)
         advice = find_problem(profile, output)
         if advice:
-            raise AgentError(f"{profile.name} is not logged in. {advice}")
+            raise AgentError(f"{profile.name}: {advice}")
         return "logged in" if status == 0 else f"unknown: `{command}` failed"
 
     def _check_model(self) -> str:

@@ -24,6 +24,7 @@ import shlex
 import shutil
 import signal
 import socket
+import socketserver
 import statistics
 import subprocess
 import sys
@@ -488,6 +489,10 @@ class Browser:
         self._call("Emulation.setDeviceMetricsOverride", width=width, height=height,
                    deviceScaleFactor=1, mobile=False)
 
+    def ignore_certificates(self) -> None:
+        """Take certificates that nobody has signed."""
+        self._call("Security.setIgnoreCertificateErrors", ignore=True)
+
     def press(self, key: str) -> None:
         """Press Tab or Enter."""
         code, text = {"Tab": (9, ""), "Enter": (13, "\r")}[key]
@@ -723,6 +728,10 @@ def obey(order, turn):
         show(f"{turn} of 99\n")
     elif word == "sleep":
         time.sleep(float(rest))
+    elif word == "work":        # until Escape
+        while next(KEYS) != 0x1b:
+            pass
+        show("Interrupted by the user\n")
     elif word == "freeze":
         SIGN.frozen = True
         time.sleep(float(rest))
@@ -2016,7 +2025,7 @@ def test_claude_code_starts_afresh_where_there_is_nothing_to_continue(world):
     assert (done.status, done.stderr) == (0, "")
     assert world.log("took") == ["echo one", "echo two && die 9", "echo three"]
     assert [event["resumed"] for event in world.events("recovery")] == [False]
-    assert "remembers nothing" in model.last_message(2) and "two" in model.last_message(2)
+    assert "has no memory" in model.last_message(2) and "two" in model.last_message(2)
 
 
 # -- Sharing ------------------------------------------------------------------------------------
@@ -3057,6 +3066,35 @@ def test_a_person_pauses_leaves_a_note_and_resumes(world):
                             "note", "resumed", "iteration_start"]
 
 
+@pytest.mark.parametrize("action, text", [("note", "mind\nthe gap"), ("continue", "")])
+def test_a_note_or_going_on_ends_a_wait_at_once(action, text, world):
+    model = world.model("WAIT: 10m", "TASK_COMPLETE")
+    run = world.start("--task", "x")
+    site = run.site()
+    site.events(lambda event: event.get("state") == "waiting")
+    assert site.control("pause") == site.control("resume") == 204       # does not end it
+    started = time.monotonic()
+    assert site.control(action, text) == 204
+    site.events(lambda event: event.get("iteration") == 2)
+    assert time.monotonic() - started < 5
+    assert run.end().status == 0
+    assert "The user ended the wait." in model.last_message(1)
+    assert ("mind\nthe gap" in model.last_message(1)) == bool(text)
+
+
+def test_an_interrupt_presses_escape_in_the_agents_turn_and_delivers_the_note(world):
+    model = world.model("work", "echo on", "TASK_COMPLETE")
+    run = world.start("--task", "x")
+    site = run.site()
+    assert world.taken("work"), run.stdout
+    assert site.control("interrupt", "leave\nthat") == 204
+    assert world.taken("echo on"), run.stdout
+    assert run.end().status == 0
+    told = model.last_message(1)
+    assert "Interrupted by the user" in told and "leave\nthat" in told, told
+    assert "Escape was pressed" in told and "still working" not in told
+
+
 def test_a_person_stops_the_run(world):
     world.model("sleep 60")
     run = world.start("--task", "x")
@@ -3064,7 +3102,69 @@ def test_a_person_stops_the_run(world):
     assert world.taken("sleep 60"), run.stdout
     assert site.control("stop") == 204
     assert run.end(20).status == 130
-    assert world.events()[-1]["outcome"] == "interrupted"
+    end = world.events()[-1]
+    assert (end["outcome"], end["reason"]) == ("interrupted", "stopped from the dashboard")
+
+
+class Tunnel(socketserver.BaseRequestHandler):
+    """One connection through another port, as `ssh -L`, `docker -p` and kubectl make it."""
+
+    def handle(self) -> None:
+        with socket.create_connection(self.server.target) as there:
+            ways = {self.request: there, there: self.request}
+            while True:
+                for end in select.select(list(ways), [], [])[0]:
+                    data = end.recv(65536)
+                    if not data:
+                        return
+                    ways[end].sendall(data)
+
+
+@contextlib.contextmanager
+def tunnel_to(host: str) -> Iterator[int]:
+    """Forward a port of this machine to a host and port; yield it."""
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Tunnel) as server:
+        name, port = host.split(":")
+        server.target, server.daemon_threads, server.block_on_close = (name, int(port)), True, False
+        threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
+        yield server.server_address[1]
+        server.shutdown()
+
+
+def test_the_dashboard_works_through_a_tunnel_with_another_port(world):
+    gate = Gate()
+    world.model("echo one", gate.reply("TASK_COMPLETE"))
+    run = world.start("--task", "x")
+    url = run.site().url
+    with tunnel_to(urllib.parse.urlsplit(url).netloc) as port:
+        sites = [Site(re.sub(r"//[^/]*", f"//{name}:{port}", url))
+                 for name in ("127.0.0.1", "localhost")]
+        for site in sites:
+            assert site.events(lambda event: event.get("iteration") == 2)
+            assert site.control("pause") == site.control("resume") == 204
+            assert site.ask("/control", {"action": "stop"},
+                            Origin=f"http://{urllib.parse.urlsplit(url).netloc}").status == 403
+        gate.set()
+        assert run.end().status == 0
+
+
+def test_the_address_outlives_a_resume(world):
+    gate = Gate()
+    world.model("echo one", gate.reply("TASK_COMPLETE"), gate.reply("TASK_COMPLETE"))
+    first = world.start("--task", "x")
+    site = first.site()
+    (address,) = world.directory.glob("state/orchestrator/runs/*.dashboard")
+    assert address.stat().st_mode & 0o777 == 0o600 and site.url in address.read_text()
+    assert site.entrance.split("=")[1] not in world.journals()[0].read_text()
+    seen = site.events(lambda event: event.get("iteration") == 2)
+    assert first.end(by=signal.SIGKILL).status == -signal.SIGKILL
+    second = world.start("--resume")
+    assert second.site().url == site.url
+    missed = site.events(lambda event: event.get("state") == "resumed",
+                         Last_Event_ID=str(seen[-1]["id"]))
+    assert missed[0]["id"] == seen[-1]["id"] + 1        # the page that was open goes on
+    gate.set()
+    assert second.end().status == 0
 
 
 def test_a_port_that_is_taken_costs_the_dashboard_only(world):
@@ -3094,6 +3194,77 @@ def browser(chromium) -> Browser:
     chromium.open("about:blank")
     chromium.console.clear()
     return chromium
+
+
+def start_nginx(world: World, stack: contextlib.ExitStack, location: str) -> int:
+    """Publish something with TLS at /run/ of https://localhost; return the port."""
+    if not shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin"):
+        pytest.skip("nginx is not installed (apt-get install nginx)")
+    if not shutil.which("openssl"):
+        pytest.skip("openssl is not installed")
+    port, directory = free_port(), world.directory / "nginx"
+    (directory / "temporary").mkdir(parents=True)
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj",
+         "/CN=localhost", "-keyout", directory / "key.pem", "-out", directory / "certificate.pem"],
+        check=True, capture_output=True, timeout=60)
+    places = "".join(f"{kind}_temp_path temporary/{kind}; " for kind in (
+        "client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+    (directory / "nginx.conf").write_text(f"""daemon off; master_process off; pid nginx.pid;
+        events {{}}
+        http {{
+            access_log off; {places}
+            server {{
+                listen 127.0.0.1:{port} ssl;
+                ssl_certificate certificate.pem; ssl_certificate_key key.pem;
+                location /run/ {{ {location} }}
+            }}
+        }}""")
+    nginx = subprocess.Popen(["nginx", "-e", "error.log", "-p", directory, "-c", "nginx.conf"],
+                             env={"PATH": f"{os.environ['PATH']}:/usr/sbin"},
+                             stdin=subprocess.DEVNULL)
+    stack.callback(nginx.wait)
+    stack.callback(nginx.kill)
+    return port
+
+
+def free_port() -> int:
+    """Return a port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.parametrize("location", [
+    "proxy_pass http://127.0.0.1:PORT/;",
+    "proxy_pass http://127.0.0.1:PORT; proxy_set_header Host $http_host;"])
+def test_a_browser_uses_the_dashboard_behind_nginx_with_tls_and_a_path(location, world, browser):
+    gate, port = Gate(), free_port()
+    world.model("echo one", gate.reply("TASK_COMPLETE"))
+    with contextlib.ExitStack() as stack:
+        public = f"https://localhost:{start_nginx(world, stack, location.replace('PORT', str(port)))}/run/"
+        run = world.start("--task", "published", DASHBOARD_PORT=str(port), DASHBOARD_URL=public)
+        assert poll(lambda: f"Dashboard: {public}?token=" in run.stdout, 30), run.stdout
+        token = re.search(r"token=(\S+)", run.stdout)[1]
+        browser.ignore_certificates()
+        browser.open(public)
+        assert poll(lambda: "token" in browser.evaluate("document.body.innerText"), 15)
+        browser.type(token)         # the field has the focus
+        browser.press("Enter")
+        assert poll(lambda: "published" in browser.evaluate("document.title"), 15)
+        assert browser.evaluate("location.href") == public
+        answer = """fetch("control", {method: "POST", body: '{"action": "pause"}',
+            headers: {"Content-Type": "application/json"}}).then(answer => answer.status)"""
+        assert browser.evaluate(answer) == 204
+        assert poll(lambda: "paused" in [event["state"] for event in world.events("state")], 15)
+        assert browser.evaluate(answer.replace("pause", "resume")) == 204
+        journal = "fetch('journal').then(answer => answer.text())"
+        assert "published" in browser.evaluate(journal)
+        gate.set()
+        assert poll(lambda: "complete" in browser.evaluate("document.title"), 15)
+        assert run.end().status == 0
+        browser.open("about:blank")
+    assert [line for line in browser.console if "403" not in line] == []
 
 
 def visible(browser: Browser) -> str:
