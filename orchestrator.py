@@ -6818,32 +6818,35 @@ def find_session_owner(config: Config, workspace: Workspace) -> str:
     return find_session_holder(workspace.lock_path(tmux))[1]
 
 
-def choose_session(config: Config, workspace: Workspace) -> Config:
+def choose_session(config: Config, workspace: Workspace, resume: bool = False) -> Config:
     """Return the settings with the name of the session to use.
 
     Unless CLAUDE_TMUX_SESSION is set, a session that belongs to another directory or command is
-    left alone: the directory gets a session of its own.
+    left alone: the directory gets a session of its own.  A resumed run keeps its command.
     """
     if workspace.has_session_name:
         return config
     own = dataclasses.replace(config, claude_tmux_session=session_name_of(workspace.directory))
     mark = make_agent(config, workspace).session_mark
     owner = find_session_owner(config, workspace)
+    if resume and owner.endswith(f" in {str(workspace.directory)!r}"):
+        return config
     if owner != mark and (owner or find_session_owner(own, workspace) == mark):
         return own
     return config
 
 
 @contextlib.contextmanager
-def hold_session(config: Config, workspace: Workspace) -> Iterator[Config]:
+def hold_session(config: Config, workspace: Workspace,
+                 resume: bool = False) -> Iterator[Config]:
     """Choose the session and hold its lock; yield the settings with its name."""
     mark = make_agent(config, workspace).session_mark
     with contextlib.ExitStack() as stack:
-        chosen = choose_session(config, workspace)
+        chosen = choose_session(config, workspace, resume)
         try:
             stack.enter_context(session_lock(chosen, workspace, mark))
         except ConfigError:     # perhaps another directory's run was faster: choose again
-            chosen = choose_session(config, workspace)
+            chosen = choose_session(config, workspace, resume)
             stack.enter_context(session_lock(chosen, workspace, mark))
         yield chosen
 
@@ -7084,7 +7087,7 @@ def run(config: Config, workspace: Workspace, request: RunRequest) -> int:
                           "--chat")
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(SignalHandler())
-        config = stack.enter_context(hold_session(config, workspace))
+        config = stack.enter_context(hold_session(config, workspace, request.resume))
         path, history = choose_journal(config, workspace, request.resume)
         agent = make_agent(config, workspace)
         agent.tmux.check_version()
