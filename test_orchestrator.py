@@ -45,12 +45,12 @@ import orchestrator
 from orchestrator import (
     Action, Agent, AgentError, AgentExited, Autopilot, BudgetExceeded, Chat, Config, ConfigError,
     ContextWindowExceeded, RunControl, Conversation, Dashboard, TaskFailed, Interrupted, Journal, Memory,
-    CLAUDE_CODE, CODEX, ModelError, TerminalReporter, RequestRejected, OpenRouter, OrchestratorError, PaneSnapshot, Workspace, AgentProfile, StartupDialog,
+    CLAUDE_CODE, CLINE, CODEX, COPILOT, GEMINI, PROFILES, ModelError, TerminalReporter, RequestRejected, OpenRouter, OrchestratorError, PaneSnapshot, Workspace, AgentProfile, StartupDialog,
     Reply, SignalHandler, StuckInLoop, Tmux, TmuxServerLost, TmuxError, TmuxSessionLost, TokenUsage, TransientError, Turn,
     ProgramHabits, TurnDetector, strip_input_box, process_start_time, child_environment, select_profile, truncate_middle, find_draft, normalize_screen,
-    is_message_unsent, is_resumable_event, find_startup_dialog, find_unfinished_run, last_text_line, main, describe_menu, describe_event,
+    is_message_unsent, is_resumable_event, find_problem, find_startup_dialog, find_unfinished_run, last_text_line, main, describe_menu, describe_event,
     describe_chat_event, find_new_lines, parse_env, parse_json_object, parse_reply, read_env_file, read_events,
-    run_shell_command, sanitize, print_line, is_busy, has_input_box, session_lock, format_duration, trimmed_lines, parse_usage_limit)
+    run_shell_command, sanitize, print_line, has_input_box, help_text, session_lock, format_duration, trimmed_lines, parse_usage_limit)
 
 SOURCE = Path(orchestrator.__file__).read_text(encoding="utf-8")
 KEY = "sk-or-v1-0123456789abcdef"
@@ -597,6 +597,24 @@ def test_temporary_line_budgets_of_the_sections() -> None:
     assert not over, f"total {len(SOURCE.splitlines())}; over budget: {over}"
 
 
+def test_nothing_but_the_profiles_names_an_agent() -> None:
+    contract = re.compile(r"CLAUDE_(?:TMUX_SESSION|TMUX_SOCKET|CMD)|claude_(?:tmux_\w+|cmd)|"
+                          r"gt-claude-loop|anthropic/claude-opus-4\.6|\"(?:claude|codex)\"")
+    names = {re.escape(name) for profile in PROFILES
+             for name in (profile.name, *profile.program_names)} | {"anthropic", "claude"}
+    setting = SOURCE[SOURCE.index("    default_model: str"):SOURCE.index("    claude_cmd: str")]
+    lines = SOURCE.replace(setting, "\n" * setting.count("\n")).split("\n")
+    documented = SOURCE[:SOURCE.index("from __future__")].count("\n")     # for users
+    found = []
+    for number, line in enumerate(lines, 1):
+        rest = contract.sub("", line)
+        if number <= documented or section_of(number) == "Agent profiles":
+            continue
+        if re.search(rf"(?i)(?<![a-z])(?:{'|'.join(names)})(?![a-z])", rest):
+            found.append(f"line {number}: {line.strip()}")
+    assert found == []
+
+
 def test_the_file_reads_on_python_3_9_and_stays_narrow():
     ast.parse(SOURCE, feature_version=(3, 9))
     assert not [line for line in SOURCE.split("\n") if len(line) > 100]
@@ -734,18 +752,43 @@ def test_a_wrong_value_is_an_error_that_names_it(name, texts):
         assert str(caught.value).startswith(f"{name}={shown}: expected ")
 
 
+def readme_table(header: str) -> list[list[str]]:
+    """Return the cells of a table of the README, without their marks."""
+    lines = README.read_text(encoding="utf-8").splitlines()
+    rows = itertools.takewhile(bool, lines[lines.index(header) + 2:])
+    return [re.split(r" *\| *", row.replace("`", ""))[1:-1] for row in rows]
+
+
 @with_our_readme
-def test_the_readme_lists_the_settings_as_they_are() -> None:
-    readme = README.read_text(encoding="utf-8")
-    rows = [[cell.strip() for cell in line.strip().strip("|").split("|")]
-            for line in readme.splitlines() if line.startswith("|")]
-    for name, field in Config.fields_by_variable().items():
-        (row,) = [row for row in rows if row[0] == f"`{name}`"]
-        shown, default = row[1].replace("`", ""), field.default
-        plain = str(default).lower() if isinstance(default, bool) else (
-            f"{default:g}" if isinstance(default, float) else str(default))
-        assert shown == plain or (not plain and re.match("none|required|from", shown)) or (
-            shown.startswith(f"{plain} (")), f"README.md says that {name} is {shown!r} by default"
+def test_the_readme_lists_the_settings_as_the_help_does() -> None:
+    table = readme_table("| variable | default | meaning |")
+    settings = [[name, re.sub(r"\.0$", "", str(field.default)), field.metadata["help"]]
+                for name, field in Config.fields_by_variable().items()]
+    assert table == [[name, default.lower() or "none", text] for name, default, text in settings]
+    printed = re.sub(r"\s+", " ", help_text())
+    assert [name for name, default, text in table if f"{name} {text} ({default})" not in printed
+            ] == []
+
+
+@with_our_readme
+def test_the_readme_lists_the_agents_as_the_help_does() -> None:
+    printed = help_text().splitlines()
+    table = readme_table("| agent | setting | install |")
+    assert len(table) == len(orchestrator.PROFILES) and [row for row in table if re.sub(
+        r"\s+", " ", " ".join(row)) not in [re.sub(r"\s+", " ", line.strip()) for line in printed]
+        ] == []
+
+
+@with_our_readme
+def test_the_readme_names_only_options_and_variables_that_there_are() -> None:
+    text = README.read_text(encoding="utf-8")
+    spans = re.findall(r"`([^`\n]+)`", re.sub(r"(?s)```.*?```", "", text))
+    options = {option for span in spans for option in re.findall(r"^--[a-z]+", span)}
+    assert len(options) >= 6 and options - {"--model"} <= set(re.findall(r"--[a-z]+", help_text()))
+    variables = set(re.findall(r"\b[A-Z]+_[A-Z_]+\b", text))
+    others = {"IS_SANDBOX", "JOB_COMPLETION_INDEX", "ORCHESTRATOR_OUTCOME", "SLURM_ARRAY_TASK_ID",
+              "SLURM_JOB_ID", "TASK_COMPLETE", "XDG_STATE_HOME"}
+    assert variables - others <= Config.fields_by_variable().keys()
 
 
 def test_children_get_neither_the_key_nor_signs_of_our_surroundings():
@@ -940,18 +983,6 @@ def profile_of(screen):
     return CODEX if any("›" in line for line in screen) else CLAUDE_CODE
 
 
-@pytest.mark.parametrize("screen, busy", [
-    (["● Reading", *BOX[:-1], "  ⏵⏵ bypass permissions on · esc to interrupt"], True),
-    (["working", "Press Ctrl+C to interrupt", ""], True),
-    (["• Working (12s • esc to interrupt)", "", "› Ask Codex", "", "  gpt-5", "  hints"], True),
-    (["✻ Thinking… (1m 3s · ↓ 2k tokens · esc to interrupt)", "  ⎿  Tip: x", *BOX], True),
-    (["● Press esc to interrupt it", *BOX], False),
-    (["(12s • esc to interrupt)", *map(str, range(12))], False),
-    (["done", *BOX], False), ([], False), (["press esc to interrupted"], False)])
-def test_which_screens_say_that_the_agent_works(screen, busy):
-    assert is_busy(profile_of(screen), screen) is busy
-
-
 @pytest.mark.parametrize("screen, shows", [
     (BOX, True), (["› Ask Codex to do anything", "", "  gpt-5"], True),
     (["╭" + "─" * 40, "│ > │", "╰" + "─" * 40], True), (["❯ 1. Yes", "  2. No"], False),
@@ -994,6 +1025,337 @@ def test_whether_the_line_of_the_cursor_holds_the_message(line, message, holds):
     (["press esc to cancel", "› Ask Codex", "  gpt-5", "  ? for shortcuts"], ""), ([], "")])
 def test_which_screens_ask_for_keys(screen, menu):
     assert describe_menu(profile_of(screen), screen) == menu
+
+
+MENUS = [     # as they were recorded, but narrower
+    (CLAUDE_CODE, "Quick safety check: Is this a project you created or one you trust?",
+     "No, exit", """
+──────────────────────────────
+ Accessing workspace:
+
+ ~/proj
+
+ Quick safety check: Is this a project you created or one you trust? (…
+ folder first.
+
+ Claude Code'll be able to read, edit, and execute files here.
+
+ Security guide
+
+ ❯ No, exit
+   Yes, I trust this folder
+
+ Enter to confirm · Esc to cancel
+"""),
+    (CLAUDE_CODE, "Select model",
+     "1. Default (recommended) ✔ Use the default model (currently Opus…", """
+ ▐▛███▛█   Claude Code v2.1.331
+▝▜██████▀  Opus 5.5 · API Usage Billing
+ ▝▝   ▝▝   ~/proj
+
+▔▔▔▔▔▔▔▔▔▔▔▔▔▔▔▔▔▔▔▔▔▔▔▔▔▔▔▔▔▔
+  Select model
+  Your pick is the default for new sessions. For other models, use --m…
+
+  ❯ 1. Default (recommended) ✔  Use the default model (currently Opus…
+    2. Opus                     Opus 5.5 · Best for everyday, complex…
+    3. Fable                    Fable 5.2 · Most capable for your hard…
+    4. Sonnet                   Sonnet 5.5 · Efficient for routine tas…
+    5. Haiku                    Haiku 5.5 · Fastest for quick answers…
+
+  ◐ Medium effort (default) ←/→ to adjust
+
+  s to use this session only · Enter to save · Esc to cancel
+"""),
+    (CLAUDE_CODE, "Permissions  Recently blocked   Allow   Ask   Deny   Auto mode   Wor…",
+     "Add a new rule…", """
+ ▐▛███▛█   Claude Code v2.1.331
+▝▜██████▀  Opus 5.5 · API Usage Billing
+ ▝▝   ▝▝   ~/proj
+
+▔▔▔▔▔▔▔▔▔▔▔▔▔▔▔▔▔▔▔▔▔▔▔▔▔▔▔▔▔▔
+  Permissions  Recently blocked   Allow   Ask   Deny   Auto mode   Wor…
+
+  Claude Code won't ask before using allowed tools.
+
+  ╭──────────────────────────────
+  │ ⌕ Search……
+  ╰──────────────────────────────
+  ❯ Add a new rule…
+
+  ↓ to navigate · ←/→ to switch · / to search · Esc to close
+"""),
+    (CLAUDE_CODE, "Which database shall I use?",
+     "3. Type something.", """
+❯ DO[ask1] please
+
+──────────────────────────────
+ ☐ Database
+
+Which database shall I use?
+
+  1. Postgres
+     The big one
+  2. SQLite
+     The small one
+❯ 3. Type something.
+──────────────────────────────
+  4. Chat about this
+
+Enter to select · ↑/↓ to navigate · ctrl+g to edit in Vim · Esc to can…
+"""),
+    (CLAUDE_CODE, "Which features do you want?",
+     "1. [✔] Auth", """
+──────────────────────────────
+←  ☒ Features  ✔ Submit  →
+
+Which features do you want?
+
+❯ 1. [✔] Auth
+         Log in
+  2. [ ] Search
+         Find things
+  3. [ ] Export
+         CSV
+  4. [ ] Type something
+     Submit
+──────────────────────────────
+  5. Chat about this
+
+Enter to select · ↑/↓ to navigate · Esc to cancel
+"""),
+    (CLAUDE_CODE, "Review your answers",
+     "1. Submit answers", """
+● Thanks, I use the one you chose.
+
+✻ Sautéed for 0s · done 1:48 AM
+
+❯ DO[multi] please
+
+──────────────────────────────
+←  ☒ Features  ✔ Submit  →
+
+Review your answers
+
+ ● Which features do you want?
+   → Auth
+
+❯ 1. Submit answers
+  2. Cancel
+"""),
+    (CLAUDE_CODE, "Exit plan mode?",
+     "1. Yes, and switch to default (ask each time) for this session", """
+● Write(plan.md)
+  ⎿  Wrote 2 lines to plan.md
+      1 # The plan
+      2 1. Read
+
+● Session was started with bypass permissions, so plan mode won't ask…
+
+▔▔▔▔▔▔▔▔▔▔▔▔▔▔▔▔▔▔▔▔▔▔▔▔▔▔▔▔▔▔
+
+  ──────────────────────────────
+   Exit plan mode?
+
+   Claude wants to exit plan mode
+
+   ❯ 1. Yes, and switch to default (ask each time) for this session
+     2. No
+"""),
+    (CLAUDE_CODE, "Make auto mode your default permission mode?",
+     "Yes, set auto mode as my default permission mode", """
+ ▐▛███▛█   Claude Code v2.1.331
+▝▜██████▀  Opus 5.5 · API Usage Billing
+ ▝▝   ▝▝   ~/proj
+
+──────────────────────────────
+  Make auto mode your default permission mode?
+
+  Auto mode lets Claude handle permission prompts automatically. Claud…
+  blocks the rest.
+
+  ❯ Yes, set auto mode as my default permission mode
+    No, keep manual mode
+"""),
+    (CLAUDE_CODE, "Do you want to proceed?",
+     "1. Yes", """
+● Running
+  ⎿  $ touch made-by-shell
+
+──────────────────────────────
+ Bash command
+ Tip: auto mode handles these prompts for you — choose "switch to auto…
+ run
+╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌
+ touch made-by-shell
+╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌
+ Do you want to proceed?
+ ❯ 1. Yes
+   2. Yes, and always allow access to ~/proj from this project
+   3. Yes, and switch to auto mode · auto mode handles these prompts f…
+   4. No
+
+ Esc to cancel · Tab to amend
+"""),
+    (CODEX, "Do you trust the contents of this directory?",
+     "1. Yes, continue", """
+        \/||+~,           ,++"/,`
+          *,_"**=^;~_+~;"-",;+'
+            `*+/~_,,_,,++**"
+
+  Welcome to Codex, OpenAI's command-line coding agent
+
+> You are in ~/proj
+
+  Note: You’re in a subdirectory of a Git project. Trusting will apply…
+
+  Do you trust the contents of this directory? Working with untrusted…
+  to load.
+
+› 1. Yes, continue
+  2. No, quit
+
+  Press enter to continue
+"""),
+    (CODEX, "Select Model and Effort",
+     "1. GPT-6.1-Sol Latest workhorse model for coding and everyday work.", """
+  /status - show current session configuration
+  /permissions - choose what Codex is allowed to do
+  /model - choose what model and reasoning effort to use
+  /review - review any changes and find issues
+
+  Select Model and Effort
+
+› 1. GPT-6.1-Sol    Latest workhorse model for coding and everyday work.
+  2. GPT-6-Astra    Frontier intelligence for the most demanding work.
+  3. GPT-6-Sol      Previous generation workhorse model.
+  4. GPT-6-Luna     Fast and affordable model for easier tasks.
+  5. GPT-5.6-Sol    Older generation workhorse model.
+  6. GPT-6.1 Terra  GPT-6.1 Terra Codex model.
+  7. GPT-5.6-Terra  Older balanced model for straightforward work.
+  8. GPT-5.6-Luna   Older fast and efficient model.
+↓
+  enter select · esc back
+"""),
+    (CODEX, "Would you like to run the following command?",
+     "1. Yes, proceed (y)", """
+› DO[cesc] please
+
+◦ Running touch ~/made-outside && echo made
+
+  Would you like to run the following command?
+
+  Environment: local
+
+  Reason: Need to write outside the workspace
+
+  $ touch ~/made-outside && echo made
+
+› 1. Yes, proceed (y)
+  2. Yes, and don't ask again for commands that start with `touch ~/ma…
+  3. No, and tell Codex what to do differently (esc)
+
+  Press enter to confirm or esc to cancel
+"""),
+    (CODEX, "Experimental features",
+     "[ ] Analytics plan history Preview five-hour and weekly allo…", """
+  /init - create an AGENTS.md file with instructions for Codex
+  /status - show current session configuration
+  /permissions - choose what Codex is allowed to do
+  /model - choose what model and reasoning effort to use
+  /review - review any changes and find issues
+
+  Experimental features
+  Checked features are configured on. Some experimental features take…
+
+› [ ] Analytics plan history         Preview five-hour and weekly allo…
+  [ ] Bundled tools in login shells  Keep bundled tools such as ripgre…
+  [ ] Network proxy                  Apply network proxy restrictions…
+  [ ] System proxy                   Use macOS or Windows system proxy…
+  [ ] Prevent sleep while running    Keep your computer awake while Co…
+
+  space toggle · enter save · esc save/close
+"""),
+]
+
+
+@pytest.mark.parametrize("profile, question, cursor, screen", MENUS, ids=[row[1] for row in MENUS])
+def test_a_real_menu_is_told_with_its_question_and_its_cursor_also_without_a_line_of_keys(
+        profile: AgentProfile, question: str, cursor: str, screen: str) -> None:
+    lines = screen.strip("\n").split("\n")
+    assert describe_menu(profile, lines) == asks(question, cursor)
+    assert not has_input_box(profile, lines)
+    assert find_draft(profile, lines, len(lines) - 1, 9) == ""     # so no key is pressed into it
+    above = ["● Earlier?", "❯ 1. a message", *lines, *[""] * 3]
+    if profile is CLAUDE_CODE:
+        assert describe_menu(profile, above) == asks(question, cursor)
+
+
+STATUS_LINES = [RULE, "❯", RULE, "  ❯ first status", "  > second 12:00", "  ──────── rule"]
+
+
+@pytest.mark.parametrize("profile, screen", [
+    (CLAUDE_CODE, STATUS_LINES), (CLAUDE_CODE, [RULE, "❯ 1. is a draft", "  2. too", *BOX[2:]]),
+    (CLAUDE_CODE, ["● Pick one:", "", "  ❯ 1. Yes", "    2. No", *BOX]),
+    (CLAUDE_CODE, ["you: hi", "bypass permissions on (shift+tab to cycle)", "$"]),
+    (CODEX, ["› 1. is a draft", "  2. too", "", "  gpt-5 default · ~/proj"]),
+    (CODEX, ["• Pick one:", "  › 1. Yes", "", "› Ask Codex", "", "  gpt-5 default"]),
+    (CODEX, ["› /model  choose what model to use", "", "› /mo", "", "  gpt-5 default"])])
+def test_what_stands_in_or_around_an_input_box_is_no_menu(
+        profile: AgentProfile, screen: list[str]) -> None:
+    assert has_input_box(profile, screen) and describe_menu(profile, screen) == ""
+
+
+PROBLEMS = [
+    (CLAUDE_CODE, "--dangerously-skip-permissions cannot be used with root/sudo privileges for "
+     "security reasons", "another user"),
+    (CLAUDE_CODE, "❯ hello\n  ⎿  Not logged in · Please run /login", "/login"),
+    (CLAUDE_CODE, "❯ hi\n● Please run /login · API Error: 403 no\n\n✻ Worked for 1s", "/login"),
+    (CLAUDE_CODE, "  ⎿  OAuth token revoked · Please run /login", "/login"),
+    (CLAUDE_CODE, "  ⎿  Credit balance too low · Add funds: https://x", "billing"),
+    (CLAUDE_CODE, "  ⎿  Your organization has disabled Claude subscription access for Claude Code",
+     "billing"),
+    (CLAUDE_CODE, '{"loggedIn": false, "authMethod": "none"}', "/login"),
+    (CODEX, "> 1. Sign in with ChatGPT\n     Usage included", "codex login"),
+    (CODEX, "■ unexpected status 401 Unauthorized: invalid x-api-key, url: http://x", "codex login"),
+    (CODEX, "■ Your access token could not be refreshed. Please log out and sign in again.",
+     "codex login"),
+    (CODEX, "■ You’re out of credits. Your workspace is out of credits.", "billing"),
+    (GEMINI, "? Get started\n How would you like to authenticate for this project?", "log in"),
+    (CLAUDE_CODE, "● The log says: Not logged in · Please run /login", ""),
+    (CLAUDE_CODE, "  print('Not logged in · Please run /login')", ""),
+    (CODEX, "• It prints `Sign in with ChatGPT` when unexpected status 401 Unauthorized comes", ""),
+    (CODEX, "■ unexpected status 500 Internal Server Error", ""), (CLAUDE_CODE, "", "")]
+
+
+@pytest.mark.parametrize("profile, text, advice", PROBLEMS)
+def test_a_problem_that_only_you_can_fix_is_told_with_what_to_do(
+        profile: AgentProfile, text: str, advice: str) -> None:
+    problem = find_problem(profile, text)
+    assert bool(problem) is bool(advice) and advice in problem and "\n" not in problem
+
+
+@pytest.mark.parametrize("profile, screen, answer, key", [
+    (GEMINI, ["│ Do you trust the files in this folder?", "│ ● 1. Trust folder (project)",
+              "│   2. Trust parent folder (parent)", "│   3. Don't trust"],
+     "Trust folder (project)", "Enter"),
+    (COPILOT, ["│ Do you trust the files in this folder?", "│   1. Yes",
+               "│ ❯ 2. Yes, and remember this folder", "│   3. No (Esc)"], "Yes", "Up"),
+    (CLINE, ["Try ClinePass", "Press Enter to open, any other key to close"], "Escape", "Escape"),
+    (CODEX, ["  You can keep using gpt-5 if you prefer.", "› 1. Try new model",
+             "  2. Use existing model"], "Use existing model", "Down"),
+    (CODEX, ["  Update available! 0.1 -> 0.2", "› 1. Update now", "  2. Skip",
+             "  3. Skip until next version"], "Skip", "Down"),
+    (CLAUDE_CODE, ["Quick safety check: do you trust it?", "y. Yes, I trust this folder",
+                   "n. No, exit", "Enter y/n:", "Enter to confirm · Esc to cancel"], "y", "y"),
+    (CLAUDE_CODE, ["WARNING: Claude Code running in Bypass Permissions mode", "y. Yes, I accept",
+                   "n. No, exit", "Enter y/n: y", "Enter to confirm · Esc to cancel"],
+     "Enter", "Enter")])
+def test_each_agent_has_start_up_dialogs_of_its_own(
+        profile: AgentProfile, screen: list[str], answer: str, key: str) -> None:
+    assert find_startup_dialog(profile, screen) == StartupDialog(answer, key)
+    other = CODEX if profile is not CODEX else CLAUDE_CODE
+    assert find_startup_dialog(other, screen) is None
 
 
 @pytest.mark.parametrize("lines, above", [
@@ -1436,6 +1798,9 @@ def test_codex_without_a_title_is_at_work_until_the_line_that_closes_a_turn() ->
         turns.habits.has_closing_line = True
         turns.look(0.1, *working)
         assert turns.ends(0.3, *screen) == seconds
+    turns = Turns(CODEX, *codex_screen(), settle_seconds=5.0)
+    turns.habits.has_closing_line = True        # the sign was too short to be seen
+    assert turns.ends(0.3, *pausing) == 15.0
     turns = Turns(CODEX, *codex_screen(), has_title_spinner=True)
     turns.habits.has_closing_line = True
     turns.look(0.1, *pausing, title="⠧ src")
@@ -1882,6 +2247,66 @@ def test_a_server_that_dies_at_the_start_is_started_again():
 def test_a_program_that_ends_at_once_leaves_its_last_words():
     with pytest.raises(AgentError, match="status 1.*unknown option --foo"):
         Desk(lambda terminal: terminal.die("error: unknown option --foo"))
+
+
+def test_an_option_that_the_installed_version_does_not_know_does_not_stop_it() -> None:
+    optional = (("--new", ("--new", "1")), ("tui.shiny", ("-c", "tui.shiny=true")))
+    profile = dataclasses.replace(PROGRAM, optional_arguments=optional)
+
+    def refuse(*words: str) -> Callable[[Terminal], None]:
+        return lambda terminal: terminal.die(*words)
+
+    desk = Desk(refuse("error: unexpected argument '--new' found"), claude(), program=profile)
+    assert desk.terminal.started == [("sh", "--start", "--new", "1", "-c", "tui.shiny=true"),
+                                     ("sh", "--start", "-c", "tui.shiny=true")]
+    desk.agent.ask("one")
+    desk.terminal.die()
+    desk.agent.ask("two")           # what was refused once is not tried again
+    assert desk.terminal.started[2] == ("sh", "--continue", "-c", "tui.shiny=true")
+    desk = Desk(refuse("error: unknown option '--new'"), refuse("invalid type in `tui.shiny`"),
+                claude(), program=profile)
+    assert desk.terminal.started[2] == ("sh", "--start")
+    with pytest.raises(AgentError, match="something else"):
+        Desk(refuse("error: something else"), program=profile)
+
+
+def test_what_only_you_can_fix_ends_the_start_and_the_turn_with_what_to_do() -> None:
+    with pytest.raises(AgentError, match="says.*root/sudo.*Run as another user"):
+        Desk(lambda terminal: terminal.die("--x cannot be used with root/sudo privileges"))
+    logged_out = Desk(claude(answer="  ⎿  Not logged in · Please run /login"))
+    with pytest.raises(AgentError, match="Claude Code: it says.*Not logged in.*log in with /login"):
+        logged_out.agent.ask("one")
+    quoted = Desk(claude(answer="● It printed this:\n  ⎿  Not logged in · Please run /login\n● It\n"
+                         "  says what to do about it,\n  in its last line\n"))
+    assert quoted.agent.ask("one").state == "done"
+
+
+def test_a_login_screen_at_the_start_is_told_before_long() -> None:
+    def login(terminal: Terminal) -> None:
+        terminal.lines = ["  Welcome to Codex", "", "> 1. Sign in with ChatGPT",
+                          "  2. Sign in another way", "", "  Press enter to continue"]
+
+    desk = Desk(login, program=dataclasses.replace(CODEX, start_command=("sh",)), start=False)
+    with pytest.raises(AgentError, match="Sign in with ChatGPT.*codex login"):
+        desk.agent.start()
+    assert desk.clock.now - 1000 < 3 and not desk.terminal.pressed
+
+
+def test_an_animation_above_a_dialog_does_not_keep_it_from_being_answered() -> None:
+    def program(terminal: Terminal) -> None:
+        def draw(frame: int = 0) -> None:
+            if terminal.keyed:
+                terminal.lines = [str(frame), *TRUST, f" ❯ {YES}", "   No, exit"]
+                terminal.clock.at(0.1, lambda: draw(frame + 1))
+
+        def accept(key: str) -> None:
+            terminal.keyed = None
+            claude()(terminal)
+
+        terminal.keyed = accept
+        draw()
+
+    assert Desk(program).clock.now - 1000 < 3
 
 
 def test_a_missing_program_says_how_to_get_it():
@@ -3895,6 +4320,24 @@ def test_circles_of_ever_new_words_end(fly: Callable[..., Flight], replies: list
     assert any("no new output" in note["text"] for note in flight.of("note"))
 
 
+@pytest.mark.parametrize("message, output, is_new", [
+    ("ls", "$ ls\na.py", True), ("again", "$ again\na.py", False), ("ls", "user@host:~ $ ls", False),
+    ("echo hello", "$ echo hello\nhello", True),
+    ("mend the first rule of the lexer", "> mend the first rule\n  of the lexer", False),
+    ("go", "The lexer misses quotes inside comments.", True),
+    ("go", "The lexer misses comments inside quotes.", False),
+    ("go", "3 of 5 done", True), ("go", "4 of 5 done", True), ("go", "4 of 5 done", False),
+    ("go", "✻ Brewed for 4s", False), ("go", "see src/lexer.py", True), ("go", "", False)])
+def test_news_are_lines_that_were_not_seen(message: str, output: str, is_new: bool) -> None:
+    before = [("ls", "$ ls\na.py"), ("go", "The lexer misses quotes inside comments."),
+              ("go", "4 of 5 done"), ("go", "✻ Stewed for 2m 3s\n$ ")]
+    news = orchestrator.NewsDetector()
+    news.update("", "")
+    if not is_new:
+        assert [news.update(*each) for each in before] == [True, True, True, True]
+    assert news.update(message, output) == is_new
+
+
 def test_silent_edits_with_an_unchanged_failing_test_are_news(
         fly: Callable[..., Flight], tmp_path: Path) -> None:
     def edit() -> str:
@@ -4598,7 +5041,7 @@ def test_who_is_let_in(visitor: Visitor) -> None:
 
 
 @pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1234", "127.0.0.1:9000", "[::1]:8",
-                                  "127.8.8.8:80", "[::ffff:127.0.0.1]:9"])
+                                  "localhost:80"])
 def test_a_tunnel_or_a_published_port_may_change_the_port(host: str, visitor: Visitor) -> None:
     assert visitor.page(Host=host) == 200
     assert visitor.post('{"action": "pause"}', Host=host, Origin=f"http://{host.lower()}") == 204
@@ -5138,7 +5581,8 @@ def test_what_the_world_does_unexpectedly_is_one_line_and_status_1(error, scene,
 def test_the_manual_lists_the_arguments_and_the_settings(scene):
     for option in ("--help", "-h"):
         status, out, err = scene(option, "--json")
-        assert (status, err) == (0, "") and out.startswith(orchestrator.__doc__.rstrip())
+        manual = orchestrator.__doc__.partition("\nContents\n")[0]
+        assert (status, err) == (0, "") and out.startswith(manual)
         for name, field in Config.fields_by_variable().items():
             assert re.search(rf"^ +{name} +\S", out, re.M)
     assert scene("--version") == (0, f"orchestrator {orchestrator.__version__}\n", "")
