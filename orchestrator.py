@@ -6975,32 +6975,35 @@ def find_session_owner(config: Config, workspace: Workspace) -> str:
     return find_session_holder(workspace.lock_path(tmux))[1]
 
 
-def choose_session(config: Config, workspace: Workspace) -> Config:
+def choose_session(config: Config, workspace: Workspace, resume: bool = False) -> Config:
     """Return the settings with the name of the session to use.
 
     Unless CLAUDE_TMUX_SESSION is set, a session that belongs to another directory or command is
-    left alone: the directory gets a session of its own.
+    left alone: the directory gets a session of its own.  A resumed run keeps its command.
     """
     if workspace.has_session_name:
         return config
     own = dataclasses.replace(config, claude_tmux_session=session_name_of(workspace.directory))
     mark = make_agent(config, workspace).session_mark
     owner = find_session_owner(config, workspace)
+    if resume and owner.endswith(f" in {str(workspace.directory)!r}"):
+        return config
     if owner != mark and (owner or find_session_owner(own, workspace) == mark):
         return own
     return config
 
 
 @contextlib.contextmanager
-def hold_session(config: Config, workspace: Workspace) -> Iterator[Config]:
+def hold_session(config: Config, workspace: Workspace,
+                 resume: bool = False) -> Iterator[Config]:
     """Choose the session and hold its lock; yield the settings with its name."""
     mark = make_agent(config, workspace).session_mark
     with contextlib.ExitStack() as stack:
-        chosen = choose_session(config, workspace)
+        chosen = choose_session(config, workspace, resume)
         try:
             stack.enter_context(session_lock(chosen, workspace, mark))
         except ConfigError:     # perhaps another directory's run was faster: choose again
-            chosen = choose_session(config, workspace)
+            chosen = choose_session(config, workspace, resume)
             stack.enter_context(session_lock(chosen, workspace, mark))
         yield chosen
 
@@ -7241,7 +7244,7 @@ def run(config: Config, workspace: Workspace, request: RunRequest) -> int:
                           "--chat")
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(SignalHandler())
-        config = stack.enter_context(hold_session(config, workspace))
+        config = stack.enter_context(hold_session(config, workspace, request.resume))
         path, history = choose_journal(config, workspace, request.resume)
         agent = make_agent(config, workspace)
         agent.tmux.check_version()
@@ -7294,13 +7297,12 @@ def own_command() -> str:
 
 
 _AFTER_DEMO = """
-That was the demo: no model was asked, nothing was paid, and its files are gone.
-To let it work for you:
-  1. Install an agent and log in, for example: npm install -g @anthropic-ai/claude-code; claude
-  2. Get a key at https://openrouter.ai and set it: export OPENROUTER_API_KEY=sk-or-...
-  3. Check it all:  {command} --doctor
-  4. Give it work:  {command} ~/src/project --task "Make the tests pass"
-To type yourself, without a key:  {command} --chat ~/src/project"""
+That was the demo: no model was asked, nothing was paid, its files are gone.  For a real run:
+  1. Install an agent, and start it once to log in: {install}; {program}
+  2. Get a key at https://openrouter.ai, and set it: export OPENROUTER_API_KEY=sk-or-...
+  3. Check your setup: {command} --doctor
+  4. Start the run: {command} ~/src/project --task "Make the tests pass"
+Without a key you can chat with the agent: {command} --chat ~/src/project"""
 
 
 def run_demo(config: Config, environ: Mapping[str, str], as_json: bool) -> int:
@@ -7328,7 +7330,9 @@ def run_demo(config: Config, environ: Mapping[str, str], as_json: bool) -> int:
         with contextlib.suppress(OSError):      # a name for this run only, so nobody else's socket
             os.unlink(f"{environ.get('TMUX_TMPDIR') or '/tmp'}/tmux-{os.getuid()}/{scratch.name}")
     if not as_json:
-        print_line(_AFTER_DEMO.format(command=own_command()))
+        profile = select_profile(Config.default_model)
+        print_line(_AFTER_DEMO.format(install=profile.install_command, command=own_command(),
+                                      program=profile.start_command[0]))
     return 0
 
 

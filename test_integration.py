@@ -1393,7 +1393,7 @@ def test_a_person_chats_in_a_terminal(world):
         terminal.send_keys("Up", "Up", "Up", "BSpace", "Enter")
         terminal.wait_for("\nit's; here\n")
         terminal.enter("/keys Nokey Enter")
-        terminal.wait_for("no tmux key names: Nokey")
+        terminal.wait_for("'Nokey' is no key")
         terminal.enter("/keys e c h o Space x Enter")
         terminal.wait_for("\nx\n")
         at_prompt(terminal)
@@ -1439,19 +1439,38 @@ def test_lines_typed_ahead_are_messages_of_their_own(world):
     assert world.log("took") == ["echo one && sleep 4", "echo two", "echo three"]
 
 
-def test_ctrl_c_gives_the_prompt_back_and_leaves_at_the_prompt(world):
+def test_ctrl_c_gives_the_prompt_back_and_leaves_only_the_second_time(world: World) -> None:
     with chatting(world) as terminal:
         terminal.enter("echo begun && sleep 5 && echo over")
         terminal.wait_for(" s: begun")
         terminal.send_keys("C-c")
-        screen = terminal.wait_for("goes on; the next answer")
-        assert "waiting for" not in screen and not world.log("done")
-        assert poll(lambda: world.log("done"), 15)
-        terminal.enter("echo next")
-        assert "\nover\n" in terminal.wait_for("\nnext\n")
-        at_prompt(terminal)
+        screen = terminal.wait_for("/wait waits for it, /keys Escape interrupts it")
+        assert "waiting for" not in screen.rsplit("\n> ", 1)[-1] and not world.log("done")
+        terminal.enter("/wait")
+        terminal.wait_for("\nover\n")
+        terminal.enter('"""echo never')
+        terminal.wait_for("\n...")
+        for presses in (1, 2):      # of a block, and of a line
+            terminal.send_keys("C-c")
+            assert poll(lambda: terminal.screen().count("/quit to leave") == presses, 15)
+            at_prompt(terminal)
+            terminal.type("echo never" if presses == 1 else "")
         terminal.send_keys("C-c")
-        assert terminal.exit_status() == 130
+        assert terminal.exit_status() == 0
+        assert "Chat ended: 2 messages" in terminal.screen()
+    assert world.log("took") == ["echo begun && sleep 5 && echo over"]
+
+
+def test_a_password_is_typed_unseen_and_stays_out_of_the_journal(world: World) -> None:
+    world.env["CLAUDE_CMD"] = "stty -echo; read word; stty echo; echo $word | tr a-z A-Z; cat"
+    with Terminal([sys.executable, TOOL, "--chat"], world.env, world.work) as terminal:
+        terminal.wait_for("hidden>")
+        terminal.enter("p4ssword")
+        assert "p4ssword" not in terminal.wait_for("P4SSWORD")
+        terminal.send_keys("C-c")
+        terminal.wait_for("\n>")
+    journal, = world.journals()
+    assert "p4ssword" not in journal.read_text() and "(hidden input)" in journal.read_text()
 
 
 def test_a_run_in_a_terminal_shows_what_it_waits_for_while_it_does(world):
@@ -1571,7 +1590,7 @@ def test_a_message_is_delivered_whatever_the_pane_is_in(world):
         return lambda: world.tmux(*words) or f"echo after {words[0]}"
 
     def scrolled() -> str:
-        person.press("C-b", "[", "PageUp", "PageUp")
+        person.send_keys("C-b", "[", "PageUp", "PageUp")
         assert poll(lambda: world.tmux("display-message", "-p", "#{pane_in_mode}") == "1", 10)
         return "echo to a person who scrolls"
 
@@ -1586,7 +1605,7 @@ def test_a_message_is_delivered_whatever_the_pane_is_in(world):
             ["tmux", "-L", "gt-claude-loop", "attach", "-t", pane], world.env, world.work))
         person.wait_for("line 200 of 200")
         assert poll(lambda: "sleep 2 && lines 30" in world.log("took"), 60), run.stdout
-        person.press("C-b", "[", "PageUp", "PageUp")
+        person.send_keys("C-b", "[", "PageUp", "PageUp")
         done = run.end()
     assert (done.status, done.stderr) == (0, "")
     assert world.log("read") == [f"\x1b[200~{text}\x1b[201~\r" for text in world.log("took")]
@@ -1715,7 +1734,7 @@ def test_who_may_resume_a_run_and_with_which_settings(world):
     run = world.start("--task", "survive", MAX_ITERATIONS="2")
     site = run.site()
     assert poll(lambda: len(model.requests) == 2, 30), run.stdout
-    assert_refused(world.run("--resume"), 2, "driven by another", str(run.process.pid))
+    assert_refused(world.run("--resume"), 2, "Another orchestrator", str(run.process.pid))
     assert site.control("note", "mind the gap") == 204 and site.control("pause") == 204
     run.end(by=signal.SIGKILL)
     gate.set()
@@ -2088,9 +2107,9 @@ def test_a_person_may_attach_and_type_between_two_turns(world):
         with Terminal(["tmux", "-L", "gt-claude-loop", "attach"], world.env, world.work) as person:
             person.wait_for("one")
             person.type("echo typed by a person")
-            person.press("Enter")
+            person.send_keys("Enter")
             person.wait_for("\ntyped by a person")
-            person.press("C-b", "d")
+            person.send_keys("C-b", "d")
             person.exit_status()
         return "echo two"
 
@@ -2105,7 +2124,8 @@ def test_a_session_that_was_made_for_another_command_is_not_typed_into(world):
     world.model("echo mine", "TASK_COMPLETE")
     assert world.run("--task", "x").status == 0
     for command in ("bash --norc", ""):
-        done = world.run("--task", "x", **{**as_claude(world), "CLAUDE_CMD": command})
+        done = world.run("--task", "x", CLAUDE_TMUX_SESSION="gt-claude-loop",
+                         **{**as_claude(world), "CLAUDE_CMD": command})
         assert done.status == 2
         assert_one_complaint(done, "agent.py", str(world.work), "CLAUDE_TMUX_SESSION")
     assert world.log("took") == ["echo mine"]
@@ -2346,10 +2366,37 @@ def test_a_session_made_for_another_directory_is_not_typed_into(world):
     assert world.run("--task", "x").status == 0
     other = world.directory / "other"
     other.mkdir()
-    done = world.run("--task", "x", cwd=other)
+    done = world.run("--task", "x", cwd=other, CLAUDE_TMUX_SESSION="gt-claude-loop")
     assert done.status == 2
     assert_one_complaint(done, "gt-claude-loop", str(world.work), "CLAUDE_TMUX_SESSION")
     assert world.log("took") == ["echo mine"] and len(model.requests) == 2
+
+
+def test_a_second_project_gets_a_session_of_its_own_and_the_status_tells_of_both(
+        world: World) -> None:
+    other = world.directory / "other"
+    other.mkdir()
+    gate = Gate()
+    world.model("echo one", gate.reply("TASK_COMPLETE"), "TASK_FAILED: no")
+    first = world.start("--task", "The first task")
+    assert world.taken("echo one"), first.stdout
+    second = world.run("--chat", cwd=other, stdin="echo two\n")
+    assert second.status == 0 and "Chat ended: 1 message" in second.stdout
+    session, = re.findall(r"attach -t (gt-claude-loop-other-[0-9a-f]{4})", second.stdout)[:1]
+    status = world.run("--status")
+    assert (status.status, status.stderr) == (0, "")
+    one, two, runs = status.stdout.split("\n\n")
+    assert f"process {first.process.pid}" in one and "The first task" in one
+    assert first.site().url in one and f"kill {first.process.pid}" in one
+    assert f"Session {session}\n" in two and "none" in two and f"kill-session -t {session}" in two
+    assert re.search(rf"running +{world.work}: The first task\n", runs)
+    assert re.search(rf"complete +{other}: chat\n", runs)
+    gate.set()
+    assert first.end().status == 0
+    done = world.run("--task", "Another", cwd=other)      # again in the session of its own
+    assert done.status == 4 and session in done.stdout
+    assert world.tmux("list-sessions", "-F", "#{session_name}").split() == [
+        "gt-claude-loop", session]
 
 
 def test_a_second_orchestrator_on_a_session_is_refused(world):
@@ -2388,7 +2435,7 @@ def test_a_shell_sees_how_a_run_has_ended_and_its_events_say_why(
         status, outcome, replies, settings, words, world):
     locks = world.directory / "state/orchestrator/locks"
     world.model(*(  # a signal comes while the model thinks, to the process that holds the lock
-        (lambda: os.kill(int(next(locks.iterdir()).read_text()), reply) or "echo late")
+        (lambda: os.kill(int(next(locks.iterdir()).read_text().split()[0]), reply) or "echo late")
         if isinstance(reply, signal.Signals) else reply for reply in replies))
     done = subprocess.run(
         ["sh", "-c", '"$@"; echo "status $?" >&2', "sh", sys.executable, TOOL, "--json", "--task",
@@ -2500,7 +2547,7 @@ def test_ctrl_c_in_a_chat_gives_the_prompt_back_and_at_the_prompt_leaves_a_sane_
         terminal.send_keys("Enter")
         assert world.taken("sleep 3 && echo finished")
         terminal.send_keys("C-c")
-        terminal.wait_for("goes on")
+        terminal.wait_for("keeps working")
         assert poll(lambda: world.log("done"), 30)
         terminal.type("echo two")
         terminal.send_keys("Enter")
@@ -2508,9 +2555,11 @@ def test_ctrl_c_in_a_chat_gives_the_prompt_back_and_at_the_prompt_leaves_a_sane_
         assert poll(lambda: terminal.screen().endswith("\n>"), 15), terminal.screen()
         terminal.type("half a li")
         terminal.send_keys("C-c")
+        terminal.wait_for("/quit to leave")
+        terminal.send_keys("C-c")
         terminal.wait_for("sane")
-        assert "status 130" in terminal.screen() and "Traceback" not in terminal.screen()
-    assert world.events()[-1]["reason"] == "SIGINT"
+        assert "status 0" in terminal.screen() and "Traceback" not in terminal.screen()
+    assert world.events()[-1]["outcome"] == "complete"
 
 
 def test_a_chat_whose_terminal_is_closed_ends_the_session_that_is_not_to_stay(world):
