@@ -6436,6 +6436,8 @@ def _format_next_steps(event: Event) -> str:
 def _describe_end(event: Event) -> tuple[str, str]:
     """Return how a run ended, and what you can do next."""
     head = "Task complete" if event["outcome"] == "complete" else f"Ended ({event['outcome']})"
+    if event["outcome"] == "interrupted" and event.get("reason"):      # no other line says it
+        head = f"Ended (interrupted: {event['reason']})"
     figures = [_format_count(event["iterations"], "iteration"), _format_usage(event)]
     if event.get("cost") is None and event["tokens"]["total"]:
         figures.append("cost not reported")

@@ -3369,6 +3369,7 @@ def test_a_person_stops_the_run(world):
     assert run.end(20).status == 130
     end = world.events()[-1]
     assert (end["outcome"], end["reason"]) == ("interrupted", "stopped from the dashboard")
+    assert "Ended (interrupted: stopped from the dashboard)" in run.stdout
 
 
 class Tunnel(socketserver.BaseRequestHandler):
