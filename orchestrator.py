@@ -5960,7 +5960,7 @@ in the terminal, or paste that address or its token here.</p><form><label>Token
 _MAX_BODY_BYTES = 65_536
 _DIGITS = re.compile("[0-9]{1,15}")
 _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]]+))(:[0-9]*)?")
-_IP_ADDRESS = re.compile(r"[0-9.]+|.*:.*")      # in Host, no name looks like this
+_IP_ADDRESS = re.compile(r"[0-9.]+|.*:.*")      # no other name looks like this
 _CONTROL_ACTIONS = ("pause", "resume", "stop", "note", "continue", "interrupt")
 
 
@@ -6064,12 +6064,10 @@ class _DashboardHandler(QuietHandler):
 
     def _has_token(self, token: str) -> bool:
         """Tell whether the query, as a token or as a whole address, or a cookie has the token."""
-        cookies = {}
-        for pair in self.headers.get("Cookie", "").split(";"):
-            name, _, value = pair.strip().partition("=")
-            cookies[name] = value
         dashboard = self.server
-        given = token.rpartition("token=")[2].strip() or cookies.get(dashboard.cookie_name, "")
+        cookie = re.search(rf"(?:^|; *){dashboard.cookie_name}=([\w-]+)",
+                           self.headers.get("Cookie", ""))
+        given = token.rpartition("token=")[2].strip() or (cookie[1] if cookie else "")
         if secrets.compare_digest(given.encode("utf-8", "replace"), dashboard.token.encode()):
             return True
         if given != dashboard.entry_code or _is_other_user(
@@ -6227,9 +6225,8 @@ class Dashboard(http.server.ThreadingHTTPServer):
                    "url": self.url}
         path = journal_path.with_suffix(".dashboard")
         with contextlib.suppress(OSError):      # the journal complains about such a disk
-            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with open(file, "w", encoding="utf-8") as stream:
-                json.dump(address, stream)
+            path.touch(0o600)
+            path.write_text(json.dumps(address), "utf-8")
 
     def server_bind(self) -> None:
         """Bind, `::` for IPv4 too, without the base class's slow search for our own name."""
