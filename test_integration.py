@@ -3822,7 +3822,7 @@ def test_a_person_steps_in_with_the_keyboard_alone(world, browser):
     browser.press("Enter", shift=True)
     browser.type("the gäp")
     browser.evaluate("location.reload()")
-    assert poll(lambda: browser.evaluate("document.getElementById('note').value") ==
+    assert poll(lambda: browser.evaluate("document.getElementById('note')?.value") ==
                 "mind\nthe gäp", 15)
     tab_to(browser, "#note")
     browser.press("Enter")
