@@ -5178,7 +5178,7 @@ class Autopilot:
 # The browser's side.  May use: nothing.
 
 DASHBOARD_PAGE = r"""<!doctype html>
-<html lang="en" data-recording="RECORDING" data-now="SERVER_TIME" data-journal="JOURNAL_PATH">
+<html lang="en" data-recording="RECORDING" data-journal="JOURNAL_PATH">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>orchestrator</title>
@@ -5187,7 +5187,7 @@ DASHBOARD_PAGE = r"""<!doctype html>
   :root {
     color-scheme: light dark; --mono: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace;
     --page: #f3f5f7; --card: #fff; --ink: #1c2228; --muted: #57606a; --line: #d5dae0;
-    --going: #0860ca; --good: #1a7535; --warn: #8a5a00; --bad: #c21f2b; --second: #9a63e8;
+    --going: #0860ca; --good: #1a7535; --warn: #8a5a00; --bad: #c21f2b;
     --screen: #10151b; --screen-ink: #d5dce4; --found: #ffe08a;
   }
   @media (prefers-color-scheme: dark) { :root {
@@ -5227,14 +5227,13 @@ DASHBOARD_PAGE = r"""<!doctype html>
   #end-facts div:has(code + button), #end-facts div:has(code + button) ~ div {
     flex-basis: 100%; display: flex; gap: 12px; } #end-facts dt { flex: none; }
   progress { display: block; width: 100%; height: 5px; accent-color: var(--going); }
-  progress.near { accent-color: var(--warn); }
   #terminal { position: relative; padding-bottom: 10px; }
   #terminal-bar { position: absolute; top: 4px; right: 12px; }
   #screen-box { container-type: inline-size; overflow: auto; margin-top: 5px; border-radius: 4px;
     background: var(--screen); }
   #screen { position: relative; width: max-content; min-width: 100%; padding: 6px 10px;
     color: var(--screen-ink); line-height: 1.2; min-height: calc(1.2em * var(--rows) + 12px);
-    font-size: clamp(8px, min((100cqw - 22px) / (var(--columns) * 0.605),
+    font-size: clamp(7px, min((100cqw - 22px) / (var(--columns) * 0.605),
       (100svh - min(var(--above), 220px) - 34px) / (var(--rows) * 1.2)), 14px); }
   .actual #screen { font-size: 14px; }
   .cursor { position: absolute; width: 1ch; height: 1.2em; outline: 1px solid; opacity: .8;
@@ -5245,12 +5244,9 @@ DASHBOARD_PAGE = r"""<!doctype html>
   .cell { display: inline-block; width: 1ch; height: 1.2em; vertical-align: top;
     text-decoration: inherit; }
   #board { display: grid; gap: 0 8px; align-items: start; } figure + figure { margin-top: 12px; }
-  figcaption { display: flex; justify-content: space-between; }
-  .bars { display: flex; height: 70px; border-bottom: 1px solid var(--line); }
-  .bars span { display: flex; flex: 0 1 26px; flex-direction: column-reverse; }
-  .bars i { background: var(--going); } .bars i + i { background: var(--second); }
-  .key { border-left: 9px solid var(--going); padding-left: 4px; margin-left: 8px; }
-  .key + .key { border-color: var(--second); } #finder h2 { margin-right: auto; }
+  .bars { display: flex; align-items: end; height: 70px; border-bottom: 1px solid var(--line); }
+  .bars i { flex: 0 1 26px; background: var(--going); }
+  #finder h2 { margin-right: auto; }
   aside ul { padding-left: 18px; white-space: pre-line; } #task { padding: 0; list-style: none; }
   #finder { margin-bottom: 6px; } #search { flex: 0 1 220px; } #matches { flex: none; }
   .iteration { border-top: 1px solid var(--line); content-visibility: auto;
@@ -5330,10 +5326,9 @@ DASHBOARD_PAGE = r"""<!doctype html>
 </main>
 <script nonce="NONCE">
   "use strict";
-  const {recording, now: servedAt, journal: journalPath} = document.documentElement.dataset;
+  const {recording, journal: journalPath} = document.documentElement.dataset;
   const IS_RECORDING = recording === "yes";
   const MAX_SHOWN = 100000;               // characters of one text
-  const MAX_SILENCE = 40000;              // milliseconds; the server sends something every 15 s
   const OUTCOMES = {
     __proto__: null, complete: ["good", "Task complete"], budget: ["warn", "Stopped at its limit"],
     failed: ["bad", "Failed"], stuck: ["bad", "Stuck: it repeats itself"],
@@ -5364,7 +5359,6 @@ DASHBOARD_PAGE = r"""<!doctype html>
 
   // The server's clock counts, whatever the browser's says, and stands still without a connection.
   let clockOffset = 0;
-  const setClock = time => { clockOffset = (Date.parse(time) || Date.now()) - Date.now(); };
   const serverTime = () => run.lostAt ?? Date.now() + clockOffset;
   const timeOf = event => Date.parse(event.time) || run.latest || serverTime();
 
@@ -5515,7 +5509,7 @@ DASHBOARD_PAGE = r"""<!doctype html>
   };
 
   function receive(event) {
-    if (event?.type === "now") setClock(event.time);
+    if (event?.type === "now") clockOffset = timeOf(event) - Date.now();
     if (event?.type === "screen") drawScreen(event);
     if (!handlers[event?.type] || event.id <= run.lastId) return;
     const now = timeOf(event), isNewPart = event.state === "resumed" && event.reason;
@@ -5556,7 +5550,7 @@ DASHBOARD_PAGE = r"""<!doctype html>
     setText("status", headline);
     setText("elapsed", until > now ? `${duration(until - now)} left, until ${clockTime(until)}`
       : elapsed);
-    setText("advice", advice);
+    setText("advice", byId("advice").title = advice);
     setText("pause", run.paused == null ? "Pause" : "Resume");
     byId("controls").hidden = !run.lastId || isOver;
     byId("continue").hidden = !run.activity.waits;
@@ -5571,7 +5565,6 @@ DASHBOARD_PAGE = r"""<!doctype html>
     setText(id, value);
     note.textContent = limit > 0 ? `of ${format(limit)}` : "";
     Object.assign(bar, {hidden: !(limit > 0), max: limit > 0 ? limit : 1, value: used});
-    bar.className = used >= 0.85 * limit ? "near" : "";
   }
 
   function drawRun() {
@@ -5639,6 +5632,9 @@ DASHBOARD_PAGE = r"""<!doctype html>
     return element;
   }
 
+  const tokensOf = ({tokens: {total, prompt, completion}}) =>
+    finiteOrZero(total) || finiteOrZero(prompt) + finiteOrZero(completion);
+
   function addRow(iteration) {
     const row = createElement("details", "iteration", createElement("summary", ""),
                               createElement("div", ""));
@@ -5655,9 +5651,8 @@ DASHBOARD_PAGE = r"""<!doctype html>
   }
 
   function drawRow(iteration) {
-    const {number, tokens, cost, entries, model, agent, started} = iteration;
-    const {total, prompt, completion} = tokens, match = findMatch(iteration);
-    const used = finiteOrZero(total) || finiteOrZero(prompt) + finiteOrZero(completion);
+    const {number, cost, entries, model, agent, started} = iteration;
+    const match = findMatch(iteration), used = tokensOf(iteration);
     const figures = [model + agent ? duration(model + agent) : "", used ? count(used) : "",
                      Number.isFinite(cost) ? money(cost) : ""];
     const flags = entries.filter(entry => entry.level).slice(-4)
@@ -5704,36 +5699,30 @@ DASHBOARD_PAGE = r"""<!doctype html>
   }
 
   // Charts: of iterations that share a bar, the highest.
-  function drawChart({bars, range, format, parts}, iterations) {
-    const size = Math.ceil(iterations.length / 100), chosen = [];
-    const sum = iteration => parts(iteration).reduce((one, other) => one + other);
+  function drawChart({bars, range, format, value}, iterations) {
+    const size = Math.ceil(iterations.length / 100), heights = [];
     iterations.forEach((iteration, index) => {
       const at = Math.floor(index / size);
-      if (!chosen[at] || sum(chosen[at]) < sum(iteration)) chosen[at] = iteration;
+      heights[at] = Math.max(heights[at] ?? 0, value(iteration));
     });
-    const peak = Math.max(...chosen.map(sum)), last = iterations.at(-1).number;
+    const peak = Math.max(...heights), last = iterations.at(-1).number;
     range.textContent = `iterations ${iterations[0].number} to ${last}, highest ${format(peak)}`;
-    bars.replaceChildren(...chosen.map(iteration => createElement("span", "",
-      ...parts(iteration).map(() => createElement("i", "")))));
-    bars.querySelectorAll("span").forEach((bar, index) => parts(chosen[index]).forEach(
-      (part, kind) => { bar.children[kind].style.height = `${100 * part / (peak || 1)}%`; }));
+    bars.replaceChildren(...heights.map(() => createElement("i", "")));
+    heights.forEach((height, at) => {
+      bars.children[at].style.height = `${100 * height / (peak || 1)}%`;
+    });
   }
 
-  function addChart(title, kinds, format, parts) {
+  function addChart(title, format, value) {
     const bars = createElement("div", "bars"), range = createElement("small", "");
-    const keys = kinds.map(kind => createElement("span", "key", kind));
-    const heading = createElement("figcaption", "", createElement("h2", "", title),
-                                  createElement("small", "", ...keys));
-    byId("charts").append(createElement("figure", "", heading, bars, range));
-    return {bars, range, format, parts};
+    byId("charts").append(createElement("figure", "", createElement("h2", "", title), bars, range));
+    return {bars, range, format, value};
   }
 
   const charts = [
-    addChart("Tokens per iteration", ["prompt", "completion"], count,
-             ({tokens}) => [finiteOrZero(tokens.prompt), finiteOrZero(tokens.completion)]),
-    addChart("Time per iteration", ["agent", "model"], duration,
-             ({agent, model}) => [agent, model]),
-    addChart("Cost so far", [], money, ({costSoFar}) => [costSoFar]),
+    addChart("Tokens per iteration", count, tokensOf),
+    addChart("Time per iteration", duration, ({agent, model}) => agent + model),
+    addChart("Cost so far", money, ({costSoFar}) => costSoFar),
   ];
   let timer = null, isLinkPending = location.hash !== "";
   const drawSoon = () => { timer ??= setTimeout(draw, 60); };
@@ -5837,7 +5826,7 @@ DASHBOARD_PAGE = r"""<!doctype html>
   }
 
   // The connection to the server.
-  let source = null, isOpen = false, lastHeard = 0;
+  let source = null;
 
   function setLost(words) {
     run.lostAt = words ? serverTime() : null;
@@ -5845,21 +5834,12 @@ DASHBOARD_PAGE = r"""<!doctype html>
     drawSoon();
   }
 
-  function connect() {                    // a hidden tab lets go: all tabs share six connections
+  function connect() {
     source?.close();
-    source = new EventSource(`events?after=${run.lastId}${document.hidden ? "&once=1" : ""}`);
-    isOpen = false;
-    lastHeard = performance.now();
-    source.onopen = () => {
-      isOpen = true;
-      setLost("");
-    };
-    source.onmessage = message => {
-      lastHeard = performance.now();
-      receive(JSON.parse(message.data));
-    };
+    source = new EventSource(`events?after=${run.lastId}`);
+    source.onopen = () => setLost("");
+    source.onmessage = message => receive(JSON.parse(message.data));
     source.onerror = ({target}) => {
-      if (isOpen && document.hidden) return target.close();
       const isRefused = target.readyState === EventSource.CLOSED;
       setLost(isRefused ? "The server refuses this page: open the address that the run printed."
         : "It is tried again; what you see is how it was last.");
@@ -5867,12 +5847,9 @@ DASHBOARD_PAGE = r"""<!doctype html>
     };
   }
 
-  function tick() {
-    if (!document.hidden && performance.now() - lastHeard > MAX_SILENCE) {
-      setLost("Nothing has come for a while; it is tried again.");
-      connect();
-    }
-    drawStatus();
+  function look() {                       // a hidden tab lets go: all tabs share six connections
+    connect();
+    setTimeout(() => document.hidden && source.close(), 2000);
   }
 
   // Steering, and what else a person does.
@@ -5928,15 +5905,14 @@ DASHBOARD_PAGE = r"""<!doctype html>
   document.onselectionchange = () => {
     if (byId("held").textContent && !isSelecting()) drawScreen();
   };
-  document.onvisibilitychange = connect;
+  document.onvisibilitychange = () => document.hidden ? source.close() : connect();
   byId("terminal").ontoggle = () => drawScreen();
   window.onhashchange = openLinked;
   window.onresize = drawSoon;
-  setInterval(tick, 1000);
-  setInterval(() => document.hidden && connect(), 30000);     // its title and icon stay true
-  setClock(servedAt);
+  setInterval(drawStatus, 1000);
+  setInterval(() => document.hidden && look(), 30000);      // its title and icon stay true
   draw();
-  connect();
+  look();
 </script>
 """
 
@@ -5960,7 +5936,7 @@ in the terminal, or paste that address or its token here.</p><form><label>Token
 _MAX_BODY_BYTES = 65_536
 _DIGITS = re.compile("[0-9]{1,15}")
 _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]]+))(:[0-9]*)?")
-_IP_ADDRESS = re.compile(r"[0-9.]+|.*:.*")      # in Host, no name looks like this
+_IP_ADDRESS = re.compile(r"[0-9.]+|.*:.*")      # no other name looks like this
 _CONTROL_ACTIONS = ("pause", "resume", "stop", "note", "continue", "interrupt")
 
 
@@ -6064,12 +6040,10 @@ class _DashboardHandler(QuietHandler):
 
     def _has_token(self, token: str) -> bool:
         """Tell whether the query, as a token or as a whole address, or a cookie has the token."""
-        cookies = {}
-        for pair in self.headers.get("Cookie", "").split(";"):
-            name, _, value = pair.strip().partition("=")
-            cookies[name] = value
         dashboard = self.server
-        given = token.rpartition("token=")[2].strip() or cookies.get(dashboard.cookie_name, "")
+        cookie = re.search(rf"(?:^|; *){dashboard.cookie_name}=([\w-]+)",
+                           self.headers.get("Cookie", ""))
+        given = token.rpartition("token=")[2].strip() or (cookie[1] if cookie else "")
         if secrets.compare_digest(given.encode("utf-8", "replace"), dashboard.token.encode()):
             return True
         if given != dashboard.entry_code or _is_other_user(
@@ -6227,9 +6201,8 @@ class Dashboard(http.server.ThreadingHTTPServer):
                    "url": self.url}
         path = journal_path.with_suffix(".dashboard")
         with contextlib.suppress(OSError):      # the journal complains about such a disk
-            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with open(file, "w", encoding="utf-8") as stream:
-                json.dump(address, stream)
+            path.touch(0o600)
+            path.write_text(json.dumps(address), "utf-8")
 
     def server_bind(self) -> None:
         """Bind, `::` for IPv4 too, without the base class's slow search for our own name."""
@@ -6436,6 +6409,8 @@ def _format_next_steps(event: Event) -> str:
 def _describe_end(event: Event) -> tuple[str, str]:
     """Return how a run ended, and what you can do next."""
     head = "Task complete" if event["outcome"] == "complete" else f"Ended ({event['outcome']})"
+    if event["outcome"] == "interrupted" and event.get("reason"):      # no other line says it
+        head = f"Ended (interrupted: {event['reason']})"
     figures = [_format_count(event["iterations"], "iteration"), _format_usage(event)]
     if event.get("cost") is None and event["tokens"]["total"]:
         figures.append("cost not reported")

@@ -3418,6 +3418,7 @@ def test_a_person_stops_the_run(world):
     assert run.end(20).status == 130
     end = world.events()[-1]
     assert (end["outcome"], end["reason"]) == ("interrupted", "stopped from the dashboard")
+    assert "Ended (interrupted: stopped from the dashboard)" in run.stdout
 
 
 class Tunnel(socketserver.BaseRequestHandler):
@@ -3503,7 +3504,7 @@ def chromium() -> Iterator[Browser]:
 
 
 @pytest.fixture
-def browser(chromium) -> Browser:
+def browser(chromium: Browser) -> Browser:
     """With nothing open: a page whose server is gone asks for it again and again."""
     chromium.open("about:blank")
     chromium.console.clear()
@@ -3556,7 +3557,8 @@ def test_a_browser_uses_the_dashboard_behind_nginx_with_tls_and_a_path(location,
     gate, port = Gate(), free_port()
     world.model("echo one", gate.reply("TASK_COMPLETE"))
     with contextlib.ExitStack() as stack:
-        public = f"https://localhost:{start_nginx(world, stack, location.replace('PORT', str(port)))}/run/"
+        nginx_port = start_nginx(world, stack, location.replace("PORT", str(port)))
+        public = f"https://localhost:{nginx_port}/run/"
         run = world.start("--task", "published", DASHBOARD_PORT=str(port), DASHBOARD_URL=public)
         assert poll(lambda: f"Dashboard: {public}?token=" in run.stdout, 30), run.stdout
         token = re.search(r"token=(\S+)", run.stdout)[1]
@@ -3584,17 +3586,17 @@ def test_a_browser_uses_the_dashboard_behind_nginx_with_tls_and_a_path(location,
 def visible(browser: Browser) -> str:
     """Return the text of the page, with all that is folded away unfolded."""
     browser.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
-    return browser.evaluate("document.body.innerText")
+    return str(browser.evaluate("document.body.innerText"))
 
 
 def sees(browser: Browser, *words: str) -> bool:
     """Whether all these words are on the page, within some seconds."""
-    return poll(lambda: all(word in visible(browser) for word in words), 15)
+    return bool(poll(lambda: all(word in visible(browser) for word in words), 15))
 
 
 def fits(browser: Browser) -> bool:
     """Whether the page needs no scrolling to the side."""
-    return browser.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    return bool(browser.evaluate("document.documentElement.scrollWidth <= innerWidth"))
 
 
 @pytest.mark.parametrize("width", [1280, 400])
@@ -3622,7 +3624,7 @@ def test_a_browser_sees_the_whole_run_however_late_it_comes(width, world, browse
     assert browser.console == []
 
 
-def test_hostile_text_is_shown_as_text(world, browser):
+def test_hostile_text_is_shown_as_text(world: World, browser: Browser) -> None:
     image = "<img src=x onerror=\"window.broken = 1\">"
     script = "</pre></script><script>window.broken = 1</script><b>"
     gate = Gate()
@@ -3655,16 +3657,16 @@ def shows(browser: Browser, headline: str) -> str:
 def iterations(browser: Browser) -> list[str]:
     """Return the texts of the iterations, oldest first; also of those that are out of view."""
     visible(browser)
-    return browser.evaluate(
+    return list[str](browser.evaluate(
         "[...document.querySelectorAll('.iteration')].reverse().map(each => [...each"
         ".querySelectorAll('b, .excerpt, .flag, .figure, .label, pre')].map("
-        "part => part.textContent).join('\\n'))")
+        "part => part.textContent).join('\\n'))"))
 
 
 def figures(browser: Browser) -> list[str]:
     """Return the totals: iterations, cost and tokens."""
-    return browser.evaluate("['iterations-done', 'cost', 'tokens'].map("
-                            "id => document.getElementById(id).innerText)")
+    return list[str](browser.evaluate("['iterations-done', 'cost', 'tokens'].map("
+                                      "id => document.getElementById(id).innerText)"))
 
 
 def tab_to(browser: Browser, selector: str) -> None:
@@ -3731,10 +3733,11 @@ def open_recording(browser: Browser, world: World, *events: Event) -> Path:
 def has_card(browser: Browser, *words: str) -> bool:
     """Whether these words are in the card of the end, within some seconds."""
     card = "document.getElementById('end').innerText"
-    return poll(lambda: all(word in browser.evaluate(card) for word in words), 15)
+    return bool(poll(lambda: all(word in browser.evaluate(card) for word in words), 15))
 
 
-def test_a_person_sees_at_a_glance_what_the_run_does_and_in_which_colours(world, browser):
+def test_a_person_sees_at_a_glance_what_the_run_does_and_in_which_colours(
+        world: World, browser: Browser) -> None:
     (world.work / "colours").write_text(
         "\x1b[31mred\x1b[0m \x1b[1mbold\x1b[0m \x1b[7mturned\x1b[0m \x1b[38;5;208morange\x1b[0m "
         "\x1b[38;2;1;2;3mnight\x1b[0m plain\n日本\n", encoding="utf-8")
@@ -3793,7 +3796,7 @@ def test_a_person_sees_at_a_glance_what_the_run_does_and_in_which_colours(world,
     assert browser.console == []
 
 
-def test_a_page_that_was_cut_off_shows_what_it_missed_once(world, browser):
+def test_a_page_that_was_cut_off_shows_what_it_missed_once(world: World, browser: Browser) -> None:
     gates = Gate(), Gate(), Gate()
     world.model("echo one", gates[0].reply("MEMORY_SAVE: a fact\necho two"), "echo three",
                 gates[1].reply("echo four"), gates[2].reply("TASK_COMPLETE"))
@@ -3829,7 +3832,8 @@ def test_a_page_that_was_cut_off_shows_what_it_missed_once(world, browser):
     assert [line for line in browser.console if "net::ERR_" not in line] == []
 
 
-def test_a_replay_shows_what_the_live_page_showed_even_of_a_torn_journal(world, browser):
+def test_a_replay_shows_what_the_live_page_showed_even_of_a_torn_journal(
+        world: World, browser: Browser) -> None:
     gate = Gate()
     world.model("echo one", "MEMORY_SAVE: a fact\necho two", gate.reply("TASK_COMPLETE"))
     run = world.start("--task", "count")
@@ -3857,7 +3861,7 @@ def test_a_replay_shows_what_the_live_page_showed_even_of_a_torn_journal(world, 
         assert run_replay.end(by=signal.SIGTERM).status == 143
 
 
-def test_a_person_steps_in_with_the_keyboard_alone(world, browser):
+def test_a_person_steps_in_with_the_keyboard_alone(world: World, browser: Browser) -> None:
     gates = Gate(), Gate()
     model = world.model(gates[0].reply("echo one"), gates[1].reply("echo two"))
     run = world.start("--task", "x")
@@ -3871,7 +3875,7 @@ def test_a_person_steps_in_with_the_keyboard_alone(world, browser):
     browser.press("Enter", shift=True)
     browser.type("the gäp")
     browser.evaluate("location.reload()")
-    assert poll(lambda: browser.evaluate("document.getElementById('note').value") ==
+    assert poll(lambda: browser.evaluate("document.getElementById('note')?.value") ==
                 "mind\nthe gäp", 15)
     tab_to(browser, "#note")
     browser.press("Enter")
@@ -3900,7 +3904,8 @@ def test_a_person_steps_in_with_the_keyboard_alone(world, browser):
     assert browser.console == []
 
 
-def test_hostile_text_in_every_field_of_a_journal_is_text_and_the_page_stays_quick(world, browser):
+def test_hostile_text_in_every_field_of_a_journal_is_text_and_the_page_stays_quick(
+        world: World, browser: Browser) -> None:
     evil = "<img src=x onerror=window.hit=1></script><script>window.hit=1</script>"
     used = {"tokens": {"prompt": evil, "completion": evil}, "cost": evil, "duration_ms": evil}
     bomb = "\x1b[7mx\x1b[38;5;9my\x1b[0m日" * 12000
@@ -3949,7 +3954,8 @@ NEW_END: Event = {**OLD_END, "outcome": "complete", "reason": "", "cost": None, 
     (OLD_END, "Failed", ["the model gave up: no network\n\nA person must help.", "errors\n1"],
      "--resume"),
     (None, "Unfinished", ["no last event", "'/src/it'\"'\"'s' --resume"], "last words")])
-def test_the_end_comes_first(end, headline, words, absent, world, browser):
+def test_the_end_comes_first(end: Event | None, headline: str, words: list[str], absent: str,
+                             world: World, browser: Browser) -> None:
     browser.size(1280, 800)
     path = open_recording(
         browser, world, {"type": "task_info", "task": "do it", "workdir": "/src/it's",
@@ -3976,7 +3982,7 @@ def test_the_end_comes_first(end, headline, words, absent, world, browser):
 BOX = "(name => { const box = document.querySelector(name).getBoundingClientRect(); return "
 
 
-def test_all_that_matters_of_a_run_is_above_the_fold(world, browser):
+def test_all_that_matters_of_a_run_is_above_the_fold(world: World, browser: Browser) -> None:
     (world.work / "picture").write_text("\n".join(
         f"line {number} {'x' * 180}" for number in range(60)), encoding="utf-8")
     gate = Gate()
@@ -3998,7 +4004,8 @@ def test_all_that_matters_of_a_run_is_above_the_fold(world, browser):
     assert run.end().status == 0
 
 
-def test_the_terminal_shows_styles_and_cursor_and_holds_still_for_a_selection(world, browser):
+def test_the_terminal_shows_styles_and_cursor_and_holds_still_for_a_selection(
+        world: World, browser: Browser) -> None:
     lines = ["\x1b[8mhidden\x1b[0m \x1b[4;9mboth\x1b[0m \x1b[40mblack\x1b[0m",
              *(f"line {number}" for number in range(2, 10)), "the last line"]
     path = open_recording(browser, world, {"type": "task_info", "task": "x", "max_iter": 4},
@@ -4026,7 +4033,8 @@ def test_the_terminal_shows_styles_and_cursor_and_holds_still_for_a_selection(wo
     assert browser.console == []
 
 
-def test_waits_count_down_and_end_at_once_under_a_wrong_clock(world, browser):
+def test_waits_count_down_and_end_at_once_under_a_wrong_clock(
+        world: World, browser: Browser) -> None:
     gate = Gate()
     model = world.model("WAIT: 10m", gate.reply("TASK_COMPLETE"))
     run = world.start("--task", "x")
@@ -4048,7 +4056,7 @@ def test_waits_count_down_and_end_at_once_under_a_wrong_clock(world, browser):
     assert shows(browser, "Task complete")
 
 
-def test_any_text_is_found_filtered_and_linked(world, browser):
+def test_any_text_is_found_filtered_and_linked(world: World, browser: Browser) -> None:
     events: list[Event] = [{"type": "task_info", "task": "x"}]
     for number in range(1001, 1031):
         events += [{"type": "iteration_start", "iteration": number},
@@ -4095,7 +4103,7 @@ def test_any_text_is_found_filtered_and_linked(world, browser):
     assert browser.console == []
 
 
-def test_ten_tabs_of_a_run_load_and_steer_and_catch_up(world, browser):
+def test_ten_tabs_of_a_run_load_and_steer_and_catch_up(world: World, browser: Browser) -> None:
     gates = Gate(), Gate()
     world.model(gates[0].reply("echo one"), gates[1].reply("TASK_COMPLETE"))
     run = world.start("--task", "x")
@@ -4121,16 +4129,15 @@ def test_ten_tabs_of_a_run_load_and_steer_and_catch_up(world, browser):
 
 def axe_core() -> str:
     """Return the source of axe-core, which finds what people with disabilities can't use."""
-    npm = shutil.which("npm")
-    if npm:
-        root = subprocess.run([npm, "root", "--global"], capture_output=True, text=True).stdout
-        path = Path(root.strip(), "axe-core", "axe.min.js")
+    for directory in os.environ.get("NODE_PATH", "").split(os.pathsep):
+        path = Path(directory, "axe-core", "axe.min.js")
         if path.is_file():
             return path.read_text(encoding="utf-8")
-    pytest.skip("axe-core is not installed (npm install --global axe-core)")
+    pytest.skip("axe-core is not in NODE_PATH (npm install --prefix DIR axe-core; "
+                "export NODE_PATH=DIR/node_modules)")
 
 
-def test_axe_finds_nothing_in_any_state(world, browser):
+def test_axe_finds_nothing_in_any_state(world: World, browser: Browser) -> None:
     source, gate = axe_core(), Gate()
     world.model("MEMORY_SAVE: a fact\necho one; seq 90", "WAIT: 10m",
                 gate.reply("TASK_FAILED: it can't be done"))
@@ -4170,7 +4177,7 @@ def test_axe_finds_nothing_in_any_state(world, browser):
     browser.colours("light")
 
 
-def test_a_run_of_2000_iterations_stays_light(world, browser):
+def test_a_run_of_2000_iterations_stays_light(world: World, browser: Browser) -> None:
     events: list[Event] = [{"type": "task_info", "task": "long", "max_iter": 4000}]
     for number in range(1, 2001):
         used = {"tokens": {"prompt": 900, "completion": 100, "total": 1000}, "cost": 0.01}
