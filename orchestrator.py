@@ -4720,8 +4720,8 @@ class Autopilot:
         turn = self._agent.start(any(event["type"] == "reply" for event in history))
         self._news.update("", turn.output)
         facts = history[0].get("memories") if history else self._memory.facts   # as it began
-        self._conversation = Conversation(
-            self._system_prompt(facts), f"Task:\n{self._task}", f"{name} works in {self._directory}.")
+        self._conversation = Conversation(self._system_prompt(facts), f"Task:\n{self._task}",
+                                          f"{name} works in {self._directory}.")
         sentences = [f"[{note}]" for note in self._journal.redact(turn.notes)]
         output = self._output_label + self._journal.redact(turn.output)
         if history:
@@ -4949,7 +4949,8 @@ class Autopilot:
         elif now.state == "exited":
             obstacle = f"{self._agent.name} had ended"
         if obstacle:
-            return now._replace(notes=(f"TASK_COMPLETE did nothing: {obstacle}.", *now.notes))
+            notes = [note for note in now.notes if obstacle not in note]
+            return now._replace(notes=(f"TASK_COMPLETE did nothing: {obstacle}.", *notes))
         if now.state == "done":         # there is something new
             self._note_output(now.output)
         else:
