@@ -3974,7 +3974,7 @@ _COMMAND_FORMS = {
 _THINKING_BLOCK = re.compile(r"\A\s*<(think|thinking)>.*?(?:</\1>|\Z)|"
                              r"\A(?:(?!<think).)*?^</think(?:ing)?>", re.S | re.M)
 _FENCED_REPLY = re.compile(r"```[^`\n]*\n((?:(?!```).)*)```", re.S)
-_FENCE_LINE = re.compile(r"\s*(```+|~~~+)\s*([^`]*)")
+_CODE_BLOCK = re.compile(r"(?ms)^[ \t]*(```+|~~~+)[^`\n]*$.*?(?:^[ \t]*\1[`~]*[ \t]*$|\Z)")
 _FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}      # to ASCII
 _COMMAND_LINE = re.compile(     # behind list marks, emojis, brackets, but no quotes or empty boxes
     r"(?!.{0,9}\[ \])(?:[^\w\"'~>]|_|\d{1,3}[.)]\s|\[[xX]\])*?(?P<opening>[*_`(\[<]{0,6})\s{0,3}"
@@ -3991,8 +3991,7 @@ _TMUX_KEYS = ("Up", "Down", "Left", "Right", "Enter", "Escape", "Tab", "BTab", "
               "Insert", "Delete", *(f"F{number}" for number in range(1, 13)))
 _KEY_ALIASES = {
     **{name.lower(): name for name in _TMUX_KEYS}, "return": "Enter", "esc": "Escape",
-    "backspace": "BSpace", "del": "Delete", "spacebar": "Space", "arrowup": "Up",
-    "arrowdown": "Down", "arrowleft": "Left", "arrowright": "Right", "↑": "Up", "↓": "Down",
+    "backspace": "BSpace", "del": "Delete", "spacebar": "Space", "↑": "Up", "↓": "Down",
     "←": "Left", "→": "Right", "⏎": "Enter", "↵": "Enter"}
 _MODIFIED_KEY = re.compile(r"(?i)(c|ctrl|control|m|alt|meta|option|s|shift)[+-](.+)")
 _MAX_KEYS = 100
@@ -4082,9 +4081,9 @@ def _parse_command(lines: Sequence[_Line]) -> Action:
     return Action("keys", text, keys=tuple(keys))
 
 
-def _read_line(text: str) -> _Line:
-    """Return what a line outside any code fence is."""
-    match = _COMMAND_LINE.match(text[:400].translate(_FULL_WIDTH))
+def _read_line(text: str, plain: str) -> _Line:
+    """Return what a line is; `plain` is it in ASCII where it can be, and blank in a code block."""
+    match = _COMMAND_LINE.match(plain[:400])
     if not match:
         return _Line(text)
     word = re.sub(r"[\W_]+", "_", match["word"]).upper()
@@ -4104,24 +4103,6 @@ def _read_line(text: str) -> _Line:
     if word.startswith("TASK") and is_blank or word == "TASK_COMPLETE" and _NOT_YET.match(argument):
         return _Line(text, word, None)
     return line
-
-
-def _read_lines(reply: str, agent: str) -> Iterator[_Line]:
-    """Yield the lines of a reply, up to one that pretends to be the agent's output."""
-    fence = ""
-    for text in reply.split("\n"):
-        mark = _FENCE_LINE.fullmatch(text)
-        if fence or mark:
-            yield _Line(text)
-        elif agent and text.lstrip(" *_`#>").lower().startswith(f"{agent} output:".lower()):
-            yield _Line(text, "OUTPUT")
-            return
-        else:
-            yield _read_line(text)
-        if mark and not fence:
-            fence = mark[1]
-        elif mark and mark[1].startswith(fence) and not mark[2]:
-            fence = ""
 
 
 def _choose_action(lines: Sequence[_Line]) -> Action:
@@ -4162,12 +4143,18 @@ def parse_reply(reply: str, agent: str = "") -> Action:
     """
     text = _THINKING_BLOCK.sub("", sanitize(reply), 1)
     fenced = _FENCED_REPLY.fullmatch(text.strip())
-    lines = list(_read_lines((fenced[1] if fenced else text).rstrip(), agent))
+    text = (fenced[1] if fenced else text).rstrip()
+    plain = _CODE_BLOCK.sub(lambda block: re.sub(r"[^\n]", " ", block[0]), text)
+    plain = plain.translate(_FULL_WIDTH)
+    invented = re.search(rf"(?im)^[ *_`#>]*{re.escape(agent or ' ')} output:", plain)
+    if invented:
+        text = text[:invented.start()].rstrip()
+    lines = [*map(_read_line, text.split("\n"), plain.split("\n"))]
     facts = [line for line in lines if line.word == "MEMORY_SAVE" and line.argument is not None]
-    action = _choose_action([line for line in lines if line not in facts and line.word != "OUTPUT"])
+    action = _choose_action([line for line in lines if line not in facts])
     if action.kind == "message" and not action.text.strip("\u200b\u200e\u200f\ufeff \n"):
         action = Action("invalid", "Your reply was empty, so nothing was typed.")
-    if lines[-1].word == "OUTPUT":
+    if invented:
         note = f'Your reply was cut at "{agent} output:", which only the program writes.'
         action = action._replace(note=f"{action.note} {note}".strip())
     return action._replace(facts=tuple(line.argument for line in facts if line.argument))
@@ -4591,7 +4578,7 @@ def find_failure(output: str) -> str:
     >>> find_failure("FAILED test_a\\n2 failed, 10 passed"), find_failure("0 failed, 12 passed")
     ('2 failed, 10 passed', '')
     """
-    lines = [line.strip() for line in output.split("\n") if line.strip()]
+    lines = [" ".join(line.split()) for line in output.split("\n") if line.strip()]
     results = [match for line in lines[-12:] if (match := _TEST_RESULT.search(line[:1_000]))]
     return truncate_middle(results[-1].string, 200) if results and results[-1]["failure"] else ""
 
@@ -4733,8 +4720,8 @@ class Autopilot:
         turn = self._agent.start(any(event["type"] == "reply" for event in history))
         self._news.update("", turn.output)
         facts = history[0].get("memories") if history else self._memory.facts   # as it began
-        self._conversation = Conversation(
-            self._system_prompt(facts), f"Task:\n{self._task}", f"{name} works in {self._directory}.")
+        self._conversation = Conversation(self._system_prompt(facts), f"Task:\n{self._task}",
+                                          f"{name} works in {self._directory}.")
         sentences = [f"[{note}]" for note in self._journal.redact(turn.notes)]
         output = self._output_label + self._journal.redact(turn.output)
         if history:
@@ -4962,7 +4949,8 @@ class Autopilot:
         elif now.state == "exited":
             obstacle = f"{self._agent.name} had ended"
         if obstacle:
-            return now._replace(notes=(f"TASK_COMPLETE did nothing: {obstacle}.", *now.notes))
+            notes = [note for note in now.notes if obstacle not in note]
+            return now._replace(notes=(f"TASK_COMPLETE did nothing: {obstacle}.", *notes))
         if now.state == "done":         # there is something new
             self._note_output(now.output)
         else:
