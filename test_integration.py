@@ -493,12 +493,46 @@ class Browser:
         """Take certificates that nobody has signed."""
         self._call("Security.setIgnoreCertificateErrors", ignore=True)
 
-    def press(self, key: str) -> None:
-        """Press Tab or Enter."""
-        code, text = {"Tab": (9, ""), "Enter": (13, "\r")}[key]
+    def press(self, key: str, *, shift: bool = False) -> None:
+        """Press Tab, Enter or Escape."""
+        code, text = {"Tab": (9, ""), "Enter": (13, "\r"), "Escape": (27, "")}[key]
         for kind in ("keyDown", "keyUp"):
             self._call("Input.dispatchKeyEvent", type=kind, key=key, code=key, text=text,
-                       windowsVirtualKeyCode=code)
+                       windowsVirtualKeyCode=code, modifiers=8 if shift else 0)
+
+    def colours(self, scheme: str) -> None:
+        """Prefer the dark or the light colours from now on."""
+        self._call("Emulation.setEmulatedMedia",
+                   features=[{"name": "prefers-color-scheme", "value": scheme}])
+
+    @contextlib.contextmanager
+    def before_each_page(self, script: str) -> Iterator[None]:
+        """Run a script in each page that is opened, before its own."""
+        added = self._call("Page.addScriptToEvaluateOnNewDocument", source=script)
+        yield
+        self._call("Page.removeScriptToEvaluateOnNewDocument", **added)
+
+    @contextlib.contextmanager
+    def tabs(self, count: int) -> Iterator[Callable[[int], None]]:
+        """Open more tabs; what is yielded brings one to the front, the others are hidden then."""
+        first, tabs = self._session, []
+        for _ in range(count):
+            self._session = {}
+            target = self._call("Target.createTarget", url="about:blank")
+            session = self._call("Target.attachToTarget", flatten=True, **target)["sessionId"]
+            tabs.append((target, {"sessionId": session}))
+
+        def show(number: int) -> None:
+            target, self._session = tabs[number]
+            self._call("Target.activateTarget", **target)
+            assert poll(lambda: self.evaluate("document.visibilityState") == "visible", 15)
+
+        try:
+            yield show
+        finally:
+            for target, self._session in tabs:
+                self._call("Target.closeTarget", **target)
+            self._session = first
 
     def type(self, text: str) -> None:
         """Type into what has the focus."""
@@ -1227,6 +1261,25 @@ def test_a_killed_agent_goes_on_with_its_conversation_if_it_is_the_real(
     assert [event["resumed"] for event in world.events("recovery")] == [True]
     assert "remembers the conversation" in model.last_message(2)
     assert "gamma three" in model.last_message(3)
+
+
+@REAL_AGENTS
+def test_an_interrupt_ends_a_turn_and_brings_the_note_to_the_model_of_the_real(
+        name, agent, world, agent_api, with_real_agents):
+    long = "RUN[python3 -c 'import time; time.sleep(50)'] SAY[alpha one]"
+    model = world.model(long, "SAY[beta two]", "TASK_COMPLETE")
+    run = world.start("--task", "x", DEFAULT_MODEL=name)
+    site = run.site()
+    assert poll(lambda: long in agent_api.messages, 60), run.stdout
+    time.sleep(2)       # until the command runs
+    started = time.monotonic()
+    assert site.control("interrupt", "leave\nthat") == 204
+    assert poll(lambda: len(model.requests) > 1, 30)
+    assert time.monotonic() - started < 8
+    assert run.end().status == 0
+    assert "leave\nthat" in model.last_message(1) and "Escape was pressed" in model.last_message(1)
+    assert "still working" not in model.last_message(1)
+    assert "SAY[beta two]" in model.last_message(2)
 
 
 @pytest.mark.parametrize("command, opening", [
@@ -2543,6 +2596,24 @@ def test_the_check_has_to_pass_before_the_task_is_complete(world):
     assert [(e["command"], e["status"]) for e in world.events("verify")] == [(check, 9), (check, 0)]
 
 
+def test_a_run_is_not_complete_while_the_agent_works_or_asks(new_world: Callable[..., World]) -> None:
+    replies = ["sleep 3 && echo 1 failed", "TASK_COMPLETE", "WAIT: 2m",
+               "choose Overwrite?/*Yes/No", "TASK_COMPLETE", "KEYS: Down Enter", "do 1"]
+    worlds = at_once(new_world, {
+        "confirm": [*replies, "TASK_COMPLETE", {"CONFIRM_COMPLETE": "true"}],
+        "verify": [*replies, {"VERIFY_CMD": "date >> ../checks; test -e did"}]},
+        prepare=as_claude, TURN_TIMEOUT="1")
+    for name, world in worlds.items():
+        shown = [world.said.last_message(number) for number in range(2, 6)]
+        assert ["still working" in text and "did nothing" in text for text in shown] == [
+            True, False, False, False], shown
+        assert ["stands unanswered" in text for text in shown] == [False, False, False, True], shown
+        assert world.log("chose") == ["No"] and world.events()[-1]["outcome"] == "complete"
+        assert world.events()[-1]["files_changed"] >= 1
+    assert (worlds["verify"].directory / "checks").read_text().count("\n") == 1
+    assert "Messages sent to" in worlds["confirm"].said.last_message()
+
+
 @pytest.mark.parametrize("mode", ["autonomous", "chat"])
 @pytest.mark.parametrize("terminate", ["true", "false"])
 def test_the_session_is_kept_for_the_next_run_unless_it_is_to_be_terminated(
@@ -3603,6 +3674,19 @@ def written(world: World, *events: Event) -> Path:
     return path
 
 
+def open_recording(browser: Browser, world: World, *events: Event) -> Path:
+    """Show a journal that is written by hand; return its file, which is still followed."""
+    path = written(world, *events)
+    browser.open(world.start("--replay", str(path)).site().url)
+    return path
+
+
+def has_card(browser: Browser, *words: str) -> bool:
+    """Whether these words are in the card of the end, within some seconds."""
+    card = "document.getElementById('end').innerText"
+    return poll(lambda: all(word in browser.evaluate(card) for word in words), 15)
+
+
 def test_a_person_sees_at_a_glance_what_the_run_does_and_in_which_colours(world, browser):
     (world.work / "colours").write_text(
         "\x1b[31mred\x1b[0m \x1b[1mbold\x1b[0m \x1b[7mturned\x1b[0m \x1b[38;5;208morange\x1b[0m "
@@ -3673,8 +3757,11 @@ def test_a_page_that_was_cut_off_shows_what_it_missed_once(world, browser):
     assert sees(browser, "\none"), visible(browser)
     cable.cut()
     assert shows(browser, "Connection lost"), visible(browser)
+    spent = browser.evaluate("document.getElementById('time').innerText")
     gates[0].set()
     assert poll(lambda: len(world.events("iteration_start")) == 4, 30), run.stdout
+    time.sleep(1.5)         # the page counts seconds
+    assert browser.evaluate("document.getElementById('time').innerText") == spent
     assert "two" not in visible(browser)
     cable.mend()
     assert shows(browser, "Model is thinking"), visible(browser)
@@ -3709,7 +3796,7 @@ def test_a_replay_shows_what_the_live_page_showed_even_of_a_torn_journal(world, 
     torn = world.directory / "torn.jsonl"
     torn.write_bytes(whole[:whole.index(b'"type": "complete"')])
     controls = "document.getElementById('controls').checkVisibility()"
-    for path, headline in [(world.journals()[0], "Task complete"), (torn, "Between two turns")]:
+    for path, headline in [(world.journals()[0], "Task complete"), (torn, "Unfinished")]:
         run_replay = world.start("--replay", str(path))
         site = run_replay.site()
         browser.open(site.url)
@@ -3717,6 +3804,7 @@ def test_a_replay_shows_what_the_live_page_showed_even_of_a_torn_journal(world, 
         assert poll(lambda: iterations(browser)[:2] == live[:2], 15), (iterations(browser), live)
         assert len(iterations(browser)) == 3
         assert not browser.evaluate(controls) and site.control("pause") == 409
+        assert sees(browser, "Recording of") and "attach" not in visible(browser)
         assert browser.console == []
         browser.open("about:blank")
         assert run_replay.end(by=signal.SIGTERM).status == 143
@@ -3732,9 +3820,15 @@ def test_a_person_steps_in_with_the_keyboard_alone(world, browser):
     browser.press("Enter")
     assert sees(browser, "Resume"), visible(browser)
     tab_to(browser, "#note")
-    browser.type("mind the gäp")
+    browser.type("mind")
+    browser.press("Enter", shift=True)
+    browser.type("the gäp")
+    browser.evaluate("location.reload()")
+    assert poll(lambda: browser.evaluate("document.getElementById('note').value") ==
+                "mind\nthe gäp", 15)
+    tab_to(browser, "#note")
     browser.press("Enter")
-    assert sees(browser, "Noted", "mind the gäp"), visible(browser)
+    assert sees(browser, "Noted", "mind\nthe gäp"), visible(browser)
     assert browser.evaluate("document.getElementById('note').value") == ""
     gates[0].set()
     assert sees(browser, "\none"), visible(browser)
@@ -3742,14 +3836,18 @@ def test_a_person_steps_in_with_the_keyboard_alone(world, browser):
     tab_to(browser, "#pause")
     browser.press("Enter")
     assert shows(browser, "Model is thinking"), visible(browser)
-    assert poll(lambda: "mind the gäp" in model.last_message(1), 15)
-    browser.evaluate("document.getElementById('stop').open = false")   # `visible` has opened it
-    tab_to(browser, "#stop summary")
-    browser.press("Enter")
-    tab_to(browser, "#stop-now")
-    browser.press("Enter")
+    assert poll(lambda: "mind\nthe gäp" in model.last_message(1), 15)
+    is_asked = "document.getElementById('stop-now').checkVisibility()"
+    for key in ("Escape", "Enter"):
+        tab_to(browser, "#stop")
+        browser.press("Enter")
+        assert poll(lambda: browser.evaluate(is_asked), 5)
+        tab_to(browser, "#stop-now")
+        browser.press(key)
+        assert poll(lambda: not browser.evaluate(is_asked), 5)
     assert run.end(20).status == 130
-    assert shows(browser, "Interrupted") and sees(browser, "--resume"), visible(browser)
+    assert shows(browser, "Interrupted"), visible(browser)
+    assert has_card(browser, "stopped from the dashboard", "--resume"), visible(browser)
     assert [e.get("state", e["type"]) for e in world.events("state", "note", "complete")] == [
         "paused", "note", "resumed", "complete"]
     assert browser.console == []
@@ -3779,7 +3877,7 @@ def test_hostile_text_in_every_field_of_a_journal_is_text_and_the_page_stays_qui
     run_replay = world.start("--replay", str(path))
     browser.size(1280, 900)
     browser.open(run_replay.site().url)
-    names = ["task", "model", "agent", "workdir", "attach", "memory", "reply", "fact", "error",
+    names = ["task", "model", "agent", "workdir", "memory", "reply", "fact", "error",
              "what", "check", "out", "summary", "note", "screen", "typed", "trouble", "output",
              "reason"]
     assert sees(browser, *(f"{name} {evil}" for name in names)), visible(browser)[:9000]
@@ -3789,6 +3887,240 @@ def test_hostile_text_in_every_field_of_a_journal_is_text_and_the_page_stays_qui
         "undefined", 1, 1]
     assert fits(browser)
     assert browser.console == []
+
+
+OLD_END: Event = {"type": "complete", "outcome": "failed", "iterations": 1, "cost": 0.0,
+                  "reason": "the model gave up: no network\n\nA person must help.",
+                  "tokens": {"prompt": 5, "completion": 5, "total": 10}, "duration_ms": 5000}
+NEW_END: Event = {**OLD_END, "outcome": "complete", "reason": "", "cost": None, "restarts": 3,
+                  "errors": 4, "files_changed": 7, "last_words": "14 passed"}
+
+
+@pytest.mark.parametrize("end, headline, words, absent", [
+    (NEW_END, "Task complete", ["All is proved.", "passed, status 0: make check", "restarts\n3",
+                                "errors\n4", "files changed\n7", "14 passed"], "--resume"),
+    (OLD_END, "Failed", ["the model gave up: no network\n\nA person must help.", "errors\n1"],
+     "--resume"),
+    (None, "Unfinished", ["no last event", "'/src/it'\"'\"'s' --resume"], "last words")])
+def test_the_end_comes_first(end, headline, words, absent, world, browser):
+    browser.size(1280, 800)
+    path = open_recording(
+        browser, world, {"type": "task_info", "task": "do it", "workdir": "/src/it's",
+                         "attach": "tmux attach"},
+        {"type": "iteration_start", "iteration": 1}, {"type": "error", "error": "oh"},
+        {"type": "state", "state": "resumed", "reason": "x", "time": "2026-01-31T05:00:00.000Z"},
+        {"type": "reply", "text": "All is proved.\n\nTASK_COMPLETE", "cost": None,
+         "tokens": {"total": 10}, "time": "2026-01-31T05:00:02.000Z"},
+        {"type": "verify", "command": "make check", "status": 0, "output": "",
+         "time": "2026-01-31T05:00:02.000Z"},
+        {"type": "screen", "text": "the last screen"}, *([end] if end else []))
+    assert shows(browser, headline), visible(browser)
+    assert has_card(browser, *words, f"--replay '{path}'", str(path)), visible(browser)
+    assert absent not in browser.evaluate("document.getElementById('end').innerText")
+    order = [browser.evaluate(f"document.getElementById('{name}').getBoundingClientRect().top")
+             for name in ("status", "end", "figures", "screen", "iterations")]
+    assert order == sorted(order) and order[1] < 200
+    time_and_cost = "['time', 'cost'].map(id => document.getElementById(id).innerText)"
+    assert browser.evaluate(time_and_cost) == ["5.0 s" if end else "4.0 s", "not reported"]
+    assert sees(browser, "Recording of Jan 31, 2026") and "attach" not in visible(browser)
+    assert browser.console == []
+
+
+BOX = "(name => { const box = document.querySelector(name).getBoundingClientRect(); return "
+
+
+def test_all_that_matters_of_a_run_is_above_the_fold(world, browser):
+    (world.work / "picture").write_text("\n".join(
+        f"line {number} {'x' * 180}" for number in range(60)), encoding="utf-8")
+    gate = Gate()
+    world.model("cat picture", gate.reply("TASK_COMPLETE"))
+    run = world.start("--task", "x", CLAUDE_CMD="bash --norc", MAX_COST="1", MAX_MINUTES="9")
+    browser.size(1440, 900)
+    browser.open(run.site().url)
+    assert shows(browser, "Model is thinking") and sees(browser, "line 59"), visible(browser)
+    size = "getComputedStyle(document.getElementById('screen')).fontSize"
+    bottoms = f"['#status', '#figures', '#attach', '#screen'].map({BOX} box.bottom; }}))"
+    for width, height in ((1440, 900), (1280, 800), (1920, 1080)):
+        browser.size(width, height)
+        assert poll(lambda limit=height: max(browser.evaluate(bottoms)) <= limit, 5)
+        assert fits(browser)
+        assert float(browser.evaluate(size).rstrip("px")) >= 9
+    browser.evaluate("document.getElementById('size').click()")
+    assert browser.evaluate(size) == "14px"
+    gate.set()
+    assert run.end().status == 0
+
+
+def test_the_terminal_shows_styles_and_cursor_and_holds_still_for_a_selection(world, browser):
+    lines = ["\x1b[8mhidden\x1b[0m \x1b[4;9mboth\x1b[0m \x1b[40mblack\x1b[0m",
+             *(f"line {number}" for number in range(2, 10)), "the last line"]
+    path = open_recording(browser, world, {"type": "task_info", "task": "x", "max_iter": 4},
+                          {"type": "screen", "text": "\n".join(lines), "columns": 80, "rows": 10,
+                           "cursor": [9, 4]})
+    assert sees(browser, "the last line"), visible(browser)
+    style = ("(word => { const found = [...document.querySelectorAll('#screen span')].find(each =>"
+             "each.textContent.startsWith(word)), look = getComputedStyle(found); return [look"
+             ".color, look.backgroundColor, look.textDecorationLine]; })")
+    hidden, both, black = (browser.evaluate(f"{style}({word!r})") for word in (
+        "hidden", "both", "black"))
+    assert hidden[0] == browser.evaluate(
+        "getComputedStyle(document.getElementById('screen-box')).backgroundColor")
+    assert both[2] == "underline line-through" and black[1] == "rgb(0, 0, 0)"
+    top, bottom = browser.evaluate(f"{BOX} [box.top, box.bottom]; }})('#screen')")
+    cursor = browser.evaluate(f"{BOX} (box.top + box.bottom) / 2; }})('.cursor')")
+    assert (cursor - top) / (bottom - top) == pytest.approx(0.94, abs=0.03)
+    browser.evaluate("getSelection().selectAllChildren(document.getElementById('screen'))")
+    with path.open("a") as file:
+        file.write(json.dumps({"id": 3, "type": "screen", "text": "a new picture"}) + "\n")
+    assert poll(lambda: "Held" in browser.evaluate("document.getElementById('held').innerText"), 15)
+    assert "the last line" in visible(browser)
+    browser.press("Escape")
+    assert sees(browser, "a new picture") and "Held" not in visible(browser)
+    assert browser.console == []
+
+
+def test_waits_count_down_and_end_at_once_under_a_wrong_clock(world, browser):
+    gate = Gate()
+    model = world.model("WAIT: 10m", gate.reply("TASK_COMPLETE"))
+    run = world.start("--task", "x")
+    site, elapsed = run.site(), "document.getElementById('elapsed').innerText"
+    wrong = "{ const now = Date.now; Date.now = () => now() + 9000000; }"
+    with browser.before_each_page(wrong):
+        browser.open(site.url)
+    assert shows(browser, "Waiting"), visible(browser)
+    assert poll(lambda: re.match(r"(9:5\d|10:00) left, until \d", browser.evaluate(elapsed)), 15)
+    assert re.fullmatch(r"[\d.]+ s", browser.evaluate("document.getElementById('time').innerText"))
+    browser.evaluate("document.getElementById('pause').click()")
+    assert shows(browser, "Paused")
+    browser.evaluate("document.getElementById('pause').click()")
+    assert shows(browser, "Waiting")
+    browser.evaluate("document.getElementById('continue').click()")
+    assert shows(browser, "Model is thinking") and len(model.requests) == 2
+    gate.set()
+    assert run.end().status == 0
+    assert shows(browser, "Task complete")
+
+
+def test_any_text_is_found_filtered_and_linked(world, browser):
+    events: list[Event] = [{"type": "task_info", "task": "x"}]
+    for number in range(1001, 1031):
+        events += [{"type": "iteration_start", "iteration": number},
+                   {"type": "reply", "text": f"step {number}"},
+                   {"type": "iteration_end", "orchestrator": "", "agent_output": "fine\n" * 40}]
+    events[41]["text"] += " (a NEEDLE)"
+    events[50:50] = [{"type": "error", "error": "oh", "iteration": 1016},
+                     {"type": "note", "text": "hm", "source": "dashboard", "iteration": 1017},
+                     {"type": "verify", "status": 1, "iteration": 1018}]
+    path = open_recording(browser, world, *events)
+    rows = ("[...document.querySelectorAll('.iteration')].filter(row => row.checkVisibility())"
+            ".map(row => parseInt(row.querySelector('b').innerText))")
+    assert poll(lambda: browser.evaluate(rows) == list(range(1030, 1000, -1)), 15)
+    number = "document.querySelector('.iteration b')"
+    assert browser.evaluate(f"{number}.scrollWidth <= {number}.clientWidth")
+
+    def choose(name: str, value: str) -> list[int]:
+        """Search or filter; return the rows that are left."""
+        before = browser.evaluate(rows)
+        browser.evaluate(f"{{ const field = document.getElementById({name!r});"
+                         f"field.value = {value!r}; (field.oninput ?? field.onchange)(); }}")
+        assert poll(lambda: browser.evaluate(rows) != before, 5)
+        return browser.evaluate(rows)
+
+    assert choose("search", "a needle)") == [1014]
+    assert browser.evaluate("document.querySelector('.excerpt').innerText") and sees(
+        browser, "1 of 30", "step 1014 (a NEEDLE)")
+    assert browser.evaluate("document.querySelector('mark').innerText") == "a NEEDLE)"
+    choose("search", "")
+    assert [choose("filter", kind) for kind in ("error", "note", "check failed")] == [
+        [1016], [1017], [1018]]
+    choose("filter", "")
+    browser.evaluate("document.getElementById('expand').click()")
+    opened = "document.querySelectorAll('.iteration[open] pre').length"
+    assert poll(lambda: browser.evaluate(opened) > 60, 5)
+    assert browser.evaluate("fetch(document.getElementById('download').href).then("
+                            "answer => answer.text())") == path.read_text(encoding="utf-8")
+    browser.evaluate("location.hash = '#1003'")
+    browser.evaluate("location.reload()")
+    in_view = ("(row => row?.open && row.querySelector('b').innerText === '1003' && row."
+               "getBoundingClientRect().top < innerHeight)(document.querySelectorAll("
+               "'.iteration')[27])")
+    assert poll(lambda: browser.evaluate(in_view), 15)
+    assert browser.console == []
+
+
+def test_ten_tabs_of_a_run_load_and_steer_and_catch_up(world, browser):
+    gates = Gate(), Gate()
+    world.model(gates[0].reply("echo one"), gates[1].reply("TASK_COMPLETE"))
+    run = world.start("--task", "x")
+    site = run.site()
+    with browser.tabs(10) as show:
+        for number in range(10):
+            show(number)
+            browser.open(site.url)
+            assert shows(browser, "Model is thinking"), visible(browser)
+        gates[0].set()
+        for number in range(10):
+            show(number)
+            assert sees(browser, "\none"), visible(browser)
+            browser.evaluate(f"document.getElementById('note').value = 'note of {number}'")
+            browser.evaluate("document.getElementById('note-form').requestSubmit()")
+            assert sees(browser, "Noted", f"note of {number}"), visible(browser)
+        gates[1].set()
+        assert run.end().status == 0
+        assert shows(browser, "Task complete")
+    assert [event["text"] for event in world.events("note")] == [
+        f"note of {number}" for number in range(10)]
+
+
+def axe_core() -> str:
+    """Return the source of axe-core, which finds what people with disabilities can't use."""
+    npm = shutil.which("npm")
+    if npm:
+        root = subprocess.run([npm, "root", "--global"], capture_output=True, text=True).stdout
+        path = Path(root.strip(), "axe-core", "axe.min.js")
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+    pytest.skip("axe-core is not installed (npm install --global axe-core)")
+
+
+def test_axe_finds_nothing_in_any_state(world, browser):
+    source, gate = axe_core(), Gate()
+    world.model("MEMORY_SAVE: a fact\necho one; seq 90", "WAIT: 10m",
+                gate.reply("TASK_FAILED: it can't be done"))
+    run = world.start("--task", "x", MAX_ITERATIONS="9", DASHBOARD_HOST="127.0.0.2")
+    url = run.site().url.replace("127.0.0.2", "127.0.0.1")
+    cable = Cable(urllib.parse.urlsplit(url).port)
+    rules = "{'target-size': {enabled: true}}"
+    check = (f"axe.run({{rules: {rules}}}).then(found => found.violations.map(each =>"
+             "[each.id, ...each.nodes.map(node => node.html)]))")
+
+    def findings(state: str) -> list[object]:
+        """Return what axe finds in a state, narrow and wide, light and dark."""
+        assert shows(browser, state), visible(browser)
+        visible(browser)            # with everything unfolded
+        found: list[object] = []
+        for width, scheme in [(390, "light"), (640, "dark"), (1440, "light"), (1440, "dark")]:
+            browser.size(width, 900)
+            browser.colours(scheme)
+            found += [(state, width, scheme, each) for each in browser.evaluate(check)]
+            assert fits(browser)
+        return found
+
+    browser.open(url)
+    browser.evaluate(f"{source};0")
+    assert findings("Waiting") == []
+    browser.evaluate("document.getElementById('pause').click()")
+    assert findings("Paused") == []
+    cable.cut()
+    assert findings("Connection lost") == []
+    cable.mend()
+    browser.evaluate("document.getElementById('pause').click()")
+    browser.evaluate("document.getElementById('continue').click()")
+    assert findings("Model is thinking") == []
+    gate.set()
+    assert run.end().status == 4
+    assert findings("Failed") == []
+    browser.colours("light")
 
 
 def test_a_run_of_2000_iterations_stays_light(world, browser):
