@@ -1168,7 +1168,7 @@ def test_a_program_on_standard_input_is_no_task(world: World) -> None:
         done = subprocess.run([sys.executable, "-"], cwd=world.work, env=world.env, text=True,
                               stdin=program, capture_output=True, start_new_session=True,
                               timeout=30)
-    assert (done.returncode, done.stdout) == (2, "") and "there is no task" in done.stderr
+    assert (done.returncode, done.stdout) == (2, "") and "There is no task" in done.stderr
 
 
 def test_a_demo_that_is_interrupted_while_its_model_speaks_leaves_no_trace(world):
@@ -2786,7 +2786,7 @@ class Reader:
         for name in ("sudo", "apt-get", "npm", "ssh", "mail"):
             world.program(name, f'echo {name} "$@" >> {world.directory}/called; cat >> '
                           f"{world.directory}/sent")
-        world.program("claude", f'[ "$1" != --version ] || {{ echo 9.9.9; exit; }}\n'
+        world.program("claude", 'echo "9.9.9 --dangerously-skip-permissions --setting-sources"\n'
                       f'echo claude "$@" >> {world.directory}/called')
         self.env = {**world.env, "PATH": world.program("sudo", 'exec "$@"')}
 
@@ -2838,14 +2838,15 @@ def test_the_setup_of_the_readme_gets_an_agent_the_file_and_the_key(reader: Read
     shutil.rmtree(reader.files)
     reader.files = reader.home
     assert reader.follow("npm install -g").status == 0
-    assert reader.called() == ["npm install -g @anthropic-ai/claude-code", "claude"]
+    assert list(map(str.strip, reader.called())) == [
+        "npm install -g @anthropic-ai/claude-code", "claude"]
     done = reader.follow("curl -fsSLO", OPENROUTER_API_KEY="")
     assert (done.status, done.stderr) == (0, ""), done
     reader.files = reader.home / "orchestrator"
     assert (reader.files / "orchestrator.py").read_bytes() == TOOL.read_bytes()
     assert (reader.files / ".env").stat().st_mode & 0o777 == 0o600
     model = reader.world.model()
-    done = reader.follow("--doctor", CLAUDE_CMD="", OPENROUTER_API_KEY="",
+    done = reader.follow("--doctor", CLAUDE_CMD="", OPENROUTER_API_KEY="", IS_SANDBOX="1",
                          OPENROUTER_BASE_URL=model.url)
     assert "FAILED" not in done.stdout and (done.status, done.stderr) == (0, ""), done
 
