@@ -2816,7 +2816,8 @@ FOLLOWED = {        # what is in each block of the README, and what the test of 
     "npm install -g": "setup", "curl -fsSLO": "setup", "--doctor": "setup", "MAX_COST=2": "run",
     "--chat": "chat", "nohup": "unattended", "ssh -L": "tunnel", "OPENROUTER_BASE_URL=": "server",
     "find ~": "journals", "xargs": "many", "parallel -j": "many", "#SBATCH": "many",
-    "kind: Job": "kubernetes", "import orchestrator": "library", "python3-pytest": "development"}
+    "kind: Job": "kubernetes", "import orchestrator": "library", "python3-pytest": "development",
+    "AgentProfile(": "development"}
 
 
 def test_each_block_of_the_readme_is_followed_by_a_test() -> None:
@@ -2960,6 +2961,15 @@ def test_the_library_example_of_the_readme_prints_what_the_agent_says(reader: Re
     done = subprocess.run([sys.executable, "-B", program], cwd=reader.files, env=reader.env,
                           capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "") and "42" in done.stdout.split(), done
+
+
+def test_the_agent_that_the_readme_adds_is_a_whole_record(reader: Reader) -> None:
+    program = reader.files / "example.py"
+    program.write_text(f"from orchestrator import *\nfrom orchestrator import StartupRule, re\n"
+                       f"{readme_block('AgentProfile(')}print(GOOSE.name, GOOSE.start_command)\n")
+    done = subprocess.run([sys.executable, "-B", program], cwd=reader.files, text=True,
+                          capture_output=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("Goose ('goose',)\n", "")
 
 
 def test_the_test_command_of_the_readme_is_that_of_the_ci(reader: Reader) -> None:
