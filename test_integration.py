@@ -1168,7 +1168,7 @@ def test_a_program_on_standard_input_is_no_task(world: World) -> None:
         done = subprocess.run([sys.executable, "-"], cwd=world.work, env=world.env, text=True,
                               stdin=program, capture_output=True, start_new_session=True,
                               timeout=30)
-    assert (done.returncode, done.stdout) == (2, "") and "there is no task" in done.stderr
+    assert (done.returncode, done.stdout) == (2, "") and "There is no task" in done.stderr
 
 
 def test_a_demo_that_is_interrupted_while_its_model_speaks_leaves_no_trace(world):
@@ -2835,12 +2835,15 @@ class Reader:
         for name in ("sudo", "apt-get", "npm", "ssh", "mail"):
             world.program(name, f'echo {name} "$@" >> {world.directory}/called; cat >> '
                           f"{world.directory}/sent")
-        world.program("claude", f'[ "$1" != --version ] || {{ echo 9.9.9; exit; }}\n'
+        world.program("claude", 'echo "9.9.9 --dangerously-skip-permissions --setting-sources"\n'
                       f'echo claude "$@" >> {world.directory}/called')
         self.env = {**world.env, "PATH": world.program("sudo", 'exec "$@"')}
 
     def follow(self, fragment: str, *, more: str = "", stdin: str = "", **settings: str) -> Done:
         """Do as a block of the README says, in the directory of the file."""
+        for program in ("curl", "parallel"):
+            if f"{program} -" in readme_block(fragment) and not shutil.which(program):
+                pytest.skip(f"{program} is not installed")
         command = f"set -e\n{readme_block(fragment)}\n{more}"
         done = subprocess.run(["sh", "-c", command], cwd=self.files, input=stdin, text=True,
                               env={**self.env, **settings}, capture_output=True, timeout=90)
@@ -2862,7 +2865,8 @@ FOLLOWED = {        # what is in each block of the README, and what the test of 
     "npm install -g": "setup", "curl -fsSLO": "setup", "--doctor": "setup", "MAX_COST=2": "run",
     "--chat": "chat", "nohup": "unattended", "ssh -L": "tunnel", "OPENROUTER_BASE_URL=": "server",
     "find ~": "journals", "xargs": "many", "parallel -j": "many", "#SBATCH": "many",
-    "kind: Job": "kubernetes", "import orchestrator": "library", "python3-pytest": "development"}
+    "kind: Job": "kubernetes", "import orchestrator": "library", "python3-pytest": "development",
+    "AgentProfile(": "development"}
 
 
 def test_each_block_of_the_readme_is_followed_by_a_test() -> None:
@@ -2872,25 +2876,27 @@ def test_each_block_of_the_readme_is_followed_by_a_test() -> None:
         readme_block(fragment)
 
 
-def test_the_demos_of_the_readme_complete(reader: Reader) -> None:
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        for done in pool.map(reader.follow, ("install -y python3 tmux", "| python3 - --demo")):
-            assert (done.status, done.stderr) == (0, "") and "Task complete" in done.stdout
-    assert reader.called() == ["apt-get update", "apt-get install -y python3 tmux"]
+@pytest.mark.parametrize("fragment", ["install -y python3 tmux", "| python3 - --demo"])
+def test_the_demo_of_the_readme_completes(fragment: str, reader: Reader) -> None:
+    done = reader.follow(fragment)
+    assert (done.status, done.stderr) == (0, "") and "Task complete" in done.stdout
+    assert reader.called() == (
+        ["apt-get update", "apt-get install -y python3 tmux"] if "tmux" in fragment else [])
 
 
 def test_the_setup_of_the_readme_gets_an_agent_the_file_and_the_key(reader: Reader) -> None:
     shutil.rmtree(reader.files)
     reader.files = reader.home
     assert reader.follow("npm install -g").status == 0
-    assert reader.called() == ["npm install -g @anthropic-ai/claude-code", "claude"]
+    assert list(map(str.strip, reader.called())) == [
+        "npm install -g @anthropic-ai/claude-code", "claude"]
     done = reader.follow("curl -fsSLO", OPENROUTER_API_KEY="")
     assert (done.status, done.stderr) == (0, ""), done
     reader.files = reader.home / "orchestrator"
     assert (reader.files / "orchestrator.py").read_bytes() == TOOL.read_bytes()
     assert (reader.files / ".env").stat().st_mode & 0o777 == 0o600
     model = reader.world.model()
-    done = reader.follow("--doctor", CLAUDE_CMD="", OPENROUTER_API_KEY="",
+    done = reader.follow("--doctor", CLAUDE_CMD="", OPENROUTER_API_KEY="", IS_SANDBOX="1",
                          OPENROUTER_BASE_URL=model.url)
     assert "FAILED" not in done.stdout and (done.status, done.stderr) == (0, ""), done
 
@@ -2949,8 +2955,6 @@ class ModelOfMany(ScriptedModel):
 @pytest.mark.parametrize("fragment", ["xargs", "parallel -j", "#SBATCH"])
 def test_four_runs_at_once_each_complete_in_their_own_directory_and_session(
         fragment: str, reader: Reader) -> None:
-    if fragment == "parallel -j" and not shutil.which("parallel"):
-        pytest.skip("GNU parallel is not installed")
     places = [reader.files / "tasks" / name for name in ("ant", "bee", "cat", "dog")]
     for place in places:
         place.mkdir(parents=True)
@@ -3006,6 +3010,15 @@ def test_the_library_example_of_the_readme_prints_what_the_agent_says(reader: Re
     done = subprocess.run([sys.executable, "-B", program], cwd=reader.files, env=reader.env,
                           capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "") and "42" in done.stdout.split(), done
+
+
+def test_the_agent_that_the_readme_adds_is_a_whole_record(reader: Reader) -> None:
+    program = reader.files / "example.py"
+    program.write_text(f"from orchestrator import *\nfrom orchestrator import StartupRule, re\n"
+                       f"{readme_block('AgentProfile(')}print(GOOSE.name, GOOSE.start_command)\n")
+    done = subprocess.run([sys.executable, "-B", program], cwd=reader.files, text=True,
+                          capture_output=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("Goose ('goose',)\n", "")
 
 
 def test_the_test_command_of_the_readme_is_that_of_the_ci(reader: Reader) -> None:
