@@ -1,33 +1,48 @@
 #!/usr/bin/env python3
-"""Drive a coding agent in tmux, from a chat prompt or from a language model.
+"""Drive a coding agent in tmux: you chat with it, or a language model works through a task.
 
-    python orchestrator.py [DIR]     work in DIR (default: here)
-      --task TEXT                    the task, instead of asking for it
-      --chat                         a person types, instead of the model
-      --resume                       go on with the last unfinished run of this directory
+    python3 orchestrator.py [DIR]    work in DIR (default: here)
+      --task TEXT                    the task (default: ask for it, or read standard input)
+      --chat                         chat mode: you type the messages
+      --resume                       continue the last unfinished run of this directory
       --json                         print the run's events as JSON lines, and nothing else
-      --replay FILE                  serve the dashboard of a recorded run
-      --demo                         the whole loop with a built-in model and agent, offline
-      --doctor                       check what a run needs; say what to do about each
+      --replay [FILE]                serve the dashboard of a recorded run (default: the latest
+                                     of this directory)
+      --status                       list sessions and runs, and how to watch and stop them
+      --demo                         run a short offline demo with a built-in model and agent
+      --doctor                       check your setup and print a fix for each problem
       --version, --help
 
-The agent (Claude Code or Codex) runs in a tmux session of its own.  In chat mode you type to it:
-a line, a pasted block, or what stands between triple quotes.  `/keys Down Enter` presses keys,
-`/screen` shows its screen, `/quit` leaves; other slash words go to the agent.
+The agent (Claude Code, Codex or any other terminal program) runs in a tmux session of its own.
 
-In autonomous mode (the default) a model reached through OpenRouter takes your place: it is given
-a task, and what it says is typed, but for KEYS: Down Enter, WAIT: 10m, MEMORY_SAVE: fact and, to
-end the run, TASK_COMPLETE (after VERIFY_CMD has passed) or TASK_FAILED: reason.  The run survives
-crashes of the agent, of the session and of the tmux server, is shown live in a browser, is kept
-in a journal, and remembers facts in DIR/memory.json for the next one.
+In chat mode you type to it: a line, a pasted block, or lines between triple quotes.
 
-It does not sandbox anything: the agent has your rights, and by default asks no permission.  What
-the agent prints is sent to the model's provider.  The key stays out of the agent's environment,
-but a program with your rights can find it where you keep it.
+    /keys Down Enter    press keys, by their tmux names
+    /screen             show the agent's screen
+    /wait               wait until the agent has finished
+    /quit               leave the chat; the agent keeps running
+    /anything else      is sent to the agent
 
-Exit status: 0 task complete (or chat quit), 1 unexpected failure, 2 wrong use or configuration,
-3 a budget was reached, 4 gave up, 5 the agent could not be started or kept alive, 6 the model
-could not be reached or refused, 129, 130 or 143 interrupted by SIGHUP, SIGINT or SIGTERM.
+In autonomous mode (the default) a model on OpenRouter takes your place.  You give it a task.  The
+orchestrator types each of its replies into the agent, except these commands:
+
+    KEYS: Down Enter         press keys
+    WAIT: 10m                wait, or until the screen changes
+    MEMORY_SAVE: a fact      keep the fact in DIR/memory.json for later runs
+    TASK_COMPLETE            end the run, once VERIFY_CMD has passed or the model has confirmed it
+    TASK_FAILED: a reason    give up
+
+If the agent, its session or the tmux server dies, the agent is started again and the run
+continues.  Each run is shown live in a browser and recorded in a journal.
+
+This is not a sandbox.  The agent runs with your permissions, and by default it asks for none.  Its
+output is sent to the model's provider.  The API key is not in the agent's environment, but a
+program with your permissions can read it where you keep it.
+
+Exit status: 0 task complete, or chat left; 1 unexpected failure; 2 wrong option or setting; 3 a
+budget was reached; 4 the model gave up or got stuck; 5 the agent could not be started or kept
+alive; 6 the model could not be reached, or refused; 129, 130, 143 interrupted by SIGHUP, SIGINT
+or SIGTERM.
 
 Contents
      1. Errors            exceptions, each with its exit status and outcome
@@ -55,6 +70,7 @@ Contents
 from __future__ import annotations
 
 import argparse
+import codecs
 import collections
 import contextlib
 import dataclasses
@@ -69,10 +85,10 @@ import html
 import http.client
 import http.server
 import io
-import ipaddress
 import itertools
 import json
 import math
+import operator
 import os
 import queue
 import random
@@ -92,11 +108,11 @@ import termios
 import textwrap
 import threading
 import time
-import unicodedata
 import urllib.error
 import urllib.parse
 import urllib.request
 import weakref
+import zlib
 from pathlib import Path
 from typing import (
     Any, Callable, Generator, Iterable, Iterator, Mapping, NamedTuple, Protocol, Sequence, TextIO,
@@ -177,20 +193,21 @@ class AgentExited(AgentError):
 
 
 class ModelError(OrchestratorError):
-    """The model server refused a request or could not be reached; a retry would not help.
+    """The model server refused a request or can't be reached; sending it again does not help.
 
-    `http_status` is the HTTP status, or 0.  `suggested_options` maps options of the request to
-    the lower value that would be accepted, or to None if the option has to be left out.
+    `kind` says what is wrong, `token_counts` which limits the server named, by what they count,
+    and `refused_features` what it does not take of the request.
     """
 
     exit_status = 6
     outcome = "model"
-    http_status = 0
-    suggested_options: Mapping[str, int | None] = {}
+    kind = ""
+    token_counts: Mapping[str, int] = {}
+    refused_features: Sequence[str] = ()
 
 
 class RequestRejected(ModelError):
-    """The model can't or won't answer this request.  Sending it again fails again."""
+    """The model can't or won't answer this request. Sending it again fails again."""
 
 
 class ContextWindowExceeded(RequestRejected):
@@ -198,17 +215,14 @@ class ContextWindowExceeded(RequestRejected):
 
 
 class TransientError(ModelError):
-    """A request failed in a way that may pass.  Wait, then send it again.
+    """A request failed in a way that may pass: wait, then send it again."""
 
-    `retry_after` is the number of seconds that the server asked for, or None.  `max_attempts`
-    limits the attempts in a row; 0 means that only the retry timeout does.
-    """
-
-    def __init__(self, message: str, *, retry_after: float | None = None,
-                 max_attempts: int = 0) -> None:
+    def __init__(self, message: str, *, retry_after: float | None = None, max_attempts: int = 0,
+                 correction: str = "") -> None:
         super().__init__(message)
-        self.retry_after = retry_after
-        self.max_attempts = max_attempts
+        self.retry_after = retry_after      # seconds, if the server said so
+        self.max_attempts = max_attempts    # in a row; 0: until RETRY_TIMEOUT
+        self.correction = correction        # what the model is told with the next attempt
 
 
 class Interrupted(KeyboardInterrupt):
@@ -234,7 +248,7 @@ _POSITIVE_INT = (r"0*[1-9][0-9]{0,8}", "a whole number, 1 or more")
 _NON_NEGATIVE_NUMBER = (r"[0-9]{1,9}(\.[0-9]*)?|\.[0-9]+", "a number, 0 or more")
 _PORT = (r"[0-5]?\d{1,4}|6[0-4]\d{3}|65[0-4]\d\d|655[0-2]\d|6553[0-5]",
          "a whole number, 0 to 65535")
-_URL = (rf"https?://([\w.-]+|\[[\da-fA-F:.]+\])(:({_PORT[0]}))?(/[^\s?#]*)?",
+_URL = (rf"https?://([\w.-]+|\[[\da-fA-F:.]+\])(:({_PORT[0]}))?(/[^\s?#]*)?(\?[^\s#]*)?",
         "an http:// or https:// address")
 
 
@@ -548,7 +562,7 @@ _VOLATILE_TEXT = re.compile(      # all repetitions are bounded: 16,000 digits m
 def normalize_screen(screen: str) -> str:
     """Return a screen's text in a form that is the same where only times and counters differ.
 
-    Claude Code ends a turn with a line like `✻ Brewed for 4s`, in ever new words.
+    An agent may end each turn with a line like `✻ Brewed for 4s`, in ever new words.
     """
     return _VOLATILE_TEXT.sub("#", screen)
 
@@ -716,8 +730,8 @@ CLAUDE_CODE = AgentProfile(
     menu_hint=re.compile(r"\benter to (?:confirm|select|save|continue)\b|"
                          r"\besc to (?:cancel|close|exit|clear|go back)\b", re.I),
     startup_dialogs=(
-        StartupRule(re.compile(r"(?s)(?:trust|Bypass).*Enter y/n:\s*\Z"), key="y"),
-        StartupRule(re.compile(r"(?s)(?:trust|Bypass).*Enter y/n: y\s*\Z"), key="Enter"),
+        StartupRule(re.compile(r"(?s)(?:trust|Bypass).*Enter y/n: *(?:\n|\Z)"), key="y"),
+        StartupRule(re.compile(r"(?s)(?:trust|Bypass).*Enter y/n: y *(?:\n|\Z)"), key="Enter"),
         StartupRule(re.compile("trust this folder"), "Yes, I trust"),
         StartupRule(re.compile(r"Trust this folder\?"), "Trust and continue"),
         StartupRule(re.compile("Bypass Permissions mode"), "Yes, I accept")),
@@ -770,7 +784,8 @@ CODEX = AgentProfile(
                          r"\besc (?:to )?(?:cancel|close|exit|(?:go )?back)\b", re.I),
     startup_dialogs=(
         StartupRule(re.compile("trust the contents of this directory"), "Yes"),
-        StartupRule(re.compile("Update available"), "Skip")),
+        StartupRule(re.compile("Update available"), "Skip"),
+        StartupRule(re.compile("Try new model"), "Use existing model")),
     usage_limit=re.compile(
         r"(?m)^[^\w\"'`]*(?:You['’]ve (?:hit|reached) your .*limit|Usage limit reached)"
         + _LIMIT_END, re.I),
@@ -928,9 +943,9 @@ _ANY_CURSOR = re.compile(r"\s*(?:[│|]\s*)?[❯›●>]\s*(\S.*)")      # of an
 _NUMBERED_ENTRY = re.compile(r"[\s│❯›●>]*\d+\.\s")
 
 
-def _last_text_lines(screen: Iterable[str], count: int) -> list[str]:
-    """Return the last lines of a screen that have text."""
-    return [line for line in screen if line.strip()][-count:]
+def text_lines(lines: Iterable[str]) -> list[str]:
+    """Return the lines that have text."""
+    return [line for line in lines if line.strip()]
 
 
 class _InputBox(NamedTuple):
@@ -945,7 +960,7 @@ class _InputBox(NamedTuple):
 def _has_menu_hint(profile: AgentProfile, screen: Sequence[str]) -> bool:
     """Whether the last lines of a screen list the keys of a menu."""
     pattern = profile.menu_hint
-    return pattern is not None and any(map(pattern.search, _last_text_lines(screen, 3)))
+    return pattern is not None and any(map(pattern.search, text_lines(screen)[-3:]))
 
 
 def _parse_reader_box(
@@ -1046,62 +1061,51 @@ def find_draft(profile: AgentProfile, screen: Sequence[str], row: int, column: i
     return "\n".join([mode + first, *rest])
 
 
-def is_busy(profile: AgentProfile, screen: Sequence[str]) -> bool:
-    """Whether the words on a screen say that the agent is working."""
-    above, box, frame = split_at_input_box(profile, screen)
-    footer = frame if box else _last_text_lines(screen, 3)
-    if profile.busy_words and any(map(profile.busy_words.search, footer)):
-        return True
-    unindented = [line for line in above if line.strip() and not line.startswith(" ")]
-    return bool(profile.status_line and unindented
-                and profile.status_line.fullmatch(unindented[-1]))
-
-
-def text_lines(lines: Iterable[str]) -> list[str]:
-    """Return the lines that have text."""
-    return [line for line in lines if line.strip()]
-
-
 def is_message_queued(profile: AgentProfile, screen: Iterable[str]) -> bool:
     """Whether a screen says that the agent will take a message only once it has started."""
     pattern = profile.queued_message
-    return pattern is not None and any(map(pattern.match, _last_text_lines(screen, 3)))
+    return pattern is not None and any(map(pattern.match, text_lines(screen)[-3:]))
 
 
 def _is_unindented(line: str) -> bool:
-    return line[:1] not in ("", " ", "↑", "↓")      # arrows: a list that scrolls
+    return line[:1] not in ("", " ", "─", "↑", "↓")      # arrows: a list that scrolls
 
 
-def _find_menu(
-        lines: list[str], cursor_pattern: re.Pattern[str] | None) -> tuple[int, int | None]:
+def _find_menu(profile: AgentProfile, lines: list[str],
+               cursor_pattern: re.Pattern[str] | None) -> tuple[int, int | None]:
     """Return the first row of a menu and the row of its cursor.
 
-    It begins below a rule, which may also stand between its entries, or where no rule is drawn,
-    below the last line that is not indented.
+    It begins below a rule, which may also stand between its entries, or where the agent draws no
+    rules, below the last line that is not indented.
     """
     rules = [row for row, line in enumerate(lines[:-1]) if _HORIZONTAL_RULE.match(line)
              and not _NUMBERED_ENTRY.match(lines[row + 1])]
-    first, cursor = rules[-1] + 1 if rules else 0, None
+    first = rules[-1] + 1 if rules and profile.box_border else 0
     for row in range(len(lines) - 1, first - 1, -1):
         if cursor_pattern and cursor_pattern.match(lines[row]):
-            cursor = row
+            if not first:
+                first = row
+                while first > 0 and not _is_unindented(lines[first - 1]):
+                    first -= 1
+            return first, row
+        if not first and _is_unindented(lines[row]):
             break
-        if not rules and _is_unindented(lines[row]):
-            break
-    if not rules:
-        first = len(lines) - 1 if cursor is None else cursor
-        while first > 0 and not _is_unindented(lines[first - 1]):
-            first -= 1
-    return first, cursor
+    return first, None
 
 
-def _find_question(lines: list[str]) -> str:
+def _find_question(profile: AgentProfile, lines: list[str]) -> str:
     """Return the question, or else the title, in the lines of a menu above its cursor."""
-    text = [line.strip() for line in lines if line.strip() and not _NUMBERED_ENTRY.match(line)]
-    questions = [found[0] for line in text if (found := re.match(r".*?\?(?=\s|$)", line))]
+    text = [line.strip() for line in text_lines(lines) if not _NUMBERED_ENTRY.match(line)]
+    questions = [found[0] for line in text if (found := re.match(r"(?!●).*?\?(?=\s|$)", line))]
     if questions:
         return questions[-1]
-    return text[0] if text else ""
+    if not profile.box_border:      # the title begins the last paragraph
+        while lines and not lines[-1].strip():
+            lines = lines[:-1]
+        blank_rows = [row for row, line in enumerate(lines) if not line.strip()]
+        text = [line.strip() for line in lines[blank_rows[-1] + 1 if blank_rows else 0:]]
+    titles = [line for line in text if line[0].isalnum()] or text
+    return titles[0] if titles else ""
 
 
 def describe_menu(profile: AgentProfile, screen: Sequence[str]) -> str:
@@ -1110,14 +1114,15 @@ def describe_menu(profile: AgentProfile, screen: Sequence[str]) -> str:
         return ""
     lines = trimmed_lines("\n".join(screen))[-60:]
     is_hinted = _has_menu_hint(profile, lines)
-    first, cursor = _find_menu(lines, _ANY_CURSOR if is_hinted else profile.menu_cursor)
-    if not is_hinted and (cursor is None or len(_last_text_lines(lines[cursor:], 99)) > 12):
+    first, row = _find_menu(profile, lines, _ANY_CURSOR if is_hinted else profile.menu_cursor)
+    if row is None:
+        title = "".join(text_lines(lines[first:])[:1]).strip()
+        return f"The screen asks {title!r}; it takes keys, not text." if is_hinted else ""
+    if not is_hinted and len(text_lines(lines[row:])) > 12:
         return ""
-    text = f"The screen asks {_find_question(lines[first:-1 if cursor is None else cursor])!r}"
-    entry = _ANY_CURSOR.match(lines[cursor]) if cursor is not None else None
-    if entry:
-        text += f", and the cursor is on {entry[1].strip()!r}"
-    return f"{text}; it takes keys, not text."
+    entry = " ".join(_ANY_CURSOR.sub(r"\1", lines[row]).split())
+    return (f"The screen asks {_find_question(profile, lines[first:row])!r}, and the cursor is on "
+            f"{entry!r}; it takes keys, not text.")
 
 
 def last_text_line(ansi_screen: str) -> str:
@@ -1136,7 +1141,7 @@ _USUAL_MENU_HINT = re.compile(r"\benter (?:to )?(?:\w+)\b", re.I)
 
 def count_usual_busy_lines(screen: Sequence[str]) -> int:
     """Count the last lines of any program that say, or show by a spinner, that it is working."""
-    return sum(1 for line in _last_text_lines(screen, 12)
+    return sum(1 for line in text_lines(screen)[-12:]
                if _USUAL_BUSY_WORDS.search(line) and not _USUAL_MENU_HINT.search(line))
 
 
@@ -1240,7 +1245,7 @@ def _seconds_until(now: datetime.datetime, month: str | None, day: str | None, y
         at = at.replace(month=number, day=int(day), year=int(year or now.year + is_next_year))
     elif at < now - datetime.timedelta(hours=1):    # else it is just over, not a day away
         at += datetime.timedelta(days=1)
-    return max(0.0, (at - now).total_seconds())
+    return max(0.0, at.timestamp() - now.timestamp())       # also where the clocks are changed
 
 
 def parse_usage_limit(
@@ -1823,7 +1828,7 @@ class TurnDetector:
     def _lacks_closing_line(self, pane: PaneSnapshot) -> bool:
         """Tell whether an answer may still be going on although its status line has gone.
 
-        Codex shows nothing else while its answer streams, if its user has changed its title.
+        An agent may show nothing else while its answer streams, if its user changed its title.
         """
         is_expected = self._profile.hides_status_line and self._habits.has_closing_line
         has_started = bool(self._message or self.last_sign)
@@ -1916,7 +1921,7 @@ class Agent:
     INDICATOR_DELAY_SECONDS = 5.0   # a known agent shows that it works; a busy machine is slow
     KEY_SETTLE_SECONDS = 1.0        # a known agent's screen after a key that starts no work
     SHOW_SECONDS = 2.0              # on a still screen, for a pasted text to show
-    ENTER_DELAY_SECONDS = 0.2       # Gemini CLI takes an Enter right after a paste for a line break
+    ENTER_DELAY_SECONDS = 0.2       # some take an Enter right after a paste for a line break
     TALL_ROWS = 500                 # the window in which a full-screen program is read
     INTERRUPT_SECONDS = 5.0         # for the agent to stop its turn
     MAX_RESTARTS, RESTART_WINDOW_SECONDS = 3, 600.0
@@ -2479,14 +2484,15 @@ class Agent:
         its cursor jumps back.
         """
         started = self._clock()
-        changed, last_screen, answer = 0.0, None, ""
+        changed, last_state, answer = 0.0, None, ""
         while True:
             pane, now = self._snapshot(), self._clock()
-            if pane.screen != last_screen:
-                last_screen, changed = pane.screen, now
+            dialog = find_startup_dialog(self._profile, pane.screen)
+            state = dialog or find_problem(self._profile, pane.text) or pane.screen
+            if state != last_state:     # not the screen: there may be an animation above a dialog
+                last_state, changed = state, now
             is_late = now - started >= self.READY_TIMEOUT
             if now - changed >= self._required_settle_seconds(pane) or is_late:
-                dialog = find_startup_dialog(self._profile, pane.screen)
                 if answer and (not dialog or dialog.answer != answer):
                     self._publish("note", source="orchestrator",
                                   text=f"answered a question of {self.name}: {answer}")
@@ -2592,7 +2598,7 @@ Messages = Sequence[Mapping[str, str]]
 
 
 class TokenUsage(NamedTuple):
-    """What calls used, as the API counts; of `prompt` what its cache had, and what was put in."""
+    """Tokens of model calls; of `prompt`, how many the cache had, and how many it took in."""
 
     prompt: int = 0
     completion: int = 0
@@ -2600,17 +2606,21 @@ class TokenUsage(NamedTuple):
     cached: int = 0
     written: int = 0
 
+    def plus(self, other: Sequence[int]) -> TokenUsage:
+        """Return the sum of both."""
+        return TokenUsage(*map(operator.add, self, other))
+
 
 class Reply(NamedTuple):
-    """A complete answer of the model, and what all attempts to get it used."""
+    """A complete reply of the model, and what all the attempts at it used."""
 
     text: str
     tokens: TokenUsage = TokenUsage()
-    cost: float | None = None       # US dollars; None: the server did not report it
+    cost: float | None = None       # US dollars, None if the server does not report it
     duration_ms: int = 0
 
     def usage_fields(self) -> dict[str, Any]:
-        """Return what it used, as events tell it."""
+        """Return the usage as fields of an event."""
         return {"tokens": self.tokens._asdict(), "cost": self.cost}
 
 
@@ -2637,16 +2647,100 @@ class ChatModel(Protocol):
         ...
 
 
+class ModelAccess(NamedTuple):
+    """What is known of the model before its first call; `warning` is a sentence or nothing."""
+
+    description: str
+    warning: str = ""
+
+
+class _ErrorKind(NamedTuple):
+    """How servers report one kind of error, and what the user can do about it."""
+
+    name: str
+    statuses: tuple[int, ...] = ()  # of HTTP, or as the body has it
+    types: str = ""                 # the error's type or code: regular expressions, for any case
+    words: str = ""                 # in its message
+    advice: str = ""
+
+    def fits(self, types: Iterable[str], status: int, message: str) -> bool:
+        """Return whether an error is of this kind."""
+        return (status in self.statuses or any(re.fullmatch(self.types, name) for name in types)
+                or bool(self.words) and re.search(self.words, message, re.I) is not None)
+
+
+# The first row that fits counts.  What is said comes before the status, which is often wrong.
+_ERROR_KINDS = (
+    _ErrorKind("tool call", (), "tool_use_failed",
+               "model called a tool|failed to call a function|tool call validation"),
+    _ErrorKind("credit", (402,), "payment_required|insufficient_.*|arrearage|billing_.*",
+               r"credit balance|insufficient[\w ]* (balance|credit|fund|quota)|(out of|no) credit|"
+               r"(balance|credits?)( is| are| has been| have been)* (too low|exhausted|depleted|"
+               r"used up|insufficient|not enough)|quota (is )?not enough|in arrears|overdue|top up|"
+               r"recharge|key limit exceeded|(spend(ing)?|billing)( hard)? limit|can only afford",
+               "Add credit, or raise the limit of the key"),
+    _ErrorKind("overflow", (), "", "request too large"),
+    _ErrorKind("rate limit", (429,), "rate_limit_exceeded", "rate limit (reached|exceeded)",
+               "That is too long to wait: continue later with --resume"),
+    _ErrorKind("output limit", (), "", r"max_tokens`? (is too large|must be less|value)|"
+               r"range of max_tokens|max_tokens: \d+ > \d+"),
+    _ErrorKind("overflow", (413,), "context_.*exceeded|exceed_context_size_error|string_too_long|"
+               "token_limit_exceeded|payload_too_large|request_too_large",
+               r"context[ _](length|limit|window|size)|maximum context|too many tokens|(prompt|"
+               r"input) is too long|exceeds? the maximum number of tokens|reduce the length of|"
+               r"tokens \+ `?max_new_tokens"),
+    _ErrorKind("key", (401,), "authentication(_error)?|(invalid_api_key|api_key_invalid)|"
+               "unauthenticated", r"(incorrect|invalid|missing|expired|no) api[ _-]?key|"
+               r"api[ _-]?key (is )?(not valid|invalid|missing|expired)",
+               "Check OPENROUTER_API_KEY for {address}"),
+    _ErrorKind("content", (451,), "content_policy.*|content_filter|refusal|"
+               "data_inspection_failed|responsibleaipolicyviolation",
+               r"content[ _](policy|management)|usage polic|moderation|flagged|prompt.injection"),
+    _ErrorKind("model", (), "model_not_found|deploymentnotfound",
+               r"not a valid model|model\b.{0,80}\b(not found|not exist)|no endpoints found",
+               "Check OPENROUTER_MODEL for {address}"),
+    _ErrorKind("address", (300, 301, 302, 303, 307, 308, 404, 405, 501), "",
+               "unexpected endpoint",
+               "Check OPENROUTER_BASE_URL={address} (most servers need /v1 at its end) and "
+               "OPENROUTER_MODEL"),
+    _ErrorKind("proxy", (407,), advice="Check user and password of the proxy"),
+    _ErrorKind("forbidden", (403,), "permission_denied",
+               advice="The key, the provider or a firewall does not allow this request"),
+    _ErrorKind("outage", (408, 409, 425, *range(500, 600)), "server(_error)?|unmapped|timeout|"
+               "provider_unavailable|provider_overloaded|overloaded_error"),
+    _ErrorKind("request", words="|.", advice="OPENROUTER_MODEL may not take this request"))
+_AZURE_ADVICE = ("For Azure OpenAI set OPENROUTER_BASE_URL to https://RESOURCE.openai.azure.com/"
+                 "openai/v1 and OPENROUTER_MODEL to the name of the deployment")
+_TOKEN_COUNTS = tuple(map(re.compile, (     # what errors say of numbers of tokens
+    r"can only afford (?P<affordable>\d{1,9})",
+    r"supports at most (?P<output>\d{1,9}) completion",
+    r"max_tokens`? must be less than or equal to `?(?P<output>\d{1,9})",
+    r"max_tokens: \d+ > (?P<output>\d{1,9})",
+    r"range of max_tokens (?:is|should be) \[\d+, ?(?P<output>\d{1,9})",
+    r"Limit (?P<total>\d{1,9}), Requested (?P<requested>\d{1,9})",
+    r"context length is (?P<total>\d{1,9}) tokens.*?(?P<prompt>\d{1,9}) "
+    r"(?:of text input|in the messages|input tokens)",
+    r"exceed context limit: (?P<prompt>\d{1,9}) \+ \d+ > (?P<total>\d{1,9})",
+    r"must be <= (?P<total>\d{1,9})\. Given: (?P<prompt>\d{1,9})")))
+_FEATURES = {       # what a request uses, and the words of a server that does not take it
+    "max_completion_tokens": r"\bmax_completion_tokens\b",
+    "cache_control": r"\bcache[ _]control\b",
+    "stream_options": r"\bstream[ _]options\b",
+    "session_id": r"\bsession[ _]id\b",
+    "max_tokens": r"\bmax[ _]tokens\b",
+    "stream": r"\bstream(ing)?\b",
+    "system role": r"system role|roles must alternate|got system"}
+_CONTINUE_PROMPT = ("Your answer was cut off because it became too long. Continue exactly where it "
+                    "stopped, without a comment on that.")
+_NO_TOOLS_PROMPT = "[Your last answer was a tool call. There are no tools here: answer with text.]"
+_END_OF_STREAM: dict[str, Any] = {"choices": []}        # stands for `data: [DONE]`
+
+
 class _NoRedirectHandler(urllib.request.HTTPRedirectHandler):
-    """A redirected POST would become a GET, and might carry the key to another host."""
+    """Refuse redirects: a redirected POST becomes a GET, and could take the key to another host."""
 
     def redirect_request(self, *request: object) -> None:
         return None
-
-
-def _error_reason(error: BaseException) -> str:
-    said = str(getattr(error, "reason", None) or error)     # may repeat what the server sent
-    return " ".join(sanitize(said).split()) or type(error).__name__
 
 
 def _base_model_name(model: object) -> str:
@@ -2654,375 +2748,631 @@ def _base_model_name(model: object) -> str:
     return re.sub(r"[:@].*", "", str(model)).replace(".", "-").lower()
 
 
-_STATUS_BY_ERROR_TYPE = {word: status for status, words in {     # of types and codes that are words
-    401: "authentication invalid_api_key", 402: "payment_required insufficient_quota",
-    400: "invalid_request invalid_prompt unprocessable precondition_failed",
-    403: "permission_denied", 404: "not_found model_not_found", 429: "rate_limit_exceeded",
-    413: "context_length_exceeded string_too_long token_limit_exceeded payload_too_large",
-    451: "content_policy_violation refusal",
-    503: "server server_error unmapped timeout provider_unavailable provider_overloaded"
-         " overloaded_error"}.items() for word in words.split()}
-_CONTEXT_WINDOW_ERROR = re.compile(r"context[ _]length|maximum context|(prompt|input) is too long|"
-                       r"too many tokens|context (window|limit)", re.I)
-_CONTENT_POLICY_ERROR = re.compile(r"content[ _]policy|usage polic|moderation|flagged|prompt[ _]injection", re.I)
-_TOKEN_LIMIT_ERROR = re.compile(r"can only afford (\d{1,9})|context length is (\d{1,9}) tokens.*?"
-                   r"(\d{1,9}) (?:of text input|in the messages|input tokens)")
-_OPTIONAL_PARAMETERS = ("cache_control", "stream_options", "session_id", "max_tokens", "stream")
-_CONTINUE_PROMPT = ("Your answer was cut off because it became too long. Go on exactly where it stopped, "
-       "without a word about that.")
-_CREDIT_ADVICE = "add credit, or raise the limit of the key"
-_ADVICE_BY_STATUS = {401: "check OPENROUTER_API_KEY", 402: _CREDIT_ADVICE,
-           403: "the key, the provider or what stands before it does not allow that",
-           404: "check OPENROUTER_MODEL and OPENROUTER_BASE_URL",
-           407: "check the proxy that the environment names",
-           429: "too long to wait for: --resume goes on later"}
+def _find_proxy(url: str) -> str:
+    """Return host and port of the proxy for a URL, "" for none; its password is left out."""
+    with contextlib.suppress(ValueError):
+        parts = urllib.parse.urlsplit(url)
+        if not urllib.request.proxy_bypass(parts.hostname or ""):
+            proxy = urllib.request.getproxies().get(parts.scheme, "")
+            return proxy.rpartition("@")[2].rpartition("//")[2].rstrip("/")
+    return ""
 
 
-def _parse_retry_after(error: Mapping, headers: Mapping[str, str]) -> float | None:
-    """Return in how many seconds a server wants to be asked again, None if it does not say."""
-    told = {str(name).lower().replace("_", "-"): value for name, value in [
+def split_lines(pieces: Iterable[bytes], encoding: str, max_bytes: int) -> Iterator[str]:
+    """Yield the lines of a body, which may be compressed; they end with LF, CRLF or CR."""
+    decoder = io.IncrementalNewlineDecoder(
+        codecs.getincrementaldecoder("utf-8-sig")("replace"), translate=True)
+    decompressor: Any = None
+    begun = size = 0
+    parts: list[str] = []
+    for piece in pieces:
+        if not begun and (piece.startswith(b"\x1f") or encoding == "deflate"):
+            decompressor = zlib.decompressobj(wbits=47)     # gzip or zlib, by its first bytes
+        begun = 1
+        plain = decompressor.decompress(piece) if decompressor else piece
+        size += len(plain)
+        if size > max_bytes:
+            break
+        rest, *lines = decoder.decode(plain).split("\n")
+        parts.append(rest)
+        for line in lines:
+            yield "".join(parts)
+            parts = [line]
+    yield "".join(parts)
+
+
+def _parse_events(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Yield the JSON objects of server-sent events; one that is cut off at the end is dropped."""
+    name = data = ""
+    for line in lines:
+        field, _, value = line.partition(":")
+        if line.startswith("{"):        # from a server that forgets `data:`
+            field, value = "data", line
+        value = re.sub(r"\A\s*(data:\s*)*", "", value)      # some gateways write it twice
+        if field in ("event", "error"):
+            name = "error" if field == "error" else value
+        if field in ("data", "error") and not value.startswith(":"):    # a comment gone astray
+            data = f"{data}\n{value}".strip()
+        if data == "[DONE]":
+            yield _END_OF_STREAM
+            return
+        chunk = parse_json_object(data) if data.endswith("}") else None
+        if not line and not chunk and data.startswith("{"):
+            raise ValueError(data[:80])
+        if name == "error" and data and (chunk or not line) and not (chunk and "error" in chunk):
+            chunk = {"error": chunk or data}
+        if chunk:
+            yield chunk
+        if chunk or not line:
+            name = data = ""
+
+
+def parse_chunks(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
+    """Yield the JSON objects of a response: of a whole body, or of a stream of events.
+
+    Its first line decides which it is; labels are often wrong.  Raises ValueError for other text.
+    """
+    first = next((line for line in lines if line.strip()), "")
+    if re.match("(data|event|id|retry|error)? ?:", first):
+        yield from _parse_events(itertools.chain([first], lines))
+        return
+    text = "\n".join([first, *lines]).strip()
+    body = (parse_json_object(f'{{"body": {text}}}') or {}).get("body")
+    if body is None:        # one object a line, or no JSON
+        body = [parse_json_object(line) for line in text.split("\n") if line.strip()]
+    for chunk in body if isinstance(body, list) else [body]:
+        if not isinstance(chunk, dict):
+            raise ValueError(text[:80])
+        yield chunk
+
+
+def _parse_retry_after(error: Mapping[str, Any], headers: Mapping[str, str]) -> float | None:
+    """Return the seconds after which a server wants to be asked again, if it says so."""
+    fields = {str(name).lower().replace("_", "-"): value for name, value in [
         *headers.items(), *get_object(get_object(error, "metadata"), "headers").items(),
         *get_object(error, "availability").items()]}
-    seconds, reset = get_number(told, "retry-after"), get_number(told, "x-ratelimit-reset") or 0.0
-    at = reset / 1000       # it is in milliseconds since 1970
+    seconds = get_number(fields, "retry-after")
+    reset_at = (get_number(fields, "x-ratelimit-reset") or 0.0) / 1000      # milliseconds
     with contextlib.suppress(TypeError, ValueError, OverflowError):
-        at = email.utils.parsedate_to_datetime(str(told.get("retry-after"))).timestamp()
-    return at - time.time() if seconds is None and at > time.time() else seconds
+        reset_at = email.utils.parsedate_to_datetime(str(fields.get("retry-after"))).timestamp()
+    if seconds is None and reset_at > time.time():
+        return reset_at - time.time()
+    return seconds
 
 
-def _parse_option_changes(message: str, kind: int) -> dict[str, int | None]:
-    """Return what a refusal asks to change: a lower max_tokens, or an option that is to go."""
-    found = _TOKEN_LIMIT_ERROR.search(message)
-    if found:
-        room = int(found[1] or found[2]) - int(found[3] or 0)
-        return {"max_tokens": int(room * 0.95)} if room >= 1000 else {}
-    return {name: None for name in _OPTIONAL_PARAMETERS if kind in (400, 404, 422)
-            and re.search(rf"\b{name.replace('_', '[ _]')}(ing)?\b", message, re.I)}
+def _error_message(error: Mapping[str, Any]) -> str:
+    """Return what an error says, without markup; it may be JSON again, and in several places."""
+    said = next(filter(None, map(error.get, ("message", "error", "msg", "detail", "errors"))), "")
+    raw = get_object(error, "metadata").get("raw")
+    if raw and said in ("", "Provider returned error"):
+        said = f"{said}: {raw}"
+    inner = said if isinstance(said, dict) else parse_json_object(str(said))
+    if inner:
+        return _error_message(get_object(inner, "error") or inner)
+    return " ".join(re.sub(r"<[^>]*>", " ", sanitize(str(said)[:2_000])).split())
 
 
-def error_from_response(status: int, body: object, headers: Mapping[str, str]) -> ModelError:
-    """Return the error for an answer that is no success, by its type or code wherever that stands.
+def _make_error(kind: _ErrorKind, text: str, can_pass: bool, retry_after: float | None,
+                address: str) -> ModelError:
+    """Return the error of a kind: whether it passes, is the model's, or needs the user."""
+    if kind.name == "overflow":
+        return ContextWindowExceeded(text)
+    if kind.name in ("content", "tool call"):
+        correction = _NO_TOOLS_PROMPT if kind.name == "tool call" else ""
+        return TransientError(text, max_attempts=3, correction=correction)
+    is_daily = kind.name == "rate limit" and re.search("per.day|daily", text)
+    if can_pass and not is_daily and not (kind.name == "rate limit" and (retry_after or 0) > 3600):
+        return TransientError(text, retry_after=retry_after)
+    advice = kind.advice.format(address=address)
+    if "azure.com" in address and kind.name in ("key", "model", "address"):
+        advice = _AZURE_ADVICE
+    if kind.name == "address" and "unexpected endpoint" in text.lower():    # even with status 200
+        return TransientError(f"{text}. {advice}", max_attempts=3)
+    return ModelError(f"{text}. {advice}")
 
-    The shapes are those of the OpenRouter documentation, errors-and-debugging: the error may
-    come with status 200, its code may be a number, a word or missing, and the provider's own
-    words may be in metadata.raw.
+
+def error_from_response(status: int, body: object, headers: Mapping[str, str],
+                        address: str) -> ModelError:
+    """Return the error that a response reports, wherever and however it does.
+
+    It may come with status 200, in a list, or without the word "error"; its code may be a number,
+    a word or missing; and the provider's own words may stand deep inside.
     """
-    error = body.get("error") if isinstance(body, dict) else body
-    error = error if isinstance(error, dict) else {"message": error or body}
-    metadata, hint = get_object(error, "metadata"), _parse_retry_after(error, headers)
-    told = [metadata.get("error_type"),
-            *map(error.get, ("error_type", "code", "type", "http_status")), status]
-    code = next((int(each) for each in map(str, told) if re.fullmatch(r"[3-5]\d\d", each)), 502)
-    kind = next((_STATUS_BY_ERROR_TYPE[each] for each in map(str, told) if each in _STATUS_BY_ERROR_TYPE), code)
-    message = str(error.get("message") or "")
-    if metadata.get("raw") and message in ("", "Provider returned error"):
-        message = f"{message}: {metadata['raw']}"
-    message = " ".join(re.sub(r"<[^>]*>", " ", sanitize(message[:2_000])).split())
-    said = f"the model's server answered {code}" + f": {message[:300]}" * bool(message)
-    if kind == 403 and "limit exceeded" in message:     # of the key
-        kind = 402
-    passing = get_object(error, "availability").get("retryable")
-    if passing is None:
-        passing = kind in (408, 409, 425, 429) or kind >= 500
-    if kind == 429 and (hint or 86_400 * bool(re.search("per.day|daily", message))) > 3600:
-        passing = False
-    refused = metadata.get("reasons") or _CONTENT_POLICY_ERROR.search(message)
+    holder = get_object({"body": body}, "body")
+    error = get_object(holder, "error") or holder or {"message": body}
+    metadata = get_object(error, "metadata")
+    claims = [metadata.get("error_type"), error.get("error_type"), error.get("code"),
+              error.get("type"), error.get("http_status"), error.get("status"),
+              holder.get("code"), "refusal" if metadata.get("reasons") else "", status]
+    types = [str(claim).lower() for claim in claims if claim]
+    code = next((int(name) for name in types if re.fullmatch(r"[3-5]\d\d", name)), 502)
+    message = _error_message(error)
+    is_page = not holder and "<" in str(body)
+    searched = "" if is_page else message
+    kind = next(row for row in _ERROR_KINDS if row.fits(types, code, searched))
+    refused = [name for name, words in _FEATURES.items() if kind.name != "overflow"
+               and (code in (400, 404, 422) or name == "system role")
+               and re.search(words, message, re.I)]
+    can_pass = get_object(error, "availability").get("retryable")
+    if can_pass is None:
+        can_pass = kind.name in ("rate limit", "outage") and not refused
+    text = f"the model server answered {code}"
+    if message:
+        text += f": {message[:300].rstrip('.')}"
+    result = _make_error(kind, text, bool(can_pass), _parse_retry_after(error, headers), address)
+    result.kind = kind.name
+    counts = next(filter(None, (pattern.search(message) for pattern in _TOKEN_COUNTS)), None)
+    if counts:
+        result.token_counts = {name: int(count) for name, count in counts.groupdict().items()}
+    result.refused_features = refused
+    return result
 
-    if kind == 413 or kind != 429 and _CONTEXT_WINDOW_ERROR.search(message):
-        found: ModelError = ContextWindowExceeded(said)
-        kind = 0        # no option that it names is at fault
-    elif kind == 451 or refused and (kind in (400, 403) or kind >= 500):
-        found = TransientError(said, max_attempts=3)
-    elif passing:
-        found = TransientError(said, retry_after=hint)
-    else:
-        otherwise = "OPENROUTER_MODEL may not take this request" if kind >= 400 else _ADVICE_BY_STATUS[404]
-        found = ModelError(f"{said} ({_ADVICE_BY_STATUS.get(kind, otherwise)})")
-    found.http_status, found.suggested_options = code, _parse_option_changes(message, kind)
-    return found
+
+class _Completion:
+    """The reply to one request, put together from the chunks of the response."""
+
+    def __init__(self) -> None:
+        self.finish_reason = self.refusal = ""
+        self.usage: dict[str, Any] = {}
+        self.has_begun = False          # something came that costs money
+        self._has_tool_call = False
+        self._is_whole = False          # a whole message came, or the end of the stream was marked
+        self._streamed = self._message = ""
+
+    @property
+    def text(self) -> str:
+        """Return the reply so far; a whole message adds nothing to text that was streamed."""
+        return self._streamed or self._message
+
+    def add(self, chunk: Mapping[str, Any], address: str) -> None:
+        """Add a chunk; raise the error that it reports, if it does."""
+        self.usage = get_object(chunk, "usage") or self.usage
+        choice = get_object(chunk, "choices")
+        if choice.get("error"):
+            raise error_from_response(200, choice, {}, address)
+        says = chunk.get("message") or chunk.get("detail") or chunk.get("msg")
+        if chunk.get("error") or "choices" not in chunk and isinstance(says, str):
+            raise error_from_response(200, chunk, {}, address)
+        self.finish_reason = str(choice.get("finish_reason") or self.finish_reason)
+        delta, message = get_object(choice, "delta"), get_object(choice, "message")
+        part = delta or message
+        self._is_whole |= bool(message) or chunk is _END_OF_STREAM
+        self.has_begun |= bool(part)
+        self._has_tool_call |= bool(part.get("tool_calls")) or self.finish_reason == "tool_calls"
+        self.refusal += get_text(part, "refusal")
+        self._streamed += get_text(delta, "content")
+        if not delta:
+            self._message += get_text(message, "content")
+
+    def check(self, max_malformed: int) -> None:
+        """Raise an error for a reply that is cut, empty, refused, or no text."""
+        text = self.text.strip()
+        if self.finish_reason == "length" and not text:
+            error = RequestRejected("the model used up its tokens before it began to answer. "
+                                    "Choose an OPENROUTER_MODEL that thinks less")
+            error.kind = "thinking"
+            raise error
+        if self._has_tool_call and not text:
+            raise TransientError("the model called a tool, but it has none", max_attempts=3,
+                                 correction=_NO_TOOLS_PROMPT)
+        reason = self.finish_reason or ("stop" if self._is_whole and text else "")
+        if reason in ("", "error"):
+            raise TransientError(f"the model's answer broke off ({reason or 'no finish_reason'})",
+                                 max_attempts=0 if text else max_malformed)
+        if not text or reason == "content_filter":      # half a command is none
+            said = " ".join(self.refusal.split())[:300] or reason
+            raise TransientError(f"the model's answer is empty or refused ({said})", max_attempts=3)
 
 
 class OpenRouter:
-    """A client of the chat completions API of OpenRouter, or of a server that speaks the same.
+    """A client of the chat completions API of OpenRouter, or of another server that has it.
 
-    `publish` is told of each failure that is survived.  Times are in seconds: READ_TIMEOUT without a
-    byte, STREAM_TIMEOUT without data, REQUEST_TIMEOUT for one try, RETRY_TIMEOUT for all of them, CHECK_TIMEOUT for a question
-    before the run, MAX_RETRY_AFTER for what a server may ask us to wait.  Raises ConfigError for a key that
-    no header takes.
+    `publish` is told of each failure that is survived.  Times are in seconds: READ_TIMEOUT without
+    a byte, STREAM_TIMEOUT without data, REQUEST_TIMEOUT for one attempt, RETRY_TIMEOUT for all of
+    them, CHECK_TIMEOUT for a question before the run.
     """
 
-    READ_TIMEOUT, STREAM_TIMEOUT, REQUEST_TIMEOUT, RETRY_TIMEOUT, CHECK_TIMEOUT, MAX_RETRY_AFTER = 120.0, 300.0, 1200.0, 3600.0, 5.0, 900.0
+    READ_TIMEOUT = 120.0
+    STREAM_TIMEOUT = 300.0
+    REQUEST_TIMEOUT = 1200.0
+    RETRY_TIMEOUT = 3600.0
+    CHECK_TIMEOUT = 5.0
+    MAX_RETRY_AFTER = 900.0
     MAX_TOKENS = 16_000     # always sent: without it the credit check assumes the model's maximum
-    MAX_RESPONSE_BYTES = 30_000_000       # bytes of an answer: a piece of a stream takes some 500 for a word
-    MAX_REPLY_PARTS = 4               # of an answer that is cut at its length again and again
+    MIN_TOKENS = 1_000      # a lower limit is of no use
+    MAX_THINKING_TOKENS = 64_000
+    MAX_RESPONSE_BYTES = 30_000_000     # a piece of a stream takes some 500 for a word
+    MAX_REPLY_PARTS = 4     # of a reply that is cut at its length again and again
 
-    def __init__(self, base_url: str, key: str, model: str, *,
+    def __init__(self, base_url: str, key: str, model: str, *, session_id: str = "",
                  publish: Callable[..., object] = ignore,
                  clock: Callable[[], float] = time.monotonic,
+                 wall_clock: Callable[[], float] = time.time,
                  sleep: Callable[[float], None] = time.sleep) -> None:
         if not re.fullmatch(r"[!-~]*", key):    # an error of the library would show it
             raise ConfigError("OPENROUTER_API_KEY: expected one word of ASCII characters")
         self.model = model
         self.characters_per_token = 4.0     # until the server has counted
-        self._max_malformed = 5      # tries, until it is known that a model is there
-        self._base = re.sub(r"/+(chat/completions/*)?$", "", base_url)
-        self._key, self._publish, self._clock, self._sleep = key, publish, clock, sleep
-        self._is_openrouter = self._base.startswith("https://openrouter.ai/")
-        self._options: dict[str, Any] = {"max_tokens": self.MAX_TOKENS, "stream": True,
-                                         "stream_options": {"include_usage": True}}
-        if self._is_openrouter:     # only it knows them; the id keeps a run on one provider's cache
-            marks = {"cache_control": {"type": "ephemeral"}} if "claude" in model else {}
-            self._options.update(marks, session_id=secrets.token_hex(16))
-        near = re.match(r"https?://(localhost|127\.0\.0\.1|\[::1\])[:/]", f"{self._base}/")
-        self._opener = urllib.request.build_opener(
-            _NoRedirectHandler, *[urllib.request.ProxyHandler({})] * bool(near))
+        self.has_long_pauses = False        # between calls: the five-minute cache would be lost
+        self._max_malformed = 5     # responses, until it is known that a model is there
+        self._key, self._publish = key, publish
+        self._clock, self._wall_clock, self._sleep = clock, wall_clock, sleep
+        address, _, query = base_url.partition("?")
+        self._address = re.sub(r"/+(chat/completions/*)?$", "", address)
+        self._query = f"?{query}" if query else ""
+        self._features = {"max_tokens", "stream", "stream_options", "system role"}
+        self._is_openrouter = self._address.startswith("https://openrouter.ai/")
+        if self._is_openrouter:     # only it knows this; it keeps a run on one provider's cache
+            self._features.add("session_id")
+        if self._is_openrouter and "claude" in model:
+            self._features.add("cache_control")
+        self._session_id = session_id or secrets.token_hex(16)
+        self._wanted_tokens = self.MAX_TOKENS
+        self._output_limit = math.inf       # tokens of a reply, by the model or the credit
+        self._total_limit = math.inf        # tokens of a request and its reply
+        self._room = math.inf               # tokens that the current request leaves for its reply
+        self._correction = ""               # what the model is told if it called a tool
+        is_local = re.match(r"https?://(localhost|127\.0\.0\.1|\[::1\])[:/]", f"{self._address}/")
+        self._proxy = "" if is_local else _find_proxy(self._address)
+        handlers = [urllib.request.ProxyHandler({})] if is_local else []
+        self._opener = urllib.request.build_opener(_NoRedirectHandler, *handlers)
 
-    def check_access(self) -> str:
-        """Ask for the key and the model by free calls; return what is known of the model.
+    # before the run
 
-        Raises TransientError if the server can't be asked now, another ModelError for a key that
-        it refuses or that has no credit, and for a model that it does not have.
+    def check_access(self) -> ModelAccess:
+        """Check key, address and model with free requests; return what is known of the model.
+
+        Raises TransientError if the server can't be asked now, another ModelError for what has to
+        be changed.  Only the list of OpenRouter has every name that works.
         """
-        key = get_object(self._get_json("/key"), "data") if self._is_openrouter else {}
-        if isinstance(key.get("limit_remaining"), (int, float)) and key["limit_remaining"] <= 0:
-            raise ModelError(f"OPENROUTER_API_KEY has no credit left: {_CREDIT_ADVICE}")
+        if self._is_openrouter:
+            remaining = get_object(self._get_json("/key"), "data").get("limit_remaining")
+            if isinstance(remaining, (int, float)) and remaining <= 0:
+                raise ModelError("OPENROUTER_API_KEY has no credit left. Add credit, or raise the "
+                                 "limit of the key")
+        models = self._list_models()
+        if not models:
+            return ModelAccess(f"{self.model}, not checked: the server does not list its models")
+        is_pattern = self.model.startswith("~") or "*" in "".join(models)
+        is_listed = _base_model_name(self.model) in {"", *map(_base_model_name, models)}
+        if not is_pattern and not is_listed:
+            closest = difflib.get_close_matches(self.model, models, 1, 0)[0]
+            missing = (f"OPENROUTER_MODEL={self.model!r}: the server lists no such model. The "
+                       f"closest match is {closest!r}")
+            if self._is_openrouter:
+                raise ModelError(missing)
+            return ModelAccess(self.model, f"{missing}. Names that are not listed may work")
+        pricing = get_object(models.get(self.model, {}), "pricing")
+        prices = {kind: get_number(pricing, kind) for kind in ("prompt", "completion")}
+        return ModelAccess(", ".join([self.model, *(
+            f"${price * 1e6:g} per million {kind} tokens"
+            for kind, price in prices.items() if price is not None)]))
+
+    def _list_models(self) -> dict[str, dict[str, Any]]:
+        """Return the server's models by their names, nothing if it does not list them."""
         listed: Any = None
         try:
             listed = self._get_json("/models").get("data")
         except ModelError as error:
-            if error.http_status not in (400, 403, 404, 405, 501):
+            if error.kind in ("", "key", "credit", "proxy", "rate limit", "outage"):
                 raise
-        models = {str(each[name]): each for each in (listed if isinstance(listed, list) else [])
-                  for name in ("canonical_slug", "id") if isinstance(each, dict) and name in each}
-        if not models:
-            return f"{self.model}, which is not checked: the server does not list its models"
-        if not self.model.startswith("~") and "*" not in "".join(models) \
-                and _base_model_name(self.model) not in {"", *map(_base_model_name, models)}:
-            near = difflib.get_close_matches(self.model, models, 1, 0)[0]
-            raise ModelError(f"OPENROUTER_MODEL={self.model!r}: the server has no such model, "
-                             f"the nearest is {near}")
-        pricing = get_object(models.get(self.model, {}), "pricing")
-        prices = [(kind, get_number(pricing, kind)) for kind in ("prompt", "completion")]
-        return ", ".join([self.model, *(f"${price * 1e6:g} per million {kind} tokens"
-                                        for kind, price in prices if price is not None)])
+            with contextlib.suppress(ModelError):
+                listed = self._get_json("/v1/models").get("data")
+            if isinstance(listed, list):
+                raise ModelError(f"OPENROUTER_BASE_URL={self._address}: the server has its models "
+                                 f"at another address. Set it to {self._address}/v1") from None
+        return {str(model[name]): model for model in (listed if isinstance(listed, list) else [])
+                for name in ("canonical_slug", "id") if isinstance(model, dict) and name in model}
+
+    def check_completion(self) -> str:
+        """Ask for a tiny reply without waiting for anything; return what that took."""
+        self._wanted_tokens = 16        # the least that some providers take
+        used: list[tuple[TokenUsage, float | None]] = [(TokenUsage(), None)]
+        question = [{"role": "user", "content": "Answer with the word OK."}]
+        started_at = self._clock()
+        change = "begin"
+        while change:
+            try:
+                self._request_completion(question, ignore, lambda *usage: used.append(usage),
+                                         lambda: self.REQUEST_TIMEOUT)
+                change = ""
+            except ModelError as error:
+                change = self._repair(error)
+                if not change and error.kind != "thinking":     # else it is there, and thinks
+                    raise
+        tokens, cost = used[-1]
+        price = "cost not reported" if cost is None else f"${cost:.4f}"
+        return f"answered in {self._clock() - started_at:.1f} s, {tokens.total:,} tokens, {price}"
+
+    # during the run
 
     def complete(self, messages: Messages, *,
                  on_text: Callable[[str], object] = ignore,
                  on_usage: Callable[[TokenUsage, float | None], object] = ignore,
                  time_left: Callable[[], float] = lambda: math.inf) -> Reply:
-        """Return the model's answer; `on_text` is given what there is of it while it comes.
+        """Return the model's reply; `on_text` is given what there is of it while it comes.
 
-        Waits out what may pass, leaves out what the server does not take, and has an answer go
-        on that was cut at its length.  `time_left` returns how many seconds there are, or raises what
-        is to end the call; `on_usage` is told what each try has used.  Raises ContextOverflow for a
-        conversation that is too long, another ModelError for what else will not pass.
+        Waits out what may pass, changes what the server does not take, and has a reply continued
+        that was cut at its length.  `time_left` returns how many seconds there are, or raises what
+        is to end the call; `on_usage` is told what each attempt used.  Raises
+        ContextWindowExceeded for a conversation that is too long, another ModelError for what else
+        will not pass.
         """
-        began, talk, whole = self._clock(), list(messages), ""
-        tokens, cost = TokenUsage(), None
+        started_at = self._clock()
+        conversation = list(messages)
+        whole = ""
+        tokens = TokenUsage()
+        cost: float | None = None
 
-        def count(more: TokenUsage, dollars: float | None) -> None:
+        def add_usage(more: TokenUsage, dollars: float | None) -> None:
             nonlocal tokens, cost
-            tokens = TokenUsage(*map(sum, zip(tokens, more)))
-            cost = cost if dollars is None else (cost or 0.0) + dollars
+            tokens = tokens.plus(more)
+            if dollars is not None:
+                cost = (cost or 0.0) + dollars
             on_usage(more, dollars)
+
+        def show_part(part: str) -> None:
+            on_text(whole + part)
 
         try:
             for _ in range(self.MAX_REPLY_PARTS):
-                text, finish = self._call_with_retries(lambda: self._request_completion(
-                    talk, lambda part: on_text(whole + part), count, time_left), time_left)
+                text, finish_reason = self._call_with_retries(conversation, show_part, add_usage,
+                                                              time_left)
                 whole += text
-                if finish != "length":
+                if finish_reason != "length":
                     break
-                talk += [{"role": "assistant", "content": text}, {"role": "user", "content": _CONTINUE_PROMPT}]
+                conversation += [{"role": "assistant", "content": text},
+                                 {"role": "user", "content": _CONTINUE_PROMPT}]
         except ModelError:
             if not whole:
                 raise
-        return Reply(whole, tokens, cost, round((self._clock() - began) * 1000))
+        return Reply(whole, tokens, cost, round((self._clock() - started_at) * 1000))
 
-    def _call_with_retries(self, call: Callable[[], tuple[str, str]],
-                time_left: Callable[[], float]) -> tuple[str, str]:
-        """Make a call, again and again until it succeeds; return what it returns."""
-        began, failures, limited = self._clock(), 0, 0
-        if "max_tokens" in self._options:       # was perhaps lowered for the last answer
-            self._options["max_tokens"] = self.MAX_TOKENS
+    def _call_with_retries(self, messages: Messages, on_text: Callable[[str], object],
+                           on_usage: Callable[..., object],
+                           time_left: Callable[[], float]) -> tuple[str, str]:
+        """Make a request, again and again until it succeeds; return text and finish reason."""
+        started_at = self._clock()
+        failures = bounded_failures = 0     # in a row
+        size = sum(len(message["content"]) for message in messages)
+        room = 0.95 * (self._total_limit - size / self.characters_per_token)
+        self._room = max(room, self.MIN_TOKENS)
+        self._correction = ""
         while True:
             time_left()
             try:
-                return call()
+                return self._request_completion(messages, on_text, on_usage, time_left)
             except TransientError as error:
-                failures, limited = failures + 1, limited + 1 if error.max_attempts else 0     # in a row
+                failures += 1
+                bounded_failures = bounded_failures + 1 if error.max_attempts else 0
+                if error.max_attempts and bounded_failures >= error.max_attempts:
+                    raise RequestRejected(f"{error}, {bounded_failures} times") from None
                 delay = min(60.0, 2.0 ** failures) * random.uniform(0.75, 1.25)
                 if error.retry_after is not None:       # the server's word wins, within reason
                     delay = min(max(error.retry_after, failures / 2), self.MAX_RETRY_AFTER)
-                if error.max_attempts and limited >= error.max_attempts:
-                    raise RequestRejected(f"{error}, {limited} times") from None
-                if self._clock() + delay - began > self.RETRY_TIMEOUT:
-                    raise ModelError(f"gave up after an hour: {error}") from None
+                if self._clock() + delay - started_at > self.RETRY_TIMEOUT:
+                    raise ModelError(f"{error}. This has gone on for an hour: continue later with "
+                                     "--resume") from None
+                self._correction = error.correction
                 self._publish("error", error=str(error), retry_in=round(delay, 1))
-                self._sleep(min(delay, time_left()))
+                self._wait(min(delay, time_left()))
             except ModelError as error:
-                mended = self._apply_option_change(error.suggested_options)
-                if not mended:
+                change = self._repair(error)
+                if not change:
                     raise
-                self._publish("error", error=f"{error}; asking again {mended}")
+                self._publish("error", error=f"{error}; asking again {change}")
 
-    def _apply_option_change(self, change: Mapping[str, int | None]) -> str:
-        """Lower an option, or drop it; return what was done, if anything."""
-        for name, value in change.items():
-            if value is None and self._options.pop(name, None):
+    def _wait(self, seconds: float) -> None:
+        """Sleep until either clock says that the time is over: a laptop may sleep meanwhile."""
+        end, wall_end = self._clock() + seconds, self._wall_clock() + seconds
+        while seconds > 0:
+            self._sleep(min(seconds, 30.0))
+            seconds = min(end - self._clock(), wall_end - self._wall_clock())
+
+    # the request, and what servers have us change about it
+
+    def _max_tokens(self) -> int:
+        """Return how long the reply to the current request may become."""
+        return int(min(self._wanted_tokens, self._output_limit, self._room))
+
+    def _repair(self, error: ModelError) -> str:
+        """Change the request as an error asks for; return what was changed, "" if nothing was.
+
+        Changes last for the run, so that each is made, told and paid for once.
+        """
+        before, counts = self._max_tokens(), error.token_counts
+        if error.kind == "thinking":
+            self._wanted_tokens = min(2 * before, self.MAX_THINKING_TOKENS)
+        affordable = 0.95 * counts.get("affordable", math.inf)
+        self._output_limit = min(self._output_limit, counts.get("output", math.inf), affordable)
+        if "total" in counts:
+            prompt = counts.get("prompt", counts.get("requested", 0) - before)
+            self._total_limit = counts["total"]
+            self._room = 0.95 * (self._total_limit - prompt)
+        after = self._max_tokens()
+        names = self._features & {"max_tokens", "max_completion_tokens"}
+        if names and after != before and after >= self.MIN_TOKENS:
+            return f"with {names.pop()}={after}"
+        for name in error.refused_features:
+            if name == "max_completion_tokens" and "max_tokens" in self._features:
+                self._features = self._features - {"max_tokens"} | {name}
+                return f"with {name}"
+            if name in self._features:
+                self._features.remove(name)
                 return f"without {name}"
-            if value and value < self._options.get(name, 0):
-                self._options[name] = value
-                return f"with {name}={value}"
         return ""
 
-    def build_request(self, messages: Messages) -> dict:
-        """Return the request; system prompt and newest message are marked for Claude's cache."""
-        sent: list[dict] = [dict(message) for message in messages]
-        options = dict(self._options)
-        mark = options.pop("cache_control", None)
-        for message in sent[:1] + sent[-1:] if mark else []:
-            message["content"] = [{"type": "text", "text": message["content"],
-                                   "cache_control": mark}]
-        return {"model": self.model, "messages": sent, **options}
+    def build_request(self, messages: Messages) -> dict[str, Any]:
+        """Return the request; system prompt and newest message are marked for the provider's cache."""
+        sent: list[dict[str, Any]] = [dict(message) for message in messages]
+        if self._correction:
+            sent[-1]["content"] += f"\n\n{self._correction}"
+        if "system role" not in self._features and sent[0]["role"] == "system":
+            system = sent.pop(0)
+            sent[0]["content"] = f"{system['content']}\n\n{sent[0]['content']}"
+        if "cache_control" in self._features:
+            mark = {"type": "ephemeral", **({"ttl": "1h"} if self.has_long_pauses else {})}
+            for index in {0, len(sent) - 1}:
+                sent[index]["content"] = [{"type": "text", "text": sent[index]["content"],
+                                           "cache_control": mark}]
+        request: dict[str, Any] = {"model": self.model, "messages": sent}
+        for name in self._features & {"max_tokens", "max_completion_tokens"}:
+            request[name] = self._max_tokens()
+        if "stream" in self._features:
+            request["stream"] = True
+        if self._features >= {"stream", "stream_options"}:
+            request["stream_options"] = {"include_usage": True}
+        if "session_id" in self._features:
+            request["session_id"] = self._session_id
+        return request
 
-    def _request_completion(self, messages: Messages, on_text: Callable, on_usage: Callable,
-              time_left: Callable[[], float]) -> tuple[str, str]:
-        """Return text and finish reason of one try."""
-        text, finish, refusal, usage, begun = "", "", "", {}, False
-        answer = self._stream_json("/chat/completions", time_left, self.build_request(messages))
+    def _request_completion(self, messages: Messages, on_text: Callable[[str], object],
+                            on_usage: Callable[..., object],
+                            time_left: Callable[[], float]) -> tuple[str, str]:
+        """Return text and finish reason of one attempt."""
+        reply = _Completion()
+        response = self._stream_json("/chat/completions", time_left, self.build_request(messages))
         try:
-            for chunk in answer:
-                usage = get_object(chunk, "usage") or usage
-                choice = get_object(chunk, "choices")
-                wrong = chunk if chunk.get("error") else choice
-                if wrong.get("error"):
-                    raise error_from_response(200, wrong, {})
-                message = get_object(choice, "delta") or get_object(choice, "message")
-                begun |= bool(message)
-                text += get_text(message, "content")
-                refusal += get_text(message, "refusal")
-                finish = str(choice.get("finish_reason") or finish)
-                on_text(text)
+            for chunk in response:
+                reply.add(chunk, self._address)
+                on_text(reply.text)
         except TransientError:
-            if not finish or not text:      # else it was whole
+            if not reply.finish_reason or not reply.text:       # else it was complete
                 raise
         finally:
-            answer.close()
-            if usage or begun:      # what was cut costs something too, and nobody says how much
-                on_usage(*self._parse_usage(usage, sum(len(message["content"]) for message in messages)))
-        if not finish or finish == "error":     # cut by an outage, or the server knows no better
-            raise TransientError(f"the model's answer broke off ({finish or 'no finish_reason'})",
-                                 max_attempts=0 if text else self._max_malformed)
-        if not text.strip() or finish == "content_filter":      # half an order is none
-            why = " ".join(refusal.split())[:300] or finish
-            raise TransientError(f"the model's answer is empty or refused ({why})", max_attempts=3)
+            response.close()
+            if reply.usage or reply.has_begun:      # what was cut costs something too
+                on_usage(*self._parse_usage(reply.usage, messages))
+        reply.check(self._max_malformed)
         self._max_malformed = 0
-        return text, finish
+        return reply.text, reply.finish_reason
 
-    def _parse_usage(self, usage: Mapping, sent: int) -> tuple[TokenUsage, float | None]:
-        """Return tokens and US dollars of a try, and learn how long a token is."""
+    def _parse_usage(self, usage: Mapping[str, Any],
+                     messages: Messages) -> tuple[TokenUsage, float | None]:
+        """Return tokens and US dollars of an attempt, and learn how long a token is."""
         prompt, completion = get_int(usage, "prompt_tokens"), get_int(usage, "completion_tokens")
         if prompt:
-            self.characters_per_token = min(max(sent / prompt, 0.5), 8.0)
+            size = sum(len(message["content"]) for message in messages)
+            self.characters_per_token = min(max(size / prompt, 0.5), 8.0)
         details = get_object(usage, "prompt_tokens_details")
-        return (TokenUsage(prompt, completion, prompt + completion, get_int(details, "cached_tokens"),
-                       get_int(details, "cache_write_tokens")), get_number(usage, "cost"))
+        tokens = TokenUsage(prompt, completion, prompt + completion,
+                            get_int(details, "cached_tokens"),
+                            get_int(details, "cache_write_tokens"))
+        return tokens, get_number(usage, "cost")
 
-    def _get_json(self, path: str) -> dict:
-        with contextlib.closing(self._stream_json(path, lambda: self.CHECK_TIMEOUT)) as answer:
-            return next(answer, {})
+    # the connection
+
+    def _get_json(self, path: str) -> dict[str, Any]:
+        """Return the object at an address of the server; raise the error that it reports."""
+        with contextlib.closing(self._stream_json(path, lambda: self.CHECK_TIMEOUT)) as response:
+            answer = next(response, {})
+        if answer.get("error"):
+            raise error_from_response(200, answer, {}, self._address)
+        return answer
 
     def _stream_json(self, path: str, time_left: Callable[[], float],
-             body: dict | None = None) -> Generator[dict, None, None]:
-        """Yield the JSON objects of an answer, streamed or whole, while there is time `time_left`.
+                     body: dict[str, Any] | None = None) -> Generator[dict[str, Any], None, None]:
+        """Yield the JSON objects of a response, streamed or whole, while there is time left.
 
         A thread reads them, so that every wait has an end: looking up a name, a body that
         trickles and comments that go on and on have none of their own.
         """
-        inbox: queue.SimpleQueue[bytes | Exception | None] = queue.SimpleQueue()
-        over = threading.Event()
+        inbox: queue.SimpleQueue[dict[str, Any] | Exception | None] = queue.SimpleQueue()
+        is_over = threading.Event()
         try:
-            threading.Thread(target=self._read_response, args=(path, body, inbox.put, over),
+            threading.Thread(target=self._read_response, args=(path, body, inbox.put, is_over),
                              daemon=True).start()
         except RuntimeError as error:
             raise TransientError(f"the model can't be asked: {error}") from None
-        began = progress = self._clock()
-        parsed: dict | None = None
+        started_at = progress_at = self._clock()
         try:
-            while (wait := min(progress + self.STREAM_TIMEOUT, began + self.REQUEST_TIMEOUT) - self._clock()) > 0:
+            while (timeout := min(progress_at + self.STREAM_TIMEOUT,
+                                  started_at + self.REQUEST_TIMEOUT) - self._clock()) > 0:
                 try:
-                    found = inbox.get(timeout=min(wait, time_left()))
+                    found = inbox.get(timeout=min(timeout, time_left()))
                 except queue.Empty:
-                    time_left()      # says if it was that
+                    time_left()     # raises if that was it
                     break
                 if isinstance(found, Exception):
                     raise found
                 if found is None:
                     return
-                progress, text = self._clock(), self._redact(found)
-                before, parsed = parsed, parse_json_object(text)
-                if parsed is None and before:       # cut in a line
-                    return
-                if parsed is None:
-                    raise TransientError("the model's server sent no JSON object, but "
-                                         f"{text[:80]!r}: check OPENROUTER_BASE_URL",
-                                         max_attempts=self._max_malformed)
-                yield parsed
-            raise TransientError("the model's server is too slow: gave up after "
-                                 f"{self._clock() - began:.0f} s")
+                progress_at = self._clock()
+                yield found
+            raise TransientError("the model server is too slow: gave up after "
+                                 f"{self._clock() - started_at:.0f} s")
         finally:
-            over.set()
+            is_over.set()
 
-    def _read_response(self, path: str, body: dict | None, tell: Callable[[bytes | Exception | None], None],
-               over: threading.Event) -> None:
-        """Read an answer until it is over: tell each JSON text in it, then None, or what failed."""
-        answered = False
+    def _read_response(self, path: str, body: dict[str, Any] | None,
+                       put: Callable[[dict[str, Any] | Exception | None], None],
+                       is_over: threading.Event) -> None:
+        """Put each JSON object of a response, then None, or instead the error that came."""
+        has_answered = False
         try:
-            sent = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace") if body else None
-            request = urllib.request.Request(self._base + path, sent, {
+            data = None
+            if body:
+                data = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
+            request = urllib.request.Request(f"{self._address}{path}{self._query}", data, {
                 "Content-Type": "application/json", "Authorization": f"Bearer {self._key}",
                 "User-Agent": f"orchestrator/{__version__}"})
-            with self._opener.open(request, timeout=self.READ_TIMEOUT) as answer:
-                answered, room = True, self.MAX_RESPONSE_BYTES
-                if answer.headers.get_content_type() != "text/event-stream":
-                    tell(answer.read(room))
-                    room = 0
-                while not over.is_set() and (line := answer.readline(room)):
-                    room -= len(line)
-                    data = line[len(b"data:"):].strip() if line.startswith(b"data:") else b""
-                    if data == b"[DONE]":
-                        break
-                    if data:
-                        tell(data)
-            tell(None)
+            with self._opener.open(request, timeout=self.READ_TIMEOUT) as response:
+                has_answered = True
+                for chunk in parse_chunks(self._read_lines(response, is_over)):
+                    put(chunk)
+            put(None)
+        except urllib.error.HTTPError as error:
+            put(self._error_from_status(error))
         except Exception as error:      # the library has more kinds for junk than it says
-            tell(self._error_from_exception(error, answered))
+            put(self._error_from_exception(error, has_answered))
 
-    def _error_from_exception(self, error: Exception, answered: bool) -> ModelError:
+    def _read_lines(self, response: Any, is_over: threading.Event) -> Iterator[str]:
+        """Yield the lines of a body, without the key, until nobody waits for them."""
+        pieces = iter(lambda: b"" if is_over.is_set() else response.read1(16_384), b"")
+        encoding = response.headers.get("Content-Encoding", "")
+        for line in split_lines(pieces, encoding, self.MAX_RESPONSE_BYTES):
+            yield line.replace(self._key, "[key]") if len(self._key) >= 8 else line
+
+    def _error_from_status(self, error: urllib.error.HTTPError) -> ModelError:
+        """Return the error for an HTTP status, which the server or a proxy has answered with."""
+        wants_basic = "basic" in str(error.headers["WWW-Authenticate"]).lower()
+        if self._proxy and (error.code == 407 or wants_basic):
+            return self._proxy_error(error.code)
+        body: object = ""
+        with error, contextlib.suppress(Exception):
+            lines = list(self._read_lines(error, threading.Event()))
+            body = "\n".join(lines)
+            body = next(parse_chunks(iter(lines)), body)
+        return error_from_response(error.code, body, dict(error.headers), self._address)
+
+    def _proxy_error(self, status: int) -> ModelError:
+        """Return the error for a proxy that refuses us; its password is not shown."""
+        error = ModelError(f"the proxy {self._proxy} refused the connection ({status}). Check its "
+                           "user and password in https_proxy or http_proxy")
+        error.kind = "proxy"
+        return error
+
+    def _error_from_exception(self, error: Exception, has_answered: bool) -> ModelError:
         """Return what an error of the library means."""
-        reason = _error_reason(error)
-        if isinstance(error, urllib.error.HTTPError):
-            text = ""
-            with error, contextlib.suppress(Exception):
-                text = self._redact(error.read(100_000))
-            return error_from_response(error.code, parse_json_object(text) or text, error.headers)
-        if refused := re.search(r"Tunnel connection failed: (\d+)", reason):   # by a proxy
-            return error_from_response(int(refused[1]), reason, {})
-        if answered:
+        reason = " ".join(sanitize(str(getattr(error, "reason", None) or error)).split())
+        reason = reason or type(error).__name__
+        tunnel = re.search(r"Tunnel connection failed: (\d+)", reason)
+        if tunnel and tunnel[1] in ("401", "403", "407"):
+            return self._proxy_error(int(tunnel[1]))
+        if has_answered and isinstance(error, ValueError):
+            return TransientError(f"the model server sent no JSON object, but {reason!r}. Check "
+                                  f"OPENROUTER_BASE_URL={self._address}",
+                                  max_attempts=self._max_malformed)
+        if has_answered:
             return TransientError(f"the model's answer broke off: {reason}")
         if isinstance(error, (http.client.InvalidURL, ValueError)):
-            return ModelError(f"OPENROUTER_BASE_URL={self._base!r}: {error}")
+            return ModelError(f"OPENROUTER_BASE_URL={self._address!r}: {error}")
         if "CERTIFICATE_VERIFY_FAILED" in reason:
-            return ModelError(f"the certificate of {self._base} can't be verified: Python from "
+            return ModelError(f"the certificate of {self._address} can't be verified. Python from "
                               "python.org on macOS needs its Install Certificates.command once; "
                               "elsewhere set SSL_CERT_FILE")
-        return TransientError(f"{self._base} can't be reached: {reason}")
-
-    def _redact(self, data: bytes) -> str:
-        """Return what the server said without the key, should it repeat that."""
-        text = data.decode("utf-8-sig", "replace")
-        return text.replace(self._key, "[key]") if len(self._key) >= 8 else text
+        proxy = f" through the proxy {self._proxy}" if self._proxy else ""
+        return TransientError(f"{self._address} can't be reached{proxy}: {reason}")
 
 
 # -- 9. Memory ----------------------------------------------------------------------------
@@ -3218,10 +3568,11 @@ class TaskInfo(TypedDict):
     memories: list[str]
 
 
-def utc_timestamp() -> str:
-    """Return the time in the form 2026-01-31T09:00:00.123Z."""
+def utc_timestamp(seconds_from_now: float = 0.0) -> str:
+    """Return a time in the form 2026-01-31T09:00:00.123Z."""
     now = datetime.datetime.now(datetime.timezone.utc)
-    return now.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    time = now + datetime.timedelta(seconds=seconds_from_now)
+    return time.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def parse_event(line: bytes) -> Event | None:
@@ -3347,7 +3698,7 @@ class Journal:
             return self._secret.sub("[key]", value)
         return value
 
-    def publish(self, kind: str, **fields: object) -> None:
+    def publish(self, kind: str, /, **fields: object) -> None:
         """Add an event; it is in the file when this returns."""
         with self._publish_lock:        # so that subscribers get the events in order
             if self._is_complete:
@@ -3523,9 +3874,9 @@ MEMORY_SAVE: fact      a short fact that will help in later runs in this directo
 _VERIFY_HINT = "The user's check then runs; if it fails, you see its output and go on."
 _CONFIRM_HINT = "No check is set up, so you are asked to confirm it."
 _SUMMARY_PROMPT = """\
-Below is the older part of a session in which you direct a coding agent. Summarise it for \
-yourself, in at most 600 words: what was asked, what was done and proved, what failed and why, \
-decisions, names of files and commands that matter, what is still to do. Write only the summary."""
+[The conversation gets too long. Summarise the session so far for yourself, in at most 600 words: \
+what was asked, what was done and proved, what failed and why, decisions, names of files and \
+commands that matter, what is still to do. Write only the summary; it is not typed.]"""
 _COMPACTION_PROMPT = """\
 Below are facts remembered from work in one directory, as a JSON object. Return one of the same \
 form with at most {limit} facts, and nothing else: merge what belongs together, drop what is \
@@ -3547,60 +3898,41 @@ class Action(NamedTuple):
 
 
 class _Line(NamedTuple):
-    """A line of a reply: a command with its argument, or text, which has no command word."""
+    """A line of a reply: text, or a command with its argument, which is None if it is unclear."""
 
     text: str
     word: str = ""
-    argument: str = ""
-    is_clear: bool = True           # False: it begins with a command word, but has another form
+    argument: str | None = ""
 
 
 _COMMAND_FORMS = {
-    "KEYS": "KEYS: Down Enter", "WAIT": "WAIT: 90s (or 10m, 2h)", "MEMORY_SAVE": "MEMORY_SAVE: fact",
-    "TASK_COMPLETE": "TASK_COMPLETE, alone on its line", "TASK_FAILED": "TASK_FAILED: reason"}
+    "KEYS": "KEYS: Down Enter", "WAIT": "WAIT: 90s (or 10m, 2h)",
+    "MEMORY_SAVE": "MEMORY_SAVE: fact", "TASK_FAILED": "TASK_FAILED: reason",
+    "TASK_COMPLETE": "TASK_COMPLETE, alone on its line"}
 _THINKING_BLOCK = re.compile(r"\A\s*<(think|thinking)>.*?(?:</\1>|\Z)|"
                              r"\A(?:(?!<think).)*?^</think(?:ing)?>", re.S | re.M)
 _FENCED_REPLY = re.compile(r"```[^`\n]*\n((?:(?!```).)*)```", re.S)
 _FENCE_LINE = re.compile(r"\s*(```+|~~~+)\s*([^`]*)")
-
-# These three match plain lines, as _plain_line makes them: • stands for any symbol.
-_COMMAND_LINE = re.compile(
-    r"(?:[\s•+#=-]|\*\s|\d{1,3}[.)]\s|\[[xX•]\]\s)*(?P<opening>[*_`(\[<]*)\s*"
-    r"(?P<word>(?:TASK[\\_ -]{1,3}(?:COMPLETE|FAILED)|MEMORY[\\_ -]{1,3}SAVE|KEYS|WAIT)"
+_FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}      # to ASCII
+_COMMAND_LINE = re.compile(     # behind list marks, emojis, brackets, but no quotes or empty boxes
+    r"(?!.{0,9}\[ \])(?:[^\w\"'~>]|_|\d{1,3}[.)]\s|\[[xX]\])*?(?P<opening>[*_`(\[<]{0,6})\s{0,3}"
+    r"(?P<word>(?:TASK[\W_]{1,3}(?:COMPLETE|FAILED)|MEMORY[\W_]{1,3}SAVE|KEYS|WAIT)"
     r"(?!_*-?[A-Za-z]|_*\d)|(?i:keys|wait)(?=\s*:))(?P<rest>.*)")
-_SEPARATOR = re.compile(r"[*_`)\]]*\s*(?:[:=][*_`)\]]*|[-•.!,;]+[*_`)\]]*(?=\s)|(?=[\s(]))\s*")
-_DECORATION = re.compile(r"[\s.!,*_`)\]>•=-]*")
-_NOT_YET = re.compile(r"(?i)\W*(?:no|not|never|false|pending|almost|nearly|after|when|if|once|unless|"
-                      r"until|is|will|would|should|can|can't|cannot|won't)\b")
-
-
-def _plain_line(line: str) -> str:
-    """Return a line of the same length, with ASCII for wide letters and dashes, • for symbols."""
-    plain_by_category = {"Pd": "-", "So": "•", "Sk": "•", "Sm": "•", "Po": "•", "Ps": "[",
-                         "Pe": "]", "Mn": " ", "Cf": " ", "Zs": " "}
-
-    def convert(character: str) -> str:
-        if character.isascii():
-            return character
-        if "\uff01" <= character <= "\uff5e":       # full width
-            return chr(ord(character) - 0xFEE0)
-        return plain_by_category.get(unicodedata.category(character), character)
-
-    return "".join(map(convert, line))
-
-
-_MODIFIERS = {"c": "C-", "ctrl": "C-", "control": "C-", "m": "M-", "alt": "M-", "meta": "M-",
-              "option": "M-", "s": "S-", "shift": "S-"}
+_SEPARATOR = re.compile(
+    r"[*_`)\]]*\s*(?:[:=][*_`)\]]*|[^\w\s(\"'?]+(?=\s)|(?=[\s(]))\s*")
+_DECORATION = re.compile(r"(?:[^\w\"'?~]|_)*")
+_NOT_YET = re.compile(
+    r"(?i)\W*(?:no|not|never|false|pending|almost|nearly|after|when|if|once|unless|until|is|will|"
+    r"would|should|can|can't|cannot|won't)\b")
+_TMUX_KEYS = ("Up", "Down", "Left", "Right", "Enter", "Escape", "Tab", "BTab", "Space", "BSpace",
+              "Home", "End", "PageUp", "PageDown", "PPage", "NPage", "PgUp", "PgDn", "IC", "DC",
+              "Insert", "Delete", *(f"F{number}" for number in range(1, 13)))
+_KEY_ALIASES = {
+    **{name.lower(): name for name in _TMUX_KEYS}, "return": "Enter", "esc": "Escape",
+    "backspace": "BSpace", "del": "Delete", "spacebar": "Space", "arrowup": "Up",
+    "arrowdown": "Down", "arrowleft": "Left", "arrowright": "Right", "↑": "Up", "↓": "Down",
+    "←": "Left", "→": "Right", "⏎": "Enter", "↵": "Enter"}
 _MODIFIED_KEY = re.compile(r"(?i)(c|ctrl|control|m|alt|meta|option|s|shift)[+-](.+)")
-_KEYS_BY_NAME = {
-    "up": "Up", "down": "Down", "left": "Left", "right": "Right", "enter": "Enter",
-    "escape": "Escape", "tab": "Tab", "btab": "BTab", "space": "Space", "bspace": "BSpace",
-    "home": "Home", "end": "End", "pageup": "PageUp", "pagedown": "PageDown", "ppage": "PPage",
-    "npage": "NPage", "pgup": "PgUp", "pgdn": "PgDn", "ic": "IC", "dc": "DC", "insert": "Insert",
-    "delete": "Delete", "return": "Enter", "esc": "Escape", "backspace": "BSpace", "del": "Delete",
-    "spacebar": "Space", "backtab": "BTab", "pgdown": "PgDn", "arrowup": "Up", "arrowdown": "Down",
-    "arrowleft": "Left", "arrowright": "Right", "↑": "Up", "↓": "Down", "←": "Left", "→": "Right",
-    "⏎": "Enter", "↵": "Enter"}
 _MAX_KEYS = 100
 
 
@@ -3611,20 +3943,17 @@ def _parse_key(word: str) -> str:
     ['Escape', 'C-c', 'C-c', 'BTab', 'y', '']
     """
     modifiers = ""
-    if len(word) == 2 and word[0] == "^":
-        word = f"C-{word[1]}"
+    word = re.sub(r"\A\^(?=.)", "C-", word)
     while match := _MODIFIED_KEY.fullmatch(word):
-        modifiers += _MODIFIERS[match[1].lower()]
+        modifiers += {"c": "C-", "s": "S-"}.get(match[1][0].lower(), "M-")
         word = match[2]
-    key = _KEYS_BY_NAME.get(word.lower(), "")
-    if not key and re.fullmatch(r"(?i)f([1-9]|1[0-2])", word):
-        key = word.upper()
-    if not key and len(word) == 1:
-        key = word.lower() if modifiers else word
+    key = _KEY_ALIASES.get(word.lower(), word if len(word) == 1 else "")
     if modifiers == "S-" and key == "Tab":
         return "BTab"
     if modifiers == "S-" and len(key) == 1:
         return key.upper()
+    if modifiers and len(key) == 1:
+        key = key.lower()
     return modifiers + key if key else ""
 
 
@@ -3632,26 +3961,24 @@ def _parse_keys(text: str) -> tuple[list[str], list[str]]:
     """Return the tmux names of keys as people write them, and the words that are no keys."""
     text = re.sub(r"(?<=\S),|,(?=\S)", " ", text)
     text = re.sub(r"(?i)\b(ctrl|control|alt|meta|option|shift) ?\+ ?(?=\S)", r"\1+", text)
-    text = re.sub(r"(?i)\bpage (up|down)\b", r"page\1", text)
     text = re.sub(r"(?<=\w\w)[ (]*[x×*] ?(\d{1,2})\b\)?", r" x\1 ", text)       # Down x3
     keys: list[str] = []
     unknown = []
     for word in text.split():
-        bare = re.sub(r"\A[<\[(\"'`]+(?=.)|(?<=.)[>\])\"'`]+\Z|(?<=\w)\.\Z", "", word)
-        key = _parse_key(bare)
         repeated = re.fullmatch(r"x(\d{1,2})", word)
+        key = _parse_key(re.sub(r"\A[<\[(\"'`]+(?=.)|(?<=.)[>\])\"'`]+\Z|(?<=\w)\.\Z", "", word))
         if repeated and keys:
             keys += [keys[-1]] * (int(repeated[1]) - 1)
         elif key:
             keys.append(key)
-        elif bare.lower() not in ("arrow", "key", "then", "and"):
+        elif word.lower() not in ("arrow", "key", "then", "and"):
             unknown.append(word)
     return keys, unknown
 
 
-_DURATION = re.compile(r"(?i)(?:(?:for|about|up to|~) ?)*((?:(?:\d{1,6}(?:[.,]\d{1,3})?|an?) ?"
-                       r"(?:s|secs?|seconds?|m|mins?|minutes?|h|hrs?|hours?)(?![a-z])[\s,]*"
-                       r"(?:and )?)+|\d{1,6})\.?(?:\s*[(–—-].*)?")
+_DURATION = re.compile(
+    r"(?i)(?:(?:for|about|up to|~) ?)*((?:\d{1,6}(?:[.,]\d{1,3})? ?(?:s|secs?|seconds?|m|mins?|"
+    r"minutes?|h|hrs?|hours?)(?![a-z])[\s,]*(?:and )?)+|\d{1,6})\.?(?:\s*[(–—-].*)?")
 
 
 def _parse_duration(text: str) -> float | None:
@@ -3663,119 +3990,106 @@ def _parse_duration(text: str) -> float | None:
     match = _DURATION.fullmatch(text)
     if not match:
         return None
-    if match[1].isdigit():
-        return float(match[1])
     seconds = 0.0
-    for number, unit in re.findall(r"(\d+(?:[.,]\d+)?|\ban?) ?([smh])", match[1].lower()):
-        amount = 1.0 if number.startswith("a") else float(number.replace(",", "."))
-        seconds += amount * SECONDS_PER_UNIT[unit]
+    for number, unit in re.findall(r"([\d.,]*\d) ?([smh]?)", match[1].lower()):
+        seconds += float(number.replace(",", ".")) * SECONDS_PER_UNIT[unit or "s"]
     return seconds
 
 
-def _invalid(line: _Line, problem: str) -> Action:
-    shown = truncate_middle(line.text.strip(), 400)
-    return Action("invalid", f"Nothing was done: {problem} in the line {shown!r}. The form is: "
-                             f"{_COMMAND_FORMS[line.word]}. No line that is meant as text may begin "
-                             f"with {line.word}.")
+def _not_understood(line: _Line, problem: str) -> Action:
+    return Action("invalid", (
+        f"Nothing was done: {problem} in the line {truncate_middle(line.text.strip(), 400)!r}. The "
+        f"form is: {_COMMAND_FORMS[line.word]}. No line of a message may begin with {line.word}."))
 
 
-def _parse_key_and_wait_lines(lines: Sequence[_Line]) -> Action:
+def _parse_command(lines: Sequence[_Line]) -> Action:
     """Return what one or more KEYS lines, or one WAIT line, ask for."""
     text = "\n".join(line.text for line in lines)
-    if lines[0].word == "WAIT":
-        seconds = _parse_duration(lines[0].argument)
-        if len(lines) > 1:
-            return Action("invalid", "Nothing was done: WAIT stands alone in a reply.")
-        if seconds is None:
-            return _invalid(lines[0], "there is no time that I understand")
-        return Action("wait", text, seconds=seconds)
-    keys, unknown = _parse_keys(" ".join(line.argument for line in lines))
-    if any(line.word == "WAIT" for line in lines):
+    if len(lines) > 1 and any(line.word == "WAIT" for line in lines):
         return Action("invalid", "Nothing was done: WAIT stands alone in a reply.")
+    if lines[0].word == "WAIT":
+        seconds = _parse_duration(lines[0].argument or "")
+        if seconds is None:
+            return _not_understood(lines[0], "there is no time that I understand")
+        return Action("wait", text, seconds=seconds)
+    keys, unknown = _parse_keys(" ".join(line.argument or "" for line in lines))
     if unknown:
-        return _invalid(lines[0], f"{truncate_middle(' '.join(unknown), 200)!r} is no key")
+        return _not_understood(lines[0], f"{truncate_middle(' '.join(unknown), 200)!r} is no key")
     if not 0 < len(keys) <= _MAX_KEYS:
-        return _invalid(lines[0], f"there are {len(keys)} keys (1 to {_MAX_KEYS} are allowed)")
+        return _not_understood(lines[0], f"{len(keys)} keys (1 to {_MAX_KEYS} are allowed)")
     return Action("keys", text, keys=tuple(keys))
 
 
-def _read_line(line: str) -> _Line:
+def _read_line(text: str) -> _Line:
     """Return what a line outside any code fence is."""
-    match = _COMMAND_LINE.match(_plain_line(line[:400]))
+    match = _COMMAND_LINE.match(text[:400].translate(_FULL_WIDTH))
     if not match:
-        return _Line(line)
-    word = re.sub(r"[\\_ -]+", "_", match["word"]).upper()
-    rest = match["rest"]
-    if word.startswith("TASK") and _DECORATION.fullmatch(rest):
-        return _Line(line, word)
-    separator = _SEPARATOR.match(rest)
+        return _Line(text)
+    word = re.sub(r"[\W_]+", "_", match["word"]).upper()
+    if word.startswith("TASK") and _DECORATION.fullmatch(match["rest"]):
+        return _Line(text, word)
+    separator = _SEPARATOR.match(match["rest"])
     if not separator:
-        return _Line(line, word, is_clear=False)
-    argument = line[match.start("rest") + separator.end():].strip()
+        return _Line(text, word, None)
+    argument = text[match.start("rest") + separator.end():].strip()
     closing = match["opening"][::-1].translate({ord("("): ")", ord("["): "]", ord("<"): ">"})
     if closing and closing not in separator[0]:
         argument = argument.removesuffix(closing).strip()
-    is_clear = True
-    if word.startswith("TASK"):
-        is_clear = bool(separator[0].strip()) or argument.startswith("(")
-    if word == "TASK_COMPLETE" and _NOT_YET.match(argument):
-        is_clear = False
-    command = _Line(line, word, argument, is_clear)
-    if not match["word"].isupper() and _parse_key_and_wait_lines([command]).kind == "invalid":
-        return _Line(line)      # a sentence, such as "Wait: the build is broken"
-    return command
+    line = _Line(text, word, argument)
+    if not match["word"].isupper() and _parse_command([line]).kind == "invalid":
+        return _Line(text)      # a sentence, such as "Wait: the build is broken"
+    is_blank = not separator[0].strip() and not argument.startswith("(")
+    if word.startswith("TASK") and is_blank or word == "TASK_COMPLETE" and _NOT_YET.match(argument):
+        return _Line(text, word, None)
+    return line
 
 
 def _read_lines(reply: str, agent: str) -> Iterator[_Line]:
     """Yield the lines of a reply, up to one that pretends to be the agent's output."""
     fence = ""
-    for line in reply.split("\n"):
-        mark = _FENCE_LINE.fullmatch(line)
-        if mark and not fence:
-            fence = mark[1]
-            yield _Line(line)
-        elif fence:
-            if mark and mark[1].startswith(fence) and not mark[2]:
-                fence = ""
-            yield _Line(line)
-        elif agent and line.lstrip(" *_`#>").lower().startswith(f"{agent} output:".lower()):
-            yield _Line(line, "OUTPUT")
+    for text in reply.split("\n"):
+        mark = _FENCE_LINE.fullmatch(text)
+        if fence or mark:
+            yield _Line(text)
+        elif agent and text.lstrip(" *_`#>").lower().startswith(f"{agent} output:".lower()):
+            yield _Line(text, "OUTPUT")
             return
         else:
-            yield _read_line(line)
+            yield _read_line(text)
+        if mark and not fence:
+            fence = mark[1]
+        elif mark and mark[1].startswith(fence) and not mark[2]:
+            fence = ""
 
 
 def _choose_action(lines: Sequence[_Line]) -> Action:
     """Return the one action that the lines of a reply, without MEMORY_SAVE, ask for."""
-    words = [line.word for line in lines if line.word]
+    words = [line.word for line in lines]
     commands = [line for line in lines if line.word in ("KEYS", "WAIT")]
     message = "\n".join(line.text for line in lines if not line.word).strip("\n").rstrip()
     for line in lines:
-        if not line.is_clear:
-            return _invalid(line, "I can't tell what is asked for")
+        if line.argument is None:
+            return _not_understood(line, "I can't tell what you want")
     if "TASK_COMPLETE" in words and (commands or "TASK_FAILED" in words):
         return Action("invalid", "Nothing was done: your reply contained TASK_COMPLETE and another "
                                  "command. Send one of them.")
     if "TASK_COMPLETE" in words:
-        remarks = [line.argument for line in lines if line.word == "TASK_COMPLETE" and line.argument]
+        remarks = [line.argument or "" for line in lines if line.word]
         return Action("complete", "\n".join([message, *remarks]).strip("\n"))
     if "TASK_FAILED" in words:
-        first, *more = lines[[line.word for line in lines].index("TASK_FAILED"):]
-        reason = "\n".join([first.argument, *(line.text for line in more)]).strip()
+        first, *more = lines[words.index("TASK_FAILED"):]
+        reason = "\n".join([first.argument or "", *(line.text for line in more)]).strip()
         return Action("failed", reason or "no reason given")
-    if commands:
-        last = max(index for index, line in enumerate(lines) if line.word)
-        if any(line.text.strip() for line in lines[last + 1:]):
-            return Action("invalid", f"Nothing was done: text follows {lines[last].word}. Send either "
-                                     "the text or the command.")
-        action = _parse_key_and_wait_lines(commands)
-        if message and action.kind != "invalid":
-            note = f"The text above {words[0]} was not typed: {truncate_middle(message, 200)!r}"
-            action = action._replace(note=note)
+    if not commands:
+        return Action("message", message)
+    action = _parse_command(commands)
+    if not message or action.kind == "invalid":
         return action
-    if not _plain_line(message).strip():
-        return Action("invalid", "Your reply was empty, so nothing was typed.")
-    return Action("message", message)
+    if not [line.word for line in lines if line.text.strip()][-1]:
+        return Action("invalid", f"Nothing was done: text follows {commands[-1].word}. Send either "
+                                 "the text or the command.")
+    note = f"The text above {commands[-1].word} was not typed: {truncate_middle(message, 200)!r}"
+    return action._replace(note=note)
 
 
 def parse_reply(reply: str, agent: str = "") -> Action:
@@ -3786,16 +4100,15 @@ def parse_reply(reply: str, agent: str = "") -> Action:
     """
     text = _THINKING_BLOCK.sub("", sanitize(reply), 1)
     fenced = _FENCED_REPLY.fullmatch(text.strip())
-    lines = list(_read_lines(fenced[1] if fenced else text, agent))
-    is_cut = lines[-1].word == "OUTPUT"
-    if is_cut:
-        lines.pop()
-    facts = tuple(line.argument for line in lines if line.word == "MEMORY_SAVE" and line.argument)
-    action = _choose_action([line for line in lines if line.word != "MEMORY_SAVE" or not line.is_clear])
-    if is_cut:
+    lines = list(_read_lines((fenced[1] if fenced else text).rstrip(), agent))
+    facts = [line for line in lines if line.word == "MEMORY_SAVE" and line.argument is not None]
+    action = _choose_action([line for line in lines if line not in facts and line.word != "OUTPUT"])
+    if action.kind == "message" and not action.text.strip("\u200b\u200e\u200f\ufeff \n"):
+        action = Action("invalid", "Your reply was empty, so nothing was typed.")
+    if lines[-1].word == "OUTPUT":
         note = f'Your reply was cut at "{agent} output:", which only the program writes.'
         action = action._replace(note=f"{action.note} {note}".strip())
-    return action._replace(facts=facts)
+    return action._replace(facts=tuple(line.argument for line in facts if line.argument))
 
 
 class Observation:
@@ -3842,6 +4155,12 @@ class Conversation:
             messages.append({"role": "user", "content": observation.as_text()})
         return messages
 
+    def messages_with_request(self, request: str) -> list[dict[str, str]]:
+        """Return the messages with a request on top of the newest one, which no cache has yet."""
+        messages = self.messages()
+        messages[-1]["content"] = f"{request}\n\n{messages[-1]['content']}"
+        return messages
+
     def add_exchange(self, reply: str, *sentences: str, output: str = "") -> None:
         """Add a reply of the model, and what came of it."""
         self._exchanges.append((reply, Observation(*sentences, output=output)))
@@ -3873,7 +4192,7 @@ class Conversation:
         return count, "\n\n".join(texts)
 
     def replace_with_summary(self, summary: str, count: int) -> None:
-        """Replace the oldest `count` exchanges by a summary.  Notes of the user stay as they are."""
+        """Replace the oldest `count` exchanges by a summary, but keep the notes of the user."""
         self._summary = summary
         for _, observation in self._exchanges[:count]:
             self._kept_notes += [sentence for sentence in observation.sentences
@@ -3938,9 +4257,16 @@ class RunControl:
 class RunTotals:
     """What a run has used so far: iterations, tokens, US dollars, and seconds."""
 
+    CACHE_SECONDS = 300.0           # how long a model server keeps a prompt, if it costs no more
+    MIN_SHARE_OF_LONG_TURNS = 0.06  # from which on it is worth the price to keep it for an hour
+
     def __init__(self, clock: Callable[[], float]) -> None:
-        self.iterations, self.tokens, self.cost, self.earlier_seconds = 0, TokenUsage(), 0.0, 0.0
-        self._priced_calls = 0        # calls that are in `cost`
+        self.iterations = 0
+        self.tokens = TokenUsage()
+        self.cost: float | None = None      # None: no server has reported any
+        self.earlier_seconds = 0.0          # of the parts of the run before this one
+        self._priced_calls = 0              # calls that are in `cost`
+        self._turns = self._long_turns = 0  # of the agent; those that outlast the cache
         self.restarts = self.errors = 0     # of the agent; of all kinds
         self.last_words = ""        # the last line that the agent has shown
         self.unproved: list[str] = []       # what spoke against the end when the model confirmed it
@@ -3952,22 +4278,32 @@ class RunTotals:
         return self.earlier_seconds + self._clock() - self._started_at
 
     def add_call(self, tokens: Sequence[int], cost: float | None) -> None:
-        """Count a call to the model; a cost that is not told is taken to be the mean."""
-        self.tokens = TokenUsage(*map(sum, zip(self.tokens, tokens)))
-        if cost is None and self._priced_calls:
-            cost = self.cost / self._priced_calls
+        """Count a call to the model; a cost that is not reported is taken to be the mean."""
+        self.tokens = self.tokens.plus(tokens)
+        if cost is None and self.cost is not None:
+            cost = self.cost / max(1, self._priced_calls)
         if cost is not None:
-            self.cost, self._priced_calls = self.cost + cost, self._priced_calls + 1
+            self.cost = (self.cost or 0.0) + cost
+            self._priced_calls += 1
+
+    @property
+    def has_long_pauses(self) -> bool:
+        """Whether so many turns outlast the cache that one of an hour pays off."""
+        return self._long_turns > self.MIN_SHARE_OF_LONG_TURNS * self._turns
 
     def count_event(self, event: Event) -> None:
-        """Count an event that tells of a restart or of an error."""
+        """Count an event that tells of a restart, an error, or a turn."""
+        if event["type"] == "iteration_end":
+            self._turns += 1
+            self._long_turns += get_int(event, "duration_ms") > self.CACHE_SECONDS * 1000
         self.restarts += event["type"] == "recovery"
         self.errors += event["type"] == "error"
 
     def restore(self, past: Sequence[Event]) -> None:
         """Count what earlier parts of a run have used, without the times between them.
 
-        An iteration that had no reply yet is begun again.
+        An iteration that had no reply yet is begun again.  Where a part ends with its duration,
+        the time that the computer slept does not count either.
         """
         previous = None
         for event in past:
@@ -3975,7 +4311,7 @@ class RunTotals:
             used, cost = get_object(event, "tokens"), get_number(event, "cost")
             tokens = TokenUsage(*(get_int(used, name) for name in TokenUsage._fields))
             if event["type"] == "complete":         # has all that was used until then
-                self.tokens, self.cost = tokens, cost or 0.0
+                self.tokens, self.cost = tokens, cost
             elif used and event["type"] != "iteration_end":     # its reply has told that
                 self.add_call(tokens, cost)
             if event["type"] == "reply":
@@ -3985,16 +4321,19 @@ class RunTotals:
                 if previous and event.get("reason") != _RESUMED_REASON:
                     self.earlier_seconds += max(0.0, (at - previous).total_seconds())
                 previous = at
+            if event["type"] == "complete" and get_number(event, "duration_ms"):
+                self.earlier_seconds = get_int(event, "duration_ms") / 1000     # of all parts
 
     @contextlib.contextmanager
-    def publish_outcome(self, journal: Journal,
-                        count_changed_files: Callable[[], int | None] | None = None
-                        ) -> Iterator[None]:
+    def publish_outcome(self, journal: Journal, find_changed_files: (
+            Callable[[], list[str] | None] | None) = None) -> Iterator[None]:
         """Publish `complete` at the end of the block, however it ends."""
         def conclude() -> None:
-            files_changed = count_changed_files() if count_changed_files else None
+            changed = find_changed_files() if find_changed_files else None
+            files_changed = None if changed is None else len(changed)
             journal.publish("complete", outcome=outcome, reason=reason, iterations=self.iterations,
-                            tokens=self.tokens._asdict(), cost=round(self.cost, 6),
+                            tokens=self.tokens._asdict(),
+                            cost=None if self.cost is None else round(self.cost, 6),
                             duration_ms=round(self.seconds * 1000), restarts=self.restarts,
                             errors=self.errors, files_changed=files_changed,
                             last_words=self.last_words, unproved=self.unproved)
@@ -4073,8 +4412,10 @@ class Chat:
         if word == "/screen":
             return self._agent.read_screen()
         if word == "/keys":
-            order = parse_reply(f"KEYS: {' '.join(keys)}")
-            return self._agent.send_keys(order.keys, self._limit) if order.keys else Turn(order.text)
+            action = parse_reply(f"KEYS: {' '.join(keys)}")
+            if not action.keys:
+                return Turn(action.text)
+            return self._agent.send_keys(action.keys, self._limit)
         return self._agent.ask(message, self._limit)
 
     def _run_turn(self, line: str, act: Callable[[], Turn]) -> None:
@@ -4110,25 +4451,12 @@ def run_shell_command(command: str, directory: Path, environ: Mapping[str, str],
     return status, truncate_middle(sanitize(text).strip())
 
 
-_UNCOUNTED_PATH = re.compile(       # caches, logs, and what agents and this program write themselves
-    r"(?:\A|/)(?:\.(?:git|hg|svn|venv|tox|cache|\w+_cache|claude|codex|gemini|aider[^/]*|coverage)|"
+_AGENT_NAMES = "|".join(re.escape(profile.program_names[0]) for profile in PROFILES)
+_UNCOUNTED_PATH = re.compile(       # caches, logs, and files of the agents and of this program
+    rf"(?:\A|/)(?:\.(?:git|hg|svn|venv|tox|cache|\w+_cache|(?:{_AGENT_NAMES})[^/]*|coverage)|"
     r"venv|node_modules|__pycache__|memory\.json[^/]*|orchestrator/runs)(?:/|\Z)|"
     r"\.(?:log|pyc|swp)\Z")
-
-
-class FileSnapshot(NamedTuple):
-    """The modification times and sizes of the files in a directory."""
-
-    files: Mapping[str, tuple[int, int]]
-    is_complete: bool               # False: there were too many files to look at all of them
-
-    def changed_since(self, earlier: FileSnapshot) -> list[str]:
-        """Return the paths of the files that changed, appeared or disappeared."""
-        changed = {path for path in self.files.keys() & earlier.files.keys()
-                   if self.files[path] != earlier.files[path]}
-        if self.is_complete and earlier.is_complete:
-            changed |= self.files.keys() ^ earlier.files.keys()
-        return sorted(changed)
+Files = Mapping[str, tuple[int, int]]       # modification times and sizes by path
 
 
 def _list_git_files(directory: Path, environ: Mapping[str, str]) -> list[str]:
@@ -4137,24 +4465,23 @@ def _list_git_files(directory: Path, environ: Mapping[str, str]) -> list[str]:
         return []           # without this, macOS offers to install git
     command = ["git", "-c", "core.fsmonitor=false", "ls-files", "-z", "--cached", "--others",
                "--exclude-standard"]
-    try:
-        result = subprocess.run(command, cwd=directory, env=dict(environ), timeout=1.0,
-                                stdin=subprocess.DEVNULL, capture_output=True)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return os.fsdecode(result.stdout).split("\0")[:-1] if result.returncode == 0 else []
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        output = subprocess.run(command, cwd=directory, env=dict(environ), timeout=1.0, check=True,
+                                stdin=subprocess.DEVNULL, capture_output=True).stdout
+        return os.fsdecode(output).split("\0")[:-1]
+    return []
 
 
-def snapshot_files(directory: Path, environ: Mapping[str, str], *, max_files: int = 20_000,
-                   timeout: float = 1.0) -> FileSnapshot:
-    """Look at the files in a directory, except caches and logs, for at most about `timeout` s."""
+def snapshot_files(directory: Path, environ: Mapping[str, str], timeout: float = 1.0
+                   ) -> Files | None:
+    """Look at all files but caches and logs in a directory.  None: there was not enough time."""
     deadline = time.monotonic() + timeout
-    files: dict[str, tuple[int, int]] = {}
+    files = {}
     pending = collections.deque(_list_git_files(directory, environ) or [""])
     while pending:
-        if len(files) >= max_files or time.monotonic() > deadline:
-            return FileSnapshot(files, False)
         path = pending.popleft()
+        if time.monotonic() > deadline:
+            return None
         if _UNCOUNTED_PATH.search(path):
             continue
         with contextlib.suppress(OSError):      # it may be gone by now
@@ -4163,68 +4490,73 @@ def snapshot_files(directory: Path, environ: Mapping[str, str], *, max_files: in
                 pending.extend(os.path.join(path, name) for name in os.listdir(directory / path))
             else:
                 files[path] = (status.st_mtime_ns, status.st_size)
-    return FileSnapshot(files, True)
+    return files
 
 
-_LONG_WORD = re.compile(r"[^\W\d_]{3,}")
-_TECHNICAL_TEXT = re.compile(r"[\d/\\=<>{}\[\]|_`]|\w[.:(]\w")
-_SHELL_PROMPT = re.compile(r".{0,100}?[>❯›$%#│] *")
+def find_changed_files(before: Files | None, after: Files | None) -> list[str] | None:
+    """Return the paths that are in one snapshot only or differ; None if there is no snapshot."""
+    if before is None or after is None:
+        return None
+    paths = before.keys() | after.keys()
+    return sorted(path for path in paths if before.get(path) != after.get(path))
 
 
-def _is_echo(line: str, message: str) -> bool:
-    """Return whether a line shows nothing but a part of a message, with or without a prompt."""
-    prompt = _SHELL_PROMPT.match(line)
-    text = " ".join(line[prompt.end() if prompt else 0:].split())
-    return not text or f" {text} " in f" {' '.join(message.split())} "
-
-
-_FAILURE = re.compile(
-    r"\b[1-9]\d* (?:tests? )?(?:failed|failures?|errors?)\b|\b(?:[Ff]ailures?|[Ee]rrors?)[:=] ?[1-9]|"
-    r"^\W*(?:FAILED|FAIL|ERROR)\b|^Traceback \(most recent|\b[A-Z]\w*(?:Error|Exception): |"
-    r"^not ok \d|\bcommand not found\b|^(?:panic|fatal|error): |Segmentation fault|BUILD FAILED|[✗✘]")
-_SUCCESS = re.compile(r"\b[1-9]\d* passed\b|^OK\b|BUILD SUCCESS")
+_TEST_RESULT = re.compile(
+    r"(?P<failure>\b[1-9]\d* (?:tests? )?(?:failed|failures?|errors?)\b|"
+    r"\b(?:[Ff]ailures?|[Ee]rrors?)[:=] ?[1-9]|\b[A-Z]\w*(?:Error|Exception): |"
+    r"^\W*(?:FAILED|FAIL|ERROR)\b|^Traceback \(most|^not ok \d|\bcommand not found\b|"
+    r"^(?:panic|fatal|error): |Segmentation fault|[✗✘])|\b[1-9]\d* passed\b|^OK\b")
 
 
 def find_failure(output: str) -> str:
-    """Return the last line at the end of an output that tells of a failure, or "".
+    """Return the last line of an output if it tells of a failure, or "".
 
     >>> find_failure("FAILED test_a\\n2 failed, 10 passed"), find_failure("0 failed, 12 passed")
     ('2 failed, 10 passed', '')
     """
     lines = [line.strip() for line in output.split("\n") if line.strip()]
-    for line in reversed(lines[-12:]):
-        if _FAILURE.search(line[:1_000]):
-            return truncate_middle(line, 200)
-        if _SUCCESS.search(line[:1_000]):
-            return ""
-    return ""
+    results = [match for line in lines[-12:] if (match := _TEST_RESULT.search(line[:1_000]))]
+    return truncate_middle(results[-1].string, 200) if results and results[-1]["failure"] else ""
 
 
-def find_last_line(output: str) -> str:
-    """Return the last line that is not blank, or ""."""
-    return next((line.strip() for line in reversed(output.split("\n")) if line.strip()), "")
+_LONG_WORD = re.compile(r"[^\W\d_]{3,}")
+_TECHNICAL_TEXT = re.compile(r"[\d/\\=<>{}\[\]|_`]|\w[.:(]\w")
+_SHELL_PROMPT = re.compile(r"\A.{0,100}?[>❯›$%#│]\s")
 
 
-class ProgressTracker:
-    """Tell turns that bring something new from turns that only repeat or reword."""
+def _remove_echo(output: str, message: str) -> str:
+    """Return an output without the lines that show nothing but a message as it was typed."""
+    kept = []
+    expected = " ".join(message.split())
+    for line in output.split("\n"):
+        text = " ".join(_SHELL_PROMPT.sub("", line).split())
+        if text and expected.startswith(text):
+            expected = expected[len(text):].lstrip()
+        else:
+            kept.append(line)
+    return "\n".join(kept)
+
+
+class NewsDetector:
+    """Tell outputs that say something new from those that repeat or reword the last ones."""
 
     def __init__(self) -> None:
         self._lines: collections.deque[set[str]] = collections.deque(maxlen=12)     # of outputs
         self._words: collections.deque[set[str]] = collections.deque(maxlen=50)
 
-    def has_new_lines(self, message: str, output: str) -> bool:
-        """Return whether an output says what the last ones did not, except the echo of a message.
+    def update(self, message: str, output: str) -> bool:
+        """Return whether an output has a new line besides the echo of a message.
 
-        A new sentence is no news if at least half of its words are known; a line with figures,
-        paths or code is, unless only times and counters differ.
+        A sentence is new if most of its words are; a line with figures, paths or code is, unless
+        only times and counters differ.
         """
-        text = "\n".join(line for line in output.split("\n") if not _is_echo(line, message))
-        lines = {" ".join(line.split()) for line in normalize_screen(text).lower().split("\n")}
+        text = normalize_screen(_remove_echo(output, message)).lower()
+        lines = {" ".join(line.split()) for line in text.split("\n")} - {""}
         known_lines, known_words = set().union(*self._lines), set().union(*self._words)
-        if text:
+        if lines:
             self._lines.append(lines)
             self._words.append(set(_LONG_WORD.findall("\n".join(lines))))
-        for line in lines - known_lines - {""}:
+        for line in lines - known_lines:
             words = set(_LONG_WORD.findall(line))
             is_prose = bool(words) and not _TECHNICAL_TEXT.search(line)
             if not is_prose or len(words & known_words) < len(words) / 2:
@@ -4242,12 +4574,12 @@ class Autopilot:
             Autopilot(agent, MyModel(), config=Config(max_minutes=30)).run("Make the tests pass")
     """
 
-    MAX_MESSAGES = 900                  # in a conversation: Claude takes 1,000
+    MAX_MESSAGES = 900                  # in a conversation: some take 1,000
     VERIFY_TIMEOUT = 600.0              # seconds
     MAX_SAME_FAILURES = 5               # of VERIFY_CMD in a row, then the run is stuck
     WARN_TURNS_WITHOUT_NEWS = 5         # then the model is told
     MAX_TURNS_WITHOUT_NEWS = 10         # then the run is stuck
-    LONG_WAIT_SECONDS = 60.0            # a WAIT that is no turn without news
+    LONG_WAIT_SECONDS = 60.0            # a WAIT that is not counted as a turn without news
     MAX_USAGE_LIMIT_SECONDS = 86400.0   # to its end: the model may decide to wait for longer
     USAGE_LIMIT_MARGIN_SECONDS = 120.0  # after its end
 
@@ -4255,6 +4587,7 @@ class Autopilot:
                  memory: Memory | None = None, journal: Journal | None = None,
                  control: RunControl | None = None, environ: Mapping[str, str] | None = None,
                  clock: Callable[[], float] = time.monotonic,
+                 wall_clock: Callable[[], float] = time.time,
                  sleep: Callable[[float], None] = time.sleep) -> None:
         self._agent = agent
         self._model = model
@@ -4263,23 +4596,28 @@ class Autopilot:
         self._journal = journal or Journal()
         self._memory = memory or Memory(agent.directory / "memory.json", config.memory_max_facts)
         self._control = control or RunControl(self._journal)
+        agent.take_interrupt = self._control.take_interrupt
         self._environ = child_environment(environ)
         self._clock = clock
+        self._wall_clock = wall_clock
         self._sleep = sleep
         self._task = ""
         self._output_label = f"{agent.name} output:\n"
         self._conversation = Conversation("")
+        self._untold = ""                   # what the journal should have of its beginning
         self._totals = RunTotals(clock)
         self._is_done = False
         self._messages_sent = 0             # to the agent, by any part of the run
         self._last_output = ""              # of the agent
         self._is_confirming = False         # the last reply was TASK_COMPLETE, and was questioned
         self._recent_failures: list[str] = []   # of VERIFY_CMD, in a row
-        self._progress = ProgressTracker()
+        self._news = NewsDetector()
         self._turns_without_news = 0
         self._recent_steps: list[tuple[Action, str]] = []   # with what came of them, since news
         self._was_warned = False            # of a circle, since there was news
-        self._files_at_start = self._files = FileSnapshot({}, False)
+        self._files_at_start: Files | None = None
+        self._files: Files | None = None    # when they were looked at last
+        self._since = "the start"           # which `_files_at_start` is of
         self._last_memory_error = ""        # was told
         self._part_published_at = 0.0
         self._max_characters = math.inf     # less than what the model called too long
@@ -4290,7 +4628,7 @@ class Autopilot:
         Raises what ends the run otherwise; `complete` is published in every case.
         """
         self._totals.restore(history)
-        with self._totals.publish_outcome(self._journal, self._count_changed_files):
+        with self._totals.publish_outcome(self._journal, self._find_files_changed_since_start):
             if history:
                 self._check_budgets(self._totals.iterations)
                 self._journal.publish("state", state="resumed", reason=_RESUMED_REASON)
@@ -4299,9 +4637,14 @@ class Autopilot:
                 self._journal.publish("task_info", **describe_run(
                     self._agent, self._config, task=task, memories=self._memory.facts,
                     model=getattr(self._model, "model", type(self._model).__name__)))
-            self._begin(task, history)
-            while not self._is_done:
-                self._step()
+            try:
+                self._begin(task, history)
+                while not self._is_done:
+                    self._step()
+            except Interrupted as interrupt:
+                if self._control.is_stopped:
+                    interrupt.args = ("stopped from the dashboard",)
+                raise
 
     # beginning
 
@@ -4311,29 +4654,31 @@ class Autopilot:
         self._task = self._journal.redact(task)
         self._files_at_start = self._files = snapshot_files(self._directory, self._environ)
         turn = self._agent.start(any(event["type"] == "reply" for event in history))
-        self._progress.has_new_lines("", turn.output)
+        self._news.update("", turn.output)
+        facts = history[0].get("memories") if history else self._memory.facts   # as it began
         self._conversation = Conversation(
-            self._system_prompt(), f"Task:\n{self._task}", f"{name} works in {self._directory}.")
+            self._system_prompt(facts), f"Task:\n{self._task}", f"{name} works in {self._directory}.")
         sentences = [f"[{note}]" for note in self._journal.redact(turn.notes)]
         output = self._output_label + self._journal.redact(turn.output)
         if history:
+            self._since = "the run was resumed"
             self._rebuild_conversation(history)
             sentences.insert(0, (
                 f"[You were stopped at {history[-1]['time']} and go on now, at {utc_timestamp()}. "
                 "The screen as it is now stands last. Your last message may or may not have "
                 "arrived. If the screen does not show it, check before you send it again.]"))
-            self._journal.publish("state", state="working", reason="the model is told",
-                                  told="\n\n".join([*sentences, output]))
+        self._untold = "\n\n".join([*sentences, output])
         self._conversation.tell(*sentences, output=output)
 
-    def _system_prompt(self) -> str:
+    def _system_prompt(self, memories: object) -> str:
         check = ""
         if self._config.verify_cmd:
             check = _VERIFY_HINT
         elif self._config.confirm_complete:
             check = _CONFIRM_HINT
         prompt = _SYSTEM_PROMPT.format(agent=self._agent.name, check=check)
-        facts = truncate_middle("".join(f"- {fact}\n" for fact in self._memory.facts))
+        memories = self._journal.redact(memories) if isinstance(memories, list) else []
+        facts = truncate_middle("".join(f"- {fact}\n" for fact in memories))
         return f"{prompt}\n## Memory from previous sessions\n{facts}" if facts else prompt
 
     def _rebuild_conversation(self, history: Sequence[Event]) -> None:
@@ -4375,18 +4720,24 @@ class Autopilot:
         output = output.removeprefix("\n".join(sentences)).removeprefix("\n")
         if action.kind in _AGENT_ACTIONS:
             self._messages_sent += action.kind != "wait"
+            self._note_output(output)
         if output or action.kind in _AGENT_ACTIONS:
             output = self._output_label + (output or "(nothing new)")
         self._conversation.add_exchange(reply, *sentences, output=output)
+
+    def _note_output(self, output: str) -> None:
+        lines = [line.strip() for line in output.split("\n") if line.strip()]
+        if lines:
+            self._last_output = output
+            self._totals.last_words = truncate_middle(lines[-1], 200)
 
     # one iteration
 
     def _step(self) -> None:
         """Ask the model for a reply, do what it asks for, and note what came of it."""
-        self._wait_while_paused()
         self._begin_iteration()
         reply = self._query_model()
-        self._add_exchange(reply.text, self._act_on(reply))
+        self._add_exchange(self._journal.redact(reply.text), self._act_on(reply))
 
     def _act_on(self, reply: Reply) -> Event:
         """Do what a reply asks for; return the `iteration_end` that tells what came of it."""
@@ -4412,16 +4763,17 @@ class Autopilot:
             raise failure
         return event
 
-    def _wait_while_paused(self) -> None:
+    def _begin_iteration(self) -> None:
         while self._control.is_paused:
             self._sleep(min(0.2, self._seconds_left()))
-
-    def _begin_iteration(self) -> None:
         self._check_budgets(self._totals.iterations)
+        self._control.take_interrupt()      # there is nothing now that it could interrupt
         self._conversation.tell(*self._control.take_notes())
         self._totals.iterations += 1
+        told = {"told": self._untold} if self._untold else {}
+        self._untold = ""
         self._journal.publish("iteration_start", iteration=self._totals.iterations,
-                              max_iter=self._config.max_iterations)
+                              max_iter=self._config.max_iterations, **told)
 
     def _query_model(self) -> Reply:
         """Return the model's next reply; shorten the conversation if it has become too long."""
@@ -4441,7 +4793,7 @@ class Autopilot:
                     raise
         self._journal.publish("reply", text=reply.text, **reply.usage_fields(),
                               duration_ms=reply.duration_ms)
-        if self._config.max_cost and reply.cost is None and not self._totals.cost:
+        if self._config.max_cost and reply.cost is None and self._totals.cost is None:
             raise BudgetExceeded("MAX_COST is set, but the model's server does not say what a call "
                                  "costs: use MAX_ITERATIONS or MAX_MINUTES")
         return reply
@@ -4455,17 +4807,16 @@ class Autopilot:
         """Do what a reply asks for; return all that the model should know of it."""
         is_confirmed = self._is_confirming and action.kind == "complete"
         self._is_confirming = False
+        if not is_confirmed:
+            self._totals.unproved = []
         turn = self._wait_for_usage_limit(self._execute(action, is_confirmed))
-        if action.note:
-            turn = turn._replace(notes=(action.note, *turn.notes))
-        if action.kind in _AGENT_ACTIONS:
-            self._last_output = turn.output or self._last_output
-            self._totals.last_words = truncate_middle(find_last_line(self._last_output), 200)
-        return turn
+        return turn._replace(notes=(action.note, *turn.notes)) if action.note else turn
 
     def _execute(self, action: Action, is_confirmed: bool) -> Turn:
         """Do what a reply asks for; return what came of it."""
         kind = action.kind
+        if self._control.take_interrupt():
+            return Turn("", "idle", ("The user interrupted: nothing of your reply was done.",))
         if kind == "failed":
             raise TaskFailed(f"the model gave up: {action.text}")
         if kind == "complete":
@@ -4478,42 +4829,67 @@ class Autopilot:
             return self._agent.send_keys(action.keys, timeout)
         if kind == "wait":
             seconds = min(action.seconds, left)
-            self._journal.publish("state", state="waiting", reason=f"up to {seconds:g} s")
-            return self._agent.wait(seconds)
+            self._begin_wait("wait", seconds, f"up to {seconds:g} s")
+            turn = self._wait(seconds)
+            if self._control.ends_wait():
+                turn = turn._replace(notes=(*turn.notes, "The user ended the wait."))
+            return turn
         saved = "The fact was saved. " if action.facts else ""
         return Turn("", notes=(f"{saved}{action.text} Continue with the task, or end it with "
                                "TASK_COMPLETE.",))
+
+    def _wait(self, seconds: float) -> Turn:
+        """Wait for the agent or the user, or until a time by the clock on the wall.
+
+        While the computer sleeps, only that clock goes on.
+        """
+        end = self._wall_clock() + seconds
+        return self._agent.wait(min(seconds, self._seconds_left()), until=lambda: (
+            self._wall_clock() >= end or self._control.ends_wait()))
 
     def _wait_for_usage_limit(self, turn: Turn) -> Turn:
         """Wait for the end of a usage limit that says when that is, or until the agent goes on."""
         if not 0 < turn.usage_limit_seconds <= self.MAX_USAGE_LIMIT_SECONDS:
             return turn
-        end = self._clock() + turn.usage_limit_seconds + self.USAGE_LIMIT_MARGIN_SECONDS
-        at = datetime.datetime.now() + datetime.timedelta(seconds=end - self._clock())
-        self._journal.publish("state", state="waiting", reason=f"{self._agent.name} has reached a "
-                              f"usage limit: until {at:%Y-%m-%d %H:%M}")
+        seconds = turn.usage_limit_seconds + self.USAGE_LIMIT_MARGIN_SECONDS
+        end = self._wall_clock() + seconds
+        at = datetime.datetime.fromtimestamp(end)
+        self._begin_wait("usage_limit", seconds, f"{self._agent.name} has reached a usage limit: "
+                         f"until {at:%Y-%m-%d %H:%M}")
         later = Turn("", "idle")
-        while later.state in ("idle", "working") and self._clock() < end:
-            later = self._agent.wait(min(end - self._clock(), self._seconds_left()))
-        return turn._replace(output=f"{turn.output}\n{later.output}".rstrip(), notes=(
-            *turn.notes, *later.notes, "The usage limit was waited for and should be over now."))
+        while (later.state in ("idle", "working") and self._wall_clock() < end
+               and not self._control.ends_wait()):
+            later = self._wait(end - self._wall_clock())
+        note = "The usage limit was waited for and should be over now."
+        if self._control.ends_wait():
+            note = "The user ended the wait for the usage limit, which may not be over yet."
+        return turn._replace(output=f"{turn.output}\n{later.output}".rstrip(),
+                             notes=(*turn.notes, *later.notes, note))
+
+    def _begin_wait(self, kind: str, seconds: float, reason: str) -> None:
+        """Announce a wait, which the user can end."""
+        self._control.begin_wait()
+        self._journal.publish("state", state="waiting", kind=kind, reason=reason,
+                              until=utc_timestamp(seconds))
 
     # the end
 
     def _end_run(self, action: Action, is_confirmed: bool) -> Turn:
         """End the run if nothing speaks against it; otherwise return what does."""
         now = self._agent.read_state()
+        obstacle = ""
+        if now.menu:
+            obstacle = f"a question of {self._agent.name} stands unanswered"
+        elif now.state == "working":
+            obstacle = f"{self._agent.name} is still working"
+        elif now.state == "exited":
+            obstacle = f"{self._agent.name} had ended"
+        if obstacle:
+            return now._replace(notes=(f"TASK_COMPLETE did nothing: {obstacle}.", *now.notes))
         if now.state == "done":         # there is something new
-            self._last_output = now.output
+            self._note_output(now.output)
         else:
             now = now._replace(output="")
-        name = self._agent.name
-        if now.state == "working":
-            return now._replace(notes=(
-                f"TASK_COMPLETE did nothing: {name} is still working. Wait for it with WAIT: 10m.",))
-        if now.menu:
-            return now._replace(notes=(
-                f"TASK_COMPLETE did nothing: a question of {name} stands unanswered.", now.menu))
         if self._config.verify_cmd:
             return self._verify(now)
         if self._config.confirm_complete and not is_confirmed:
@@ -4537,96 +4913,88 @@ class Autopilot:
         self._recent_failures = [*self._recent_failures, normalize_screen(output)]
         last = self._recent_failures[-self.MAX_SAME_FAILURES:]
         if len(last) == self.MAX_SAME_FAILURES and len(set(last)) == 1:
-            raise StuckInLoop(f"VERIFY_CMD failed {self.MAX_SAME_FAILURES} times with the same output")
+            raise StuckInLoop(f"VERIFY_CMD failed {len(last)} times with the same output")
         return Turn(f"{now.output}\n{output}".strip("\n"), notes=(
             f"The task is not complete: the check `{command}` failed with status {status}. What it "
             "printed stands below.",))
 
     def _ask_for_confirmation(self, action: Action, now: Turn) -> Turn:
         """Return what is known of the work, and the task, for the model to go through it again."""
-        facts, doubts = self._gather_evidence(action)
+        evidence, doubts = self._gather_evidence(action)
         self._is_confirming = True
         self._totals.unproved = doubts
-        self._journal.publish("confirm", evidence=" ".join([*facts, *doubts]), unproved=doubts)
+        self._journal.publish("confirm", evidence=" ".join([*evidence, *doubts]), unproved=doubts)
         return now._replace(notes=(
-            " ".join(["The run has not ended yet.", *facts, *doubts]),
+            " ".join(["The run has not ended yet.", *evidence, *doubts]),
             f"The task again: {truncate_middle(self._task, 4_000)}",
             "Go through it point by point. If you have seen each point proved after the last "
             "change, reply TASK_COMPLETE again. Otherwise continue."))
 
     def _gather_evidence(self, action: Action) -> tuple[list[str], list[str]]:
         """Return sentences on the work that cost nothing to know, and those that raise doubts."""
-        name, facts, doubts = self._agent.name, [], []
+        name, evidence, doubts = self._agent.name, [], []
         if self._messages_sent:
-            facts.append(f"Messages sent to {name}: {self._messages_sent}.")
+            evidence.append(f"Messages sent to {name}: {self._messages_sent}.")
         else:
             doubts.append(f"You have sent {name} no message.")
-        self._files = snapshot_files(self._directory, self._environ)
-        changed = self._files.changed_since(self._files_at_start)
+        changed = self._find_files_changed_since_start()
         if changed:
-            more = ", ..." if len(changed) > 5 else ""
-            facts.append(f"Files changed since the start: {len(changed)} "
-                         f"({truncate_middle(', '.join(changed[:5]), 300)}{more}).")
-        elif self._files.is_complete and self._files_at_start.is_complete:
-            facts.append("No file has changed since the start.")
+            names = ", ".join(changed[:5]) + (", ..." if len(changed) > 5 else "")
+            evidence.append(f"Files changed since {self._since}: {len(changed)} ({names}).")
+        elif changed is not None:
+            evidence.append(f"No file has changed since {self._since}.")
         failure = find_failure(self._last_output)
         if failure:
             doubts.append(f"The last output of {name} says: {failure!r}.")
-        elif find_last_line(self._last_output).endswith("?"):
+        elif self._totals.last_words.endswith("?"):
             doubts.append(f"The last output of {name} ends with a question.")
         if action.text:
-            facts.append(f"This text of yours was not typed: {truncate_middle(action.text, 200)!r}.")
-        return facts, doubts
+            text = truncate_middle(action.text, 200)
+            evidence.append(f"This text of yours was not typed: {text!r}.")
+        return evidence, doubts
 
-    def _count_changed_files(self) -> int | None:
-        """Return how many files changed since the start, or None where there are too many files."""
+    def _find_files_changed_since_start(self) -> list[str] | None:
         self._files = snapshot_files(self._directory, self._environ)
-        if not (self._files.is_complete and self._files_at_start.is_complete):
-            return None
-        return len(self._files.changed_since(self._files_at_start))
+        return find_changed_files(self._files_at_start, self._files)
 
     # circles
 
     def _check_stuck(self, action: Action, turn: Turn) -> list[str]:
         """Return a warning if the last turns brought nothing new; raise StuckInLoop if they go on.
 
-        Waiting is no circle.  Equal replies with equal results are noticed after three turns, two
-        that alternate after six, and reworded ones after WARN_TURNS_WITHOUT_NEWS.
+        Waiting is no circle.  Three equal steps are noticed at once, reworded ones later.
         """
         if self._is_done or turn.state == "working" or action.seconds >= self.LONG_WAIT_SECONDS:
             self._recent_steps = []
             return []
-        step = (action, normalize_screen(turn.as_text()))
         if self._has_news(action, turn):
             self._turns_without_news = 0
             self._was_warned = False
-            self._recent_steps = [step]
+            self._recent_steps = [(action, normalize_screen(turn.as_text()))]
             return []
         self._turns_without_news += 1
-        self._recent_steps = last = [*self._recent_steps[-5:], step]
-        is_same = len(last) >= 3 and len(set(last[-3:])) == 1
-        is_alternating = len(last) == 6 and len(set(last[::2])) == len(set(last[1::2])) == 1
+        self._recent_steps.append((action, normalize_screen(turn.as_text())))
         if self._turns_without_news >= self.MAX_TURNS_WITHOUT_NEWS:
             raise StuckInLoop(f"{self._turns_without_news} turns brought no new output and changed "
                               "no file")
-        if is_same or is_alternating:
+        last = self._recent_steps[-3:]
+        if len(last) == 3 and len(set(last)) == 1:
             if self._was_warned:
                 raise StuckInLoop("the same replies have had the same results again and again")
             self._recent_steps = []
-            kind = "three identical steps" if is_same else "two alternating steps"
-            return self._warn(f"You are repeating yourself: {kind} had the same results.")
+            return self._warn("You are repeating yourself: three identical steps had the same "
+                              "results.")
         if self._turns_without_news == self.WARN_TURNS_WITHOUT_NEWS:
-            return self._warn(f"The last {self._turns_without_news} turns brought no new output and "
-                              "changed no file.")
+            return self._warn(f"The last {self._turns_without_news} turns brought no new output "
+                              "and changed no file.")
         return []
 
     def _has_news(self, action: Action, turn: Turn) -> bool:
         """Return whether a turn showed new lines, or else changed files."""
-        if self._progress.has_new_lines(action.text, turn.output):
+        if self._news.update(action.text, turn.output):
             return True
-        earlier = self._files
-        self._files = snapshot_files(self._directory, self._environ)
-        return bool(self._files.changed_since(earlier))
+        earlier, self._files = self._files, snapshot_files(self._directory, self._environ)
+        return bool(find_changed_files(earlier, self._files))
 
     def _warn(self, problem: str) -> list[str]:
         self._was_warned = True
@@ -4684,8 +5052,7 @@ class Autopilot:
         if len(older) < worth:
             return False
         try:
-            reply = self._complete(
-                Conversation(_SUMMARY_PROMPT, truncate_middle(older, room)).messages())
+            reply = self._request_summary(truncate_middle(older, room))
             summary, used = reply.text, reply.usage_fields()
         except RequestRejected:     # any other error ends the run, which has then lost nothing
             summary = "\n".join(textwrap.shorten(part, 200) for part in older.split("\n\n"))
@@ -4695,8 +5062,17 @@ class Autopilot:
         self._journal.publish("history", summarised=count, summary=summary, **used)
         return True
 
+    def _request_summary(self, older: str) -> Reply:
+        """Ask for a summary at the end of the conversation, which the model server has cached."""
+        try:
+            return self._complete(self._conversation.messages_with_request(_SUMMARY_PROMPT))
+        except ContextWindowExceeded:
+            return self._complete(Conversation(_SUMMARY_PROMPT, older).messages())
+
     def _complete(self, messages: Messages, on_text: Callable[[str], object] = ignore) -> Reply:
         """Ask the model within the budgets, which end it too, and count what that uses."""
+        if isinstance(self._model, OpenRouter):
+            self._model.has_long_pauses = self._totals.has_long_pauses
         return self._model.complete(messages, on_text=on_text, on_usage=self._totals.add_call,
                                     time_left=self._check_budgets)
 
@@ -4707,8 +5083,9 @@ class Autopilot:
         config, totals = self._config, self._totals
         if config.max_iterations and iterations >= config.max_iterations:
             raise BudgetExceeded(f"MAX_ITERATIONS={config.max_iterations} reached")
-        if config.max_cost and totals.cost >= config.max_cost:
-            raise BudgetExceeded(f"MAX_COST={config.max_cost:g} reached: ${totals.cost:.4f} spent")
+        cost = totals.cost or 0.0
+        if config.max_cost and cost >= config.max_cost:
+            raise BudgetExceeded(f"MAX_COST={config.max_cost:g} reached: ${cost:.4f} spent")
         return self._seconds_left()
 
     def _seconds_left(self) -> float:
@@ -4734,144 +5111,172 @@ DASHBOARD_PAGE = r"""<!doctype html>
     color-scheme: light dark; --mono: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace;
     --page: #f3f5f7; --card: #fff; --ink: #1c2228; --muted: #57606a; --line: #d5dae0;
     --going: #0860ca; --good: #1a7535; --warn: #8a5a00; --bad: #c21f2b; --second: #9a63e8;
-    --screen: #10151b; --screen-ink: #d5dce4;
+    --screen: #10151b; --screen-ink: #d5dce4; --found: #ffe08a;
   }
   @media (prefers-color-scheme: dark) { :root {
     --page: #0e1217; --card: #161b22; --ink: #e3e9ef; --muted: #98a2ad; --line: #2c343e;
     --going: #5aa7ff; --good: #46bd5c; --warn: #d9a032; --bad: #ff6a62; --screen: #090c10;
+    --found: #6b5200;
   } }
   * { box-sizing: border-box; margin: 0; }
-  [hidden], output:empty, .card:has(#iterations:empty) { display: none !important; }
+  [hidden], output:empty, #recording:empty, section:has(> :empty#iterations) {
+    display: none !important; }
   body { max-width: 1760px; margin: auto; padding: 0 16px 32px; background: var(--page);
     color: var(--ink); font: 14px/1.45 system-ui, sans-serif; font-variant-numeric: tabular-nums }
   header, .card { background: var(--card); border: 1px solid var(--line); border-radius: 6px;
-    padding: 10px 14px; margin-top: 12px; min-width: 0; overflow-wrap: anywhere; }
-  h1, h2, summary { font-size: 14px; font-weight: 600; }
-  h1, .excerpt { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-  small, dt, output, code, pre, .label, .figure, .flag { font-size: 12px; }
-  small, dt, output, .label, .figure, .quiet, #elapsed, #advice { color: var(--muted); }
+    padding: 7px 12px; margin-top: 8px; min-width: 0; overflow-wrap: anywhere; }
+  h1, h2, summary { font-size: 14px; font-weight: 600; } summary { min-height: 24px; }
+  small, dt, output, code, pre, time, .copy, .label, .figure, .flag { font-size: 12px; }
+  small, dt, output, time, .label, .figure, .quiet, #elapsed, #advice { color: var(--muted); }
   .going { color: var(--going); } .good { color: var(--good); } .warn { color: var(--warn); }
-  .bad { color: var(--bad); } code, pre { font-family: var(--mono); }
-  button, summary { cursor: pointer; } :focus-visible { outline: 2px solid var(--going); }
-  button, input, #stop summary { font: inherit; color: inherit; background: var(--page);
-    padding: 3px 10px; border: 1px solid var(--line); border-radius: 5px; list-style: none; }
-  button:hover, #stop summary:hover { border-color: var(--muted); }
-  header, #controls, form, #stop[open] { display: flex; flex-wrap: wrap; align-items: center;
-    gap: 8px; } header { margin: 0; } #now { flex: 1 1 280px; min-width: 0; margin-left: 4px; }
-  #status { display: inline; } #status, #elapsed, .value { font-size: 19px; line-height: 1.3; }
-  #status, .value { font-weight: 600; } #controls { flex: 0 1 520px; } form { flex: 1 1 240px; }
-  #note { flex: 1; min-width: 0; } output { flex-basis: 100%; } #stop-now { color: var(--bad); }
-  dl { display: flex; flex-wrap: wrap; gap: 4px 28px; margin-top: 4px; }
-  #copy { font-size: 12px; padding: 0 8px; }
-  #figures { display: grid; gap: 0 12px; grid-template-columns: repeat(4, 1fr); }
-  progress { display: block; width: 100%; height: 5px; margin: 4px 0 2px; appearance: none;
-    border: 0; background: var(--line); color: var(--going); } .near { color: var(--warn); }
-  progress::-webkit-progress-bar { background: var(--line); }
-  progress::-webkit-progress-value { background: currentColor; }
-  progress::-moz-progress-bar { background: currentColor; }
-  #screen-box { container-type: inline-size; overflow-x: auto; margin-top: 8px;
-    border-radius: 4px; background: var(--screen); }
-  #screen { width: max-content; min-width: 100%; padding: 8px 12px; color: var(--screen-ink);
-    line-height: 1.25; font-size: clamp(9px, calc((100cqw - 25px) / 120.6), 14px); }
-  .stale #screen-box { opacity: .5; } .bold { font-weight: 700; } .italic { font-style: italic; }
+  .bad { color: var(--bad); } code, pre { font-family: var(--mono); } a { color: var(--going); }
+  .excerpt, #figures dd { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+  mark { background: var(--found); color: inherit; } button, summary { cursor: pointer; }
+  button, input, select, textarea { font: inherit; color: inherit; background: var(--page);
+    min-height: 26px; padding: 2px 9px; border: 1px solid var(--line); border-radius: 5px; }
+  button:disabled { color: var(--muted); } :focus-visible { outline: 2px solid var(--going); }
+  header, #controls, form, #finder, #terminal-bar { display: flex; flex-wrap: wrap; gap: 6px;
+    align-items: center; } header { margin: 0; border-radius: 0 0 6px 6px; }
+  #now { flex: 1 1 200px; margin-left: 4px; } #now, #note { min-width: 0; }
+  #status { display: inline; font-size: 18px; font-weight: 600; } #elapsed { margin-left: 6px; }
+  #recording { border: 1px solid; border-radius: 5px; padding: 1px 7px; margin-left: 6px;
+    color: var(--warn); white-space: nowrap; } output { flex-basis: 100%; }
+  #controls { flex: 0 1 620px; } form { flex: 1 1 300px; } #stop-now { color: var(--bad); }
+  #note { flex: 1; resize: vertical; field-sizing: content; max-height: 120px; }
+  #stop-box { margin: auto; color: var(--ink); }
+  .facts { display: flex; gap: 3px 22px; } .facts div { min-width: 44px; } .fixed { flex: none; }
+  #figures .broad { flex: 1 1 120px; } #title { display: inline; } #end-facts { flex-wrap: wrap; }
+  #end-words { white-space: pre-wrap; font-size: 16px; margin-bottom: 5px; }
+  #end-facts div:has(code + button), #end-facts div:has(code + button) ~ div {
+    flex-basis: 100%; display: flex; gap: 12px; } #end-facts dt { flex: none; }
+  progress { display: block; width: 100%; height: 5px; accent-color: var(--going); }
+  progress.near { accent-color: var(--warn); }
+  #terminal { position: relative; padding-bottom: 10px; }
+  #terminal-bar { position: absolute; top: 4px; right: 12px; }
+  #screen-box { container-type: inline-size; overflow: auto; margin-top: 5px; border-radius: 4px;
+    background: var(--screen); }
+  #screen { position: relative; width: max-content; min-width: 100%; padding: 6px 10px;
+    color: var(--screen-ink); line-height: 1.2; min-height: calc(1.2em * var(--rows) + 12px);
+    font-size: clamp(8px, min((100cqw - 22px) / (var(--columns) * 0.605),
+      (100svh - min(var(--above), 220px) - 34px) / (var(--rows) * 1.2)), 14px); }
+  .actual #screen { font-size: 14px; }
+  .cursor { position: absolute; width: 1ch; height: 1.2em; outline: 1px solid; opacity: .8;
+    left: calc(10px + 1ch * var(--column)); top: calc(6px + 1.2em * var(--row)); }
+  .bold { font-weight: 700; } .italic { font-style: italic; }
   .underline { text-decoration: underline; } .strike { text-decoration: line-through; }
-  .cell { display: inline-block; width: 1ch; height: 1.25em; vertical-align: top;
-    text-decoration: inherit; } .wide { width: 2ch; }
-  #board { display: grid; gap: 0 12px; align-items: start; } figure + figure { margin-top: 12px; }
+  .underline.strike { text-decoration: underline line-through; } .wide.cell { width: 2ch; }
+  .cell { display: inline-block; width: 1ch; height: 1.2em; vertical-align: top;
+    text-decoration: inherit; }
+  #board { display: grid; gap: 0 8px; align-items: start; } figure + figure { margin-top: 12px; }
   figcaption { display: flex; justify-content: space-between; }
-  svg { display: block; width: 100%; height: 84px; }
+  .bars { display: flex; height: 70px; border-bottom: 1px solid var(--line); }
+  .bars span { display: flex; flex: 0 1 26px; flex-direction: column-reverse; }
+  .bars i { background: var(--going); } .bars i + i { background: var(--second); }
   .key { border-left: 9px solid var(--going); padding-left: 4px; margin-left: 8px; }
-  .key + .key { border-color: var(--second); } rect { fill: var(--going); }
-  rect + rect { fill: var(--second); } path { stroke: var(--line); }
-  text { font-size: 10px; fill: var(--muted); text-anchor: end; }
-  aside ul { padding-left: 18px; max-height: 320px; overflow-y: auto; white-space: pre-line; }
-  #task { padding: 0; list-style: none; }
+  .key + .key { border-color: var(--second); } #finder h2 { margin-right: auto; }
+  aside ul { padding-left: 18px; white-space: pre-line; } #task { padding: 0; list-style: none; }
+  #finder { margin-bottom: 6px; } #search { flex: 0 1 220px; } #matches { flex: none; }
   .iteration { border-top: 1px solid var(--line); content-visibility: auto;
-    contain-intrinsic-size: auto 31px; }
+    contain-intrinsic-size: auto 31px; scroll-margin-top: 80px; }
   .iteration summary { display: grid; gap: 0 10px; padding: 5px 0; font-weight: 400;
-    align-items: baseline; grid-template-columns: 10px 4ch 1fr auto repeat(3, 7ch); }
+    align-items: baseline; grid-template-columns: 10px 5ch 6ch 1fr auto repeat(3, 7ch); }
   .iteration summary::before { content: "\25b8"; color: var(--muted); }
   .iteration[open] summary::before { content: "\25be"; }
   .iteration b, .figure { text-align: right; } .flag { margin-left: 8px; display: inline-block; }
-  .entry { display: grid; grid-template-columns: 108px minmax(0, 1fr); margin: 0 0 8px 24px;
-    line-height: 1.8; }
+  .entry { display: grid; grid-template-columns: 108px minmax(0, 1fr); margin: 0 0 8px 24px; }
   .entry pre { max-height: 480px; overflow-y: auto; background: var(--page); padding: 5px 9px;
-    white-space: pre-wrap; border-radius: 4px; line-height: 1.45; }
+    white-space: pre-wrap; border-radius: 4px; }
   @media (min-width: 1000px) {
-    header { position: sticky; top: 0; z-index: 1; }
-    #board { grid-template-columns: minmax(0, 1fr) 360px; } aside { grid-area: 1 / 2; }
+    header { position: sticky; top: 0; z-index: 1; } aside { grid-area: 1 / 2; }
+    #advice { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+    #board { grid-template-columns: minmax(0, 1fr) 360px; }
   }
+  @media (max-width: 1199px) { #figures { flex-wrap: wrap; } #terminal-bar { position: static; } }
   @media (max-width: 640px) {
-    body { padding: 0 8px 24px; } #figures { grid-template-columns: 1fr 1fr; }
-    .iteration summary { grid-template-columns: 10px 4ch 1fr repeat(3, 7ch); }
-    .excerpt { grid-column: 3 / -1; } .flags { grid-area: 2 / 1 / auto / 4; }
+    body { padding: 0 8px 24px; } header, .card { padding: 7px 9px; } #search { flex: 1 1 100%; }
+    #figures div { flex: 1 1 40%; } #figures .broad { flex-basis: 100%; }
+    .iteration summary { grid-template-columns: 10px 5ch 6ch 1fr 6ch 7ch; gap: 0 6px; }
+    .excerpt { grid-area: 2 / 2 / auto / -1; } .flags { grid-area: 3 / 2 / auto / -1; }
     .flag { margin: 0 8px 0 0; } .entry { display: block; margin-left: 0; }
   }
 </style>
 <header>
   <img id="mark" alt="" width="26" height="26">
-  <div id="now"><p id="status" role="status"></p> <span id="elapsed"></span>
-    <p id="advice"></p></div>
-  <div id="controls" role="group" aria-label="Step in" hidden>
-    <button id="pause">Pause</button>
-    <details id="stop"><summary>Stop</summary>
-      <button id="stop-now">End the run now</button></details>
-    <form id="note-form"><input id="note" aria-label="Note to the model" autocomplete="off"
-      placeholder="Note to the model"><button>Send</button></form> <output id="answer"></output>
-  </div>
+  <div id="now"><p id="status" role="status"></p><span id="elapsed"></span>
+    <small id="recording"></small><p id="advice"></p></div>
+  <div id="controls" role="group" aria-label="Steer the run" hidden>
+    <button id="pause">Pause</button> <button id="continue">Go on now</button>
+    <button id="stop" popovertarget="stop-box">Stop</button>
+    <div id="stop-box" class="card" popover>Stop the run?
+      <button id="stop-now">Stop now</button></div>
+    <form id="note-form"><textarea id="note" rows="1" aria-label="Note to the model"
+        placeholder="Note to the model" title="Shift+Enter begins a new line"></textarea>
+      <button>Send</button> <button id="interrupt" type="button"
+        title="Press Escape in the agent's turn, and send the note">Interrupt</button></form>
+    <output id="answer"></output></div>
 </header>
-<section class="card" aria-label="Run"><h1 id="title"></h1><dl>
-  <div><dt>model</dt><dd id="model"></dd></div> <div><dt>agent</dt><dd id="agent"></dd></div>
-  <div><dt>directory</dt><dd><code id="workdir"></code></dd></div>
-  <div><dt>watch it or type along</dt><dd><code id="attach"></code>
-    <button id="copy" aria-label="Copy the attach command">copy</button></dd></div></dl></section>
-<section id="figures" aria-label="Progress">
-  <div class="card"><p class="label">iterations</p><p id="iterations-done" class="value"></p>
-    <progress aria-label="Iterations used"></progress><small></small></div>
-  <div class="card"><p class="label">time</p><p id="time" class="value"></p>
-    <progress aria-label="Time used"></progress><small></small></div>
-  <div class="card"><p class="label">cost</p><p id="cost" class="value"></p>
-    <progress aria-label="Money used"></progress><small></small></div>
-  <div class="card"><p class="label">tokens</p><p id="tokens" class="value"></p>
-    <small id="token-kinds"></small></div></section>
-<details id="terminal" class="card" open hidden><summary>Terminal</summary>
-  <div id="screen-box"><pre id="screen" aria-label="The agent's screen"></pre></div></details>
-<main id="board">
-  <section class="card"><h2>Iterations</h2><div id="iterations"></div></section>
-  <aside>
-    <section id="charts" class="card" aria-label="Charts" hidden></section>
-    <details class="card" open><summary>Task</summary><ul id="task"></ul></details>
-    <details class="card" open><summary>Facts remembered</summary><ul id="facts"></ul></details>
-    <details class="card" open><summary>Summaries</summary><ul id="summaries"></ul></details>
-  </aside>
+<main>
+  <section id="end" class="card" aria-label="The end of the run" hidden>
+    <p id="end-words"></p><dl id="end-facts" class="facts"></dl></section>
+  <section class="card" aria-label="The run"><dl id="figures" class="facts">
+    <div class="broad"><dt>task</dt><dd><h1 id="title"></h1></dd></div>
+    <div class="fixed"><dt>iterations</dt><dd><b id="iterations-done"></b> <small></small>
+      <progress aria-label="Iterations used"></progress></dd></div>
+    <div class="fixed"><dt>time</dt><dd><b id="time"></b> <small></small>
+      <progress aria-label="Time used"></progress></dd></div>
+    <div class="fixed"><dt>cost</dt><dd><b id="cost"></b> <small></small>
+      <progress aria-label="Money used"></progress></dd></div>
+    <div class="fixed"><dt>tokens</dt><dd><b id="tokens"></b> <small id="cached"></small></dd></div>
+    <div><dt>model</dt><dd id="model"></dd></div> <div><dt>agent</dt><dd id="agent"></dd></div>
+    <div><dt>directory</dt><dd><code id="workdir"></code></dd></div></dl></section>
+  <details id="terminal" class="card" open hidden><summary>Agent's screen</summary>
+    <div id="terminal-bar"><small id="held" role="status"></small>
+      <div><code id="attach"></code> <button class="copy">copy</button></div>
+      <button id="size">Actual size</button></div>
+    <div id="screen-box" tabindex="0" role="region" aria-label="The agent's screen">
+      <pre id="screen"></pre></div></details>
+  <div id="board">
+    <section class="card" aria-label="Iterations"><div id="finder" role="search">
+      <h2>Iterations</h2><output id="matches"></output>
+      <input id="search" type="search" aria-label="Search all texts" placeholder="Search all texts">
+      <select id="filter" aria-label="Show only"><option value="">all</option>
+        <option value="error">errors</option><option value="restarted">restarts</option>
+        <option value="note">notes</option><option value="check failed">failed checks</option>
+      </select> <button id="expand">Expand all</button>
+      <a id="download" href="journal" download>Download journal</a></div>
+      <div id="iterations"></div></section>
+    <aside aria-label="Background">
+      <section id="charts" class="card" aria-label="Charts" hidden></section>
+      <details class="card" open hidden><summary>Task</summary><ul id="task"></ul></details>
+      <details class="card" open hidden><summary>Facts</summary><ul id="facts"></ul></details>
+    </aside></div>
 </main>
 <script nonce="NONCE">
   "use strict";
-  const RECORDED = document.documentElement.dataset.recording === "yes";
-  const CLIP = 20000;                     // characters of one text that are shown until asked for
-  history.replaceState(null, "", location.pathname);      // the cookie is enough: hide the token
+  const {recording, now: servedAt, journal: journalPath} = document.documentElement.dataset;
+  const IS_RECORDING = recording === "yes";
+  const MAX_SHOWN = 100000;               // characters of one text
+  const MAX_SILENCE = 40000;              // milliseconds; the server sends something every 15 s
   const OUTCOMES = {
     __proto__: null, complete: ["good", "Task complete"], budget: ["warn", "Stopped at its limit"],
-    failed: ["bad", "Failed"], stuck: ["bad", "Stuck: it went in circles"],
-    agent: ["bad", "The agent cannot be kept alive"], interrupted: ["warn", "Interrupted"],
-    model: ["bad", "The model cannot be reached"],
+    failed: ["bad", "Failed"], stuck: ["bad", "Stuck: it repeats itself"],
+    agent: ["bad", "The agent can't be kept alive"], interrupted: ["warn", "Interrupted"],
+    model: ["bad", "The model can't be reached"],
   };
-  const MARKS = {
-    quiet: ["#6e7781", ""], going: ["#2f81f7", "M6 4.5l5.5 3.5L6 11.5z"],
-    warn: ["#bf8700", "M5 4.5h2v7H5zM9 4.5h2v7H9z"], bad: ["#da3633", "M7 3.5h2v5H7zM7 10h2v2H7z"],
-    good: ["#2da44e", "M4 8.2l1.4-1.4 1.7 1.7 3.6-3.7 1.4 1.4-5 5.1z"],
-  };
+  const COLOURS = {quiet: "#777", going: "#2f81f7", warn: "#bf8700", bad: "#da3633", good: "#2a4"};
+  history.replaceState(null, "", location.pathname + location.hash);    // hide the token
+
   const byId = id => document.getElementById(id);
-  const amount = value => Number.isFinite(value) ? value : 0;
+  const finiteOrZero = value => Number.isFinite(value) ? value : 0;
   const list = value => Array.isArray(value) ? value : [];
   const text = value => typeof value === "string" ? value
     : value == null ? "" : JSON.stringify(value);
   const firstLine = value => text(value).slice(0, 2000).trim().split("\n")[0].slice(0, 300);
-  const moment = event => Date.parse(event.time) || Date.now();
   const short = value => value.toPrecision(3).replace(/\.?0+$/, "");
   const count = value => value < 999.5 ? String(Math.round(value))
     : value < 999500 ? `${short(value / 1e3)}k` : `${short(value / 1e6)}M`;
   const money = value => `$${value.toFixed(value && value < 0.1 ? 4 : 2)}`;
+  const shellWord = word => `'${word.replaceAll("'", `'"'"'`)}'`;
 
   function duration(milliseconds) {
     const seconds = Math.max(0, milliseconds) / 1000, whole = Math.round(seconds);
@@ -4880,25 +5285,42 @@ DASHBOARD_PAGE = r"""<!doctype html>
     return parts.map(part => String(part).padStart(2, "0")).join(":").replace(/^(00:)?0?/, "");
   }
 
-  function node(tag, given, ...children) {         // given: a class, or attributes of an SVG shape
-    const [space, attributes] = typeof given === "string" ? ["1999/xhtml", {class: given}]
-      : ["2000/svg", given];
-    const element = document.createElementNS("http://www.w3.org/" + space, tag);
-    for (const name in attributes) element.setAttribute(name, attributes[name]);
+  // The server's clock counts, whatever the browser's says, and stands still without a connection.
+  let clockOffset = 0;
+  const setClock = time => { clockOffset = (Date.parse(time) || Date.now()) - Date.now(); };
+  const serverTime = () => run.lostAt ?? Date.now() + clockOffset;
+  const timeOf = event => Date.parse(event.time) || run.latest || serverTime();
+
+  function clockTime(at) {
+    const isToday = new Date(at).toDateString() === new Date(serverTime()).toDateString();
+    const style = {timeStyle: "medium", hourCycle: "h23"};
+    return new Date(at).toLocaleString([], isToday ? style : {dateStyle: "medium", ...style});
+  }
+
+  function createElement(tag, className, ...children) {
+    const element = document.createElement(tag);
+    element.className = className;
     element.append(...children);
+    return element;
+  }
+
+  function createTime(at, words = clockTime(at)) {
+    const element = createElement("time", "", words);
+    element.title = new Date(at).toLocaleString([], {dateStyle: "full", timeStyle: "full"});
     return element;
   }
 
   // The run: what the events have told so far.
   const run = {
-    info: {}, task: [], facts: [], summaries: [], iterations: new Map(), changed: new Set(),
-    tokens: {prompt: 0, completion: 0, cached: 0, total: 0}, cost: null, spent: 0, lastId: 0,
-    now: {level: "quiet", headline: "Waiting for the run to begin", advice: ""}, latest: null,
-    current: null, paused: null, outcome: null, lost: "",
+    info: {}, facts: [], iterations: new Map(), changed: new Set(), current: null,
+    tokens: {prompt: 0, completion: 0, cached: 0, total: 0}, cost: null, isUnpriced: false,
+    activity: {level: "quiet", headline: "Waiting for the run to begin", advice: ""},
+    started: null, latest: null, spent: 0, lastId: 0, busy: false, paused: null, outcome: null,
+    lost: "", lostAt: null, restarts: 0, errors: 0, check: null, lastReply: "",
   };
 
-  function doing(event, headline, advice, more) {
-    run.now = {level: "going", headline, advice, since: moment(event), ...more};
+  function setActivity(event, headline, advice, more) {
+    run.activity = {level: "going", headline, advice, since: timeOf(event), ...more};
   }
 
   function iterationOf(event) {
@@ -4909,265 +5331,334 @@ DASHBOARD_PAGE = r"""<!doctype html>
     return run.iterations.get(number);
   }
 
-  function enter(event, label, body, level = "") {        // with a level, its row shows it too
+  function addEntry(event, label, body, level = "") {     // with a level, its row shows it too
     const entry = {label, level, body: text(body)};
     iterationOf(event).entries.push(entry);
     return entry;
   }
 
-  function addUp({tokens, cost}, combine) {
+  function addUsage({tokens, cost}, combine = (sum, more) => sum + more) {
     for (const [kind, sum] of Object.entries(run.tokens)) {
-      run.tokens[kind] = combine(sum, amount(tokens?.[kind]));
+      run.tokens[kind] = combine(sum, finiteOrZero(tokens?.[kind]));
     }
     if (Number.isFinite(cost)) run.cost = combine(run.cost ?? 0, cost);
+    else run.isUnpriced = true;
   }
 
   const handlers = {
     __proto__: null,
     task_info(event) {
-      const facts = list(event.memories).map(text);
-      Object.assign(run, {info: event, task: [text(event.task)], facts, outcome: null});
-      doing(event, "Starting", "The agent is being started.");
+      Object.assign(run, {info: event, facts: list(event.memories).map(text)});
+      drawList("task", [text(event.task)]);
+      drawList("facts", run.facts);
+      setActivity(event, "Starting", "The agent is being started.");
     },
     iteration_start(event) {
       Object.assign(run, {current: iterationOf(event), outcome: null, busy: true});
-      run.current.started = moment(event);
-      doing(event, "Model is thinking", "It reads what the agent showed.", {thinking: true});
+      run.current.started = timeOf(event);
+      setActivity(event, "Model is thinking", "It reads what the agent showed.", {thinking: true});
     },
     reply_part(event) {
-      if (!run.now.thinking || !run.current) return;
-      run.current.reply ??= enter({}, "model");
+      if (!run.activity.thinking || !run.current) return;
+      run.current.reply ??= addEntry({}, "model");
       run.current.reply.body = text(event.text);
       run.changed.add(run.current);
     },
     reply(event) {
-      const iteration = iterationOf(event), said = text(event.text), replied = moment(event);
-      (iteration.reply ?? enter(event, "model")).body = said;
-      addUp(event, (sum, more) => sum + more);
+      const iteration = iterationOf(event), said = text(event.text), replied = timeOf(event);
+      (iteration.reply ?? addEntry(event, "model")).body = said;
+      addUsage(event);
       Object.assign(iteration, {
         said, replied, excerpt: firstLine(said.replace(/^MEMORY_SAVE: .*$/gm, "")), reply: null,
-        model: replied - iteration.started || amount(event.duration_ms),
+        model: replied - iteration.started || finiteOrZero(event.duration_ms),
         tokens: event.tokens ?? {}, cost: event.cost, costSoFar: run.cost ?? 0,
       });
-      doing(event, "Agent is working", iteration.excerpt);
+      run.lastReply = said.replace(/^(MEMORY_SAVE: .*|\W*TASK_COMPLETE\b.*)$/gm, "").trim();
+      setActivity(event, "Agent is working", iteration.excerpt);
     },
     iteration_end(event) {
-      const iteration = iterationOf(event), typed = text(event.orchestrator);
-      if (typed.trim() !== iteration.said.trim()) enter(event, "typed", typed);
-      enter(event, "agent", event.agent_output);
-      if (event.error) enter(event, "error", event.error, "bad");
+      const iteration = iterationOf(event), typed = text(event.orchestrator).trim();
+      if (typed && typed !== iteration.said.trim()) addEntry(event, "typed", event.orchestrator);
+      if (event.agent_output) addEntry(event, "agent", event.agent_output);
+      if (event.error) addEntry(event, "error", event.error, "bad");
       iteration.excerpt ||= firstLine(typed);
-      iteration.agent = moment(event) - iteration.replied || amount(event.duration_ms);
+      iteration.agent = timeOf(event) - iteration.replied || finiteOrZero(event.duration_ms);
       run.busy = false;
-      doing(event, "Between two turns", "");
+      setActivity(event, "Between two turns", "");
     },
     error(event) {
-      const more = {level: "warn", thinking: true, until: moment(event) + 1000 * event.retry_in};
-      enter(event, "error", event.error, "warn");
-      if (more.until) doing(event, "Trouble, tries again", firstLine(event.error), more);
+      const more = {level: "warn", thinking: true, until: timeOf(event) + 1000 * event.retry_in};
+      run.errors += 1;
+      addEntry(event, "error", event.error, "warn");
+      if (more.until) setActivity(event, "Trouble, tries again", firstLine(event.error), more);
     },
     recovery(event) {
       const kept = event.resumed ? "It knows its conversation." : "It begins a new conversation.";
-      enter(event, "restarted", `${text(event.what)}\n${kept}`, "warn");
+      run.restarts += 1;
+      addEntry(event, "restarted", `${text(event.what)}\n${kept}`, "warn");
     },
     memory(event) {
       const saved = list(event.saved).map(text), {before, after} = event.compacted ?? {};
       run.facts = [...new Set([...run.facts, ...saved])];
-      if (saved.length) enter(event, "remembered", saved.join("\n"), "good");
-      if (before) enter(event, "memory", `${text(before)} facts became ${text(after)}`);
+      drawList("facts", run.facts);
+      if (event.tokens) addUsage(event);
+      if (saved.length) addEntry(event, "remembered", saved.join("\n"), "good");
+      if (before) addEntry(event, "memory", `${text(before)} facts became ${text(after)}`);
     },
     verify(event) {
-      const [label, level] = event.status === 0 ? ["verified", "good"] : ["not verified", "bad"];
       const [command, output, status] = [event.command, event.output, event.status].map(text);
-      enter(event, label, `$ ${command}\n${output}\nstatus ${status}`, level);
+      const [word, level] = event.status === 0 ? ["passed", "good"] : ["failed", "bad"];
+      run.check = {command, level, result: `${word}, status ${status}: `};
+      addEntry(event, `check ${word}`, `$ ${command}\n${output}\nstatus ${status}`, level);
+    },
+    confirm(event) {
+      const doubts = list(event.unproved).map(text);
+      addEntry(event, "confirm", [text(event.evidence), ...doubts].join("\n"), "quiet");
     },
     history(event) {
-      const summary = text(event.summary);
-      run.summaries = [...run.summaries, summary];
-      enter(event, "summary", `of ${text(event.summarised)} exchanges\n${summary}`, "quiet");
+      const {summarised, summary} = event;
+      if (event.tokens) addUsage(event);
+      addEntry(event, "summary", `of ${text(summarised)} exchanges\n${text(summary)}`, "quiet");
     },
-    note(event) {
-      enter(event, `note (${firstLine(event.source)})`, event.text, "going");
-      if (event.text !== byId("note").value.trim()) return;
-      byId("note").value = "";
-      show("answer", "Noted; the model reads it with its next prompt.");
-    },
+    note: event => addEntry(event, `note (${firstLine(event.source)})`, event.text, "going"),
     state(event) {
-      const reason = firstLine(event.reason);
-      if (event.state === "paused") run.paused = moment(event);
+      const reason = firstLine(event.reason), until = Date.parse(event.until), waits = true;
+      const working = reason.startsWith("checking: ") ? "Running the check" : "Agent is working";
+      if (event.state === "paused") run.paused = timeOf(event);
       if (event.state === "resumed") run.paused = null;
-      if (event.state === "waiting") doing(event, "Waiting", reason || "The model asked to wait.");
-      if (event.state === "working") doing(event, "Agent is working", reason);
-      show("answer", "");
+      if (event.state === "waiting") setActivity(event, "Waiting", reason, {waits, until});
+      if (event.state === "working") setActivity(event, working, reason);
+      setText("answer", "");
     },
     complete(event) {
-      const spent = Math.max(run.spent, amount(event.duration_ms));
-      Object.assign(run, {outcome: event, paused: null, spent});
-      addUp(event, Math.max);
-      show("answer", "");
+      const spent = Math.max(run.spent, finiteOrZero(event.duration_ms));
+      Object.assign(run, {outcome: event, paused: null, busy: false, spent});
+      addUsage({...event, cost: event.cost || run.cost}, Math.max);   // old ones: 0 for unknown
     },
   };
 
   function receive(event) {
-    if (event?.type === "screen") drawScreen(text(event.text));
+    if (event?.type === "now") setClock(event.time);
+    if (event?.type === "screen") drawScreen(event);
     if (!handlers[event?.type] || event.id <= run.lastId) return;
-    const now = moment(event), away = run.outcome || event.type === "task_info";
-    if (run.latest && !away) run.spent += Math.max(0, now - run.latest);
+    const now = timeOf(event), isNewPart = event.state === "resumed" && event.reason;
+    if (run.latest && !run.outcome && !isNewPart) run.spent += Math.max(0, now - run.latest);
     handlers[event.type](event);
-    Object.assign(run, {lastId: event.id ?? run.lastId, latest: now});
+    Object.assign(run, {lastId: event.id ?? run.lastId, latest: now, started: run.started ?? now});
     drawSoon();
   }
 
   // The page: what is shown of it.
-  function show(id, words) {              // what has not changed is not announced again
+  function setText(id, words) {           // what has not changed is not announced again
     if (byId(id).textContent !== words) byId(id).textContent = words;
   }
 
-  function glance() {
+  function currentStatus() {
     const [level, headline] = OUTCOMES[run.outcome?.outcome] ?? ["warn", "Ended"];
-    const over = ["complete", "failed", "stuck"].includes(run.outcome?.outcome);
-    const hint = over ? "" : " (--resume goes on with it)";
-    if (run.outcome) return {level, headline, advice: firstLine(run.outcome.reason) + hint};
+    const {latest, activity} = run, last = latest && clockTime(latest);
+    if (run.outcome) return {level, headline, advice: `at ${last}, after ${duration(run.spent)}`};
+    const advice = `The last event is of ${last}: ${activity.headline}`;
+    if (IS_RECORDING && latest) return {level: "quiet", headline: "Unfinished", advice};
     if (run.lost) return {level: "bad", headline: "Connection lost", advice: run.lost};
-    if (run.paused == null) return run.now;
-    if (run.busy) return {...run.now, advice: "It pauses after this turn."};
+    if (run.paused == null) return activity;
+    if (run.busy && !activity.waits) return {...activity, advice: "It pauses after this turn."};
     return {level: "warn", headline: "Paused", since: run.paused,
             advice: "It waits for you: resume it, leave a note, or stop it."};
   }
 
   function drawStatus() {
-    const {level, headline, advice, since, until} = glance(), [colour, path] = MARKS[level];
-    const image = "data:image/svg+xml," + encodeURIComponent(
-      '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><circle cx="8" cy="8" r="8" ' +
-      `fill="${colour}"/><path fill="#fff" d="${path}"/></svg>`);
-    const over = run.outcome || RECORDED;
-    const spent = run.spent + (over || !run.latest ? 0 : Date.now() - run.latest);
+    const {level, headline, advice, since, until} = currentStatus();
+    const image = "data:image/svg+xml," + encodeURIComponent('<svg xmlns="http://www.w3.org/2000' +
+      `/svg" viewBox="0 0 2 2"><circle cx="1" cy="1" r="1" fill="${COLOURS[level]}"/></svg>`);
+    const isOver = run.outcome != null || IS_RECORDING, now = serverTime();
+    const spent = run.spent + (isOver || !run.latest ? 0 : Math.max(0, now - run.latest));
+    const elapsed = since ? duration(now - since) : "";
     if (byId("mark").src !== image) byId("mark").src = byId("icon").href = image;
     document.title = [headline, firstLine(run.info.task)].filter(Boolean).join(" · ");
-    show("status", headline);
-    show("elapsed", since && !over ? duration(Date.now() - since) : "");
-    show("advice", until > Date.now() ? `in ${duration(until - Date.now())}: ${advice}` : advice);
-    show("pause", run.paused == null ? "Pause" : "Resume");
     byId("status").className = level;
-    byId("controls").hidden = !run.lastId || over;
-    byId("terminal").classList.toggle("stale", run.outcome != null || run.lost !== "");
-    drawFigure("time", duration(spent), spent / 60000, run.info.max_minutes,
-               limit => `${limit} min`);
+    setText("status", headline);
+    setText("elapsed", until > now ? `${duration(until - now)} left, until ${clockTime(until)}`
+      : elapsed);
+    setText("advice", advice);
+    setText("pause", run.paused == null ? "Pause" : "Resume");
+    byId("controls").hidden = !run.lastId || isOver;
+    byId("continue").hidden = !run.activity.waits;
+    byId("interrupt").disabled = !run.busy;
+    byId("download").hidden = !journalPath || !run.lastId || run.lost !== "";
+    byId("attach").parentElement.hidden = !run.info.attach || isOver;
+    drawFigure("time", duration(spent), spent / 60000, run.info.max_minutes, most => `${most} min`);
   }
 
-  function drawFigure(id, value, used, limit, unit) {
-    const [, shown, bar, note] = byId(id).parentElement.children;
-    shown.textContent = value;
-    note.textContent = limit > 0 ? `of ${unit(limit)}` : "no limit";
+  function drawFigure(id, value, used, limit, format) {
+    const [, note, bar] = byId(id).parentElement.children;
+    setText(id, value);
+    note.textContent = limit > 0 ? `of ${format(limit)}` : "";
     Object.assign(bar, {hidden: !(limit > 0), max: limit > 0 ? limit : 1, value: used});
-    bar.classList.toggle("near", used >= 0.85 * limit);
+    bar.className = used >= 0.85 * limit ? "near" : "";
   }
 
   function drawRun() {
     const {info, tokens, cost} = run, done = run.current?.number ?? 0;
-    const cached = `${Math.round(100 * tokens.cached / (tokens.prompt || 1))} % cached`;
-    show("title", firstLine(info.task) || "No run yet");
-    show("tokens", count(tokens.total || tokens.prompt + tokens.completion));
-    show("token-kinds", `${count(tokens.prompt)} in, ${cached}; ${count(tokens.completion)} out`);
-    drawFigure("iterations-done", done, done, info.max_iter, String);
-    drawFigure("cost", cost == null ? "–" : money(cost), cost ?? 0, info.max_cost, money);
+    const unknown = run.isUnpriced ? "not reported" : "–";
+    const cached = Math.round(100 * tokens.cached / tokens.prompt);
+    setText("title", firstLine(info.task) || "No run yet");
+    setText("tokens", count(tokens.total || tokens.prompt + tokens.completion));
+    setText("cached", tokens.prompt ? `${cached} % cached` : "");
+    byId("tokens").title = `${count(tokens.prompt)} in, ${count(tokens.completion)} out`;
+    drawFigure("iterations-done", String(done), done, info.max_iter, String);
+    drawFigure("cost", cost == null ? unknown : money(cost), cost ?? 0, info.max_cost, money);
     for (const name of ["model", "agent", "workdir", "attach"]) {
-      show(name, firstLine(info[name]));
+      setText(name, byId(name).title = firstLine(info[name]));
       byId(name).closest("div").hidden = !info[name];
     }
-    for (const name of ["task", "facts", "summaries"]) {
-      if (byId(name).shown === run[name]) continue;
-      byId(name).shown = run[name];
-      byId(name).closest(".card").hidden = !run[name].length;
-      byId(name).replaceChildren(...run[name].map(item => fill(node("li", ""), item)));
-    }
+    const started = new Date(run.started).toLocaleString([], {dateStyle: "medium"});
+    if (IS_RECORDING && run.started) setText("recording", `Recording of ${started}`);
   }
 
+  function drawList(id, items) {
+    byId(id).closest(".card").hidden = !items.length;
+    byId(id).replaceChildren(...items.map(item => fill(createElement("li", ""), item)));
+  }
+
+  function drawEnd() {
+    const {outcome, info, check, latest} = run, end = byId("end"), files = outcome?.files_changed;
+    end.hidden = !outcome && !(IS_RECORDING && latest);
+    if (end.hidden || end.shown === latest) return;
+    end.shown = latest;
+    const isFinal = ["complete", "failed", "stuck"].includes(outcome?.outcome);
+    const code = words => createElement("code", "", words);
+    const command = words => [code(`python3 orchestrator.py ${words}`), " ",
+                              createElement("button", "copy", "copy")];
+    const rows = [
+      ["last check", check ? createElement("span", check.level, check.result, code(check.command))
+        : "none"],
+      ["started", createTime(run.started)],
+      ["ended", createTime(latest), `, after ${duration(run.spent)}`],
+      ["restarts", text(outcome?.restarts ?? run.restarts)],
+      ["errors", text(outcome?.errors ?? run.errors)],
+      files != null && ["files changed", Array.isArray(files) ? files.join(", ") : text(files)],
+      outcome?.last_words && ["agent's last words", text(outcome.last_words)],
+      !isFinal && ["resume", ...command(`${shellWord(text(info.workdir))} --resume`)],
+      journalPath && ["replay", ...command(`--replay ${shellWord(journalPath)}`)],
+      journalPath && ["journal", code(journalPath)],
+    ];
+    setText("end-words", outcome ? text(outcome.reason) || run.lastReply
+      : "The journal has no last event: the run was killed, or still goes on.");
+    byId("end-facts").replaceChildren(...rows.filter(Boolean).map(([name, ...parts]) =>
+      createElement("div", "", createElement("dt", "", name), createElement("dd", "", ...parts))));
+  }
+
+  // Iterations: one row each, newest first, and what is searched for in them.
+  let searched = null;                    // a pattern with one group, if anything
+  const findMatch = ({entries}) => entries.find(({label, body}) =>
+    label.startsWith(byId("filter").value) && (!searched || searched.test(body)));
+
   function fill(element, body) {
-    const more = node("button", "", `show ${count(body.length - CLIP)} more characters`);
-    more.onclick = () => { element.textContent = body; };
-    element.replaceChildren(body.slice(0, CLIP), ...body.length > CLIP ? ["\n", more] : []);
+    const shown = body.slice(0, MAX_SHOWN), hidden = body.length - shown.length;
+    const parts = searched ? shown.split(searched) : [shown];
+    element.replaceChildren(...parts.map((part, index) =>
+      index % 2 ? createElement("mark", "", part) : part));
+    if (hidden) element.append(`\n[... ${count(hidden)} more characters: see the journal]`);
     return element;
   }
 
   function addRow(iteration) {
-    const row = node("details", "iteration", node("summary", ""), node("div", ""));
+    const row = createElement("details", "iteration", createElement("summary", ""),
+                              createElement("div", ""));
     const newest = byId("iterations").firstChild;
-    row.dataset.iteration = iteration.number;
     row.open = newest?.open ?? true;      // the newest is open, until someone closes it
     if (newest && !newest.dataset.touched) newest.open = false;
-    row.firstChild.onclick = () => { row.dataset.touched = true; };
+    row.firstChild.onclick = () => {      // the address then leads to it
+      row.dataset.touched = true;
+      history.replaceState(null, "", `#${iteration.number}`);
+    };
     row.ontoggle = () => drawEntries(iteration);
     byId("iterations").prepend(row);
     return row;
   }
 
   function drawRow(iteration) {
-    const {number, tokens, cost, entries, model, agent} = iteration;
-    const used = amount(tokens.total) || amount(tokens.prompt) + amount(tokens.completion);
-    const flags = entries.filter(entry => entry.level).slice(-4);
+    const {number, tokens, cost, entries, model, agent, started} = iteration;
+    const {total, prompt, completion} = tokens, match = findMatch(iteration);
+    const used = finiteOrZero(total) || finiteOrZero(prompt) + finiteOrZero(completion);
     const figures = [model + agent ? duration(model + agent) : "", used ? count(used) : "",
                      Number.isFinite(cost) ? money(cost) : ""];
+    const flags = entries.filter(entry => entry.level).slice(-4)
+      .map(({level, label}) => createElement("span", `flag ${level}`, label));
+    const at = searched && match ? Math.max(0, match.body.search(searched) - 30) : 0;
+    const found = searched && match && `${match.label}: ${match.body.slice(at, at + 200)}`;
+    const time = createElement("span", "");
+    if (started) time.append(createTime(started, new Date(started).toTimeString().slice(0, 5)));
     iteration.row ??= addRow(iteration);
+    iteration.row.hidden = !match && (searched != null || byId("filter").value !== "");
     iteration.row.firstChild.replaceChildren(
-      node("b", "", number || "–"), node("span", "excerpt", iteration.excerpt),
-      node("span", "flags", ...flags.map(({level, label}) => node("span", `flag ${level}`, label))),
-      ...figures.map(figure => node("span", "figure", figure)));
+      createElement("b", "", number || "–"), time,
+      createElement("span", "excerpt", found || iteration.excerpt),
+      createElement("span", "flags", ...flags),
+      ...figures.map(figure => createElement("span", "figure", figure)));
     drawEntries(iteration);
   }
 
   function drawEntries({row, entries}) {  // built when opened and dropped when closed: stays light
     const shown = row.lastChild;
-    if (!row.open) return shown.replaceChildren();
+    if (!row.open || row.hidden) return shown.replaceChildren();
     entries.forEach(({label, level, body}, index) => {
-      const entry = shown.children[index] ?? shown.appendChild(
-        node("div", "entry", node("div", `label ${level}`, label), node("pre", "")));
-      if (entry.shown !== body) fill(entry.lastChild, entry.shown = body);
+      const entry = shown.children[index] ?? shown.appendChild(createElement("div", "entry",
+        createElement("div", `label ${level}`, label), createElement("pre", "")));
+      if (entry.shown === body && entry.searched === searched) return;
+      Object.assign(entry, {shown: body, searched});
+      fill(entry.lastChild, body);
+      if (body.length > 800 || body.split("\n", 26).length > 25) entry.lastChild.tabIndex = 0;
     });
   }
 
-  function drawChart({svg, unit, parts}, iterations) {
-    const width = svg.clientWidth, base = svg.clientHeight - 18, left = 50, bars = [];
-    const bucket = Math.ceil(iterations.length * 3 / Math.max(60, width - left));
-    iterations.forEach((iteration, index) => {     // of those that share three pixels: the highest
-      const [low, high = 0] = parts(iteration), at = Math.floor(index / bucket);
-      const bar = {number: iteration.number, parts: parts(iteration), sum: low + high};
-      if (!(bars[at]?.sum >= bar.sum)) bars[at] = bar;
-    });
-    const peak = Math.max(...bars.map(bar => bar.sum)) || 1;
-    const power = 10 ** Math.floor(Math.log10(peak));
-    const top = power * [1, 2, 5, 10].find(factor => factor * power >= peak);
-    const step = Math.min(24, (width - left) / bars.length), end = left + step * bars.length;
-    const height = value => (base - 6) * value / top;
-    const label = (x, y, words) => node("text", {x, y}, words);
-    svg.setAttribute("aria-label", `latest ${unit(bars.at(-1).sum)}, most ${unit(peak)}`);
-    svg.replaceChildren(label(left + 8, base + 14, bars[0].number),
-      label(end, base + 14, end > left + 40 ? bars.at(-1).number : ""),
-      ...[0, top / 2, top].flatMap(value => [label(left - 6, base - height(value) + 4, unit(value)),
-        node("path", {d: `M${left} ${base - height(value)}H${width}`})]),
-      ...bars.map((bar, index) => {
-        const shape = {x: left + index * step, width: step - (step > 4), y: base};
-        const title = `${bar.number}: ${bar.parts.map(unit).join(" + ")}`;
-        return node("g", {}, node("title", {}, title), ...bar.parts.map(part => node("rect",
-          {...shape, y: shape.y -= height(part), height: height(part)})));
-      }));
+  function openLinked() {                 // the iteration that the address names, as in #12
+    const row = run.iterations.get(parseInt(location.hash.slice(1)))?.row;
+    if (row) row.open = row.dataset.touched = true;
+    row?.scrollIntoView();
+    return row != null;
   }
 
-  function addChart(title, kinds, unit, parts) {
-    const svg = node("svg", {role: "img"}), keys = kinds.map(kind => node("span", "key", kind));
-    const caption = node("figcaption", "", node("h2", "", title), node("small", "", ...keys));
-    byId("charts").append(node("figure", "", caption, svg));
-    return {svg, unit, parts};
+  function search() {
+    const words = byId("search").value.trim().replace(/[^\w\s]/g, "\\$&");
+    searched = words ? new RegExp(`(${words})`, "i") : null;
+    run.iterations.forEach(iteration => run.changed.add(iteration));
+    drawSoon();
+  }
+
+  // Charts: of iterations that share a bar, the highest.
+  function drawChart({bars, range, format, parts}, iterations) {
+    const size = Math.ceil(iterations.length / 100), chosen = [];
+    const sum = iteration => parts(iteration).reduce((one, other) => one + other);
+    iterations.forEach((iteration, index) => {
+      const at = Math.floor(index / size);
+      if (!chosen[at] || sum(chosen[at]) < sum(iteration)) chosen[at] = iteration;
+    });
+    const peak = Math.max(...chosen.map(sum)), last = iterations.at(-1).number;
+    range.textContent = `iterations ${iterations[0].number} to ${last}, highest ${format(peak)}`;
+    bars.replaceChildren(...chosen.map(iteration => createElement("span", "",
+      ...parts(iteration).map(() => createElement("i", "")))));
+    bars.querySelectorAll("span").forEach((bar, index) => parts(chosen[index]).forEach(
+      (part, kind) => { bar.children[kind].style.height = `${100 * part / (peak || 1)}%`; }));
+  }
+
+  function addChart(title, kinds, format, parts) {
+    const bars = createElement("div", "bars"), range = createElement("small", "");
+    const keys = kinds.map(kind => createElement("span", "key", kind));
+    const heading = createElement("figcaption", "", createElement("h2", "", title),
+                                  createElement("small", "", ...keys));
+    byId("charts").append(createElement("figure", "", heading, bars, range));
+    return {bars, range, format, parts};
   }
 
   const charts = [
     addChart("Tokens per iteration", ["prompt", "completion"], count,
-             ({tokens}) => [amount(tokens.prompt), amount(tokens.completion)]),
+             ({tokens}) => [finiteOrZero(tokens.prompt), finiteOrZero(tokens.completion)]),
     addChart("Time per iteration", ["agent", "model"], duration,
              ({agent, model}) => [agent, model]),
     addChart("Cost so far", [], money, ({costSoFar}) => [costSoFar]),
   ];
-  let timer = null;
+  let timer = null, isLinkPending = location.hash !== "";
   const drawSoon = () => { timer ??= setTimeout(draw, 60); };
 
   function draw() {
@@ -5177,21 +5668,29 @@ DASHBOARD_PAGE = r"""<!doctype html>
     run.changed.clear();
     drawRun();
     drawStatus();
+    drawEnd();
+    const shown = document.querySelectorAll(".iteration:not([hidden])").length;
+    setText("matches", shown < run.iterations.size ? `${shown} of ${run.iterations.size}` : "");
     byId("charts").hidden = !replied.length;
+    byId("charts").lastChild.hidden = run.cost == null;
     if (replied.length) charts.forEach(chart => drawChart(chart, replied));
+    byId("screen").style.setProperty("--above", `${byId("screen-box").offsetTop}px`);
+    if (isLinkPending) isLinkPending = !openLinked();
   }
 
   // The terminal: text with SGR escapes, as tmux prints it.
   const ESCAPE = new RegExp("\x1b\\[([\\d;:]*)m|\x1b\\[[^@-~]*[@-~]|" +
     "\x1b\\][^\x07\x1b]*(?:\x07|\x1b\\\\)?|[\0-\x09\x0b-\x1f\x7f]", "g");
-  const ODD = /([^\0-\u024f\u2500-\u259f\p{M}](?:\p{M}|\u200d.)*)/u;   // other fonts, other widths
-  const WIDE = new RegExp("^[\\p{Emoji_Presentation}\\u1100-\\u115f\\u2e80-\\u303e\\u3041-\\ua4cf" +
-    "\\uac00-\\ud7a3\\uf900-\\ufaff\\ufe30-\\ufe6f\\uff01-\\uff60\\u{20000}-\\u{3fffd}]", "u");
-  const ATTRIBUTES = {1: "bold", 2: "dim", 3: "italic", 4: "underline", 7: "reverse", 9: "strike"};
-  const PLACES = {3: "ink", 4: "paper", 9: "ink", 10: "paper"};       // by the tens of the code
-  const ANSI = ("#5c6570 #ff7b72 #4fc26a #d9a032 #6cb0ff #c79bff #4cc3d1 #c3ccd6 " +
+  const NON_ASCII = /([^\0-\u024f\u2500-\u259f\p{M}](?:\p{M}|\u200d.)*)/u;    // other widths
+  const DOUBLE_WIDTH = new RegExp("^[\\p{Emoji_Presentation}\\u1100-\\u115f\\u2e80-\\u303e" +
+    "\\u3041-\\ua4cf\\uac00-\\ud7a3\\uf900-\\ufaff\\ufe30-\\ufe6f\\uff01-\\uff60" +
+    "\\u{20000}-\\u{3fffd}]", "u");
+  const ATTRIBUTES = {1: "bold", 2: "dim", 3: "italic", 4: "underline", 7: "reverse",
+                      8: "concealed", 9: "strike"};
+  const COLOUR_TARGETS = {3: "ink", 4: "paper", 9: "ink", 10: "paper"};    // by tens of the code
+  const ANSI = ("#000000 #ff7b72 #4fc26a #d9a032 #6cb0ff #c79bff #4cc3d1 #c3ccd6 " +
     "#818b96 #ffa198 #6fdd87 #f0c35c #93c7ff #dcbfff #7fdde8 #ffffff").split(" ");
-  let screen = "", rows = 0;
+  let lastScreen = null, columns = 80, rows = 1;
 
   function colour(index) {
     const level = step => step && 55 + 40 * step, cube = index - 16, grey = 8 + 10 * (index - 232);
@@ -5202,7 +5701,7 @@ DASHBOARD_PAGE = r"""<!doctype html>
 
   function restyle(style, codes) {
     for (let i = 0; i < codes.length; i++) {
-      const code = codes[i], place = PLACES[Math.floor(code / 10)];
+      const code = codes[i], target = COLOUR_TARGETS[Math.floor(code / 10)];
       if (code === 0) style = {};
       else if (code === 22) style = {...style, bold: false, dim: false};
       else if (ATTRIBUTES[code]) style = {...style, [ATTRIBUTES[code]]: true};
@@ -5210,81 +5709,155 @@ DASHBOARD_PAGE = r"""<!doctype html>
       else if (code === 38 || code === 48 || code === 58) {
         const indexed = codes[i + 1] === 5;
         const value = indexed ? colour(codes[i + 2]) : `rgb(${codes.slice(i + 2, i + 5)})`;
-        style = {...style, [place]: value};
+        style = {...style, [target]: value};
         i += indexed ? 2 : 4;
-      } else if (place) {
-        style = {...style, [place]: code % 10 < 8 && ANSI[code % 10 + (code < 90 ? 0 : 8)]};
+      } else if (target) {
+        style = {...style, [target]: code % 10 < 8 && ANSI[code % 10 + (code < 90 ? 0 : 8)]};
       }
     }
     return style;
   }
 
-  function piece(words, style) {
+  function createSpan(words, style) {
     const ink = style.ink || "var(--screen-ink)", paper = style.paper || "var(--screen)";
     const [front, back] = style.reverse ? [paper, ink] : [ink, paper];
-    const span = node("span", Object.values(ATTRIBUTES).filter(name => style[name]).join(" "));
-    span.style.color = style.dim ? `color-mix(in srgb, ${front} 60%, ${back})` : front;
+    const classes = Object.values(ATTRIBUTES).filter(name => style[name]).join(" ");
+    const span = createElement("span", classes);
+    span.style.color = style.dim ? `color-mix(in srgb, ${front} 70%, ${back})` : front;
+    if (style.concealed) span.style.color = back;
     if (back !== "var(--screen)") span.style.backgroundColor = back;
-    span.append(...words.split(ODD).map((part, index) => index % 2 === 0 ? part
-      : node("span", WIDE.test(part) ? "cell wide" : "cell", part)));
+    span.append(...words.split(NON_ASCII).map((part, index) => index % 2 === 0 ? part
+      : createElement("span", DOUBLE_WIDTH.test(part) ? "cell wide" : "cell", part)));
     return span;
   }
 
-  function drawScreen(latest = screen) {
-    const view = byId("screen"), selection = getSelection(), pieces = [];
-    const selecting = !selection.isCollapsed && view.contains(selection.anchorNode);
-    screen = latest.slice(0, 200000).trimEnd();
+  function isSelecting() {
+    const selection = getSelection();
+    return !selection.isCollapsed && byId("screen").contains(selection.anchorNode);
+  }
+
+  function drawScreen(event = lastScreen) {
+    const screen = text(event?.text).slice(0, 200000).trimEnd(), view = byId("screen"), spans = [];
+    lastScreen = event;
     byId("terminal").hidden = !screen;
-    if (document.hidden || !byId("terminal").open || selecting) return;
+    if (!screen || !byId("terminal").open) return;
+    setText("held", isSelecting() ? "Held while you select text; Escape lets it go on." : "");
+    if (isSelecting()) return;
     let style = {}, from = 0;
     for (const {0: escape, 1: codes, index} of screen.matchAll(ESCAPE)) {
-      if (from < index) pieces.push(piece(screen.slice(from, index), style));
+      if (from < index) spans.push(createSpan(screen.slice(from, index), style));
       from = index + escape.length;
       if (codes != null) style = restyle(style, codes.split(";").map(code => parseInt(code) || 0));
     }
-    view.replaceChildren(...pieces, piece(screen.slice(from), style));
-    rows = Math.max(rows, screen.split("\n").length);
-    view.style.minHeight = `calc(${1.25 * rows}em + 16px)`;          // it grows, but does not jump
+    view.replaceChildren(...spans, createSpan(screen.slice(from), style));
+    const lines = screen.replace(ESCAPE, "").split("\n"), [row, column] = list(event.cursor);
+    columns = event.columns || Math.max(columns, ...lines.map(line => line.length));
+    rows = event.rows || Math.max(rows, lines.length);      // it grows, but does not jump
+    if (row != null && !run.outcome) view.append(createElement("span", "cursor"));
+    for (const [name, value] of Object.entries({rows, columns, row, column})) {
+      view.style.setProperty(`--${name}`, value);
+    }
   }
 
-  // Stepping in, and the line to the server.
-  async function ask(action, message, words = "") {
-    const headers = {"Content-Type": "application/json"};
-    const request = {method: "POST", headers, body: JSON.stringify({action, text: words})};
-    show("answer", message);
-    const reply = await fetch("control", request).catch(error => ({text: () => error.message}));
-    if (!reply.ok) show("answer", `Not done: ${firstLine(await reply.text()) || reply.status}`);
+  // The connection to the server.
+  let source = null, isOpen = false, lastHeard = 0;
+
+  function setLost(words) {
+    run.lostAt = words ? serverTime() : null;
+    run.lost = words;
+    drawSoon();
   }
 
-  function connect() {
-    const source = new EventSource("events");
-    source.onmessage = message => receive(JSON.parse(message.data));
-    source.onopen = () => { run.lost = ""; drawSoon(); };
-    source.onerror = () => {
-      const refused = source.readyState === EventSource.CLOSED;
-      run.lost = refused ? "The server refuses this page: open the address that the run printed."
-        : "It is tried again; what you see is how it was last.";
-      if (refused) setTimeout(connect, 3000);
-      drawSoon();
+  function connect() {                    // a hidden tab lets go: all tabs share six connections
+    source?.close();
+    source = new EventSource(`events?after=${run.lastId}${document.hidden ? "&once=1" : ""}`);
+    isOpen = false;
+    lastHeard = performance.now();
+    source.onopen = () => {
+      isOpen = true;
+      setLost("");
+    };
+    source.onmessage = message => {
+      lastHeard = performance.now();
+      receive(JSON.parse(message.data));
+    };
+    source.onerror = ({target}) => {
+      if (isOpen && document.hidden) return target.close();
+      const isRefused = target.readyState === EventSource.CLOSED;
+      setLost(isRefused ? "The server refuses this page: open the address that the run printed."
+        : "It is tried again; what you see is how it was last.");
+      if (isRefused) setTimeout(connect, 3000);
     };
   }
 
+  function tick() {
+    if (!document.hidden && performance.now() - lastHeard > MAX_SILENCE) {
+      setLost("Nothing has come for a while; it is tried again.");
+      connect();
+    }
+    drawStatus();
+  }
+
+  // Steering, and what else a person does.
+  async function postControl(action, message, words = "") {
+    const headers = {"Content-Type": "application/json"};
+    const request = {method: "POST", headers, body: JSON.stringify({action, text: words})};
+    const reply = await fetch("control", request).catch(error => ({text: () => error.message}));
+    const refusal = reply.ok ? "" : firstLine(await reply.text()) || String(reply.status);
+    setText("answer", refusal ? `Not done: ${refusal}` : message);
+    return reply.ok;
+  }
+
+  async function sendNote(action, message) {
+    const note = byId("note"), words = note.value.trim();
+    if (action === "note" && !words) return;
+    if (await postControl(action, message, words) && note.value.trim() === words) note.value = "";
+    note.oninput();
+  }
+
   byId("pause").onclick = () => run.paused == null
-    ? ask("pause", "It pauses after this turn.") : ask("resume", "It goes on.");
-  byId("stop-now").onclick = () => ask("stop", "It is being stopped.");
+    ? postControl("pause", "It pauses after this turn.") : postControl("resume", "It goes on.");
+  byId("continue").onclick = () => postControl("continue", "It goes on.");
+  byId("stop-now").onclick = () => postControl("stop", "It is being stopped.");
+  byId("interrupt").onclick = () => sendNote("interrupt", "The agent is interrupted.");
   byId("note-form").onsubmit = event => {
-    const words = byId("note").value.trim();
     event.preventDefault();
-    if (words) ask("note", "Your note is on its way.", words);
+    sendNote("note", "Noted; the model reads it with its next prompt.");
   };
-  byId("copy").onclick = async () => {
-    getSelection().selectAllChildren(byId("attach"));     // also where there is no clipboard
-    await navigator.clipboard?.writeText(byId("attach").textContent);
-    show("copy", "copied");
+  byId("note").onkeydown = event => {
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+    event.preventDefault();
+    byId("note-form").requestSubmit();
   };
-  byId("terminal").ontoggle = document.onvisibilitychange = () => drawScreen();
+  byId("note").value = sessionStorage.getItem("note");      // after a reload
+  byId("note").oninput = () => sessionStorage.setItem("note", byId("note").value);
+  byId("search").oninput = byId("filter").onchange = search;
+  byId("expand").onclick = () => {
+    const isOpen = byId("expand").textContent === "Expand all";
+    document.querySelectorAll(".iteration").forEach(row => { row.open = isOpen; });
+    setText("expand", isOpen ? "Collapse all" : "Expand all");
+  };
+  byId("size").onclick = () => {
+    const isActual = byId("terminal").classList.toggle("actual");
+    setText("size", isActual ? "Fit the window" : "Actual size");
+  };
+  document.onclick = ({target}) => {
+    if (!target.matches(".copy")) return;
+    getSelection().selectAllChildren(target.parentElement.querySelector("code"));
+    target.textContent = document.execCommand("copy") ? "copied" : "press Ctrl+C";
+    setTimeout(() => { target.textContent = "copy"; }, 3000);
+  };
+  document.onkeydown = ({key}) => { if (key === "Escape") getSelection().removeAllRanges(); };
+  document.onselectionchange = () => {
+    if (byId("held").textContent && !isSelecting()) drawScreen();
+  };
+  document.onvisibilitychange = connect;
+  byId("terminal").ontoggle = () => drawScreen();
+  window.onhashchange = openLinked;
   window.onresize = drawSoon;
-  setInterval(drawStatus, 1000);
+  setInterval(tick, 1000);
+  setInterval(() => document.hidden && connect(), 30000);     // its title and icon stay true
+  setClock(servedAt);
   draw();
   connect();
 </script>
@@ -5300,31 +5873,21 @@ _CONTENT_SECURITY_POLICY = (
 _TOKEN_FORM = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>orchestrator</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<style nonce="NONCE">
-  :root { color-scheme: light dark; font: 16px/1.6 sans-serif; }
-  main { max-width: 36rem; margin: 12vh auto; } input, button { font: inherit; padding: 4px 8px; }
-</style>
+<style nonce="NONCE">:root { color-scheme: light dark; font: 20px/1.6 sans-serif; }
+  main { max-width: 30rem; margin: 12vh auto; } input, button { font: inherit; }</style>
 <main><h1>Dashboard</h1><p>Missing or wrong token. Open the address that the orchestrator printed
-in the terminal, or paste that address or its token here.</p>
-<form><label>Token <input name="token" autocomplete="off" required autofocus></label>
-<button>Open</button></form></main>
+in the terminal, or paste that address or its token here.</p><form><label>Token
+<input name="token" autocomplete="off" required autofocus></label> <button>Open</button></form>
+</main>
 """
 _MAX_BODY_BYTES = 65_536
 _DIGITS = re.compile("[0-9]{1,15}")
-_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^:\[\]]+)(:[0-9]*)?")
+_HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]]+))(:[0-9]*)?")
+_IP_ADDRESS = re.compile(r"[0-9.]+|.*:.*")      # in Host, no name looks like this
 _CONTROL_ACTIONS = ("pause", "resume", "stop", "note", "continue", "interrupt")
 
 
-def _parse_address(name: str) -> Any:
-    """Return the IP address that a text is, IPv4 for one that is mapped into IPv6, or None."""
-    try:
-        address = ipaddress.ip_address(name)
-    except ValueError:
-        return None
-    return getattr(address, "ipv4_mapped", None) or address
-
-
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _machine_names() -> frozenset[str]:
     """Return the names of this machine.  May take seconds, if a name server does not answer."""
     name = socket.gethostname().lower()
@@ -5333,7 +5896,7 @@ def _machine_names() -> frozenset[str]:
 
 
 def _is_other_user(client_port: int, server_port: int) -> bool:
-    """Tell whether a connection within this machine is known to come from another user (Linux)."""
+    """Tell whether a connection within this machine comes from another user, as Linux knows."""
     table = ""
     for path in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")):
         with contextlib.suppress(OSError):
@@ -5344,21 +5907,18 @@ def _is_other_user(client_port: int, server_port: int) -> bool:
 
 
 def read_dashboard_address(journal_path: Path) -> dict[str, Any]:
-    """Return what was kept of a run's dashboard: host, port, token and url; or nothing."""
+    """Return what was saved of a run's dashboard: host, port, token and url; {} if nothing was."""
     with contextlib.suppress(OSError):
-        address = parse_json_object(journal_path.with_suffix(".dashboard").read_bytes()) or {}
-        if [type(address.get(name)) for name in ("host", "port", "token", "url")] == [str, int, str, str]:
-            return address
+        return parse_json_object(journal_path.with_suffix(".dashboard").read_bytes()) or {}
     return {}
 
 
 def find_live_dashboard(journal_path: Path) -> str:
-    """Return the address of a run's dashboard if somebody listens there, with its token, or ""."""
+    """Return the address of a run's dashboard, with its token, or "" if nobody listens there."""
     address = read_dashboard_address(journal_path)
-    if address:
-        with contextlib.suppress(OSError, OverflowError):
-            socket.create_connection((address["host"], address["port"]), timeout=0.5).close()
-            return str(address["url"])
+    place = get_text(address, "host"), get_int(address, "port")
+    with contextlib.suppress(OSError, OverflowError), socket.create_connection(place, 0.5):
+        return get_text(address, "url")
     return ""
 
 
@@ -5375,85 +5935,47 @@ class QuietHandler(http.server.BaseHTTPRequestHandler):
 
 
 class _DashboardHandler(QuietHandler):
-    """Handles one connection of a browser."""
+    """Handles one request of a browser."""
 
     server: Any                 # the Dashboard
     timeout = 5                 # seconds for a read or write
-    WRITE_TIMEOUT = 20          # for a write to a stream: a client that can't keep up is dropped
+    STREAM_TIMEOUT = 20         # for a write to a stream: a client that can't keep up is dropped
     server_version = "orchestrator"
     sys_version = ""
 
-    def do_GET(self) -> None:
-        """Serve the page, the stream of events and the journal."""
-        path, query = self._parse_path()
+    def _respond(self) -> None:
+        """Answer a request of any method."""
+        path, _, query_text = self.path.partition("?")
+        if path.startswith(f"{self.server.path_prefix}/"):      # where a proxy left it in
+            path = path[len(self.server.path_prefix):]
+        query = dict(urllib.parse.parse_qsl(query_text))
+        routes = {("GET", "/"): self._send_page, ("GET", "/journal"): self._send_journal,
+                  ("GET", "/events"): lambda: self._stream_events(query),
+                  ("POST", "/control"): self._take_action}
         if not self._is_authorized(query.get("token", "")):
             return
-        if path == "/":
-            self._send_page()
-        elif path == "/events":
-            self._stream_events(query)
-        elif path == "/journal":
-            self._send_journal()
+        if (self.command, path) in routes:
+            routes[self.command, path]()
         else:
-            status = 405 if path == "/control" else 404
-            self._send_text(status, "GET serves /, /events and /journal.")
+            is_known = path in [known for _, known in routes]
+            self._send_text(405 if is_known else 404,
+                            "GET serves /, /events and /journal; POST goes to /control.")
 
-    def do_POST(self) -> None:
-        """Carry out an action of the user."""
-        path, _ = self._parse_path()
-        length = self.headers.get("Content-Length", "")
-        if not self._is_authorized():
-            return
-        if path != "/control":
-            status = 405 if path in ("/", "/events", "/journal") else 404
-            self._send_text(status, "POST goes to /control.")
-        elif self.headers.get_content_type() != "application/json":
-            self._send_text(415, "Expected Content-Type: application/json.")
-        elif not _DIGITS.fullmatch(length) or int(length) > _MAX_BODY_BYTES:
-            self._send_text(413, f"Expected a body of 1 to {_MAX_BODY_BYTES} bytes, not chunked.")
-        else:
-            self._control(parse_json_object(self.rfile.read(int(length))) or {})
+    do_GET = do_POST = do_HEAD = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _respond
 
-    def _reject_method(self) -> None:
-        if self._is_authorized():
-            self._send_text(405, "Expected GET or POST.")
-
-    do_HEAD = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _reject_method
-
-    def _control(self, request: Mapping[str, object]) -> None:
-        action, text = request.get("action"), request.get("text", "")
-        if action not in _CONTROL_ACTIONS or not isinstance(text, str):
-            self._send_text(400, f"Expected an action: {', '.join(_CONTROL_ACTIONS)}.")
-        elif action == "note" and not text.strip():
-            self._send_text(400, "Expected a text: the note is empty.")
-        elif not self.server.control:
-            self._send_text(409, "This is a recording: there is no run to control.")
-        else:
-            self.server.control(action, text)
-            self._send_text(204, "")
-
-    def _parse_path(self) -> tuple[str, dict[str, str]]:
-        """Return the path, without the prefix that a proxy may have left there, and the query."""
-        path, _, query = self.path.partition("?")
-        prefix = self.server.path_prefix
-        if prefix and path.startswith(f"{prefix}/"):
-            path = path[len(prefix):]
-        return path, dict(urllib.parse.parse_qsl(query))
-
-    def _is_authorized(self, token: str = "") -> bool:
-        """Tell whether our own page, or who has the token, asks; refuse all others.
+    def _is_authorized(self, token: str) -> bool:
+        """Tell whether a request comes from our own page and has the token; refuse all others.
 
         Another web page reaches us only under a foreign name (DNS rebinding) or with a foreign
-        Origin, which a POST always has.
+        Origin, which every POST has.
         """
         origins = self.server.own_origins(self.headers.get("Host", ""))
         origin = self.headers.get("Origin")
-        if not origins:
-            self._send_text(403, "The dashboard does not answer under this name. Open the address "
-                            "that the orchestrator printed, or set DASHBOARD_URL to yours.")
-        elif origin not in origins and (origin is not None or self.command == "POST"):
-            self._send_text(403, "The dashboard's page did not send this. If a proxy publishes it, "
-                            "set DASHBOARD_URL to the address that the browser shows.")
+        is_foreign = origin not in origins and (origin is not None or self.command == "POST")
+        if is_foreign or not origins:
+            self._send_text(403, "The dashboard does not answer under this name, or to this page. "
+                            "Open the address that the orchestrator printed, or set DASHBOARD_URL "
+                            "to the address that your browser shows.")
         elif self._has_token(token):
             return True
         elif self.command == "GET":
@@ -5469,27 +5991,49 @@ class _DashboardHandler(QuietHandler):
         for pair in self.headers.get("Cookie", "").split(";"):
             name, _, value = pair.strip().partition("=")
             cookies[name] = value
-        given = token.rpartition("token=")[2].strip() or cookies.get(self.server.cookie_name, "")
-        return self.server.take_token(given, self.client_address[1])
+        dashboard = self.server
+        given = token.rpartition("token=")[2].strip() or cookies.get(dashboard.cookie_name, "")
+        if secrets.compare_digest(given.encode("utf-8", "replace"), dashboard.token.encode()):
+            return True
+        if given != dashboard.entry_code or _is_other_user(
+                self.client_address[1], dashboard.server_port):
+            return False
+        dashboard.entry_code = secrets.token_urlsafe(24)        # this one is used up
+        return True
+
+    def _take_action(self) -> None:
+        length = self.headers.get("Content-Length", "")
+        if self.headers.get_content_type() != "application/json":
+            return self._send_text(415, "Expected Content-Type: application/json.")
+        if not _DIGITS.fullmatch(length) or int(length) > _MAX_BODY_BYTES:
+            return self._send_text(413, f"Expected a body of 1 to {_MAX_BODY_BYTES} bytes.")
+        request = parse_json_object(self.rfile.read(int(length))) or {}
+        action, text = request.get("action"), request.get("text", "")
+        is_text = isinstance(text, str) and (text.strip() or action != "note")
+        if action not in _CONTROL_ACTIONS or not is_text:
+            return self._send_text(400, f"Expected an action ({', '.join(_CONTROL_ACTIONS)}), and "
+                                   "a text for a note.")
+        if not self.server.control:
+            return self._send_text(409, "This is a recording: there is no run to control.")
+        self.server.control(action, text)
+        return self._send_text(204, "")
 
     def _send_page(self) -> None:
         self.server.page_opened.set()
-        values = {"RECORDING": "no" if self.server.control else "yes",
-                  "SERVER_TIME": utc_timestamp(),
-                  "JOURNAL_PATH": html.escape(str(self.server.journal.path or ""))}
         # Without a Path the browser takes that of the page, also behind a proxy.
         cookie = f"{self.server.cookie_name}={self.server.token}; HttpOnly; SameSite=Strict"
-        self._send_html(200, DASHBOARD_PAGE, values, {"Set-Cookie": cookie})
+        self._send_html(200, DASHBOARD_PAGE, {
+            "RECORDING": "no" if self.server.control else "yes", "SERVER_TIME": utc_timestamp(),
+            "JOURNAL_PATH": html.escape(str(self.server.journal.path or ""))},
+            {"Set-Cookie": cookie})
 
     def _send_html(self, status: int, page: str, values: Mapping[str, str],
                    headers: Mapping[str, str] = {}) -> None:
-        """Send a page in which the names of `values` are replaced by these, and NONCE by a new one."""
-        nonce = secrets.token_urlsafe(16)
-        texts = {"NONCE": nonce, **values}
-        page = re.sub("|".join(texts), lambda match: texts[match[0]], page)
-        self._send_text(status, page, {
-            "Content-Type": "text/html; charset=utf-8",
-            "Content-Security-Policy": _CONTENT_SECURITY_POLICY.replace("NONCE", nonce), **headers})
+        """Send a page, with `values` in the place of their names and a new nonce."""
+        texts = {**values, "NONCE": secrets.token_urlsafe(16)}
+        self._send_text(status, re.sub("|".join(texts), lambda match: texts[match[0]], page), {
+            "Content-Type": "text/html; charset=utf-8", "Content-Security-Policy":
+            _CONTENT_SECURITY_POLICY.replace("NONCE", texts["NONCE"]), **headers})
 
     def _send_text(self, status: int, text: str, headers: Mapping[str, str] = {}) -> None:
         body = text.encode("utf-8", "replace")
@@ -5498,6 +6042,7 @@ class _DashboardHandler(QuietHandler):
         self.wfile.write(body)
 
     def _send_headers(self, status: int, headers: Mapping[str, str]) -> None:
+        self.connection.settimeout(self.STREAM_TIMEOUT)
         self.send_response(status)
         for name, value in {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
                             "Referrer-Policy": "no-referrer", **headers}.items():
@@ -5508,34 +6053,28 @@ class _DashboardHandler(QuietHandler):
         """Send the events after an id, and those to come unless the query says `once`."""
         last_id = self.headers.get("Last-Event-ID") or query.get("after", "")
         after = int(last_id) if _DIGITS.fullmatch(last_id) else 0
+        timeout = 0.0 if "once" in query else 15.0
         live_id = 0
         is_over = False
-        self.connection.settimeout(self.WRITE_TIMEOUT)
         self._send_headers(200, {"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"})
-        self._send_time()
         with self.server.journal.count_reader():
+            lines: list[bytes] = []
             while not is_over:
-                batch = self.server.journal.read_after(after, live_id, 0 if "once" in query else 15)
+                if not lines:       # the page learns the time, and that the connection works
+                    now = json.dumps({"type": "now", "time": utc_timestamp()}).encode()
+                    self.wfile.write(b"data: %s\n\n" % now)
+                batch = self.server.journal.read_after(after, live_id, timeout)
                 lines = [b"id: %d\ndata: %s\n" % event for event in batch.events]
                 lines += [b"data: %s\n" % event for event in batch.live_events]
                 self.wfile.write(b"".join(lines))
-                if batch.events:
-                    after = batch.events[-1][0]
+                after = batch.events[-1][0] if batch.events else after
                 live_id = batch.last_live_id
-                is_over = batch.is_closed or ("once" in query and not batch.events)
-                if not lines:
-                    self._send_time()
-
-    def _send_time(self) -> None:
-        """Send the time, by which the page also knows that the connection still works."""
-        event = json.dumps({"type": "now", "time": utc_timestamp()})
-        self.wfile.write(f"data: {event}\n\n".encode())
+                is_over = batch.is_closed or (not timeout and not batch.events)
 
     def _send_journal(self) -> None:
         """Send the events so far as a file."""
         journal = self.server.journal
         name = re.sub(r"[^A-Za-z0-9_.-]", "_", journal.path.name if journal.path else "run.jsonl")
-        self.connection.settimeout(self.WRITE_TIMEOUT)
         self._send_headers(200, {"Content-Type": "application/x-ndjson",
                                  "Content-Disposition": f'attachment; filename="{name}"'})
         after = 0
@@ -5556,7 +6095,6 @@ class Dashboard(http.server.ThreadingHTTPServer):
     timeout = 0
     allow_reuse_port = False
     MAX_CONNECTIONS = 160       # a flood must leave the run its files: macOS allows 256
-    ENTRY_SECONDS = 60.0        # within which a browser that we open has to come
 
     def __init__(self, journal: Journal, *, host: str = "127.0.0.1", port: int = 0,
                  control: Callable[[str, str], object] | None = None, url: str = "",
@@ -5564,83 +6102,57 @@ class Dashboard(http.server.ThreadingHTTPServer):
         self.journal = journal
         self.control = control
         self.token = token or secrets.token_urlsafe(24)
+        self.page_opened = threading.Event()
         # Ports do not keep cookies apart, so each dashboard has a name of its own.
         self.cookie_name = f"orchestrator-{hashlib.sha256(self.token.encode()).hexdigest()[:8]}"
-        self.page_opened = threading.Event()
-        self._entry_codes: dict[str, float] = {}        # and until when they are good
+        # All users can read a browser's arguments: a code in them works once, and for us only.
+        self.entry_code = secrets.token_urlsafe(24)
         self._connections: set[socket.socket] = set()
-        self._host = host.strip("[]").lower()
-        self.address_family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
+        host = host.strip("[]").lower()
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
-            super().__init__((self._host, port), _DashboardHandler)
+            super().__init__((host, port), _DashboardHandler)
         except (OSError, OverflowError, UnicodeError) as error:
             raise ConfigError(f"DASHBOARD_HOST={host!r}, DASHBOARD_PORT={port}: can't listen: "
                               f"{getattr(error, 'strerror', None) or error}") from None
-        self._bound_address = _parse_address(str(self.server_address[0]))
-        self._set_addresses(url)
-
-    def _set_addresses(self, public_url: str) -> None:
-        """Work out the addresses of the page: on this machine and, through a proxy, its own."""
-        if self._bound_address.is_unspecified:
-            self._host = "127.0.0.1"
-        host = f"[{self._host}]" if ":" in self._host else self._host
-        self._local_url = f"http://{host}:{self.server_port}/"
-        self.url = f"{public_url.rstrip('/') or self._local_url.rstrip('/')}/?token={self.token}"
-        public = urllib.parse.urlsplit(public_url)
+        self._has_all_addresses = self.server_address[0] in ("0.0.0.0", "::")
+        self._host = "127.0.0.1" if self._has_all_addresses else host
+        local_host = f"[{self._host}]" if ":" in self._host else self._host
+        local_url = f"http://{local_host}:{self.server_port}"
+        self.entry_url = f"{local_url}/?token={self.entry_code}"
+        self.url = f"{url.rstrip('/') or local_url}/?token={self.token}"
+        self._own_names = {"localhost", "127.0.0.1", "::1", host, self.server_address[0]}
+        public = urllib.parse.urlsplit(url)
         default_port = ":443" if public.scheme == "https" else ":80"
         self.path_prefix = public.path.rstrip("/")
         self._public_name = public.hostname
-        self._public_origin = f"{public.scheme}://{public.netloc.removesuffix(default_port)}".lower()
+        self._public_origin = (f"{public.scheme}://"
+                               f"{public.netloc.lower().removesuffix(default_port)}")
 
-    def own_origins(self, host_header: str) -> list[str]:
+    def own_origins(self, host: str) -> list[str]:
         """Return the origins of our own page under a Host; none if that is not a name of ours.
 
-        A tunnel or a published port of a container changes the port, so any port will do.
+        Tunnels and published ports change the port, so any port will do.
         """
-        host = host_header.lower()
-        match = _HOST.fullmatch(host)
-        name = match[1].strip("[]") if match else ""
-        origins = []
-        if self._is_own_name(name):
-            origins.append(f"http://{host}")
-        if self._public_name and (origins or name == self._public_name):
+        match = _HOST.fullmatch(host.lower())
+        name = (match[1] or match[2]) if match else ""
+        is_own = name in self._own_names
+        if name and self._has_all_addresses:
+            is_own = is_own or bool(_IP_ADDRESS.fullmatch(name)) or name in _machine_names()
+        origins = [f"http://{host.lower()}"] if is_own else []
+        if self._public_name and (is_own or name == self._public_name):
             origins.append(self._public_origin)
         return origins
 
-    def _is_own_name(self, name: str) -> bool:
-        address = _parse_address(name)
-        has_all_addresses = self._bound_address.is_unspecified
-        if address:
-            return address.is_loopback or has_all_addresses or address == self._bound_address
-        if has_all_addresses and name in _machine_names():
-            return True
-        return name in ("localhost", self._host)
-
-    def take_token(self, given: str, client_port: int) -> bool:
-        """Tell whether this is the token, or a code of `make_entry_url`, which is then used up."""
-        if secrets.compare_digest(given.encode("utf-8", "replace"), self.token.encode()):
-            return True
-        if given not in self._entry_codes or _is_other_user(client_port, self.server_port):
-            return False
-        return self._entry_codes.pop(given, 0.0) > time.monotonic()
-
-    def make_entry_url(self) -> str:
-        """Return an address that opens the page once, within a minute, for this user only.
-
-        It is made for the arguments of a browser, which all users of the machine can read.
-        """
-        code = secrets.token_urlsafe(24)
-        self._entry_codes[code] = time.monotonic() + self.ENTRY_SECONDS
-        return f"{self._local_url}?token={code}"
-
     def save_address(self, journal_path: Path) -> None:
-        """Keep the address beside the journal, for this user, for `--status` and `--resume`."""
+        """Save the address beside the journal, readable for this user only."""
         address = {"host": self._host, "port": self.server_port, "token": self.token,
                    "url": self.url}
-        with contextlib.suppress(OSError):      # such a disk is told of by the journal
-            path = journal_path.with_suffix(".dashboard")
-            with open(path, "w", opener=lambda *how: os.open(*how, 0o600)) as file:
-                json.dump(address, file)
+        path = journal_path.with_suffix(".dashboard")
+        with contextlib.suppress(OSError):      # the journal complains about such a disk
+            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            with open(file, "w", encoding="utf-8") as stream:
+                json.dump(address, stream)
 
     def server_bind(self) -> None:
         """Bind, `::` for IPv4 too, without the base class's slow search for our own name."""
@@ -5723,13 +6235,11 @@ class DemoModelHandler(QuietHandler):
         self.wfile.write(b"data: [DONE]\n\n")
 
 
-# The agent is the text of a program, because there may be no file to start it from: with
-# `curl ... | python3 -` this one is read once and gone.  It does on a screen what the real agents
-# do: bracketed paste, an input line, and while it works a spinner in the title and a busy footer.
+# The agent is a text, because `curl ... | python3 -` leaves no file to start it from.  It does on
+# a screen what real agents do: bracketed paste, an input line, a busy title and a busy footer.
 DEMO_AGENT = r'''
 import os, re, subprocess, sys, time, tty
 from pathlib import Path
-
 
 def execute(message):
     file = re.search(r"Write the file (\w+\.py):\n```\n(.*?\n)```", message, re.S)
@@ -5744,10 +6254,8 @@ def execute(message):
         return f"● Ran it, exit status {done.returncode}:\n{done.stdout.rstrip()}"
     return "● Tell me: Write the file NAME.py: with a code block, or Run the command: ..."
 
-
 def write(text):
     os.write(sys.stdout.fileno(), text.encode())
-
 
 def read_message():
     typed = b""
@@ -5763,13 +6271,11 @@ def read_message():
             write(typed.decode("utf-8", "replace").replace("\n", "\n  "))
     return typed.decode("utf-8", "replace")
 
-
 def show_spinner():
     write("\n")
     for frame in "⠙⠹⠸⠼⠴⠦⠧⠇":
         write(f"\x1b]0;{frame} demo agent\x07\r\x1b[K• Working (esc to interrupt) {frame}")
         time.sleep(0.1)
-
 
 tty.setcbreak(sys.stdin)
 write("\x1b[?2004h\x1b]0;demo agent\x07Demo agent: I write files and run commands.\n\n")
@@ -6031,13 +6537,21 @@ class SignalHandler:
 
 
 def help_text() -> str:
-    """Return what --help prints: the module's docstring and the settings."""
+    """Return what --help prints: the module's docstring without its contents, and the settings."""
+    manual = (__doc__ or "").partition("\nContents\n")[0]
     lines = ["Settings, from the environment or a .env file in the current directory"]
     for name, field in Config.fields_by_variable().items():
         default = str(field.default).removesuffix(".0").lower() or "none"
         lines += textwrap.wrap(f"{field.metadata['help']} ({default})", 96,
                                initial_indent=f"    {name:<21} ", subsequent_indent=" " * 26)
-    return f"{(__doc__ or '').rstrip()}\n\n" + "\n".join(lines)
+    lines += ["", "Agents that were tried, and the settings with which they ask for no permission"]
+    for profile in PROFILES:
+        command = shlex.join((*profile.start_command, *profile.approval_arguments))
+        setting = f'CLAUDE_CMD="{command}"'
+        if profile.model_names:
+            setting = f"DEFAULT_MODEL={profile.model_names[0]}"
+        lines.append(f"    {profile.name:<12} {setting:<39} {profile.install_command}")
+    return f"{manual}\n" + "\n".join(lines)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -6085,16 +6599,15 @@ def session_lock(config: Config, place: Workspace) -> Iterator[None]:
 def open_dashboard(config: Config, journal: Journal,
                    control: Callable[[str, str], object] | None) -> Dashboard:
     """Return the dashboard; that of a resumed run keeps its token and, if it is free, its port."""
-    is_run = control and journal.path
-    earlier = read_dashboard_address(journal.path) if is_run else {}
+    earlier = read_dashboard_address(journal.path) if control and journal.path else {}
 
     def listen(port: int) -> Dashboard:
         return Dashboard(journal, host=config.dashboard_host, port=port, control=control,
-                         url=config.dashboard_url, token=earlier.get("token", ""))
+                         url=config.dashboard_url, token=get_text(earlier, "token"))
 
-    if earlier and not config.dashboard_port:
+    if not config.dashboard_port:
         with contextlib.suppress(ConfigError):
-            return listen(earlier["port"])
+            return listen(get_int(earlier, "port"))
     return listen(config.dashboard_port)
 
 
@@ -6131,7 +6644,7 @@ def serve_dashboard(config: Config, journal: Journal,
         has_display = any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY")))
         is_opened = config.dashboard_open and (has_display or sys.platform == "darwin")
         if is_opened:
-            open_browser(dashboard.make_entry_url())
+            open_browser(dashboard.entry_url)
         try:
             yield
         finally:
@@ -6225,9 +6738,9 @@ def run(config: Config, place: Workspace, *, task: Callable[[], str] = lambda: "
         agent.find_session()
         if not chat:
             model = OpenRouter(config.openrouter_base_url, config.openrouter_api_key,
-                               config.openrouter_model, publish=publish)
+                               config.openrouter_model, session_id=path.stem, publish=publish)
             with contextlib.suppress(TransientError):   # an outage may be over by the first call
-                model.check_access()
+                print_error(model.check_access().warning)
         wanted = str(past[0]["task"]) if past else "" if chat else task()
         journal = Journal(path, defer_signals=signals.deferred, secret=config.openrouter_api_key)
         stack.callback(lambda: print_error(journal.unreported_error))
@@ -6319,7 +6832,8 @@ def run_doctor(config: Config, place: Workspace, wrong: Sequence[str]) -> int:
         if config.autonomous_mode and not config.openrouter_api_key:
             raise ConfigError("OPENROUTER_API_KEY is not set: export it, or put it into .env")
         found.append("none is needed for chat" if not config.autonomous_mode else OpenRouter(
-            config.openrouter_base_url, config.openrouter_api_key, config.openrouter_model).check_access())
+            config.openrouter_base_url, config.openrouter_api_key,
+            config.openrouter_model).check_access().description)
     with line("session") as found, session_lock(config, place):
         found.append(f"{tmux.session}: {'runs already, and is joined' if agent.find_session() else 'free'}")
     with line("state") as found:

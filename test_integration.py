@@ -24,6 +24,7 @@ import shlex
 import shutil
 import signal
 import socket
+import socketserver
 import statistics
 import subprocess
 import sys
@@ -488,12 +489,50 @@ class Browser:
         self._call("Emulation.setDeviceMetricsOverride", width=width, height=height,
                    deviceScaleFactor=1, mobile=False)
 
-    def press(self, key: str) -> None:
-        """Press Tab or Enter."""
-        code, text = {"Tab": (9, ""), "Enter": (13, "\r")}[key]
+    def ignore_certificates(self) -> None:
+        """Take certificates that nobody has signed."""
+        self._call("Security.setIgnoreCertificateErrors", ignore=True)
+
+    def press(self, key: str, *, shift: bool = False) -> None:
+        """Press Tab, Enter or Escape."""
+        code, text = {"Tab": (9, ""), "Enter": (13, "\r"), "Escape": (27, "")}[key]
         for kind in ("keyDown", "keyUp"):
             self._call("Input.dispatchKeyEvent", type=kind, key=key, code=key, text=text,
-                       windowsVirtualKeyCode=code)
+                       windowsVirtualKeyCode=code, modifiers=8 if shift else 0)
+
+    def colours(self, scheme: str) -> None:
+        """Prefer the dark or the light colours from now on."""
+        self._call("Emulation.setEmulatedMedia",
+                   features=[{"name": "prefers-color-scheme", "value": scheme}])
+
+    @contextlib.contextmanager
+    def before_each_page(self, script: str) -> Iterator[None]:
+        """Run a script in each page that is opened, before its own."""
+        added = self._call("Page.addScriptToEvaluateOnNewDocument", source=script)
+        yield
+        self._call("Page.removeScriptToEvaluateOnNewDocument", **added)
+
+    @contextlib.contextmanager
+    def tabs(self, count: int) -> Iterator[Callable[[int], None]]:
+        """Open more tabs; what is yielded brings one to the front, the others are hidden then."""
+        first, tabs = self._session, []
+        for _ in range(count):
+            self._session = {}
+            target = self._call("Target.createTarget", url="about:blank")
+            session = self._call("Target.attachToTarget", flatten=True, **target)["sessionId"]
+            tabs.append((target, {"sessionId": session}))
+
+        def show(number: int) -> None:
+            target, self._session = tabs[number]
+            self._call("Target.activateTarget", **target)
+            assert poll(lambda: self.evaluate("document.visibilityState") == "visible", 15)
+
+        try:
+            yield show
+        finally:
+            for target, self._session in tabs:
+                self._call("Target.closeTarget", **target)
+            self._session = first
 
     def type(self, text: str) -> None:
         """Type into what has the focus."""
@@ -724,6 +763,10 @@ def obey(order, turn):
         show(f"{turn} of 99\n")
     elif word == "sleep":
         time.sleep(float(rest))
+    elif word == "work":        # until Escape
+        while next(KEYS) != 0x1b:
+            pass
+        show("Interrupted by the user\n")
     elif word == "freeze":
         SIGN.frozen = True
         time.sleep(float(rest))
@@ -1221,6 +1264,25 @@ def test_a_killed_agent_goes_on_with_its_conversation_if_it_is_the_real(
     assert [event["resumed"] for event in world.events("recovery")] == [True]
     assert "remembers the conversation" in model.last_message(2)
     assert "gamma three" in model.last_message(3)
+
+
+@REAL_AGENTS
+def test_an_interrupt_ends_a_turn_and_brings_the_note_to_the_model_of_the_real(
+        name, agent, world, agent_api, with_real_agents):
+    long = "RUN[python3 -c 'import time; time.sleep(50)'] SAY[alpha one]"
+    model = world.model(long, "SAY[beta two]", "TASK_COMPLETE")
+    run = world.start("--task", "x", DEFAULT_MODEL=name)
+    site = run.site()
+    assert poll(lambda: long in agent_api.messages, 60), run.stdout
+    time.sleep(2)       # until the command runs
+    started = time.monotonic()
+    assert site.control("interrupt", "leave\nthat") == 204
+    assert poll(lambda: len(model.requests) > 1, 30)
+    assert time.monotonic() - started < 8
+    assert run.end().status == 0
+    assert "leave\nthat" in model.last_message(1) and "Escape was pressed" in model.last_message(1)
+    assert "still working" not in model.last_message(1)
+    assert "SAY[beta two]" in model.last_message(2)
 
 
 @pytest.mark.parametrize("command, opening", [
@@ -2238,9 +2300,8 @@ def test_wrong_arguments_are_told_in_one_line(arguments, words, world):
 
 
 @pytest.mark.parametrize("settings, words", [
-    ({"OPENROUTER_MODEL": "anthropic/claude-opus-4.7"}, ["4.7", "no such model", "4.6"]),
-    ({"OPENROUTER_API_KEY": "sk-or-v1-of-somebody-else"}, ["401", "check OPENROUTER_API_KEY"])])
-def test_a_wrong_key_or_model_is_told_before_the_task_is_asked_for(settings, words, world):
+    ({"OPENROUTER_API_KEY": "sk-or-v1-of-somebody-else"}, ["401", "Check OPENROUTER_API_KEY"])])
+def test_a_wrong_key_is_told_before_the_task_is_asked_for(settings, words, world):
     world.model()
     with Terminal([sys.executable, TOOL], {**world.env, **settings}, world.work) as person:
         shown = person.wait_for("orchestrator: ")
@@ -2344,37 +2405,6 @@ def test_a_shell_sees_how_a_run_has_ended_and_its_events_say_why(
     assert events == world.events()
     assert [event["outcome"] for event in events[-1:] if event["type"] == "complete"] == (
         [outcome] if outcome else [])
-
-
-class ModelOfMany(ScriptedModel):
-    """A model that gives each of several runs its first reply, its second and so on."""
-
-    def answer(self, exchange: Exchange) -> None:
-        turn = sum(each["role"] == "assistant" for each in exchange.body.get("messages", []))
-        self._complete(exchange, turn, self.replies[turn])
-
-
-def test_four_runs_at_once_each_complete_in_their_own_directory_and_session(world):
-    """The command is the one of the README, as it stands there."""
-    command, = re.findall(r"```sh\n(ls -d tasks[^`]*)```", TOOL.with_name("README.md").read_text())
-    (world.work / "orchestrator.py").symlink_to(TOOL)
-    (world.home / "python3").symlink_to(sys.executable)
-    places = [world.work / "tasks" / name for name in ("ant", "bee", "cat", "dog")]
-    for place in places:
-        place.mkdir(parents=True)
-        (place / "TASK").write_text(f"Be a {place.name}.\n")
-    with ModelOfMany(["echo one", "echo two", "TASK_COMPLETE"]) as model:
-        done = subprocess.run(
-            ["sh", "-c", command], cwd=world.work, capture_output=True, timeout=90,
-            env={**world.env, "OPENROUTER_BASE_URL": model.url,
-                 "PATH": f"{world.home}:{world.env['PATH']}"})
-    assert (done.returncode, done.stdout) == (0, b"")
-    for place in places:
-        events = list(map(json.loads, (place / "events.jsonl").read_text().splitlines()))
-        assert (events[0]["task"], events[0]["session"]) == (f"Be a {place.name}.", place.name)
-        assert (events[-1]["outcome"], events[-1]["iterations"]) == ("complete", 3)
-        log = list(map(json.loads, (place / "agent.log").read_text().splitlines()))
-        assert [entry["took"] for entry in log if "took" in entry] == ["echo one", "echo two"]
 
 
 def test_a_run_needs_no_terminal_no_home_and_no_locale(world):
@@ -2569,6 +2599,24 @@ def test_the_check_has_to_pass_before_the_task_is_complete(world):
     assert [(e["command"], e["status"]) for e in world.events("verify")] == [(check, 9), (check, 0)]
 
 
+def test_a_run_is_not_complete_while_the_agent_works_or_asks(new_world: Callable[..., World]) -> None:
+    replies = ["sleep 3 && echo 1 failed", "TASK_COMPLETE", "WAIT: 2m",
+               "choose Overwrite?/*Yes/No", "TASK_COMPLETE", "KEYS: Down Enter", "do 1"]
+    worlds = at_once(new_world, {
+        "confirm": [*replies, "TASK_COMPLETE", {"CONFIRM_COMPLETE": "true"}],
+        "verify": [*replies, {"VERIFY_CMD": "date >> ../checks; test -e did"}]},
+        prepare=as_claude, TURN_TIMEOUT="1")
+    for name, world in worlds.items():
+        shown = [world.said.last_message(number) for number in range(2, 6)]
+        assert ["still working" in text and "did nothing" in text for text in shown] == [
+            True, False, False, False], shown
+        assert ["stands unanswered" in text for text in shown] == [False, False, False, True], shown
+        assert world.log("chose") == ["No"] and world.events()[-1]["outcome"] == "complete"
+        assert world.events()[-1]["files_changed"] >= 1
+    assert (worlds["verify"].directory / "checks").read_text().count("\n") == 1
+    assert "Messages sent to" in worlds["confirm"].said.last_message()
+
+
 @pytest.mark.parametrize("mode", ["autonomous", "chat"])
 @pytest.mark.parametrize("terminate", ["true", "false"])
 def test_the_session_is_kept_for_the_next_run_unless_it_is_to_be_terminated(
@@ -2697,6 +2745,231 @@ def test_a_run_completes_through_a_night_of_failures(turns, world, request):
           f"{end['duration_ms'] / 1000:.0f} s; memory {sizes[len(sizes) // 4]:,} KB after a "
           f"quarter, {sizes[-1]:,} KB at the end, {most:,} KB at most")
     assert most < 60_000
+
+
+# -- The README ---------------------------------------------------------------------------------
+
+README = TOOL.with_name("README.md")
+ADDRESS = "https://example.com/"        # stands for the place where the file is kept
+
+
+def readme_blocks() -> list[str]:
+    """Return the commands, manifests and programs that the README shows; none if it isn't ours."""
+    text = README.read_text(encoding="utf-8") if README.exists() else ""
+    if not text.startswith("# orchestrator\n"):
+        return []
+    blocks = re.findall(r"(?ms)^( *)```(?:sh|yaml|python)\n(.*?)^ *```$", text)
+    return [re.sub(f"(?m)^{indent}", "", block) for indent, block in blocks]
+
+
+def readme_block(fragment: str) -> str:
+    """Return the block of the README that has this in it; skip the test of a vendored copy."""
+    if not readme_blocks():
+        pytest.skip("there is no README.md of ours beside the file: it was vendored")
+    block, = (block for block in readme_blocks() if fragment in block)
+    return block.replace(ADDRESS, f"{TOOL.parent.as_uri()}/")
+
+
+class Reader:
+    """A new user: a home with the file and a project in it, and all that the README asks for.
+
+    What installs, logs in or sends something only notes how it was called.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.home = world.home
+        self.files = world.home / "orchestrator"
+        self.project = world.home / "src/project"
+        self.project.mkdir(parents=True)
+        self.files.mkdir()
+        (self.files / "orchestrator.py").symlink_to(TOOL)
+        (self.project / "test_sample.py").write_text("def test_sample():\n    assert True\n")
+        world.program("python3", f'exec {sys.executable} "$@"')
+        for name in ("sudo", "apt-get", "npm", "ssh", "mail"):
+            world.program(name, f'echo {name} "$@" >> {world.directory}/called; cat >> '
+                          f"{world.directory}/sent")
+        world.program("claude", f'[ "$1" != --version ] || {{ echo 9.9.9; exit; }}\n'
+                      f'echo claude "$@" >> {world.directory}/called')
+        self.env = {**world.env, "PATH": world.program("sudo", 'exec "$@"')}
+
+    def follow(self, fragment: str, *, more: str = "", stdin: str = "", **settings: str) -> Done:
+        """Do as a block of the README says, in the directory of the file."""
+        command = f"set -e\n{readme_block(fragment)}\n{more}"
+        done = subprocess.run(["sh", "-c", command], cwd=self.files, input=stdin, text=True,
+                              env={**self.env, **settings}, capture_output=True, timeout=90)
+        return Done(done.returncode, done.stdout, done.stderr)
+
+    def called(self) -> list[str]:
+        """Return how the programs were called that only note that."""
+        path = self.world.directory / "called"
+        return path.read_text().splitlines() if path.exists() else []
+
+
+@pytest.fixture
+def reader(world: World) -> Reader:
+    return Reader(world)
+
+
+FOLLOWED = {        # what is in each block of the README, and what the test of it is about
+    "install -y python3 tmux": "demo", "| python3 - --demo": "demo",
+    "npm install -g": "setup", "curl -fsSLO": "setup", "--doctor": "setup", "MAX_COST=2": "run",
+    "--chat": "chat", "nohup": "unattended", "ssh -L": "tunnel", "OPENROUTER_BASE_URL=": "server",
+    "find ~": "journals", "xargs": "many", "parallel -j": "many", "#SBATCH": "many",
+    "kind: Job": "kubernetes", "import orchestrator": "library", "python3-pytest": "development"}
+
+
+def test_each_block_of_the_readme_is_followed_by_a_test() -> None:
+    for block in readme_blocks():
+        assert len([fragment for fragment in FOLLOWED if fragment in block]) == 1, block
+    for fragment in FOLLOWED:
+        readme_block(fragment)
+
+
+def test_the_demos_of_the_readme_complete(reader: Reader) -> None:
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        for done in pool.map(reader.follow, ("install -y python3 tmux", "| python3 - --demo")):
+            assert (done.status, done.stderr) == (0, "") and "Task complete" in done.stdout
+    assert reader.called() == ["apt-get update", "apt-get install -y python3 tmux"]
+
+
+def test_the_setup_of_the_readme_gets_an_agent_the_file_and_the_key(reader: Reader) -> None:
+    shutil.rmtree(reader.files)
+    reader.files = reader.home
+    assert reader.follow("npm install -g").status == 0
+    assert reader.called() == ["npm install -g @anthropic-ai/claude-code", "claude"]
+    done = reader.follow("curl -fsSLO", OPENROUTER_API_KEY="")
+    assert (done.status, done.stderr) == (0, ""), done
+    reader.files = reader.home / "orchestrator"
+    assert (reader.files / "orchestrator.py").read_bytes() == TOOL.read_bytes()
+    assert (reader.files / ".env").stat().st_mode & 0o777 == 0o600
+    model = reader.world.model()
+    done = reader.follow("--doctor", CLAUDE_CMD="", OPENROUTER_API_KEY="",
+                         OPENROUTER_BASE_URL=model.url)
+    assert "FAILED" not in done.stdout and (done.status, done.stderr) == (0, ""), done
+
+
+def test_the_run_of_the_readme_works_in_the_project_and_is_checked(reader: Reader) -> None:
+    model = reader.world.model("echo one", "TASK_COMPLETE")
+    done = reader.follow("MAX_COST=2", OPENROUTER_BASE_URL=model.url)
+    assert (done.status, done.stderr) == (0, ""), done
+    assert reader.world.events("task_info")[0]["workdir"] == str(reader.project)
+    verified, = reader.world.events("verify")
+    assert "1 passed" in verified["output"]
+
+
+def test_the_chat_of_the_readme_needs_no_key(reader: Reader) -> None:
+    done = reader.follow("--chat", stdin="echo one\n/quit\n", OPENROUTER_API_KEY="")
+    assert (done.status, done.stderr) == (0, "") and "\none" in done.stdout
+
+
+def test_the_unattended_run_of_the_readme_tells_its_end_by_mail(reader: Reader) -> None:
+    model = reader.world.model("echo one", "TASK_COMPLETE", "TASK_COMPLETE")
+    done = reader.follow("nohup", more="wait", OPENROUTER_BASE_URL=model.url)
+    assert (done.status, done.stdout, done.stderr) == (0, "", ""), done
+    assert "Task complete" in (reader.files / "run.log").read_text()
+    assert reader.called() == ["mail -s Run: complete you@example.com"]
+    assert (reader.world.directory / "sent").read_text().strip()
+
+
+def test_the_tunnel_and_the_server_of_the_readme_are_as_their_programs_take_them(
+        reader: Reader) -> None:
+    assert reader.follow("ssh -L").status == 0
+    forward, = re.findall(r"-L (\S+)", reader.called()[0])
+    assert re.fullmatch(r"\d+:127\.0\.0\.1:\d+", forward)
+    code = ("import orchestrator, os; config = orchestrator.Config.from_env(os.environ, {}); "
+            "print(config.openrouter_base_url, config.openrouter_model)")
+    done = reader.follow("OPENROUTER_BASE_URL=", more=f"python3 -B -c '{code}'")
+    assert done.status == 0 and done.stdout.startswith("http://127.0.0.1:11434/v1 "), done
+
+
+def test_the_readme_deletes_old_journals_only(reader: Reader) -> None:
+    runs = reader.home / ".local/state/orchestrator/runs"
+    runs.mkdir(parents=True)
+    for name, days in (("old.jsonl", 40), ("new.jsonl", 20)):
+        (runs / name).touch()
+        os.utime(runs / name, (time.time() - days * 86400,) * 2)
+    assert reader.follow("find ~").status == 0
+    assert [path.name for path in runs.iterdir()] == ["new.jsonl"]
+
+
+class ModelOfMany(ScriptedModel):
+    """A model that gives each of several runs its first reply, its second and so on."""
+
+    def choose(self, number: int, messages: Sequence[Any]) -> Any:
+        return self.replies[sum(each["role"] == "assistant" for each in messages)]
+
+
+@pytest.mark.parametrize("fragment", ["xargs", "parallel -j", "#SBATCH"])
+def test_four_runs_at_once_each_complete_in_their_own_directory_and_session(
+        fragment: str, reader: Reader) -> None:
+    if fragment == "parallel -j" and not shutil.which("parallel"):
+        pytest.skip("GNU parallel is not installed")
+    places = [reader.files / "tasks" / name for name in ("ant", "bee", "cat", "dog")]
+    for place in places:
+        place.mkdir(parents=True)
+        (place / "TASK").write_text(f"Be a {place.name}.\n")
+    model = ModelOfMany(["MEMORY_SAVE: a fact\necho one", "echo two", *["TASK_COMPLETE"] * 2])
+    with model:
+        settings = {"OPENROUTER_BASE_URL": model.url}
+        if fragment == "#SBATCH":       # as Slurm does, which runs the script once for each task
+            numbers = [{"SLURM_ARRAY_TASK_ID": str(each), "SLURM_JOB_ID": f"7{each}"}
+                       for each in range(1, 5)]
+            with concurrent.futures.ThreadPoolExecutor() as pool:
+                ends = list(pool.map(
+                    lambda own: reader.follow(fragment, **settings, **own), numbers))
+        else:
+            ends = [reader.follow(fragment, **settings)]
+    assert [(done.status, done.stdout) for done in ends] == [(0, "")] * len(ends), ends
+    sessions, addresses = set(), set(re.findall(r"http://\S+", "".join(end.stderr for end in ends)))
+    for place in places:
+        events = list(map(json.loads, (place / "events.jsonl").read_text().splitlines()))
+        sessions.add(events[0]["attach"])
+        assert (events[0]["task"], events[0]["workdir"]) == (f"Be a {place.name}.", str(place))
+        assert events[-1]["outcome"] == "complete"
+        log = list(map(json.loads, (place / "agent.log").read_text().splitlines()))
+        assert [entry["took"] for entry in log if "took" in entry] == ["echo one", "echo two"]
+        assert json.loads((place / "memory.json").read_text()) == ["a fact"]
+    assert len(sessions) == len(addresses) == 4
+
+
+def test_the_kubernetes_job_of_the_readme_is_one_and_its_command_completes(reader: Reader) -> None:
+    manifest = readme_block("kind: Job")
+    script, = re.findall(r"command: \[sh, -c, '(.*)'\]", manifest)
+    place = reader.files / "tasks/0"
+    place.mkdir(parents=True)
+    (place / "TASK").write_text("Be a pod.\n")
+    model = reader.world.model("echo one", "TASK_COMPLETE", "TASK_COMPLETE")
+    script = script.replace("/orchestrator.py", str(TOOL)).replace("/tasks/", "tasks/")
+    done = subprocess.run(
+        ["sh", "-c", script], cwd=reader.files, capture_output=True, text=True, timeout=60,
+        env={**reader.env, "JOB_COMPLETION_INDEX": "0", "OPENROUTER_BASE_URL": model.url})
+    assert done.returncode == 0, done
+    assert json.loads(done.stdout.splitlines()[-1])["outcome"] == "complete"
+    checker = shutil.which("kubernetes-validate")
+    if not checker:
+        pytest.skip("kubernetes-validate is not installed: the manifest was not checked")
+    for text, status in ((manifest, 0), (manifest.replace("completions: 4", "completions: x"), 1)):
+        (reader.files / "job.yaml").write_text(text)
+        assert subprocess.run([checker, "--strict", reader.files / "job.yaml"]).returncode == status
+
+
+def test_the_library_example_of_the_readme_prints_what_the_agent_says(reader: Reader) -> None:
+    program = reader.files / "example.py"
+    program.write_text(readme_block("import orchestrator"))
+    done = subprocess.run([sys.executable, "-B", program], cwd=reader.files, env=reader.env,
+                          capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "") and "42" in done.stdout.split(), done
+
+
+def test_the_test_command_of_the_readme_is_that_of_the_ci(reader: Reader) -> None:
+    reader.world.program("python3", f'echo python3 "$@" >> {reader.world.directory}/called')
+    assert reader.follow("python3-pytest").status == 0
+    assert reader.called() == [
+        "apt-get update", "apt-get install -y python3-pytest tmux", "python3 -m pytest"]
+    ci = TOOL.with_name(".ci") / "run"
+    if ci.exists():
+        assert "python3 -m pytest" in ci.read_text().splitlines()[-1]
 
 
 # -- Memory -------------------------------------------------------------------------------------
@@ -2894,8 +3167,8 @@ def test_the_manual_and_the_version_are_printed_by(python, world):
     assert re.fullmatch(r"orchestrator \d+\.\d+\.\d+\n", done.stdout)
     done = world.run("--help", python=python)
     assert (done.status, done.stderr) == (0, "")
-    for word in ("--task TEXT", "--chat", "--resume", "--json", "--replay FILE", "--demo",
-                 "--doctor", "CLAUDE_TMUX_SESSION", "DASHBOARD_OPEN", "Exit status"):
+    for word in ("--task TEXT", "--chat", "--resume", "--json", "--replay [FILE]",
+                 "--status", "--demo", "--doctor", "CLAUDE_TMUX_SESSION", "DASHBOARD_OPEN", "Exit status"):
         assert word in done.stdout
 
 
@@ -3061,6 +3334,35 @@ def test_a_person_pauses_leaves_a_note_and_resumes(world):
                             "note", "resumed", "iteration_start"]
 
 
+@pytest.mark.parametrize("action, text", [("note", "mind\nthe gap"), ("continue", "")])
+def test_a_note_or_going_on_ends_a_wait_at_once(action, text, world):
+    model = world.model("WAIT: 10m", "TASK_COMPLETE")
+    run = world.start("--task", "x")
+    site = run.site()
+    site.events(lambda event: event.get("state") == "waiting")
+    assert site.control("pause") == site.control("resume") == 204       # does not end it
+    started = time.monotonic()
+    assert site.control(action, text) == 204
+    site.events(lambda event: event.get("iteration") == 2)
+    assert time.monotonic() - started < 5
+    assert run.end().status == 0
+    assert "The user ended the wait." in model.last_message(1)
+    assert ("mind\nthe gap" in model.last_message(1)) == bool(text)
+
+
+def test_an_interrupt_presses_escape_in_the_agents_turn_and_delivers_the_note(world):
+    model = world.model("work", "echo on", "TASK_COMPLETE")
+    run = world.start("--task", "x")
+    site = run.site()
+    assert world.taken("work"), run.stdout
+    assert site.control("interrupt", "leave\nthat") == 204
+    assert world.taken("echo on"), run.stdout
+    assert run.end().status == 0
+    told = model.last_message(1)
+    assert "Interrupted by the user" in told and "leave\nthat" in told, told
+    assert "Escape was pressed" in told and "still working" not in told
+
+
 def test_a_person_stops_the_run(world):
     world.model("sleep 60")
     run = world.start("--task", "x")
@@ -3068,7 +3370,69 @@ def test_a_person_stops_the_run(world):
     assert world.taken("sleep 60"), run.stdout
     assert site.control("stop") == 204
     assert run.end(20).status == 130
-    assert world.events()[-1]["outcome"] == "interrupted"
+    end = world.events()[-1]
+    assert (end["outcome"], end["reason"]) == ("interrupted", "stopped from the dashboard")
+
+
+class Tunnel(socketserver.BaseRequestHandler):
+    """One connection through another port, as `ssh -L`, `docker -p` and kubectl make it."""
+
+    def handle(self) -> None:
+        with socket.create_connection(self.server.target) as there:
+            ways = {self.request: there, there: self.request}
+            while True:
+                for end in select.select(list(ways), [], [])[0]:
+                    data = end.recv(65536)
+                    if not data:
+                        return
+                    ways[end].sendall(data)
+
+
+@contextlib.contextmanager
+def tunnel_to(host: str) -> Iterator[int]:
+    """Forward a port of this machine to a host and port; yield it."""
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Tunnel) as server:
+        name, port = host.split(":")
+        server.target, server.daemon_threads, server.block_on_close = (name, int(port)), True, False
+        threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
+        yield server.server_address[1]
+        server.shutdown()
+
+
+def test_the_dashboard_works_through_a_tunnel_with_another_port(world):
+    gate = Gate()
+    world.model("echo one", gate.reply("TASK_COMPLETE"))
+    run = world.start("--task", "x")
+    url = run.site().url
+    with tunnel_to(urllib.parse.urlsplit(url).netloc) as port:
+        sites = [Site(re.sub(r"//[^/]*", f"//{name}:{port}", url))
+                 for name in ("127.0.0.1", "localhost")]
+        for site in sites:
+            assert site.events(lambda event: event.get("iteration") == 2)
+            assert site.control("pause") == site.control("resume") == 204
+            assert site.ask("/control", {"action": "stop"},
+                            Origin=f"http://{urllib.parse.urlsplit(url).netloc}").status == 403
+        gate.set()
+        assert run.end().status == 0
+
+
+def test_the_address_outlives_a_resume(world):
+    gate = Gate()
+    world.model("echo one", gate.reply("TASK_COMPLETE"), gate.reply("TASK_COMPLETE"))
+    first = world.start("--task", "x")
+    site = first.site()
+    (address,) = world.directory.glob("state/orchestrator/runs/*.dashboard")
+    assert address.stat().st_mode & 0o777 == 0o600 and site.url in address.read_text()
+    assert site.entrance.split("=")[1] not in world.journals()[0].read_text()
+    seen = site.events(lambda event: event.get("iteration") == 2)
+    assert first.end(by=signal.SIGKILL).status == -signal.SIGKILL
+    second = world.start("--resume")
+    assert second.site().url == site.url
+    missed = site.events(lambda event: event.get("state") == "resumed",
+                         Last_Event_ID=str(seen[-1]["id"]))
+    assert missed[0]["id"] == seen[-1]["id"] + 1        # the page that was open goes on
+    gate.set()
+    assert second.end().status == 0
 
 
 def test_a_port_that_is_taken_costs_the_dashboard_only(world):
@@ -3098,6 +3462,77 @@ def browser(chromium) -> Browser:
     chromium.open("about:blank")
     chromium.console.clear()
     return chromium
+
+
+def start_nginx(world: World, stack: contextlib.ExitStack, location: str) -> int:
+    """Publish something with TLS at /run/ of https://localhost; return the port."""
+    if not shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin"):
+        pytest.skip("nginx is not installed (apt-get install nginx)")
+    if not shutil.which("openssl"):
+        pytest.skip("openssl is not installed")
+    port, directory = free_port(), world.directory / "nginx"
+    (directory / "temporary").mkdir(parents=True)
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj",
+         "/CN=localhost", "-keyout", directory / "key.pem", "-out", directory / "certificate.pem"],
+        check=True, capture_output=True, timeout=60)
+    places = "".join(f"{kind}_temp_path temporary/{kind}; " for kind in (
+        "client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+    (directory / "nginx.conf").write_text(f"""daemon off; master_process off; pid nginx.pid;
+        events {{}}
+        http {{
+            access_log off; {places}
+            server {{
+                listen 127.0.0.1:{port} ssl;
+                ssl_certificate certificate.pem; ssl_certificate_key key.pem;
+                location /run/ {{ {location} }}
+            }}
+        }}""")
+    nginx = subprocess.Popen(["nginx", "-e", "error.log", "-p", directory, "-c", "nginx.conf"],
+                             env={"PATH": f"{os.environ['PATH']}:/usr/sbin"},
+                             stdin=subprocess.DEVNULL)
+    stack.callback(nginx.wait)
+    stack.callback(nginx.kill)
+    return port
+
+
+def free_port() -> int:
+    """Return a port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.parametrize("location", [
+    "proxy_pass http://127.0.0.1:PORT/;",
+    "proxy_pass http://127.0.0.1:PORT; proxy_set_header Host $http_host;"])
+def test_a_browser_uses_the_dashboard_behind_nginx_with_tls_and_a_path(location, world, browser):
+    gate, port = Gate(), free_port()
+    world.model("echo one", gate.reply("TASK_COMPLETE"))
+    with contextlib.ExitStack() as stack:
+        public = f"https://localhost:{start_nginx(world, stack, location.replace('PORT', str(port)))}/run/"
+        run = world.start("--task", "published", DASHBOARD_PORT=str(port), DASHBOARD_URL=public)
+        assert poll(lambda: f"Dashboard: {public}?token=" in run.stdout, 30), run.stdout
+        token = re.search(r"token=(\S+)", run.stdout)[1]
+        browser.ignore_certificates()
+        browser.open(public)
+        assert poll(lambda: "token" in browser.evaluate("document.body.innerText"), 15)
+        browser.type(token)         # the field has the focus
+        browser.press("Enter")
+        assert poll(lambda: "published" in browser.evaluate("document.title"), 15)
+        assert browser.evaluate("location.href") == public
+        answer = """fetch("control", {method: "POST", body: '{"action": "pause"}',
+            headers: {"Content-Type": "application/json"}}).then(answer => answer.status)"""
+        assert browser.evaluate(answer) == 204
+        assert poll(lambda: "paused" in [event["state"] for event in world.events("state")], 15)
+        assert browser.evaluate(answer.replace("pause", "resume")) == 204
+        journal = "fetch('journal').then(answer => answer.text())"
+        assert "published" in browser.evaluate(journal)
+        gate.set()
+        assert poll(lambda: "complete" in browser.evaluate("document.title"), 15)
+        assert run.end().status == 0
+        browser.open("about:blank")
+    assert [line for line in browser.console if "403" not in line] == []
 
 
 def visible(browser: Browser) -> str:
@@ -3240,6 +3675,19 @@ def written(world: World, *events: Event) -> Path:
     return path
 
 
+def open_recording(browser: Browser, world: World, *events: Event) -> Path:
+    """Show a journal that is written by hand; return its file, which is still followed."""
+    path = written(world, *events)
+    browser.open(world.start("--replay", str(path)).site().url)
+    return path
+
+
+def has_card(browser: Browser, *words: str) -> bool:
+    """Whether these words are in the card of the end, within some seconds."""
+    card = "document.getElementById('end').innerText"
+    return poll(lambda: all(word in browser.evaluate(card) for word in words), 15)
+
+
 def test_a_person_sees_at_a_glance_what_the_run_does_and_in_which_colours(world, browser):
     (world.work / "colours").write_text(
         "\x1b[31mred\x1b[0m \x1b[1mbold\x1b[0m \x1b[7mturned\x1b[0m \x1b[38;5;208morange\x1b[0m "
@@ -3310,8 +3758,11 @@ def test_a_page_that_was_cut_off_shows_what_it_missed_once(world, browser):
     assert sees(browser, "\none"), visible(browser)
     cable.cut()
     assert shows(browser, "Connection lost"), visible(browser)
+    spent = browser.evaluate("document.getElementById('time').innerText")
     gates[0].set()
     assert poll(lambda: len(world.events("iteration_start")) == 4, 30), run.stdout
+    time.sleep(1.5)         # the page counts seconds
+    assert browser.evaluate("document.getElementById('time').innerText") == spent
     assert "two" not in visible(browser)
     cable.mend()
     assert shows(browser, "Model is thinking"), visible(browser)
@@ -3346,7 +3797,7 @@ def test_a_replay_shows_what_the_live_page_showed_even_of_a_torn_journal(world, 
     torn = world.directory / "torn.jsonl"
     torn.write_bytes(whole[:whole.index(b'"type": "complete"')])
     controls = "document.getElementById('controls').checkVisibility()"
-    for path, headline in [(world.journals()[0], "Task complete"), (torn, "Between two turns")]:
+    for path, headline in [(world.journals()[0], "Task complete"), (torn, "Unfinished")]:
         run_replay = world.start("--replay", str(path))
         site = run_replay.site()
         browser.open(site.url)
@@ -3354,6 +3805,7 @@ def test_a_replay_shows_what_the_live_page_showed_even_of_a_torn_journal(world, 
         assert poll(lambda: iterations(browser)[:2] == live[:2], 15), (iterations(browser), live)
         assert len(iterations(browser)) == 3
         assert not browser.evaluate(controls) and site.control("pause") == 409
+        assert sees(browser, "Recording of") and "attach" not in visible(browser)
         assert browser.console == []
         browser.open("about:blank")
         assert run_replay.end(by=signal.SIGTERM).status == 143
@@ -3369,9 +3821,15 @@ def test_a_person_steps_in_with_the_keyboard_alone(world, browser):
     browser.press("Enter")
     assert sees(browser, "Resume"), visible(browser)
     tab_to(browser, "#note")
-    browser.type("mind the gäp")
+    browser.type("mind")
+    browser.press("Enter", shift=True)
+    browser.type("the gäp")
+    browser.evaluate("location.reload()")
+    assert poll(lambda: browser.evaluate("document.getElementById('note').value") ==
+                "mind\nthe gäp", 15)
+    tab_to(browser, "#note")
     browser.press("Enter")
-    assert sees(browser, "Noted", "mind the gäp"), visible(browser)
+    assert sees(browser, "Noted", "mind\nthe gäp"), visible(browser)
     assert browser.evaluate("document.getElementById('note').value") == ""
     gates[0].set()
     assert sees(browser, "\none"), visible(browser)
@@ -3379,14 +3837,18 @@ def test_a_person_steps_in_with_the_keyboard_alone(world, browser):
     tab_to(browser, "#pause")
     browser.press("Enter")
     assert shows(browser, "Model is thinking"), visible(browser)
-    assert poll(lambda: "mind the gäp" in model.last_message(1), 15)
-    browser.evaluate("document.getElementById('stop').open = false")   # `visible` has opened it
-    tab_to(browser, "#stop summary")
-    browser.press("Enter")
-    tab_to(browser, "#stop-now")
-    browser.press("Enter")
+    assert poll(lambda: "mind\nthe gäp" in model.last_message(1), 15)
+    is_asked = "document.getElementById('stop-now').checkVisibility()"
+    for key in ("Escape", "Enter"):
+        tab_to(browser, "#stop")
+        browser.press("Enter")
+        assert poll(lambda: browser.evaluate(is_asked), 5)
+        tab_to(browser, "#stop-now")
+        browser.press(key)
+        assert poll(lambda: not browser.evaluate(is_asked), 5)
     assert run.end(20).status == 130
-    assert shows(browser, "Interrupted") and sees(browser, "--resume"), visible(browser)
+    assert shows(browser, "Interrupted"), visible(browser)
+    assert has_card(browser, "stopped from the dashboard", "--resume"), visible(browser)
     assert [e.get("state", e["type"]) for e in world.events("state", "note", "complete")] == [
         "paused", "note", "resumed", "complete"]
     assert browser.console == []
@@ -3416,7 +3878,7 @@ def test_hostile_text_in_every_field_of_a_journal_is_text_and_the_page_stays_qui
     run_replay = world.start("--replay", str(path))
     browser.size(1280, 900)
     browser.open(run_replay.site().url)
-    names = ["task", "model", "agent", "workdir", "attach", "memory", "reply", "fact", "error",
+    names = ["task", "model", "agent", "workdir", "memory", "reply", "fact", "error",
              "what", "check", "out", "summary", "note", "screen", "typed", "trouble", "output",
              "reason"]
     assert sees(browser, *(f"{name} {evil}" for name in names)), visible(browser)[:9000]
@@ -3426,6 +3888,240 @@ def test_hostile_text_in_every_field_of_a_journal_is_text_and_the_page_stays_qui
         "undefined", 1, 1]
     assert fits(browser)
     assert browser.console == []
+
+
+OLD_END: Event = {"type": "complete", "outcome": "failed", "iterations": 1, "cost": 0.0,
+                  "reason": "the model gave up: no network\n\nA person must help.",
+                  "tokens": {"prompt": 5, "completion": 5, "total": 10}, "duration_ms": 5000}
+NEW_END: Event = {**OLD_END, "outcome": "complete", "reason": "", "cost": None, "restarts": 3,
+                  "errors": 4, "files_changed": 7, "last_words": "14 passed"}
+
+
+@pytest.mark.parametrize("end, headline, words, absent", [
+    (NEW_END, "Task complete", ["All is proved.", "passed, status 0: make check", "restarts\n3",
+                                "errors\n4", "files changed\n7", "14 passed"], "--resume"),
+    (OLD_END, "Failed", ["the model gave up: no network\n\nA person must help.", "errors\n1"],
+     "--resume"),
+    (None, "Unfinished", ["no last event", "'/src/it'\"'\"'s' --resume"], "last words")])
+def test_the_end_comes_first(end, headline, words, absent, world, browser):
+    browser.size(1280, 800)
+    path = open_recording(
+        browser, world, {"type": "task_info", "task": "do it", "workdir": "/src/it's",
+                         "attach": "tmux attach"},
+        {"type": "iteration_start", "iteration": 1}, {"type": "error", "error": "oh"},
+        {"type": "state", "state": "resumed", "reason": "x", "time": "2026-01-31T05:00:00.000Z"},
+        {"type": "reply", "text": "All is proved.\n\nTASK_COMPLETE", "cost": None,
+         "tokens": {"total": 10}, "time": "2026-01-31T05:00:02.000Z"},
+        {"type": "verify", "command": "make check", "status": 0, "output": "",
+         "time": "2026-01-31T05:00:02.000Z"},
+        {"type": "screen", "text": "the last screen"}, *([end] if end else []))
+    assert shows(browser, headline), visible(browser)
+    assert has_card(browser, *words, f"--replay '{path}'", str(path)), visible(browser)
+    assert absent not in browser.evaluate("document.getElementById('end').innerText")
+    order = [browser.evaluate(f"document.getElementById('{name}').getBoundingClientRect().top")
+             for name in ("status", "end", "figures", "screen", "iterations")]
+    assert order == sorted(order) and order[1] < 200
+    time_and_cost = "['time', 'cost'].map(id => document.getElementById(id).innerText)"
+    assert browser.evaluate(time_and_cost) == ["5.0 s" if end else "4.0 s", "not reported"]
+    assert sees(browser, "Recording of Jan 31, 2026") and "attach" not in visible(browser)
+    assert browser.console == []
+
+
+BOX = "(name => { const box = document.querySelector(name).getBoundingClientRect(); return "
+
+
+def test_all_that_matters_of_a_run_is_above_the_fold(world, browser):
+    (world.work / "picture").write_text("\n".join(
+        f"line {number} {'x' * 180}" for number in range(60)), encoding="utf-8")
+    gate = Gate()
+    world.model("cat picture", gate.reply("TASK_COMPLETE"))
+    run = world.start("--task", "x", CLAUDE_CMD="bash --norc", MAX_COST="1", MAX_MINUTES="9")
+    browser.size(1440, 900)
+    browser.open(run.site().url)
+    assert shows(browser, "Model is thinking") and sees(browser, "line 59"), visible(browser)
+    size = "getComputedStyle(document.getElementById('screen')).fontSize"
+    bottoms = f"['#status', '#figures', '#attach', '#screen'].map({BOX} box.bottom; }}))"
+    for width, height in ((1440, 900), (1280, 800), (1920, 1080)):
+        browser.size(width, height)
+        assert poll(lambda limit=height: max(browser.evaluate(bottoms)) <= limit, 5)
+        assert fits(browser)
+        assert float(browser.evaluate(size).rstrip("px")) >= 9
+    browser.evaluate("document.getElementById('size').click()")
+    assert browser.evaluate(size) == "14px"
+    gate.set()
+    assert run.end().status == 0
+
+
+def test_the_terminal_shows_styles_and_cursor_and_holds_still_for_a_selection(world, browser):
+    lines = ["\x1b[8mhidden\x1b[0m \x1b[4;9mboth\x1b[0m \x1b[40mblack\x1b[0m",
+             *(f"line {number}" for number in range(2, 10)), "the last line"]
+    path = open_recording(browser, world, {"type": "task_info", "task": "x", "max_iter": 4},
+                          {"type": "screen", "text": "\n".join(lines), "columns": 80, "rows": 10,
+                           "cursor": [9, 4]})
+    assert sees(browser, "the last line"), visible(browser)
+    style = ("(word => { const found = [...document.querySelectorAll('#screen span')].find(each =>"
+             "each.textContent.startsWith(word)), look = getComputedStyle(found); return [look"
+             ".color, look.backgroundColor, look.textDecorationLine]; })")
+    hidden, both, black = (browser.evaluate(f"{style}({word!r})") for word in (
+        "hidden", "both", "black"))
+    assert hidden[0] == browser.evaluate(
+        "getComputedStyle(document.getElementById('screen-box')).backgroundColor")
+    assert both[2] == "underline line-through" and black[1] == "rgb(0, 0, 0)"
+    top, bottom = browser.evaluate(f"{BOX} [box.top, box.bottom]; }})('#screen')")
+    cursor = browser.evaluate(f"{BOX} (box.top + box.bottom) / 2; }})('.cursor')")
+    assert (cursor - top) / (bottom - top) == pytest.approx(0.94, abs=0.03)
+    browser.evaluate("getSelection().selectAllChildren(document.getElementById('screen'))")
+    with path.open("a") as file:
+        file.write(json.dumps({"id": 3, "type": "screen", "text": "a new picture"}) + "\n")
+    assert poll(lambda: "Held" in browser.evaluate("document.getElementById('held').innerText"), 15)
+    assert "the last line" in visible(browser)
+    browser.press("Escape")
+    assert sees(browser, "a new picture") and "Held" not in visible(browser)
+    assert browser.console == []
+
+
+def test_waits_count_down_and_end_at_once_under_a_wrong_clock(world, browser):
+    gate = Gate()
+    model = world.model("WAIT: 10m", gate.reply("TASK_COMPLETE"))
+    run = world.start("--task", "x")
+    site, elapsed = run.site(), "document.getElementById('elapsed').innerText"
+    wrong = "{ const now = Date.now; Date.now = () => now() + 9000000; }"
+    with browser.before_each_page(wrong):
+        browser.open(site.url)
+    assert shows(browser, "Waiting"), visible(browser)
+    assert poll(lambda: re.match(r"(9:5\d|10:00) left, until \d", browser.evaluate(elapsed)), 15)
+    assert re.fullmatch(r"[\d.]+ s", browser.evaluate("document.getElementById('time').innerText"))
+    browser.evaluate("document.getElementById('pause').click()")
+    assert shows(browser, "Paused")
+    browser.evaluate("document.getElementById('pause').click()")
+    assert shows(browser, "Waiting")
+    browser.evaluate("document.getElementById('continue').click()")
+    assert shows(browser, "Model is thinking") and len(model.requests) == 2
+    gate.set()
+    assert run.end().status == 0
+    assert shows(browser, "Task complete")
+
+
+def test_any_text_is_found_filtered_and_linked(world, browser):
+    events: list[Event] = [{"type": "task_info", "task": "x"}]
+    for number in range(1001, 1031):
+        events += [{"type": "iteration_start", "iteration": number},
+                   {"type": "reply", "text": f"step {number}"},
+                   {"type": "iteration_end", "orchestrator": "", "agent_output": "fine\n" * 40}]
+    events[41]["text"] += " (a NEEDLE)"
+    events[50:50] = [{"type": "error", "error": "oh", "iteration": 1016},
+                     {"type": "note", "text": "hm", "source": "dashboard", "iteration": 1017},
+                     {"type": "verify", "status": 1, "iteration": 1018}]
+    path = open_recording(browser, world, *events)
+    rows = ("[...document.querySelectorAll('.iteration')].filter(row => row.checkVisibility())"
+            ".map(row => parseInt(row.querySelector('b').innerText))")
+    assert poll(lambda: browser.evaluate(rows) == list(range(1030, 1000, -1)), 15)
+    number = "document.querySelector('.iteration b')"
+    assert browser.evaluate(f"{number}.scrollWidth <= {number}.clientWidth")
+
+    def choose(name: str, value: str) -> list[int]:
+        """Search or filter; return the rows that are left."""
+        before = browser.evaluate(rows)
+        browser.evaluate(f"{{ const field = document.getElementById({name!r});"
+                         f"field.value = {value!r}; (field.oninput ?? field.onchange)(); }}")
+        assert poll(lambda: browser.evaluate(rows) != before, 5)
+        return browser.evaluate(rows)
+
+    assert choose("search", "a needle)") == [1014]
+    assert browser.evaluate("document.querySelector('.excerpt').innerText") and sees(
+        browser, "1 of 30", "step 1014 (a NEEDLE)")
+    assert browser.evaluate("document.querySelector('mark').innerText") == "a NEEDLE)"
+    choose("search", "")
+    assert [choose("filter", kind) for kind in ("error", "note", "check failed")] == [
+        [1016], [1017], [1018]]
+    choose("filter", "")
+    browser.evaluate("document.getElementById('expand').click()")
+    opened = "document.querySelectorAll('.iteration[open] pre').length"
+    assert poll(lambda: browser.evaluate(opened) > 60, 5)
+    assert browser.evaluate("fetch(document.getElementById('download').href).then("
+                            "answer => answer.text())") == path.read_text(encoding="utf-8")
+    browser.evaluate("location.hash = '#1003'")
+    browser.evaluate("location.reload()")
+    in_view = ("(row => row?.open && row.querySelector('b').innerText === '1003' && row."
+               "getBoundingClientRect().top < innerHeight)(document.querySelectorAll("
+               "'.iteration')[27])")
+    assert poll(lambda: browser.evaluate(in_view), 15)
+    assert browser.console == []
+
+
+def test_ten_tabs_of_a_run_load_and_steer_and_catch_up(world, browser):
+    gates = Gate(), Gate()
+    world.model(gates[0].reply("echo one"), gates[1].reply("TASK_COMPLETE"))
+    run = world.start("--task", "x")
+    site = run.site()
+    with browser.tabs(10) as show:
+        for number in range(10):
+            show(number)
+            browser.open(site.url)
+            assert shows(browser, "Model is thinking"), visible(browser)
+        gates[0].set()
+        for number in range(10):
+            show(number)
+            assert sees(browser, "\none"), visible(browser)
+            browser.evaluate(f"document.getElementById('note').value = 'note of {number}'")
+            browser.evaluate("document.getElementById('note-form').requestSubmit()")
+            assert sees(browser, "Noted", f"note of {number}"), visible(browser)
+        gates[1].set()
+        assert run.end().status == 0
+        assert shows(browser, "Task complete")
+    assert [event["text"] for event in world.events("note")] == [
+        f"note of {number}" for number in range(10)]
+
+
+def axe_core() -> str:
+    """Return the source of axe-core, which finds what people with disabilities can't use."""
+    npm = shutil.which("npm")
+    if npm:
+        root = subprocess.run([npm, "root", "--global"], capture_output=True, text=True).stdout
+        path = Path(root.strip(), "axe-core", "axe.min.js")
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+    pytest.skip("axe-core is not installed (npm install --global axe-core)")
+
+
+def test_axe_finds_nothing_in_any_state(world, browser):
+    source, gate = axe_core(), Gate()
+    world.model("MEMORY_SAVE: a fact\necho one; seq 90", "WAIT: 10m",
+                gate.reply("TASK_FAILED: it can't be done"))
+    run = world.start("--task", "x", MAX_ITERATIONS="9", DASHBOARD_HOST="127.0.0.2")
+    url = run.site().url.replace("127.0.0.2", "127.0.0.1")
+    cable = Cable(urllib.parse.urlsplit(url).port)
+    rules = "{'target-size': {enabled: true}}"
+    check = (f"axe.run({{rules: {rules}}}).then(found => found.violations.map(each =>"
+             "[each.id, ...each.nodes.map(node => node.html)]))")
+
+    def findings(state: str) -> list[object]:
+        """Return what axe finds in a state, narrow and wide, light and dark."""
+        assert shows(browser, state), visible(browser)
+        visible(browser)            # with everything unfolded
+        found: list[object] = []
+        for width, scheme in [(390, "light"), (640, "dark"), (1440, "light"), (1440, "dark")]:
+            browser.size(width, 900)
+            browser.colours(scheme)
+            found += [(state, width, scheme, each) for each in browser.evaluate(check)]
+            assert fits(browser)
+        return found
+
+    browser.open(url)
+    browser.evaluate(f"{source};0")
+    assert findings("Waiting") == []
+    browser.evaluate("document.getElementById('pause').click()")
+    assert findings("Paused") == []
+    cable.cut()
+    assert findings("Connection lost") == []
+    cable.mend()
+    browser.evaluate("document.getElementById('pause').click()")
+    browser.evaluate("document.getElementById('continue').click()")
+    assert findings("Model is thinking") == []
+    gate.set()
+    assert run.end().status == 4
+    assert findings("Failed") == []
+    browser.colours("light")
 
 
 def test_a_run_of_2000_iterations_stays_light(world, browser):
