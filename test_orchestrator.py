@@ -50,7 +50,7 @@ from orchestrator import (
     ProgramHabits, TurnDetector, strip_input_box, process_start_time, child_environment, select_profile, truncate_middle, find_draft, normalize_screen,
     is_message_unsent, is_resumable_event, find_problem, find_startup_dialog, find_unfinished_run, last_text_line, main, describe_menu, format_event,
     format_chat_event, find_new_lines, parse_env, parse_json_object, parse_reply, read_env_file, read_events,
-    run_shell_command, sanitize, print_line, is_busy, has_input_box, help_text, session_lock, format_duration, trimmed_lines, parse_usage_limit)
+    run_shell_command, sanitize, print_line, has_input_box, help_text, session_lock, format_duration, trimmed_lines, parse_usage_limit)
 
 SOURCE = Path(orchestrator.__file__).read_text(encoding="utf-8")
 KEY = "sk-or-v1-0123456789abcdef"
