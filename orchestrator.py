@@ -80,6 +80,7 @@ import email.utils
 import errno
 import fcntl
 import functools
+import getpass
 import hashlib
 import html
 import http.client
@@ -90,6 +91,7 @@ import json
 import math
 import operator
 import os
+import platform
 import queue
 import random
 import re
@@ -115,8 +117,8 @@ import weakref
 import zlib
 from pathlib import Path
 from typing import (
-    Any, Callable, Generator, Iterable, Iterator, Mapping, NamedTuple, Protocol, Sequence, TextIO,
-    TypedDict)
+    Any, Callable, Generator, Iterable, Iterator, Mapping, NamedTuple, NoReturn, Protocol,
+    Sequence, TextIO, TypedDict)
 
 __version__ = "1.0.0"
 __all__ = [
@@ -232,7 +234,9 @@ class Interrupted(KeyboardInterrupt):
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
+        self.signum = signum
         self.exit_status = 128 + signum
+        self.has_cleared_input = False      # Ctrl-C at a prompt where something had been typed
 
 
 # -- 2. Configuration ---------------------------------------------------------------------
@@ -1372,18 +1376,33 @@ class PaneSnapshot(NamedTuple):
         return "\n".join(self.screen).rstrip()
 
 
-def is_in_raw_mode(terminal: str) -> bool | None:
-    """Tell whether the program on a terminal reads keys (raw mode), not lines; None: unknown."""
+class TmuxSession(NamedTuple):
+    """A session of ours on a tmux server."""
+
+    name: str
+    mark: str           # what it was made for
+    created_at: float   # Unix time
+    is_running: bool    # False: its program has ended
+
+
+def read_terminal_modes(terminal: str) -> int | None:
+    """Return the local modes of a terminal (ICANON, ECHO, ...); None if they are unknown."""
     try:
         descriptor = os.open(terminal, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
     except OSError:
         return None
     try:
-        return not termios.tcgetattr(descriptor)[3] & termios.ICANON
+        return int(termios.tcgetattr(descriptor)[3])
     except termios.error:
         return None
     finally:
         os.close(descriptor)
+
+
+def is_in_raw_mode(terminal: str) -> bool | None:
+    """Tell whether the program on a terminal reads keys (raw mode), not lines; None: unknown."""
+    modes = read_terminal_modes(terminal)
+    return None if modes is None else not modes & termios.ICANON
 
 
 class Tmux:
@@ -1411,6 +1430,11 @@ class Tmux:
     def attach_command(self) -> str:
         """The command for a person who wants to watch."""
         return f"tmux -L {self.socket_name} attach -t {self.session}"
+
+    @property
+    def kill_command(self) -> str:
+        """The command that ends the session, and what runs in it."""
+        return f"tmux -L {self.socket_name} kill-session -t {self.session}"
 
     def check_version(self) -> str:
         """Return the version of the tmux program; raise AgentError if it is missing or too old."""
@@ -1518,6 +1542,23 @@ class Tmux:
             command, title, tuple(line.rstrip() for line in screen.split("\n")),
             None if dead == "1" else is_in_raw_mode(terminal), int(columns or 0), int(rows or 0),
             cursor_flag != "0")
+
+    def hides_input(self, pane_id: str) -> bool:
+        """Whether the pane's terminal takes lines and does not show them, as for a password."""
+        terminal = self._query("display-message", "-p", "-t", pane_id, "#{pane_tty}").strip()
+        modes = read_terminal_modes(terminal) or termios.ECHO
+        return bool(modes & termios.ICANON) and not modes & termios.ECHO
+
+    def list_sessions(self) -> list[TmuxSession]:
+        """Return the sessions of this server that have a mark."""
+        try:
+            lines = self._query("list-panes", "-a", "-F", "#{session_name}\t#{@orchestrator}\t"
+                                "#{session_created}\t#{pane_dead}").splitlines()
+        except TmuxSessionLost:
+            return []
+        panes = [line.split("\t") for line in lines if line.count("\t") == 3]
+        return [TmuxSession(name, mark, float(created), dead != "1")
+                for name, mark, created, dead in panes if mark]
 
     def capture_history(self, pane_id: str) -> str:
         """Return all lines of a pane, wrapped ones joined, those that scrolled off included."""
@@ -1945,7 +1986,7 @@ class Agent:
         self._is_known = profile.is_known
         self._tmux, self._profile, self._directory = self.tmux, profile, str(self.directory)
         self._publish, self._has_viewers, self._clock, self._sleep = publish, has_viewers, clock, sleep
-        self._session_mark = f"{shlex.join(profile.start_command)!r} in {self._directory!r}"
+        self.session_mark = f"{shlex.join(profile.start_command)!r} in {self._directory!r}"
         self._pane_id, self._server_pid = "", 0     # a new server counts its panes from %0 again
         self._process = 0, ""                    # the program in the pane when last seen: id, birth
         self._last_capture: list[str] = []              # the last capture that was reported
@@ -2005,7 +2046,7 @@ class Agent:
     def find_session(self) -> str:
         """Return the pane to join, if there is one; raise ConfigError if the session isn't ours."""
         mark, pane_id = self._tmux.find_pane()
-        if mark != self._session_mark and (mark or pane_id):
+        if mark != self.session_mark and (mark or pane_id):
             raise ConfigError(
                 f"the tmux session {self._tmux.session} is in use for {mark or 'something else'}. "
                 "Choose another name (CLAUDE_TMUX_SESSION, or the argument session), or close it: "
@@ -2060,10 +2101,15 @@ class Agent:
 
         return self._with_recovery(press)
 
-    def wait(self, timeout: float, until: Callable[[], bool] = never) -> Turn:
-        """Wait until the screen changes and the agent is done, `until()`, or the time is over."""
+    def wait(self, timeout: float, until: Callable[[], bool] = never, *,
+             idle_timeout: float | None = None) -> Turn:
+        """Wait until the screen changes and the agent is done, `until()`, or the time is over.
+
+        With `idle_timeout`, a screen that does not change for so many seconds ends the wait, too.
+        """
         def watch(before: PaneSnapshot) -> Turn:
-            detector = self._new_detector(before, idle_timeout=timeout)
+            detector = self._new_detector(
+                before, idle_timeout=timeout if idle_timeout is None else idle_timeout)
             return self._wait_for_turn_end(detector, timeout, until)
 
         return self._with_recovery(watch)
@@ -2075,6 +2121,19 @@ class Agent:
     def read_screen(self) -> Turn:
         """Return the visible screen as it is."""
         return self._with_recovery(lambda pane: Turn(pane.text))
+
+    def hides_input(self) -> bool:
+        """Whether the agent's terminal hides what is typed, as for a password."""
+        with contextlib.suppress(OrchestratorError):
+            return self._tmux.hides_input(self._pane_id)
+        return False
+
+    def is_running(self) -> bool:
+        """Whether the session is there, and the agent's program runs in it."""
+        with contextlib.suppress(OrchestratorError):
+            pane_id = self.find_session()
+            return bool(pane_id) and not self._tmux.snapshot(pane_id).dead
+        return False
 
     def stop(self) -> None:
         """End the session, if it is ours, and all that the agent has started in it."""
@@ -2456,7 +2515,7 @@ class Agent:
             if self._pane_id:
                 self._tmux.respawn_pane(self._pane_id, command, self._directory)
             else:
-                self._pane_id = self._tmux.new_pane(command, self._directory, self._session_mark)
+                self._pane_id = self._tmux.new_pane(command, self._directory, self.session_mark)
                 self._made_session = True
             try:
                 self._wait_until_ready()
@@ -3626,6 +3685,8 @@ class Journal:
         self.path = path
         self.write_error = ""
         self.unreported_error = ""
+        # Called with the outcome for more fields of `complete`.
+        self.describe_end: Callable[[str], Mapping[str, object]] = lambda outcome: {}
         self._secret = secret_pattern(secret)
         self._defer_signals = defer_signals
         self._condition = threading.Condition()
@@ -3704,6 +3765,8 @@ class Journal:
             if self._is_complete:
                 return
             event: Event | None = None
+            if kind == "complete":
+                fields = {**fields, **self.describe_end(str(fields.get("outcome")))}
             try:
                 with self._defer_signals():
                     event = self._append(kind, fields)
@@ -4367,19 +4430,23 @@ def describe_run(agent: Agent, config: Config, *, task: str = "", model: str = "
 
 
 class Chat:
-    """A person types, the agent answers.  `read(prompt)` returns what was typed, None at the end.
+    """You type, the agent answers.
 
-    Ctrl-C in a turn gives the prompt back, if there is one; the agent goes on.
+    `read(prompt)` returns a message, or None to leave.  `read_hidden` is used instead while the
+    agent's terminal hides what is typed, as for a password; such a message is not recorded.
+    Ctrl-C during a turn returns to the prompt if the chat is interactive; the agent keeps working.
     """
 
     def __init__(self, agent: Agent, read: Callable[[str], str | None], *,
+                 read_hidden: Callable[[str], str | None] | None = None,
                  config: Config = Config(), journal: Journal | None = None,
                  is_interactive: bool = True) -> None:
         self._agent = agent
         self._read = read
+        self._read_hidden = read_hidden or read
         self._journal = journal or Journal()
         self._is_interactive = is_interactive
-        self._limit = config.turn_timeout
+        self._timeout = config.turn_timeout
         self._config = config
         self._totals = RunTotals(time.monotonic)
 
@@ -4388,55 +4455,66 @@ class Chat:
         with self._totals.publish_outcome(self._journal):
             self._journal.publish("task_info", **describe_run(self._agent, self._config))
             self._run_turn("", self._agent.start)
-            while (message := self._read_message()) is not None \
-                    and message.strip() not in ("/quit", "/exit"):
-                if message:
-                    self._totals.iterations += 1
-                    self._run_turn(message, lambda: self._execute(message))
+            while self._exchange():
+                pass
 
-    def _read_message(self) -> str | None:
-        """Return a line, a pasted block, or what stands between triple quotes."""
-        text = self._read("> ")
-        if text and text.startswith('"""') and ("\n" not in text or text.rstrip().endswith('"""')):
-            while len(text.strip()) < 6 or not text.rstrip().endswith('"""'):
-                line = self._read("... ")
-                if line is None:        # the end, and the message was not ended
-                    return None
-                text += f"\n{line}"
-            text = text.rstrip()[3:-3].strip("\n")
-        return text if text is None or sanitize(text).strip() else ""
+    def _exchange(self) -> bool:
+        """Read a message and show what comes of it; return False once you leave."""
+        try:
+            is_hidden = self._agent.hides_input()
+            message = self._read_hidden("hidden> ") if is_hidden else self._read("> ")
+            if message is None or message.strip() in ("/quit", "/exit"):
+                return False
+            if is_hidden or sanitize(message).strip():
+                self._totals.iterations += 1
+                self._run_turn(message, lambda: self._execute(message), is_hidden=is_hidden)
+        except Interrupted as interrupt:    # Ctrl-C, a moment after the turn ended
+            if not self._returns_to_prompt(interrupt):
+                raise
+        return True
 
     def _execute(self, message: str) -> Turn:
-        """Do what a slash word of ours asks for; all else goes to the agent."""
-        word, *keys = message.split()
-        if word == "/screen":
+        """Do what a slash command of ours asks for; send any other message to the agent."""
+        command, *arguments = message.split() or [""]
+        if command == "/screen":
             return self._agent.read_screen()
-        if word == "/keys":
-            action = parse_reply(f"KEYS: {' '.join(keys)}")
+        if command == "/wait":
+            return self._agent.wait(self._timeout, idle_timeout=2.0)
+        if command == "/keys":
+            action = parse_reply(f"KEYS: {' '.join(arguments)}")
             if not action.keys:
                 return Turn(action.text)
-            return self._agent.send_keys(action.keys, self._limit)
-        return self._agent.ask(message, self._limit)
+            return self._agent.send_keys(action.keys, self._timeout)
+        return self._agent.ask(message, self._timeout)
 
-    def _run_turn(self, line: str, act: Callable[[], Turn]) -> None:
+    def _run_turn(self, message: str, execute: Callable[[], Turn], *,
+                  is_hidden: bool = False) -> None:
         self._journal.publish("iteration_start", iteration=self._totals.iterations, max_iter=0)
-        began = time.monotonic()
+        started = time.monotonic()
         try:
-            output = act().as_text()
+            output = execute().as_text()
         except Interrupted as interrupt:
-            if interrupt.exit_status != 128 + signal.SIGINT or not (line and self._is_interactive):
+            if not message or not self._returns_to_prompt(interrupt):
                 raise
-            output = f"[{self._agent.name} goes on; the next answer will show what it does now.]"
-        self._journal.publish("iteration_end", orchestrator=line, agent_output=output,
-                              duration_ms=round((time.monotonic() - began) * 1000))
+            output = (f"[{self._agent.name} keeps working. /wait waits for it, /keys Escape "
+                      "interrupts it.]")
+        self._journal.publish(
+            "iteration_end", orchestrator="(hidden input)" if is_hidden else message,
+            agent_output=output, duration_ms=round((time.monotonic() - started) * 1000))
+
+    def _returns_to_prompt(self, interrupt: Interrupted) -> bool:
+        return self._is_interactive and interrupt.signum == signal.SIGINT
 
 
 def run_shell_command(command: str, directory: Path, environ: Mapping[str, str],
-              limit: float) -> tuple[int, str]:
+                      limit: float, *, stdin: str = "") -> tuple[int, str]:
     """Run a shell command; return its status (124 after `limit` seconds) and clipped output."""
-    with tempfile.TemporaryFile() as output:
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as source:
+        source.write(stdin.encode("utf-8", "replace"))
+        source.seek(0)
+        # Not an empty file: some programs read files that they get, in place of the directory.
         process = subprocess.Popen(command, shell=True, cwd=directory, env=dict(environ),
-                                   stdin=subprocess.DEVNULL, stdout=output,
+                                   stdin=source if stdin else subprocess.DEVNULL, stdout=output,
                                    stderr=subprocess.STDOUT, start_new_session=True)
         try:
             status = process.wait(limit)
@@ -6213,19 +6291,19 @@ _DEMO_REPLIES = (
 
 
 class DemoModelHandler(QuietHandler):
-    """Answers chat completions as OpenRouter does, streamed, with the next of the replies."""
+    """Answers chat completions as OpenRouter does: streamed, with the next reply."""
 
     def do_POST(self) -> None:
-        """Answer with the reply that follows on the conversation."""
+        """Answer with the reply that follows the conversation."""
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         turn = sum(message["role"] == "assistant" for message in request["messages"])
         reply = _DEMO_REPLIES[min(turn, len(_DEMO_REPLIES) - 1)]
-        prompt, completion = len(json.dumps(request)) // 4, len(reply) // 4
-        words = re.findall(r"\s*\S+", reply)
-        chunks: list[dict] = [{"choices": [{"delta": {"content": word}}]} for word in words]
-        usage = {"prompt_tokens": prompt, "completion_tokens": completion,
-                 "cost": prompt * 5e-6 + completion * 25e-6}
-        chunks += [{"choices": [{"finish_reason": "stop"}]}, {"choices": [], "usage": usage}]
+        chunks: list[dict[str, Any]] = [{"choices": [{"delta": {"content": word}}]}
+                                        for word in re.findall(r"\s*\S+", reply)]
+        usage = {"prompt_tokens": len(json.dumps(request)) // 4,
+                 "completion_tokens": len(reply) // 4, "cost": 0}
+        chunks.append({"choices": [{"finish_reason": "stop"}]})
+        chunks.append({"choices": [], "usage": usage})
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.end_headers()
@@ -6290,134 +6368,285 @@ while True:
 # -- 16. Terminal -------------------------------------------------------------------------
 # The only code that prints or reads the terminal.  May use: Errors, Text, Screens, Journal.
 
-FINAL_OUTCOMES = ("complete", "failed", "stuck")      # outcomes that leave nothing to resume
-_EVENT_TEMPLATES = {       # what the terminal says about an event, and the field that it shows below that
+Rows = list[tuple[str, str]]        # names and texts
+FINAL_OUTCOMES = ("complete", "failed", "stuck")      # nothing is left to resume
+_EVENT_TEMPLATES = {        # event type -> head line, and the field that is shown below it
     "task_info": ("Task:  {task}\nModel: {model}\nAgent: {agent} in {workdir}\n"
                   "Watch: {attach}", ""),
-    "reply": ("\n[{iteration}] model, {time}, {tokens[total]:,} tokens{cache}{dollars}", "text"),
+    "reply": ("\n[{iteration}] model, {time}, {usage}", "text"),
     "iteration_end": ("[{iteration}] agent, {time}", "agent_output"),
-    "error": ("! {error}{again}", ""),
-    "recovery": ("! {what}{kept}", ""),
-    "memory": ("* remembered:", "saved"),
-    "compacted": ("* memory: {compacted[before]} facts are now {compacted[after]}", ""),
-    "verify": ("* {command}: status {status}", "output"),
-    "history": ("* the {summarised} oldest exchanges were summarised", ""),
+    "error": ("! {error}{retry}", ""),
+    "recovery": ("! {what}{conversation}", ""),
+    "memory": ("* saved to memory:", "saved"),
+    "compacted": ("* memory: compacted {compacted[before]} facts to {compacted[after]}", ""),
+    "verify": ("* {command}: exit status {status}", "output"),
+    "confirm": ("* asked the model to confirm that the task is complete", "evidence"),
+    "history": ("* summarised the {summarised} oldest exchanges", ""),
     "note": ("* {source}: {text}", ""),
-    "state": ("* {state}{why}", ""),
-    "complete": ("\n{how}: {iterations}, {tokens[total]:,} tokens{cache}{dollars}, {time}", "")}
+    "state": ("* {state}{why}", "")}
+_BOLD_EVENTS = ("reply", "iteration_end", "complete")
+_FIRST_LINES, _LAST_LINES, _MAX_LINE_LENGTH = 7, 12, 1000   # of a shortened text
 
 
-def format_event(event: Event, is_persistent: bool = True) -> str:
-    """Return what the terminal says about an event of an autonomous run, nothing for some."""
-    head, below = _EVENT_TEMPLATES.get("compacted" if "compacted" in event else event["type"], ("", ""))
-    cache = [f"{event['tokens'][each]:,} {each}" for each in ("cached", "written")
-             if (event.get("tokens") or {}).get(each)]
-    outcome, body, count = event.get("outcome"), event.get(below), event.get("iterations")
-    if event["type"] == "iteration_end" and not body or "told" in event:
-        return ""       # it ended the run, who says why; or is only for a resumed one
-    words = {"time": format_duration(round(event.get("duration_ms", 0) / 1000, 1)),
-             "iterations": f"{count} iteration" + "s" * (count != 1),
-             "how": "Task complete" if outcome == "complete" else f"Ended ({outcome})" + (
-                 ", --resume goes on with it" * (is_persistent and outcome not in FINAL_OUTCOMES)),
-             "cache": f" ({', '.join(cache)})" if cache else "",
-             "dollars": f", ${event['cost']:.4f}" if event.get("cost") is not None else "",
-             "again": f"; trying again in {event['retry_in']:g} s" if "retry_in" in event else "",
-             "kept": ", with its conversation" if event.get("resumed") else "",
-             "why": f": {event['reason']}" if "reason" in event else ""}
-    said = head.format(**{**event, **words})
-    body = body if isinstance(body, str) else "\n".join(body or ())
-    return f"{said}\n{textwrap.indent(body, '    ')}" if body else said
+def _format_usage(event: Event) -> str:
+    """Return tokens and cost: 1,200 tokens (900 cached), $0.5000; no cost if none is reported."""
+    tokens = event.get("tokens") or {}
+    usage = f"{tokens.get('total', 0):,} tokens"
+    cached = [f"{tokens[name]:,} {name}" for name in ("cached", "written") if tokens.get(name)]
+    if cached:
+        usage += f" ({', '.join(cached)})"
+    cost = event.get("cost")
+    if cost is not None:
+        usage += f", ${cost:.4f}" if cost else ", free"
+    return usage
 
 
-def format_chat_event(event: Event) -> str:
-    """Return what the terminal says about an event of a chat: what the agent said, and troubles."""
-    if event["type"] == "task_info":
+def _format_time_taken(event: Event) -> str:
+    return format_duration(round(event.get("duration_ms", 0) / 1000, 1))
+
+
+def _format_count(number: int, noun: str) -> str:
+    """Return a number with its noun: 1 iteration, 2 iterations."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def format_rows(rows: Rows) -> str:
+    """Return names with their texts in two columns."""
+    return "\n".join(f"{name + ':':<11}{text}" for name, text in rows)
+
+
+def _format_next_steps(event: Event) -> str:
+    """Return how to continue, whether the agent still runs, and where the journal is."""
+    if not event.get("next_command"):   # the demo leaves nothing behind
+        return ""
+    label = "Continue" if event["can_continue"] else "Next task"
+    command = event["next_command"]
+    if event["outcome"] == "budget":
+        command = f"raise the budget, then: {command}"
+    rows: Rows = [(label, command)]
+    if event["agent_running"]:
+        rows.append(("Agent", f"{event['agent']} is still running"))
+        rows.append(("Watch it", event["watch_command"]))
+        rows.append(("End it", event["stop_command"]))
+    else:
+        rows.append(("Agent", f"{event['agent']} is not running"))
+    rows.append(("Journal", event["journal"]))
+    return format_rows(rows)
+
+
+def _describe_end(event: Event) -> tuple[str, str]:
+    """Return how a run ended, and what you can do next."""
+    head = "Task complete" if event["outcome"] == "complete" else f"Ended ({event['outcome']})"
+    figures = [_format_count(event["iterations"], "iteration"), _format_usage(event)]
+    if event.get("cost") is None and event["tokens"]["total"]:
+        figures.append("cost not reported")
+    figures.append(_format_time_taken(event))
+    for field, noun in (("restarts", "restart of the agent"), ("files_changed", "changed file")):
+        if event.get(field):
+            figures.append(_format_count(event[field], noun))
+    return f"\n{head}: {', '.join(figures)}", _format_next_steps(event)
+
+
+def describe_event(event: Event) -> tuple[str, str]:
+    """Return what the terminal shows of a run's event: a head line, and the text below it."""
+    kind = "compacted" if "compacted" in event else event["type"]
+    if kind == "complete":
+        return _describe_end(event)
+    if "told" in event:         # only a resumed run needs it
+        return "", ""
+    if kind == "iteration_end" and not event["agent_output"]:
+        return "", ""           # the run ended, and `complete` says why
+    values = {**event, "time": _format_time_taken(event), "usage": _format_usage(event)}
+    values["retry"] = f"; retrying in {event['retry_in']:g} s" if "retry_in" in event else ""
+    values["conversation"] = ", with its conversation" if event.get("resumed") else ""
+    values["why"] = f": {event['reason']}" if event.get("reason") else ""
+    head, field = _EVENT_TEMPLATES.get(kind, ("", ""))
+    body = event.get(field) or ""
+    return head.format(**values), body if isinstance(body, str) else "\n".join(body)
+
+
+def describe_chat_event(event: Event) -> tuple[str, str]:
+    """Return what the terminal shows of a chat's event: answers, problems and the end."""
+    kind = event["type"]
+    if kind == "task_info":
         return (f"{event['agent']} in {event['workdir']}\nWatch: {event['attach']}\n"
-                "/quit leaves, /screen shows its screen, /keys Down Enter presses keys")
-    if event["type"] == "iteration_end":
-        return event["agent_output"]
-    return format_event(event) if event["type"] in ("error", "note") else ""
+                "/quit leaves, /screen shows its screen, /keys Down Enter presses keys, "
+                "/wait waits for it"), ""
+    if kind == "complete":
+        messages = _format_count(event["iterations"], "message")
+        return f"\nChat ended: {messages}, {_format_time_taken(event)}", _format_next_steps(event)
+    if kind == "iteration_end":
+        return event["agent_output"], ""
+    return describe_event(event) if kind in ("error", "recovery", "note") else ("", "")
 
 
-def format_json_event(event: Event) -> str:
-    """Return an event as --json prints it; the live screen is only for browsers."""
-    return "" if event["type"] in LIVE_EVENTS else json.dumps(event)
+def describe_json_event(event: Event) -> tuple[str, str]:
+    """Return an event as --json prints it; live screens are only for browsers."""
+    return "" if event["type"] in LIVE_EVENTS else json.dumps(event), ""
+
+
+def remove_echo(output: str, message: str) -> str:
+    """Return an agent's output without our own message, which most agents repeat first.
+
+    >>> remove_echo("❯ say hi\\n  and bye\\n\\n● hi", "say hi\\nand bye")
+    '● hi'
+    """
+    rest = "".join(message.split())
+    lines = output.split("\n")
+    while rest and lines:
+        shown = "".join(re.sub(r"^[\s❯›>$┃│]+", "", lines[0]).split())
+        if "[Pasted " in lines[0]:
+            rest = ""
+        elif rest.startswith(shown):
+            rest = rest[len(shown):]
+        else:
+            return output
+        del lines[0]
+    return output if rest else "\n".join(lines).strip("\n")
+
+
+def shorten_output(text: str) -> str:
+    """Return at most 20 lines of a text: its beginning and its end."""
+    lines = [textwrap.shorten(line, _MAX_LINE_LENGTH) if len(line) > _MAX_LINE_LENGTH else line
+             for line in text.split("\n")]
+    omitted = len(lines) - _FIRST_LINES - _LAST_LINES
+    if omitted > 1:
+        lines[_FIRST_LINES:-_LAST_LINES] = [f"... {omitted} more lines in the journal"]
+    return "\n".join(lines)
 
 
 def write_output(text: str, stream: TextIO | None = None) -> None:
-    """Print text as it is, if somebody still reads."""
+    """Print text as it is, if the reader is still there."""
     try:
         print(text, end="", file=stream or sys.stdout, flush=True)
-    except OSError as error:    # `| head`, or the terminal was closed: go on without narration
+    except OSError as error:    # stdout was closed (for example by `| head`): continue silently
         os.dup2(os.open(os.devnull, os.O_WRONLY), (stream or sys.stdout).fileno())
         if error.errno == errno.ENOSPC and stream is not sys.stderr:
-            write_output(f"orchestrator: the output can't be written: {error.strerror}\n", sys.stderr)
+            write_output(f"orchestrator: the output can't be written: {error.strerror}\n",
+                         sys.stderr)
 
 
 def print_line(text: str, stream: TextIO | None = None) -> None:
-    """Print a line, if there is something in it."""
+    """Print a text without its control characters, and a line end; nothing if it is empty."""
     write_output(f"{sanitize(text)}\n" if text else "", stream)
 
 
 def print_error(text: object) -> None:
-    """Say on standard error what is wrong, if anything, in one line."""
+    """Print a problem in one line on standard error; nothing if it is empty."""
     print_line(f"orchestrator: {text}" if text else "", sys.stderr)
 
 
-class TerminalReporter:
-    """Tells events on standard output; if that is `live`, its last line shows what is waited for.
+class Display(NamedTuple):
+    """What standard output can show, and for whom."""
 
-    It says for how long, and what came last on the agent's screen.  It is drawn while the agent
-    is waited for, so that it takes no thread, and erased before anything else is printed.
+    is_terminal: bool = False       # you read it: long texts are shortened
+    has_cursor: bool = False        # it can show a status line
+    has_bold: bool = False
+
+    @classmethod
+    def of_stdout(cls, environ: Mapping[str, str]) -> Display:
+        """Return what standard output can show."""
+        is_terminal = sys.stdout.isatty()
+        has_cursor = is_terminal and environ.get("TERM", "dumb") != "dumb"
+        return cls(is_terminal, has_cursor, has_cursor and not environ.get("NO_COLOR"))
+
+
+class TerminalReporter:
+    """Prints events on standard output, and a status line below them while you wait.
+
+    The status line tells for how long, and what the agent's screen showed last.  The thread that
+    waits draws it.  It is erased before anything else is printed.
     """
 
-    def __init__(self, format_event: Callable[[Event], str], wait_labels: Mapping[str, str], *, live: bool,
+    def __init__(self, describe: Callable[[Event], tuple[str, str]],
+                 wait_labels: Mapping[str, str], display: Display, *, shortens: bool = False,
                  clock: Callable[[], float] = time.monotonic) -> None:
-        self._live, self._format_event, self._clock = live, format_event, clock
-        self._drawing = threading.RLock()       # a person's note is heard in another thread
-        self._wait_labels = wait_labels     # what is waited for after an event, by its state or its type
-        self._waiting_for = self._last_agent_line = self._drawn_line = ""
-        self._waiting_since = self._screen_at = 0.0
+        self._describe = describe
+        self._wait_labels = wait_labels     # by the state or type of the event that begins it
+        self._display = display
+        self._shortens = shortens and display.is_terminal
+        self._clock = clock
+        self._lock = threading.RLock()      # notes of the user come in another thread
+        self._has_shown_check = False       # in this iteration, whose output repeats it
+        self._waiting_for = ""
+        self._waiting_since = 0.0
+        self._last_agent_line = ""
+        self._screen_at = 0.0
+        self._status_line = ""
 
     def wants_screen(self) -> bool:
-        """Whether a screen is wanted; each costs a call of tmux, so once a second is enough."""
-        return self._live and self._clock() - self._screen_at >= 1.0
+        """Whether a screen is wanted: once a second, because each costs a call of tmux."""
+        return self._display.has_cursor and self._clock() - self._screen_at >= 1.0
 
     def on_event(self, event: Event) -> None:
-        """Say what there is to say about an event, and show what is waited for now."""
-        told, kind = self._format_event(event), event.get("state", event["type"])
-        with self._drawing:
-            if told:
-                self._replace_status_line("")
-                print_line(told)
+        """Print what there is to say about an event, and show what you wait for now."""
+        kind = event.get("state", event["type"])
+        with self._lock:
+            self._print_event(event)
             if kind == "screen":
-                self._last_agent_line, self._screen_at = last_text_line(event["text"]), self._clock()
+                self._last_agent_line = last_text_line(event["text"])
+                self._screen_at = self._clock()
             elif kind in self._wait_labels:
-                self._waiting_for, self._last_agent_line, self._waiting_since = self._wait_labels[kind], "", self._clock()
+                self._waiting_for = self._wait_labels[kind]
+                self._waiting_since = self._clock()
+                self._last_agent_line = ""
             self._draw_status()
 
     def sleep(self, seconds: float) -> None:
-        """Sleep, with the line drawn."""
-        with self._drawing:
+        """Sleep, with the status line drawn."""
+        with self._lock:
             self._draw_status()
         time.sleep(seconds)
 
+    def _print_event(self, event: Event) -> None:
+        head, body = self._describe(event)
+        if self._display.is_terminal:
+            head, body = self._leave_out_repetitions(event, head, body)
+        if self._shortens and event["type"] != "complete":
+            body = shorten_output(body)
+        if not (head or body):
+            return
+        self._replace_status_line("")
+        head = sanitize(head)
+        if self._display.has_bold and event["type"] in _BOLD_EVENTS and body:
+            head = f"\x1b[1m{head}\x1b[0m"
+        below = textwrap.indent(sanitize(body), "    ")
+        write_output("".join(f"{text}\n" for text in (head, below) if text))
+
+    def _leave_out_repetitions(self, event: Event, head: str, body: str) -> tuple[str, str]:
+        """Return what is left of an iteration's output that has been on the terminal before."""
+        kind, message = event["type"], event.get("orchestrator", "")
+        if kind == "iteration_start":
+            self._has_shown_check = False
+        elif kind in ("verify", "confirm"):
+            self._has_shown_check = True
+        elif kind == "iteration_end" and self._has_shown_check:
+            return "", ""
+        elif kind == "iteration_end" and message:
+            return remove_echo(head, message), remove_echo(body, message)
+        return head, body
+
     def _draw_status(self) -> None:
-        seconds = int(self._clock() - self._waiting_since)
-        line = f"waiting for {self._waiting_for}" + f", {format_duration(seconds)}" * bool(seconds) + (
-            f": {self._last_agent_line}" * bool(self._last_agent_line))
-        self._replace_status_line(line if self._waiting_for else "")
+        line = ""
+        if self._waiting_for:
+            line = f"waiting for {self._waiting_for}"
+            seconds = int(self._clock() - self._waiting_since)
+            if seconds:
+                line += f", {format_duration(seconds)}"
+            if self._last_agent_line:
+                line += f": {self._last_agent_line}"
+        self._replace_status_line(line)
 
     def _replace_status_line(self, line: str) -> None:
-        """Put a line in the place of the last; the terminal cuts what is wider than it, too."""
         line = line[:shutil.get_terminal_size().columns - 1]
-        if self._live and line != self._drawn_line:
-            self._drawn_line = line
+        if self._display.has_cursor and line != self._status_line:
+            self._status_line = line
+            # Without autowrap, the terminal also cuts lines of wide characters.
             write_output(f"\r\x1b[K\x1b[?7l{line}\x1b[?7h" if line else "\r\x1b[K")
 
 
 def wait_for_enter(stream: TextIO) -> None:
-    """Wait for Enter or Ctrl-C where a person is at the terminal, in the foreground."""
+    """Wait for Enter or Ctrl-C if you are at the terminal and the run is in the foreground."""
     try:
         if sys.stdin.isatty() and stream.isatty() and os.tcgetpgrp(0) == os.getpgrp():
             termios.tcflush(0, termios.TCIFLUSH)        # what was typed before is no answer
@@ -6426,7 +6655,7 @@ def wait_for_enter(stream: TextIO) -> None:
     except (OSError, termios.error):        # it is not our terminal, or not any more
         return
     except Interrupted as interrupt:
-        if interrupt.exit_status != 128 + signal.SIGINT:
+        if interrupt.signum != signal.SIGINT:
             raise
 
 
@@ -6439,43 +6668,109 @@ def read_from_terminal() -> None:
         os.dup2(os.open("/dev/tty", os.O_RDWR), 0)
 
 
-def read_message(prompt: str) -> str | None:
-    """Return what a person types, or a line of another standard input; None at its end.
+_CONTINUATION_PROMPT = "... "       # inside triple quotes
+_LEAVE_HINT = "Press Ctrl-C again, press Ctrl-D or type /quit to leave."
 
-    A pasted block is one message.  GNU readline takes it whole; elsewhere the lines that come at
-    once with the first belong to it, unless they were typed ahead.
+
+def _is_input_waiting(seconds: float) -> bool:
+    return bool(select.select([sys.stdin], [], [], seconds)[0])
+
+
+def read_line(prompt: str) -> str | None:
+    """Return a line or a pasted block; None at the end of the input.
+
+    GNU readline takes a pasted block whole.  Elsewhere the lines that arrive together with the
+    first one belong to it, unless they were typed ahead.
     """
     if not sys.stdin.isatty():
         line = sys.stdin.readline()
         return line.rstrip("\n") if line else None
+    typed_so_far: Callable[[], str] = str
     with contextlib.suppress(ImportError):
         import readline     # line editing and history for input()
         readline.parse_and_bind("set enable-bracketed-paste on")
-
-    def waiting(seconds: float) -> bool:
-        return bool(select.select([sys.stdin], [], [], seconds)[0])
-
-    asks = sys.stdout if sys.stdout.isatty() else sys.stderr
+        typed_so_far = readline.get_line_buffer
+    stream = sys.stdout if sys.stdout.isatty() else sys.stderr
     lines: list[str] = []
-    typed_ahead = waiting(0)
+    is_typed_ahead = _is_input_waiting(0)
     try:
-        with contextlib.redirect_stdout(asks):
-            while not lines or not typed_ahead and waiting(0.1):
+        with contextlib.redirect_stdout(stream):
+            while not lines or (not is_typed_ahead and _is_input_waiting(0.1)):
                 lines.append(input("" if lines else prompt))
-    except (EOFError, KeyboardInterrupt) as end:
-        write_output("\n", asks)
-        if isinstance(end, KeyboardInterrupt):
-            raise
+    except EOFError:
+        write_output("\n", stream)
+    except Interrupted as interrupt:
+        interrupt.has_cleared_input = bool(
+            lines or typed_so_far() or prompt == _CONTINUATION_PROMPT)
+        write_output("\n", stream)
+        raise
     return "\n".join(lines).rstrip("\n") if lines else None
 
 
-def read_task(given: str | None) -> str:
+def _read_hidden_line(prompt: str) -> str | None:
+    if not sys.stdin.isatty():
+        return read_line(prompt)
+    try:
+        return getpass.getpass(prompt)
+    except EOFError:
+        return None
+
+
+def read_message(prompt: str) -> str | None:
+    """Return a line, a pasted block or the text between triple quotes; None at the end."""
+    text = read_line(prompt)
+    if not text or not text.startswith('"""'):
+        return text
+    if "\n" in text and not text.rstrip().endswith('"""'):
+        return text         # a pasted block that happens to begin with quotes
+    while len(text.strip()) < 6 or not text.rstrip().endswith('"""'):
+        line = read_line(_CONTINUATION_PROMPT)
+        if line is None:    # the block was not closed
+            return None
+        text += f"\n{line}"
+    return text.rstrip()[3:-3].strip("\n")
+
+
+class ChatPrompt:
+    """The prompt of a chat.  Ctrl-C clears the line; a second one, on an empty line, leaves."""
+
+    def __init__(self) -> None:
+        self._was_cleared = False
+
+    def read(self, prompt: str) -> str | None:
+        """Return a message; None when you leave."""
+        return self._read(read_message, prompt)
+
+    def read_hidden(self, prompt: str) -> str | None:
+        """Return a line that is not shown while you type it; None when you leave."""
+        return self._read(_read_hidden_line, prompt)
+
+    def _read(self, read: Callable[[str], str | None], prompt: str) -> str | None:
+        while True:
+            try:
+                message = read(prompt)
+                self._was_cleared = False
+                return message
+            except Interrupted as interrupt:
+                if interrupt.signum != signal.SIGINT or not sys.stdin.isatty():
+                    raise
+                has_cleared_input = interrupt.has_cleared_input
+            if self._was_cleared and not has_cleared_input:
+                return None
+            self._was_cleared = True
+            print_line(_LEAVE_HINT)
+
+
+def read_task(task: str | None) -> str:
     """Return the task: as given, as typed at the prompt, or all of standard input."""
-    if given is None:
-        given = read_message("Enter task description: ") if sys.stdin.isatty() else sys.stdin.read()
-    if not given or not given.strip():
-        raise ConfigError("there is no task: give it by --task, at the prompt or on standard input")
-    return sanitize(given).strip()
+    if task is None and sys.stdin.isatty():
+        task = read_message("Enter task description: ")
+    elif task is None:
+        task = sys.stdin.read()
+    if not task or not task.strip():
+        raise ConfigError("There is no task. Give it with --task, at the prompt or on standard "
+                          "input.")
+    return sanitize(task).strip()
 
 
 # -- 17. Command line ---------------------------------------------------------------------
@@ -6485,26 +6780,54 @@ class Workspace(NamedTuple):
     """Where a run works, and what surrounds it."""
 
     directory: Path
-    state_directory: Path                     # journals and locks
-    environ: Mapping[str, str]      # for what is started
-    is_persistent: bool = True               # the two directories, after the run
+    state_directory: Path           # journals and locks
+    environ: Mapping[str, str]      # for child processes: without the key
+    is_persistent: bool = True      # False: both directories go away at the end
+    has_session_name: bool = False      # CLAUDE_TMUX_SESSION is set
+    command: str = ""               # starts this program again, with the same settings
+
+    @property
+    def journal_directory(self) -> Path:
+        """The directory of the journals."""
+        return self.state_directory / "runs"
+
+    def lock_path(self, tmux: Tmux) -> Path:
+        """Return the file that the process which drives a session keeps locked."""
+        return self.state_directory / "locks" / f"{tmux.socket_name}.{tmux.session}"
+
+    def command_with(self, *options: str) -> str:
+        """Return the command that starts this program in the same directory."""
+        return f"{self.command} {shlex.join([*options, str(self.directory)])}"
+
+
+class RunRequest(NamedTuple):
+    """What the arguments ask of a run."""
+
+    read_task: Callable[[], str] = str
+    is_chat: bool = False
+    as_json: bool = False
+    resume: bool = False
 
 
 class SignalHandler:
-    """SIGINT, SIGTERM and SIGHUP as Interrupted, raised in the main thread.
+    """Raises SIGINT, SIGTERM and SIGHUP as Interrupted in the main thread.
 
     They are held back inside `deferred()`, so that the journal never loses count of its lines.
-    What comes while one is being dealt with leaves GRACE_SECONDS seconds for that.
+    A signal that comes while another is handled leaves GRACE_SECONDS for that.
     """
 
     GRACE_SECONDS = 0.5
-    _depth = _pending = 0       # how many times held; the number of the last signal meanwhile
+
+    def __init__(self) -> None:
+        self._depth = 0         # of nested `deferred()` blocks
+        self._pending = 0       # the last signal that was held back
 
     def __enter__(self) -> SignalHandler:
-        wanted = {number: self._handle for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-                  if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN}  # nohup
-        wanted[signal.SIGALRM] = lambda *_: os._exit(getattr(sys.exc_info()[1], "exit_status", 130))
-        self._before = {number: signal.signal(number, wanted[number]) for number in wanted}
+        signals = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:       # nohup ignores it
+            signals.append(signal.SIGHUP)
+        self._before = {number: signal.signal(number, self._handle) for number in signals}
+        self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._exit)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -6514,7 +6837,7 @@ class SignalHandler:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Hold signals back while this lasts; other threads than the main one get none anyway."""
+        """Hold signals back during the block; threads other than the main one get none anyway."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -6524,16 +6847,29 @@ class SignalHandler:
         finally:
             self._depth -= 1
             if self._pending and not self._depth:
-                number, self._pending = self._pending, 0
-                raise Interrupted(number)
+                signum, self._pending = self._pending, 0
+                raise Interrupted(signum)
 
-    def _handle(self, number: int, frame: object) -> None:
-        if isinstance(sys.exc_info()[1], Interrupted):
+    def _handle(self, signum: int, frame: object) -> None:
+        if self._current_interrupt():
             signal.setitimer(signal.ITIMER_REAL, self.GRACE_SECONDS)
         elif self._depth:
-            self._pending = number
+            self._pending = signum
         else:
-            raise Interrupted(number)
+            raise Interrupted(signum)
+
+    def _exit(self, signum: int, frame: object) -> None:
+        """End the process, unless the first signal has been dealt with, as in a chat."""
+        interrupt = self._current_interrupt()
+        if interrupt:
+            os._exit(interrupt.exit_status)
+
+    @staticmethod
+    def _current_interrupt() -> Interrupted | None:
+        error = sys.exc_info()[1]
+        while error and not isinstance(error, Interrupted):
+            error = error.__context__
+        return error if isinstance(error, Interrupted) else None
 
 
 def help_text() -> str:
@@ -6558,43 +6894,119 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the arguments; raise ConfigError for wrong ones."""
     parser = argparse.ArgumentParser(prog="orchestrator", add_help=False, allow_abbrev=False)
 
-    def refuse(message: str) -> None:
+    def refuse(message: str) -> NoReturn:
         raise ConfigError(f"{message}; see --help")
 
-    parser.error = refuse       # type: ignore[method-assign, assignment]
+    parser.error = refuse       # type: ignore[method-assign]
     parser.add_argument("directory", nargs="?")
     for flags in (["--json"], ["--version"], ["-h", "--help"]):
         parser.add_argument(*flags, action="store_true")
-    one_of = parser.add_mutually_exclusive_group()
-    for option in ("--task", "--replay"):
-        one_of.add_argument(option)
-    for flag in ("--chat", "--resume", "--demo", "--doctor"):
-        one_of.add_argument(flag, action="store_true")
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--task")
+    modes.add_argument("--replay", nargs="?", const="", metavar="FILE")
+    for flag in ("--chat", "--resume", "--status", "--demo", "--doctor"):
+        modes.add_argument(flag, action="store_true")
     options = parser.parse_args(argv)
-    if options.directory and (options.demo or options.replay):
-        refuse("--demo and --replay take no directory")
+    if options.directory and (options.demo or options.status or options.replay):
+        refuse("--demo, --status and --replay FILE take no directory")
     return options
 
 
+# Sessions
+
+def session_name_of(directory: Path) -> str:
+    """Return the session name of a directory's own.
+
+    >>> session_name_of(Path("/home/me/my project"))
+    'gt-claude-loop-my-project-9e0b'
+    """
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", directory.name)[:40]
+    digits = f"{zlib.crc32(os.fsencode(directory)) & 0xffff:04x}"
+    return f"{Config.claude_tmux_session}-{name}-{digits}"
+
+
+def find_session_holder(path: Path) -> tuple[str, str]:
+    """Return the process that holds a session's lock and the session's mark; "" for nobody."""
+    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            process, _, mark = file.read().partition("\n")
+            return process, mark
+    return "", ""
+
+
+def make_tmux(config: Config, workspace: Workspace) -> Tmux:
+    """Return the session that the settings name."""
+    return Tmux(config.claude_tmux_socket, config.claude_tmux_session, workspace.environ)
+
+
 @contextlib.contextmanager
-def session_lock(config: Config, place: Workspace) -> Iterator[None]:
+def session_lock(config: Config, workspace: Workspace, mark: str = "") -> Iterator[None]:
     """Hold the lock of a session; raise ConfigError with the process that has it."""
-    path = place.state_directory / "locks" / f"{config.claude_tmux_socket}.{config.claude_tmux_session}"
+    path = workspace.lock_path(make_tmux(config, workspace))
     with contextlib.ExitStack() as stack:
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             file = stack.enter_context(open(path, "a", encoding="ascii"))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.write_text(str(os.getpid()), encoding="ascii")
+            path.write_text(f"{os.getpid()}\n{mark}", encoding="utf-8", errors="replace")
         except BlockingIOError:
             raise ConfigError(
-                f"session {config.claude_tmux_session} is driven by another orchestrator, process "
-                f"{path.read_text('ascii', 'replace')}: set CLAUDE_TMUX_SESSION to another name"
-            ) from None
+                f"Another orchestrator drives the tmux session {config.claude_tmux_session}: "
+                f"process {find_session_holder(path)[0]}. Wait for its end, or set "
+                "CLAUDE_TMUX_SESSION to another name. --status tells more.") from None
         except OSError:     # no locks on this file system, or the journal says what is wrong
             pass
         yield
 
+
+def make_agent(config: Config, workspace: Workspace, **callbacks: Any) -> Agent:
+    """Return the agent that the settings name, in their session."""
+    profile = select_profile(config.default_model, config.claude_cmd)
+    return Agent(profile, workspace.directory, tmux=make_tmux(config, workspace), **callbacks)
+
+
+def find_session_owner(config: Config, workspace: Workspace) -> str:
+    """Return the mark of a session, or of the run that is about to make it; "" if it is free."""
+    tmux = make_tmux(config, workspace)
+    mark, pane_id = tmux.find_pane()
+    if pane_id:
+        return mark or "another program"
+    return find_session_holder(workspace.lock_path(tmux))[1]
+
+
+def choose_session(config: Config, workspace: Workspace) -> Config:
+    """Return the settings with the name of the session to use.
+
+    Unless CLAUDE_TMUX_SESSION is set, a session that belongs to another directory or command is
+    left alone: the directory gets a session of its own.
+    """
+    if workspace.has_session_name:
+        return config
+    own = dataclasses.replace(config, claude_tmux_session=session_name_of(workspace.directory))
+    mark = make_agent(config, workspace).session_mark
+    owner = find_session_owner(config, workspace)
+    if owner != mark and (owner or find_session_owner(own, workspace) == mark):
+        return own
+    return config
+
+
+@contextlib.contextmanager
+def hold_session(config: Config, workspace: Workspace) -> Iterator[Config]:
+    """Choose the session and hold its lock; yield the settings with its name."""
+    mark = make_agent(config, workspace).session_mark
+    with contextlib.ExitStack() as stack:
+        chosen = choose_session(config, workspace)
+        try:
+            stack.enter_context(session_lock(chosen, workspace, mark))
+        except ConfigError:     # perhaps another directory's run was faster: choose again
+            chosen = choose_session(config, workspace)
+            stack.enter_context(session_lock(chosen, workspace, mark))
+        yield chosen
+
+
+# The dashboard
 
 def open_dashboard(config: Config, journal: Journal,
                    control: Callable[[str, str], object] | None) -> Dashboard:
@@ -6654,6 +7066,8 @@ def serve_dashboard(config: Config, journal: Journal,
                     wait_for_enter(stream)
 
 
+# Recorded runs
+
 _REQUIRED_FIELDS = {       # what a run needs to go on from an event, besides its time
     "task_info": ("task", "model", "agent", "workdir", "attach"), "reply": ("text",),
     "iteration_end": ("agent_output",), "history": ("summary",), "note": ("text",)}
@@ -6661,100 +7075,199 @@ _REQUIRED_FIELDS = {       # what a run needs to go on from an event, besides it
 
 def is_resumable_event(event: Event) -> bool:
     """Whether a run can go on from an event: it has the texts that its type should have."""
-    return all(isinstance(event.get(name), str) for name in (
-        "time", *_REQUIRED_FIELDS.get(event["type"], ())))
+    required = ("time", *_REQUIRED_FIELDS.get(event["type"], ()))
+    return all(isinstance(event.get(name), str) for name in required)
 
 
-def find_unfinished_run(place: Workspace, attach: str) -> tuple[Path, list[Event]]:
-    """Return journal and events of the directory's last run with the session that `attach` shows.
-
-    Raises ConfigError if it is finished, or there is none.
-    """
-    why = ""
-    for path in sorted((place.state_directory / "runs").glob("*.jsonl"), reverse=True):
-        with contextlib.suppress(ConfigError):      # not ours to read
+def list_runs(workspace: Workspace) -> Iterator[tuple[Path, Event]]:
+    """Yield journal and first event of each recorded run, the latest run first."""
+    for path in sorted(workspace.journal_directory.glob("*.jsonl"), reverse=True):
+        with contextlib.suppress(ConfigError):
             first = next(filter(is_resumable_event, read_events(path, 1)), {})
-            if first.get("type") != "task_info" or first.get("mode") == "chat" \
-                    or first["workdir"] != str(place.directory):
-                continue
-            events = read_events(path)
-            outcome = events[-1].get("outcome")
-            if first["attach"] != attach:
-                why = why or f": the last one had another session, {first['attach']}"
-            elif outcome not in FINAL_OUTCOMES:
-                return path, list(filter(is_resumable_event, events))
-            else:
-                why = f": the last one has ended ({outcome}): {path}"
-                break
-    raise ConfigError(f"there is no run to resume in {place.directory}{why}")
+            if first.get("type") == "task_info":
+                yield path, first
 
 
-def run_autopilot(config: Config, place: Workspace, agent: Agent, model: OpenRouter, journal: Journal,
-              stream: TextIO, task: str, past: Sequence[Event]) -> None:
-    """Let the model drive the agent, with the dashboard; `stream` is told where that is."""
-    memory = Memory(place.directory / "memory.json", config.memory_max_facts)
+def find_unfinished_run(workspace: Workspace, attach_commands: Sequence[str],
+                        ) -> tuple[Path, list[Event]]:
+    """Return journal and events of the directory's last run in one of the sessions.
+
+    `attach_commands` are those of the sessions.  Raises ConfigError if that run is finished, or
+    there is none.
+    """
+    reason = ""
+    for path, info in list_runs(workspace):
+        if info.get("mode") == "chat" or info["workdir"] != str(workspace.directory):
+            continue
+        if info["attach"] not in attach_commands:
+            reason = reason or f": the last one had another session, {info['attach']}"
+            continue
+        events = read_events(path)
+        outcome = events[-1].get("outcome")
+        if outcome not in FINAL_OUTCOMES:
+            return path, list(filter(is_resumable_event, events))
+        reason = f": the last one has ended ({outcome}): {path}"
+        break
+    raise ConfigError(f"There is no run to resume in {workspace.directory}{reason}")
+
+
+def read_outcome(path: Path) -> str:
+    """Return the outcome of a recorded run, "" if it has not ended."""
+    with open(path, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 65_536))
+        events = filter(None, map(parse_event, file.read().splitlines()[-1:]))
+        return str(next(events, {}).get("outcome") or "")
+
+
+def find_replay(workspace: Workspace) -> Path:
+    """Return the journal of the directory's latest run."""
+    for path, info in list_runs(workspace):
+        if info["workdir"] == str(workspace.directory):
+            return path
+    raise ConfigError(f"There is no recorded run of {workspace.directory}. Give a file: "
+                      f"--replay FILE. Journals are in {workspace.journal_directory}")
+
+
+# A run
+
+def describe_end(config: Config, workspace: Workspace, agent: Agent, path: Path, is_chat: bool,
+                 outcome: str) -> dict[str, object]:
+    """Return the fields of `complete` that say what is left of a run, and how to continue."""
+    if not workspace.is_persistent:
+        return {}
+    can_continue = is_chat or outcome not in FINAL_OUTCOMES
+    options = ["--chat"] if is_chat else ["--resume"] if can_continue else []
+    return {"agent": agent.name, "can_continue": can_continue,
+            "next_command": workspace.command_with(*options),
+            "agent_running": not config.terminate_when_quit and agent.is_running(),
+            "watch_command": agent.tmux.attach_command, "stop_command": agent.tmux.kill_command,
+            "journal": str(path)}
+
+
+NOTIFY_TIMEOUT = 30.0       # seconds
+
+
+def notify(config: Config, workspace: Workspace, path: Path, event: Event) -> None:
+    """Run NOTIFY_CMD if an event ends a run or begins to wait for a usage limit."""
+    if event["type"] == "complete":
+        outcome, reason = event["outcome"], event["reason"]
+        sentence = f"The run in {workspace.directory} ended ({outcome})"
+    elif event.get("state") == "waiting" and event.get("kind") == "usage_limit":
+        outcome, reason = "waiting", event["reason"]
+        sentence = f"The run in {workspace.directory} is waiting"
+    else:
+        return
+    environ = {**workspace.environ, "ORCHESTRATOR_OUTCOME": outcome, "ORCHESTRATOR_REASON": reason,
+               "ORCHESTRATOR_DIRECTORY": str(workspace.directory),
+               "ORCHESTRATOR_JOURNAL": str(path)}
+    sentence += f": {reason}\n" if reason else "\n"
+    try:
+        status, output = run_shell_command(
+            config.notify_cmd, workspace.directory, environ, NOTIFY_TIMEOUT, stdin=sentence)
+    except OSError as error:
+        status, output = 126, str(error)
+    if status:
+        print_error(f"NOTIFY_CMD ended with exit status {status}: {output[-200:]}")
+
+
+def make_reporter(config: Config, request: RunRequest, agent_name: str) -> TerminalReporter:
+    """Return what reports a run on standard output."""
+    if request.as_json:
+        return TerminalReporter(describe_json_event, {}, Display())
+    display = Display.of_stdout(os.environ)
+    labels = {"task_info": agent_name, "reply": agent_name, "waiting": agent_name,
+              "iteration_start": "the model", "working": "the check", "iteration_end": "",
+              "complete": ""}
+    if request.is_chat:
+        labels["iteration_start"] = agent_name
+        return TerminalReporter(describe_chat_event, labels, display)
+    return TerminalReporter(describe_event, labels, display, shortens=True)
+
+
+def check_access(config: Config) -> None:
+    """Raise ModelError if the model's server, the key or the model can't be used."""
+    model = OpenRouter(config.openrouter_base_url, config.openrouter_api_key,
+                       config.openrouter_model)
+    with contextlib.suppress(TransientError):   # an outage may be over by the first call
+        print_error(model.check_access().warning)
+
+
+def choose_journal(config: Config, workspace: Workspace, resume: bool) -> tuple[Path, list[Event]]:
+    """Return the path of a run's journal, and the events of the run to resume."""
+    if resume:
+        names = {config.claude_tmux_session}
+        if not workspace.has_session_name:
+            names |= {Config.claude_tmux_session, session_name_of(workspace.directory)}
+        return find_unfinished_run(workspace, [
+            Tmux(config.claude_tmux_socket, name).attach_command for name in names])
+    now = datetime.datetime.now(datetime.timezone.utc)
+    name = f"{now:%Y%m%dT%H%M%S.%f}-{config.claude_tmux_session}.jsonl"
+    return workspace.journal_directory / name, []
+
+
+def run_chat(config: Config, agent: Agent, journal: Journal) -> None:
+    """Let you drive the agent."""
+    prompt = ChatPrompt()
+    Chat(agent, prompt.read, read_hidden=prompt.read_hidden, config=config, journal=journal,
+         is_interactive=sys.stdin.isatty()).run()
+
+
+def run_autopilot(config: Config, workspace: Workspace, request: RunRequest, agent: Agent,
+                  journal: Journal, task: str, history: Sequence[Event]) -> None:
+    """Let the model drive the agent, with the dashboard."""
+    memory = Memory(workspace.directory / "memory.json", config.memory_max_facts)
     print_error(memory.load())
+    if config.notify_cmd and journal.path:
+        journal.subscribe(functools.partial(notify, config, workspace, journal.path))
+    model = OpenRouter(config.openrouter_base_url, config.openrouter_api_key,
+                       config.openrouter_model, publish=journal.publish,
+                       session_id=journal.path.stem if journal.path else "")
     control = RunControl(journal, lambda: signal.pthread_kill(
         threading.main_thread().ident or 0, signal.SIGINT))
-    pilot = Autopilot(agent, model, config=config, memory=memory, journal=journal, control=control,
-                      environ=place.environ)
+    autopilot = Autopilot(agent, model, config=config, memory=memory, journal=journal,
+                          control=control, environ=workspace.environ)
+    stream = sys.stderr if request.as_json else sys.stdout
     with serve_dashboard(config, journal, control.handle, stream) if config.dashboard_enabled \
             else contextlib.nullcontext():
-        pilot.run(task, history=past)
+        autopilot.run(task, history=history)
 
 
-def run(config: Config, place: Workspace, *, task: Callable[[], str] = lambda: "", chat: bool = False,
-        as_json: bool = False, resume: bool = False) -> int:
-    """Wire the parts together and let a person or the model drive the agent; return 0.
+def run(config: Config, workspace: Workspace, request: RunRequest) -> int:
+    """Let you or the model drive the agent; return 0.
 
-    Raises OrchestratorError or Interrupted if it ends otherwise than by success.
+    Raises OrchestratorError or Interrupted if the run does not end by success.
     """
-    if not chat and not config.openrouter_api_key:
-        raise ConfigError("OPENROUTER_API_KEY is not set: export it, put it into .env, or --chat")
+    if not request.is_chat and not config.openrouter_api_key:
+        raise ConfigError("OPENROUTER_API_KEY is not set: export it, put it into .env, or use "
+                          "--chat")
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(SignalHandler())
-        stack.enter_context(session_lock(config, place))
-        tmux = Tmux(config.claude_tmux_socket, config.claude_tmux_session, place.environ)
-        now = datetime.datetime.now(datetime.timezone.utc)
-        name = f"{now:%Y%m%dT%H%M%S.%f}-{config.claude_tmux_session}.jsonl"
-        path, past = find_unfinished_run(place, tmux.attach_command) if resume else (
-            place.state_directory / "runs" / name, [])
-        program = select_profile(config.default_model, config.claude_cmd)
-        narrator = TerminalReporter(
-            format_json_event if as_json else format_chat_event if chat else
-            lambda event: format_event(event, place.is_persistent),
-            {**dict.fromkeys(("task_info", "reply", "waiting"), program.name),
-             "iteration_start": program.name if chat else "the model", "working": "the check",
-             "iteration_end": "", "complete": ""},
-            live=sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb" and not as_json)
-
-        def publish(kind: str, **fields: object) -> None:
-            journal.publish(kind, **fields)     # which is made once a run can start
-
-        agent = Agent(program, place.directory, tmux=tmux, publish=publish, sleep=narrator.sleep,
-                      has_viewers=lambda: narrator.wants_screen() or journal.has_readers())
-        tmux.check_version()
+        config = stack.enter_context(hold_session(config, workspace))
+        path, history = choose_journal(config, workspace, request.resume)
+        agent = make_agent(config, workspace)
+        agent.tmux.check_version()
         agent.check_installed()
         agent.find_session()
-        if not chat:
-            model = OpenRouter(config.openrouter_base_url, config.openrouter_api_key,
-                               config.openrouter_model, session_id=path.stem, publish=publish)
-            with contextlib.suppress(TransientError):   # an outage may be over by the first call
-                print_error(model.check_access().warning)
-        wanted = str(past[0]["task"]) if past else "" if chat else task()
+        if not request.is_chat:
+            check_access(config)
+        task = str(history[0]["task"]) if history else request.read_task()
         journal = Journal(path, defer_signals=signals.deferred, secret=config.openrouter_api_key)
         stack.callback(lambda: print_error(journal.unreported_error))
-        journal.subscribe(narrator.on_event)
+        reporter = make_reporter(config, request, agent.name)
+        journal.subscribe(reporter.on_event)
+        agent = make_agent(
+            config, workspace, publish=journal.publish, sleep=reporter.sleep,
+            has_viewers=lambda: reporter.wants_screen() or journal.has_readers())
+        journal.describe_end = functools.partial(
+            describe_end, config, workspace, agent, path, request.is_chat)
         if config.terminate_when_quit:
             stack.callback(signals.deferred()(agent.stop))      # all of it, should one come now
-        if past and not as_json:
-            print_line(format_event({name: past[0][name] for name in ("type", *_REQUIRED_FIELDS["task_info"])}))
-        if chat:
-            Chat(agent, read_message, config=config, journal=journal,
-                 is_interactive=sys.stdin.isatty()).run()
+        if history and not request.as_json:
+            print_line(describe_event({**history[0], "attach": agent.tmux.attach_command})[0])
+        if request.is_chat:
+            run_chat(config, agent, journal)
         else:
-            stream = sys.stderr if as_json else sys.stdout
-            run_autopilot(config, place, agent, model, journal, stream, wanted, past)
+            run_autopilot(config, workspace, request, agent, journal, task, history)
     return 0
 
 
@@ -6764,21 +7277,43 @@ def run_replay(path: Path, config: Config) -> int:
         raise ConfigError(f"{path}: there are no events in it")
     journal = Journal(path, read_only=True)
     with SignalHandler(), serve_dashboard(config, journal, None, sys.stdout):
-        print_line("Ctrl-C ends it.")
+        print_line(f"This is the run in {path}. Press Ctrl-C to end.")
         while True:
             time.sleep(0.5)
             journal.read_appended()
 
 
+def own_command() -> str:
+    """Return how this program was started, for commands to copy."""
+    script = sys.argv[0]
+    if not os.path.isfile(script):      # `curl ... | python3 -`
+        return "python3 orchestrator.py"
+    if os.access(script, os.X_OK) and "/" in script:
+        return shlex.quote(script)
+    python = Path(sys.executable).name
+    return shlex.join([python if shutil.which(python) else sys.executable, script])
+
+
+_AFTER_DEMO = """
+That was the demo: no model was asked, nothing was paid, and its files are gone.
+To let it work for you:
+  1. Install an agent and log in, for example: npm install -g @anthropic-ai/claude-code; claude
+  2. Get a key at https://openrouter.ai and set it: export OPENROUTER_API_KEY=sk-or-...
+  3. Check it all:  {command} --doctor
+  4. Give it work:  {command} ~/src/project --task "Make the tests pass"
+To type yourself, without a key:  {command} --chat ~/src/project"""
+
+
 def run_demo(config: Config, environ: Mapping[str, str], as_json: bool) -> int:
-    """Run the whole loop in a scratch directory, with the built-in model and agent."""
+    """Do a run in a scratch directory, with the built-in model and agent."""
     scratch = Path(tempfile.mkdtemp(prefix="orchestrator-demo-")).resolve()
-    place = Workspace(scratch / "work", scratch / "state", environ, is_persistent=False)
-    place.directory.mkdir()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), DemoModelHandler)
-    threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
+    workspace = Workspace(scratch / "work", scratch / "state", environ, is_persistent=False,
+                          has_session_name=True)
+    workspace.directory.mkdir()
     agent = scratch / "demo_agent.py"
     agent.write_text(DEMO_AGENT, encoding="utf-8")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), DemoModelHandler)
+    threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
     shown = {name: value for name, value in vars(config).items() if name.startswith("dashboard")}
     config = Config(
         claude_tmux_socket=scratch.name, claude_cmd=shlex.join([sys.executable, str(agent)]),
@@ -6786,70 +7321,237 @@ def run_demo(config: Config, environ: Mapping[str, str], as_json: bool) -> int:
         openrouter_api_key="the-key-of-the-demo", openrouter_model="built-in demo",
         verify_cmd=DEMO_VERIFY_CMD, terminate_when_quit=True, **shown)
     try:
-        return run(config, place, task=lambda: DEMO_TASK, as_json=as_json)
+        run(config, workspace, RunRequest(lambda: DEMO_TASK, as_json=as_json))
     finally:
         server.shutdown()
         server.server_close()
         shutil.rmtree(scratch, ignore_errors=True)
         with contextlib.suppress(OSError):      # a name for this run only, so nobody else's socket
             os.unlink(f"{environ.get('TMUX_TMPDIR') or '/tmp'}/tmux-{os.getuid()}/{scratch.name}")
+    if not as_json:
+        print_line(_AFTER_DEMO.format(command=own_command()))
+    return 0
 
 
-def run_doctor(config: Config, place: Workspace, wrong: Sequence[str]) -> int:
-    """Tell of each thing that a run needs, and what is `wrong`; return 0 if one could start."""
-    tmux = Tmux(config.claude_tmux_socket, config.claude_tmux_session, place.environ)
-    program = select_profile(config.default_model, config.claude_cmd)
-    agent = Agent(program, place.directory, tmux=tmux)
-    failed = 0
+# Status
 
-    @contextlib.contextmanager
-    def line(name: str, trouble: str = "FAILED") -> Iterator[list[str]]:
-        nonlocal failed
-        found: list[str] = []
-        try:
-            yield found
-            print_line(f"{name:<9} ok      {', '.join(found)}")
-        except (OrchestratorError, OSError, ValueError) as error:
-            failed |= trouble == "FAILED"
-            print_line(f"{name:<9} {trouble:<7} {error}")
+def _format_start(info: Event) -> str:
+    """Return when a run began, in local time."""
+    try:
+        started = datetime.datetime.fromisoformat(info["time"].replace("Z", "+00:00"))
+        return f"{started.astimezone():%Y-%m-%d %H:%M}"
+    except (KeyError, ValueError):
+        return "an unknown time"
 
-    with line("python") as found:
-        found.append(".".join(map(str, sys.version_info[:3])))
-    for what in wrong:
-        with line("settings"):
-            raise ConfigError(what)
-    with line("tmux") as found:
-        found.append(tmux.check_version())
-    with line("agent") as found:
-        found.append(agent.check_installed())
-        if program.install_command:     # another program may take --version for a task
-            command = f"{program.start_command[0]} --version"
-            status, text = run_shell_command(command, place.directory, place.environ, 20)
-            if status:
-                raise AgentError(f"{command}: status {status}, {text[-200:]}: {program.install_command}")
-            found += text.splitlines()[-1:]
-    with line("model") as found:
-        if config.autonomous_mode and not config.openrouter_api_key:
+
+def _format_task(info: Event) -> str:
+    task = "chat" if info.get("mode") == "chat" else info.get("task", "an unknown task")
+    return textwrap.shorten(task, 60, placeholder=" ...")
+
+
+def _describe_driver(path: Path | None, info: Event, process: str) -> Rows:
+    """Return who drives a session, how to watch that in a browser, and how to stop it."""
+    if not process:
+        return [("Driver", "none; the agent waits for the next run or chat in its directory")]
+    rows = [("Driver", f"process {process}, since {_format_start(info)}: {_format_task(info)}")]
+    if path and info.get("mode") != "chat":
+        rows.append(("Dashboard", find_live_dashboard(path) or "none"))
+    return [*rows, ("Stop it", f"kill {process}")]
+
+
+def run_status(config: Config, workspace: Workspace) -> int:
+    """Print the sessions on our socket and the latest runs; return 0."""
+    runs = list(list_runs(workspace))
+    driven = []
+    for name, mark, created_at, is_running in make_tmux(config, workspace).list_sessions():
+        tmux = Tmux(config.claude_tmux_socket, name, workspace.environ)
+        path, info = next(((path, info) for path, info in runs
+                           if info["attach"] == tmux.attach_command), (None, {}))
+        process = find_session_holder(workspace.lock_path(tmux))[0]
+        if process:
+            driven.append(path)
+        agent = f"{info.get('agent', 'a program')}, " + ("running" if is_running else "ended")
+        since = datetime.datetime.fromtimestamp(created_at)
+        rows = [("Agent", f"{agent}; the session is there since {since:%Y-%m-%d %H:%M}"),
+                ("Made for", mark), *_describe_driver(path, info, process),
+                ("Watch it", tmux.attach_command), ("End it", tmux.kill_command)]
+        print_line(f"Session {name}\n{textwrap.indent(format_rows(rows), '    ')}\n")
+    print_line(f"Latest runs, with their journals in {workspace.journal_directory}")
+    for path, info in runs[:10]:
+        outcome = read_outcome(path) or ("running" if path in driven else "cut off")
+        print_line(f"    {_format_start(info)}  {outcome:<11}  {info['workdir']}: "
+                   f"{_format_task(info)}")
+    return 0
+
+
+# Doctor
+
+class Doctor:
+    """Checks what a run needs, by trying it.  Each check returns a description or raises."""
+
+    def __init__(self, config: Config, workspace: Workspace) -> None:
+        self._config = config
+        self._workspace = workspace
+        self._agent = make_agent(config, workspace)
+        self._profile = select_profile(config.default_model, config.claude_cmd)
+
+    def run(self, errors: Sequence[str]) -> int:
+        """Print a line for each thing and each error in the settings; return 0 if all is well."""
+        print_line(f"python    ok      {platform.python_version()}")
+        for error in errors:
+            print_line(f"settings  FAILED  {error}")
+        checks = {"tmux": self._agent.tmux.check_version, "agent": self._check_agent,
+                  "login": self._check_login, "model": self._check_model,
+                  "session": self._check_session, "state": self._check_state}
+        failures = len(errors)
+        for name, check in checks.items():
+            try:
+                print_line(f"{name:<9} ok      {check()}")
+            except (OrchestratorError, OSError, ValueError) as error:
+                print_line(f"{name:<9} FAILED  {error}")
+                failures += 1
+        self._check_dashboard()
+        return 1 if failures else 0
+
+    def _check_agent(self) -> str:
+        profile = self._profile
+        found = self._agent.check_installed()
+        option, variable = profile.root_check
+        if (os.getuid() == 0 and option and option in profile.start_command
+                and not self._workspace.environ.get(variable)):
+            raise AgentError(f"{profile.name} refuses {option} as root. Run as another user, or "
+                             f"set {variable}=1 where nothing can be damaged.")
+        if not profile.install_command:     # another program may take --version for a task
+            return found
+        command = shlex.join([profile.start_command[0], "--version"])
+        status, output = self._run_command(command)
+        if status:
+            raise AgentError(f"{command} ended with exit status {status}: {output[-200:]}. "
+                             f"Install it again: {profile.install_command}")
+        version = output.rpartition("\n")[2]
+        options = self._run_command(shlex.join([profile.start_command[0], "--help"]))[1]
+        unknown = [word for word in profile.start_command
+                   if word.startswith("--") and word not in options]
+        if unknown and not self._config.claude_cmd:
+            raise AgentError(f"{version} does not list {unknown[0]} in its --help. Update it: "
+                             f"{profile.install_command}")
+        return f"{found}, {version}"
+
+    def _run_command(self, command: str) -> tuple[int, str]:
+        return run_shell_command(
+            command, self._workspace.directory, self._workspace.environ, 20)
+
+    def _check_login(self) -> str:
+        profile = self._profile
+        if not profile.login_status_command:
+            return f"not known for {profile.name}"
+        command = shlex.join(profile.login_status_command)
+        status, output = self._run_command(command)
+        advice = find_problem(profile, output)
+        if advice:
+            raise AgentError(f"{profile.name}: {advice}")
+        return "logged in" if status == 0 else f"unknown: `{command}` failed"
+
+    def _check_model(self) -> str:
+        config = self._config
+        if not config.autonomous_mode:
+            return "not needed in chat mode"
+        if not config.openrouter_api_key:
             raise ConfigError("OPENROUTER_API_KEY is not set: export it, or put it into .env")
-        found.append("none is needed for chat" if not config.autonomous_mode else OpenRouter(
-            config.openrouter_base_url, config.openrouter_api_key,
-            config.openrouter_model).check_access().description)
-    with line("session") as found, session_lock(config, place):
-        found.append(f"{tmux.session}: {'runs already, and is joined' if agent.find_session() else 'free'}")
-    with line("state") as found:
+        model = OpenRouter(config.openrouter_base_url, config.openrouter_api_key,
+                           config.openrouter_model)
+        access = model.check_access()
+        note = f"; {access.warning}" if access.warning else ""
+        return f"{access.description}, {model.check_completion()} (tried with a few tokens){note}"
+
+    def _check_session(self) -> str:
+        with hold_session(self._config, self._workspace) as config:
+            agent = make_agent(config, self._workspace)
+            state = "is running already and will be joined" if agent.find_session() else "is free"
+            return f"{config.claude_tmux_session} {state}"
+
+    def _check_state(self) -> str:
+        directory = self._workspace.state_directory
         try:
-            (place.state_directory / "runs").mkdir(mode=0o700, parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=place.state_directory / "runs").close()
+            self._workspace.journal_directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self._workspace.journal_directory).close()
         except OSError as error:
-            raise ConfigError(f"{place.state_directory}: {error.strerror}: set XDG_STATE_HOME to a directory "
-                              "that can be written") from None
-        found.append(f"{place.state_directory} can be written")
-    if config.dashboard_enabled:
-        with line("dashboard", "warning") as found:     # a run goes on without
-            host, port = config.dashboard_host, config.dashboard_port
-            Dashboard(Journal(), host=host, port=port).server_close()
-            found.append(f"can listen on {host}, port {port or 'any'}")
-    return failed
+            raise ConfigError(f"{directory}: {error.strerror}. Set XDG_STATE_HOME to a directory "
+                              "that can be written.") from None
+        return f"{directory} can be written"
+
+    def _check_dashboard(self) -> None:
+        """Print whether the dashboard can be served; a run does without it if it must."""
+        host, port = self._config.dashboard_host, self._config.dashboard_port
+        if self._config.dashboard_enabled:
+            try:
+                Dashboard(Journal(), host=host, port=port).server_close()
+                print_line(f"dashboard ok      can listen on {host}, port {port or 'any'}")
+            except ConfigError as error:
+                print_line(f"dashboard warning {error}")
+
+
+# Dispatch
+
+_ANNOUNCED_SETTINGS = ("CLAUDE_CMD", "VERIFY_CMD", "NOTIFY_CMD", "OPENROUTER_BASE_URL",
+                       "DEFAULT_MODEL")
+_REPEATED_SETTINGS = ("CLAUDE_TMUX_SESSION", "CLAUDE_TMUX_SOCKET", "DEFAULT_MODEL", "CLAUDE_CMD",
+                      "OPENROUTER_MODEL", "OPENROUTER_BASE_URL", "VERIFY_CMD")
+
+
+def repeat_settings(environ: Mapping[str, str]) -> str:
+    """Return the settings of the environment that the same agent and model need again."""
+    settings = [f"{name}={shlex.quote(environ[name])} " for name in _REPEATED_SETTINGS
+                if environ.get(name) and "?" not in environ[name]]      # a query may hold a key
+    return "".join(settings)
+
+
+def announce_settings(environ: Mapping[str, str], env_file: Mapping[str, str]) -> None:
+    """Tell which settings of the .env file choose what runs, and which look misspelt."""
+    for name in _ANNOUNCED_SETTINGS:
+        if env_file.get(name) and not environ.get(name):
+            value = env_file[name]
+            if name == "OPENROUTER_BASE_URL":
+                value = value.partition("?")[0]     # a query may hold a key
+            print_error(f".env sets {name}={value}")
+    for name in sorted(env_file.keys() - Config.fields_by_variable().keys()):
+        for match in difflib.get_close_matches(name, Config.fields_by_variable(), 1, 0.85):
+            print_error(f".env: unknown setting {name}. Did you mean {match}?")
+
+
+def find_workspace(directory: str | None, environ: Mapping[str, str],
+                   env_file: Mapping[str, str]) -> Workspace:
+    """Return where a run works; raise ConfigError if there is no such directory."""
+    shown = directory or "."
+    try:
+        path = Path(shown).expanduser().resolve()
+        state_home = environ.get("XDG_STATE_HOME", "")
+        if not os.path.isabs(state_home):
+            state_home = str(Path.home() / ".local/state")
+        if not path.is_dir():
+            problem = "not a directory" if path.exists() else "there is no such directory"
+            raise ConfigError(f"{path}: {problem}")
+    except OSError as error:            # it was deleted while we were in it
+        raise ConfigError(f"{shown}: {error}") from None
+    except RuntimeError as error:       # no home
+        raise ConfigError(f"{shown}: {error} Set HOME and XDG_STATE_HOME") from None
+    name = "CLAUDE_TMUX_SESSION"
+    return Workspace(path, Path(state_home, "orchestrator"), child_environment(environ),
+                     has_session_name=bool(environ.get(name) or env_file.get(name)),
+                     command=f"{repeat_settings(environ)}{own_command()}")
+
+
+def start_replay(options: argparse.Namespace, environ: Mapping[str, str],
+                 env_file: Mapping[str, str]) -> int:
+    """Serve a recorded run.  Only the settings of the dashboard matter, and must be right."""
+    config = Config.from_env(
+        {name: value for name, value in environ.items() if name.startswith("DASHBOARD_")},
+        {name: value for name, value in env_file.items() if name.startswith("DASHBOARD_")})
+    path = Path(options.replay)
+    if not options.replay or path.is_dir():
+        workspace = find_workspace(options.replay or options.directory, environ, env_file)
+        path = find_replay(workspace)
+    return run_replay(path, config)
 
 
 def dispatch(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
@@ -6857,60 +7559,57 @@ def dispatch(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     if options.help or options.version:
         print_line(help_text() if options.help else f"orchestrator {__version__}")
         return 0
-    wrong: list[str] = []
-    env_file = {} if options.demo else read_env_file(Path(".env"), wrong.append)
-    if options.replay:      # needs no other settings, and no other program's .env is in its way
-        return run_replay(Path(options.replay), Config.from_env(*(
-            {name: value for name, value in source.items() if name.startswith("DASHBOARD_")}
-            for source in (environ, env_file))))
-    config = Config.from_env(environ, env_file, wrong.append)
-    if wrong and not options.doctor:
-        raise ConfigError(wrong[0])
-    for name in ("CLAUDE_CMD", "VERIFY_CMD", "OPENROUTER_BASE_URL"):
-        if env_file.get(name) and not environ.get(name):
-            print_error(f"{name}={env_file[name]} comes from .env")
-    for name in env_file.keys() - Config.fields_by_variable().keys():
-        for meant in difflib.get_close_matches(name, Config.fields_by_variable(), 1, 0.85):
-            print_error(f"{name} in .env is no setting: do you mean {meant}?")
-    children = child_environment(environ)
+    errors: list[str] = []
+    env_file = {} if options.demo else read_env_file(Path(".env"), errors.append)
+    if options.replay is not None:
+        return start_replay(options, environ, env_file)
+    config = Config.from_env(environ, env_file, errors.append)
+    if errors and not (options.doctor or options.status):
+        raise ConfigError(errors[0])
     if options.demo:
-        return run_demo(config, children, options.json)
-    try:
-        directory = Path(options.directory or ".").expanduser().resolve()
-        home = environ.get("XDG_STATE_HOME", "")
-        state = Path(home if os.path.isabs(home) else Path.home() / ".local/state", "orchestrator")
-        if not directory.is_dir():
-            raise ConfigError(f"{directory}: " + ("not a directory" if directory.exists()
-                                                  else "there is no such directory"))
-    except (OSError, RuntimeError) as error:        # deleted under us, or no home
-        advice = " Set HOME and XDG_STATE_HOME" * isinstance(error, RuntimeError)
-        raise ConfigError(f"{options.directory or '.'}: {error}{advice}") from None
-    place = Workspace(directory, state, children)
+        return run_demo(config, child_environment(environ), options.json)
+    workspace = find_workspace(options.directory, environ, env_file)
+    if options.status:
+        return run_status(config, workspace)
+    announce_settings(environ, env_file)
     if options.doctor:
-        return run_doctor(config, place, wrong)
-    chat = options.chat or not (config.autonomous_mode or options.resume)
-    if chat and options.task is not None:
+        return Doctor(config, workspace).run(errors)
+    is_chat = options.chat or not (config.autonomous_mode or options.resume)
+    if is_chat and options.task is not None:
         raise ConfigError("a chat takes no --task: AUTONOMOUS_MODE=false is set")
-    return run(config, place, task=lambda: read_task(options.task), chat=chat, as_json=options.json,
-               resume=options.resume)
+    ask = str if is_chat else functools.partial(read_task, options.task)
+    return run(config, workspace, RunRequest(
+        ask, is_chat=is_chat, as_json=options.json,
+        resume=options.resume))
+
+
+def repair_standard_streams() -> None:
+    """Open standard streams that were closed, and let none of them fail for what is written."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  (until the process ends)
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+            with contextlib.suppress(OSError):      # a slow reader must not lose output
+                os.set_blocking(stream.fileno(), True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; return the exit status that the manual lists."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:      # it was closed
-            setattr(sys, name, open(os.devnull, mode))
-        elif isinstance(getattr(sys, name), io.TextIOWrapper):
-            getattr(sys, name).reconfigure(errors="replace")
-            with contextlib.suppress(OSError):      # else what its reader is late for is lost
-                os.set_blocking(getattr(sys, name).fileno(), True)
+    repair_standard_streams()
     try:
         return dispatch(parse_arguments(argv), os.environ)
-    except (OrchestratorError, OSError, RuntimeError) as error:     # that: no more threads
+    except OrchestratorError as error:
         print_error(error)
-        return getattr(error, "exit_status", 1)
-    except KeyboardInterrupt as interrupt:      # Interrupted, or Ctrl-C before Signals are entered
-        return getattr(interrupt, "exit_status", 130)
+        return error.exit_status
+    except (OSError, RuntimeError) as error:        # for example, no more threads
+        print_error(error)
+        return 1
+    except Interrupted as interrupt:
+        return interrupt.exit_status
+    except KeyboardInterrupt:       # Ctrl-C before the signal handlers were set
+        return 130
 
 
 if __name__ == "__main__":

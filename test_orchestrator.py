@@ -43,14 +43,19 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent))     # whatever pytest's import mode is
 import orchestrator
 from orchestrator import (
-    Action, Agent, AgentError, AgentExited, Autopilot, BudgetExceeded, Chat, Config, ConfigError,
-    ContextWindowExceeded, RunControl, Conversation, Dashboard, TaskFailed, Interrupted, Journal, Memory,
-    CLAUDE_CODE, CLINE, CODEX, COPILOT, GEMINI, PROFILES, ModelError, TerminalReporter, RequestRejected, OpenRouter, OrchestratorError, PaneSnapshot, Workspace, AgentProfile, StartupDialog,
-    Reply, SignalHandler, StuckInLoop, Tmux, TmuxServerLost, TmuxError, TmuxSessionLost, TokenUsage, TransientError, Turn,
-    ProgramHabits, TurnDetector, strip_input_box, process_start_time, child_environment, select_profile, truncate_middle, find_draft, normalize_screen,
-    is_message_unsent, is_resumable_event, find_problem, find_startup_dialog, find_unfinished_run, last_text_line, main, describe_menu, format_event,
-    format_chat_event, find_new_lines, parse_env, parse_json_object, parse_reply, read_env_file, read_events,
-    run_shell_command, sanitize, print_line, has_input_box, help_text, session_lock, format_duration, trimmed_lines, parse_usage_limit)
+    CLAUDE_CODE, CLINE, CODEX, COPILOT, GEMINI, PROFILES, Action, Agent, AgentError,
+    AgentExited, AgentProfile, Autopilot, BudgetExceeded, Chat, Config, ConfigError,
+    ContextWindowExceeded, Conversation, Dashboard, Interrupted, Journal, Memory, ModelError,
+    OpenRouter, OrchestratorError, PaneSnapshot, ProgramHabits, Reply, RequestRejected,
+    RunControl, SignalHandler, StartupDialog, StuckInLoop, TaskFailed, TerminalReporter, Tmux,
+    TmuxError, TmuxServerLost, TmuxSessionLost, TokenUsage, TransientError, Turn, TurnDetector,
+    Workspace, child_environment, describe_chat_event, describe_event, describe_menu,
+    find_draft, find_new_lines, find_problem, find_startup_dialog, find_unfinished_run,
+    format_duration, has_input_box, help_text, is_message_unsent, is_resumable_event,
+    last_text_line, main, normalize_screen, parse_env, parse_json_object, parse_reply,
+    parse_usage_limit, print_line, process_start_time, read_env_file, read_events, read_line,
+    run, run_shell_command, sanitize, select_profile, session_lock, strip_input_box,
+    trimmed_lines, truncate_middle, write_output)
 
 SOURCE = Path(orchestrator.__file__).read_text(encoding="utf-8")
 KEY = "sk-or-v1-0123456789abcdef"
@@ -161,6 +166,7 @@ class Hands:
     """An agent that does at once what it is told: a list of turns, then an echo."""
 
     name, directory, tmux = "Agent", Path("/"), Tmux("private", "work", {})
+    is_hiding_input = False
 
     def __init__(self, *turns) -> None:
         self.told, self._turns = [], list(turns)
@@ -180,9 +186,12 @@ class Hands:
     def send_keys(self, keys, timeout=0):
         return self._next(tuple(keys))
 
-    def wait(self, seconds, until=orchestrator.never):
+    def wait(self, seconds, until=orchestrator.never, *, idle_timeout=None):
         self.until = until
         return self._next(seconds)
+
+    def hides_input(self):
+        return self.is_hiding_input
 
     def _next(self, order):
         self.told.append(order)
@@ -4838,21 +4847,6 @@ def test_a_chat_passes_lines_on_until_quit():
         assert talk.journal.events()[-1]["outcome"] == "complete"
 
 
-@pytest.mark.parametrize("lines, message", [
-    (['"""', "one", "", "  two", '"""'], "one\n\n  two"), (['"""one', 'two"""  '], "one\ntwo"),
-    (['"""one"""'], "one"), (['"""', '"""'], None),
-    (['"""', ' "quoted"', "/quit", '"""'], ' "quoted"\n/quit'),
-    (['"""\none\n\ntwo\n"""'], "one\n\ntwo"), (['"""Doc."""\nimport os'], '"""Doc."""\nimport os')])
-def test_triple_quotes_hold_a_message_of_several_lines(lines, message):
-    talk = Talk(*lines)
-    assert talk.run() == ([f"did {message}"] if message else []) and not talk.left
-    assert talk.prompts == ["> ", *["... "] * (len(lines) - 1), "> "]
-
-
-def test_a_message_whose_quotes_are_never_closed_is_not_said():
-    assert Talk('"""one', "two", None).run() == []
-
-
 def test_a_person_presses_keys_and_looks_at_the_screen():
     talk = Talk("/keys Down  C-c", "/keys Foo Down", "/keys", " /screen", "/keyboard")
     pressed, foo, none, screen, other = talk.run()
@@ -4861,10 +4855,35 @@ def test_a_person_presses_keys_and_looks_at_the_screen():
 
 
 def test_an_interrupted_turn_gives_the_prompt_back():
-    talk = Talk("hello", "again", agent=Hands(Interrupted(signal.SIGINT)))
-    assert "goes on" in talk.run()[0] and talk.agent.told == ["hello", "again"]
+    talk = Talk("hello", "again", "/wait", agent=Hands(Interrupted(signal.SIGINT)))
+    output = talk.run()[0]
+    assert "keeps working" in output and "/wait" in output and "/keys Escape" in output
+    assert talk.agent.told == ["hello", "again", Config().turn_timeout]
     with pytest.raises(Interrupted):        # no prompt to give back
         Talk("x", agent=Hands(Interrupted(signal.SIGINT)), is_interactive=False).run()
+
+
+def test_ctrl_c_right_after_a_turn_does_not_end_the_chat(monkeypatch: Any) -> None:
+    talk = Talk("hello", "again")
+    publish, interrupts = talk.journal.publish, [Interrupted(signal.SIGINT)]
+
+    def publish_and_interrupt(kind: str, **fields: Any) -> None:
+        publish(kind, **fields)
+        if kind == "iteration_end" and fields["orchestrator"] == "hello" and interrupts:
+            raise interrupts.pop()
+
+    monkeypatch.setattr(talk.journal, "publish", publish_and_interrupt)
+    assert talk.run() == ["did hello", "did again"]
+
+
+def test_what_a_hidden_prompt_is_answered_is_sent_and_not_recorded() -> None:
+    agent = Hands()
+    agent.is_hiding_input = True
+    talk = Talk("s3cret", agent=agent)
+    talk.run()
+    assert agent.told == ["s3cret"] and talk.prompts == ["hidden> ", "hidden> "]
+    (turn,) = [event for event in talk.journal.events() if event.get("orchestrator")]
+    assert turn["orchestrator"] == "(hidden input)"
 
 
 @pytest.mark.parametrize("error, outcome", [
@@ -5305,11 +5324,13 @@ def test_how_a_time_is_said(seconds, words):
 class Stage:
     """A narrator of a chat on a terminal of 40 columns, or on none."""
 
-    def __init__(self, monkeypatch, capsys, live=True) -> None:
+    def __init__(self, monkeypatch, capsys, live=True, describe=describe_chat_event,
+                 **how) -> None:
         monkeypatch.setenv("COLUMNS", "40")
         self.clock, self._capsys = Clock(), capsys
-        self.narrator = TerminalReporter(format_chat_event, {"iteration_start": "Agent", "iteration_end": ""},
-                                 live=live, clock=self.clock)
+        self.narrator = TerminalReporter(
+            describe, {"iteration_start": "Agent", "iteration_end": ""},
+            orchestrator.Display(live, live, live), clock=self.clock, **how)
 
     def drawn(self, kind="", **fields):
         """Hear an event, or look again; return what was printed."""
@@ -5353,18 +5374,146 @@ TOKENS = {"prompt": 1000, "completion": 200, "total": 1200, "cached": 0, "writte
     ({"type": "complete", "outcome": "complete", "reason": "", "iterations": 3, "tokens": TOKENS,
       "cost": 0.5, "duration_ms": 61_000}, ["complete: 3 iterations", "1,200", "$0.5", "1 min"]),
     ({"type": "complete", "outcome": "budget", "reason": "", "iterations": 1, "tokens": TOKENS,
-      "cost": 0.5, "duration_ms": 1}, [": 1 iteration,", "--resume"]),
+      "cost": 0.5, "duration_ms": 1}, [": 1 iteration,"]),
     ({"type": "complete", "outcome": "stuck", "reason": "circles", "iterations": 3,
       "tokens": TOKENS, "cost": 0.5, "duration_ms": 1}, ["stuck"])],
     ids=lambda case: case and case["type"] if isinstance(case, dict) else "")
 def test_the_terminal_says_what_happens_and_obeys_nobody(event, words, capsys):
     event = {"id": 1, "time": "2026-01-31T09:00:00.123Z", **event}
-    print_line(format_event(event))
+    TerminalReporter(describe_event, {}, orchestrator.Display()).on_event(event)
     text = capsys.readouterr().out
     assert bool(text) is bool(words) and all(word in text for word in words or ())
-    assert "--resume" not in format_event(event, is_persistent=False)
-    print_line(format_chat_event(event))
+    TerminalReporter(describe_chat_event, {}, orchestrator.Display()).on_event(event)
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", text + capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("outcome, fields, words, others", [
+    ("complete", {}, ["Task complete: 3 iterations, ", "Next task: orchestrator /w", "still running",
+                      "tmux attach", "tmux kill", "/j.jsonl"], ["raise"]),
+    ("budget", {"can_continue": True, "next_command": "orchestrator --resume /w"},
+     ["Ended (budget)", "Continue:  raise the budget, then: orchestrator --resume /w"], []),
+    ("interrupted", {"can_continue": True, "agent_running": False}, ["is not running", "/j.jsonl"],
+     ["tmux attach", "tmux kill", "raise"]),
+    ("complete", {"next_command": ""}, ["Task complete"], ["Journal", "Agent"]),
+    ("complete", {"cost": None}, ["cost not reported"], ["$"]),
+    ("complete", {"cost": 0.0}, ["free"], ["$", "reported"]),
+    ("complete", {"restarts": 1, "files_changed": 2},
+     ["1 restart of the agent", "2 changed files"], [])])
+def test_the_end_of_a_run_tells_what_is_left_of_it_and_how_to_go_on(
+        outcome: str, fields: dict[str, Any], words: list[str], others: list[str]) -> None:
+    event = {"type": "complete", "outcome": outcome, "reason": "", "iterations": 3, "cost": 0.5,
+             "tokens": TOKENS, "duration_ms": 61_000, "agent": "A", "can_continue": False,
+             "next_command": "orchestrator /w", "agent_running": True, "journal": "/j.jsonl",
+             "watch_command": "tmux attach", "stop_command": "tmux kill", **fields}
+    for describe in (describe_event, describe_chat_event):
+        text = "\n".join(describe(event))
+        assert describe is describe_chat_event or all(word in text for word in words), text
+        assert not any(word in text for word in others)
+    assert "Chat ended: 3 messages, 1 min" in text
+
+
+def shown_on(stage: Any, *events: dict[str, Any]) -> str:
+    """Return what a terminal shows of the events, without its status line."""
+    text = "".join(stage.drawn(event.pop("type"), **event) for event in map(dict, events))
+    return re.sub(r"\r\x1b\[K|\x1b\[\?7l.*?\x1b\[\?7h", "", text)
+
+
+LONG_OUTPUT = "\n".join(f"line {number}" for number in range(60))
+
+
+def test_a_terminal_shows_twenty_lines_of_a_turn_and_a_pipe_all(
+        monkeypatch: Any, capsys: Any) -> None:
+    turn = {"type": "iteration_end", "iteration": 1, "agent_output": LONG_OUTPUT}
+    how: dict[str, Any] = {"describe": describe_event, "shortens": True}
+    text = shown_on(Stage(monkeypatch, capsys, **how), turn)
+    assert text.count("\n") == 21 and "... 41 more lines in the journal" in text
+    assert "    line 0\n" in text and "    line 59\n" in text
+    assert "line 30" in shown_on(Stage(monkeypatch, capsys, live=False, **how), turn)
+    chat = Stage(monkeypatch, capsys)
+    assert shown_on(chat, turn) == LONG_OUTPUT + "\n"
+
+
+def test_heads_are_bold_on_a_terminal_and_a_failed_check_is_shown_once(
+        monkeypatch: Any, capsys: Any) -> None:
+    events: list[dict[str, Any]] = [
+        {"type": "reply", "iteration": 2, "text": "TASK_COMPLETE", "tokens": TOKENS, "cost": 0.5},
+        {"type": "verify", "command": "make", "status": 2, "output": "it broke"},
+        {"type": "iteration_end", "iteration": 2, "agent_output": "The check failed: it broke"},
+        {"type": "iteration_start", "iteration": 3},
+        {"type": "iteration_end", "iteration": 3, "agent_output": "it broke"}]
+    text = shown_on(Stage(monkeypatch, capsys, describe=describe_event), *events)
+    assert text.count("it broke") == 2 and "\x1b[1m\n[2] model" in text
+    text = shown_on(Stage(monkeypatch, capsys, live=False, describe=describe_event), *events)
+    assert text.count("it broke") == 3 and "\x1b" not in text
+
+
+@pytest.mark.parametrize("environ, display", [
+    ({"TERM": "xterm"}, (True, True, True)), ({"TERM": "dumb"}, (True, False, False)),
+    ({}, (True, False, False)), ({"TERM": "xterm", "NO_COLOR": "1"}, (True, True, False))])
+def test_what_a_terminal_can_show(environ: dict[str, str], display: tuple[bool, ...],
+                                  monkeypatch: Any) -> None:
+    assert orchestrator.Display.of_stdout(environ) == (False, False, False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert orchestrator.Display.of_stdout(environ) == display
+
+
+@pytest.mark.parametrize("output, shown", [
+    ("❯ say hi\n\n● hi", "● hi"), ("› say hi\n\n• hi", "• hi"), ("> say\n  hi\n\n✦ hi", "✦ hi"),
+    ("❯ [Pasted text #1 +3 lines]\n\n● hi", "● hi"), ("❯ say hi", ""),
+    ("say high\n● hi", "say high\n● hi"), ("● hi", "● hi"), ("", ""), ("say", "say")])
+def test_our_own_message_is_not_shown_again(output: str, shown: str) -> None:
+    assert orchestrator.remove_echo(output, "say hi") == shown
+
+
+@pytest.mark.parametrize("lines, message", [
+    (['"""', "one", "", "  two", '"""'], "one\n\n  two"), (['"""one', 'two"""  '], "one\ntwo"),
+    (['"""one"""'], "one"), (['"""', '"""'], ""), (['"""one', "two"], None),
+    (['"""', ' "quoted"', "/quit", '"""'], ' "quoted"\n/quit'), (["hello"], "hello"), ([], None),
+    (['"""\none\n\ntwo\n"""'], "one\n\ntwo"), (['"""Doc."""\nimport os'], '"""Doc."""\nimport os')])
+def test_triple_quotes_hold_a_message_of_several_lines(
+        lines: list[str], message: str | None, monkeypatch: Any) -> None:
+    prompts: list[str] = []
+    left = list(lines)
+
+    def read_line(prompt: str) -> str | None:
+        prompts.append(prompt)
+        return left.pop(0) if left else None
+
+    monkeypatch.setattr(orchestrator, "read_line", read_line)
+    assert orchestrator.read_message("> ") == message and not left
+    assert prompts[0] == "> " and set(prompts[1:]) <= {"... "}
+
+
+def test_a_task_in_triple_quotes_is_asked_for_line_by_line(monkeypatch: Any) -> None:
+    lines = ['"""Build it.', "", 'Test it."""']
+    monkeypatch.setattr(orchestrator, "read_line", lambda prompt: lines.pop(0))
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    assert orchestrator.read_task(None) == "Build it.\n\nTest it."
+
+
+@pytest.mark.parametrize("typed, messages, hints", [
+    (["", ""], [None], 1), (["a", "b", ""], [None], 2), (["", "one", "", ""], ["one", None], 2),
+    (["", "a", ""], [None], 2), (["one", None], ["one", None], 0)])
+def test_ctrl_c_at_a_prompt_clears_the_line_and_leaves_only_the_second_time(
+        typed: list[str | None], messages: list[str | None], hints: int,
+        monkeypatch: Any, capsys: Any) -> None:
+    steps = list(typed)
+
+    def read(prompt: str) -> str | None:
+        text = steps.pop(0)
+        if text is None or text == "one":
+            return text
+        interrupt = Interrupted(signal.SIGINT)      # at a prompt that shows the text
+        interrupt.has_cleared_input = bool(text)
+        raise interrupt
+
+    monkeypatch.setattr(orchestrator, "read_message", read)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    prompt = orchestrator.ChatPrompt()
+    assert [prompt.read("> ") for _ in messages] == messages and not steps
+    assert capsys.readouterr().out.count("/quit to leave") == hints
 
 
 def test_a_closed_pipe_ends_the_narration_and_not_the_run():
@@ -5415,11 +5564,11 @@ def scene(tmp_path, monkeypatch, capsys):
     (["--chat"], {"TURN_TIMEOUT": "0"}, 2, "TURN_TIMEOUT='0': expected"),
     (["--task", "x"], {"AUTONOMOUS_MODE": "no"}, 2, "a chat takes no --task"),
     (["--replay", "nothing.jsonl"], {}, 2, "nothing.jsonl: can't be read"),
-    (["--resume"], {"OPENROUTER_API_KEY": KEY}, 2, "there is no run to resume"),
+    (["--resume"], {"OPENROUTER_API_KEY": KEY}, 2, "There is no run to resume"),
     (["--chat"], {"PATH": "/nowhere"}, 5, "tmux is not installed"),
     (["--chat"], {"CLAUDE_CMD": "", "DEFAULT_MODEL": "gpt"}, 5, "codex is not on your PATH. Install it: npm"),
-    (["--task", " "], {"OPENROUTER_API_KEY": KEY, "CLAUDE_CMD": "cat"}, 2, "there is no task"),
-    ([], {"OPENROUTER_API_KEY": KEY, "CLAUDE_CMD": "cat"}, 2, "there is no task")])
+    (["--task", " "], {"OPENROUTER_API_KEY": KEY, "CLAUDE_CMD": "cat"}, 2, "There is no task"),
+    ([], {"OPENROUTER_API_KEY": KEY, "CLAUDE_CMD": "cat"}, 2, "There is no task")])
 def test_wrong_use_is_one_line_that_says_what_to_change(scene, arguments, environ, status, words):
     ended, out, err = scene(*arguments, **environ)
     assert (ended, out) == (status, "")
@@ -5447,19 +5596,28 @@ def test_the_manual_lists_the_arguments_and_the_settings(scene):
 def test_settings_that_run_something_are_announced_when_they_come_from_a_file(scene):
     Path(".env").write_text("CLAUDE_CMD=cat\nMAX_COST=1\nOPENROUTER_API_KEY='sk-from-the-file'\n")
     status, out, err = scene("--task", "")
-    assert status == 2 and "CLAUDE_CMD=cat comes from .env" in err and "MAX_COST" not in err
+    assert status == 2 and ".env sets CLAUDE_CMD=cat" in err and "MAX_COST" not in err
     assert "sk-from-the-file" not in err
-    assert "comes from .env" not in scene("--task", "", CLAUDE_CMD="cat")[2]
+    assert ".env sets" not in scene("--task", "", CLAUDE_CMD="cat")[2]
     Path(".env").write_text("CLAUDE_CMD=cat\nMAX_ITERATION=3\nPORT=80\n")
     err = scene("--task", "")[2]
-    assert "MAX_ITERATION in .env is no setting: do you mean MAX_ITERATIONS?" in err
+    assert ".env: unknown setting MAX_ITERATION. Did you mean MAX_ITERATIONS?" in err
     assert "PORT" not in err
     Path(".env").write_text("MAX_ITERATION: 3\nMAX_COST 1\nsk-secret\n")
     status, out, err = scene("--chat")
     assert status == 2 and ".env line 2" in err and "sk-secret" not in err
     Path(".env").write_text("MAX_ITERATION: 3\nsk-secret\n")
     err = scene("--chat")[2]
-    assert "MAX_ITERATION in .env" in err and "secret" not in err
+    assert ".env: unknown setting MAX_ITERATION." in err and "secret" not in err
+
+
+FAKE_CODEX = r"""echo warning >&2
+case $1 in
+    --version) echo codex 0.1 $1 $OPENROUTER_API_KEY ;;
+    --help) echo "  --no-alt-screen --ask-for-approval <POLICY> --sandbox <MODE> --no-daemon" ;;
+    login) echo Logged in ;;
+esac
+"""
 
 
 @pytest.fixture
@@ -5467,21 +5625,20 @@ def run_doctor(scene, tmp_path):
     """Return a function that calls the doctor: settings in, status and the line of each thing."""
     def call(**environ):
         status, out, err = scene("--doctor", **environ)
-        assert err == ""
+        assert not err or err.startswith("orchestrator: .env sets ")
         return status, {line.split()[0]: line.split(None, 1)[1] for line in out.splitlines()}
 
     (tmp_path / "tmux").write_text(
         """#!/bin/sh\n[ "$6" = -V ] && echo tmux 3.4 || ! echo "can't find session: x" >&2\n""")
-    (tmp_path / "codex").write_text(
-        "#!/bin/sh\necho warning >&2; echo codex 0.1 $1 $OPENROUTER_API_KEY\n")
+    (tmp_path / "codex").write_text(f"#!/bin/sh\n{FAKE_CODEX}")
     (tmp_path / "codex").chmod(0o755)
     return call
 
 
 def test_the_doctor_has_a_line_for_each_thing_and_says_what_is_wrong(run_doctor):
     status, lines = run_doctor(CLAUDE_CMD="cat", PATH="/nowhere")
-    assert status == 1 and list(lines) == ["python", "tmux", "agent", "model", "session", "state",
-                                           "dashboard"]
+    assert status == 1 and list(lines) == [
+        "python", "tmux", "agent", "login", "model", "session", "state", "dashboard"]
     for name, words in {"python": "ok", "tmux": "FAILED  tmux is not installed: apt",
                         "agent": "FAILED  cat: cat is not on your PATH. Check CLAUDE_CMD.",
                         "model": "FAILED  OPENROUTER_API_KEY is not set: export it",
@@ -5492,7 +5649,7 @@ def test_the_doctor_has_a_line_for_each_thing_and_says_what_is_wrong(run_doctor)
 def test_the_doctor_is_content_where_a_chat_could_start(run_doctor):
     status, lines = run_doctor(AUTONOMOUS_MODE="no", CLAUDE_CMD="cat", DASHBOARD_ENABLED="no")
     assert status == 0, lines
-    assert lines["session"] == "ok      gt-claude-loop: free" and "chat" in lines["model"]
+    assert lines["session"] == "ok      gt-claude-loop is free" and "chat" in lines["model"]
 
 
 def test_the_doctor_asks_known_agents_for_their_version_without_the_key(run_doctor, tmp_path):
@@ -5501,8 +5658,35 @@ def test_the_doctor_asks_known_agents_for_their_version_without_the_key(run_doct
     (tmp_path / "codex").write_text("#!/bin/sh\necho no licence; exit 3\n")
     status, lines = run_doctor(**ask)
     assert status == 1
-    assert lines["agent"] == ("FAILED  codex --version: status 3, no licence: "
-                              "npm install -g @openai/codex")
+    assert lines["agent"] == (
+        "FAILED  codex --version ended with exit status 3: no licence. Install it again: "
+        "npm install -g @openai/codex")
+
+
+@pytest.mark.parametrize("program, name, words", [
+    ("case $1 in --help) echo --sandbox ;; *) echo codex 0.1 ;; esac", "agent",
+     "FAILED  codex 0.1 does not list --no-alt-screen in its --help. Update it: npm install"),
+    (f"[ $1 = login ] && {{ echo Not logged in; exit 1; }}\n{FAKE_CODEX}", "login",
+     "FAILED  Codex: it says 'Not logged in'. Run `codex login`"),
+    (f"[ $1 = login ] && {{ echo no such command; exit 2; }}\n{FAKE_CODEX}", "login",
+     "ok      unknown: `codex login status` failed")])
+def test_the_doctor_finds_agents_that_would_not_work(
+        program: str, name: str, words: str, run_doctor: Any, tmp_path: Path) -> None:
+    (tmp_path / "codex").write_text(f"#!/bin/sh\n{program}\n")
+    lines = run_doctor(DEFAULT_MODEL="gpt", AUTONOMOUS_MODE="no")[1]
+    assert lines[name].startswith(words)
+
+
+def test_the_doctor_knows_that_claude_code_refuses_to_run_as_root(
+        run_doctor: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "claude").write_text(
+        "#!/bin/sh\necho 2.1 --dangerously-skip-permissions --setting-sources --settings\n")
+    (tmp_path / "claude").chmod(0o755)
+    monkeypatch.delenv("IS_SANDBOX", raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 0)
+    status, lines = run_doctor(AUTONOMOUS_MODE="no")
+    assert status == 1 and "refuses --dangerously-skip-permissions as root" in lines["agent"]
+    assert run_doctor(AUTONOMOUS_MODE="no", IS_SANDBOX="1")[1]["agent"].startswith("ok")
 
 
 def test_the_doctor_says_who_has_the_session_the_port_and_the_state_directory(run_doctor, tmp_path):
@@ -5514,7 +5698,7 @@ def test_the_doctor_says_who_has_the_session_the_port_and_the_state_directory(ru
         assert run_doctor(**ask)[0] == 0        # a run goes on without
         with session_lock(Config(), place):
             status, lines = run_doctor(**ask)
-    assert status == 1 and f"process {os.getpid()}: set CLAUDE_TMUX_SESSION" in lines["session"]
+    assert status == 1 and f"process {os.getpid()}. Wait" in lines["session"]
     assert re.match(r"warning +DASHBOARD_HOST=.*DASHBOARD_PORT=.*can't listen", lines["dashboard"])
     (tmp_path / "file").touch()
     status, lines = run_doctor(XDG_STATE_HOME=str(tmp_path / "file"))
@@ -5603,7 +5787,7 @@ def test_a_reader_that_is_late_loses_nothing():
 def test_one_orchestrator_drives_a_session_at_a_time(tmp_path):
     place = Workspace(tmp_path, tmp_path / "state", {})
     with session_lock(Config(), place):
-        with pytest.raises(ConfigError, match=f"gt-claude-loop.*process {os.getpid()}: set"):
+        with pytest.raises(ConfigError, match=f"gt-claude-loop: process {os.getpid()}. Wait"):
             with session_lock(Config(), place):
                 pass
         with session_lock(Config(claude_tmux_session="other"), place):
@@ -5621,6 +5805,136 @@ def test_a_file_system_without_locks_stops_nobody(tmp_path, monkeypatch):
         pass
 
 
+@pytest.mark.parametrize("owners, chosen", [
+    (["", ""], "default"), (["mine", ""], "default"), (["theirs", ""], "own"),
+    (["another program", "mine"], "own"), (["", "mine"], "own"), (["mine", "mine"], "default"),
+    (["theirs", "theirs"], "own")])
+def test_a_session_that_belongs_to_something_else_is_left_alone(
+        owners: list[str], chosen: str, tmp_path: Path, monkeypatch: Any) -> None:
+    workspace = Workspace(tmp_path, tmp_path / "state", {})
+    mark = orchestrator.make_agent(Config(), workspace).session_mark
+    names = {"default": Config().claude_tmux_session, "own": orchestrator.session_name_of(tmp_path)}
+    by_name = dict(zip(names.values(), owners))
+    monkeypatch.setattr(orchestrator, "find_session_owner", lambda config, workspace: (
+        by_name[config.claude_tmux_session].replace("mine", mark)))
+    assert orchestrator.choose_session(Config(), workspace).claude_tmux_session == names[chosen]
+    named = workspace._replace(has_session_name=True)
+    assert orchestrator.choose_session(Config(), named) == Config()
+
+
+def test_a_session_is_taken_before_it_is_made(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(Tmux, "find_pane", lambda tmux: ("", ""))
+    workspace = Workspace(tmp_path, tmp_path / "state", {})
+    assert orchestrator.find_session_owner(Config(), workspace) == ""
+    with session_lock(Config(), workspace, "'claude' in '/elsewhere'"):
+        assert orchestrator.find_session_owner(Config(), workspace) == "'claude' in '/elsewhere'"
+        with orchestrator.hold_session(Config(), workspace) as config:
+            assert config.claude_tmux_session == orchestrator.session_name_of(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a b", "ä.ö", "x" * 200, "-", "/"])
+def test_the_session_of_a_directory_has_a_name_that_tmux_takes(name: str) -> None:
+    names = {orchestrator.session_name_of(Path(parent, name)) for parent in ("/one", "/two")}
+    assert len(names) == (1 if name == "/" else 2)
+    assert all(re.fullmatch(r"gt-claude-loop-[A-Za-z0-9_-]*-[0-9a-f]{4}", each) for each in names)
+    assert {Config.from_env({"CLAUDE_TMUX_SESSION": each}, {}) for each in names}
+
+
+@pytest.mark.parametrize("event, sentence, outcome", [
+    ({"type": "complete", "outcome": "budget", "reason": "MAX_COST=1 reached"},
+     "The run in {} ended (budget): MAX_COST=1 reached\n", "budget"),
+    ({"type": "complete", "outcome": "complete", "reason": ""},
+     "The run in {} ended (complete)\n", "complete"),
+    ({"type": "state", "state": "waiting", "kind": "usage_limit", "reason": "until 3 am"},
+     "The run in {} is waiting: until 3 am\n", "waiting"),
+    ({"type": "state", "state": "waiting", "kind": "wait", "reason": "60 s"}, None, ""),
+    ({"type": "reply", "text": "x"}, None, "")])
+def test_you_are_told_of_ends_and_of_usage_limits(
+        event: dict[str, Any], sentence: str | None, outcome: str, tmp_path: Path) -> None:
+    command = "cat > note; env | grep ^ORCHESTRATOR_ > variables"
+    workspace = Workspace(tmp_path, tmp_path, {"PATH": os.environ["PATH"]})
+    orchestrator.notify(Config(notify_cmd=command), workspace, tmp_path / "j", event)
+    assert (tmp_path / "note").exists() is (sentence is not None)
+    if sentence:
+        assert (tmp_path / "note").read_text() == sentence.format(tmp_path)
+        assert set((tmp_path / "variables").read_text().splitlines()) == {
+            f"ORCHESTRATOR_OUTCOME={outcome}", f"ORCHESTRATOR_REASON={event['reason']}",
+            f"ORCHESTRATOR_DIRECTORY={tmp_path}", f"ORCHESTRATOR_JOURNAL={tmp_path / 'j'}"}
+
+
+def test_a_notice_that_fails_is_told_and_changes_nothing(
+        tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(orchestrator, "NOTIFY_TIMEOUT", 0.2)
+    end = {"type": "complete", "outcome": "complete", "reason": ""}
+    for command, directory, words in (("echo no mail; exit 3", tmp_path, "status 3: no mail"),
+                                      ("sleep 60", tmp_path, "status 124"),
+                                      ("true", tmp_path / "gone", "status 126")):
+        workspace = Workspace(directory, tmp_path, {"PATH": os.environ["PATH"]})
+        orchestrator.notify(Config(notify_cmd=command), workspace, tmp_path / "j", end)
+        assert words in capsys.readouterr().err
+
+
+def test_how_to_continue_is_told_as_a_command_that_can_be_copied(
+        tmp_path: Path, monkeypatch: Any) -> None:
+    script = tmp_path / "my scripts" / "orchestrator.py"
+    script.parent.mkdir()
+    script.touch()
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    workspace = orchestrator.find_workspace(str(tmp_path), {
+        "DEFAULT_MODEL": "gpt", "CLAUDE_CMD": "a b", "OPENROUTER_API_KEY": KEY, "HOME": "/x",
+        "OPENROUTER_BASE_URL": "http://x/v1?key=1"}, {"CLAUDE_TMUX_SESSION": "s"})
+    command = workspace.command_with("--resume")
+    assert command.startswith("DEFAULT_MODEL=gpt CLAUDE_CMD='a b' ")
+    assert command.endswith(f" '{script}' --resume {tmp_path}") and workspace.has_session_name
+    script.chmod(0o755)
+    assert orchestrator.own_command() == f"'{script}'"
+    monkeypatch.setattr(sys, "argv", ["-"])
+    assert orchestrator.own_command() == "python3 orchestrator.py"
+
+
+@pytest.mark.parametrize("outcome, is_chat, options, can_continue", [
+    ("complete", False, "", False), ("failed", False, "", False), ("stuck", False, "", False),
+    ("budget", False, "--resume ", True), ("agent", False, "--resume ", True),
+    ("interrupted", False, "--resume ", True), ("complete", True, "--chat ", True)])
+def test_only_what_can_be_resumed_is_said_to_be(
+        outcome: str, is_chat: bool, options: str, can_continue: bool, tmp_path: Path,
+        monkeypatch: Any) -> None:
+    workspace = Workspace(tmp_path, tmp_path / "state", {}, command="orchestrator")
+    agent = orchestrator.make_agent(Config(), workspace)
+    monkeypatch.setattr(agent, "is_running", lambda: True)
+    journal = Journal(tmp_path / "run.jsonl")
+    for terminate in (False, True):
+        journal.describe_end = functools.partial(
+            orchestrator.describe_end, Config(terminate_when_quit=terminate), workspace, agent,
+            tmp_path / "run.jsonl", is_chat)
+        fields = journal.describe_end(outcome)
+        assert fields["agent_running"] is not terminate
+    journal.publish("complete", outcome=outcome)
+    (event,) = journal.events()
+    assert event["next_command"] == f"orchestrator {options}{tmp_path}"
+    assert event["can_continue"] is can_continue
+    assert event["stop_command"] == "tmux -L gt-claude-loop kill-session -t gt-claude-loop"
+    assert not orchestrator.describe_end(Config(), workspace._replace(is_persistent=False), agent,
+                                         tmp_path, is_chat, outcome)
+
+
+def test_a_replay_without_a_file_is_of_the_latest_run_here(scene: Any, tmp_path: Path,
+                                                           monkeypatch: Any) -> None:
+    replayed: list[Path] = []
+    monkeypatch.setattr(orchestrator, "run_replay", lambda path, config: replayed.append(path) or 0)
+    assert scene("--replay")[0] == 2 and "no recorded run" in scene("--replay")[2]
+    runs = tmp_path / "state" / "orchestrator" / "runs"
+    runs.mkdir(parents=True)
+    for number, directory in enumerate(("home", "home", "elsewhere")):
+        event = {"time": "", "type": "task_info", "task": "x", "model": "M", "agent": "A",
+                 "attach": "attach", "workdir": str(tmp_path / directory)}
+        (runs / f"{number}.jsonl").write_text(json.dumps(event) + "\n")
+    (tmp_path / "elsewhere").mkdir()
+    assert scene("--replay")[0] == scene("--replay", str(tmp_path / "elsewhere"))[0] == 0
+    assert scene("--replay", "x.jsonl")[0] == scene(str(tmp_path / "elsewhere"), "--replay")[0] == 0
+    assert replayed == [runs / "1.jsonl", runs / "2.jsonl", Path("x.jsonl"), runs / "2.jsonl"]
+
+
 def test_the_run_to_resume_is_the_last_of_the_directory_with_this_session(tmp_path):
     place, runs = Workspace(tmp_path, tmp_path / "state", {}), tmp_path / "state" / "runs"
     first = {"type": "task_info", "task": "x", "model": "M", "agent": "A", "attach": "attach a",
@@ -5632,8 +5946,8 @@ def test_the_run_to_resume_is_the_last_of_the_directory_with_this_session(tmp_pa
             "".join(json.dumps({"time": "", **event}) + "\n" for event in events) + '{"torn')
 
     runs.mkdir(parents=True)
-    with pytest.raises(ConfigError, match="there is no run to resume in [^:]+$"):
-        find_unfinished_run(place, "attach a")
+    with pytest.raises(ConfigError, match="There is no run to resume in [^:]+$"):
+        find_unfinished_run(place, ["attach a"])
     write("1", {**first, "workdir": "/elsewhere"})
     write("2", first, {**ended, "outcome": "budget"}, {"type": "unknown"})
     write("3", {**first, "mode": "chat"})
@@ -5641,16 +5955,16 @@ def test_the_run_to_resume_is_the_last_of_the_directory_with_this_session(tmp_pa
     write("5", {**first, "task": 7})
     (runs / "6.jsonl").mkdir()
     (runs / "7.jsonl").write_bytes(b"\0" * 5000)
-    assert find_unfinished_run(place, "attach a")[0] == runs / "2.jsonl"
-    assert [event["type"] for event in find_unfinished_run(place, "attach a")[1]] == [
+    assert find_unfinished_run(place, ["attach a"])[0] == runs / "2.jsonl"
+    assert [event["type"] for event in find_unfinished_run(place, ["attach a"])[1]] == [
         "task_info", "complete", "unknown"]
     write("8", {**first, "attach": "attach b"})
-    assert find_unfinished_run(place, "attach a")[0] == runs / "2.jsonl"
+    assert find_unfinished_run(place, ["attach a"])[0] == runs / "2.jsonl"
     with pytest.raises(ConfigError, match="the last one had another session, attach b$"):
-        find_unfinished_run(place, "attach c")
+        find_unfinished_run(place, ["attach c"])
     write("9", first, ended)
     with pytest.raises(ConfigError, match=r"has ended \(complete\): .*9.jsonl$"):
-        find_unfinished_run(place, "attach a")
+        find_unfinished_run(place, ["attach a"])
 
 
 def test_a_run_in_a_directory_whose_name_is_no_text_is_found_again(tmp_path):
@@ -5658,7 +5972,7 @@ def test_a_run_in_a_directory_whose_name_is_no_text_is_found_again(tmp_path):
     place = Workspace(work, tmp_path / "state", {})
     journal = Journal(place.state_directory / "runs" / "run.jsonl")
     journal.publish("task_info", task="x", model="M", agent="A", attach="attach", workdir=str(work))
-    assert find_unfinished_run(place, "attach") == (journal.path, journal.events())
+    assert find_unfinished_run(place, ["attach"]) == (journal.path, journal.events())
     assert journal.path.read_bytes().decode("utf-8")
 
 
@@ -5675,7 +5989,7 @@ def test_the_run_to_resume_is_found_among_more_runs_than_may_be_open(tmp_path):
     os.close(last)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (last + 50, hard))
-        assert find_unfinished_run(place, "attach")[0] == runs / "000.jsonl"
+        assert find_unfinished_run(place, ["attach"])[0] == runs / "000.jsonl"
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
