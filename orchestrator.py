@@ -1153,15 +1153,15 @@ _ANY_PASTE_PLACEHOLDER = re.compile(r"\[[^\[\]]{0,20}\bpasted?\b[^\[\]]{0,40}\]"
 
 
 def has_appeared(text: str, before: Sequence[str], after: Sequence[str]) -> bool:
-    """Tell whether the end of a text, or a placeholder for it, is on the lines that are new.
+    """Tell whether the end of a text, or a placeholder for it, is on the rows that have changed.
 
     Only letters and digits are compared: lines may be wrapped and framed.
 
     >>> has_appeared("hello, you", ["> "], ["> hello,", "│ you │"])
     True
     """
-    old = set(before)
-    lines = "\n".join(line for line in after if line not in old)
+    rows = itertools.zip_longest(before, after, fillvalue="")
+    lines = "\n".join(new for old, new in rows if new != old)
     end = "".join(filter(str.isalnum, text[-1000:]))
     if not end or _ANY_PASTE_PLACEHOLDER.search(lines):
         return True
@@ -1778,6 +1778,8 @@ class TurnDetector:
         settled_for = now - max(self._text_changed_at, self._quiet_since)
         if settled_for < self._seconds_to_settle(pane) or self._runs_tool(pane, now):
             return "wait"
+        if self._shows_closing_line:
+            self._habits.idle_busy_lines = self._count_busy_lines_below()
         return "done"
 
     def poll_interval(self, now: float) -> float:
@@ -1921,7 +1923,6 @@ class TurnDetector:
             last and self._profile.closing_line and self._profile.closing_line.match(last[0]))
         if self._shows_closing_line:
             self._habits.has_closing_line = True
-            self._habits.idle_busy_lines = self._count_busy_lines_below()
 
     def _count_busy_lines_below(self) -> int:
         """Count the lines with the agent's busy words below its box, or at the bottom without one."""
