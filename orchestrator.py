@@ -967,58 +967,39 @@ def _has_menu_hint(profile: AgentProfile, screen: Sequence[str]) -> bool:
     return pattern is not None and any(map(pattern.search, text_lines(screen)[-3:]))
 
 
-def _parse_reader_box(
+def _parse_input_box(
         profile: AgentProfile, screen: Sequence[str], row: int) -> _InputBox | None:
-    """Return the input box of screen reader mode with the prompt in this row, if it is one."""
-    footer, prompt = profile.reader_footer, profile.reader_prompt_line
-    if footer and prompt and prompt.match(screen[row]):
+    """Return the input box whose prompt is in this row, None if there is none."""
+    if profile.reader_footer and profile.reader_prompt_line:
         for start in range(max(0, row - 2), row):
-            if footer.match(screen[start]):
+            if (profile.reader_prompt_line.match(screen[row])
+                    and profile.reader_footer.match(screen[start])):
                 return _InputBox(start, row, len(screen), len(screen))
-    return None
-
-
-def _parse_bordered_box(
-        border: re.Pattern[str], screen: Sequence[str], row: int) -> _InputBox | None:
-    """Return the input box between borders with the prompt in this row, if it is one."""
-    if row == 0 or not border.match(screen[row - 1]):
+    if not profile.prompt_line or not profile.prompt_line.match(screen[row]):
         return None
-    for end in range(row + 1, len(screen)):
-        if border.match(screen[end]):
-            return _InputBox(row - 1, row, end, end + 1)
-        if screen[end][:1] not in ("", " ", "│"):
+    if not profile.box_border:      # a footer follows after a blank line, as below a menu
+        ends = [end for end in range(row + 1, len(screen))
+                if not screen[end].strip() and any(screen[end:])]
+        if not ends or _has_menu_hint(profile, screen[ends[-1]:]):
+            return None
+        return _InputBox(row, row, ends[-1], ends[-1])
+    for end in range(row, len(screen)):
+        if profile.box_border.match(screen[end]):
+            is_framed = row > 0 and profile.box_border.match(screen[row - 1])
+            return _InputBox(row - 1, row, end, end + 1) if is_framed else None
+        if end > row and screen[end][:1] not in ("", " ", "│"):
             break
     return None
 
 
-def _parse_plain_box(
-        profile: AgentProfile, screen: Sequence[str], row: int) -> _InputBox | None:
-    """Return the input box without borders with the prompt in this row, if it is one.
-
-    A footer follows it after a blank line.  A menu looks the same, but for the keys in its footer.
-    """
-    blank_rows = [end for end in range(row + 1, len(screen))
-                  if not screen[end].strip() and any(screen[end:])]
-    if not blank_rows or _has_menu_hint(profile, screen[blank_rows[-1]:]):
-        return None
-    return _InputBox(row, row, blank_rows[-1], blank_rows[-1])
-
-
 def _find_input_box(profile: AgentProfile, screen: Sequence[str]) -> _InputBox | None:
     """Return where the agent's input box is, None if there is none."""
-    if profile.prompt_line is None:
+    if not profile.is_known:
         return None
     for row in range(len(screen) - 1, -1, -1):
-        box = _parse_reader_box(profile, screen, row)
-        if not box and profile.prompt_line.match(screen[row]):
-            if profile.box_border:
-                box = _parse_bordered_box(profile.box_border, screen, row)
-            else:
-                return _parse_plain_box(profile, screen, row)
-        if box:
-            return box
-        if not profile.box_border and screen[row][:1] not in ("", " "):
-            return None     # only indented lines follow a box without borders
+        box = _parse_input_box(profile, screen, row)
+        if box or (not profile.box_border and screen[row][:1] not in ("", " ")):
+            return box      # only indented lines follow a box without borders
     return None
 
 
@@ -1446,8 +1427,8 @@ class Tmux:
     def find_pane(self) -> tuple[str, str]:
         """Return the mark of our session and the id of the agent's pane.
 
-        Without a session both are ""; for a session of others only the mark is; if the agent's
-        pane was closed but panes that a person made are left, only the id is.
+        Without a session both are "".  The session of another program has no mark; ours has no
+        pane of the agent if that was closed, while panes that a person made are left.
         """
         try:
             rows = self._query("list-panes", "-s", "-t", f"={self.session}:", "-F",

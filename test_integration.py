@@ -309,6 +309,7 @@ class AgentApi(Loopback):
         super().__init__()
         self.messages: list[str] = []       # as they left the agents, one for each turn
         self.conversation = ""              # all that the latest turn began with
+        self.calls = 0
 
     def answer(self, exchange: Exchange) -> None:
         path = exchange.path.split("?")[0]
@@ -316,6 +317,7 @@ class AgentApi(Loopback):
         if not speak:
             exchange.send({"data": [], "input_tokens": 10})
             return
+        self.calls += 1
         tools = [tool.get("name") for tool in exchange.body.get("tools", [])]
         shell = next((name for name in self.SHELLS if name in tools), "")
         message, results = self._heard(exchange.body)
@@ -1267,6 +1269,20 @@ def test_a_killed_agent_goes_on_with_its_conversation_if_it_is_the_real(
 
 
 @REAL_AGENTS
+def test_nothing_works_on_after_an_interrupted_run_of_the_real(
+        name: str, agent: str, world: World, agent_api: AgentApi, with_real_agents: None) -> None:
+    """A newer Codex works in a background server, if it may."""
+    loop = "RUN[for i in 1 2 3 4 5 6; do echo >> alive; sleep 1; done] SAY[alpha one]"
+    world.model(loop, "TASK_COMPLETE")
+    run = world.start("--task", "x", DEFAULT_MODEL=name, TERMINATE_WHEN_QUIT="true")
+    assert poll(lambda: (world.work / "alive").exists(), 60), run.stdout
+    assert run.end(by=signal.SIGINT).status == 130
+    size, calls = (world.work / "alive").stat().st_size, agent_api.calls
+    time.sleep(3)
+    assert (size, calls) == ((world.work / "alive").stat().st_size, agent_api.calls)
+
+
+@REAL_AGENTS
 def test_an_interrupt_ends_a_turn_and_brings_the_note_to_the_model_of_the_real(
         name, agent, world, agent_api, with_real_agents):
     long = "RUN[python3 -c 'import time; time.sleep(50)'] SAY[alpha one]"
@@ -1643,8 +1659,14 @@ def killing_the_server(world: World) -> None:
     os.kill(int(world.tmux("display-message", "-p", "#{pid}")), signal.SIGKILL)
 
 
-ACCIDENTS = pytest.mark.parametrize(
-    "accident", [killing_the_agent, killing_the_session, killing_the_server])
+def closing_the_agents_pane(world: World) -> None:
+    agents_pane = world.tmux("display-message", "-p", "#{pane_id}")
+    world.tmux("split-window", "sleep", "1000")     # of a person, which stays
+    world.tmux("kill-pane", "-t", agents_pane)
+
+
+ACCIDENTS = pytest.mark.parametrize("accident", [
+    killing_the_agent, killing_the_session, killing_the_server, closing_the_agents_pane])
 
 
 @ACCIDENTS
@@ -1686,6 +1708,37 @@ def test_a_message_that_was_not_taken_yet_is_said_to_the_new_agent_after(acciden
     assert run.end().status == 0
     assert world.log("took") == ["echo one", "echo two"]
     assert "started again" in model.last_message() and "\ntwo\n" in model.last_message() + "\n"
+
+
+def test_a_socket_that_something_removed_is_made_again_and_the_agent_works_on(world: World) -> None:
+    world.model("sleep 2 && echo one", "echo two", "TASK_COMPLETE")
+    run = world.start("--task", "survive")
+    assert world.taken("sleep 2 && echo one"), run.stdout
+    socket_path, = world.directory.glob("tmux-*/gt-claude-loop")
+    socket_path.unlink()
+    done = run.end()
+    assert (done.status, done.stderr) == (0, "")
+    assert len(set(world.log("pid"))) == 1 and not world.events("recovery")
+
+
+def test_a_command_of_one_word_runs_where_the_shell_of_the_user_refuses_to(world: World) -> None:
+    world.model("echo one", "TASK_COMPLETE")
+    path = world.program("mine", f"exec {world.env['CLAUDE_CMD']}")
+    refusing = str(shutil.which("false"))
+    assert world.run("--task", "x", PATH=path, CLAUDE_CMD="mine", SHELL=refusing).status == 0
+    assert world.log("took") == ["echo one"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a daemon's origin can't be read")
+def test_what_the_agent_has_started_ends_with_the_run_wherever_it_went(world: World) -> None:
+    daemon = "(setsid sh -c 'trap \"\" HUP; while :; do echo >> alive; sleep 0.1; done' &)"
+    world.model(daemon, "TASK_COMPLETE")
+    done = world.run("--task", "x", CLAUDE_CMD="bash --norc", TERMINATE_WHEN_QUIT="true")
+    assert (done.status, done.stderr) == (0, "")
+    size = (world.work / "alive").stat().st_size
+    time.sleep(0.5)
+    assert size == (world.work / "alive").stat().st_size > 0
+    assert not processes_of(world.directory)
 
 
 def test_an_agent_that_ends_by_itself_is_started_again_and_its_last_words_are_told(world):
