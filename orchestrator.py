@@ -2124,6 +2124,9 @@ class Agent:
                 pane = self._tmux.snapshot(self._pane_id)
                 self._server_pid = pane.server_pid
                 self._process = pane.pid, process_start_time(pane.pid)
+                if self._profile.busy_title.match(pane.title):
+                    self._tmux.send_keys(pane, "Escape")    # a server may be at work on the turn
+                    self._sleep(0.5)
             processes = self._find_processes()
             self._tmux.kill_session()
             self._end_processes(processes)
