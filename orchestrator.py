@@ -6093,22 +6093,18 @@ class _DashboardHandler(QuietHandler):
         """Send the events after an id, and those to come."""
         last_id = self.headers.get("Last-Event-ID") or query.get("after", "")
         after = int(last_id) if _DIGITS.fullmatch(last_id) else 0
-        live_id = 0
-        is_over = False
+        batch = Batch([], [], 0, False)
         self._send_headers(200, {"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"})
         with self.server.journal.count_reader():
-            lines: list[bytes] = []
-            while not is_over:
-                if not lines:       # the page learns the time, and that the connection works
+            while not batch.is_closed:
+                if not (batch.events or batch.live_events):     # that it is there, and the time
                     now = json.dumps({"type": "now", "time": utc_timestamp()}).encode()
                     self.wfile.write(b"data: %s\n\n" % now)
-                batch = self.server.journal.read_after(after, live_id, 15.0)
+                batch = self.server.journal.read_after(after, batch.last_live_id, 15.0)
                 lines = [b"id: %d\ndata: %s\n" % event for event in batch.events]
                 lines += [b"data: %s\n" % event for event in batch.live_events]
                 self.wfile.write(b"".join(lines))
                 after = batch.events[-1][0] if batch.events else after
-                live_id = batch.last_live_id
-                is_over = batch.is_closed
 
     def _send_journal(self) -> None:
         """Send the events so far as a file."""
