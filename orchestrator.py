@@ -6097,7 +6097,7 @@ class _DashboardHandler(QuietHandler):
         self._send_headers(200, {"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"})
         with self.server.journal.count_reader():
             while not batch.is_closed:
-                if not (batch.events or batch.live_events):     # that it is there, and the time
+                if not (batch.events or batch.live_events):     # a sign of life, with the time
                     now = json.dumps({"type": "now", "time": utc_timestamp()}).encode()
                     self.wfile.write(b"data: %s\n\n" % now)
                 batch = self.server.journal.read_after(after, batch.last_live_id, 15.0)
