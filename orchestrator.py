@@ -693,8 +693,11 @@ class AgentProfile:
         if self.resume_arguments:
             inserted = " ".join(self.resume_arguments)
             resume_command = _split_command(f"{command[:end]} {inserted}{command[end:]}")
-        return dataclasses.replace(self, start_command=_split_command(command),
-                                   resume_command=resume_command, optional_arguments=())
+        is_local = command.split()[0] in self.program_names     # not in a container, or elsewhere
+        return dataclasses.replace(
+            self, start_command=_split_command(command), resume_command=resume_command,
+            optional_arguments=(), install_command=self.install_command if is_local else "",
+            login_status_command=self.login_status_command if is_local else ())
 
     def with_model(self, model: str) -> AgentProfile:
         """Return this profile with a model, of DEFAULT_MODEL, in its commands."""
@@ -944,6 +947,7 @@ def child_environment(environ: Mapping[str, str] | None = None) -> dict[str, str
 _PASTE_PLACEHOLDER = re.compile(r"\[Pasted (?:text|Content)\b[^\]]*\]")
 _HORIZONTAL_RULE = re.compile(r"\s*[─▔]{10}")
 _ANY_CURSOR = re.compile(r"\s*(?:[│|]\s*)?[❯›●>]\s*(\S.*)")      # of any agent
+_ENTRY_FRAME = re.compile(r"^[\s│❯›●>]*(?:\d+\.)?\s*|[\s✔│]*$")      # around a menu's entry
 _NUMBERED_ENTRY = re.compile(r"[\s│❯›●>]*\d+\.\s")
 
 
@@ -1180,7 +1184,7 @@ def find_startup_dialog(profile: AgentProfile, screen: Sequence[str]) -> Startup
             continue
         if rule.key:
             return StartupDialog(rule.key, rule.key)
-        labels = [re.sub(r"^[\s│❯›●>]*(?:\d+\.)?\s*|[\s✔│]*$", "", line) for line in screen]
+        labels = [_ENTRY_FRAME.sub("", line) for line in screen]
         rows = [row for row, label in enumerate(labels) if label.startswith(rule.entry)]
         if rows and cursors:
             distance = rows[0] - cursors[-1]
@@ -1966,16 +1970,19 @@ class Agent:
         self._made_session = False
         self._is_known = profile.is_known
         self._tmux, self._profile, self._directory = self.tmux, profile, str(self.directory)
-        self._publish, self._has_viewers, self._clock, self._sleep = publish, has_viewers, clock, sleep
+        self._publish = publish
+        self._has_viewers = has_viewers
+        self._clock = clock
+        self._sleep = sleep
         self.session_mark = f"{shlex.join(profile.start_command)!r} in {self._directory!r}"
         self._pane_id, self._server_pid = "", 0     # a new server counts its panes from %0 again
-        self._process = 0, ""                    # the program in the pane when last seen: id, birth
-        self._last_capture: list[str] = []              # the last capture that was reported
-        self._last_full_screen: list[str] = []          # the same of a full-screen program
+        self._process = 0, ""       # the program in the pane when last seen: id, start time
+        self._last_capture: list[str] = []          # the last capture that was reported
+        self._last_full_screen: list[str] = []      # the same of a full-screen program
         self._habits = ProgramHabits(profile)
         self.take_interrupt: Callable[[], bool] = never     # the user asks to interrupt a turn
         self._has_conversation = self._turn_in_progress = False
-        self._blocked_by_dialog = False                      # it shows no input box, but something unknown
+        self._blocked_by_dialog = False     # it shows no input box, but something unknown
         self._restart_times: list[float] = []
         self._refused_options: set[str] = set()     # optional ones that the installed version lacks
         self._last_published: tuple[float, tuple[str, ...]] = (0.0, ())
@@ -1995,34 +2002,11 @@ class Agent:
         program = self._profile.start_command[0]
         path = shutil.which(program)
         if not path:
-            how = self._profile.install_command or "Check CLAUDE_CMD."
+            how = "Check CLAUDE_CMD."
             if self._profile.install_command:
-                how = f"Install it: {how}"
+                how = f"Install it: {self._profile.install_command}"
             raise AgentError(f"{self.name}: {program} is not on your PATH. {how}")
         return f"{self.name}: {path}"
-
-    def check_login(self, environ: Mapping[str, str]) -> str:
-        """Return whether the agent is logged in; raise AgentError if it says that it isn't.
-
-        Raises AgentError too if it would refuse to run as root.  Takes some seconds.
-        """
-        option, variable = self._profile.root_check
-        words = self._profile.start_command
-        if option and option in words and not environ.get(variable) and os.geteuid() == 0:
-            raise AgentError(f"{self.name} refuses {option} as root. Run as another user, or set "
-                             f"{variable}=1 where nothing can be damaged, as in a container.")
-        command = self._profile.login_status_command
-        if not command or words[0] != command[0]:
-            return "unknown: start it once to see"
-        try:
-            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-                                  errors="replace", env=child_environment(environ), timeout=30)
-        except (OSError, subprocess.TimeoutExpired):
-            return "unknown: it did not answer"
-        problem = find_problem(self._profile, f"{done.stdout}\n{done.stderr}")
-        if problem:
-            raise AgentError(f"{self.name}: {problem}")
-        return "logged in" if done.returncode == 0 else "unknown: this version does not tell"
 
     def find_session(self) -> str:
         """Return the pane to join, if there is one; raise ConfigError if the session isn't ours."""
@@ -2041,7 +2025,8 @@ class Agent:
         Raises ConfigError for a session that was made for something else, AgentError if the
         program is missing or ends at once, or says that you have to do something first.
         """
-        self._pane_id, notes = self.find_session(), ()
+        notes: tuple[str, ...] = ()
+        self._pane_id = self.find_session()
         self._has_conversation = resume or bool(self._pane_id)
         try:
             if self._pane_id:
@@ -2152,7 +2137,7 @@ class Agent:
 
     def _snapshot(self) -> PaneSnapshot:
         """Look at the pane; raise AgentExited if its program has ended."""
-        pane = self._retry_read(self._tmux.snapshot)
+        pane: PaneSnapshot = self._retry_read(self._tmux.snapshot)
         self._server_pid = self._server_pid or pane.server_pid
         if pane.server_pid != self._server_pid:
             raise TmuxSessionLost("there is another tmux server now")
@@ -2192,16 +2177,22 @@ class Agent:
                           rows=pane.rows, cursor=cursor)
 
     def _exit_error(self, pane: PaneSnapshot) -> AgentExited:
-        if not pane.exit_description:         # some builds of tmux lose the signal that a child has ended
+        """Return the error that tells how the program in the pane ended, and its last output."""
+        if not pane.exit_description:   # some builds of tmux lose the signal that a child has ended
             with contextlib.suppress(OSError):
                 os.kill(pane.server_pid, signal.SIGCHLD)
             self._sleep(0.05)
             pane = self._tmux.snapshot(self._pane_id)
-        words = [line for line in self._take_new_output(pane)[0] if not line.startswith("Pane is dead (")]
-        last = " / ".join([" ".join(line.split()) for line in words if line.strip()][-3:])
-        error = AgentExited(f"{self.name} ended" + f" with {pane.exit_description}" * bool(pane.exit_description)
-                            + f"; it said: {truncate_middle(last, 400)}" * bool(last))
-        error.last_output = "\n".join(words).strip("\n")
+        lines = [line for line in self._take_new_output(pane)[0]
+                 if not line.startswith("Pane is dead (")]
+        last_lines = " / ".join([" ".join(line.split()) for line in text_lines(lines)][-3:])
+        message = f"{self.name} ended"
+        if pane.exit_description:
+            message += f" with {pane.exit_description}"
+        if last_lines:
+            message += f"; it said: {truncate_middle(last_lines, 400)}"
+        error = AgentExited(message)
+        error.last_output = "\n".join(lines).strip("\n")
         return error
 
     def _forget_output(self) -> None:

@@ -934,6 +934,8 @@ def test_an_agent_is_found_by_its_name_anywhere_in_a_command(
     assert (profile.name, " ".join(profile.resume_command)) == (name, resumed)
     assert " ".join(profile.start_command).endswith(command)
     assert not profile.optional_arguments       # the words of the user are left alone
+    is_local = command.split()[0] in profile.program_names
+    assert bool(profile.install_command) is is_local
 
 
 def test_a_shell_is_read_by_its_stillness():
