@@ -3985,7 +3985,7 @@ _COMMAND_FORMS = {
 _THINKING_BLOCK = re.compile(r"\A\s*<(think|thinking)>.*?(?:</\1>|\Z)|"
                              r"\A(?:(?!<think).)*?^</think(?:ing)?>", re.S | re.M)
 _FENCED_REPLY = re.compile(r"```[^`\n]*\n((?:(?!```).)*)```", re.S)
-_FENCE_LINE = re.compile(r"\s*(```+|~~~+)\s*([^`]*)")
+_CODE_BLOCK = re.compile(r"(?ms)^[ \t]*(```+|~~~+)[^`\n]*$.*?(?:^[ \t]*\1[`~]*[ \t]*$|\Z)")
 _FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}      # to ASCII
 _COMMAND_LINE = re.compile(     # behind list marks, emojis, brackets, but no quotes or empty boxes
     r"(?!.{0,9}\[ \])(?:[^\w\"'~>]|_|\d{1,3}[.)]\s|\[[xX]\])*?(?P<opening>[*_`(\[<]{0,6})\s{0,3}"
@@ -4002,8 +4002,7 @@ _TMUX_KEYS = ("Up", "Down", "Left", "Right", "Enter", "Escape", "Tab", "BTab", "
               "Insert", "Delete", *(f"F{number}" for number in range(1, 13)))
 _KEY_ALIASES = {
     **{name.lower(): name for name in _TMUX_KEYS}, "return": "Enter", "esc": "Escape",
-    "backspace": "BSpace", "del": "Delete", "spacebar": "Space", "arrowup": "Up",
-    "arrowdown": "Down", "arrowleft": "Left", "arrowright": "Right", "↑": "Up", "↓": "Down",
+    "backspace": "BSpace", "del": "Delete", "spacebar": "Space", "↑": "Up", "↓": "Down",
     "←": "Left", "→": "Right", "⏎": "Enter", "↵": "Enter"}
 _MODIFIED_KEY = re.compile(r"(?i)(c|ctrl|control|m|alt|meta|option|s|shift)[+-](.+)")
 _MAX_KEYS = 100
@@ -4093,9 +4092,9 @@ def _parse_command(lines: Sequence[_Line]) -> Action:
     return Action("keys", text, keys=tuple(keys))
 
 
-def _read_line(text: str) -> _Line:
-    """Return what a line outside any code fence is."""
-    match = _COMMAND_LINE.match(text[:400].translate(_FULL_WIDTH))
+def _read_line(text: str, plain: str) -> _Line:
+    """Return what a line is; `plain` is it in ASCII where it can be, and blank in a code block."""
+    match = _COMMAND_LINE.match(plain[:400])
     if not match:
         return _Line(text)
     word = re.sub(r"[\W_]+", "_", match["word"]).upper()
@@ -4115,24 +4114,6 @@ def _read_line(text: str) -> _Line:
     if word.startswith("TASK") and is_blank or word == "TASK_COMPLETE" and _NOT_YET.match(argument):
         return _Line(text, word, None)
     return line
-
-
-def _read_lines(reply: str, agent: str) -> Iterator[_Line]:
-    """Yield the lines of a reply, up to one that pretends to be the agent's output."""
-    fence = ""
-    for text in reply.split("\n"):
-        mark = _FENCE_LINE.fullmatch(text)
-        if fence or mark:
-            yield _Line(text)
-        elif agent and text.lstrip(" *_`#>").lower().startswith(f"{agent} output:".lower()):
-            yield _Line(text, "OUTPUT")
-            return
-        else:
-            yield _read_line(text)
-        if mark and not fence:
-            fence = mark[1]
-        elif mark and mark[1].startswith(fence) and not mark[2]:
-            fence = ""
 
 
 def _choose_action(lines: Sequence[_Line]) -> Action:
@@ -4173,12 +4154,18 @@ def parse_reply(reply: str, agent: str = "") -> Action:
     """
     text = _THINKING_BLOCK.sub("", sanitize(reply), 1)
     fenced = _FENCED_REPLY.fullmatch(text.strip())
-    lines = list(_read_lines((fenced[1] if fenced else text).rstrip(), agent))
+    text = (fenced[1] if fenced else text).rstrip()
+    plain = _CODE_BLOCK.sub(lambda block: re.sub(r"[^\n]", " ", block[0]), text)
+    plain = plain.translate(_FULL_WIDTH)
+    invented = re.search(rf"(?im)^[ *_`#>]*{re.escape(agent or ' ')} output:", plain)
+    if invented:
+        text = text[:invented.start()].rstrip()
+    lines = [*map(_read_line, text.split("\n"), plain.split("\n"))]
     facts = [line for line in lines if line.word == "MEMORY_SAVE" and line.argument is not None]
-    action = _choose_action([line for line in lines if line not in facts and line.word != "OUTPUT"])
+    action = _choose_action([line for line in lines if line not in facts])
     if action.kind == "message" and not action.text.strip("\u200b\u200e\u200f\ufeff \n"):
         action = Action("invalid", "Your reply was empty, so nothing was typed.")
-    if lines[-1].word == "OUTPUT":
+    if invented:
         note = f'Your reply was cut at "{agent} output:", which only the program writes.'
         action = action._replace(note=f"{action.note} {note}".strip())
     return action._replace(facts=tuple(line.argument for line in facts if line.argument))
@@ -4602,7 +4589,7 @@ def find_failure(output: str) -> str:
     >>> find_failure("FAILED test_a\\n2 failed, 10 passed"), find_failure("0 failed, 12 passed")
     ('2 failed, 10 passed', '')
     """
-    lines = [line.strip() for line in output.split("\n") if line.strip()]
+    lines = [" ".join(line.split()) for line in output.split("\n") if line.strip()]
     results = [match for line in lines[-12:] if (match := _TEST_RESULT.search(line[:1_000]))]
     return truncate_middle(results[-1].string, 200) if results and results[-1]["failure"] else ""
 
@@ -4744,8 +4731,8 @@ class Autopilot:
         turn = self._agent.start(any(event["type"] == "reply" for event in history))
         self._news.update("", turn.output)
         facts = history[0].get("memories") if history else self._memory.facts   # as it began
-        self._conversation = Conversation(
-            self._system_prompt(facts), f"Task:\n{self._task}", f"{name} works in {self._directory}.")
+        self._conversation = Conversation(self._system_prompt(facts), f"Task:\n{self._task}",
+                                          f"{name} works in {self._directory}.")
         sentences = [f"[{note}]" for note in self._journal.redact(turn.notes)]
         output = self._output_label + self._journal.redact(turn.output)
         if history:
@@ -4973,7 +4960,8 @@ class Autopilot:
         elif now.state == "exited":
             obstacle = f"{self._agent.name} had ended"
         if obstacle:
-            return now._replace(notes=(f"TASK_COMPLETE did nothing: {obstacle}.", *now.notes))
+            notes = [note for note in now.notes if obstacle not in note]
+            return now._replace(notes=(f"TASK_COMPLETE did nothing: {obstacle}.", *notes))
         if now.state == "done":         # there is something new
             self._note_output(now.output)
         else:
@@ -5189,7 +5177,7 @@ class Autopilot:
 # The browser's side.  May use: nothing.
 
 DASHBOARD_PAGE = r"""<!doctype html>
-<html lang="en" data-recording="RECORDING" data-now="SERVER_TIME" data-journal="JOURNAL_PATH">
+<html lang="en" data-recording="RECORDING" data-journal="JOURNAL_PATH">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>orchestrator</title>
@@ -5198,7 +5186,7 @@ DASHBOARD_PAGE = r"""<!doctype html>
   :root {
     color-scheme: light dark; --mono: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace;
     --page: #f3f5f7; --card: #fff; --ink: #1c2228; --muted: #57606a; --line: #d5dae0;
-    --going: #0860ca; --good: #1a7535; --warn: #8a5a00; --bad: #c21f2b; --second: #9a63e8;
+    --going: #0860ca; --good: #1a7535; --warn: #8a5a00; --bad: #c21f2b;
     --screen: #10151b; --screen-ink: #d5dce4; --found: #ffe08a;
   }
   @media (prefers-color-scheme: dark) { :root {
@@ -5238,14 +5226,13 @@ DASHBOARD_PAGE = r"""<!doctype html>
   #end-facts div:has(code + button), #end-facts div:has(code + button) ~ div {
     flex-basis: 100%; display: flex; gap: 12px; } #end-facts dt { flex: none; }
   progress { display: block; width: 100%; height: 5px; accent-color: var(--going); }
-  progress.near { accent-color: var(--warn); }
   #terminal { position: relative; padding-bottom: 10px; }
   #terminal-bar { position: absolute; top: 4px; right: 12px; }
   #screen-box { container-type: inline-size; overflow: auto; margin-top: 5px; border-radius: 4px;
     background: var(--screen); }
   #screen { position: relative; width: max-content; min-width: 100%; padding: 6px 10px;
     color: var(--screen-ink); line-height: 1.2; min-height: calc(1.2em * var(--rows) + 12px);
-    font-size: clamp(8px, min((100cqw - 22px) / (var(--columns) * 0.605),
+    font-size: clamp(7px, min((100cqw - 22px) / (var(--columns) * 0.605),
       (100svh - min(var(--above), 220px) - 34px) / (var(--rows) * 1.2)), 14px); }
   .actual #screen { font-size: 14px; }
   .cursor { position: absolute; width: 1ch; height: 1.2em; outline: 1px solid; opacity: .8;
@@ -5256,12 +5243,9 @@ DASHBOARD_PAGE = r"""<!doctype html>
   .cell { display: inline-block; width: 1ch; height: 1.2em; vertical-align: top;
     text-decoration: inherit; }
   #board { display: grid; gap: 0 8px; align-items: start; } figure + figure { margin-top: 12px; }
-  figcaption { display: flex; justify-content: space-between; }
-  .bars { display: flex; height: 70px; border-bottom: 1px solid var(--line); }
-  .bars span { display: flex; flex: 0 1 26px; flex-direction: column-reverse; }
-  .bars i { background: var(--going); } .bars i + i { background: var(--second); }
-  .key { border-left: 9px solid var(--going); padding-left: 4px; margin-left: 8px; }
-  .key + .key { border-color: var(--second); } #finder h2 { margin-right: auto; }
+  .bars { display: flex; align-items: end; height: 70px; border-bottom: 1px solid var(--line); }
+  .bars i { flex: 0 1 26px; background: var(--going); }
+  #finder h2 { margin-right: auto; }
   aside ul { padding-left: 18px; white-space: pre-line; } #task { padding: 0; list-style: none; }
   #finder { margin-bottom: 6px; } #search { flex: 0 1 220px; } #matches { flex: none; }
   .iteration { border-top: 1px solid var(--line); content-visibility: auto;
@@ -5341,10 +5325,9 @@ DASHBOARD_PAGE = r"""<!doctype html>
 </main>
 <script nonce="NONCE">
   "use strict";
-  const {recording, now: servedAt, journal: journalPath} = document.documentElement.dataset;
+  const {recording, journal: journalPath} = document.documentElement.dataset;
   const IS_RECORDING = recording === "yes";
   const MAX_SHOWN = 100000;               // characters of one text
-  const MAX_SILENCE = 40000;              // milliseconds; the server sends something every 15 s
   const OUTCOMES = {
     __proto__: null, complete: ["good", "Task complete"], budget: ["warn", "Stopped at its limit"],
     failed: ["bad", "Failed"], stuck: ["bad", "Stuck: it repeats itself"],
@@ -5375,7 +5358,6 @@ DASHBOARD_PAGE = r"""<!doctype html>
 
   // The server's clock counts, whatever the browser's says, and stands still without a connection.
   let clockOffset = 0;
-  const setClock = time => { clockOffset = (Date.parse(time) || Date.now()) - Date.now(); };
   const serverTime = () => run.lostAt ?? Date.now() + clockOffset;
   const timeOf = event => Date.parse(event.time) || run.latest || serverTime();
 
@@ -5526,7 +5508,7 @@ DASHBOARD_PAGE = r"""<!doctype html>
   };
 
   function receive(event) {
-    if (event?.type === "now") setClock(event.time);
+    if (event?.type === "now") clockOffset = timeOf(event) - Date.now();
     if (event?.type === "screen") drawScreen(event);
     if (!handlers[event?.type] || event.id <= run.lastId) return;
     const now = timeOf(event), isNewPart = event.state === "resumed" && event.reason;
@@ -5567,7 +5549,7 @@ DASHBOARD_PAGE = r"""<!doctype html>
     setText("status", headline);
     setText("elapsed", until > now ? `${duration(until - now)} left, until ${clockTime(until)}`
       : elapsed);
-    setText("advice", advice);
+    setText("advice", byId("advice").title = advice);
     setText("pause", run.paused == null ? "Pause" : "Resume");
     byId("controls").hidden = !run.lastId || isOver;
     byId("continue").hidden = !run.activity.waits;
@@ -5582,7 +5564,6 @@ DASHBOARD_PAGE = r"""<!doctype html>
     setText(id, value);
     note.textContent = limit > 0 ? `of ${format(limit)}` : "";
     Object.assign(bar, {hidden: !(limit > 0), max: limit > 0 ? limit : 1, value: used});
-    bar.className = used >= 0.85 * limit ? "near" : "";
   }
 
   function drawRun() {
@@ -5650,6 +5631,9 @@ DASHBOARD_PAGE = r"""<!doctype html>
     return element;
   }
 
+  const tokensOf = ({tokens: {total, prompt, completion}}) =>
+    finiteOrZero(total) || finiteOrZero(prompt) + finiteOrZero(completion);
+
   function addRow(iteration) {
     const row = createElement("details", "iteration", createElement("summary", ""),
                               createElement("div", ""));
@@ -5666,9 +5650,8 @@ DASHBOARD_PAGE = r"""<!doctype html>
   }
 
   function drawRow(iteration) {
-    const {number, tokens, cost, entries, model, agent, started} = iteration;
-    const {total, prompt, completion} = tokens, match = findMatch(iteration);
-    const used = finiteOrZero(total) || finiteOrZero(prompt) + finiteOrZero(completion);
+    const {number, cost, entries, model, agent, started} = iteration;
+    const match = findMatch(iteration), used = tokensOf(iteration);
     const figures = [model + agent ? duration(model + agent) : "", used ? count(used) : "",
                      Number.isFinite(cost) ? money(cost) : ""];
     const flags = entries.filter(entry => entry.level).slice(-4)
@@ -5715,36 +5698,30 @@ DASHBOARD_PAGE = r"""<!doctype html>
   }
 
   // Charts: of iterations that share a bar, the highest.
-  function drawChart({bars, range, format, parts}, iterations) {
-    const size = Math.ceil(iterations.length / 100), chosen = [];
-    const sum = iteration => parts(iteration).reduce((one, other) => one + other);
+  function drawChart({bars, range, format, value}, iterations) {
+    const size = Math.ceil(iterations.length / 100), heights = [];
     iterations.forEach((iteration, index) => {
       const at = Math.floor(index / size);
-      if (!chosen[at] || sum(chosen[at]) < sum(iteration)) chosen[at] = iteration;
+      heights[at] = Math.max(heights[at] ?? 0, value(iteration));
     });
-    const peak = Math.max(...chosen.map(sum)), last = iterations.at(-1).number;
+    const peak = Math.max(...heights), last = iterations.at(-1).number;
     range.textContent = `iterations ${iterations[0].number} to ${last}, highest ${format(peak)}`;
-    bars.replaceChildren(...chosen.map(iteration => createElement("span", "",
-      ...parts(iteration).map(() => createElement("i", "")))));
-    bars.querySelectorAll("span").forEach((bar, index) => parts(chosen[index]).forEach(
-      (part, kind) => { bar.children[kind].style.height = `${100 * part / (peak || 1)}%`; }));
+    bars.replaceChildren(...heights.map(() => createElement("i", "")));
+    heights.forEach((height, at) => {
+      bars.children[at].style.height = `${100 * height / (peak || 1)}%`;
+    });
   }
 
-  function addChart(title, kinds, format, parts) {
+  function addChart(title, format, value) {
     const bars = createElement("div", "bars"), range = createElement("small", "");
-    const keys = kinds.map(kind => createElement("span", "key", kind));
-    const heading = createElement("figcaption", "", createElement("h2", "", title),
-                                  createElement("small", "", ...keys));
-    byId("charts").append(createElement("figure", "", heading, bars, range));
-    return {bars, range, format, parts};
+    byId("charts").append(createElement("figure", "", createElement("h2", "", title), bars, range));
+    return {bars, range, format, value};
   }
 
   const charts = [
-    addChart("Tokens per iteration", ["prompt", "completion"], count,
-             ({tokens}) => [finiteOrZero(tokens.prompt), finiteOrZero(tokens.completion)]),
-    addChart("Time per iteration", ["agent", "model"], duration,
-             ({agent, model}) => [agent, model]),
-    addChart("Cost so far", [], money, ({costSoFar}) => [costSoFar]),
+    addChart("Tokens per iteration", count, tokensOf),
+    addChart("Time per iteration", duration, ({agent, model}) => agent + model),
+    addChart("Cost so far", money, ({costSoFar}) => costSoFar),
   ];
   let timer = null, isLinkPending = location.hash !== "";
   const drawSoon = () => { timer ??= setTimeout(draw, 60); };
@@ -5848,7 +5825,7 @@ DASHBOARD_PAGE = r"""<!doctype html>
   }
 
   // The connection to the server.
-  let source = null, isOpen = false, lastHeard = 0;
+  let source = null;
 
   function setLost(words) {
     run.lostAt = words ? serverTime() : null;
@@ -5856,21 +5833,12 @@ DASHBOARD_PAGE = r"""<!doctype html>
     drawSoon();
   }
 
-  function connect() {                    // a hidden tab lets go: all tabs share six connections
+  function connect() {
     source?.close();
-    source = new EventSource(`events?after=${run.lastId}${document.hidden ? "&once=1" : ""}`);
-    isOpen = false;
-    lastHeard = performance.now();
-    source.onopen = () => {
-      isOpen = true;
-      setLost("");
-    };
-    source.onmessage = message => {
-      lastHeard = performance.now();
-      receive(JSON.parse(message.data));
-    };
+    source = new EventSource(`events?after=${run.lastId}`);
+    source.onopen = () => setLost("");
+    source.onmessage = message => receive(JSON.parse(message.data));
     source.onerror = ({target}) => {
-      if (isOpen && document.hidden) return target.close();
       const isRefused = target.readyState === EventSource.CLOSED;
       setLost(isRefused ? "The server refuses this page: open the address that the run printed."
         : "It is tried again; what you see is how it was last.");
@@ -5878,12 +5846,9 @@ DASHBOARD_PAGE = r"""<!doctype html>
     };
   }
 
-  function tick() {
-    if (!document.hidden && performance.now() - lastHeard > MAX_SILENCE) {
-      setLost("Nothing has come for a while; it is tried again.");
-      connect();
-    }
-    drawStatus();
+  function look() {                       // a hidden tab lets go: all tabs share six connections
+    connect();
+    setTimeout(() => document.hidden && source.close(), 2000);
   }
 
   // Steering, and what else a person does.
@@ -5939,15 +5904,14 @@ DASHBOARD_PAGE = r"""<!doctype html>
   document.onselectionchange = () => {
     if (byId("held").textContent && !isSelecting()) drawScreen();
   };
-  document.onvisibilitychange = connect;
+  document.onvisibilitychange = () => document.hidden ? source.close() : connect();
   byId("terminal").ontoggle = () => drawScreen();
   window.onhashchange = openLinked;
   window.onresize = drawSoon;
-  setInterval(tick, 1000);
-  setInterval(() => document.hidden && connect(), 30000);     // its title and icon stay true
-  setClock(servedAt);
+  setInterval(drawStatus, 1000);
+  setInterval(() => document.hidden && look(), 30000);      // its title and icon stay true
   draw();
-  connect();
+  look();
 </script>
 """
 
@@ -5971,7 +5935,7 @@ in the terminal, or paste that address or its token here.</p><form><label>Token
 _MAX_BODY_BYTES = 65_536
 _DIGITS = re.compile("[0-9]{1,15}")
 _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]]+))(:[0-9]*)?")
-_IP_ADDRESS = re.compile(r"[0-9.]+|.*:.*")      # in Host, no name looks like this
+_IP_ADDRESS = re.compile(r"[0-9.]+|.*:.*")      # no other name looks like this
 _CONTROL_ACTIONS = ("pause", "resume", "stop", "note", "continue", "interrupt")
 
 
@@ -6075,12 +6039,10 @@ class _DashboardHandler(QuietHandler):
 
     def _has_token(self, token: str) -> bool:
         """Tell whether the query, as a token or as a whole address, or a cookie has the token."""
-        cookies = {}
-        for pair in self.headers.get("Cookie", "").split(";"):
-            name, _, value = pair.strip().partition("=")
-            cookies[name] = value
         dashboard = self.server
-        given = token.rpartition("token=")[2].strip() or cookies.get(dashboard.cookie_name, "")
+        cookie = re.search(rf"(?:^|; *){dashboard.cookie_name}=([\w-]+)",
+                           self.headers.get("Cookie", ""))
+        given = token.rpartition("token=")[2].strip() or (cookie[1] if cookie else "")
         if secrets.compare_digest(given.encode("utf-8", "replace"), dashboard.token.encode()):
             return True
         if given != dashboard.entry_code or _is_other_user(
@@ -6238,9 +6200,8 @@ class Dashboard(http.server.ThreadingHTTPServer):
                    "url": self.url}
         path = journal_path.with_suffix(".dashboard")
         with contextlib.suppress(OSError):      # the journal complains about such a disk
-            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with open(file, "w", encoding="utf-8") as stream:
-                json.dump(address, stream)
+            path.touch(0o600)
+            path.write_text(json.dumps(address), "utf-8")
 
     def server_bind(self) -> None:
         """Bind, `::` for IPv4 too, without the base class's slow search for our own name."""
@@ -6447,6 +6408,8 @@ def _format_next_steps(event: Event) -> str:
 def _describe_end(event: Event) -> tuple[str, str]:
     """Return how a run ended, and what you can do next."""
     head = "Task complete" if event["outcome"] == "complete" else f"Ended ({event['outcome']})"
+    if event["outcome"] == "interrupted" and event.get("reason"):      # no other line says it
+        head = f"Ended (interrupted: {event['reason']})"
     figures = [_format_count(event["iterations"], "iteration"), _format_usage(event)]
     if event.get("cost") is None and event["tokens"]["total"]:
         figures.append("cost not reported")
@@ -6986,32 +6949,35 @@ def find_session_owner(config: Config, workspace: Workspace) -> str:
     return find_session_holder(workspace.lock_path(tmux))[1]
 
 
-def choose_session(config: Config, workspace: Workspace) -> Config:
+def choose_session(config: Config, workspace: Workspace, resume: bool = False) -> Config:
     """Return the settings with the name of the session to use.
 
     Unless CLAUDE_TMUX_SESSION is set, a session that belongs to another directory or command is
-    left alone: the directory gets a session of its own.
+    left alone: the directory gets a session of its own.  A resumed run keeps its command.
     """
     if workspace.has_session_name:
         return config
     own = dataclasses.replace(config, claude_tmux_session=session_name_of(workspace.directory))
     mark = make_agent(config, workspace).session_mark
     owner = find_session_owner(config, workspace)
+    if resume and owner.endswith(f" in {str(workspace.directory)!r}"):
+        return config
     if owner != mark and (owner or find_session_owner(own, workspace) == mark):
         return own
     return config
 
 
 @contextlib.contextmanager
-def hold_session(config: Config, workspace: Workspace) -> Iterator[Config]:
+def hold_session(config: Config, workspace: Workspace,
+                 resume: bool = False) -> Iterator[Config]:
     """Choose the session and hold its lock; yield the settings with its name."""
     mark = make_agent(config, workspace).session_mark
     with contextlib.ExitStack() as stack:
-        chosen = choose_session(config, workspace)
+        chosen = choose_session(config, workspace, resume)
         try:
             stack.enter_context(session_lock(chosen, workspace, mark))
         except ConfigError:     # perhaps another directory's run was faster: choose again
-            chosen = choose_session(config, workspace)
+            chosen = choose_session(config, workspace, resume)
             stack.enter_context(session_lock(chosen, workspace, mark))
         yield chosen
 
@@ -7252,7 +7218,7 @@ def run(config: Config, workspace: Workspace, request: RunRequest) -> int:
                           "--chat")
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(SignalHandler())
-        config = stack.enter_context(hold_session(config, workspace))
+        config = stack.enter_context(hold_session(config, workspace, request.resume))
         path, history = choose_journal(config, workspace, request.resume)
         agent = make_agent(config, workspace)
         agent.tmux.check_version()
@@ -7305,13 +7271,12 @@ def own_command() -> str:
 
 
 _AFTER_DEMO = """
-That was the demo: no model was asked, nothing was paid, and its files are gone.
-To let it work for you:
-  1. Install an agent and log in, for example: npm install -g @anthropic-ai/claude-code; claude
-  2. Get a key at https://openrouter.ai and set it: export OPENROUTER_API_KEY=sk-or-...
-  3. Check it all:  {command} --doctor
-  4. Give it work:  {command} ~/src/project --task "Make the tests pass"
-To type yourself, without a key:  {command} --chat ~/src/project"""
+That was the demo: no model was asked, nothing was paid, its files are gone.  For a real run:
+  1. Install an agent, and start it once to log in: {install}; {program}
+  2. Get a key at https://openrouter.ai, and set it: export OPENROUTER_API_KEY=sk-or-...
+  3. Check your setup: {command} --doctor
+  4. Start the run: {command} ~/src/project --task "Make the tests pass"
+Without a key you can chat with the agent: {command} --chat ~/src/project"""
 
 
 def run_demo(config: Config, environ: Mapping[str, str], as_json: bool) -> int:
@@ -7339,7 +7304,9 @@ def run_demo(config: Config, environ: Mapping[str, str], as_json: bool) -> int:
         with contextlib.suppress(OSError):      # a name for this run only, so nobody else's socket
             os.unlink(f"{environ.get('TMUX_TMPDIR') or '/tmp'}/tmux-{os.getuid()}/{scratch.name}")
     if not as_json:
-        print_line(_AFTER_DEMO.format(command=own_command()))
+        profile = select_profile(Config.default_model)
+        print_line(_AFTER_DEMO.format(install=profile.install_command, command=own_command(),
+                                      program=profile.start_command[0]))
     return 0
 
 
