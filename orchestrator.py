@@ -1058,10 +1058,11 @@ def find_draft(profile: AgentProfile, screen: Sequence[str], row: int, column: i
     one, as `!` for a shell command, belongs to the draft.
     """
     box = _find_input_box(profile, screen)
-    if not box or not box.text <= row < box.text_end or not profile.prompt_line:
+    if not box or not box.text <= row < box.text_end:
         return ""
-    prompt = profile.prompt_line.match(screen[box.text])
-    mark = prompt[0] if prompt else ""
+    prompts = [pattern.match(screen[box.text])
+               for pattern in (profile.prompt_line, profile.reader_prompt_line) if pattern]
+    mark = next((prompt[0] for prompt in prompts if prompt), "")
     mode = "!" if "!" in mark else ""
     rest = [line.strip() for line in screen[box.text + 1:box.text_end]]
     while rest and not rest[-1] and row < box.text + len(rest):

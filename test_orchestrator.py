@@ -1412,6 +1412,14 @@ def test_what_stands_in_an_input_box(box, column, draft):
     assert find_draft(profile, ["● text", *screen], 0, 2) == ""
 
 
+@pytest.mark.parametrize("line, column, draft", [
+    ("$", 1, ""), ("$\u00a0", 1, ""), ("$\u00a0 a draft", 10, " a draft")])
+def test_what_stands_in_the_input_line_of_screen_reader_mode(
+        line: str, column: int, draft: str) -> None:
+    screen = ["claude: hi", "bypass permissions on (shift+tab to cycle)", "effort: high", line]
+    assert find_draft(CLAUDE_CODE, screen, 3, column) == draft
+
+
 def test_a_draft_may_stand_below_the_cursor():
     screen = [RULE, "❯", "  two", RULE, "  ? for help"]
     assert find_draft(CLAUDE_CODE, screen, 1, 2) == "\ntwo"
