@@ -528,12 +528,14 @@ def find_new_lines(before: list[str], after: list[str]) -> list[str] | None:
     """
     old = before[_find_overlap(before, after):]
     start = _common_prefix_length(old, after)
+    end = _common_prefix_length(old[start:][::-1], after[start:][::-1])
+    redrawn_end = _find_redrawn(old, after) if start + end < len(old) else 0
+    if redrawn_end:
+        return after[redrawn_end:]
     grown = len(before) == 1 and after[:1] and after[0].startswith(before[0])    # a prompt
     if before and not any(old[:start]) and not grown:       # blank lines are alike by chance
         return None
-    end = _common_prefix_length(old[start:][::-1], after[start:][::-1])
-    redrawn = _find_redrawn(old, after) if start + end < len(old) else 0
-    return after[redrawn:] if redrawn else after[start:len(after) - end]
+    return after[start:len(after) - end]
 
 
 def find_new_blocks(before: list[str], after: list[str]) -> list[str] | None:
@@ -544,17 +546,20 @@ def find_new_blocks(before: list[str], after: list[str]) -> list[str] | None:
     >>> find_new_blocks(['title', 'a', 'b', 'c', 'box'], ['title', 'a', 'b', 'c', 'd', 'box'])
     ['d']
     """
-    matcher = difflib.SequenceMatcher(None, before, after, autojunk=False)
+    start = _common_prefix_length(before, after)
+    end = _common_prefix_length(before[start:][::-1], after[start:][::-1])
+    middle = after[start:len(after) - end]
+    matcher = difflib.SequenceMatcher(
+        None, before[start:len(before) - end], middle, autojunk=False)
+    blocks = [block for block in matcher.get_matching_blocks() if block.size >= 3 or not block.size]
+    if not start + end and len(blocks) == 1:
+        return None
     new: list[str] = []
-    end, has_equal_text = 0, False
-    for block in matcher.get_matching_blocks():
-        is_first = block.a == block.b == 0
-        is_last = (block.a + block.size, block.b + block.size) == (len(before), len(after))
-        if block.size >= 3 or is_first or is_last:
-            new += after[end:block.b]
-            end = block.b + block.size
-            has_equal_text |= any(after[block.b:end])
-    return new if has_equal_text else None
+    position = 0
+    for block in blocks:        # the last one is empty, at the end
+        new += middle[position:block.b]
+        position = block.b + block.size
+    return new
 
 
 _VOLATILE_TEXT = re.compile(      # all repetitions are bounded: 16,000 digits must not take seconds
@@ -1038,10 +1043,11 @@ def find_draft(profile: AgentProfile, screen: Sequence[str], row: int, column: i
     one, as `!` for a shell command, belongs to the draft.
     """
     box = _find_input_box(profile, screen)
-    if not box or not box.text <= row < box.text_end or not profile.prompt_line:
+    if not box or not box.text <= row < box.text_end:
         return ""
-    prompt = profile.prompt_line.match(screen[box.text])
-    mark = prompt[0] if prompt else ""
+    prompts = [pattern.match(screen[box.text])
+               for pattern in (profile.prompt_line, profile.reader_prompt_line) if pattern]
+    mark = next((prompt[0] for prompt in prompts if prompt), "")
     mode = "!" if "!" in mark else ""
     rest = [line.strip() for line in screen[box.text + 1:box.text_end]]
     while rest and not rest[-1] and row < box.text + len(rest):
@@ -1710,7 +1716,8 @@ class TurnDetector:
     def __init__(self, before: PaneSnapshot, now: float, habits: ProgramHabits, *,
                  message: str = "", is_unsent: Callable[[PaneSnapshot], bool] = never,
                  has_new_process: Callable[[], bool] = never, idle_timeout: float = STALE_SECONDS,
-                 settle_seconds: float = SETTLE_SECONDS_WITHOUT_INDICATOR) -> None:
+                 settle_seconds: float = SETTLE_SECONDS_WITHOUT_INDICATOR,
+                 is_in_progress: bool = False) -> None:
         self.last_sign = ""                     # the last sign of work in this turn
         self.is_busy = False                    # a sign is shown now
         self.is_unsent = is_unsent
@@ -1735,7 +1742,7 @@ class TurnDetector:
         self._text_changed_at = now
         self._state_changed_at = now
         self._has_changed = False
-        self._title_has_changed = False
+        self._title_has_changed = is_in_progress    # otherwise a dead program may have left it
         self._quiet_since = now                 # no sign of work has been seen since
         self._still_seconds = 0.0               # since any change: text, title or program
         self._last_enter_at = now
@@ -2395,7 +2402,8 @@ class Agent:
     def _new_detector(self, before: PaneSnapshot, **options: Any) -> TurnDetector:
         if self._profile.is_known:
             options.setdefault("settle_seconds", self.KEY_SETTLE_SECONDS)
-        return TurnDetector(before, self._clock(), self._habits, **options)
+        return TurnDetector(before, self._clock(), self._habits,
+                            is_in_progress=self._turn_in_progress, **options)
 
     def _wait_for_turn_end(self, detector: TurnDetector, timeout: float,
                            until: Callable[[], bool] = never) -> Turn:
@@ -2413,8 +2421,11 @@ class Agent:
                 self._press_enter_if(detector.is_unsent)
             elif verdict != "wait":
                 break
-            elif until() or now - started_at >= timeout:
-                verdict = "working" if detector.is_busy or not until() else "idle"
+            elif now - started_at >= timeout:
+                verdict = "working"
+                break
+            elif until():
+                verdict = "working" if detector.is_busy else "idle"
                 break
             self._sleep(min(detector.poll_interval(now),
                             max(0.0, started_at + timeout - now)))

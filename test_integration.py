@@ -677,8 +677,8 @@ class Terminal:
 AGENT = r'''
 """A small agent: on a terminal it does what the real ones do; agent.log has what it took.
 
-What it is like is said by AGENT_START (orders before it is ready), AGENT_SIGN (title, footer or
-none), AGENT_PASTE (brackets or plain), AGENT_EATS (how many Enters it loses of each message),
+What it is like is said by AGENT_START (orders before it is ready), AGENT_SIGN (title, footer,
+still or none), AGENT_PASTE (brackets or plain), AGENT_EATS (how many Enters it loses of each message),
 AGENT_DEAF (seconds after a paste in which an Enter is but a new line), AGENT_SLOW (seconds that it
 takes for a paste), AGENT_THINKS (seconds before it does anything) and AGENT_BOX (a frame like that
 of Claude Code around its prompt).
@@ -731,8 +731,9 @@ class Sign:
         foot = f"\x1b7\x1b[{rows};1H\x1b[K%s\x1b8"
         self.busy, self.idle = {
             "title": ("\x1b]0;%s agent\x07", "\x1b]0;agent\x07"), "none": ("%.0s", ""),
-            "footer": (foot % "  %s · esc to interrupt", foot % "  ? for shortcuts")}[kind]
-        if kind == "footer":
+            "footer": (foot % "  %s · esc to interrupt", foot % "  ? for shortcuts"),
+            "still": (foot % "  %.0sesc to interrupt", foot % "  ? for shortcuts")}[kind]
+        if kind in ("footer", "still"):
             show(f"\x1b[2J\x1b[1;{rows - 1}r\x1b[H")
         self.frozen = False
         show("\x1b]0;agent\x07" + self.idle)
@@ -823,8 +824,8 @@ log(started=True, early=early or "")
 for turn in itertools.count(1):
     show(f"{'─' * 40}\n❯ {RIM}" if RIM else "❯ ")
     message = take()
-    SIGN.start()
     show("\n\x1b[J" if RIM else "\n")
+    SIGN.start()
     time.sleep(setting("THINKS", 0.2))
     for order in message.replace("\n", "&&").split("&&"):
         obey(order, turn)
@@ -1928,6 +1929,11 @@ def early(world: World, messages: Sequence[str]) -> list[str]:
             if not re.search(f"(?m)^{end}$", turn)]
 
 
+def as_claude_if_still(world: World, name: str) -> dict[str, str]:
+    """Have the small agent run as Claude Code if only words of that say that it works."""
+    return as_claude(world) if name.startswith("still") else {}
+
+
 def test_a_turn_is_over_when_the_agent_is_done_and_not_before(new_world):
     """Whether its sign lives, or stands still for a while; and in spite of signs left behind."""
     cases = {kind: [*pauses(kind, [0, 0.1, 0.5, 2.5, 4, 1]), agent_like(kind)]
@@ -1940,7 +1946,8 @@ def test_a_turn_is_over_when_the_agent_is_done_and_not_before(new_world):
     leave = "printf '\\033]0;\u2839 working\\007'; echo end-$((%d))"
     cases["bash, left behind"] = [leave % 1, agent_like("bash")]
     cases["title, at once"] = ["echo end-1", "echo end-2", {"AGENT_THINKS": "0"}]
-    worlds = at_once(new_world, cases)
+    cases["still"] = ["sleep 17 && echo end-1", "echo end-2", agent_like("still")]
+    worlds = at_once(new_world, cases, prepare=as_claude_if_still)
     assert {name: early(worlds[name], case[:-1]) for name, case in cases.items()} == {
         name: [] for name in cases}
     for name, world in worlds.items():
@@ -1949,11 +1956,11 @@ def test_a_turn_is_over_when_the_agent_is_done_and_not_before(new_world):
 
 def test_benchmark_of_200_turns_with_pauses(new_world, asked_for):
     cases = {}
-    for number, kind in enumerate(("title", "footer", "bash") * 3):
+    for number, kind in enumerate(("title", "footer", "bash") * 2 + ("still",) * 3):
         draw = random.Random(number)
         seconds = [draw.uniform(0, 10) for _ in range(24)]
         cases[f"{kind} {number}"] = [*pauses(kind, seconds), agent_like(kind)]
-    worlds = at_once(new_world, cases, limit=900)
+    worlds = at_once(new_world, cases, limit=900, prepare=as_claude_if_still)
     over = {name: early(worlds[name], case[:-1]) for name, case in cases.items()}
     print(f"\n{sum(len(case) - 1 for case in cases.values())} turns with two pauses of 0 to 10 s: "
           f"{sum(map(len, over.values()))} ended early")

@@ -50,8 +50,8 @@ from orchestrator import (
     RunControl, SignalHandler, StartupDialog, StuckInLoop, TaskFailed, TerminalReporter, Tmux,
     TmuxError, TmuxServerLost, TmuxSessionLost, TokenUsage, TransientError, Turn, TurnDetector,
     Workspace, child_environment, describe_chat_event, describe_event, describe_menu,
-    find_draft, find_new_lines, find_problem, find_startup_dialog, find_unfinished_run,
-    format_duration, has_input_box, help_text, is_message_unsent, is_resumable_event,
+    find_draft, find_new_blocks, find_new_lines, find_problem, find_startup_dialog, find_unfinished_run,
+    format_duration, has_appeared, has_input_box, help_text, is_message_unsent, is_resumable_event,
     last_text_line, main, normalize_screen, parse_env, parse_json_object, parse_reply,
     parse_usage_limit, print_line, process_start_time, read_env_file, read_events, read_line,
     run, run_shell_command, sanitize, select_profile, session_lock, strip_input_box,
@@ -215,6 +215,8 @@ class Terminal:
         self.in_mode = self.alternate = False
         self.refusals = self.lost_enters = 0
         self.seen, self.failures = {}, []       # what looks have of their own, and how they fail
+        self.rows = 50
+        self.resized: list[int] = []
 
     def find_pane(self):
         return self.existing or ("", "")
@@ -236,11 +238,15 @@ class Terminal:
         play(self.failures, None)
         drawn = self._drawn()
         row = len(drawn) - 3 if self.box else len(drawn) - 1
-        hidden = max(0, len(drawn) - 50)
+        hidden = max(0, len(drawn) - self.rows)
         pane = PaneSnapshot("%1", 1, 0, bool(self.status), self.status, self.in_mode,
                     self.alternate, row - hidden, len(drawn[row]), self.command, self.title,
-                    tuple(drawn[hidden:]))
+                    tuple(drawn[hidden:]), None, 200, self.rows)
         return pane._replace(**self.seen)
+
+    def resize(self, pane: PaneSnapshot, rows: int) -> None:
+        self.rows = rows
+        self.resized.append(rows)
 
     def capture_history(self, pane_id):
         return "\n".join(self._drawn())
@@ -354,6 +360,7 @@ class Desk:
         self.terminal = Terminal(self.clock, *programs)
         self.agent = self.hire(program, **options)
         self.first = self.agent.start() if start else None
+        self.ready_at = self.clock.now
 
     def hire(self, program=PROGRAM, **options):
         """Return one more agent at the same terminal."""
@@ -854,9 +861,25 @@ BOX = ["─" * 20, "❯", "─" * 20, "  ? for help"]
     (["$"], ["149", "150", "$"], None), (["a", "b"], ["c", "d"], None),
     (["", *OLD[:99], "", *OLD[99:], *BOX], ["", *OLD[99:], "new", *BOX], ["new"]),
     (["", "a"], ["", "b"], None), (["y"] * 300, ["y"] * 200 + ["new"], None),
-    (["banner", *OLD], ["banner", "cleared"], None)])
+    (["banner", *OLD], ["banner", "cleared"], None),
+    (["title", "a", "b", "c"], ["title", "title", "a", "b", "c", "new"], ["new"]),
+    (["title", "a", "", "c"], ["x", "title", "a", "", "c", "new", "c"], ["new", "c"]),
+    (["a", "b"], ["x", "a", "b", "new"], None)])
 def test_what_is_new_on_a_screen(before, after, new):
     assert find_new_lines(before, after) == new
+
+
+@pytest.mark.parametrize("before, after, new", [
+    ([], ["a"], None), (["a"], ["b"], None), (["a", "b"], ["a", "b"], []),
+    (["top", *OLD[:9], "box"], ["top", *OLD[:9], "new", "box"], ["new"]),
+    (["top 1", *OLD[:9], "box 1"], ["top 2", *OLD[:9], "new", "box 2"],
+     ["top 2", "new", "box 2"]),
+    (OLD, [*OLD[:5], "x", *OLD[5:]], ["x"]),
+    (["a", "b", "c", "a", "b", "c"], ["a", "b", "c", "a", "b", "c", "a", "b", "c"],
+     ["a", "b", "c"])])
+def test_what_is_new_on_a_full_screen(
+        before: list[str], after: list[str], new: list[str] | None) -> None:
+    assert find_new_blocks(before, after) == new
 
 
 TRUST = [" Quick safety check: Is this a project you created or one you trust?"]
@@ -1391,6 +1414,14 @@ def test_what_stands_in_an_input_box(box, column, draft):
     assert find_draft(profile, ["● text", *screen], 0, 2) == ""
 
 
+@pytest.mark.parametrize("line, column, draft", [
+    ("$", 1, ""), ("$\u00a0", 1, ""), ("$\u00a0 a draft", 10, " a draft")])
+def test_what_stands_in_the_input_line_of_screen_reader_mode(
+        line: str, column: int, draft: str) -> None:
+    screen = ["claude: hi", "bypass permissions on (shift+tab to cycle)", "effort: high", line]
+    assert find_draft(CLAUDE_CODE, screen, 3, column) == draft
+
+
 def test_a_draft_may_stand_below_the_cursor():
     screen = [RULE, "❯", "  two", RULE, "  ? for help"]
     assert find_draft(CLAUDE_CODE, screen, 1, 2) == "\ntwo"
@@ -1893,11 +1924,17 @@ def test_long_messages_and_long_answers_survive():
     assert turn.output.endswith("row 298\nrow 299") and len(turn.output) < 17_000
 
 
-def test_a_screen_without_history_is_shown_as_it_is():
-    desk = Desk(claude())
+def test_a_full_screen_program_is_read_in_a_tall_window() -> None:
+    desk = Desk(claude(answer="\n".join(f"row {number}" for number in range(120))))
     desk.terminal.alternate = True
-    turn = desk.agent.ask("one")
-    assert "Welcome" in turn.output and "visible screen" in turn.as_text()
+    first = desk.agent.ask("one")
+    assert "row 119" in first.output and "visible screen" in first.as_text()
+    turn = desk.agent.ask("two")
+    assert turn.notes == ()
+    assert turn.output.split("\n") == ["> two", *(f"row {number}" for number in range(120))]
+    assert desk.terminal.resized == [500, 50] * 2
+    desk.terminal.alternate = False
+    assert "row 119" in desk.agent.ask("three").output and len(desk.terminal.resized) == 4
 
 
 def test_a_turn_that_leaves_the_screen_as_it_was_is_shown_whole():
@@ -1940,6 +1977,100 @@ def test_nothing_is_typed_into_a_question_and_the_model_is_told_what_it_is():
     assert "takes keys" not in desk.agent.send_keys(["Enter"]).as_text()
     desk.terminal.keyed = None
     assert desk.agent.ask("one").output == "> one\n● Done: one"
+
+
+def raw_shell(shows: bool = True) -> Callable[[Terminal], None]:
+    """Return a program that reads keys, and shows what is typed or does not."""
+    def program(terminal: Terminal) -> None:
+        shell()(terminal)
+        terminal.seen = {"reads_keys": True}
+        if not shows:
+            terminal.typed = lambda text: None
+
+    return program
+
+
+def test_enter_is_not_pressed_where_the_text_does_not_show() -> None:
+    desk = Desk(raw_shell(shows=False), program=select_profile("", "sh"))
+    turn = desk.agent.ask("one")
+    assert desk.terminal.pasted == ["one"] and desk.terminal.pressed == []
+    assert turn.state == "idle" and turn.output == "$"
+    assert turn.notes[0] == "Nothing was sent." and "did not show the text" in turn.notes[1]
+    assert 2.0 <= desk.clock.now - desk.ready_at < 2.5
+
+
+def test_a_hidden_input_in_line_mode_is_sent() -> None:
+    desk = Desk(raw_shell(shows=False), program=select_profile("", "sh"))
+    desk.terminal.seen = {"reads_keys": False}
+    desk.agent.ask("secret")
+    assert desk.terminal.pressed == ["Enter"]
+
+
+@pytest.mark.parametrize("known, wait", [(False, 0.2), (True, 0.0)])
+def test_an_unknown_program_gets_the_enter_a_moment_after_the_text_shows(
+        known: bool, wait: float) -> None:
+    desk = Desk(claude() if known else raw_shell(),
+                program=PROGRAM if known else select_profile("", "sh"))
+    desk.terminal.seen = {"reads_keys": True}
+    pressed_at: list[float] = []
+    send_keys = desk.terminal.send_keys
+
+    def press(pane: PaneSnapshot, *keys: str) -> bool:
+        pressed_at.append(desk.clock.now - desk.ready_at)
+        return bool(send_keys(pane, *keys))
+
+    desk.terminal.send_keys = press
+    desk.agent.ask("one")
+    assert wait <= pressed_at[0] <= wait + 0.1
+
+
+@pytest.mark.parametrize("message, pasted", [
+    ("see @RE", "see @RE "), ("pay $5", "pay $5 "), ("a@b c", "a@b c"), ("@x\n", "@x\n")])
+def test_a_blank_follows_what_a_completion_would_change(message: str, pasted: str) -> None:
+    desk = Desk(claude(), program=dataclasses.replace(PROGRAM, needs_blank=CODEX.needs_blank))
+    desk.agent.ask(message)
+    assert desk.terminal.pasted == [pasted]
+
+
+def test_a_message_that_no_enter_submits_is_told_as_that() -> None:
+    desk = Desk(claude())
+    desk.terminal.lost_enters = 9
+    turn = desk.agent.ask("one")
+    assert "still stands in the input line" in turn.as_text() and "❯ one" in turn.output
+
+
+@pytest.mark.parametrize("text, before, after, appeared", [
+    ("fix it", ["> "], ["> fix it"], True), ("fix it", ["> "], ["> "], False),
+    ("fix it", ["> fix it", "> "], ["> fix it", "> fix it"], True),
+    ("fix it", ["> fix it", "> "], ["> fix it", "Trust it?"], False),
+    ("first\nthe last line", [">"], ["> first", "  the last line"], True),
+    ("a long line, wrapped", [">"], ["│ a long line, wr │ tokens: 5", "│ apped │"], True),
+    ("word " * 999, [">"], ["> [Pasted text #1 +400 lines]"], True),
+    ("word " * 999, [">"], ["> [Pasted ~9 lines]"], True), ("?!", [">"], ["> ?!"], True),
+    ("漢字", [">"], ["> 漢字"], True), ("ab" * 9, [">"], ["> ab"], False)])
+def test_whether_a_pasted_text_shows(
+        text: str, before: list[str], after: list[str], appeared: bool) -> None:
+    assert has_appeared(text, before, after) is appeared
+
+
+def test_a_wait_ends_when_the_caller_says_so() -> None:
+    desk = Desk(claude(seconds=30.0))
+    assert desk.agent.ask("one", 5).state == "working"
+    asked = iter([False, False, True])
+    began = desk.clock.now
+    assert desk.agent.wait(600, lambda: next(asked)).state == "working"
+    assert desk.clock.now - began < 1
+    assert Desk(claude()).agent.wait(600, lambda: True).state == "idle"
+
+
+def test_the_user_can_interrupt_a_turn() -> None:
+    desk = Desk(claude(seconds=100.0))
+    asked = iter([False, True])
+    desk.agent.take_interrupt = lambda: next(asked, False)
+    turn = desk.agent.ask("one")
+    assert desk.terminal.pressed == ["Enter", "Escape"] and turn.state == "working"
+    assert "The user interrupted Claude Code" in turn.as_text()
+    assert desk.clock.now - desk.ready_at < 7
 
 
 @pytest.mark.parametrize("draft", ["rm -rf ", "one\ntwo\n\nthree", "\n"])
