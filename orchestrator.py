@@ -2680,14 +2680,14 @@ _ERROR_KINDS = (
                r"input) is too long|exceeds? the maximum number of tokens|reduce the length of|"
                r"tokens \+ `?max_new_tokens"),
     _ErrorKind("key", (401,), "authentication(_error)?|(invalid_api_key|api_key_invalid)|"
-               "unauthenticated", r"(incorrect|invalid|missing|expired|no) api[ _-]?key|"
+               "unauthenticated|no_db_connection", r"(incorrect|invalid|missing|expired|no) api[ _-]?key|"
                r"api[ _-]?key (is )?(not valid|invalid|missing|expired)",
                "Check OPENROUTER_API_KEY for {address}"),
     _ErrorKind("content", (451,), "content_policy.*|content_filter|refusal|"
                "data_inspection_failed|responsibleaipolicyviolation",
                r"content[ _](policy|management)|usage polic|moderation|flagged|prompt.injection"),
     _ErrorKind("model", (), "model_not_found|deploymentnotfound",
-               r"not a valid model|model\b.{0,80}\b(not found|not exist)|no endpoints found",
+               r"(not a valid|invalid) model|model\b.{0,80}\b(not found|not exist)|no endpoints found",
                "Check OPENROUTER_MODEL for {address}"),
     _ErrorKind("address", (300, 301, 302, 303, 307, 308, 404, 405, 501), "",
                "unexpected endpoint",
@@ -2875,18 +2875,18 @@ def error_from_response(status: int, body: object, headers: Mapping[str, str],
               error.get("type"), error.get("http_status"), error.get("status"),
               holder.get("code"), "refusal" if metadata.get("reasons") else "", status]
     types = [str(claim).lower() for claim in claims if claim]
-    code = next((int(name) for name in types if re.fullmatch(r"[3-5]\d\d", name)), 502)
+    code = next((int(name) for name in types if re.fullmatch(r"[3-5]\d\d", name)), 0)
     message = _error_message(error)
     is_page = not holder and "<" in str(body)
     searched = "" if is_page else message
-    kind = next(row for row in _ERROR_KINDS if row.fits(types, code, searched))
+    kind = next(row for row in _ERROR_KINDS if row.fits(types, code or 502, searched))
     refused = [name for name, words in _FEATURES.items() if kind.name != "overflow"
                and (code in (400, 404, 422) or name == "system role")
                and re.search(words, message, re.I)]
     can_pass = get_object(error, "availability").get("retryable")
     if can_pass is None:
         can_pass = kind.name in ("rate limit", "outage") and not refused
-    text = f"the model server answered {code}"
+    text = f"the model server answered {code}" if code else "the model server reports an error"
     if message:
         text += f": {message[:300].rstrip('.')}"
     result = _make_error(kind, text, bool(can_pass), _parse_retry_after(error, headers), address)
