@@ -280,7 +280,8 @@ class Config:
     max_iterations: int = _setting(0, _NON_NEGATIVE_INT, "replies of the model; 0: no limit")
     max_cost: float = _setting(0.0, _NON_NEGATIVE_NUMBER, "US dollars; 0: no limit")
     max_minutes: float = _setting(
-        0.0, _NON_NEGATIVE_NUMBER, "minutes that the run may take; 0: no limit")
+        0.0, _NON_NEGATIVE_NUMBER, "minutes that the run may take, without those that "
+        "the computer sleeps; 0: no limit")
     turn_timeout: int = _setting(
         1800, _POSITIVE_INT, "seconds after which a turn is reported as still working")
     history_max_tokens: int = _setting(
@@ -2680,14 +2681,16 @@ _ERROR_KINDS = (
                r"input) is too long|exceeds? the maximum number of tokens|reduce the length of|"
                r"tokens \+ `?max_new_tokens"),
     _ErrorKind("key", (401,), "authentication(_error)?|(invalid_api_key|api_key_invalid)|"
-               "unauthenticated|no_db_connection", r"(incorrect|invalid|missing|expired|no) api[ _-]?key|"
+               "unauthenticated|no_db_connection",
+               r"(incorrect|invalid|missing|expired|no) api[ _-]?key|"
                r"api[ _-]?key (is )?(not valid|invalid|missing|expired)",
                "Check OPENROUTER_API_KEY for {address}"),
     _ErrorKind("content", (451,), "content_policy.*|content_filter|refusal|"
                "data_inspection_failed|responsibleaipolicyviolation",
                r"content[ _](policy|management)|usage polic|moderation|flagged|prompt.injection"),
     _ErrorKind("model", (), "model_not_found|deploymentnotfound",
-               r"(not a valid|invalid) model|model\b.{0,80}\b(not found|not exist)|no endpoints found",
+               r"(not a valid|invalid) model|no endpoints found|"
+               r"model\b.{0,80}\b(not found|not exist)",
                "Check OPENROUTER_MODEL for {address}"),
     _ErrorKind("address", (300, 301, 302, 303, 307, 308, 404, 405, 501), "",
                "unexpected endpoint",
@@ -3057,19 +3060,15 @@ class OpenRouter:
     def check_completion(self) -> str:
         """Ask for a tiny reply without waiting for anything; return what that took."""
         self._wanted_tokens = 16        # the least that some providers take
+        self.RETRY_TIMEOUT = 0.0
         used: list[tuple[TokenUsage, float | None]] = [(TokenUsage(), None)]
-        question = [{"role": "user", "content": "Answer with the word OK."}]
         started_at = self._clock()
-        change = "begin"
-        while change:
-            try:
-                self._request_completion(question, ignore, lambda *usage: used.append(usage),
-                                         lambda: self.REQUEST_TIMEOUT)
-                change = ""
-            except ModelError as error:
-                change = self._repair(error)
-                if not change and error.kind != "thinking":     # else it is there, and thinks
-                    raise
+        try:
+            self._call_with_retries([{"role": "user", "content": "Answer with the word OK."}],
+                                    ignore, lambda *usage: used.append(usage), lambda: math.inf)
+        except ModelError as error:
+            if error.kind != "thinking":        # it thinks, so it is there
+                raise
         tokens, cost = used[-1]
         price = "cost not reported" if cost is None else f"${cost:.4f}"
         return f"answered in {self._clock() - started_at:.1f} s, {tokens.total:,} tokens, {price}"
@@ -3080,13 +3079,11 @@ class OpenRouter:
                  on_text: Callable[[str], object] = ignore,
                  on_usage: Callable[[TokenUsage, float | None], object] = ignore,
                  time_left: Callable[[], float] = lambda: math.inf) -> Reply:
-        """Return the model's reply; `on_text` is given what there is of it while it comes.
+        """Return the model's reply, as ChatModel says.
 
         Waits out what may pass, changes what the server does not take, and has a reply continued
-        that was cut at its length.  `time_left` returns how many seconds there are, or raises what
-        is to end the call; `on_usage` is told what each attempt used.  Raises
-        ContextWindowExceeded for a conversation that is too long, another ModelError for what else
-        will not pass.
+        that was cut at its length.  Raises ContextWindowExceeded for a conversation that is too
+        long, another ModelError for what else will not pass.
         """
         started_at = self._clock()
         conversation = list(messages)
@@ -3141,8 +3138,8 @@ class OpenRouter:
                 if error.retry_after is not None:       # the server's word wins, within reason
                     delay = min(max(error.retry_after, failures / 2), self.MAX_RETRY_AFTER)
                 if self._clock() + delay - started_at > self.RETRY_TIMEOUT:
-                    raise ModelError(f"{error}. This has gone on for an hour: continue later with "
-                                     "--resume") from None
+                    raise ModelError(f"{error}. This does not pass: try again later, with --resume "
+                                     "if a run was under way") from None
                 self._correction = error.correction
                 self._publish("error", error=str(error), retry_in=round(delay, 1))
                 self._wait(min(delay, time_left()))
