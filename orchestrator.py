@@ -1,33 +1,48 @@
 #!/usr/bin/env python3
-"""Drive a coding agent in tmux, from a chat prompt or from a language model.
+"""Drive a coding agent in tmux: you chat with it, or a language model works through a task.
 
-    python orchestrator.py [DIR]     work in DIR (default: here)
-      --task TEXT                    the task, instead of asking for it
-      --chat                         a person types, instead of the model
-      --resume                       go on with the last unfinished run of this directory
+    python3 orchestrator.py [DIR]    work in DIR (default: here)
+      --task TEXT                    the task (default: ask for it, or read standard input)
+      --chat                         chat mode: you type the messages
+      --resume                       continue the last unfinished run of this directory
       --json                         print the run's events as JSON lines, and nothing else
-      --replay FILE                  serve the dashboard of a recorded run
-      --demo                         the whole loop with a built-in model and agent, offline
-      --doctor                       check what a run needs; say what to do about each
+      --replay [FILE]                serve the dashboard of a recorded run (default: the latest
+                                     of this directory)
+      --status                       list sessions and runs, and how to watch and stop them
+      --demo                         run a short offline demo with a built-in model and agent
+      --doctor                       check your setup and print a fix for each problem
       --version, --help
 
-The agent (Claude Code or Codex) runs in a tmux session of its own.  In chat mode you type to it:
-a line, a pasted block, or what stands between triple quotes.  `/keys Down Enter` presses keys,
-`/screen` shows its screen, `/quit` leaves; other slash words go to the agent.
+The agent (Claude Code, Codex or any other terminal program) runs in a tmux session of its own.
 
-In autonomous mode (the default) a model reached through OpenRouter takes your place: it is given
-a task, and what it says is typed, but for KEYS: Down Enter, WAIT: 10m, MEMORY_SAVE: fact and, to
-end the run, TASK_COMPLETE (after VERIFY_CMD has passed) or TASK_FAILED: reason.  The run survives
-crashes of the agent, of the session and of the tmux server, is shown live in a browser, is kept
-in a journal, and remembers facts in DIR/memory.json for the next one.
+In chat mode you type to it: a line, a pasted block, or lines between triple quotes.
 
-It does not sandbox anything: the agent has your rights, and by default asks no permission.  What
-the agent prints is sent to the model's provider.  The key stays out of the agent's environment,
-but a program with your rights can find it where you keep it.
+    /keys Down Enter    press keys, by their tmux names
+    /screen             show the agent's screen
+    /wait               wait until the agent has finished
+    /quit               leave the chat; the agent keeps running
+    /anything else      is sent to the agent
 
-Exit status: 0 task complete (or chat quit), 1 unexpected failure, 2 wrong use or configuration,
-3 a budget was reached, 4 gave up, 5 the agent could not be started or kept alive, 6 the model
-could not be reached or refused, 129, 130 or 143 interrupted by SIGHUP, SIGINT or SIGTERM.
+In autonomous mode (the default) a model on OpenRouter takes your place.  You give it a task.  The
+orchestrator types each of its replies into the agent, except these commands:
+
+    KEYS: Down Enter         press keys
+    WAIT: 10m                wait, or until the screen changes
+    MEMORY_SAVE: a fact      keep the fact in DIR/memory.json for later runs
+    TASK_COMPLETE            end the run, once VERIFY_CMD has passed or the model has confirmed it
+    TASK_FAILED: a reason    give up
+
+If the agent, its session or the tmux server dies, the agent is started again and the run
+continues.  Each run is shown live in a browser and recorded in a journal.
+
+This is not a sandbox.  The agent runs with your permissions, and by default it asks for none.  Its
+output is sent to the model's provider.  The API key is not in the agent's environment, but a
+program with your permissions can read it where you keep it.
+
+Exit status: 0 task complete, or chat left; 1 unexpected failure; 2 wrong option or setting; 3 a
+budget was reached; 4 the model gave up or got stuck; 5 the agent could not be started or kept
+alive; 6 the model could not be reached, or refused; 129, 130, 143 interrupted by SIGHUP, SIGINT
+or SIGTERM.
 
 Contents
      1. Errors            exceptions, each with its exit status and outcome
@@ -65,17 +80,18 @@ import email.utils
 import errno
 import fcntl
 import functools
+import getpass
 import hashlib
 import html
 import http.client
 import http.server
 import io
-import ipaddress
 import itertools
 import json
 import math
 import operator
 import os
+import platform
 import queue
 import random
 import re
@@ -101,8 +117,8 @@ import weakref
 import zlib
 from pathlib import Path
 from typing import (
-    Any, Callable, Generator, Iterable, Iterator, Mapping, NamedTuple, Protocol, Sequence, TextIO,
-    TypedDict)
+    Any, Callable, Generator, Iterable, Iterator, Mapping, NamedTuple, NoReturn, Protocol,
+    Sequence, TextIO, TypedDict)
 
 __version__ = "1.0.0"
 __all__ = [
@@ -218,7 +234,9 @@ class Interrupted(KeyboardInterrupt):
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
+        self.signum = signum
         self.exit_status = 128 + signum
+        self.has_cleared_input = False      # Ctrl-C at a prompt where something had been typed
 
 
 # -- 2. Configuration ---------------------------------------------------------------------
@@ -549,7 +567,7 @@ _VOLATILE_TEXT = re.compile(      # all repetitions are bounded: 16,000 digits m
 def normalize_screen(screen: str) -> str:
     """Return a screen's text in a form that is the same where only times and counters differ.
 
-    Claude Code ends a turn with a line like `✻ Brewed for 4s`, in ever new words.
+    An agent may end each turn with a line like `✻ Brewed for 4s`, in ever new words.
     """
     return _VOLATILE_TEXT.sub("#", screen)
 
@@ -717,8 +735,8 @@ CLAUDE_CODE = AgentProfile(
     menu_hint=re.compile(r"\benter to (?:confirm|select|save|continue)\b|"
                          r"\besc to (?:cancel|close|exit|clear|go back)\b", re.I),
     startup_dialogs=(
-        StartupRule(re.compile(r"(?s)(?:trust|Bypass).*Enter y/n:\s*\Z"), key="y"),
-        StartupRule(re.compile(r"(?s)(?:trust|Bypass).*Enter y/n: y\s*\Z"), key="Enter"),
+        StartupRule(re.compile(r"(?s)(?:trust|Bypass).*Enter y/n: *(?:\n|\Z)"), key="y"),
+        StartupRule(re.compile(r"(?s)(?:trust|Bypass).*Enter y/n: y *(?:\n|\Z)"), key="Enter"),
         StartupRule(re.compile("trust this folder"), "Yes, I trust"),
         StartupRule(re.compile(r"Trust this folder\?"), "Trust and continue"),
         StartupRule(re.compile("Bypass Permissions mode"), "Yes, I accept")),
@@ -930,9 +948,9 @@ _ANY_CURSOR = re.compile(r"\s*(?:[│|]\s*)?[❯›●>]\s*(\S.*)")      # of an
 _NUMBERED_ENTRY = re.compile(r"[\s│❯›●>]*\d+\.\s")
 
 
-def _last_text_lines(screen: Iterable[str], count: int) -> list[str]:
-    """Return the last lines of a screen that have text."""
-    return [line for line in screen if line.strip()][-count:]
+def text_lines(lines: Iterable[str]) -> list[str]:
+    """Return the lines that have text."""
+    return [line for line in lines if line.strip()]
 
 
 class _InputBox(NamedTuple):
@@ -947,7 +965,7 @@ class _InputBox(NamedTuple):
 def _has_menu_hint(profile: AgentProfile, screen: Sequence[str]) -> bool:
     """Whether the last lines of a screen list the keys of a menu."""
     pattern = profile.menu_hint
-    return pattern is not None and any(map(pattern.search, _last_text_lines(screen, 3)))
+    return pattern is not None and any(map(pattern.search, text_lines(screen)[-3:]))
 
 
 def _parse_reader_box(
@@ -1048,62 +1066,51 @@ def find_draft(profile: AgentProfile, screen: Sequence[str], row: int, column: i
     return "\n".join([mode + first, *rest])
 
 
-def is_busy(profile: AgentProfile, screen: Sequence[str]) -> bool:
-    """Whether the words on a screen say that the agent is working."""
-    above, box, frame = split_at_input_box(profile, screen)
-    footer = frame if box else _last_text_lines(screen, 3)
-    if profile.busy_words and any(map(profile.busy_words.search, footer)):
-        return True
-    unindented = [line for line in above if line.strip() and not line.startswith(" ")]
-    return bool(profile.status_line and unindented
-                and profile.status_line.fullmatch(unindented[-1]))
-
-
-def text_lines(lines: Iterable[str]) -> list[str]:
-    """Return the lines that have text."""
-    return [line for line in lines if line.strip()]
-
-
 def is_message_queued(profile: AgentProfile, screen: Iterable[str]) -> bool:
     """Whether a screen says that the agent will take a message only once it has started."""
     pattern = profile.queued_message
-    return pattern is not None and any(map(pattern.match, _last_text_lines(screen, 3)))
+    return pattern is not None and any(map(pattern.match, text_lines(screen)[-3:]))
 
 
 def _is_unindented(line: str) -> bool:
-    return line[:1] not in ("", " ", "↑", "↓")      # arrows: a list that scrolls
+    return line[:1] not in ("", " ", "─", "↑", "↓")      # arrows: a list that scrolls
 
 
-def _find_menu(
-        lines: list[str], cursor_pattern: re.Pattern[str] | None) -> tuple[int, int | None]:
+def _find_menu(profile: AgentProfile, lines: list[str],
+               cursor_pattern: re.Pattern[str] | None) -> tuple[int, int | None]:
     """Return the first row of a menu and the row of its cursor.
 
-    It begins below a rule, which may also stand between its entries, or where no rule is drawn,
-    below the last line that is not indented.
+    It begins below a rule, which may also stand between its entries, or where the agent draws no
+    rules, below the last line that is not indented.
     """
     rules = [row for row, line in enumerate(lines[:-1]) if _HORIZONTAL_RULE.match(line)
              and not _NUMBERED_ENTRY.match(lines[row + 1])]
-    first, cursor = rules[-1] + 1 if rules else 0, None
+    first = rules[-1] + 1 if rules and profile.box_border else 0
     for row in range(len(lines) - 1, first - 1, -1):
         if cursor_pattern and cursor_pattern.match(lines[row]):
-            cursor = row
+            if not first:
+                first = row
+                while first > 0 and not _is_unindented(lines[first - 1]):
+                    first -= 1
+            return first, row
+        if not first and _is_unindented(lines[row]):
             break
-        if not rules and _is_unindented(lines[row]):
-            break
-    if not rules:
-        first = len(lines) - 1 if cursor is None else cursor
-        while first > 0 and not _is_unindented(lines[first - 1]):
-            first -= 1
-    return first, cursor
+    return first, None
 
 
-def _find_question(lines: list[str]) -> str:
+def _find_question(profile: AgentProfile, lines: list[str]) -> str:
     """Return the question, or else the title, in the lines of a menu above its cursor."""
-    text = [line.strip() for line in lines if line.strip() and not _NUMBERED_ENTRY.match(line)]
-    questions = [found[0] for line in text if (found := re.match(r".*?\?(?=\s|$)", line))]
+    text = [line.strip() for line in text_lines(lines) if not _NUMBERED_ENTRY.match(line)]
+    questions = [found[0] for line in text if (found := re.match(r"(?!●).*?\?(?=\s|$)", line))]
     if questions:
         return questions[-1]
-    return text[0] if text else ""
+    if not profile.box_border:      # the title begins the last paragraph
+        while lines and not lines[-1].strip():
+            lines = lines[:-1]
+        blank_rows = [row for row, line in enumerate(lines) if not line.strip()]
+        text = [line.strip() for line in lines[blank_rows[-1] + 1 if blank_rows else 0:]]
+    titles = [line for line in text if line[0].isalnum()] or text
+    return titles[0] if titles else ""
 
 
 def describe_menu(profile: AgentProfile, screen: Sequence[str]) -> str:
@@ -1112,14 +1119,15 @@ def describe_menu(profile: AgentProfile, screen: Sequence[str]) -> str:
         return ""
     lines = trimmed_lines("\n".join(screen))[-60:]
     is_hinted = _has_menu_hint(profile, lines)
-    first, cursor = _find_menu(lines, _ANY_CURSOR if is_hinted else profile.menu_cursor)
-    if not is_hinted and (cursor is None or len(_last_text_lines(lines[cursor:], 99)) > 12):
+    first, row = _find_menu(profile, lines, _ANY_CURSOR if is_hinted else profile.menu_cursor)
+    if row is None:
+        title = "".join(text_lines(lines[first:])[:1]).strip()
+        return f"The screen asks {title!r}; it takes keys, not text." if is_hinted else ""
+    if not is_hinted and len(text_lines(lines[row:])) > 12:
         return ""
-    text = f"The screen asks {_find_question(lines[first:-1 if cursor is None else cursor])!r}"
-    entry = _ANY_CURSOR.match(lines[cursor]) if cursor is not None else None
-    if entry:
-        text += f", and the cursor is on {entry[1].strip()!r}"
-    return f"{text}; it takes keys, not text."
+    entry = " ".join(_ANY_CURSOR.sub(r"\1", lines[row]).split())
+    return (f"The screen asks {_find_question(profile, lines[first:row])!r}, and the cursor is on "
+            f"{entry!r}; it takes keys, not text.")
 
 
 def last_text_line(ansi_screen: str) -> str:
@@ -1138,7 +1146,7 @@ _USUAL_MENU_HINT = re.compile(r"\benter (?:to )?(?:\w+)\b", re.I)
 
 def count_usual_busy_lines(screen: Sequence[str]) -> int:
     """Count the last lines of any program that say, or show by a spinner, that it is working."""
-    return sum(1 for line in _last_text_lines(screen, 12)
+    return sum(1 for line in text_lines(screen)[-12:]
                if _USUAL_BUSY_WORDS.search(line) and not _USUAL_MENU_HINT.search(line))
 
 
@@ -1146,15 +1154,15 @@ _ANY_PASTE_PLACEHOLDER = re.compile(r"\[[^\[\]]{0,20}\bpasted?\b[^\[\]]{0,40}\]"
 
 
 def has_appeared(text: str, before: Sequence[str], after: Sequence[str]) -> bool:
-    """Tell whether the end of a text, or a placeholder for it, is on the lines that are new.
+    """Tell whether the end of a text, or a placeholder for it, is on the rows that have changed.
 
     Only letters and digits are compared: lines may be wrapped and framed.
 
     >>> has_appeared("hello, you", ["> "], ["> hello,", "│ you │"])
     True
     """
-    old = set(before)
-    lines = "\n".join(line for line in after if line not in old)
+    rows = itertools.zip_longest(before, after, fillvalue="")
+    lines = "\n".join(new for old, new in rows if new != old)
     end = "".join(filter(str.isalnum, text[-1000:]))
     if not end or _ANY_PASTE_PLACEHOLDER.search(lines):
         return True
@@ -1296,6 +1304,48 @@ def process_start_time(pid: int) -> str:
     return ""
 
 
+def child_processes(pid: int) -> dict[int, int]:
+    """Return the ids of all descendants of a process, each with that of its session."""
+    parents: dict[int, int] = {}
+    try:
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                fields = path.read_text(errors="replace").rpartition(")")[2].split()
+                parents[int(path.parent.name)] = int(fields[1])
+        if not parents:
+            rows = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True,
+                                  stdin=subprocess.DEVNULL, env={}).stdout.splitlines()
+            parents = {int(child): int(parent) for child, parent in map(str.split, rows)}
+    except (OSError, ValueError):
+        return {}
+    found: dict[int, int] = {}
+    generation = {pid}
+    while generation:
+        generation = {child for child, parent in parents.items()
+                      if parent in generation and child not in found}
+        for child in generation:
+            with contextlib.suppress(OSError):
+                found[child] = os.getsid(child)
+    return found
+
+
+def processes_of_pane(server_pid: int, pane_id: str) -> list[int]:
+    """Return the processes that have a pane in their environment, wherever they are now.
+
+    A daemon has left its parent and its session, but its environment still tells where it was
+    started.  Where that can't be read, as on macOS, the list is empty.
+    """
+    found = []
+    pane, server = f"\0TMUX_PANE={pane_id}\0".encode(), f",{server_pid},".encode()
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            variables = b"\0" + path.read_bytes() + b"\0"
+            tmux = variables.partition(b"\0TMUX=")[2].partition(b"\0")[0]
+            if pane in variables and server in tmux:
+                found.append(int(path.parent.name))
+    return found
+
+
 class PaneSnapshot(NamedTuple):
     """One look at a pane: what tmux knows of it, and its visible lines."""
 
@@ -1327,18 +1377,33 @@ class PaneSnapshot(NamedTuple):
         return "\n".join(self.screen).rstrip()
 
 
-def is_in_raw_mode(terminal: str) -> bool | None:
-    """Tell whether the program on a terminal reads keys (raw mode), not lines; None: unknown."""
+class TmuxSession(NamedTuple):
+    """A session of ours on a tmux server."""
+
+    name: str
+    mark: str           # what it was made for
+    created_at: float   # Unix time
+    is_running: bool    # False: its program has ended
+
+
+def read_terminal_modes(terminal: str) -> int | None:
+    """Return the local modes of a terminal (ICANON, ECHO, ...); None if they are unknown."""
     try:
         descriptor = os.open(terminal, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
     except OSError:
         return None
     try:
-        return not termios.tcgetattr(descriptor)[3] & termios.ICANON
+        return int(termios.tcgetattr(descriptor)[3])
     except termios.error:
         return None
     finally:
         os.close(descriptor)
+
+
+def is_in_raw_mode(terminal: str) -> bool | None:
+    """Tell whether the program on a terminal reads keys (raw mode), not lines; None: unknown."""
+    modes = read_terminal_modes(terminal)
+    return None if modes is None else not modes & termios.ICANON
 
 
 class Tmux:
@@ -1366,6 +1431,11 @@ class Tmux:
     def attach_command(self) -> str:
         """The command for a person who wants to watch."""
         return f"tmux -L {self.socket_name} attach -t {self.session}"
+
+    @property
+    def kill_command(self) -> str:
+        """The command that ends the session, and what runs in it."""
+        return f"tmux -L {self.socket_name} kill-session -t {self.session}"
 
     def check_version(self) -> str:
         """Return the version of the tmux program; raise AgentError if it is missing or too old."""
@@ -1473,6 +1543,23 @@ class Tmux:
             command, title, tuple(line.rstrip() for line in screen.split("\n")),
             None if dead == "1" else is_in_raw_mode(terminal), int(columns or 0), int(rows or 0),
             cursor_flag != "0")
+
+    def hides_input(self, pane_id: str) -> bool:
+        """Whether the pane's terminal takes lines and does not show them, as for a password."""
+        terminal = self._query("display-message", "-p", "-t", pane_id, "#{pane_tty}").strip()
+        modes = read_terminal_modes(terminal) or termios.ECHO
+        return bool(modes & termios.ICANON) and not modes & termios.ECHO
+
+    def list_sessions(self) -> list[TmuxSession]:
+        """Return the sessions of this server that have a mark."""
+        try:
+            lines = self._query("list-panes", "-a", "-F", "#{session_name}\t#{@orchestrator}\t"
+                                "#{session_created}\t#{pane_dead}").splitlines()
+        except TmuxSessionLost:
+            return []
+        panes = [line.split("\t") for line in lines if line.count("\t") == 3]
+        return [TmuxSession(name, mark, float(created), dead != "1")
+                for name, mark, created, dead in panes if mark]
 
     def capture_history(self, pane_id: str) -> str:
         """Return all lines of a pane, wrapped ones joined, those that scrolled off included."""
@@ -1692,6 +1779,8 @@ class TurnDetector:
         settled_for = now - max(self._text_changed_at, self._quiet_since)
         if settled_for < self._seconds_to_settle(pane) or self._runs_tool(pane, now):
             return "wait"
+        if self._shows_closing_line:
+            self._habits.idle_busy_lines = self._count_busy_lines_below()
         return "done"
 
     def poll_interval(self, now: float) -> float:
@@ -1763,11 +1852,11 @@ class TurnDetector:
         """Return how long the text has to stand still now that no sign of work is seen."""
         if self.last_sign == "usual words":
             return self.SETTLE_SECONDS_AFTER_USUAL_WORDS
-        if self.last_sign:
-            return self.STALE_SECONDS if self._lacks_closing_line(pane) else self.SETTLE_SECONDS
-        if self._message.startswith("/"):
+        if self._message.startswith("/") and not self.last_sign:
             return self.SETTLE_SECONDS_OF_SLASH_COMMANDS
-        if self._has_new_closing_line():
+        if self._lacks_closing_line(pane):
+            return self.STALE_SECONDS
+        if self.last_sign or self._has_new_closing_line():
             return self.SETTLE_SECONDS
         if self.has_prompt_again(pane):
             return self.SETTLE_SECONDS_AT_PROMPT
@@ -1781,10 +1870,11 @@ class TurnDetector:
     def _lacks_closing_line(self, pane: PaneSnapshot) -> bool:
         """Tell whether an answer may still be going on although its status line has gone.
 
-        Codex shows nothing else while its answer streams, if its user has changed its title.
+        An agent may show nothing else while its answer streams, if its user changed its title.
         """
-        return (self._profile.hides_status_line and self._habits.has_closing_line
-                and self.last_sign == "own words" and not self._habits.has_title_spinner
+        is_expected = self._profile.hides_status_line and self._habits.has_closing_line
+        has_started = bool(self._message or self.last_sign)
+        return (is_expected and has_started and not self._habits.has_title_spinner
                 and not self._shows_closing_line
                 and not describe_menu(self._profile, pane.screen))
 
@@ -1834,51 +1924,12 @@ class TurnDetector:
             last and self._profile.closing_line and self._profile.closing_line.match(last[0]))
         if self._shows_closing_line:
             self._habits.has_closing_line = True
-            self._habits.idle_busy_lines = self._count_busy_lines_below()
 
     def _count_busy_lines_below(self) -> int:
         """Count the lines with the agent's busy words below its box, or at the bottom without one."""
         words = self._profile.busy_words
         lines = self._below or text_lines(self._above)[-3:]
         return sum(1 for line in lines if words and words.search(line))
-
-
-def process_tree(pid: int) -> dict[int, str]:
-    """Return a process and its descendants, with the session (else the terminal) of each."""
-    parents: dict[int, tuple[int, str]] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):      # it has just ended
-            fields = path.read_text(errors="replace").rpartition(")")[2].split()
-            parents[int(path.parent.name)] = int(fields[1]), fields[3]
-    if not parents:
-        with contextlib.suppress(OSError):
-            listed = subprocess.run(["ps", "-axo", "pid=,ppid=,tty="], capture_output=True,
-                                    stdin=subprocess.DEVNULL, text=True, errors="replace")
-            for line in listed.stdout.splitlines():
-                child, parent, terminal = line.split(None, 2)
-                parents[int(child)] = int(parent), terminal
-    family = {pid}
-    while found := {child for child, (parent, _) in parents.items()
-                    if parent in family and child not in family}:
-        family |= found
-    return {member: parents[member][1] for member in family if member in parents}
-
-
-def processes_of_pane(server_pid: int, pane_id: str) -> list[int]:
-    """Return the processes that have a pane in their environment, wherever they are now.
-
-    A daemon has left its parent and its session, but its environment still tells where it was
-    started.  Where that can't be read, as on macOS, the list is empty.
-    """
-    found = []
-    pane, server = f"\0TMUX_PANE={pane_id}\0".encode(), f",{server_pid},".encode()
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):
-            variables = b"\0" + path.read_bytes() + b"\0"
-            tmux = variables.partition(b"\0TMUX=")[2].partition(b"\0")[0]
-            if pane in variables and server in tmux:
-                found.append(int(path.parent.name))
-    return found
 
 
 class _Submission:
@@ -1912,7 +1963,7 @@ class Agent:
     INDICATOR_DELAY_SECONDS = 5.0   # a known agent shows that it works; a busy machine is slow
     KEY_SETTLE_SECONDS = 1.0        # a known agent's screen after a key that starts no work
     SHOW_SECONDS = 2.0              # on a still screen, for a pasted text to show
-    ENTER_DELAY_SECONDS = 0.2       # Gemini CLI takes an Enter right after a paste for a line break
+    ENTER_DELAY_SECONDS = 0.2       # some take an Enter right after a paste for a line break
     TALL_ROWS = 500                 # the window in which a full-screen program is read
     INTERRUPT_SECONDS = 5.0         # for the agent to stop its turn
     MAX_RESTARTS, RESTART_WINDOW_SECONDS = 3, 600.0
@@ -1936,7 +1987,7 @@ class Agent:
         self._is_known = profile.is_known
         self._tmux, self._profile, self._directory = self.tmux, profile, str(self.directory)
         self._publish, self._has_viewers, self._clock, self._sleep = publish, has_viewers, clock, sleep
-        self._session_mark = f"{shlex.join(profile.start_command)!r} in {self._directory!r}"
+        self.session_mark = f"{shlex.join(profile.start_command)!r} in {self._directory!r}"
         self._pane_id, self._server_pid = "", 0     # a new server counts its panes from %0 again
         self._process = 0, ""                    # the program in the pane when last seen: id, birth
         self._last_capture: list[str] = []              # the last capture that was reported
@@ -1996,7 +2047,7 @@ class Agent:
     def find_session(self) -> str:
         """Return the pane to join, if there is one; raise ConfigError if the session isn't ours."""
         mark, pane_id = self._tmux.find_pane()
-        if mark != self._session_mark and (mark or pane_id):
+        if mark != self.session_mark and (mark or pane_id):
             raise ConfigError(
                 f"the tmux session {self._tmux.session} is in use for {mark or 'something else'}. "
                 "Choose another name (CLAUDE_TMUX_SESSION, or the argument session), or close it: "
@@ -2051,10 +2102,15 @@ class Agent:
 
         return self._with_recovery(press)
 
-    def wait(self, timeout: float, until: Callable[[], bool] = never) -> Turn:
-        """Wait until the screen changes and the agent is done, `until()`, or the time is over."""
+    def wait(self, timeout: float, until: Callable[[], bool] = never, *,
+             idle_timeout: float | None = None) -> Turn:
+        """Wait until the screen changes and the agent is done, `until()`, or the time is over.
+
+        With `idle_timeout`, a screen that does not change for so many seconds ends the wait, too.
+        """
         def watch(before: PaneSnapshot) -> Turn:
-            detector = self._new_detector(before, idle_timeout=timeout)
+            detector = self._new_detector(
+                before, idle_timeout=timeout if idle_timeout is None else idle_timeout)
             return self._wait_for_turn_end(detector, timeout, until)
 
         return self._with_recovery(watch)
@@ -2066,6 +2122,19 @@ class Agent:
     def read_screen(self) -> Turn:
         """Return the visible screen as it is."""
         return self._with_recovery(lambda pane: Turn(pane.text))
+
+    def hides_input(self) -> bool:
+        """Whether the agent's terminal hides what is typed, as for a password."""
+        with contextlib.suppress(OrchestratorError):
+            return self._tmux.hides_input(self._pane_id)
+        return False
+
+    def is_running(self) -> bool:
+        """Whether the session is there, and the agent's program runs in it."""
+        with contextlib.suppress(OrchestratorError):
+            pane_id = self.find_session()
+            return bool(pane_id) and not self._tmux.snapshot(pane_id).dead
+        return False
 
     def stop(self) -> None:
         """End the session, if it is ours, and all that the agent has started in it."""
@@ -2233,8 +2302,8 @@ class Agent:
         """Return the processes that an unknown program has started in sessions of their own."""
         if self._profile.is_known:
             return []
-        sessions = process_tree(pane.pid)
-        return [pid for pid, session in sessions.items() if session != sessions.get(pane.pid)]
+        sessions = child_processes(pane.pid)
+        return [pid for pid, session in sessions.items() if session != pane.pid]
 
     def _find_draft(self, pane: PaneSnapshot, column: int = 0) -> str:
         """Return what stands in the input box, nothing for a program whose box we do not know."""
@@ -2447,7 +2516,7 @@ class Agent:
             if self._pane_id:
                 self._tmux.respawn_pane(self._pane_id, command, self._directory)
             else:
-                self._pane_id = self._tmux.new_pane(command, self._directory, self._session_mark)
+                self._pane_id = self._tmux.new_pane(command, self._directory, self.session_mark)
                 self._made_session = True
             try:
                 self._wait_until_ready()
@@ -2560,7 +2629,7 @@ class Agent:
             # It leads a session of its own.  0 and 1 would be our own group, or every process.
             if pid > 1 and start_time and os.getsid(pid) == pid and (
                     process_start_time(pid) == start_time):
-                pids.update(process_tree(pid))
+                pids.update((pid, *child_processes(pid)))
         return {pid: process_start_time(pid) for pid in pids if pid > 1 and pid != os.getpid()}
 
     def _end_processes(self, processes: dict[int, str]) -> None:
@@ -3190,7 +3259,7 @@ class OpenRouter:
         return ""
 
     def build_request(self, messages: Messages) -> dict[str, Any]:
-        """Return the request; system prompt and newest message are marked for Claude's cache."""
+        """Return the request; system prompt and newest message are marked for the provider's cache."""
         sent: list[dict[str, Any]] = [dict(message) for message in messages]
         if self._correction:
             sent[-1]["content"] += f"\n\n{self._correction}"
@@ -3613,6 +3682,8 @@ class Journal:
         self.path = path
         self.write_error = ""
         self.unreported_error = ""
+        # Called with the outcome for more fields of `complete`.
+        self.describe_end: Callable[[str], Mapping[str, object]] = lambda outcome: {}
         self._secret = secret_pattern(secret)
         self._defer_signals = defer_signals
         self._condition = threading.Condition()
@@ -3691,6 +3762,8 @@ class Journal:
             if self._is_complete:
                 return
             event: Event | None = None
+            if kind == "complete":
+                fields = {**fields, **self.describe_end(str(fields.get("outcome")))}
             try:
                 with self._defer_signals():
                     event = self._append(kind, fields)
@@ -3899,7 +3972,7 @@ _COMMAND_FORMS = {
 _THINKING_BLOCK = re.compile(r"\A\s*<(think|thinking)>.*?(?:</\1>|\Z)|"
                              r"\A(?:(?!<think).)*?^</think(?:ing)?>", re.S | re.M)
 _FENCED_REPLY = re.compile(r"```[^`\n]*\n((?:(?!```).)*)```", re.S)
-_FENCE_LINE = re.compile(r"\s*(```+|~~~+)\s*([^`]*)")
+_CODE_BLOCK = re.compile(r"(?ms)^[ \t]*(```+|~~~+)[^`\n]*$.*?(?:^[ \t]*\1[`~]*[ \t]*$|\Z)")
 _FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}      # to ASCII
 _COMMAND_LINE = re.compile(     # behind list marks, emojis, brackets, but no quotes or empty boxes
     r"(?!.{0,9}\[ \])(?:[^\w\"'~>]|_|\d{1,3}[.)]\s|\[[xX]\])*?(?P<opening>[*_`(\[<]{0,6})\s{0,3}"
@@ -3916,8 +3989,7 @@ _TMUX_KEYS = ("Up", "Down", "Left", "Right", "Enter", "Escape", "Tab", "BTab", "
               "Insert", "Delete", *(f"F{number}" for number in range(1, 13)))
 _KEY_ALIASES = {
     **{name.lower(): name for name in _TMUX_KEYS}, "return": "Enter", "esc": "Escape",
-    "backspace": "BSpace", "del": "Delete", "spacebar": "Space", "arrowup": "Up",
-    "arrowdown": "Down", "arrowleft": "Left", "arrowright": "Right", "↑": "Up", "↓": "Down",
+    "backspace": "BSpace", "del": "Delete", "spacebar": "Space", "↑": "Up", "↓": "Down",
     "←": "Left", "→": "Right", "⏎": "Enter", "↵": "Enter"}
 _MODIFIED_KEY = re.compile(r"(?i)(c|ctrl|control|m|alt|meta|option|s|shift)[+-](.+)")
 _MAX_KEYS = 100
@@ -4007,9 +4079,9 @@ def _parse_command(lines: Sequence[_Line]) -> Action:
     return Action("keys", text, keys=tuple(keys))
 
 
-def _read_line(text: str) -> _Line:
-    """Return what a line outside any code fence is."""
-    match = _COMMAND_LINE.match(text[:400].translate(_FULL_WIDTH))
+def _read_line(text: str, plain: str) -> _Line:
+    """Return what a line is; `plain` is it in ASCII where it can be, and blank in a code block."""
+    match = _COMMAND_LINE.match(plain[:400])
     if not match:
         return _Line(text)
     word = re.sub(r"[\W_]+", "_", match["word"]).upper()
@@ -4029,24 +4101,6 @@ def _read_line(text: str) -> _Line:
     if word.startswith("TASK") and is_blank or word == "TASK_COMPLETE" and _NOT_YET.match(argument):
         return _Line(text, word, None)
     return line
-
-
-def _read_lines(reply: str, agent: str) -> Iterator[_Line]:
-    """Yield the lines of a reply, up to one that pretends to be the agent's output."""
-    fence = ""
-    for text in reply.split("\n"):
-        mark = _FENCE_LINE.fullmatch(text)
-        if fence or mark:
-            yield _Line(text)
-        elif agent and text.lstrip(" *_`#>").lower().startswith(f"{agent} output:".lower()):
-            yield _Line(text, "OUTPUT")
-            return
-        else:
-            yield _read_line(text)
-        if mark and not fence:
-            fence = mark[1]
-        elif mark and mark[1].startswith(fence) and not mark[2]:
-            fence = ""
 
 
 def _choose_action(lines: Sequence[_Line]) -> Action:
@@ -4087,12 +4141,18 @@ def parse_reply(reply: str, agent: str = "") -> Action:
     """
     text = _THINKING_BLOCK.sub("", sanitize(reply), 1)
     fenced = _FENCED_REPLY.fullmatch(text.strip())
-    lines = list(_read_lines((fenced[1] if fenced else text).rstrip(), agent))
+    text = (fenced[1] if fenced else text).rstrip()
+    plain = _CODE_BLOCK.sub(lambda block: re.sub(r"[^\n]", " ", block[0]), text)
+    plain = plain.translate(_FULL_WIDTH)
+    invented = re.search(rf"(?im)^[ *_`#>]*{re.escape(agent or ' ')} output:", plain)
+    if invented:
+        text = text[:invented.start()].rstrip()
+    lines = [*map(_read_line, text.split("\n"), plain.split("\n"))]
     facts = [line for line in lines if line.word == "MEMORY_SAVE" and line.argument is not None]
-    action = _choose_action([line for line in lines if line not in facts and line.word != "OUTPUT"])
+    action = _choose_action([line for line in lines if line not in facts])
     if action.kind == "message" and not action.text.strip("\u200b\u200e\u200f\ufeff \n"):
         action = Action("invalid", "Your reply was empty, so nothing was typed.")
-    if lines[-1].word == "OUTPUT":
+    if invented:
         note = f'Your reply was cut at "{agent} output:", which only the program writes.'
         action = action._replace(note=f"{action.note} {note}".strip())
     return action._replace(facts=tuple(line.argument for line in facts if line.argument))
@@ -4354,19 +4414,23 @@ def describe_run(agent: Agent, config: Config, *, task: str = "", model: str = "
 
 
 class Chat:
-    """A person types, the agent answers.  `read(prompt)` returns what was typed, None at the end.
+    """You type, the agent answers.
 
-    Ctrl-C in a turn gives the prompt back, if there is one; the agent goes on.
+    `read(prompt)` returns a message, or None to leave.  `read_hidden` is used instead while the
+    agent's terminal hides what is typed, as for a password; such a message is not recorded.
+    Ctrl-C during a turn returns to the prompt if the chat is interactive; the agent keeps working.
     """
 
     def __init__(self, agent: Agent, read: Callable[[str], str | None], *,
+                 read_hidden: Callable[[str], str | None] | None = None,
                  config: Config = Config(), journal: Journal | None = None,
                  is_interactive: bool = True) -> None:
         self._agent = agent
         self._read = read
+        self._read_hidden = read_hidden or read
         self._journal = journal or Journal()
         self._is_interactive = is_interactive
-        self._limit = config.turn_timeout
+        self._timeout = config.turn_timeout
         self._config = config
         self._totals = RunTotals(time.monotonic)
 
@@ -4375,55 +4439,66 @@ class Chat:
         with self._totals.publish_outcome(self._journal):
             self._journal.publish("task_info", **describe_run(self._agent, self._config))
             self._run_turn("", self._agent.start)
-            while (message := self._read_message()) is not None \
-                    and message.strip() not in ("/quit", "/exit"):
-                if message:
-                    self._totals.iterations += 1
-                    self._run_turn(message, lambda: self._execute(message))
+            while self._exchange():
+                pass
 
-    def _read_message(self) -> str | None:
-        """Return a line, a pasted block, or what stands between triple quotes."""
-        text = self._read("> ")
-        if text and text.startswith('"""') and ("\n" not in text or text.rstrip().endswith('"""')):
-            while len(text.strip()) < 6 or not text.rstrip().endswith('"""'):
-                line = self._read("... ")
-                if line is None:        # the end, and the message was not ended
-                    return None
-                text += f"\n{line}"
-            text = text.rstrip()[3:-3].strip("\n")
-        return text if text is None or sanitize(text).strip() else ""
+    def _exchange(self) -> bool:
+        """Read a message and show what comes of it; return False once you leave."""
+        try:
+            is_hidden = self._agent.hides_input()
+            message = self._read_hidden("hidden> ") if is_hidden else self._read("> ")
+            if message is None or message.strip() in ("/quit", "/exit"):
+                return False
+            if is_hidden or sanitize(message).strip():
+                self._totals.iterations += 1
+                self._run_turn(message, lambda: self._execute(message), is_hidden=is_hidden)
+        except Interrupted as interrupt:    # Ctrl-C, a moment after the turn ended
+            if not self._returns_to_prompt(interrupt):
+                raise
+        return True
 
     def _execute(self, message: str) -> Turn:
-        """Do what a slash word of ours asks for; all else goes to the agent."""
-        word, *keys = message.split()
-        if word == "/screen":
+        """Do what a slash command of ours asks for; send any other message to the agent."""
+        command, *arguments = message.split() or [""]
+        if command == "/screen":
             return self._agent.read_screen()
-        if word == "/keys":
-            action = parse_reply(f"KEYS: {' '.join(keys)}")
+        if command == "/wait":
+            return self._agent.wait(self._timeout, idle_timeout=2.0)
+        if command == "/keys":
+            action = parse_reply(f"KEYS: {' '.join(arguments)}")
             if not action.keys:
                 return Turn(action.text)
-            return self._agent.send_keys(action.keys, self._limit)
-        return self._agent.ask(message, self._limit)
+            return self._agent.send_keys(action.keys, self._timeout)
+        return self._agent.ask(message, self._timeout)
 
-    def _run_turn(self, line: str, act: Callable[[], Turn]) -> None:
+    def _run_turn(self, message: str, execute: Callable[[], Turn], *,
+                  is_hidden: bool = False) -> None:
         self._journal.publish("iteration_start", iteration=self._totals.iterations, max_iter=0)
-        began = time.monotonic()
+        started = time.monotonic()
         try:
-            output = act().as_text()
+            output = execute().as_text()
         except Interrupted as interrupt:
-            if interrupt.exit_status != 128 + signal.SIGINT or not (line and self._is_interactive):
+            if not message or not self._returns_to_prompt(interrupt):
                 raise
-            output = f"[{self._agent.name} goes on; the next answer will show what it does now.]"
-        self._journal.publish("iteration_end", orchestrator=line, agent_output=output,
-                              duration_ms=round((time.monotonic() - began) * 1000))
+            output = (f"[{self._agent.name} keeps working. /wait waits for it, /keys Escape "
+                      "interrupts it.]")
+        self._journal.publish(
+            "iteration_end", orchestrator="(hidden input)" if is_hidden else message,
+            agent_output=output, duration_ms=round((time.monotonic() - started) * 1000))
+
+    def _returns_to_prompt(self, interrupt: Interrupted) -> bool:
+        return self._is_interactive and interrupt.signum == signal.SIGINT
 
 
 def run_shell_command(command: str, directory: Path, environ: Mapping[str, str],
-              limit: float) -> tuple[int, str]:
+                      limit: float, *, stdin: str = "") -> tuple[int, str]:
     """Run a shell command; return its status (124 after `limit` seconds) and clipped output."""
-    with tempfile.TemporaryFile() as output:
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as source:
+        source.write(stdin.encode("utf-8", "replace"))
+        source.seek(0)
+        # Not an empty file: some programs read files that they get, in place of the directory.
         process = subprocess.Popen(command, shell=True, cwd=directory, env=dict(environ),
-                                   stdin=subprocess.DEVNULL, stdout=output,
+                                   stdin=source if stdin else subprocess.DEVNULL, stdout=output,
                                    stderr=subprocess.STDOUT, start_new_session=True)
         try:
             status = process.wait(limit)
@@ -4438,8 +4513,9 @@ def run_shell_command(command: str, directory: Path, environ: Mapping[str, str],
     return status, truncate_middle(sanitize(text).strip())
 
 
+_AGENT_NAMES = "|".join(re.escape(profile.program_names[0]) for profile in PROFILES)
 _UNCOUNTED_PATH = re.compile(       # caches, logs, and files of the agents and of this program
-    r"(?:\A|/)(?:\.(?:git|hg|svn|venv|tox|cache|\w+_cache|claude|codex|gemini|aider[^/]*|coverage)|"
+    rf"(?:\A|/)(?:\.(?:git|hg|svn|venv|tox|cache|\w+_cache|(?:{_AGENT_NAMES})[^/]*|coverage)|"
     r"venv|node_modules|__pycache__|memory\.json[^/]*|orchestrator/runs)(?:/|\Z)|"
     r"\.(?:log|pyc|swp)\Z")
 Files = Mapping[str, tuple[int, int]]       # modification times and sizes by path
@@ -4500,21 +4576,27 @@ def find_failure(output: str) -> str:
     >>> find_failure("FAILED test_a\\n2 failed, 10 passed"), find_failure("0 failed, 12 passed")
     ('2 failed, 10 passed', '')
     """
-    lines = [line.strip() for line in output.split("\n") if line.strip()]
+    lines = [" ".join(line.split()) for line in output.split("\n") if line.strip()]
     results = [match for line in lines[-12:] if (match := _TEST_RESULT.search(line[:1_000]))]
     return truncate_middle(results[-1].string, 200) if results and results[-1]["failure"] else ""
 
 
 _LONG_WORD = re.compile(r"[^\W\d_]{3,}")
 _TECHNICAL_TEXT = re.compile(r"[\d/\\=<>{}\[\]|_`]|\w[.:(]\w")
-_SHELL_PROMPT = re.compile(r".{0,100}?[>❯›$%#│] *")
+_SHELL_PROMPT = re.compile(r"\A.{0,100}?[>❯›$%#│]\s")
 
 
-def _is_echo(line: str, message: str) -> bool:
-    """Return whether a line shows nothing but a part of a message, with or without a prompt."""
-    prompt = _SHELL_PROMPT.match(line)
-    text = " ".join(line[prompt.end() if prompt else 0:].split())
-    return not text or f" {text} " in f" {' '.join(message.split())} "
+def _remove_echo(output: str, message: str) -> str:
+    """Return an output without the lines that show nothing but a message as it was typed."""
+    kept = []
+    expected = " ".join(message.split())
+    for line in output.split("\n"):
+        text = " ".join(_SHELL_PROMPT.sub("", line).split())
+        if text and expected.startswith(text):
+            expected = expected[len(text):].lstrip()
+        else:
+            kept.append(line)
+    return "\n".join(kept)
 
 
 class NewsDetector:
@@ -4530,13 +4612,13 @@ class NewsDetector:
         A sentence is new if most of its words are; a line with figures, paths or code is, unless
         only times and counters differ.
         """
-        text = "\n".join(line for line in output.split("\n") if not _is_echo(line, message))
-        lines = {" ".join(line.split()) for line in normalize_screen(text).lower().split("\n")}
+        text = normalize_screen(_remove_echo(output, message)).lower()
+        lines = {" ".join(line.split()) for line in text.split("\n")} - {""}
         known_lines, known_words = set().union(*self._lines), set().union(*self._words)
-        if text:
+        if lines:
             self._lines.append(lines)
             self._words.append(set(_LONG_WORD.findall("\n".join(lines))))
-        for line in lines - known_lines - {""}:
+        for line in lines - known_lines:
             words = set(_LONG_WORD.findall(line))
             is_prose = bool(words) and not _TECHNICAL_TEXT.search(line)
             if not is_prose or len(words & known_words) < len(words) / 2:
@@ -4554,7 +4636,7 @@ class Autopilot:
             Autopilot(agent, MyModel(), config=Config(max_minutes=30)).run("Make the tests pass")
     """
 
-    MAX_MESSAGES = 900                  # in a conversation: Claude takes 1,000
+    MAX_MESSAGES = 900                  # in a conversation: some take 1,000
     VERIFY_TIMEOUT = 600.0              # seconds
     MAX_SAME_FAILURES = 5               # of VERIFY_CMD in a row, then the run is stuck
     WARN_TURNS_WITHOUT_NEWS = 5         # then the model is told
@@ -4597,6 +4679,7 @@ class Autopilot:
         self._was_warned = False            # of a circle, since there was news
         self._files_at_start: Files | None = None
         self._files: Files | None = None    # when they were looked at last
+        self._since = "the start"           # which `_files_at_start` is of
         self._last_memory_error = ""        # was told
         self._part_published_at = 0.0
         self._max_characters = math.inf     # less than what the model called too long
@@ -4635,11 +4718,12 @@ class Autopilot:
         turn = self._agent.start(any(event["type"] == "reply" for event in history))
         self._news.update("", turn.output)
         facts = history[0].get("memories") if history else self._memory.facts   # as it began
-        self._conversation = Conversation(
-            self._system_prompt(facts), f"Task:\n{self._task}", f"{name} works in {self._directory}.")
+        self._conversation = Conversation(self._system_prompt(facts), f"Task:\n{self._task}",
+                                          f"{name} works in {self._directory}.")
         sentences = [f"[{note}]" for note in self._journal.redact(turn.notes)]
         output = self._output_label + self._journal.redact(turn.output)
         if history:
+            self._since = "the run was resumed"
             self._rebuild_conversation(history)
             sentences.insert(0, (
                 f"[You were stopped at {history[-1]['time']} and go on now, at {utc_timestamp()}. "
@@ -4698,15 +4782,21 @@ class Autopilot:
         output = output.removeprefix("\n".join(sentences)).removeprefix("\n")
         if action.kind in _AGENT_ACTIONS:
             self._messages_sent += action.kind != "wait"
+            self._note_output(output)
         if output or action.kind in _AGENT_ACTIONS:
             output = self._output_label + (output or "(nothing new)")
         self._conversation.add_exchange(reply, *sentences, output=output)
+
+    def _note_output(self, output: str) -> None:
+        lines = [line.strip() for line in output.split("\n") if line.strip()]
+        if lines:
+            self._last_output = output
+            self._totals.last_words = truncate_middle(lines[-1], 200)
 
     # one iteration
 
     def _step(self) -> None:
         """Ask the model for a reply, do what it asks for, and note what came of it."""
-        self._wait_while_paused()
         self._begin_iteration()
         reply = self._query_model()
         self._add_exchange(self._journal.redact(reply.text), self._act_on(reply))
@@ -4735,11 +4825,9 @@ class Autopilot:
             raise failure
         return event
 
-    def _wait_while_paused(self) -> None:
+    def _begin_iteration(self) -> None:
         while self._control.is_paused:
             self._sleep(min(0.2, self._seconds_left()))
-
-    def _begin_iteration(self) -> None:
         self._check_budgets(self._totals.iterations)
         self._control.take_interrupt()      # there is nothing now that it could interrupt
         self._conversation.tell(*self._control.take_notes())
@@ -4781,18 +4869,10 @@ class Autopilot:
         """Do what a reply asks for; return all that the model should know of it."""
         is_confirmed = self._is_confirming and action.kind == "complete"
         self._is_confirming = False
+        if not is_confirmed:
+            self._totals.unproved = []
         turn = self._wait_for_usage_limit(self._execute(action, is_confirmed))
-        if action.note:
-            turn = turn._replace(notes=(action.note, *turn.notes))
-        if action.kind in _AGENT_ACTIONS:
-            self._note_output(turn.output)
-        return turn
-
-    def _note_output(self, output: str) -> None:
-        lines = [line.strip() for line in output.split("\n") if line.strip()]
-        if lines:
-            self._last_output = output
-            self._totals.last_words = truncate_middle(lines[-1], 200)
+        return turn._replace(notes=(action.note, *turn.notes)) if action.note else turn
 
     def _execute(self, action: Action, is_confirmed: bool) -> Turn:
         """Do what a reply asks for; return what came of it."""
@@ -4839,8 +4919,8 @@ class Autopilot:
         self._begin_wait("usage_limit", seconds, f"{self._agent.name} has reached a usage limit: "
                          f"until {at:%Y-%m-%d %H:%M}")
         later = Turn("", "idle")
-        while later.state in ("idle", "working") and self._wall_clock() < end \
-                and not self._control.ends_wait():
+        while (later.state in ("idle", "working") and self._wall_clock() < end
+               and not self._control.ends_wait()):
             later = self._wait(end - self._wall_clock())
         note = "The usage limit was waited for and should be over now."
         if self._control.ends_wait():
@@ -4859,17 +4939,20 @@ class Autopilot:
     def _end_run(self, action: Action, is_confirmed: bool) -> Turn:
         """End the run if nothing speaks against it; otherwise return what does."""
         now = self._agent.read_state()
+        obstacle = ""
+        if now.menu:
+            obstacle = f"a question of {self._agent.name} stands unanswered"
+        elif now.state == "working":
+            obstacle = f"{self._agent.name} is still working"
+        elif now.state == "exited":
+            obstacle = f"{self._agent.name} had ended"
+        if obstacle:
+            notes = [note for note in now.notes if obstacle not in note]
+            return now._replace(notes=(f"TASK_COMPLETE did nothing: {obstacle}.", *notes))
         if now.state == "done":         # there is something new
             self._note_output(now.output)
         else:
             now = now._replace(output="")
-        name = self._agent.name
-        if now.state == "working":
-            return now._replace(notes=(
-                f"TASK_COMPLETE did nothing: {name} is still working. Wait with WAIT: 10m.",))
-        if now.menu:
-            return now._replace(notes=(
-                f"TASK_COMPLETE did nothing: a question of {name} stands unanswered.", now.menu))
         if self._config.verify_cmd:
             return self._verify(now)
         if self._config.confirm_complete and not is_confirmed:
@@ -4920,9 +5003,9 @@ class Autopilot:
         changed = self._find_files_changed_since_start()
         if changed:
             names = ", ".join(changed[:5]) + (", ..." if len(changed) > 5 else "")
-            evidence.append(f"Files changed since the start: {len(changed)} ({names}).")
+            evidence.append(f"Files changed since {self._since}: {len(changed)} ({names}).")
         elif changed is not None:
-            evidence.append("No file has changed since the start.")
+            evidence.append(f"No file has changed since {self._since}.")
         failure = find_failure(self._last_output)
         if failure:
             doubts.append(f"The last output of {name} says: {failure!r}.")
@@ -5081,7 +5164,7 @@ class Autopilot:
 # The browser's side.  May use: nothing.
 
 DASHBOARD_PAGE = r"""<!doctype html>
-<html lang="en" data-recording="RECORDING" data-now="SERVER_TIME" data-journal="JOURNAL_PATH">
+<html lang="en" data-recording="RECORDING" data-journal="JOURNAL_PATH">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>orchestrator</title>
@@ -5090,145 +5173,168 @@ DASHBOARD_PAGE = r"""<!doctype html>
   :root {
     color-scheme: light dark; --mono: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace;
     --page: #f3f5f7; --card: #fff; --ink: #1c2228; --muted: #57606a; --line: #d5dae0;
-    --going: #0860ca; --good: #1a7535; --warn: #8a5a00; --bad: #c21f2b; --second: #9a63e8;
-    --screen: #10151b; --screen-ink: #d5dce4;
+    --going: #0860ca; --good: #1a7535; --warn: #8a5a00; --bad: #c21f2b;
+    --screen: #10151b; --screen-ink: #d5dce4; --found: #ffe08a;
   }
   @media (prefers-color-scheme: dark) { :root {
     --page: #0e1217; --card: #161b22; --ink: #e3e9ef; --muted: #98a2ad; --line: #2c343e;
     --going: #5aa7ff; --good: #46bd5c; --warn: #d9a032; --bad: #ff6a62; --screen: #090c10;
+    --found: #6b5200;
   } }
   * { box-sizing: border-box; margin: 0; }
-  [hidden], output:empty, .card:has(#iterations:empty) { display: none !important; }
+  [hidden], output:empty, #recording:empty, section:has(> :empty#iterations) {
+    display: none !important; }
   body { max-width: 1760px; margin: auto; padding: 0 16px 32px; background: var(--page);
     color: var(--ink); font: 14px/1.45 system-ui, sans-serif; font-variant-numeric: tabular-nums }
   header, .card { background: var(--card); border: 1px solid var(--line); border-radius: 6px;
-    padding: 10px 14px; margin-top: 12px; min-width: 0; overflow-wrap: anywhere; }
-  h1, h2, summary { font-size: 14px; font-weight: 600; }
-  h1, .excerpt { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-  small, dt, output, code, pre, .label, .figure, .flag { font-size: 12px; }
-  small, dt, output, .label, .figure, .quiet, #elapsed, #advice { color: var(--muted); }
+    padding: 7px 12px; margin-top: 8px; min-width: 0; overflow-wrap: anywhere; }
+  h1, h2, summary { font-size: 14px; font-weight: 600; } summary { min-height: 24px; }
+  small, dt, output, code, pre, time, .copy, .label, .figure, .flag { font-size: 12px; }
+  small, dt, output, time, .label, .figure, .quiet, #elapsed, #advice { color: var(--muted); }
   .going { color: var(--going); } .good { color: var(--good); } .warn { color: var(--warn); }
-  .bad { color: var(--bad); } code, pre { font-family: var(--mono); }
-  button, summary { cursor: pointer; } :focus-visible { outline: 2px solid var(--going); }
-  button, input, #stop summary { font: inherit; color: inherit; background: var(--page);
-    padding: 3px 10px; border: 1px solid var(--line); border-radius: 5px; list-style: none; }
-  button:hover, #stop summary:hover { border-color: var(--muted); }
-  header, #controls, form, #stop[open] { display: flex; flex-wrap: wrap; align-items: center;
-    gap: 8px; } header { margin: 0; } #now { flex: 1 1 280px; min-width: 0; margin-left: 4px; }
-  #status { display: inline; } #status, #elapsed, .value { font-size: 19px; line-height: 1.3; }
-  #status, .value { font-weight: 600; } #controls { flex: 0 1 520px; } form { flex: 1 1 240px; }
-  #note { flex: 1; min-width: 0; } output { flex-basis: 100%; } #stop-now { color: var(--bad); }
-  dl { display: flex; flex-wrap: wrap; gap: 4px 28px; margin-top: 4px; }
-  #copy { font-size: 12px; padding: 0 8px; }
-  #figures { display: grid; gap: 0 12px; grid-template-columns: repeat(4, 1fr); }
-  progress { display: block; width: 100%; height: 5px; margin: 4px 0 2px; appearance: none;
-    border: 0; background: var(--line); color: var(--going); } .near { color: var(--warn); }
-  progress::-webkit-progress-bar { background: var(--line); }
-  progress::-webkit-progress-value { background: currentColor; }
-  progress::-moz-progress-bar { background: currentColor; }
-  #screen-box { container-type: inline-size; overflow-x: auto; margin-top: 8px;
-    border-radius: 4px; background: var(--screen); }
-  #screen { width: max-content; min-width: 100%; padding: 8px 12px; color: var(--screen-ink);
-    line-height: 1.25; font-size: clamp(9px, calc((100cqw - 25px) / 120.6), 14px); }
-  .stale #screen-box { opacity: .5; } .bold { font-weight: 700; } .italic { font-style: italic; }
+  .bad { color: var(--bad); } code, pre { font-family: var(--mono); } a { color: var(--going); }
+  .excerpt, #figures dd { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+  mark { background: var(--found); color: inherit; } button, summary { cursor: pointer; }
+  button, input, select, textarea { font: inherit; color: inherit; background: var(--page);
+    min-height: 26px; padding: 2px 9px; border: 1px solid var(--line); border-radius: 5px; }
+  button:disabled { color: var(--muted); } :focus-visible { outline: 2px solid var(--going); }
+  header, #controls, form, #finder, #terminal-bar { display: flex; flex-wrap: wrap; gap: 6px;
+    align-items: center; } header { margin: 0; border-radius: 0 0 6px 6px; }
+  #now { flex: 1 1 200px; margin-left: 4px; } #now, #note { min-width: 0; }
+  #status { display: inline; font-size: 18px; font-weight: 600; } #elapsed { margin-left: 6px; }
+  #recording { border: 1px solid; border-radius: 5px; padding: 1px 7px; margin-left: 6px;
+    color: var(--warn); white-space: nowrap; } output { flex-basis: 100%; }
+  #controls { flex: 0 1 620px; } form { flex: 1 1 300px; } #stop-now { color: var(--bad); }
+  #note { flex: 1; resize: vertical; field-sizing: content; max-height: 120px; }
+  #stop-box { margin: auto; color: var(--ink); }
+  .facts { display: flex; gap: 3px 22px; } .facts div { min-width: 44px; } .fixed { flex: none; }
+  #figures .broad { flex: 1 1 120px; } #title { display: inline; } #end-facts { flex-wrap: wrap; }
+  #end-words { white-space: pre-wrap; font-size: 16px; margin-bottom: 5px; }
+  #end-facts div:has(code + button), #end-facts div:has(code + button) ~ div {
+    flex-basis: 100%; display: flex; gap: 12px; } #end-facts dt { flex: none; }
+  progress { display: block; width: 100%; height: 5px; accent-color: var(--going); }
+  #terminal { position: relative; padding-bottom: 10px; }
+  #terminal-bar { position: absolute; top: 4px; right: 12px; }
+  #screen-box { container-type: inline-size; overflow: auto; margin-top: 5px; border-radius: 4px;
+    background: var(--screen); }
+  #screen { position: relative; width: max-content; min-width: 100%; padding: 6px 10px;
+    color: var(--screen-ink); line-height: 1.2; min-height: calc(1.2em * var(--rows) + 12px);
+    font-size: clamp(7px, min((100cqw - 22px) / (var(--columns) * 0.605),
+      (100svh - min(var(--above), 220px) - 34px) / (var(--rows) * 1.2)), 14px); }
+  .actual #screen { font-size: 14px; }
+  .cursor { position: absolute; width: 1ch; height: 1.2em; outline: 1px solid; opacity: .8;
+    left: calc(10px + 1ch * var(--column)); top: calc(6px + 1.2em * var(--row)); }
+  .bold { font-weight: 700; } .italic { font-style: italic; }
   .underline { text-decoration: underline; } .strike { text-decoration: line-through; }
-  .cell { display: inline-block; width: 1ch; height: 1.25em; vertical-align: top;
-    text-decoration: inherit; } .wide { width: 2ch; }
-  #board { display: grid; gap: 0 12px; align-items: start; } figure + figure { margin-top: 12px; }
-  figcaption { display: flex; justify-content: space-between; }
-  svg { display: block; width: 100%; height: 84px; }
-  .key { border-left: 9px solid var(--going); padding-left: 4px; margin-left: 8px; }
-  .key + .key { border-color: var(--second); } rect { fill: var(--going); }
-  rect + rect { fill: var(--second); } path { stroke: var(--line); }
-  text { font-size: 10px; fill: var(--muted); text-anchor: end; }
-  aside ul { padding-left: 18px; max-height: 320px; overflow-y: auto; white-space: pre-line; }
-  #task { padding: 0; list-style: none; }
+  .underline.strike { text-decoration: underline line-through; } .wide.cell { width: 2ch; }
+  .cell { display: inline-block; width: 1ch; height: 1.2em; vertical-align: top;
+    text-decoration: inherit; }
+  #board { display: grid; gap: 0 8px; align-items: start; } figure + figure { margin-top: 12px; }
+  .bars { display: flex; align-items: end; height: 70px; border-bottom: 1px solid var(--line); }
+  .bars i { flex: 0 1 26px; background: var(--going); }
+  #finder h2 { margin-right: auto; }
+  aside ul { padding-left: 18px; white-space: pre-line; } #task { padding: 0; list-style: none; }
+  #finder { margin-bottom: 6px; } #search { flex: 0 1 220px; } #matches { flex: none; }
   .iteration { border-top: 1px solid var(--line); content-visibility: auto;
-    contain-intrinsic-size: auto 31px; }
+    contain-intrinsic-size: auto 31px; scroll-margin-top: 80px; }
   .iteration summary { display: grid; gap: 0 10px; padding: 5px 0; font-weight: 400;
-    align-items: baseline; grid-template-columns: 10px 4ch 1fr auto repeat(3, 7ch); }
+    align-items: baseline; grid-template-columns: 10px 5ch 6ch 1fr auto repeat(3, 7ch); }
   .iteration summary::before { content: "\25b8"; color: var(--muted); }
   .iteration[open] summary::before { content: "\25be"; }
   .iteration b, .figure { text-align: right; } .flag { margin-left: 8px; display: inline-block; }
-  .entry { display: grid; grid-template-columns: 108px minmax(0, 1fr); margin: 0 0 8px 24px;
-    line-height: 1.8; }
+  .entry { display: grid; grid-template-columns: 108px minmax(0, 1fr); margin: 0 0 8px 24px; }
   .entry pre { max-height: 480px; overflow-y: auto; background: var(--page); padding: 5px 9px;
-    white-space: pre-wrap; border-radius: 4px; line-height: 1.45; }
+    white-space: pre-wrap; border-radius: 4px; }
   @media (min-width: 1000px) {
-    header { position: sticky; top: 0; z-index: 1; }
-    #board { grid-template-columns: minmax(0, 1fr) 360px; } aside { grid-area: 1 / 2; }
+    header { position: sticky; top: 0; z-index: 1; } aside { grid-area: 1 / 2; }
+    #advice { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+    #board { grid-template-columns: minmax(0, 1fr) 360px; }
   }
+  @media (max-width: 1199px) { #figures { flex-wrap: wrap; } #terminal-bar { position: static; } }
   @media (max-width: 640px) {
-    body { padding: 0 8px 24px; } #figures { grid-template-columns: 1fr 1fr; }
-    .iteration summary { grid-template-columns: 10px 4ch 1fr repeat(3, 7ch); }
-    .excerpt { grid-column: 3 / -1; } .flags { grid-area: 2 / 1 / auto / 4; }
+    body { padding: 0 8px 24px; } header, .card { padding: 7px 9px; } #search { flex: 1 1 100%; }
+    #figures div { flex: 1 1 40%; } #figures .broad { flex-basis: 100%; }
+    .iteration summary { grid-template-columns: 10px 5ch 6ch 1fr 6ch 7ch; gap: 0 6px; }
+    .excerpt { grid-area: 2 / 2 / auto / -1; } .flags { grid-area: 3 / 2 / auto / -1; }
     .flag { margin: 0 8px 0 0; } .entry { display: block; margin-left: 0; }
   }
 </style>
 <header>
   <img id="mark" alt="" width="26" height="26">
-  <div id="now"><p id="status" role="status"></p> <span id="elapsed"></span>
-    <p id="advice"></p></div>
-  <div id="controls" role="group" aria-label="Step in" hidden>
-    <button id="pause">Pause</button>
-    <details id="stop"><summary>Stop</summary>
-      <button id="stop-now">End the run now</button></details>
-    <form id="note-form"><input id="note" aria-label="Note to the model" autocomplete="off"
-      placeholder="Note to the model"><button>Send</button></form> <output id="answer"></output>
-  </div>
+  <div id="now"><p id="status" role="status"></p><span id="elapsed"></span>
+    <small id="recording"></small><p id="advice"></p></div>
+  <div id="controls" role="group" aria-label="Steer the run" hidden>
+    <button id="pause">Pause</button> <button id="continue">Go on now</button>
+    <button id="stop" popovertarget="stop-box">Stop</button>
+    <div id="stop-box" class="card" popover>Stop the run?
+      <button id="stop-now">Stop now</button></div>
+    <form id="note-form"><textarea id="note" rows="1" aria-label="Note to the model"
+        placeholder="Note to the model" title="Shift+Enter begins a new line"></textarea>
+      <button>Send</button> <button id="interrupt" type="button"
+        title="Press Escape in the agent's turn, and send the note">Interrupt</button></form>
+    <output id="answer"></output></div>
 </header>
-<section class="card" aria-label="Run"><h1 id="title"></h1><dl>
-  <div><dt>model</dt><dd id="model"></dd></div> <div><dt>agent</dt><dd id="agent"></dd></div>
-  <div><dt>directory</dt><dd><code id="workdir"></code></dd></div>
-  <div><dt>watch it or type along</dt><dd><code id="attach"></code>
-    <button id="copy" aria-label="Copy the attach command">copy</button></dd></div></dl></section>
-<section id="figures" aria-label="Progress">
-  <div class="card"><p class="label">iterations</p><p id="iterations-done" class="value"></p>
-    <progress aria-label="Iterations used"></progress><small></small></div>
-  <div class="card"><p class="label">time</p><p id="time" class="value"></p>
-    <progress aria-label="Time used"></progress><small></small></div>
-  <div class="card"><p class="label">cost</p><p id="cost" class="value"></p>
-    <progress aria-label="Money used"></progress><small></small></div>
-  <div class="card"><p class="label">tokens</p><p id="tokens" class="value"></p>
-    <small id="token-kinds"></small></div></section>
-<details id="terminal" class="card" open hidden><summary>Terminal</summary>
-  <div id="screen-box"><pre id="screen" aria-label="The agent's screen"></pre></div></details>
-<main id="board">
-  <section class="card"><h2>Iterations</h2><div id="iterations"></div></section>
-  <aside>
-    <section id="charts" class="card" aria-label="Charts" hidden></section>
-    <details class="card" open><summary>Task</summary><ul id="task"></ul></details>
-    <details class="card" open><summary>Facts remembered</summary><ul id="facts"></ul></details>
-    <details class="card" open><summary>Summaries</summary><ul id="summaries"></ul></details>
-  </aside>
+<main>
+  <section id="end" class="card" aria-label="The end of the run" hidden>
+    <p id="end-words"></p><dl id="end-facts" class="facts"></dl></section>
+  <section class="card" aria-label="The run"><dl id="figures" class="facts">
+    <div class="broad"><dt>task</dt><dd><h1 id="title"></h1></dd></div>
+    <div class="fixed"><dt>iterations</dt><dd><b id="iterations-done"></b> <small></small>
+      <progress aria-label="Iterations used"></progress></dd></div>
+    <div class="fixed"><dt>time</dt><dd><b id="time"></b> <small></small>
+      <progress aria-label="Time used"></progress></dd></div>
+    <div class="fixed"><dt>cost</dt><dd><b id="cost"></b> <small></small>
+      <progress aria-label="Money used"></progress></dd></div>
+    <div class="fixed"><dt>tokens</dt><dd><b id="tokens"></b> <small id="cached"></small></dd></div>
+    <div><dt>model</dt><dd id="model"></dd></div> <div><dt>agent</dt><dd id="agent"></dd></div>
+    <div><dt>directory</dt><dd><code id="workdir"></code></dd></div></dl></section>
+  <details id="terminal" class="card" open hidden><summary>Agent's screen</summary>
+    <div id="terminal-bar"><small id="held" role="status"></small>
+      <div><code id="attach"></code> <button class="copy">copy</button></div>
+      <button id="size">Actual size</button></div>
+    <div id="screen-box" tabindex="0" role="region" aria-label="The agent's screen">
+      <pre id="screen"></pre></div></details>
+  <div id="board">
+    <section class="card" aria-label="Iterations"><div id="finder" role="search">
+      <h2>Iterations</h2><output id="matches"></output>
+      <input id="search" type="search" aria-label="Search all texts" placeholder="Search all texts">
+      <select id="filter" aria-label="Show only"><option value="">all</option>
+        <option value="error">errors</option><option value="restarted">restarts</option>
+        <option value="note">notes</option><option value="check failed">failed checks</option>
+      </select> <button id="expand">Expand all</button>
+      <a id="download" href="journal" download>Download journal</a></div>
+      <div id="iterations"></div></section>
+    <aside aria-label="Background">
+      <section id="charts" class="card" aria-label="Charts" hidden></section>
+      <details class="card" open hidden><summary>Task</summary><ul id="task"></ul></details>
+      <details class="card" open hidden><summary>Facts</summary><ul id="facts"></ul></details>
+    </aside></div>
 </main>
 <script nonce="NONCE">
   "use strict";
-  const RECORDED = document.documentElement.dataset.recording === "yes";
-  const CLIP = 20000;                     // characters of one text that are shown until asked for
-  history.replaceState(null, "", location.pathname);      // the cookie is enough: hide the token
+  const {recording, journal: journalPath} = document.documentElement.dataset;
+  const IS_RECORDING = recording === "yes";
+  const MAX_SHOWN = 100000;               // characters of one text
   const OUTCOMES = {
     __proto__: null, complete: ["good", "Task complete"], budget: ["warn", "Stopped at its limit"],
-    failed: ["bad", "Failed"], stuck: ["bad", "Stuck: it went in circles"],
-    agent: ["bad", "The agent cannot be kept alive"], interrupted: ["warn", "Interrupted"],
-    model: ["bad", "The model cannot be reached"],
+    failed: ["bad", "Failed"], stuck: ["bad", "Stuck: it repeats itself"],
+    agent: ["bad", "The agent can't be kept alive"], interrupted: ["warn", "Interrupted"],
+    model: ["bad", "The model can't be reached"],
   };
-  const MARKS = {
-    quiet: ["#6e7781", ""], going: ["#2f81f7", "M6 4.5l5.5 3.5L6 11.5z"],
-    warn: ["#bf8700", "M5 4.5h2v7H5zM9 4.5h2v7H9z"], bad: ["#da3633", "M7 3.5h2v5H7zM7 10h2v2H7z"],
-    good: ["#2da44e", "M4 8.2l1.4-1.4 1.7 1.7 3.6-3.7 1.4 1.4-5 5.1z"],
-  };
+  const COLOURS = {quiet: "#777", going: "#2f81f7", warn: "#bf8700", bad: "#da3633", good: "#2a4"};
+  history.replaceState(null, "", location.pathname + location.hash);    // hide the token
+
   const byId = id => document.getElementById(id);
-  const amount = value => Number.isFinite(value) ? value : 0;
+  const finiteOrZero = value => Number.isFinite(value) ? value : 0;
   const list = value => Array.isArray(value) ? value : [];
   const text = value => typeof value === "string" ? value
     : value == null ? "" : JSON.stringify(value);
   const firstLine = value => text(value).slice(0, 2000).trim().split("\n")[0].slice(0, 300);
-  const moment = event => Date.parse(event.time) || Date.now();
   const short = value => value.toPrecision(3).replace(/\.?0+$/, "");
   const count = value => value < 999.5 ? String(Math.round(value))
     : value < 999500 ? `${short(value / 1e3)}k` : `${short(value / 1e6)}M`;
   const money = value => `$${value.toFixed(value && value < 0.1 ? 4 : 2)}`;
+  const shellWord = word => `'${word.replaceAll("'", `'"'"'`)}'`;
 
   function duration(milliseconds) {
     const seconds = Math.max(0, milliseconds) / 1000, whole = Math.round(seconds);
@@ -5237,25 +5343,41 @@ DASHBOARD_PAGE = r"""<!doctype html>
     return parts.map(part => String(part).padStart(2, "0")).join(":").replace(/^(00:)?0?/, "");
   }
 
-  function node(tag, given, ...children) {         // given: a class, or attributes of an SVG shape
-    const [space, attributes] = typeof given === "string" ? ["1999/xhtml", {class: given}]
-      : ["2000/svg", given];
-    const element = document.createElementNS("http://www.w3.org/" + space, tag);
-    for (const name in attributes) element.setAttribute(name, attributes[name]);
+  // The server's clock counts, whatever the browser's says, and stands still without a connection.
+  let clockOffset = 0;
+  const serverTime = () => run.lostAt ?? Date.now() + clockOffset;
+  const timeOf = event => Date.parse(event.time) || run.latest || serverTime();
+
+  function clockTime(at) {
+    const isToday = new Date(at).toDateString() === new Date(serverTime()).toDateString();
+    const style = {timeStyle: "medium", hourCycle: "h23"};
+    return new Date(at).toLocaleString([], isToday ? style : {dateStyle: "medium", ...style});
+  }
+
+  function createElement(tag, className, ...children) {
+    const element = document.createElement(tag);
+    element.className = className;
     element.append(...children);
+    return element;
+  }
+
+  function createTime(at, words = clockTime(at)) {
+    const element = createElement("time", "", words);
+    element.title = new Date(at).toLocaleString([], {dateStyle: "full", timeStyle: "full"});
     return element;
   }
 
   // The run: what the events have told so far.
   const run = {
-    info: {}, task: [], facts: [], summaries: [], iterations: new Map(), changed: new Set(),
-    tokens: {prompt: 0, completion: 0, cached: 0, total: 0}, cost: null, spent: 0, lastId: 0,
-    now: {level: "quiet", headline: "Waiting for the run to begin", advice: ""}, latest: null,
-    current: null, paused: null, outcome: null, lost: "",
+    info: {}, facts: [], iterations: new Map(), changed: new Set(), current: null,
+    tokens: {prompt: 0, completion: 0, cached: 0, total: 0}, cost: null, isUnpriced: false,
+    activity: {level: "quiet", headline: "Waiting for the run to begin", advice: ""},
+    started: null, latest: null, spent: 0, lastId: 0, busy: false, paused: null, outcome: null,
+    lost: "", lostAt: null, restarts: 0, errors: 0, check: null, lastReply: "",
   };
 
-  function doing(event, headline, advice, more) {
-    run.now = {level: "going", headline, advice, since: moment(event), ...more};
+  function setActivity(event, headline, advice, more) {
+    run.activity = {level: "going", headline, advice, since: timeOf(event), ...more};
   }
 
   function iterationOf(event) {
@@ -5266,265 +5388,329 @@ DASHBOARD_PAGE = r"""<!doctype html>
     return run.iterations.get(number);
   }
 
-  function enter(event, label, body, level = "") {        // with a level, its row shows it too
+  function addEntry(event, label, body, level = "") {     // with a level, its row shows it too
     const entry = {label, level, body: text(body)};
     iterationOf(event).entries.push(entry);
     return entry;
   }
 
-  function addUp({tokens, cost}, combine) {
+  function addUsage({tokens, cost}, combine = (sum, more) => sum + more) {
     for (const [kind, sum] of Object.entries(run.tokens)) {
-      run.tokens[kind] = combine(sum, amount(tokens?.[kind]));
+      run.tokens[kind] = combine(sum, finiteOrZero(tokens?.[kind]));
     }
     if (Number.isFinite(cost)) run.cost = combine(run.cost ?? 0, cost);
+    else run.isUnpriced = true;
   }
 
   const handlers = {
     __proto__: null,
     task_info(event) {
-      const facts = list(event.memories).map(text);
-      Object.assign(run, {info: event, task: [text(event.task)], facts, outcome: null});
-      doing(event, "Starting", "The agent is being started.");
+      Object.assign(run, {info: event, facts: list(event.memories).map(text)});
+      drawList("task", [text(event.task)]);
+      drawList("facts", run.facts);
+      setActivity(event, "Starting", "The agent is being started.");
     },
     iteration_start(event) {
       Object.assign(run, {current: iterationOf(event), outcome: null, busy: true});
-      run.current.started = moment(event);
-      doing(event, "Model is thinking", "It reads what the agent showed.", {thinking: true});
+      run.current.started = timeOf(event);
+      setActivity(event, "Model is thinking", "It reads what the agent showed.", {thinking: true});
     },
     reply_part(event) {
-      if (!run.now.thinking || !run.current) return;
-      run.current.reply ??= enter({}, "model");
+      if (!run.activity.thinking || !run.current) return;
+      run.current.reply ??= addEntry({}, "model");
       run.current.reply.body = text(event.text);
       run.changed.add(run.current);
     },
     reply(event) {
-      const iteration = iterationOf(event), said = text(event.text), replied = moment(event);
-      (iteration.reply ?? enter(event, "model")).body = said;
-      addUp(event, (sum, more) => sum + more);
+      const iteration = iterationOf(event), said = text(event.text), replied = timeOf(event);
+      (iteration.reply ?? addEntry(event, "model")).body = said;
+      addUsage(event);
       Object.assign(iteration, {
         said, replied, excerpt: firstLine(said.replace(/^MEMORY_SAVE: .*$/gm, "")), reply: null,
-        model: replied - iteration.started || amount(event.duration_ms),
+        model: replied - iteration.started || finiteOrZero(event.duration_ms),
         tokens: event.tokens ?? {}, cost: event.cost, costSoFar: run.cost ?? 0,
       });
-      doing(event, "Agent is working", iteration.excerpt);
+      run.lastReply = said.replace(/^(MEMORY_SAVE: .*|\W*TASK_COMPLETE\b.*)$/gm, "").trim();
+      setActivity(event, "Agent is working", iteration.excerpt);
     },
     iteration_end(event) {
-      const iteration = iterationOf(event), typed = text(event.orchestrator);
-      if (typed.trim() !== iteration.said.trim()) enter(event, "typed", typed);
-      enter(event, "agent", event.agent_output);
-      if (event.error) enter(event, "error", event.error, "bad");
+      const iteration = iterationOf(event), typed = text(event.orchestrator).trim();
+      if (typed && typed !== iteration.said.trim()) addEntry(event, "typed", event.orchestrator);
+      if (event.agent_output) addEntry(event, "agent", event.agent_output);
+      if (event.error) addEntry(event, "error", event.error, "bad");
       iteration.excerpt ||= firstLine(typed);
-      iteration.agent = moment(event) - iteration.replied || amount(event.duration_ms);
+      iteration.agent = timeOf(event) - iteration.replied || finiteOrZero(event.duration_ms);
       run.busy = false;
-      doing(event, "Between two turns", "");
+      setActivity(event, "Between two turns", "");
     },
     error(event) {
-      const more = {level: "warn", thinking: true, until: moment(event) + 1000 * event.retry_in};
-      enter(event, "error", event.error, "warn");
-      if (more.until) doing(event, "Trouble, tries again", firstLine(event.error), more);
+      const more = {level: "warn", thinking: true, until: timeOf(event) + 1000 * event.retry_in};
+      run.errors += 1;
+      addEntry(event, "error", event.error, "warn");
+      if (more.until) setActivity(event, "Trouble, tries again", firstLine(event.error), more);
     },
     recovery(event) {
       const kept = event.resumed ? "It knows its conversation." : "It begins a new conversation.";
-      enter(event, "restarted", `${text(event.what)}\n${kept}`, "warn");
+      run.restarts += 1;
+      addEntry(event, "restarted", `${text(event.what)}\n${kept}`, "warn");
     },
     memory(event) {
       const saved = list(event.saved).map(text), {before, after} = event.compacted ?? {};
       run.facts = [...new Set([...run.facts, ...saved])];
-      if (saved.length) enter(event, "remembered", saved.join("\n"), "good");
-      if (before) enter(event, "memory", `${text(before)} facts became ${text(after)}`);
+      drawList("facts", run.facts);
+      if (event.tokens) addUsage(event);
+      if (saved.length) addEntry(event, "remembered", saved.join("\n"), "good");
+      if (before) addEntry(event, "memory", `${text(before)} facts became ${text(after)}`);
     },
     verify(event) {
-      const [label, level] = event.status === 0 ? ["verified", "good"] : ["not verified", "bad"];
       const [command, output, status] = [event.command, event.output, event.status].map(text);
-      enter(event, label, `$ ${command}\n${output}\nstatus ${status}`, level);
+      const [word, level] = event.status === 0 ? ["passed", "good"] : ["failed", "bad"];
+      run.check = {command, level, result: `${word}, status ${status}: `};
+      addEntry(event, `check ${word}`, `$ ${command}\n${output}\nstatus ${status}`, level);
+    },
+    confirm(event) {
+      const doubts = list(event.unproved).map(text);
+      addEntry(event, "confirm", [text(event.evidence), ...doubts].join("\n"), "quiet");
     },
     history(event) {
-      const summary = text(event.summary);
-      run.summaries = [...run.summaries, summary];
-      enter(event, "summary", `of ${text(event.summarised)} exchanges\n${summary}`, "quiet");
+      const {summarised, summary} = event;
+      if (event.tokens) addUsage(event);
+      addEntry(event, "summary", `of ${text(summarised)} exchanges\n${text(summary)}`, "quiet");
     },
-    note(event) {
-      enter(event, `note (${firstLine(event.source)})`, event.text, "going");
-      if (event.text !== byId("note").value.trim()) return;
-      byId("note").value = "";
-      show("answer", "Noted; the model reads it with its next prompt.");
-    },
+    note: event => addEntry(event, `note (${firstLine(event.source)})`, event.text, "going"),
     state(event) {
-      const reason = firstLine(event.reason);
-      if (event.state === "paused") run.paused = moment(event);
+      const reason = firstLine(event.reason), until = Date.parse(event.until), waits = true;
+      const working = reason.startsWith("checking: ") ? "Running the check" : "Agent is working";
+      if (event.state === "paused") run.paused = timeOf(event);
       if (event.state === "resumed") run.paused = null;
-      if (event.state === "waiting") doing(event, "Waiting", reason || "The model asked to wait.");
-      if (event.state === "working") doing(event, "Agent is working", reason);
-      show("answer", "");
+      if (event.state === "waiting") setActivity(event, "Waiting", reason, {waits, until});
+      if (event.state === "working") setActivity(event, working, reason);
+      setText("answer", "");
     },
     complete(event) {
-      const spent = Math.max(run.spent, amount(event.duration_ms));
-      Object.assign(run, {outcome: event, paused: null, spent});
-      addUp(event, Math.max);
-      show("answer", "");
+      const spent = Math.max(run.spent, finiteOrZero(event.duration_ms));
+      Object.assign(run, {outcome: event, paused: null, busy: false, spent});
+      addUsage({...event, cost: event.cost || run.cost}, Math.max);   // old ones: 0 for unknown
     },
   };
 
   function receive(event) {
-    if (event?.type === "screen") drawScreen(text(event.text));
+    if (event?.type === "now") clockOffset = timeOf(event) - Date.now();
+    if (event?.type === "screen") drawScreen(event);
     if (!handlers[event?.type] || event.id <= run.lastId) return;
-    const now = moment(event), away = run.outcome || event.type === "task_info";
-    if (run.latest && !away) run.spent += Math.max(0, now - run.latest);
+    const now = timeOf(event), isNewPart = event.state === "resumed" && event.reason;
+    if (run.latest && !run.outcome && !isNewPart) run.spent += Math.max(0, now - run.latest);
     handlers[event.type](event);
-    Object.assign(run, {lastId: event.id ?? run.lastId, latest: now});
+    Object.assign(run, {lastId: event.id ?? run.lastId, latest: now, started: run.started ?? now});
     drawSoon();
   }
 
   // The page: what is shown of it.
-  function show(id, words) {              // what has not changed is not announced again
+  function setText(id, words) {           // what has not changed is not announced again
     if (byId(id).textContent !== words) byId(id).textContent = words;
   }
 
-  function glance() {
+  function currentStatus() {
     const [level, headline] = OUTCOMES[run.outcome?.outcome] ?? ["warn", "Ended"];
-    const over = ["complete", "failed", "stuck"].includes(run.outcome?.outcome);
-    const hint = over ? "" : " (--resume goes on with it)";
-    if (run.outcome) return {level, headline, advice: firstLine(run.outcome.reason) + hint};
+    const {latest, activity} = run, last = latest && clockTime(latest);
+    if (run.outcome) return {level, headline, advice: `at ${last}, after ${duration(run.spent)}`};
+    const advice = `The last event is of ${last}: ${activity.headline}`;
+    if (IS_RECORDING && latest) return {level: "quiet", headline: "Unfinished", advice};
     if (run.lost) return {level: "bad", headline: "Connection lost", advice: run.lost};
-    if (run.paused == null) return run.now;
-    if (run.busy) return {...run.now, advice: "It pauses after this turn."};
+    if (run.paused == null) return activity;
+    if (run.busy && !activity.waits) return {...activity, advice: "It pauses after this turn."};
     return {level: "warn", headline: "Paused", since: run.paused,
             advice: "It waits for you: resume it, leave a note, or stop it."};
   }
 
   function drawStatus() {
-    const {level, headline, advice, since, until} = glance(), [colour, path] = MARKS[level];
-    const image = "data:image/svg+xml," + encodeURIComponent(
-      '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><circle cx="8" cy="8" r="8" ' +
-      `fill="${colour}"/><path fill="#fff" d="${path}"/></svg>`);
-    const over = run.outcome || RECORDED;
-    const spent = run.spent + (over || !run.latest ? 0 : Date.now() - run.latest);
+    const {level, headline, advice, since, until} = currentStatus();
+    const image = "data:image/svg+xml," + encodeURIComponent('<svg xmlns="http://www.w3.org/2000' +
+      `/svg" viewBox="0 0 2 2"><circle cx="1" cy="1" r="1" fill="${COLOURS[level]}"/></svg>`);
+    const isOver = run.outcome != null || IS_RECORDING, now = serverTime();
+    const spent = run.spent + (isOver || !run.latest ? 0 : Math.max(0, now - run.latest));
+    const elapsed = since ? duration(now - since) : "";
     if (byId("mark").src !== image) byId("mark").src = byId("icon").href = image;
     document.title = [headline, firstLine(run.info.task)].filter(Boolean).join(" · ");
-    show("status", headline);
-    show("elapsed", since && !over ? duration(Date.now() - since) : "");
-    show("advice", until > Date.now() ? `in ${duration(until - Date.now())}: ${advice}` : advice);
-    show("pause", run.paused == null ? "Pause" : "Resume");
     byId("status").className = level;
-    byId("controls").hidden = !run.lastId || over;
-    byId("terminal").classList.toggle("stale", run.outcome != null || run.lost !== "");
-    drawFigure("time", duration(spent), spent / 60000, run.info.max_minutes,
-               limit => `${limit} min`);
+    setText("status", headline);
+    setText("elapsed", until > now ? `${duration(until - now)} left, until ${clockTime(until)}`
+      : elapsed);
+    setText("advice", byId("advice").title = advice);
+    setText("pause", run.paused == null ? "Pause" : "Resume");
+    byId("controls").hidden = !run.lastId || isOver;
+    byId("continue").hidden = !run.activity.waits;
+    byId("interrupt").disabled = !run.busy;
+    byId("download").hidden = !journalPath || !run.lastId || run.lost !== "";
+    byId("attach").parentElement.hidden = !run.info.attach || isOver;
+    drawFigure("time", duration(spent), spent / 60000, run.info.max_minutes, most => `${most} min`);
   }
 
-  function drawFigure(id, value, used, limit, unit) {
-    const [, shown, bar, note] = byId(id).parentElement.children;
-    shown.textContent = value;
-    note.textContent = limit > 0 ? `of ${unit(limit)}` : "no limit";
+  function drawFigure(id, value, used, limit, format) {
+    const [, note, bar] = byId(id).parentElement.children;
+    setText(id, value);
+    note.textContent = limit > 0 ? `of ${format(limit)}` : "";
     Object.assign(bar, {hidden: !(limit > 0), max: limit > 0 ? limit : 1, value: used});
-    bar.classList.toggle("near", used >= 0.85 * limit);
   }
 
   function drawRun() {
     const {info, tokens, cost} = run, done = run.current?.number ?? 0;
-    const cached = `${Math.round(100 * tokens.cached / (tokens.prompt || 1))} % cached`;
-    show("title", firstLine(info.task) || "No run yet");
-    show("tokens", count(tokens.total || tokens.prompt + tokens.completion));
-    show("token-kinds", `${count(tokens.prompt)} in, ${cached}; ${count(tokens.completion)} out`);
-    drawFigure("iterations-done", done, done, info.max_iter, String);
-    drawFigure("cost", cost == null ? "–" : money(cost), cost ?? 0, info.max_cost, money);
+    const unknown = run.isUnpriced ? "not reported" : "–";
+    const cached = Math.round(100 * tokens.cached / tokens.prompt);
+    setText("title", firstLine(info.task) || "No run yet");
+    setText("tokens", count(tokens.total || tokens.prompt + tokens.completion));
+    setText("cached", tokens.prompt ? `${cached} % cached` : "");
+    byId("tokens").title = `${count(tokens.prompt)} in, ${count(tokens.completion)} out`;
+    drawFigure("iterations-done", String(done), done, info.max_iter, String);
+    drawFigure("cost", cost == null ? unknown : money(cost), cost ?? 0, info.max_cost, money);
     for (const name of ["model", "agent", "workdir", "attach"]) {
-      show(name, firstLine(info[name]));
+      setText(name, byId(name).title = firstLine(info[name]));
       byId(name).closest("div").hidden = !info[name];
     }
-    for (const name of ["task", "facts", "summaries"]) {
-      if (byId(name).shown === run[name]) continue;
-      byId(name).shown = run[name];
-      byId(name).closest(".card").hidden = !run[name].length;
-      byId(name).replaceChildren(...run[name].map(item => fill(node("li", ""), item)));
-    }
+    const started = new Date(run.started).toLocaleString([], {dateStyle: "medium"});
+    if (IS_RECORDING && run.started) setText("recording", `Recording of ${started}`);
   }
 
+  function drawList(id, items) {
+    byId(id).closest(".card").hidden = !items.length;
+    byId(id).replaceChildren(...items.map(item => fill(createElement("li", ""), item)));
+  }
+
+  function drawEnd() {
+    const {outcome, info, check, latest} = run, end = byId("end"), files = outcome?.files_changed;
+    end.hidden = !outcome && !(IS_RECORDING && latest);
+    if (end.hidden || end.shown === latest) return;
+    end.shown = latest;
+    const isFinal = ["complete", "failed", "stuck"].includes(outcome?.outcome);
+    const code = words => createElement("code", "", words);
+    const command = words => [code(`python3 orchestrator.py ${words}`), " ",
+                              createElement("button", "copy", "copy")];
+    const rows = [
+      ["last check", check ? createElement("span", check.level, check.result, code(check.command))
+        : "none"],
+      ["started", createTime(run.started)],
+      ["ended", createTime(latest), `, after ${duration(run.spent)}`],
+      ["restarts", text(outcome?.restarts ?? run.restarts)],
+      ["errors", text(outcome?.errors ?? run.errors)],
+      files != null && ["files changed", Array.isArray(files) ? files.join(", ") : text(files)],
+      outcome?.last_words && ["agent's last words", text(outcome.last_words)],
+      !isFinal && ["resume", ...command(`${shellWord(text(info.workdir))} --resume`)],
+      journalPath && ["replay", ...command(`--replay ${shellWord(journalPath)}`)],
+      journalPath && ["journal", code(journalPath)],
+    ];
+    setText("end-words", outcome ? text(outcome.reason) || run.lastReply
+      : "The journal has no last event: the run was killed, or still goes on.");
+    byId("end-facts").replaceChildren(...rows.filter(Boolean).map(([name, ...parts]) =>
+      createElement("div", "", createElement("dt", "", name), createElement("dd", "", ...parts))));
+  }
+
+  // Iterations: one row each, newest first, and what is searched for in them.
+  let searched = null;                    // a pattern with one group, if anything
+  const findMatch = ({entries}) => entries.find(({label, body}) =>
+    label.startsWith(byId("filter").value) && (!searched || searched.test(body)));
+
   function fill(element, body) {
-    const more = node("button", "", `show ${count(body.length - CLIP)} more characters`);
-    more.onclick = () => { element.textContent = body; };
-    element.replaceChildren(body.slice(0, CLIP), ...body.length > CLIP ? ["\n", more] : []);
+    const shown = body.slice(0, MAX_SHOWN), hidden = body.length - shown.length;
+    const parts = searched ? shown.split(searched) : [shown];
+    element.replaceChildren(...parts.map((part, index) =>
+      index % 2 ? createElement("mark", "", part) : part));
+    if (hidden) element.append(`\n[... ${count(hidden)} more characters: see the journal]`);
     return element;
   }
 
+  const tokensOf = ({tokens: {total, prompt, completion}}) =>
+    finiteOrZero(total) || finiteOrZero(prompt) + finiteOrZero(completion);
+
   function addRow(iteration) {
-    const row = node("details", "iteration", node("summary", ""), node("div", ""));
+    const row = createElement("details", "iteration", createElement("summary", ""),
+                              createElement("div", ""));
     const newest = byId("iterations").firstChild;
-    row.dataset.iteration = iteration.number;
     row.open = newest?.open ?? true;      // the newest is open, until someone closes it
     if (newest && !newest.dataset.touched) newest.open = false;
-    row.firstChild.onclick = () => { row.dataset.touched = true; };
+    row.firstChild.onclick = () => {      // the address then leads to it
+      row.dataset.touched = true;
+      history.replaceState(null, "", `#${iteration.number}`);
+    };
     row.ontoggle = () => drawEntries(iteration);
     byId("iterations").prepend(row);
     return row;
   }
 
   function drawRow(iteration) {
-    const {number, tokens, cost, entries, model, agent} = iteration;
-    const used = amount(tokens.total) || amount(tokens.prompt) + amount(tokens.completion);
-    const flags = entries.filter(entry => entry.level).slice(-4);
+    const {number, cost, entries, model, agent, started} = iteration;
+    const match = findMatch(iteration), used = tokensOf(iteration);
     const figures = [model + agent ? duration(model + agent) : "", used ? count(used) : "",
                      Number.isFinite(cost) ? money(cost) : ""];
+    const flags = entries.filter(entry => entry.level).slice(-4)
+      .map(({level, label}) => createElement("span", `flag ${level}`, label));
+    const at = searched && match ? Math.max(0, match.body.search(searched) - 30) : 0;
+    const found = searched && match && `${match.label}: ${match.body.slice(at, at + 200)}`;
+    const time = createElement("span", "");
+    if (started) time.append(createTime(started, new Date(started).toTimeString().slice(0, 5)));
     iteration.row ??= addRow(iteration);
+    iteration.row.hidden = !match && (searched != null || byId("filter").value !== "");
     iteration.row.firstChild.replaceChildren(
-      node("b", "", number || "–"), node("span", "excerpt", iteration.excerpt),
-      node("span", "flags", ...flags.map(({level, label}) => node("span", `flag ${level}`, label))),
-      ...figures.map(figure => node("span", "figure", figure)));
+      createElement("b", "", number || "–"), time,
+      createElement("span", "excerpt", found || iteration.excerpt),
+      createElement("span", "flags", ...flags),
+      ...figures.map(figure => createElement("span", "figure", figure)));
     drawEntries(iteration);
   }
 
   function drawEntries({row, entries}) {  // built when opened and dropped when closed: stays light
     const shown = row.lastChild;
-    if (!row.open) return shown.replaceChildren();
+    if (!row.open || row.hidden) return shown.replaceChildren();
     entries.forEach(({label, level, body}, index) => {
-      const entry = shown.children[index] ?? shown.appendChild(
-        node("div", "entry", node("div", `label ${level}`, label), node("pre", "")));
-      if (entry.shown !== body) fill(entry.lastChild, entry.shown = body);
+      const entry = shown.children[index] ?? shown.appendChild(createElement("div", "entry",
+        createElement("div", `label ${level}`, label), createElement("pre", "")));
+      if (entry.shown === body && entry.searched === searched) return;
+      Object.assign(entry, {shown: body, searched});
+      fill(entry.lastChild, body);
+      if (body.length > 800 || body.split("\n", 26).length > 25) entry.lastChild.tabIndex = 0;
     });
   }
 
-  function drawChart({svg, unit, parts}, iterations) {
-    const width = svg.clientWidth, base = svg.clientHeight - 18, left = 50, bars = [];
-    const bucket = Math.ceil(iterations.length * 3 / Math.max(60, width - left));
-    iterations.forEach((iteration, index) => {     // of those that share three pixels: the highest
-      const [low, high = 0] = parts(iteration), at = Math.floor(index / bucket);
-      const bar = {number: iteration.number, parts: parts(iteration), sum: low + high};
-      if (!(bars[at]?.sum >= bar.sum)) bars[at] = bar;
-    });
-    const peak = Math.max(...bars.map(bar => bar.sum)) || 1;
-    const power = 10 ** Math.floor(Math.log10(peak));
-    const top = power * [1, 2, 5, 10].find(factor => factor * power >= peak);
-    const step = Math.min(24, (width - left) / bars.length), end = left + step * bars.length;
-    const height = value => (base - 6) * value / top;
-    const label = (x, y, words) => node("text", {x, y}, words);
-    svg.setAttribute("aria-label", `latest ${unit(bars.at(-1).sum)}, most ${unit(peak)}`);
-    svg.replaceChildren(label(left + 8, base + 14, bars[0].number),
-      label(end, base + 14, end > left + 40 ? bars.at(-1).number : ""),
-      ...[0, top / 2, top].flatMap(value => [label(left - 6, base - height(value) + 4, unit(value)),
-        node("path", {d: `M${left} ${base - height(value)}H${width}`})]),
-      ...bars.map((bar, index) => {
-        const shape = {x: left + index * step, width: step - (step > 4), y: base};
-        const title = `${bar.number}: ${bar.parts.map(unit).join(" + ")}`;
-        return node("g", {}, node("title", {}, title), ...bar.parts.map(part => node("rect",
-          {...shape, y: shape.y -= height(part), height: height(part)})));
-      }));
+  function openLinked() {                 // the iteration that the address names, as in #12
+    const row = run.iterations.get(parseInt(location.hash.slice(1)))?.row;
+    if (row) row.open = row.dataset.touched = true;
+    row?.scrollIntoView();
+    return row != null;
   }
 
-  function addChart(title, kinds, unit, parts) {
-    const svg = node("svg", {role: "img"}), keys = kinds.map(kind => node("span", "key", kind));
-    const caption = node("figcaption", "", node("h2", "", title), node("small", "", ...keys));
-    byId("charts").append(node("figure", "", caption, svg));
-    return {svg, unit, parts};
+  function search() {
+    const words = byId("search").value.trim().replace(/[^\w\s]/g, "\\$&");
+    searched = words ? new RegExp(`(${words})`, "i") : null;
+    run.iterations.forEach(iteration => run.changed.add(iteration));
+    drawSoon();
+  }
+
+  // Charts: of iterations that share a bar, the highest.
+  function drawChart({bars, range, format, value}, iterations) {
+    const size = Math.ceil(iterations.length / 100), heights = [];
+    iterations.forEach((iteration, index) => {
+      const at = Math.floor(index / size);
+      heights[at] = Math.max(heights[at] ?? 0, value(iteration));
+    });
+    const peak = Math.max(...heights), last = iterations.at(-1).number;
+    range.textContent = `iterations ${iterations[0].number} to ${last}, highest ${format(peak)}`;
+    bars.replaceChildren(...heights.map(() => createElement("i", "")));
+    heights.forEach((height, at) => {
+      bars.children[at].style.height = `${100 * height / (peak || 1)}%`;
+    });
+  }
+
+  function addChart(title, format, value) {
+    const bars = createElement("div", "bars"), range = createElement("small", "");
+    byId("charts").append(createElement("figure", "", createElement("h2", "", title), bars, range));
+    return {bars, range, format, value};
   }
 
   const charts = [
-    addChart("Tokens per iteration", ["prompt", "completion"], count,
-             ({tokens}) => [amount(tokens.prompt), amount(tokens.completion)]),
-    addChart("Time per iteration", ["agent", "model"], duration,
-             ({agent, model}) => [agent, model]),
-    addChart("Cost so far", [], money, ({costSoFar}) => [costSoFar]),
+    addChart("Tokens per iteration", count, tokensOf),
+    addChart("Time per iteration", duration, ({agent, model}) => agent + model),
+    addChart("Cost so far", money, ({costSoFar}) => costSoFar),
   ];
-  let timer = null;
+  let timer = null, isLinkPending = location.hash !== "";
   const drawSoon = () => { timer ??= setTimeout(draw, 60); };
 
   function draw() {
@@ -5534,21 +5720,29 @@ DASHBOARD_PAGE = r"""<!doctype html>
     run.changed.clear();
     drawRun();
     drawStatus();
+    drawEnd();
+    const shown = document.querySelectorAll(".iteration:not([hidden])").length;
+    setText("matches", shown < run.iterations.size ? `${shown} of ${run.iterations.size}` : "");
     byId("charts").hidden = !replied.length;
+    byId("charts").lastChild.hidden = run.cost == null;
     if (replied.length) charts.forEach(chart => drawChart(chart, replied));
+    byId("screen").style.setProperty("--above", `${byId("screen-box").offsetTop}px`);
+    if (isLinkPending) isLinkPending = !openLinked();
   }
 
   // The terminal: text with SGR escapes, as tmux prints it.
   const ESCAPE = new RegExp("\x1b\\[([\\d;:]*)m|\x1b\\[[^@-~]*[@-~]|" +
     "\x1b\\][^\x07\x1b]*(?:\x07|\x1b\\\\)?|[\0-\x09\x0b-\x1f\x7f]", "g");
-  const ODD = /([^\0-\u024f\u2500-\u259f\p{M}](?:\p{M}|\u200d.)*)/u;   // other fonts, other widths
-  const WIDE = new RegExp("^[\\p{Emoji_Presentation}\\u1100-\\u115f\\u2e80-\\u303e\\u3041-\\ua4cf" +
-    "\\uac00-\\ud7a3\\uf900-\\ufaff\\ufe30-\\ufe6f\\uff01-\\uff60\\u{20000}-\\u{3fffd}]", "u");
-  const ATTRIBUTES = {1: "bold", 2: "dim", 3: "italic", 4: "underline", 7: "reverse", 9: "strike"};
-  const PLACES = {3: "ink", 4: "paper", 9: "ink", 10: "paper"};       // by the tens of the code
-  const ANSI = ("#5c6570 #ff7b72 #4fc26a #d9a032 #6cb0ff #c79bff #4cc3d1 #c3ccd6 " +
+  const NON_ASCII = /([^\0-\u024f\u2500-\u259f\p{M}](?:\p{M}|\u200d.)*)/u;    // other widths
+  const DOUBLE_WIDTH = new RegExp("^[\\p{Emoji_Presentation}\\u1100-\\u115f\\u2e80-\\u303e" +
+    "\\u3041-\\ua4cf\\uac00-\\ud7a3\\uf900-\\ufaff\\ufe30-\\ufe6f\\uff01-\\uff60" +
+    "\\u{20000}-\\u{3fffd}]", "u");
+  const ATTRIBUTES = {1: "bold", 2: "dim", 3: "italic", 4: "underline", 7: "reverse",
+                      8: "concealed", 9: "strike"};
+  const COLOUR_TARGETS = {3: "ink", 4: "paper", 9: "ink", 10: "paper"};    // by tens of the code
+  const ANSI = ("#000000 #ff7b72 #4fc26a #d9a032 #6cb0ff #c79bff #4cc3d1 #c3ccd6 " +
     "#818b96 #ffa198 #6fdd87 #f0c35c #93c7ff #dcbfff #7fdde8 #ffffff").split(" ");
-  let screen = "", rows = 0;
+  let lastScreen = null, columns = 80, rows = 1;
 
   function colour(index) {
     const level = step => step && 55 + 40 * step, cube = index - 16, grey = 8 + 10 * (index - 232);
@@ -5559,7 +5753,7 @@ DASHBOARD_PAGE = r"""<!doctype html>
 
   function restyle(style, codes) {
     for (let i = 0; i < codes.length; i++) {
-      const code = codes[i], place = PLACES[Math.floor(code / 10)];
+      const code = codes[i], target = COLOUR_TARGETS[Math.floor(code / 10)];
       if (code === 0) style = {};
       else if (code === 22) style = {...style, bold: false, dim: false};
       else if (ATTRIBUTES[code]) style = {...style, [ATTRIBUTES[code]]: true};
@@ -5567,83 +5761,144 @@ DASHBOARD_PAGE = r"""<!doctype html>
       else if (code === 38 || code === 48 || code === 58) {
         const indexed = codes[i + 1] === 5;
         const value = indexed ? colour(codes[i + 2]) : `rgb(${codes.slice(i + 2, i + 5)})`;
-        style = {...style, [place]: value};
+        style = {...style, [target]: value};
         i += indexed ? 2 : 4;
-      } else if (place) {
-        style = {...style, [place]: code % 10 < 8 && ANSI[code % 10 + (code < 90 ? 0 : 8)]};
+      } else if (target) {
+        style = {...style, [target]: code % 10 < 8 && ANSI[code % 10 + (code < 90 ? 0 : 8)]};
       }
     }
     return style;
   }
 
-  function piece(words, style) {
+  function createSpan(words, style) {
     const ink = style.ink || "var(--screen-ink)", paper = style.paper || "var(--screen)";
     const [front, back] = style.reverse ? [paper, ink] : [ink, paper];
-    const span = node("span", Object.values(ATTRIBUTES).filter(name => style[name]).join(" "));
-    span.style.color = style.dim ? `color-mix(in srgb, ${front} 60%, ${back})` : front;
+    const classes = Object.values(ATTRIBUTES).filter(name => style[name]).join(" ");
+    const span = createElement("span", classes);
+    span.style.color = style.dim ? `color-mix(in srgb, ${front} 70%, ${back})` : front;
+    if (style.concealed) span.style.color = back;
     if (back !== "var(--screen)") span.style.backgroundColor = back;
-    span.append(...words.split(ODD).map((part, index) => index % 2 === 0 ? part
-      : node("span", WIDE.test(part) ? "cell wide" : "cell", part)));
+    span.append(...words.split(NON_ASCII).map((part, index) => index % 2 === 0 ? part
+      : createElement("span", DOUBLE_WIDTH.test(part) ? "cell wide" : "cell", part)));
     return span;
   }
 
-  function drawScreen(latest = screen) {
-    const view = byId("screen"), selection = getSelection(), pieces = [];
-    const selecting = !selection.isCollapsed && view.contains(selection.anchorNode);
-    screen = latest.slice(0, 200000).trimEnd();
+  function isSelecting() {
+    const selection = getSelection();
+    return !selection.isCollapsed && byId("screen").contains(selection.anchorNode);
+  }
+
+  function drawScreen(event = lastScreen) {
+    const screen = text(event?.text).slice(0, 200000).trimEnd(), view = byId("screen"), spans = [];
+    lastScreen = event;
     byId("terminal").hidden = !screen;
-    if (document.hidden || !byId("terminal").open || selecting) return;
+    if (!screen || !byId("terminal").open) return;
+    setText("held", isSelecting() ? "Held while you select text; Escape lets it go on." : "");
+    if (isSelecting()) return;
     let style = {}, from = 0;
     for (const {0: escape, 1: codes, index} of screen.matchAll(ESCAPE)) {
-      if (from < index) pieces.push(piece(screen.slice(from, index), style));
+      if (from < index) spans.push(createSpan(screen.slice(from, index), style));
       from = index + escape.length;
       if (codes != null) style = restyle(style, codes.split(";").map(code => parseInt(code) || 0));
     }
-    view.replaceChildren(...pieces, piece(screen.slice(from), style));
-    rows = Math.max(rows, screen.split("\n").length);
-    view.style.minHeight = `calc(${1.25 * rows}em + 16px)`;          // it grows, but does not jump
+    view.replaceChildren(...spans, createSpan(screen.slice(from), style));
+    const lines = screen.replace(ESCAPE, "").split("\n"), [row, column] = list(event.cursor);
+    columns = event.columns || Math.max(columns, ...lines.map(line => line.length));
+    rows = event.rows || Math.max(rows, lines.length);      // it grows, but does not jump
+    if (row != null && !run.outcome) view.append(createElement("span", "cursor"));
+    for (const [name, value] of Object.entries({rows, columns, row, column})) {
+      view.style.setProperty(`--${name}`, value);
+    }
   }
 
-  // Stepping in, and the line to the server.
-  async function ask(action, message, words = "") {
-    const headers = {"Content-Type": "application/json"};
-    const request = {method: "POST", headers, body: JSON.stringify({action, text: words})};
-    show("answer", message);
-    const reply = await fetch("control", request).catch(error => ({text: () => error.message}));
-    if (!reply.ok) show("answer", `Not done: ${firstLine(await reply.text()) || reply.status}`);
+  // The connection to the server.
+  let source = null;
+
+  function setLost(words) {
+    run.lostAt = words ? serverTime() : null;
+    run.lost = words;
+    drawSoon();
   }
 
   function connect() {
-    const source = new EventSource("events");
+    source?.close();
+    source = new EventSource(`events?after=${run.lastId}`);
+    source.onopen = () => setLost("");
     source.onmessage = message => receive(JSON.parse(message.data));
-    source.onopen = () => { run.lost = ""; drawSoon(); };
-    source.onerror = () => {
-      const refused = source.readyState === EventSource.CLOSED;
-      run.lost = refused ? "The server refuses this page: open the address that the run printed."
-        : "It is tried again; what you see is how it was last.";
-      if (refused) setTimeout(connect, 3000);
-      drawSoon();
+    source.onerror = ({target}) => {
+      const isRefused = target.readyState === EventSource.CLOSED;
+      setLost(isRefused ? "The server refuses this page: open the address that the run printed."
+        : "It is tried again; what you see is how it was last.");
+      if (isRefused) setTimeout(connect, 3000);
     };
   }
 
+  function look() {                       // a hidden tab lets go: all tabs share six connections
+    connect();
+    setTimeout(() => document.hidden && source.close(), 2000);
+  }
+
+  // Steering, and what else a person does.
+  async function postControl(action, message, words = "") {
+    const headers = {"Content-Type": "application/json"};
+    const request = {method: "POST", headers, body: JSON.stringify({action, text: words})};
+    const reply = await fetch("control", request).catch(error => ({text: () => error.message}));
+    const refusal = reply.ok ? "" : firstLine(await reply.text()) || String(reply.status);
+    setText("answer", refusal ? `Not done: ${refusal}` : message);
+    return reply.ok;
+  }
+
+  async function sendNote(action, message) {
+    const note = byId("note"), words = note.value.trim();
+    if (action === "note" && !words) return;
+    if (await postControl(action, message, words) && note.value.trim() === words) note.value = "";
+    note.oninput();
+  }
+
   byId("pause").onclick = () => run.paused == null
-    ? ask("pause", "It pauses after this turn.") : ask("resume", "It goes on.");
-  byId("stop-now").onclick = () => ask("stop", "It is being stopped.");
+    ? postControl("pause", "It pauses after this turn.") : postControl("resume", "It goes on.");
+  byId("continue").onclick = () => postControl("continue", "It goes on.");
+  byId("stop-now").onclick = () => postControl("stop", "It is being stopped.");
+  byId("interrupt").onclick = () => sendNote("interrupt", "The agent is interrupted.");
   byId("note-form").onsubmit = event => {
-    const words = byId("note").value.trim();
     event.preventDefault();
-    if (words) ask("note", "Your note is on its way.", words);
+    sendNote("note", "Noted; the model reads it with its next prompt.");
   };
-  byId("copy").onclick = async () => {
-    getSelection().selectAllChildren(byId("attach"));     // also where there is no clipboard
-    await navigator.clipboard?.writeText(byId("attach").textContent);
-    show("copy", "copied");
+  byId("note").onkeydown = event => {
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+    event.preventDefault();
+    byId("note-form").requestSubmit();
   };
-  byId("terminal").ontoggle = document.onvisibilitychange = () => drawScreen();
+  byId("note").value = sessionStorage.getItem("note");      // after a reload
+  byId("note").oninput = () => sessionStorage.setItem("note", byId("note").value);
+  byId("search").oninput = byId("filter").onchange = search;
+  byId("expand").onclick = () => {
+    const isOpen = byId("expand").textContent === "Expand all";
+    document.querySelectorAll(".iteration").forEach(row => { row.open = isOpen; });
+    setText("expand", isOpen ? "Collapse all" : "Expand all");
+  };
+  byId("size").onclick = () => {
+    const isActual = byId("terminal").classList.toggle("actual");
+    setText("size", isActual ? "Fit the window" : "Actual size");
+  };
+  document.onclick = ({target}) => {
+    if (!target.matches(".copy")) return;
+    getSelection().selectAllChildren(target.parentElement.querySelector("code"));
+    target.textContent = document.execCommand("copy") ? "copied" : "press Ctrl+C";
+    setTimeout(() => { target.textContent = "copy"; }, 3000);
+  };
+  document.onkeydown = ({key}) => { if (key === "Escape") getSelection().removeAllRanges(); };
+  document.onselectionchange = () => {
+    if (byId("held").textContent && !isSelecting()) drawScreen();
+  };
+  document.onvisibilitychange = () => document.hidden ? source.close() : connect();
+  byId("terminal").ontoggle = () => drawScreen();
+  window.onhashchange = openLinked;
   window.onresize = drawSoon;
   setInterval(drawStatus, 1000);
+  setInterval(() => document.hidden && look(), 30000);      // its title and icon stay true
   draw();
-  connect();
+  look();
 </script>
 """
 
@@ -5666,20 +5921,12 @@ in the terminal, or paste that address or its token here.</p><form><label>Token
 """
 _MAX_BODY_BYTES = 65_536
 _DIGITS = re.compile("[0-9]{1,15}")
-_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^:\[\]]+)(:[0-9]*)?")
+_HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]]+))(:[0-9]*)?")
+_IP_ADDRESS = re.compile(r"[0-9.]+|.*:.*")      # no other name looks like this
 _CONTROL_ACTIONS = ("pause", "resume", "stop", "note", "continue", "interrupt")
 
 
-def _parse_address(name: str) -> Any:
-    """Return the IP address that a text is, or None; IPv4 for one that is mapped into IPv6."""
-    try:
-        address = ipaddress.ip_address(name)
-    except ValueError:
-        return None
-    return getattr(address, "ipv4_mapped", None) or address
-
-
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _machine_names() -> frozenset[str]:
     """Return the names of this machine.  May take seconds, if a name server does not answer."""
     name = socket.gethostname().lower()
@@ -5741,18 +5988,15 @@ class _DashboardHandler(QuietHandler):
         if path.startswith(f"{self.server.path_prefix}/"):      # where a proxy left it in
             path = path[len(self.server.path_prefix):]
         query = dict(urllib.parse.parse_qsl(query_text))
+        routes = {("GET", "/"): self._send_page, ("GET", "/journal"): self._send_journal,
+                  ("GET", "/events"): lambda: self._stream_events(query),
+                  ("POST", "/control"): self._take_action}
         if not self._is_authorized(query.get("token", "")):
             return
-        if (self.command, path) == ("GET", "/"):
-            self._send_page()
-        elif (self.command, path) == ("GET", "/events"):
-            self._stream_events(query)
-        elif (self.command, path) == ("GET", "/journal"):
-            self._send_journal()
-        elif (self.command, path) == ("POST", "/control"):
-            self._take_action()
+        if (self.command, path) in routes:
+            routes[self.command, path]()
         else:
-            is_known = path in ("/", "/events", "/journal", "/control")
+            is_known = path in [known for _, known in routes]
             self._send_text(405 if is_known else 404,
                             "GET serves /, /events and /journal; POST goes to /control.")
 
@@ -5782,12 +6026,17 @@ class _DashboardHandler(QuietHandler):
 
     def _has_token(self, token: str) -> bool:
         """Tell whether the query, as a token or as a whole address, or a cookie has the token."""
-        cookies = {}
-        for pair in self.headers.get("Cookie", "").split(";"):
-            name, _, value = pair.strip().partition("=")
-            cookies[name] = value
-        given = token.rpartition("token=")[2].strip() or cookies.get(self.server.cookie_name, "")
-        return self.server.take_token(given, self.client_address[1])
+        dashboard = self.server
+        cookie = re.search(rf"(?:^|; *){dashboard.cookie_name}=([\w-]+)",
+                           self.headers.get("Cookie", ""))
+        given = token.rpartition("token=")[2].strip() or (cookie[1] if cookie else "")
+        if secrets.compare_digest(given.encode("utf-8", "replace"), dashboard.token.encode()):
+            return True
+        if given != dashboard.entry_code or _is_other_user(
+                self.client_address[1], dashboard.server_port):
+            return False
+        dashboard.entry_code = secrets.token_urlsafe(24)        # this one is used up
+        return True
 
     def _take_action(self) -> None:
         length = self.headers.get("Content-Length", "")
@@ -5797,10 +6046,10 @@ class _DashboardHandler(QuietHandler):
             return self._send_text(413, f"Expected a body of 1 to {_MAX_BODY_BYTES} bytes.")
         request = parse_json_object(self.rfile.read(int(length))) or {}
         action, text = request.get("action"), request.get("text", "")
-        if action not in _CONTROL_ACTIONS or not isinstance(text, str):
-            return self._send_text(400, f"Expected an action: {', '.join(_CONTROL_ACTIONS)}.")
-        if action == "note" and not text.strip():
-            return self._send_text(400, "Expected a text: the note is empty.")
+        is_text = isinstance(text, str) and (text.strip() or action != "note")
+        if action not in _CONTROL_ACTIONS or not is_text:
+            return self._send_text(400, f"Expected an action ({', '.join(_CONTROL_ACTIONS)}), and "
+                                   "a text for a note.")
         if not self.server.control:
             return self._send_text(409, "This is a recording: there is no run to control.")
         self.server.control(action, text)
@@ -5893,69 +6142,53 @@ class Dashboard(http.server.ThreadingHTTPServer):
         self.page_opened = threading.Event()
         # Ports do not keep cookies apart, so each dashboard has a name of its own.
         self.cookie_name = f"orchestrator-{hashlib.sha256(self.token.encode()).hexdigest()[:8]}"
-        self._entry_code = secrets.token_urlsafe(24)
+        # All users can read a browser's arguments: a code in them works once, and for us only.
+        self.entry_code = secrets.token_urlsafe(24)
         self._connections: set[socket.socket] = set()
-        self._host = host.strip("[]").lower()
-        self.address_family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
+        host = host.strip("[]").lower()
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
-            super().__init__((self._host, port), _DashboardHandler)
+            super().__init__((host, port), _DashboardHandler)
         except (OSError, OverflowError, UnicodeError) as error:
             raise ConfigError(f"DASHBOARD_HOST={host!r}, DASHBOARD_PORT={port}: can't listen: "
                               f"{getattr(error, 'strerror', None) or error}") from None
-        self._bound_address = _parse_address(str(self.server_address[0]))
-        if self._bound_address.is_unspecified:
-            self._host = "127.0.0.1"
+        self._has_all_addresses = self.server_address[0] in ("0.0.0.0", "::")
+        self._host = "127.0.0.1" if self._has_all_addresses else host
         local_host = f"[{self._host}]" if ":" in self._host else self._host
         local_url = f"http://{local_host}:{self.server_port}"
+        self.entry_url = f"{local_url}/?token={self.entry_code}"
         self.url = f"{url.rstrip('/') or local_url}/?token={self.token}"
-        # Other users can read a browser's arguments: this address is good once, and for us only.
-        self.entry_url = f"{local_url}/?token={self._entry_code}"
+        self._own_names = {"localhost", "127.0.0.1", "::1", host, self.server_address[0]}
         public = urllib.parse.urlsplit(url)
+        default_port = ":443" if public.scheme == "https" else ":80"
         self.path_prefix = public.path.rstrip("/")
         self._public_name = public.hostname
-        host = public.netloc.lower().removesuffix(":443" if public.scheme == "https" else ":80")
-        self._public_origin = f"{public.scheme}://{host}"
+        self._public_origin = (f"{public.scheme}://"
+                               f"{public.netloc.lower().removesuffix(default_port)}")
 
-    def own_origins(self, host_header: str) -> list[str]:
+    def own_origins(self, host: str) -> list[str]:
         """Return the origins of our own page under a Host; none if that is not a name of ours.
 
         Tunnels and published ports change the port, so any port will do.
         """
-        host = host_header.lower()
-        match = _HOST.fullmatch(host)
-        name = match[1].strip("[]") if match else ""
-        origins = []
-        if self._is_own_name(name):
-            origins.append(f"http://{host}")
-        if self._public_name and (origins or name == self._public_name):
+        match = _HOST.fullmatch(host.lower())
+        name = (match[1] or match[2]) if match else ""
+        is_own = name in self._own_names
+        if name and self._has_all_addresses:
+            is_own = is_own or bool(_IP_ADDRESS.fullmatch(name)) or name in _machine_names()
+        origins = [f"http://{host.lower()}"] if is_own else []
+        if self._public_name and (is_own or name == self._public_name):
             origins.append(self._public_origin)
         return origins
-
-    def _is_own_name(self, name: str) -> bool:
-        bound = self._bound_address
-        address = _parse_address(name)
-        if address:
-            return address.is_loopback or bound.is_unspecified or address == bound
-        return name in ("localhost", self._host) or (
-            bound.is_unspecified and name in _machine_names())
-
-    def take_token(self, given: str, client_port: int) -> bool:
-        """Tell whether this is the token, or the code of `entry_url`, which is then used up."""
-        if secrets.compare_digest(given.encode("utf-8", "replace"), self.token.encode()):
-            return True
-        if given != self._entry_code or _is_other_user(client_port, self.server_port):
-            return False
-        self._entry_code = secrets.token_urlsafe(24)
-        return True
 
     def save_address(self, journal_path: Path) -> None:
         """Save the address beside the journal, readable for this user only."""
         address = {"host": self._host, "port": self.server_port, "token": self.token,
                    "url": self.url}
+        path = journal_path.with_suffix(".dashboard")
         with contextlib.suppress(OSError):      # the journal complains about such a disk
-            with open(journal_path.with_suffix(".dashboard"), "w",
-                      opener=lambda *how: os.open(*how, 0o600)) as file:
-                json.dump(address, file)
+            path.touch(0o600)
+            path.write_text(json.dumps(address), "utf-8")
 
     def server_bind(self) -> None:
         """Bind, `::` for IPv4 too, without the base class's slow search for our own name."""
@@ -6016,19 +6249,19 @@ _DEMO_REPLIES = (
 
 
 class DemoModelHandler(QuietHandler):
-    """Answers chat completions as OpenRouter does, streamed, with the next of the replies."""
+    """Answers chat completions as OpenRouter does: streamed, with the next reply."""
 
     def do_POST(self) -> None:
-        """Answer with the reply that follows on the conversation."""
+        """Answer with the reply that follows the conversation."""
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         turn = sum(message["role"] == "assistant" for message in request["messages"])
         reply = _DEMO_REPLIES[min(turn, len(_DEMO_REPLIES) - 1)]
-        prompt, completion = len(json.dumps(request)) // 4, len(reply) // 4
-        words = re.findall(r"\s*\S+", reply)
-        chunks: list[dict] = [{"choices": [{"delta": {"content": word}}]} for word in words]
-        usage = {"prompt_tokens": prompt, "completion_tokens": completion,
-                 "cost": prompt * 5e-6 + completion * 25e-6}
-        chunks += [{"choices": [{"finish_reason": "stop"}]}, {"choices": [], "usage": usage}]
+        chunks: list[dict[str, Any]] = [{"choices": [{"delta": {"content": word}}]}
+                                        for word in re.findall(r"\s*\S+", reply)]
+        usage = {"prompt_tokens": len(json.dumps(request)) // 4,
+                 "completion_tokens": len(reply) // 4, "cost": 0}
+        chunks.append({"choices": [{"finish_reason": "stop"}]})
+        chunks.append({"choices": [], "usage": usage})
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.end_headers()
@@ -6038,13 +6271,11 @@ class DemoModelHandler(QuietHandler):
         self.wfile.write(b"data: [DONE]\n\n")
 
 
-# The agent is the text of a program, because there may be no file to start it from: with
-# `curl ... | python3 -` this one is read once and gone.  It does on a screen what the real agents
-# do: bracketed paste, an input line, and while it works a spinner in the title and a busy footer.
+# The agent is a text, because `curl ... | python3 -` leaves no file to start it from.  It does on
+# a screen what real agents do: bracketed paste, an input line, a busy title and a busy footer.
 DEMO_AGENT = r'''
 import os, re, subprocess, sys, time, tty
 from pathlib import Path
-
 
 def execute(message):
     file = re.search(r"Write the file (\w+\.py):\n```\n(.*?\n)```", message, re.S)
@@ -6059,10 +6290,8 @@ def execute(message):
         return f"● Ran it, exit status {done.returncode}:\n{done.stdout.rstrip()}"
     return "● Tell me: Write the file NAME.py: with a code block, or Run the command: ..."
 
-
 def write(text):
     os.write(sys.stdout.fileno(), text.encode())
-
 
 def read_message():
     typed = b""
@@ -6078,13 +6307,11 @@ def read_message():
             write(typed.decode("utf-8", "replace").replace("\n", "\n  "))
     return typed.decode("utf-8", "replace")
 
-
 def show_spinner():
     write("\n")
     for frame in "⠙⠹⠸⠼⠴⠦⠧⠇":
         write(f"\x1b]0;{frame} demo agent\x07\r\x1b[K• Working (esc to interrupt) {frame}")
         time.sleep(0.1)
-
 
 tty.setcbreak(sys.stdin)
 write("\x1b[?2004h\x1b]0;demo agent\x07Demo agent: I write files and run commands.\n\n")
@@ -6099,134 +6326,287 @@ while True:
 # -- 16. Terminal -------------------------------------------------------------------------
 # The only code that prints or reads the terminal.  May use: Errors, Text, Screens, Journal.
 
-FINAL_OUTCOMES = ("complete", "failed", "stuck")      # outcomes that leave nothing to resume
-_EVENT_TEMPLATES = {       # what the terminal says about an event, and the field that it shows below that
+Rows = list[tuple[str, str]]        # names and texts
+FINAL_OUTCOMES = ("complete", "failed", "stuck")      # nothing is left to resume
+_EVENT_TEMPLATES = {        # event type -> head line, and the field that is shown below it
     "task_info": ("Task:  {task}\nModel: {model}\nAgent: {agent} in {workdir}\n"
                   "Watch: {attach}", ""),
-    "reply": ("\n[{iteration}] model, {time}, {tokens[total]:,} tokens{cache}{dollars}", "text"),
+    "reply": ("\n[{iteration}] model, {time}, {usage}", "text"),
     "iteration_end": ("[{iteration}] agent, {time}", "agent_output"),
-    "error": ("! {error}{again}", ""),
-    "recovery": ("! {what}{kept}", ""),
-    "memory": ("* remembered:", "saved"),
-    "compacted": ("* memory: {compacted[before]} facts are now {compacted[after]}", ""),
-    "verify": ("* {command}: status {status}", "output"),
-    "history": ("* the {summarised} oldest exchanges were summarised", ""),
+    "error": ("! {error}{retry}", ""),
+    "recovery": ("! {what}{conversation}", ""),
+    "memory": ("* saved to memory:", "saved"),
+    "compacted": ("* memory: compacted {compacted[before]} facts to {compacted[after]}", ""),
+    "verify": ("* {command}: exit status {status}", "output"),
+    "confirm": ("* asked the model to confirm that the task is complete", "evidence"),
+    "history": ("* summarised the {summarised} oldest exchanges", ""),
     "note": ("* {source}: {text}", ""),
-    "state": ("* {state}{why}", ""),
-    "complete": ("\n{how}: {iterations}, {tokens[total]:,} tokens{cache}{dollars}, {time}", "")}
+    "state": ("* {state}{why}", "")}
+_BOLD_EVENTS = ("reply", "iteration_end", "complete")
+_FIRST_LINES, _LAST_LINES, _MAX_LINE_LENGTH = 7, 12, 1000   # of a shortened text
 
 
-def format_event(event: Event, is_persistent: bool = True) -> str:
-    """Return what the terminal says about an event of an autonomous run, nothing for some."""
-    head, below = _EVENT_TEMPLATES.get("compacted" if "compacted" in event else event["type"], ("", ""))
-    cache = [f"{event['tokens'][each]:,} {each}" for each in ("cached", "written")
-             if (event.get("tokens") or {}).get(each)]
-    outcome, body, count = event.get("outcome"), event.get(below), event.get("iterations")
-    if event["type"] == "iteration_end" and not body or "told" in event:
-        return ""       # it ended the run, who says why; or is only for a resumed one
-    words = {"time": format_duration(round(event.get("duration_ms", 0) / 1000, 1)),
-             "iterations": f"{count} iteration" + "s" * (count != 1),
-             "how": "Task complete" if outcome == "complete" else f"Ended ({outcome})" + (
-                 ", --resume goes on with it" * (is_persistent and outcome not in FINAL_OUTCOMES)),
-             "cache": f" ({', '.join(cache)})" if cache else "",
-             "dollars": f", ${event['cost']:.4f}" if event.get("cost") is not None else "",
-             "again": f"; trying again in {event['retry_in']:g} s" if "retry_in" in event else "",
-             "kept": ", with its conversation" if event.get("resumed") else "",
-             "why": f": {event['reason']}" if "reason" in event else ""}
-    said = head.format(**{**event, **words})
-    body = body if isinstance(body, str) else "\n".join(body or ())
-    return f"{said}\n{textwrap.indent(body, '    ')}" if body else said
+def _format_usage(event: Event) -> str:
+    """Return tokens and cost: 1,200 tokens (900 cached), $0.5000; no cost if none is reported."""
+    tokens = event.get("tokens") or {}
+    usage = f"{tokens.get('total', 0):,} tokens"
+    cached = [f"{tokens[name]:,} {name}" for name in ("cached", "written") if tokens.get(name)]
+    if cached:
+        usage += f" ({', '.join(cached)})"
+    cost = event.get("cost")
+    if cost is not None:
+        usage += f", ${cost:.4f}" if cost else ", free"
+    return usage
 
 
-def format_chat_event(event: Event) -> str:
-    """Return what the terminal says about an event of a chat: what the agent said, and troubles."""
-    if event["type"] == "task_info":
+def _format_time_taken(event: Event) -> str:
+    return format_duration(round(event.get("duration_ms", 0) / 1000, 1))
+
+
+def _format_count(number: int, noun: str) -> str:
+    """Return a number with its noun: 1 iteration, 2 iterations."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def format_rows(rows: Rows) -> str:
+    """Return names with their texts in two columns."""
+    return "\n".join(f"{name + ':':<11}{text}" for name, text in rows)
+
+
+def _format_next_steps(event: Event) -> str:
+    """Return how to continue, whether the agent still runs, and where the journal is."""
+    if not event.get("next_command"):   # the demo leaves nothing behind
+        return ""
+    label = "Continue" if event["can_continue"] else "Next task"
+    command = event["next_command"]
+    if event["outcome"] == "budget":
+        command = f"raise the budget, then: {command}"
+    rows: Rows = [(label, command)]
+    if event["agent_running"]:
+        rows.append(("Agent", f"{event['agent']} is still running"))
+        rows.append(("Watch it", event["watch_command"]))
+        rows.append(("End it", event["stop_command"]))
+    else:
+        rows.append(("Agent", f"{event['agent']} is not running"))
+    rows.append(("Journal", event["journal"]))
+    return format_rows(rows)
+
+
+def _describe_end(event: Event) -> tuple[str, str]:
+    """Return how a run ended, and what you can do next."""
+    head = "Task complete" if event["outcome"] == "complete" else f"Ended ({event['outcome']})"
+    if event["outcome"] == "interrupted" and event.get("reason"):      # no other line says it
+        head = f"Ended (interrupted: {event['reason']})"
+    figures = [_format_count(event["iterations"], "iteration"), _format_usage(event)]
+    if event.get("cost") is None and event["tokens"]["total"]:
+        figures.append("cost not reported")
+    figures.append(_format_time_taken(event))
+    for field, noun in (("restarts", "restart of the agent"), ("files_changed", "changed file")):
+        if event.get(field):
+            figures.append(_format_count(event[field], noun))
+    return f"\n{head}: {', '.join(figures)}", _format_next_steps(event)
+
+
+def describe_event(event: Event) -> tuple[str, str]:
+    """Return what the terminal shows of a run's event: a head line, and the text below it."""
+    kind = "compacted" if "compacted" in event else event["type"]
+    if kind == "complete":
+        return _describe_end(event)
+    if "told" in event:         # only a resumed run needs it
+        return "", ""
+    if kind == "iteration_end" and not event["agent_output"]:
+        return "", ""           # the run ended, and `complete` says why
+    values = {**event, "time": _format_time_taken(event), "usage": _format_usage(event)}
+    values["retry"] = f"; retrying in {event['retry_in']:g} s" if "retry_in" in event else ""
+    values["conversation"] = ", with its conversation" if event.get("resumed") else ""
+    values["why"] = f": {event['reason']}" if event.get("reason") else ""
+    head, field = _EVENT_TEMPLATES.get(kind, ("", ""))
+    body = event.get(field) or ""
+    return head.format(**values), body if isinstance(body, str) else "\n".join(body)
+
+
+def describe_chat_event(event: Event) -> tuple[str, str]:
+    """Return what the terminal shows of a chat's event: answers, problems and the end."""
+    kind = event["type"]
+    if kind == "task_info":
         return (f"{event['agent']} in {event['workdir']}\nWatch: {event['attach']}\n"
-                "/quit leaves, /screen shows its screen, /keys Down Enter presses keys")
-    if event["type"] == "iteration_end":
-        return event["agent_output"]
-    return format_event(event) if event["type"] in ("error", "note") else ""
+                "/quit leaves, /screen shows its screen, /keys Down Enter presses keys, "
+                "/wait waits for it"), ""
+    if kind == "complete":
+        messages = _format_count(event["iterations"], "message")
+        return f"\nChat ended: {messages}, {_format_time_taken(event)}", _format_next_steps(event)
+    if kind == "iteration_end":
+        return event["agent_output"], ""
+    return describe_event(event) if kind in ("error", "recovery", "note") else ("", "")
 
 
-def format_json_event(event: Event) -> str:
-    """Return an event as --json prints it; the live screen is only for browsers."""
-    return "" if event["type"] in LIVE_EVENTS else json.dumps(event)
+def describe_json_event(event: Event) -> tuple[str, str]:
+    """Return an event as --json prints it; live screens are only for browsers."""
+    return "" if event["type"] in LIVE_EVENTS else json.dumps(event), ""
+
+
+def remove_echo(output: str, message: str) -> str:
+    """Return an agent's output without our own message, which most agents repeat first.
+
+    >>> remove_echo("❯ say hi\\n  and bye\\n\\n● hi", "say hi\\nand bye")
+    '● hi'
+    """
+    rest = "".join(message.split())
+    lines = output.split("\n")
+    while rest and lines:
+        shown = "".join(re.sub(r"^[\s❯›>$┃│]+", "", lines[0]).split())
+        if "[Pasted " in lines[0]:
+            rest = ""
+        elif rest.startswith(shown):
+            rest = rest[len(shown):]
+        else:
+            return output
+        del lines[0]
+    return output if rest else "\n".join(lines).strip("\n")
+
+
+def shorten_output(text: str) -> str:
+    """Return at most 20 lines of a text: its beginning and its end."""
+    lines = [textwrap.shorten(line, _MAX_LINE_LENGTH) if len(line) > _MAX_LINE_LENGTH else line
+             for line in text.split("\n")]
+    omitted = len(lines) - _FIRST_LINES - _LAST_LINES
+    if omitted > 1:
+        lines[_FIRST_LINES:-_LAST_LINES] = [f"... {omitted} more lines in the journal"]
+    return "\n".join(lines)
 
 
 def write_output(text: str, stream: TextIO | None = None) -> None:
-    """Print text as it is, if somebody still reads."""
+    """Print text as it is, if the reader is still there."""
     try:
         print(text, end="", file=stream or sys.stdout, flush=True)
-    except OSError as error:    # `| head`, or the terminal was closed: go on without narration
+    except OSError as error:    # stdout was closed (for example by `| head`): continue silently
         os.dup2(os.open(os.devnull, os.O_WRONLY), (stream or sys.stdout).fileno())
         if error.errno == errno.ENOSPC and stream is not sys.stderr:
-            write_output(f"orchestrator: the output can't be written: {error.strerror}\n", sys.stderr)
+            write_output(f"orchestrator: the output can't be written: {error.strerror}\n",
+                         sys.stderr)
 
 
 def print_line(text: str, stream: TextIO | None = None) -> None:
-    """Print a line, if there is something in it."""
+    """Print a text without its control characters, and a line end; nothing if it is empty."""
     write_output(f"{sanitize(text)}\n" if text else "", stream)
 
 
 def print_error(text: object) -> None:
-    """Say on standard error what is wrong, if anything, in one line."""
+    """Print a problem in one line on standard error; nothing if it is empty."""
     print_line(f"orchestrator: {text}" if text else "", sys.stderr)
 
 
-class TerminalReporter:
-    """Tells events on standard output; if that is `live`, its last line shows what is waited for.
+class Display(NamedTuple):
+    """What standard output can show, and for whom."""
 
-    It says for how long, and what came last on the agent's screen.  It is drawn while the agent
-    is waited for, so that it takes no thread, and erased before anything else is printed.
+    is_terminal: bool = False       # you read it: long texts are shortened
+    has_cursor: bool = False        # it can show a status line
+    has_bold: bool = False
+
+    @classmethod
+    def of_stdout(cls, environ: Mapping[str, str]) -> Display:
+        """Return what standard output can show."""
+        is_terminal = sys.stdout.isatty()
+        has_cursor = is_terminal and environ.get("TERM", "dumb") != "dumb"
+        return cls(is_terminal, has_cursor, has_cursor and not environ.get("NO_COLOR"))
+
+
+class TerminalReporter:
+    """Prints events on standard output, and a status line below them while you wait.
+
+    The status line tells for how long, and what the agent's screen showed last.  The thread that
+    waits draws it.  It is erased before anything else is printed.
     """
 
-    def __init__(self, format_event: Callable[[Event], str], wait_labels: Mapping[str, str], *, live: bool,
+    def __init__(self, describe: Callable[[Event], tuple[str, str]],
+                 wait_labels: Mapping[str, str], display: Display, *, shortens: bool = False,
                  clock: Callable[[], float] = time.monotonic) -> None:
-        self._live, self._format_event, self._clock = live, format_event, clock
-        self._drawing = threading.RLock()       # a person's note is heard in another thread
-        self._wait_labels = wait_labels     # what is waited for after an event, by its state or its type
-        self._waiting_for = self._last_agent_line = self._drawn_line = ""
-        self._waiting_since = self._screen_at = 0.0
+        self._describe = describe
+        self._wait_labels = wait_labels     # by the state or type of the event that begins it
+        self._display = display
+        self._shortens = shortens and display.is_terminal
+        self._clock = clock
+        self._lock = threading.RLock()      # notes of the user come in another thread
+        self._has_shown_check = False       # in this iteration, whose output repeats it
+        self._waiting_for = ""
+        self._waiting_since = 0.0
+        self._last_agent_line = ""
+        self._screen_at = 0.0
+        self._status_line = ""
 
     def wants_screen(self) -> bool:
-        """Whether a screen is wanted; each costs a call of tmux, so once a second is enough."""
-        return self._live and self._clock() - self._screen_at >= 1.0
+        """Whether a screen is wanted: once a second, because each costs a call of tmux."""
+        return self._display.has_cursor and self._clock() - self._screen_at >= 1.0
 
     def on_event(self, event: Event) -> None:
-        """Say what there is to say about an event, and show what is waited for now."""
-        told, kind = self._format_event(event), event.get("state", event["type"])
-        with self._drawing:
-            if told:
-                self._replace_status_line("")
-                print_line(told)
+        """Print what there is to say about an event, and show what you wait for now."""
+        kind = event.get("state", event["type"])
+        with self._lock:
+            self._print_event(event)
             if kind == "screen":
-                self._last_agent_line, self._screen_at = last_text_line(event["text"]), self._clock()
+                self._last_agent_line = last_text_line(event["text"])
+                self._screen_at = self._clock()
             elif kind in self._wait_labels:
-                self._waiting_for, self._last_agent_line, self._waiting_since = self._wait_labels[kind], "", self._clock()
+                self._waiting_for = self._wait_labels[kind]
+                self._waiting_since = self._clock()
+                self._last_agent_line = ""
             self._draw_status()
 
     def sleep(self, seconds: float) -> None:
-        """Sleep, with the line drawn."""
-        with self._drawing:
+        """Sleep, with the status line drawn."""
+        with self._lock:
             self._draw_status()
         time.sleep(seconds)
 
+    def _print_event(self, event: Event) -> None:
+        head, body = self._describe(event)
+        if self._display.is_terminal:
+            head, body = self._leave_out_repetitions(event, head, body)
+        if self._shortens and event["type"] != "complete":
+            body = shorten_output(body)
+        if not (head or body):
+            return
+        self._replace_status_line("")
+        head = sanitize(head)
+        if self._display.has_bold and event["type"] in _BOLD_EVENTS and body:
+            head = f"\x1b[1m{head}\x1b[0m"
+        below = textwrap.indent(sanitize(body), "    ")
+        write_output("".join(f"{text}\n" for text in (head, below) if text))
+
+    def _leave_out_repetitions(self, event: Event, head: str, body: str) -> tuple[str, str]:
+        """Return what is left of an iteration's output that has been on the terminal before."""
+        kind, message = event["type"], event.get("orchestrator", "")
+        if kind == "iteration_start":
+            self._has_shown_check = False
+        elif kind in ("verify", "confirm"):
+            self._has_shown_check = True
+        elif kind == "iteration_end" and self._has_shown_check:
+            return "", ""
+        elif kind == "iteration_end" and message:
+            return remove_echo(head, message), remove_echo(body, message)
+        return head, body
+
     def _draw_status(self) -> None:
-        seconds = int(self._clock() - self._waiting_since)
-        line = f"waiting for {self._waiting_for}" + f", {format_duration(seconds)}" * bool(seconds) + (
-            f": {self._last_agent_line}" * bool(self._last_agent_line))
-        self._replace_status_line(line if self._waiting_for else "")
+        line = ""
+        if self._waiting_for:
+            line = f"waiting for {self._waiting_for}"
+            seconds = int(self._clock() - self._waiting_since)
+            if seconds:
+                line += f", {format_duration(seconds)}"
+            if self._last_agent_line:
+                line += f": {self._last_agent_line}"
+        self._replace_status_line(line)
 
     def _replace_status_line(self, line: str) -> None:
-        """Put a line in the place of the last; the terminal cuts what is wider than it, too."""
         line = line[:shutil.get_terminal_size().columns - 1]
-        if self._live and line != self._drawn_line:
-            self._drawn_line = line
+        if self._display.has_cursor and line != self._status_line:
+            self._status_line = line
+            # Without autowrap, the terminal also cuts lines of wide characters.
             write_output(f"\r\x1b[K\x1b[?7l{line}\x1b[?7h" if line else "\r\x1b[K")
 
 
 def wait_for_enter(stream: TextIO) -> None:
-    """Wait for Enter or Ctrl-C where a person is at the terminal, in the foreground."""
+    """Wait for Enter or Ctrl-C if you are at the terminal and the run is in the foreground."""
     try:
         if sys.stdin.isatty() and stream.isatty() and os.tcgetpgrp(0) == os.getpgrp():
             termios.tcflush(0, termios.TCIFLUSH)        # what was typed before is no answer
@@ -6235,7 +6615,7 @@ def wait_for_enter(stream: TextIO) -> None:
     except (OSError, termios.error):        # it is not our terminal, or not any more
         return
     except Interrupted as interrupt:
-        if interrupt.exit_status != 128 + signal.SIGINT:
+        if interrupt.signum != signal.SIGINT:
             raise
 
 
@@ -6248,43 +6628,109 @@ def read_from_terminal() -> None:
         os.dup2(os.open("/dev/tty", os.O_RDWR), 0)
 
 
-def read_message(prompt: str) -> str | None:
-    """Return what a person types, or a line of another standard input; None at its end.
+_CONTINUATION_PROMPT = "... "       # inside triple quotes
+_LEAVE_HINT = "Press Ctrl-C again, press Ctrl-D or type /quit to leave."
 
-    A pasted block is one message.  GNU readline takes it whole; elsewhere the lines that come at
-    once with the first belong to it, unless they were typed ahead.
+
+def _is_input_waiting(seconds: float) -> bool:
+    return bool(select.select([sys.stdin], [], [], seconds)[0])
+
+
+def read_line(prompt: str) -> str | None:
+    """Return a line or a pasted block; None at the end of the input.
+
+    GNU readline takes a pasted block whole.  Elsewhere the lines that arrive together with the
+    first one belong to it, unless they were typed ahead.
     """
     if not sys.stdin.isatty():
         line = sys.stdin.readline()
         return line.rstrip("\n") if line else None
+    typed_so_far: Callable[[], str] = str
     with contextlib.suppress(ImportError):
         import readline     # line editing and history for input()
         readline.parse_and_bind("set enable-bracketed-paste on")
-
-    def waiting(seconds: float) -> bool:
-        return bool(select.select([sys.stdin], [], [], seconds)[0])
-
-    asks = sys.stdout if sys.stdout.isatty() else sys.stderr
+        typed_so_far = readline.get_line_buffer
+    stream = sys.stdout if sys.stdout.isatty() else sys.stderr
     lines: list[str] = []
-    typed_ahead = waiting(0)
+    is_typed_ahead = _is_input_waiting(0)
     try:
-        with contextlib.redirect_stdout(asks):
-            while not lines or not typed_ahead and waiting(0.1):
+        with contextlib.redirect_stdout(stream):
+            while not lines or (not is_typed_ahead and _is_input_waiting(0.1)):
                 lines.append(input("" if lines else prompt))
-    except (EOFError, KeyboardInterrupt) as end:
-        write_output("\n", asks)
-        if isinstance(end, KeyboardInterrupt):
-            raise
+    except EOFError:
+        write_output("\n", stream)
+    except Interrupted as interrupt:
+        interrupt.has_cleared_input = bool(
+            lines or typed_so_far() or prompt == _CONTINUATION_PROMPT)
+        write_output("\n", stream)
+        raise
     return "\n".join(lines).rstrip("\n") if lines else None
 
 
-def read_task(given: str | None) -> str:
+def _read_hidden_line(prompt: str) -> str | None:
+    if not sys.stdin.isatty():
+        return read_line(prompt)
+    try:
+        return getpass.getpass(prompt)
+    except EOFError:
+        return None
+
+
+def read_message(prompt: str) -> str | None:
+    """Return a line, a pasted block or the text between triple quotes; None at the end."""
+    text = read_line(prompt)
+    if not text or not text.startswith('"""'):
+        return text
+    if "\n" in text and not text.rstrip().endswith('"""'):
+        return text         # a pasted block that happens to begin with quotes
+    while len(text.strip()) < 6 or not text.rstrip().endswith('"""'):
+        line = read_line(_CONTINUATION_PROMPT)
+        if line is None:    # the block was not closed
+            return None
+        text += f"\n{line}"
+    return text.rstrip()[3:-3].strip("\n")
+
+
+class ChatPrompt:
+    """The prompt of a chat.  Ctrl-C clears the line; a second one, on an empty line, leaves."""
+
+    def __init__(self) -> None:
+        self._was_cleared = False
+
+    def read(self, prompt: str) -> str | None:
+        """Return a message; None when you leave."""
+        return self._read(read_message, prompt)
+
+    def read_hidden(self, prompt: str) -> str | None:
+        """Return a line that is not shown while you type it; None when you leave."""
+        return self._read(_read_hidden_line, prompt)
+
+    def _read(self, read: Callable[[str], str | None], prompt: str) -> str | None:
+        while True:
+            try:
+                message = read(prompt)
+                self._was_cleared = False
+                return message
+            except Interrupted as interrupt:
+                if interrupt.signum != signal.SIGINT or not sys.stdin.isatty():
+                    raise
+                has_cleared_input = interrupt.has_cleared_input
+            if self._was_cleared and not has_cleared_input:
+                return None
+            self._was_cleared = True
+            print_line(_LEAVE_HINT)
+
+
+def read_task(task: str | None) -> str:
     """Return the task: as given, as typed at the prompt, or all of standard input."""
-    if given is None:
-        given = read_message("Enter task description: ") if sys.stdin.isatty() else sys.stdin.read()
-    if not given or not given.strip():
-        raise ConfigError("there is no task: give it by --task, at the prompt or on standard input")
-    return sanitize(given).strip()
+    if task is None and sys.stdin.isatty():
+        task = read_message("Enter task description: ")
+    elif task is None:
+        task = sys.stdin.read()
+    if not task or not task.strip():
+        raise ConfigError("There is no task. Give it with --task, at the prompt or on standard "
+                          "input.")
+    return sanitize(task).strip()
 
 
 # -- 17. Command line ---------------------------------------------------------------------
@@ -6294,26 +6740,54 @@ class Workspace(NamedTuple):
     """Where a run works, and what surrounds it."""
 
     directory: Path
-    state_directory: Path                     # journals and locks
-    environ: Mapping[str, str]      # for what is started
-    is_persistent: bool = True               # the two directories, after the run
+    state_directory: Path           # journals and locks
+    environ: Mapping[str, str]      # for child processes: without the key
+    is_persistent: bool = True      # False: both directories go away at the end
+    has_session_name: bool = False      # CLAUDE_TMUX_SESSION is set
+    command: str = ""               # starts this program again, with the same settings
+
+    @property
+    def journal_directory(self) -> Path:
+        """The directory of the journals."""
+        return self.state_directory / "runs"
+
+    def lock_path(self, tmux: Tmux) -> Path:
+        """Return the file that the process which drives a session keeps locked."""
+        return self.state_directory / "locks" / f"{tmux.socket_name}.{tmux.session}"
+
+    def command_with(self, *options: str) -> str:
+        """Return the command that starts this program in the same directory."""
+        return f"{self.command} {shlex.join([*options, str(self.directory)])}"
+
+
+class RunRequest(NamedTuple):
+    """What the arguments ask of a run."""
+
+    read_task: Callable[[], str] = str
+    is_chat: bool = False
+    as_json: bool = False
+    resume: bool = False
 
 
 class SignalHandler:
-    """SIGINT, SIGTERM and SIGHUP as Interrupted, raised in the main thread.
+    """Raises SIGINT, SIGTERM and SIGHUP as Interrupted in the main thread.
 
     They are held back inside `deferred()`, so that the journal never loses count of its lines.
-    What comes while one is being dealt with leaves GRACE_SECONDS seconds for that.
+    A signal that comes while another is handled leaves GRACE_SECONDS for that.
     """
 
     GRACE_SECONDS = 0.5
-    _depth = _pending = 0       # how many times held; the number of the last signal meanwhile
+
+    def __init__(self) -> None:
+        self._depth = 0         # of nested `deferred()` blocks
+        self._pending = 0       # the last signal that was held back
 
     def __enter__(self) -> SignalHandler:
-        wanted = {number: self._handle for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-                  if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN}  # nohup
-        wanted[signal.SIGALRM] = lambda *_: os._exit(getattr(sys.exc_info()[1], "exit_status", 130))
-        self._before = {number: signal.signal(number, wanted[number]) for number in wanted}
+        signals = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:       # nohup ignores it
+            signals.append(signal.SIGHUP)
+        self._before = {number: signal.signal(number, self._handle) for number in signals}
+        self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._exit)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -6323,7 +6797,7 @@ class SignalHandler:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Hold signals back while this lasts; other threads than the main one get none anyway."""
+        """Hold signals back during the block; threads other than the main one get none anyway."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -6333,69 +6807,169 @@ class SignalHandler:
         finally:
             self._depth -= 1
             if self._pending and not self._depth:
-                number, self._pending = self._pending, 0
-                raise Interrupted(number)
+                signum, self._pending = self._pending, 0
+                raise Interrupted(signum)
 
-    def _handle(self, number: int, frame: object) -> None:
-        if isinstance(sys.exc_info()[1], Interrupted):
+    def _handle(self, signum: int, frame: object) -> None:
+        if self._current_interrupt():
             signal.setitimer(signal.ITIMER_REAL, self.GRACE_SECONDS)
         elif self._depth:
-            self._pending = number
+            self._pending = signum
         else:
-            raise Interrupted(number)
+            raise Interrupted(signum)
+
+    def _exit(self, signum: int, frame: object) -> None:
+        """End the process, unless the first signal has been dealt with, as in a chat."""
+        interrupt = self._current_interrupt()
+        if interrupt:
+            os._exit(interrupt.exit_status)
+
+    @staticmethod
+    def _current_interrupt() -> Interrupted | None:
+        error = sys.exc_info()[1]
+        while error and not isinstance(error, Interrupted):
+            error = error.__context__
+        return error if isinstance(error, Interrupted) else None
 
 
 def help_text() -> str:
-    """Return what --help prints: the module's docstring and the settings."""
+    """Return what --help prints: the module's docstring without its contents, and the settings."""
+    manual = (__doc__ or "").partition("\nContents\n")[0]
     lines = ["Settings, from the environment or a .env file in the current directory"]
     for name, field in Config.fields_by_variable().items():
         default = str(field.default).removesuffix(".0").lower() or "none"
         lines += textwrap.wrap(f"{field.metadata['help']} ({default})", 96,
                                initial_indent=f"    {name:<21} ", subsequent_indent=" " * 26)
-    return f"{(__doc__ or '').rstrip()}\n\n" + "\n".join(lines)
+    lines += ["", "Agents that were tried, and the settings with which they ask for no permission"]
+    for profile in PROFILES:
+        command = shlex.join((*profile.start_command, *profile.approval_arguments))
+        setting = f'CLAUDE_CMD="{command}"'
+        if profile.model_names:
+            setting = f"DEFAULT_MODEL={profile.model_names[0]}"
+        lines.append(f"    {profile.name:<12} {setting:<39} {profile.install_command}")
+    return f"{manual}\n" + "\n".join(lines)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the arguments; raise ConfigError for wrong ones."""
     parser = argparse.ArgumentParser(prog="orchestrator", add_help=False, allow_abbrev=False)
 
-    def refuse(message: str) -> None:
+    def refuse(message: str) -> NoReturn:
         raise ConfigError(f"{message}; see --help")
 
-    parser.error = refuse       # type: ignore[method-assign, assignment]
+    parser.error = refuse       # type: ignore[method-assign]
     parser.add_argument("directory", nargs="?")
     for flags in (["--json"], ["--version"], ["-h", "--help"]):
         parser.add_argument(*flags, action="store_true")
-    one_of = parser.add_mutually_exclusive_group()
-    for option in ("--task", "--replay"):
-        one_of.add_argument(option)
-    for flag in ("--chat", "--resume", "--demo", "--doctor"):
-        one_of.add_argument(flag, action="store_true")
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--task")
+    modes.add_argument("--replay", nargs="?", const="", metavar="FILE")
+    for flag in ("--chat", "--resume", "--status", "--demo", "--doctor"):
+        modes.add_argument(flag, action="store_true")
     options = parser.parse_args(argv)
-    if options.directory and (options.demo or options.replay):
-        refuse("--demo and --replay take no directory")
+    if options.directory and (options.demo or options.status or options.replay):
+        refuse("--demo, --status and --replay FILE take no directory")
     return options
 
 
+# Sessions
+
+def session_name_of(directory: Path) -> str:
+    """Return the session name of a directory's own.
+
+    >>> session_name_of(Path("/home/me/my project"))
+    'gt-claude-loop-my-project-9e0b'
+    """
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", directory.name)[:40]
+    digits = f"{zlib.crc32(os.fsencode(directory)) & 0xffff:04x}"
+    return f"{Config.claude_tmux_session}-{name}-{digits}"
+
+
+def find_session_holder(path: Path) -> tuple[str, str]:
+    """Return the process that holds a session's lock and the session's mark; "" for nobody."""
+    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            process, _, mark = file.read().partition("\n")
+            return process, mark
+    return "", ""
+
+
+def make_tmux(config: Config, workspace: Workspace) -> Tmux:
+    """Return the session that the settings name."""
+    return Tmux(config.claude_tmux_socket, config.claude_tmux_session, workspace.environ)
+
+
 @contextlib.contextmanager
-def session_lock(config: Config, place: Workspace) -> Iterator[None]:
+def session_lock(config: Config, workspace: Workspace, mark: str = "") -> Iterator[None]:
     """Hold the lock of a session; raise ConfigError with the process that has it."""
-    path = place.state_directory / "locks" / f"{config.claude_tmux_socket}.{config.claude_tmux_session}"
+    path = workspace.lock_path(make_tmux(config, workspace))
     with contextlib.ExitStack() as stack:
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             file = stack.enter_context(open(path, "a", encoding="ascii"))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.write_text(str(os.getpid()), encoding="ascii")
+            path.write_text(f"{os.getpid()}\n{mark}", encoding="utf-8", errors="replace")
         except BlockingIOError:
             raise ConfigError(
-                f"session {config.claude_tmux_session} is driven by another orchestrator, process "
-                f"{path.read_text('ascii', 'replace')}: set CLAUDE_TMUX_SESSION to another name"
-            ) from None
+                f"Another orchestrator drives the tmux session {config.claude_tmux_session}: "
+                f"process {find_session_holder(path)[0]}. Wait for its end, or set "
+                "CLAUDE_TMUX_SESSION to another name. --status tells more.") from None
         except OSError:     # no locks on this file system, or the journal says what is wrong
             pass
         yield
 
+
+def make_agent(config: Config, workspace: Workspace, **callbacks: Any) -> Agent:
+    """Return the agent that the settings name, in their session."""
+    profile = select_profile(config.default_model, config.claude_cmd)
+    return Agent(profile, workspace.directory, tmux=make_tmux(config, workspace), **callbacks)
+
+
+def find_session_owner(config: Config, workspace: Workspace) -> str:
+    """Return the mark of a session, or of the run that is about to make it; "" if it is free."""
+    tmux = make_tmux(config, workspace)
+    mark, pane_id = tmux.find_pane()
+    if pane_id:
+        return mark or "another program"
+    return find_session_holder(workspace.lock_path(tmux))[1]
+
+
+def choose_session(config: Config, workspace: Workspace, resume: bool = False) -> Config:
+    """Return the settings with the name of the session to use.
+
+    Unless CLAUDE_TMUX_SESSION is set, a session that belongs to another directory or command is
+    left alone: the directory gets a session of its own.  A resumed run keeps its command.
+    """
+    if workspace.has_session_name:
+        return config
+    own = dataclasses.replace(config, claude_tmux_session=session_name_of(workspace.directory))
+    mark = make_agent(config, workspace).session_mark
+    owner = find_session_owner(config, workspace)
+    if resume and owner.endswith(f" in {str(workspace.directory)!r}"):
+        return config
+    if owner != mark and (owner or find_session_owner(own, workspace) == mark):
+        return own
+    return config
+
+
+@contextlib.contextmanager
+def hold_session(config: Config, workspace: Workspace,
+                 resume: bool = False) -> Iterator[Config]:
+    """Choose the session and hold its lock; yield the settings with its name."""
+    mark = make_agent(config, workspace).session_mark
+    with contextlib.ExitStack() as stack:
+        chosen = choose_session(config, workspace, resume)
+        try:
+            stack.enter_context(session_lock(chosen, workspace, mark))
+        except ConfigError:     # perhaps another directory's run was faster: choose again
+            chosen = choose_session(config, workspace, resume)
+            stack.enter_context(session_lock(chosen, workspace, mark))
+        yield chosen
+
+
+# The dashboard
 
 def open_dashboard(config: Config, journal: Journal,
                    control: Callable[[str, str], object] | None) -> Dashboard:
@@ -6455,6 +7029,8 @@ def serve_dashboard(config: Config, journal: Journal,
                     wait_for_enter(stream)
 
 
+# Recorded runs
+
 _REQUIRED_FIELDS = {       # what a run needs to go on from an event, besides its time
     "task_info": ("task", "model", "agent", "workdir", "attach"), "reply": ("text",),
     "iteration_end": ("agent_output",), "history": ("summary",), "note": ("text",)}
@@ -6462,100 +7038,199 @@ _REQUIRED_FIELDS = {       # what a run needs to go on from an event, besides it
 
 def is_resumable_event(event: Event) -> bool:
     """Whether a run can go on from an event: it has the texts that its type should have."""
-    return all(isinstance(event.get(name), str) for name in (
-        "time", *_REQUIRED_FIELDS.get(event["type"], ())))
+    required = ("time", *_REQUIRED_FIELDS.get(event["type"], ()))
+    return all(isinstance(event.get(name), str) for name in required)
 
 
-def find_unfinished_run(place: Workspace, attach: str) -> tuple[Path, list[Event]]:
-    """Return journal and events of the directory's last run with the session that `attach` shows.
-
-    Raises ConfigError if it is finished, or there is none.
-    """
-    why = ""
-    for path in sorted((place.state_directory / "runs").glob("*.jsonl"), reverse=True):
-        with contextlib.suppress(ConfigError):      # not ours to read
+def list_runs(workspace: Workspace) -> Iterator[tuple[Path, Event]]:
+    """Yield journal and first event of each recorded run, the latest run first."""
+    for path in sorted(workspace.journal_directory.glob("*.jsonl"), reverse=True):
+        with contextlib.suppress(ConfigError):
             first = next(filter(is_resumable_event, read_events(path, 1)), {})
-            if first.get("type") != "task_info" or first.get("mode") == "chat" \
-                    or first["workdir"] != str(place.directory):
-                continue
-            events = read_events(path)
-            outcome = events[-1].get("outcome")
-            if first["attach"] != attach:
-                why = why or f": the last one had another session, {first['attach']}"
-            elif outcome not in FINAL_OUTCOMES:
-                return path, list(filter(is_resumable_event, events))
-            else:
-                why = f": the last one has ended ({outcome}): {path}"
-                break
-    raise ConfigError(f"there is no run to resume in {place.directory}{why}")
+            if first.get("type") == "task_info":
+                yield path, first
 
 
-def run_autopilot(config: Config, place: Workspace, agent: Agent, model: OpenRouter, journal: Journal,
-              stream: TextIO, task: str, past: Sequence[Event]) -> None:
-    """Let the model drive the agent, with the dashboard; `stream` is told where that is."""
-    memory = Memory(place.directory / "memory.json", config.memory_max_facts)
+def find_unfinished_run(workspace: Workspace, attach_commands: Sequence[str],
+                        ) -> tuple[Path, list[Event]]:
+    """Return journal and events of the directory's last run in one of the sessions.
+
+    `attach_commands` are those of the sessions.  Raises ConfigError if that run is finished, or
+    there is none.
+    """
+    reason = ""
+    for path, info in list_runs(workspace):
+        if info.get("mode") == "chat" or info["workdir"] != str(workspace.directory):
+            continue
+        if info["attach"] not in attach_commands:
+            reason = reason or f": the last one had another session, {info['attach']}"
+            continue
+        events = read_events(path)
+        outcome = events[-1].get("outcome")
+        if outcome not in FINAL_OUTCOMES:
+            return path, list(filter(is_resumable_event, events))
+        reason = f": the last one has ended ({outcome}): {path}"
+        break
+    raise ConfigError(f"There is no run to resume in {workspace.directory}{reason}")
+
+
+def read_outcome(path: Path) -> str:
+    """Return the outcome of a recorded run, "" if it has not ended."""
+    with open(path, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 65_536))
+        events = filter(None, map(parse_event, file.read().splitlines()[-1:]))
+        return str(next(events, {}).get("outcome") or "")
+
+
+def find_replay(workspace: Workspace) -> Path:
+    """Return the journal of the directory's latest run."""
+    for path, info in list_runs(workspace):
+        if info["workdir"] == str(workspace.directory):
+            return path
+    raise ConfigError(f"There is no recorded run of {workspace.directory}. Give a file: "
+                      f"--replay FILE. Journals are in {workspace.journal_directory}")
+
+
+# A run
+
+def describe_end(config: Config, workspace: Workspace, agent: Agent, path: Path, is_chat: bool,
+                 outcome: str) -> dict[str, object]:
+    """Return the fields of `complete` that say what is left of a run, and how to continue."""
+    if not workspace.is_persistent:
+        return {}
+    can_continue = is_chat or outcome not in FINAL_OUTCOMES
+    options = ["--chat"] if is_chat else ["--resume"] if can_continue else []
+    return {"agent": agent.name, "can_continue": can_continue,
+            "next_command": workspace.command_with(*options),
+            "agent_running": not config.terminate_when_quit and agent.is_running(),
+            "watch_command": agent.tmux.attach_command, "stop_command": agent.tmux.kill_command,
+            "journal": str(path)}
+
+
+NOTIFY_TIMEOUT = 30.0       # seconds
+
+
+def notify(config: Config, workspace: Workspace, path: Path, event: Event) -> None:
+    """Run NOTIFY_CMD if an event ends a run or begins to wait for a usage limit."""
+    if event["type"] == "complete":
+        outcome, reason = event["outcome"], event["reason"]
+        sentence = f"The run in {workspace.directory} ended ({outcome})"
+    elif event.get("state") == "waiting" and event.get("kind") == "usage_limit":
+        outcome, reason = "waiting", event["reason"]
+        sentence = f"The run in {workspace.directory} is waiting"
+    else:
+        return
+    environ = {**workspace.environ, "ORCHESTRATOR_OUTCOME": outcome, "ORCHESTRATOR_REASON": reason,
+               "ORCHESTRATOR_DIRECTORY": str(workspace.directory),
+               "ORCHESTRATOR_JOURNAL": str(path)}
+    sentence += f": {reason}\n" if reason else "\n"
+    try:
+        status, output = run_shell_command(
+            config.notify_cmd, workspace.directory, environ, NOTIFY_TIMEOUT, stdin=sentence)
+    except OSError as error:
+        status, output = 126, str(error)
+    if status:
+        print_error(f"NOTIFY_CMD ended with exit status {status}: {output[-200:]}")
+
+
+def make_reporter(config: Config, request: RunRequest, agent_name: str) -> TerminalReporter:
+    """Return what reports a run on standard output."""
+    if request.as_json:
+        return TerminalReporter(describe_json_event, {}, Display())
+    display = Display.of_stdout(os.environ)
+    labels = {"task_info": agent_name, "reply": agent_name, "waiting": agent_name,
+              "iteration_start": "the model", "working": "the check", "iteration_end": "",
+              "complete": ""}
+    if request.is_chat:
+        labels["iteration_start"] = agent_name
+        return TerminalReporter(describe_chat_event, labels, display)
+    return TerminalReporter(describe_event, labels, display, shortens=True)
+
+
+def check_access(config: Config) -> None:
+    """Raise ModelError if the model's server, the key or the model can't be used."""
+    model = OpenRouter(config.openrouter_base_url, config.openrouter_api_key,
+                       config.openrouter_model)
+    with contextlib.suppress(TransientError):   # an outage may be over by the first call
+        print_error(model.check_access().warning)
+
+
+def choose_journal(config: Config, workspace: Workspace, resume: bool) -> tuple[Path, list[Event]]:
+    """Return the path of a run's journal, and the events of the run to resume."""
+    if resume:
+        names = {config.claude_tmux_session}
+        if not workspace.has_session_name:
+            names |= {Config.claude_tmux_session, session_name_of(workspace.directory)}
+        return find_unfinished_run(workspace, [
+            Tmux(config.claude_tmux_socket, name).attach_command for name in names])
+    now = datetime.datetime.now(datetime.timezone.utc)
+    name = f"{now:%Y%m%dT%H%M%S.%f}-{config.claude_tmux_session}.jsonl"
+    return workspace.journal_directory / name, []
+
+
+def run_chat(config: Config, agent: Agent, journal: Journal) -> None:
+    """Let you drive the agent."""
+    prompt = ChatPrompt()
+    Chat(agent, prompt.read, read_hidden=prompt.read_hidden, config=config, journal=journal,
+         is_interactive=sys.stdin.isatty()).run()
+
+
+def run_autopilot(config: Config, workspace: Workspace, request: RunRequest, agent: Agent,
+                  journal: Journal, task: str, history: Sequence[Event]) -> None:
+    """Let the model drive the agent, with the dashboard."""
+    memory = Memory(workspace.directory / "memory.json", config.memory_max_facts)
     print_error(memory.load())
+    if config.notify_cmd and journal.path:
+        journal.subscribe(functools.partial(notify, config, workspace, journal.path))
+    model = OpenRouter(config.openrouter_base_url, config.openrouter_api_key,
+                       config.openrouter_model, publish=journal.publish,
+                       session_id=journal.path.stem if journal.path else "")
     control = RunControl(journal, lambda: signal.pthread_kill(
         threading.main_thread().ident or 0, signal.SIGINT))
-    pilot = Autopilot(agent, model, config=config, memory=memory, journal=journal, control=control,
-                      environ=place.environ)
+    autopilot = Autopilot(agent, model, config=config, memory=memory, journal=journal,
+                          control=control, environ=workspace.environ)
+    stream = sys.stderr if request.as_json else sys.stdout
     with serve_dashboard(config, journal, control.handle, stream) if config.dashboard_enabled \
             else contextlib.nullcontext():
-        pilot.run(task, history=past)
+        autopilot.run(task, history=history)
 
 
-def run(config: Config, place: Workspace, *, task: Callable[[], str] = lambda: "", chat: bool = False,
-        as_json: bool = False, resume: bool = False) -> int:
-    """Wire the parts together and let a person or the model drive the agent; return 0.
+def run(config: Config, workspace: Workspace, request: RunRequest) -> int:
+    """Let you or the model drive the agent; return 0.
 
-    Raises OrchestratorError or Interrupted if it ends otherwise than by success.
+    Raises OrchestratorError or Interrupted if the run does not end by success.
     """
-    if not chat and not config.openrouter_api_key:
-        raise ConfigError("OPENROUTER_API_KEY is not set: export it, put it into .env, or --chat")
+    if not request.is_chat and not config.openrouter_api_key:
+        raise ConfigError("OPENROUTER_API_KEY is not set: export it, put it into .env, or use "
+                          "--chat")
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(SignalHandler())
-        stack.enter_context(session_lock(config, place))
-        tmux = Tmux(config.claude_tmux_socket, config.claude_tmux_session, place.environ)
-        now = datetime.datetime.now(datetime.timezone.utc)
-        name = f"{now:%Y%m%dT%H%M%S.%f}-{config.claude_tmux_session}.jsonl"
-        path, past = find_unfinished_run(place, tmux.attach_command) if resume else (
-            place.state_directory / "runs" / name, [])
-        program = select_profile(config.default_model, config.claude_cmd)
-        narrator = TerminalReporter(
-            format_json_event if as_json else format_chat_event if chat else
-            lambda event: format_event(event, place.is_persistent),
-            {**dict.fromkeys(("task_info", "reply", "waiting"), program.name),
-             "iteration_start": program.name if chat else "the model", "working": "the check",
-             "iteration_end": "", "complete": ""},
-            live=sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb" and not as_json)
-
-        def publish(kind: str, **fields: object) -> None:
-            journal.publish(kind, **fields)     # which is made once a run can start
-
-        agent = Agent(program, place.directory, tmux=tmux, publish=publish, sleep=narrator.sleep,
-                      has_viewers=lambda: narrator.wants_screen() or journal.has_readers())
-        tmux.check_version()
+        config = stack.enter_context(hold_session(config, workspace, request.resume))
+        path, history = choose_journal(config, workspace, request.resume)
+        agent = make_agent(config, workspace)
+        agent.tmux.check_version()
         agent.check_installed()
         agent.find_session()
-        if not chat:
-            model = OpenRouter(config.openrouter_base_url, config.openrouter_api_key,
-                               config.openrouter_model, session_id=path.stem, publish=publish)
-            with contextlib.suppress(TransientError):   # an outage may be over by the first call
-                print_error(model.check_access().warning)
-        wanted = str(past[0]["task"]) if past else "" if chat else task()
+        if not request.is_chat:
+            check_access(config)
+        task = str(history[0]["task"]) if history else request.read_task()
         journal = Journal(path, defer_signals=signals.deferred, secret=config.openrouter_api_key)
         stack.callback(lambda: print_error(journal.unreported_error))
-        journal.subscribe(narrator.on_event)
+        reporter = make_reporter(config, request, agent.name)
+        journal.subscribe(reporter.on_event)
+        agent = make_agent(
+            config, workspace, publish=journal.publish, sleep=reporter.sleep,
+            has_viewers=lambda: reporter.wants_screen() or journal.has_readers())
+        journal.describe_end = functools.partial(
+            describe_end, config, workspace, agent, path, request.is_chat)
         if config.terminate_when_quit:
             stack.callback(signals.deferred()(agent.stop))      # all of it, should one come now
-        if past and not as_json:
-            print_line(format_event({name: past[0][name] for name in ("type", *_REQUIRED_FIELDS["task_info"])}))
-        if chat:
-            Chat(agent, read_message, config=config, journal=journal,
-                 is_interactive=sys.stdin.isatty()).run()
+        if history and not request.as_json:
+            print_line(describe_event({**history[0], "attach": agent.tmux.attach_command})[0])
+        if request.is_chat:
+            run_chat(config, agent, journal)
         else:
-            stream = sys.stderr if as_json else sys.stdout
-            run_autopilot(config, place, agent, model, journal, stream, wanted, past)
+            run_autopilot(config, workspace, request, agent, journal, task, history)
     return 0
 
 
@@ -6565,21 +7240,42 @@ def run_replay(path: Path, config: Config) -> int:
         raise ConfigError(f"{path}: there are no events in it")
     journal = Journal(path, read_only=True)
     with SignalHandler(), serve_dashboard(config, journal, None, sys.stdout):
-        print_line("Ctrl-C ends it.")
+        print_line(f"This is the run in {path}. Press Ctrl-C to end.")
         while True:
             time.sleep(0.5)
             journal.read_appended()
 
 
+def own_command() -> str:
+    """Return how this program was started, for commands to copy."""
+    script = sys.argv[0]
+    if not os.path.isfile(script):      # `curl ... | python3 -`
+        return "python3 orchestrator.py"
+    if os.access(script, os.X_OK) and "/" in script:
+        return shlex.quote(script)
+    python = Path(sys.executable).name
+    return shlex.join([python if shutil.which(python) else sys.executable, script])
+
+
+_AFTER_DEMO = """
+That was the demo: no model was asked, nothing was paid, its files are gone.  For a real run:
+  1. Install an agent, and start it once to log in: {install}; {program}
+  2. Get a key at https://openrouter.ai, and set it: export OPENROUTER_API_KEY=sk-or-...
+  3. Check your setup: {command} --doctor
+  4. Start the run: {command} ~/src/project --task "Make the tests pass"
+Without a key you can chat with the agent: {command} --chat ~/src/project"""
+
+
 def run_demo(config: Config, environ: Mapping[str, str], as_json: bool) -> int:
-    """Run the whole loop in a scratch directory, with the built-in model and agent."""
+    """Do a run in a scratch directory, with the built-in model and agent."""
     scratch = Path(tempfile.mkdtemp(prefix="orchestrator-demo-")).resolve()
-    place = Workspace(scratch / "work", scratch / "state", environ, is_persistent=False)
-    place.directory.mkdir()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), DemoModelHandler)
-    threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
+    workspace = Workspace(scratch / "work", scratch / "state", environ, is_persistent=False,
+                          has_session_name=True)
+    workspace.directory.mkdir()
     agent = scratch / "demo_agent.py"
     agent.write_text(DEMO_AGENT, encoding="utf-8")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), DemoModelHandler)
+    threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
     shown = {name: value for name, value in vars(config).items() if name.startswith("dashboard")}
     config = Config(
         claude_tmux_socket=scratch.name, claude_cmd=shlex.join([sys.executable, str(agent)]),
@@ -6587,70 +7283,239 @@ def run_demo(config: Config, environ: Mapping[str, str], as_json: bool) -> int:
         openrouter_api_key="the-key-of-the-demo", openrouter_model="built-in demo",
         verify_cmd=DEMO_VERIFY_CMD, terminate_when_quit=True, **shown)
     try:
-        return run(config, place, task=lambda: DEMO_TASK, as_json=as_json)
+        run(config, workspace, RunRequest(lambda: DEMO_TASK, as_json=as_json))
     finally:
         server.shutdown()
         server.server_close()
         shutil.rmtree(scratch, ignore_errors=True)
         with contextlib.suppress(OSError):      # a name for this run only, so nobody else's socket
             os.unlink(f"{environ.get('TMUX_TMPDIR') or '/tmp'}/tmux-{os.getuid()}/{scratch.name}")
+    if not as_json:
+        profile = select_profile(Config.default_model)
+        print_line(_AFTER_DEMO.format(install=profile.install_command, command=own_command(),
+                                      program=profile.start_command[0]))
+    return 0
 
 
-def run_doctor(config: Config, place: Workspace, wrong: Sequence[str]) -> int:
-    """Tell of each thing that a run needs, and what is `wrong`; return 0 if one could start."""
-    tmux = Tmux(config.claude_tmux_socket, config.claude_tmux_session, place.environ)
-    program = select_profile(config.default_model, config.claude_cmd)
-    agent = Agent(program, place.directory, tmux=tmux)
-    failed = 0
+# Status
 
-    @contextlib.contextmanager
-    def line(name: str, trouble: str = "FAILED") -> Iterator[list[str]]:
-        nonlocal failed
-        found: list[str] = []
-        try:
-            yield found
-            print_line(f"{name:<9} ok      {', '.join(found)}")
-        except (OrchestratorError, OSError, ValueError) as error:
-            failed |= trouble == "FAILED"
-            print_line(f"{name:<9} {trouble:<7} {error}")
+def _format_start(info: Event) -> str:
+    """Return when a run began, in local time."""
+    try:
+        started = datetime.datetime.fromisoformat(info["time"].replace("Z", "+00:00"))
+        return f"{started.astimezone():%Y-%m-%d %H:%M}"
+    except (KeyError, ValueError):
+        return "an unknown time"
 
-    with line("python") as found:
-        found.append(".".join(map(str, sys.version_info[:3])))
-    for what in wrong:
-        with line("settings"):
-            raise ConfigError(what)
-    with line("tmux") as found:
-        found.append(tmux.check_version())
-    with line("agent") as found:
-        found.append(agent.check_installed())
-        if program.install_command:     # another program may take --version for a task
-            command = f"{program.start_command[0]} --version"
-            status, text = run_shell_command(command, place.directory, place.environ, 20)
-            if status:
-                raise AgentError(f"{command}: status {status}, {text[-200:]}: {program.install_command}")
-            found += text.splitlines()[-1:]
-    with line("model") as found:
-        if config.autonomous_mode and not config.openrouter_api_key:
+
+def _format_task(info: Event) -> str:
+    task = "chat" if info.get("mode") == "chat" else info.get("task", "an unknown task")
+    return textwrap.shorten(task, 60, placeholder=" ...")
+
+
+def _describe_driver(path: Path | None, info: Event, process: str) -> Rows:
+    """Return who drives a session, how to watch that in a browser, and how to stop it."""
+    if not process:
+        return [("Driver", "none; the agent waits for the next run or chat in its directory")]
+    rows = [("Driver", f"process {process}, since {_format_start(info)}: {_format_task(info)}")]
+    if path and info.get("mode") != "chat":
+        rows.append(("Dashboard", find_live_dashboard(path) or "none"))
+    return [*rows, ("Stop it", f"kill {process}")]
+
+
+def run_status(config: Config, workspace: Workspace) -> int:
+    """Print the sessions on our socket and the latest runs; return 0."""
+    runs = list(list_runs(workspace))
+    driven = []
+    for name, mark, created_at, is_running in make_tmux(config, workspace).list_sessions():
+        tmux = Tmux(config.claude_tmux_socket, name, workspace.environ)
+        path, info = next(((path, info) for path, info in runs
+                           if info["attach"] == tmux.attach_command), (None, {}))
+        process = find_session_holder(workspace.lock_path(tmux))[0]
+        if process:
+            driven.append(path)
+        agent = f"{info.get('agent', 'a program')}, " + ("running" if is_running else "ended")
+        since = datetime.datetime.fromtimestamp(created_at)
+        rows = [("Agent", f"{agent}; the session is there since {since:%Y-%m-%d %H:%M}"),
+                ("Made for", mark), *_describe_driver(path, info, process),
+                ("Watch it", tmux.attach_command), ("End it", tmux.kill_command)]
+        print_line(f"Session {name}\n{textwrap.indent(format_rows(rows), '    ')}\n")
+    print_line(f"Latest runs, with their journals in {workspace.journal_directory}")
+    for path, info in runs[:10]:
+        outcome = read_outcome(path) or ("running" if path in driven else "cut off")
+        print_line(f"    {_format_start(info)}  {outcome:<11}  {info['workdir']}: "
+                   f"{_format_task(info)}")
+    return 0
+
+
+# Doctor
+
+class Doctor:
+    """Checks what a run needs, by trying it.  Each check returns a description or raises."""
+
+    def __init__(self, config: Config, workspace: Workspace) -> None:
+        self._config = config
+        self._workspace = workspace
+        self._agent = make_agent(config, workspace)
+        self._profile = select_profile(config.default_model, config.claude_cmd)
+
+    def run(self, errors: Sequence[str]) -> int:
+        """Print a line for each thing and each error in the settings; return 0 if all is well."""
+        print_line(f"python    ok      {platform.python_version()}")
+        for error in errors:
+            print_line(f"settings  FAILED  {error}")
+        checks = {"tmux": self._agent.tmux.check_version, "agent": self._check_agent,
+                  "login": self._check_login, "model": self._check_model,
+                  "session": self._check_session, "state": self._check_state}
+        failures = len(errors)
+        for name, check in checks.items():
+            try:
+                print_line(f"{name:<9} ok      {check()}")
+            except (OrchestratorError, OSError, ValueError) as error:
+                print_line(f"{name:<9} FAILED  {error}")
+                failures += 1
+        self._check_dashboard()
+        return 1 if failures else 0
+
+    def _check_agent(self) -> str:
+        profile = self._profile
+        found = self._agent.check_installed()
+        option, variable = profile.root_check
+        if (os.getuid() == 0 and option and option in profile.start_command
+                and not self._workspace.environ.get(variable)):
+            raise AgentError(f"{profile.name} refuses {option} as root. Run as another user, or "
+                             f"set {variable}=1 where nothing can be damaged.")
+        if not profile.install_command:     # another program may take --version for a task
+            return found
+        command = shlex.join([profile.start_command[0], "--version"])
+        status, output = self._run_command(command)
+        if status:
+            raise AgentError(f"{command} ended with exit status {status}: {output[-200:]}. "
+                             f"Install it again: {profile.install_command}")
+        version = output.rpartition("\n")[2]
+        options = self._run_command(shlex.join([profile.start_command[0], "--help"]))[1]
+        unknown = [word for word in profile.start_command
+                   if word.startswith("--") and word not in options]
+        if unknown and not self._config.claude_cmd:
+            raise AgentError(f"{version} does not list {unknown[0]} in its --help. Update it: "
+                             f"{profile.install_command}")
+        return f"{found}, {version}"
+
+    def _run_command(self, command: str) -> tuple[int, str]:
+        return run_shell_command(
+            command, self._workspace.directory, self._workspace.environ, 20)
+
+    def _check_login(self) -> str:
+        profile = self._profile
+        if not profile.login_status_command:
+            return f"not known for {profile.name}"
+        command = shlex.join(profile.login_status_command)
+        status, output = self._run_command(command)
+        advice = find_problem(profile, output)
+        if advice:
+            raise AgentError(f"{profile.name}: {advice}")
+        return "logged in" if status == 0 else f"unknown: `{command}` failed"
+
+    def _check_model(self) -> str:
+        config = self._config
+        if not config.autonomous_mode:
+            return "not needed in chat mode"
+        if not config.openrouter_api_key:
             raise ConfigError("OPENROUTER_API_KEY is not set: export it, or put it into .env")
-        found.append("none is needed for chat" if not config.autonomous_mode else OpenRouter(
-            config.openrouter_base_url, config.openrouter_api_key,
-            config.openrouter_model).check_access().description)
-    with line("session") as found, session_lock(config, place):
-        found.append(f"{tmux.session}: {'runs already, and is joined' if agent.find_session() else 'free'}")
-    with line("state") as found:
+        model = OpenRouter(config.openrouter_base_url, config.openrouter_api_key,
+                           config.openrouter_model)
+        access = model.check_access()
+        note = f"; {access.warning}" if access.warning else ""
+        return f"{access.description}, {model.check_completion()} (tried with a few tokens){note}"
+
+    def _check_session(self) -> str:
+        with hold_session(self._config, self._workspace) as config:
+            agent = make_agent(config, self._workspace)
+            state = "is running already and will be joined" if agent.find_session() else "is free"
+            return f"{config.claude_tmux_session} {state}"
+
+    def _check_state(self) -> str:
+        directory = self._workspace.state_directory
         try:
-            (place.state_directory / "runs").mkdir(mode=0o700, parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=place.state_directory / "runs").close()
+            self._workspace.journal_directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self._workspace.journal_directory).close()
         except OSError as error:
-            raise ConfigError(f"{place.state_directory}: {error.strerror}: set XDG_STATE_HOME to a directory "
-                              "that can be written") from None
-        found.append(f"{place.state_directory} can be written")
-    if config.dashboard_enabled:
-        with line("dashboard", "warning") as found:     # a run goes on without
-            host, port = config.dashboard_host, config.dashboard_port
-            Dashboard(Journal(), host=host, port=port).server_close()
-            found.append(f"can listen on {host}, port {port or 'any'}")
-    return failed
+            raise ConfigError(f"{directory}: {error.strerror}. Set XDG_STATE_HOME to a directory "
+                              "that can be written.") from None
+        return f"{directory} can be written"
+
+    def _check_dashboard(self) -> None:
+        """Print whether the dashboard can be served; a run does without it if it must."""
+        host, port = self._config.dashboard_host, self._config.dashboard_port
+        if self._config.dashboard_enabled:
+            try:
+                Dashboard(Journal(), host=host, port=port).server_close()
+                print_line(f"dashboard ok      can listen on {host}, port {port or 'any'}")
+            except ConfigError as error:
+                print_line(f"dashboard warning {error}")
+
+
+# Dispatch
+
+_ANNOUNCED_SETTINGS = ("CLAUDE_CMD", "VERIFY_CMD", "NOTIFY_CMD", "OPENROUTER_BASE_URL",
+                       "DEFAULT_MODEL")
+_REPEATED_SETTINGS = ("CLAUDE_TMUX_SESSION", "CLAUDE_TMUX_SOCKET", "DEFAULT_MODEL", "CLAUDE_CMD",
+                      "OPENROUTER_MODEL", "OPENROUTER_BASE_URL", "VERIFY_CMD")
+
+
+def repeat_settings(environ: Mapping[str, str]) -> str:
+    """Return the settings of the environment that the same agent and model need again."""
+    settings = [f"{name}={shlex.quote(environ[name])} " for name in _REPEATED_SETTINGS
+                if environ.get(name) and "?" not in environ[name]]      # a query may hold a key
+    return "".join(settings)
+
+
+def announce_settings(environ: Mapping[str, str], env_file: Mapping[str, str]) -> None:
+    """Tell which settings of the .env file choose what runs, and which look misspelt."""
+    for name in _ANNOUNCED_SETTINGS:
+        if env_file.get(name) and not environ.get(name):
+            value = env_file[name]
+            if name == "OPENROUTER_BASE_URL":
+                value = value.partition("?")[0]     # a query may hold a key
+            print_error(f".env sets {name}={value}")
+    for name in sorted(env_file.keys() - Config.fields_by_variable().keys()):
+        for match in difflib.get_close_matches(name, Config.fields_by_variable(), 1, 0.85):
+            print_error(f".env: unknown setting {name}. Did you mean {match}?")
+
+
+def find_workspace(directory: str | None, environ: Mapping[str, str],
+                   env_file: Mapping[str, str]) -> Workspace:
+    """Return where a run works; raise ConfigError if there is no such directory."""
+    shown = directory or "."
+    try:
+        path = Path(shown).expanduser().resolve()
+        state_home = environ.get("XDG_STATE_HOME", "")
+        if not os.path.isabs(state_home):
+            state_home = str(Path.home() / ".local/state")
+        if not path.is_dir():
+            problem = "not a directory" if path.exists() else "there is no such directory"
+            raise ConfigError(f"{path}: {problem}")
+    except OSError as error:            # it was deleted while we were in it
+        raise ConfigError(f"{shown}: {error}") from None
+    except RuntimeError as error:       # no home
+        raise ConfigError(f"{shown}: {error} Set HOME and XDG_STATE_HOME") from None
+    name = "CLAUDE_TMUX_SESSION"
+    return Workspace(path, Path(state_home, "orchestrator"), child_environment(environ),
+                     has_session_name=bool(environ.get(name) or env_file.get(name)),
+                     command=f"{repeat_settings(environ)}{own_command()}")
+
+
+def start_replay(options: argparse.Namespace, environ: Mapping[str, str],
+                 env_file: Mapping[str, str]) -> int:
+    """Serve a recorded run.  Only the settings of the dashboard matter, and must be right."""
+    config = Config.from_env(
+        {name: value for name, value in environ.items() if name.startswith("DASHBOARD_")},
+        {name: value for name, value in env_file.items() if name.startswith("DASHBOARD_")})
+    path = Path(options.replay)
+    if not options.replay or path.is_dir():
+        workspace = find_workspace(options.replay or options.directory, environ, env_file)
+        path = find_replay(workspace)
+    return run_replay(path, config)
 
 
 def dispatch(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
@@ -6658,60 +7523,57 @@ def dispatch(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     if options.help or options.version:
         print_line(help_text() if options.help else f"orchestrator {__version__}")
         return 0
-    wrong: list[str] = []
-    env_file = {} if options.demo else read_env_file(Path(".env"), wrong.append)
-    if options.replay:      # needs no other settings, and no other program's .env is in its way
-        return run_replay(Path(options.replay), Config.from_env(*(
-            {name: value for name, value in source.items() if name.startswith("DASHBOARD_")}
-            for source in (environ, env_file))))
-    config = Config.from_env(environ, env_file, wrong.append)
-    if wrong and not options.doctor:
-        raise ConfigError(wrong[0])
-    for name in ("CLAUDE_CMD", "VERIFY_CMD", "OPENROUTER_BASE_URL"):
-        if env_file.get(name) and not environ.get(name):
-            print_error(f"{name}={env_file[name]} comes from .env")
-    for name in env_file.keys() - Config.fields_by_variable().keys():
-        for meant in difflib.get_close_matches(name, Config.fields_by_variable(), 1, 0.85):
-            print_error(f"{name} in .env is no setting: do you mean {meant}?")
-    children = child_environment(environ)
+    errors: list[str] = []
+    env_file = {} if options.demo else read_env_file(Path(".env"), errors.append)
+    if options.replay is not None:
+        return start_replay(options, environ, env_file)
+    config = Config.from_env(environ, env_file, errors.append)
+    if errors and not (options.doctor or options.status):
+        raise ConfigError(errors[0])
     if options.demo:
-        return run_demo(config, children, options.json)
-    try:
-        directory = Path(options.directory or ".").expanduser().resolve()
-        home = environ.get("XDG_STATE_HOME", "")
-        state = Path(home if os.path.isabs(home) else Path.home() / ".local/state", "orchestrator")
-        if not directory.is_dir():
-            raise ConfigError(f"{directory}: " + ("not a directory" if directory.exists()
-                                                  else "there is no such directory"))
-    except (OSError, RuntimeError) as error:        # deleted under us, or no home
-        advice = " Set HOME and XDG_STATE_HOME" * isinstance(error, RuntimeError)
-        raise ConfigError(f"{options.directory or '.'}: {error}{advice}") from None
-    place = Workspace(directory, state, children)
+        return run_demo(config, child_environment(environ), options.json)
+    workspace = find_workspace(options.directory, environ, env_file)
+    if options.status:
+        return run_status(config, workspace)
+    announce_settings(environ, env_file)
     if options.doctor:
-        return run_doctor(config, place, wrong)
-    chat = options.chat or not (config.autonomous_mode or options.resume)
-    if chat and options.task is not None:
+        return Doctor(config, workspace).run(errors)
+    is_chat = options.chat or not (config.autonomous_mode or options.resume)
+    if is_chat and options.task is not None:
         raise ConfigError("a chat takes no --task: AUTONOMOUS_MODE=false is set")
-    return run(config, place, task=lambda: read_task(options.task), chat=chat, as_json=options.json,
-               resume=options.resume)
+    ask = str if is_chat else functools.partial(read_task, options.task)
+    return run(config, workspace, RunRequest(
+        ask, is_chat=is_chat, as_json=options.json,
+        resume=options.resume))
+
+
+def repair_standard_streams() -> None:
+    """Open standard streams that were closed, and let none of them fail for what is written."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  (until the process ends)
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+            with contextlib.suppress(OSError):      # a slow reader must not lose output
+                os.set_blocking(stream.fileno(), True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; return the exit status that the manual lists."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:      # it was closed
-            setattr(sys, name, open(os.devnull, mode))
-        elif isinstance(getattr(sys, name), io.TextIOWrapper):
-            getattr(sys, name).reconfigure(errors="replace")
-            with contextlib.suppress(OSError):      # else what its reader is late for is lost
-                os.set_blocking(getattr(sys, name).fileno(), True)
+    repair_standard_streams()
     try:
         return dispatch(parse_arguments(argv), os.environ)
-    except (OrchestratorError, OSError, RuntimeError) as error:     # that: no more threads
+    except OrchestratorError as error:
         print_error(error)
-        return getattr(error, "exit_status", 1)
-    except KeyboardInterrupt as interrupt:      # Interrupted, or Ctrl-C before Signals are entered
-        return getattr(interrupt, "exit_status", 130)
+        return error.exit_status
+    except (OSError, RuntimeError) as error:        # for example, no more threads
+        print_error(error)
+        return 1
+    except Interrupted as interrupt:
+        return interrupt.exit_status
+    except KeyboardInterrupt:       # Ctrl-C before the signal handlers were set
+        return 130
 
 
 if __name__ == "__main__":

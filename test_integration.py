@@ -493,12 +493,46 @@ class Browser:
         """Take certificates that nobody has signed."""
         self._call("Security.setIgnoreCertificateErrors", ignore=True)
 
-    def press(self, key: str) -> None:
-        """Press Tab or Enter."""
-        code, text = {"Tab": (9, ""), "Enter": (13, "\r")}[key]
+    def press(self, key: str, *, shift: bool = False) -> None:
+        """Press Tab, Enter or Escape."""
+        code, text = {"Tab": (9, ""), "Enter": (13, "\r"), "Escape": (27, "")}[key]
         for kind in ("keyDown", "keyUp"):
             self._call("Input.dispatchKeyEvent", type=kind, key=key, code=key, text=text,
-                       windowsVirtualKeyCode=code)
+                       windowsVirtualKeyCode=code, modifiers=8 if shift else 0)
+
+    def colours(self, scheme: str) -> None:
+        """Prefer the dark or the light colours from now on."""
+        self._call("Emulation.setEmulatedMedia",
+                   features=[{"name": "prefers-color-scheme", "value": scheme}])
+
+    @contextlib.contextmanager
+    def before_each_page(self, script: str) -> Iterator[None]:
+        """Run a script in each page that is opened, before its own."""
+        added = self._call("Page.addScriptToEvaluateOnNewDocument", source=script)
+        yield
+        self._call("Page.removeScriptToEvaluateOnNewDocument", **added)
+
+    @contextlib.contextmanager
+    def tabs(self, count: int) -> Iterator[Callable[[int], None]]:
+        """Open more tabs; what is yielded brings one to the front, the others are hidden then."""
+        first, tabs = self._session, []
+        for _ in range(count):
+            self._session = {}
+            target = self._call("Target.createTarget", url="about:blank")
+            session = self._call("Target.attachToTarget", flatten=True, **target)["sessionId"]
+            tabs.append((target, {"sessionId": session}))
+
+        def show(number: int) -> None:
+            target, self._session = tabs[number]
+            self._call("Target.activateTarget", **target)
+            assert poll(lambda: self.evaluate("document.visibilityState") == "visible", 15)
+
+        try:
+            yield show
+        finally:
+            for target, self._session in tabs:
+                self._call("Target.closeTarget", **target)
+            self._session = first
 
     def type(self, text: str) -> None:
         """Type into what has the focus."""
@@ -644,7 +678,8 @@ AGENT = r'''
 What it is like is said by AGENT_START (orders before it is ready), AGENT_SIGN (title, footer or
 none), AGENT_PASTE (brackets or plain), AGENT_EATS (how many Enters it loses of each message),
 AGENT_DEAF (seconds after a paste in which an Enter is but a new line), AGENT_SLOW (seconds that it
-takes for a paste) and AGENT_THINKS (seconds before it does anything).
+takes for a paste), AGENT_THINKS (seconds before it does anything) and AGENT_BOX (a frame like that
+of Claude Code around its prompt).
 """
 import itertools, json, os, random, re, select, termios, threading, time, tty
 
@@ -673,14 +708,14 @@ def take():
                 continue
             time.sleep(setting("SLOW", 0.0))
             text, since = read[pasted:-6].decode(errors="replace"), time.monotonic()
-            show(f"[Pasted text #1 +{text.count(chr(10))} lines]" if len(text) > 5000
-                 else text.replace("\n", "\n  "))
+            show(f"[Pasted text #1 +{text.count(chr(10))} lines]{RIM}" if len(text) > 5000
+                 else text.replace("\n", "\n\x1b[K  ") + RIM)
         elif pasting:
             continue
         elif byte != 0x0d:
             os.write(1, b"" if re.search(rb"\x1b\[?\d*$", read[-6:]) else bytes([byte]))
         elif time.monotonic() - since < setting("DEAF", 0.0):
-            show("\n  ")
+            show("\n\x1b[K  " + RIM)
         elif eaten < setting("EATS", 0):
             eaten += 1
         else:
@@ -775,6 +810,7 @@ mode = termios.tcgetattr(0)
 mode[tty.OFLAG] |= termios.OPOST
 termios.tcsetattr(0, termios.TCSANOW, mode)
 KEYS = keyboard()
+RIM = f"\x1b7\r\n{'─' * 40}\x1b8" if setting("BOX", "") else ""
 for order in setting("START", "").split("&&"):
     obey(order, 0)
 early = select.select([0], [], [], 0)[0] and os.read(0, 999).decode()
@@ -783,10 +819,10 @@ show("\x1b[?2004h" if setting("PASTE", "brackets") == "brackets" else "")
 show("A small agent.\n\n")
 log(started=True, early=early or "")
 for turn in itertools.count(1):
-    show("❯ ")
+    show(f"{'─' * 40}\n❯ {RIM}" if RIM else "❯ ")
     message = take()
     SIGN.start()
-    show("\n")
+    show("\n\x1b[J" if RIM else "\n")
     time.sleep(setting("THINKS", 0.2))
     for order in message.replace("\n", "&&").split("&&"):
         obey(order, turn)
@@ -1039,7 +1075,8 @@ def at_once(new_world: Callable[[], World], cases: Mapping[str, Sequence[Any]], 
 
 def as_claude(world: World, name: str = "") -> dict[str, str]:
     """Have the small agent run as Claude Code."""
-    return {"CLAUDE_CMD": "", "PATH": world.program("claude", f'exec {world.env["CLAUDE_CMD"]}')}
+    agent = world.program("claude", f'exec {world.env["CLAUDE_CMD"]}')
+    return {"CLAUDE_CMD": "", "AGENT_BOX": "1", "PATH": agent}
 
 
 class Gate(threading.Event):
@@ -1134,7 +1171,7 @@ def test_a_program_on_standard_input_is_no_task(world: World) -> None:
         done = subprocess.run([sys.executable, "-"], cwd=world.work, env=world.env, text=True,
                               stdin=program, capture_output=True, start_new_session=True,
                               timeout=30)
-    assert (done.returncode, done.stdout) == (2, "") and "there is no task" in done.stderr
+    assert (done.returncode, done.stdout) == (2, "") and "There is no task" in done.stderr
 
 
 def test_a_demo_that_is_interrupted_while_its_model_speaks_leaves_no_trace(world):
@@ -1227,6 +1264,25 @@ def test_a_killed_agent_goes_on_with_its_conversation_if_it_is_the_real(
     assert [event["resumed"] for event in world.events("recovery")] == [True]
     assert "remembers the conversation" in model.last_message(2)
     assert "gamma three" in model.last_message(3)
+
+
+@REAL_AGENTS
+def test_an_interrupt_ends_a_turn_and_brings_the_note_to_the_model_of_the_real(
+        name, agent, world, agent_api, with_real_agents):
+    long = "RUN[python3 -c 'import time; time.sleep(50)'] SAY[alpha one]"
+    model = world.model(long, "SAY[beta two]", "TASK_COMPLETE")
+    run = world.start("--task", "x", DEFAULT_MODEL=name)
+    site = run.site()
+    assert poll(lambda: long in agent_api.messages, 60), run.stdout
+    time.sleep(2)       # until the command runs
+    started = time.monotonic()
+    assert site.control("interrupt", "leave\nthat") == 204
+    assert poll(lambda: len(model.requests) > 1, 30)
+    assert time.monotonic() - started < 8
+    assert run.end().status == 0
+    assert "leave\nthat" in model.last_message(1) and "Escape was pressed" in model.last_message(1)
+    assert "still working" not in model.last_message(1)
+    assert "SAY[beta two]" in model.last_message(2)
 
 
 @pytest.mark.parametrize("command, opening", [
@@ -1340,7 +1396,7 @@ def test_a_person_chats_in_a_terminal(world):
         terminal.send_keys("Up", "Up", "Up", "BSpace", "Enter")
         terminal.wait_for("\nit's; here\n")
         terminal.enter("/keys Nokey Enter")
-        terminal.wait_for("no tmux key names: Nokey")
+        terminal.wait_for("'Nokey' is no key")
         terminal.enter("/keys e c h o Space x Enter")
         terminal.wait_for("\nx\n")
         at_prompt(terminal)
@@ -1386,19 +1442,38 @@ def test_lines_typed_ahead_are_messages_of_their_own(world):
     assert world.log("took") == ["echo one && sleep 4", "echo two", "echo three"]
 
 
-def test_ctrl_c_gives_the_prompt_back_and_leaves_at_the_prompt(world):
+def test_ctrl_c_gives_the_prompt_back_and_leaves_only_the_second_time(world: World) -> None:
     with chatting(world) as terminal:
         terminal.enter("echo begun && sleep 5 && echo over")
         terminal.wait_for(" s: begun")
         terminal.send_keys("C-c")
-        screen = terminal.wait_for("goes on; the next answer")
-        assert "waiting for" not in screen and not world.log("done")
-        assert poll(lambda: world.log("done"), 15)
-        terminal.enter("echo next")
-        assert "\nover\n" in terminal.wait_for("\nnext\n")
-        at_prompt(terminal)
+        screen = terminal.wait_for("/wait waits for it, /keys Escape interrupts it")
+        assert "waiting for" not in screen.rsplit("\n> ", 1)[-1] and not world.log("done")
+        terminal.enter("/wait")
+        terminal.wait_for("\nover\n")
+        terminal.enter('"""echo never')
+        terminal.wait_for("\n...")
+        for presses in (1, 2):      # of a block, and of a line
+            terminal.send_keys("C-c")
+            assert poll(lambda: terminal.screen().count("/quit to leave") == presses, 15)
+            at_prompt(terminal)
+            terminal.type("echo never" if presses == 1 else "")
         terminal.send_keys("C-c")
-        assert terminal.exit_status() == 130
+        assert terminal.exit_status() == 0
+        assert "Chat ended: 2 messages" in terminal.screen()
+    assert world.log("took") == ["echo begun && sleep 5 && echo over"]
+
+
+def test_a_password_is_typed_unseen_and_stays_out_of_the_journal(world: World) -> None:
+    world.env["CLAUDE_CMD"] = "stty -echo; read word; stty echo; echo $word | tr a-z A-Z; cat"
+    with Terminal([sys.executable, TOOL, "--chat"], world.env, world.work) as terminal:
+        terminal.wait_for("hidden>")
+        terminal.enter("p4ssword")
+        assert "p4ssword" not in terminal.wait_for("P4SSWORD")
+        terminal.send_keys("C-c")
+        terminal.wait_for("\n>")
+    journal, = world.journals()
+    assert "p4ssword" not in journal.read_text() and "(hidden input)" in journal.read_text()
 
 
 def test_a_run_in_a_terminal_shows_what_it_waits_for_while_it_does(world):
@@ -1518,7 +1593,7 @@ def test_a_message_is_delivered_whatever_the_pane_is_in(world):
         return lambda: world.tmux(*words) or f"echo after {words[0]}"
 
     def scrolled() -> str:
-        person.press("C-b", "[", "PageUp", "PageUp")
+        person.send_keys("C-b", "[", "PageUp", "PageUp")
         assert poll(lambda: world.tmux("display-message", "-p", "#{pane_in_mode}") == "1", 10)
         return "echo to a person who scrolls"
 
@@ -1533,7 +1608,7 @@ def test_a_message_is_delivered_whatever_the_pane_is_in(world):
             ["tmux", "-L", "gt-claude-loop", "attach", "-t", pane], world.env, world.work))
         person.wait_for("line 200 of 200")
         assert poll(lambda: "sleep 2 && lines 30" in world.log("took"), 60), run.stdout
-        person.press("C-b", "[", "PageUp", "PageUp")
+        person.send_keys("C-b", "[", "PageUp", "PageUp")
         done = run.end()
     assert (done.status, done.stderr) == (0, "")
     assert world.log("read") == [f"\x1b[200~{text}\x1b[201~\r" for text in world.log("took")]
@@ -1543,7 +1618,7 @@ def test_a_message_is_delivered_whatever_the_pane_is_in(world):
     assert "\nafter copy-mode" in shown[2] and "\nafter choose-tree" in shown[3]
     assert "\nto a person who scrolls" in shown[7] and "\nline 30 of 30" in shown[8]
     assert ["visible screen" in text for text in shown] == [
-        number in (4, 5) for number in range(9)], shown
+        number == 4 for number in range(9)], shown
 
 
 def test_the_task_may_come_from_standard_input(world):
@@ -1662,7 +1737,7 @@ def test_who_may_resume_a_run_and_with_which_settings(world):
     run = world.start("--task", "survive", MAX_ITERATIONS="2")
     site = run.site()
     assert poll(lambda: len(model.requests) == 2, 30), run.stdout
-    assert_refused(world.run("--resume"), 2, "driven by another", str(run.process.pid))
+    assert_refused(world.run("--resume"), 2, "Another orchestrator", str(run.process.pid))
     assert site.control("note", "mind the gap") == 204 and site.control("pause") == 204
     run.end(by=signal.SIGKILL)
     gate.set()
@@ -1834,7 +1909,7 @@ def test_benchmark_of_200_turns_with_pauses(new_world, asked_for):
 
 # -- What is new --------------------------------------------------------------------------------
 
-VISIBLE = "[This is the visible screen; what is new on it can't be told apart.]\n"
+VISIBLE = "[This is the whole visible screen. The new part could not be identified.]\n"
 REDRAWN = r"write \x1b[2J\x1b[3J\x1b[HA small agent.\n\n❯ lines 2\nline 1 of 2\nline 2 of 2\n"
 SIXTY = "\n".join(map(str, range(1, 61)))
 
@@ -1847,7 +1922,7 @@ NEWS = [
     ("bash", [("seq 60", SIXTY), ("reset; echo after", "after"), ("echo x", "x")]),
     ("bash", [("seq 60", SIXTY), (r"printf '\033[?1049h'; echo in; printf '\033[?1049l'", ""),
               (r"printf '\033[?1049h\033[2J\033[Hin\n'", VISIBLE + "in\n$"),
-              (r"echo still", VISIBLE + "in\n$ echo still\nstill\n$"), (r"tput rmcup", None),
+              (r"echo still", "still"), (r"tput rmcup", None),
               ("echo x", "x")]),
     ("title", [("lines 2", "line 1 of 2\nline 2 of 2"), (REDRAWN + r"❯ again\nnew\n", "new"),
                (REDRAWN + r"❯ again\nnew\n❯ third\nnew\n", "new"), ("echo x", "x")]),
@@ -2035,9 +2110,9 @@ def test_a_person_may_attach_and_type_between_two_turns(world):
         with Terminal(["tmux", "-L", "gt-claude-loop", "attach"], world.env, world.work) as person:
             person.wait_for("one")
             person.type("echo typed by a person")
-            person.press("Enter")
+            person.send_keys("Enter")
             person.wait_for("\ntyped by a person")
-            person.press("C-b", "d")
+            person.send_keys("C-b", "d")
             person.exit_status()
         return "echo two"
 
@@ -2052,7 +2127,8 @@ def test_a_session_that_was_made_for_another_command_is_not_typed_into(world):
     world.model("echo mine", "TASK_COMPLETE")
     assert world.run("--task", "x").status == 0
     for command in ("bash --norc", ""):
-        done = world.run("--task", "x", **{**as_claude(world), "CLAUDE_CMD": command})
+        done = world.run("--task", "x", CLAUDE_TMUX_SESSION="gt-claude-loop",
+                         **{**as_claude(world), "CLAUDE_CMD": command})
         assert done.status == 2
         assert_one_complaint(done, "agent.py", str(world.work), "CLAUDE_TMUX_SESSION")
     assert world.log("took") == ["echo mine"]
@@ -2293,10 +2369,37 @@ def test_a_session_made_for_another_directory_is_not_typed_into(world):
     assert world.run("--task", "x").status == 0
     other = world.directory / "other"
     other.mkdir()
-    done = world.run("--task", "x", cwd=other)
+    done = world.run("--task", "x", cwd=other, CLAUDE_TMUX_SESSION="gt-claude-loop")
     assert done.status == 2
     assert_one_complaint(done, "gt-claude-loop", str(world.work), "CLAUDE_TMUX_SESSION")
     assert world.log("took") == ["echo mine"] and len(model.requests) == 2
+
+
+def test_a_second_project_gets_a_session_of_its_own_and_the_status_tells_of_both(
+        world: World) -> None:
+    other = world.directory / "other"
+    other.mkdir()
+    gate = Gate()
+    world.model("echo one", gate.reply("TASK_COMPLETE"), "TASK_FAILED: no")
+    first = world.start("--task", "The first task")
+    assert world.taken("echo one"), first.stdout
+    second = world.run("--chat", cwd=other, stdin="echo two\n")
+    assert second.status == 0 and "Chat ended: 1 message" in second.stdout
+    session, = re.findall(r"attach -t (gt-claude-loop-other-[0-9a-f]{4})", second.stdout)[:1]
+    status = world.run("--status")
+    assert (status.status, status.stderr) == (0, "")
+    one, two, runs = status.stdout.split("\n\n")
+    assert f"process {first.process.pid}" in one and "The first task" in one
+    assert first.site().url in one and f"kill {first.process.pid}" in one
+    assert f"Session {session}\n" in two and "none" in two and f"kill-session -t {session}" in two
+    assert re.search(rf"running +{world.work}: The first task\n", runs)
+    assert re.search(rf"complete +{other}: chat\n", runs)
+    gate.set()
+    assert first.end().status == 0
+    done = world.run("--task", "Another", cwd=other)      # again in the session of its own
+    assert done.status == 4 and session in done.stdout
+    assert world.tmux("list-sessions", "-F", "#{session_name}").split() == [
+        "gt-claude-loop", session]
 
 
 def test_a_second_orchestrator_on_a_session_is_refused(world):
@@ -2335,7 +2438,7 @@ def test_a_shell_sees_how_a_run_has_ended_and_its_events_say_why(
         status, outcome, replies, settings, words, world):
     locks = world.directory / "state/orchestrator/locks"
     world.model(*(  # a signal comes while the model thinks, to the process that holds the lock
-        (lambda: os.kill(int(next(locks.iterdir()).read_text()), reply) or "echo late")
+        (lambda: os.kill(int(next(locks.iterdir()).read_text().split()[0]), reply) or "echo late")
         if isinstance(reply, signal.Signals) else reply for reply in replies))
     done = subprocess.run(
         ["sh", "-c", '"$@"; echo "status $?" >&2', "sh", sys.executable, TOOL, "--json", "--task",
@@ -2349,37 +2452,6 @@ def test_a_shell_sees_how_a_run_has_ended_and_its_events_say_why(
     assert events == world.events()
     assert [event["outcome"] for event in events[-1:] if event["type"] == "complete"] == (
         [outcome] if outcome else [])
-
-
-class ModelOfMany(ScriptedModel):
-    """A model that gives each of several runs its first reply, its second and so on."""
-
-    def answer(self, exchange: Exchange) -> None:
-        turn = sum(each["role"] == "assistant" for each in exchange.body.get("messages", []))
-        self._complete(exchange, turn, self.replies[turn])
-
-
-def test_four_runs_at_once_each_complete_in_their_own_directory_and_session(world):
-    """The command is the one of the README, as it stands there."""
-    command, = re.findall(r"```sh\n(ls -d tasks[^`]*)```", TOOL.with_name("README.md").read_text())
-    (world.work / "orchestrator.py").symlink_to(TOOL)
-    (world.home / "python3").symlink_to(sys.executable)
-    places = [world.work / "tasks" / name for name in ("ant", "bee", "cat", "dog")]
-    for place in places:
-        place.mkdir(parents=True)
-        (place / "TASK").write_text(f"Be a {place.name}.\n")
-    with ModelOfMany(["echo one", "echo two", "TASK_COMPLETE"]) as model:
-        done = subprocess.run(
-            ["sh", "-c", command], cwd=world.work, capture_output=True, timeout=90,
-            env={**world.env, "OPENROUTER_BASE_URL": model.url,
-                 "PATH": f"{world.home}:{world.env['PATH']}"})
-    assert (done.returncode, done.stdout) == (0, b"")
-    for place in places:
-        events = list(map(json.loads, (place / "events.jsonl").read_text().splitlines()))
-        assert (events[0]["task"], events[0]["session"]) == (f"Be a {place.name}.", place.name)
-        assert (events[-1]["outcome"], events[-1]["iterations"]) == ("complete", 3)
-        log = list(map(json.loads, (place / "agent.log").read_text().splitlines()))
-        assert [entry["took"] for entry in log if "took" in entry] == ["echo one", "echo two"]
 
 
 def test_a_run_needs_no_terminal_no_home_and_no_locale(world):
@@ -2478,7 +2550,7 @@ def test_ctrl_c_in_a_chat_gives_the_prompt_back_and_at_the_prompt_leaves_a_sane_
         terminal.send_keys("Enter")
         assert world.taken("sleep 3 && echo finished")
         terminal.send_keys("C-c")
-        terminal.wait_for("goes on")
+        terminal.wait_for("keeps working")
         assert poll(lambda: world.log("done"), 30)
         terminal.type("echo two")
         terminal.send_keys("Enter")
@@ -2486,9 +2558,11 @@ def test_ctrl_c_in_a_chat_gives_the_prompt_back_and_at_the_prompt_leaves_a_sane_
         assert poll(lambda: terminal.screen().endswith("\n>"), 15), terminal.screen()
         terminal.type("half a li")
         terminal.send_keys("C-c")
+        terminal.wait_for("/quit to leave")
+        terminal.send_keys("C-c")
         terminal.wait_for("sane")
-        assert "status 130" in terminal.screen() and "Traceback" not in terminal.screen()
-    assert world.events()[-1]["reason"] == "SIGINT"
+        assert "status 0" in terminal.screen() and "Traceback" not in terminal.screen()
+    assert world.events()[-1]["outcome"] == "complete"
 
 
 def test_a_chat_whose_terminal_is_closed_ends_the_session_that_is_not_to_stay(world):
@@ -2572,6 +2646,24 @@ def test_the_check_has_to_pass_before_the_task_is_complete(world):
     assert world.run("--task", "x", VERIFY_CMD=check, CLAUDE_CMD="bash --norc").status == 0
     assert "no proof yet" in model.last_message(1) and "status 9" in model.last_message(1)
     assert [(e["command"], e["status"]) for e in world.events("verify")] == [(check, 9), (check, 0)]
+
+
+def test_a_run_is_not_complete_while_the_agent_works_or_asks(new_world: Callable[..., World]) -> None:
+    replies = ["sleep 3 && echo 1 failed", "TASK_COMPLETE", "WAIT: 2m",
+               "choose Overwrite?/*Yes/No", "TASK_COMPLETE", "KEYS: Down Enter", "do 1"]
+    worlds = at_once(new_world, {
+        "confirm": [*replies, "TASK_COMPLETE", {"CONFIRM_COMPLETE": "true"}],
+        "verify": [*replies, {"VERIFY_CMD": "date >> ../checks; test -e did"}]},
+        prepare=as_claude, TURN_TIMEOUT="1")
+    for name, world in worlds.items():
+        shown = [world.said.last_message(number) for number in range(2, 6)]
+        assert ["still working" in text and "did nothing" in text for text in shown] == [
+            True, False, False, False], shown
+        assert ["stands unanswered" in text for text in shown] == [False, False, False, True], shown
+        assert world.log("chose") == ["No"] and world.events()[-1]["outcome"] == "complete"
+        assert world.events()[-1]["files_changed"] >= 1
+    assert (worlds["verify"].directory / "checks").read_text().count("\n") == 1
+    assert "Messages sent to" in worlds["confirm"].said.last_message()
 
 
 @pytest.mark.parametrize("mode", ["autonomous", "chat"])
@@ -2702,6 +2794,244 @@ def test_a_run_completes_through_a_night_of_failures(turns, world, request):
           f"{end['duration_ms'] / 1000:.0f} s; memory {sizes[len(sizes) // 4]:,} KB after a "
           f"quarter, {sizes[-1]:,} KB at the end, {most:,} KB at most")
     assert most < 60_000
+
+
+# -- The README ---------------------------------------------------------------------------------
+
+README = TOOL.with_name("README.md")
+ADDRESS = "https://example.com/"        # stands for the place where the file is kept
+
+
+def readme_blocks() -> list[str]:
+    """Return the commands, manifests and programs that the README shows; none if it isn't ours."""
+    text = README.read_text(encoding="utf-8") if README.exists() else ""
+    if not text.startswith("# orchestrator\n"):
+        return []
+    blocks = re.findall(r"(?ms)^( *)```(?:sh|yaml|python)\n(.*?)^ *```$", text)
+    return [re.sub(f"(?m)^{indent}", "", block) for indent, block in blocks]
+
+
+def readme_block(fragment: str) -> str:
+    """Return the block of the README that has this in it; skip the test of a vendored copy."""
+    if not readme_blocks():
+        pytest.skip("there is no README.md of ours beside the file: it was vendored")
+    block, = (block for block in readme_blocks() if fragment in block)
+    return block.replace(ADDRESS, f"{TOOL.parent.as_uri()}/")
+
+
+class Reader:
+    """A new user: a home with the file and a project in it, and all that the README asks for.
+
+    What installs, logs in or sends something only notes how it was called.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.home = world.home
+        self.files = world.home / "orchestrator"
+        self.project = world.home / "src/project"
+        self.project.mkdir(parents=True)
+        self.files.mkdir()
+        (self.files / "orchestrator.py").symlink_to(TOOL)
+        (self.project / "test_sample.py").write_text("def test_sample():\n    assert True\n")
+        world.program("python3", f'exec {sys.executable} "$@"')
+        for name in ("sudo", "apt-get", "npm", "ssh", "mail"):
+            world.program(name, f'echo {name} "$@" >> {world.directory}/called; cat >> '
+                          f"{world.directory}/sent")
+        world.program("claude", 'echo "9.9.9 --dangerously-skip-permissions --setting-sources"\n'
+                      f'echo claude "$@" >> {world.directory}/called')
+        self.env = {**world.env, "PATH": world.program("sudo", 'exec "$@"')}
+
+    def follow(self, fragment: str, *, more: str = "", stdin: str = "", **settings: str) -> Done:
+        """Do as a block of the README says, in the directory of the file."""
+        for program in ("curl", "parallel"):
+            if f"{program} -" in readme_block(fragment) and not shutil.which(program):
+                pytest.skip(f"{program} is not installed")
+        command = f"set -e\n{readme_block(fragment)}\n{more}"
+        done = subprocess.run(["sh", "-c", command], cwd=self.files, input=stdin, text=True,
+                              env={**self.env, **settings}, capture_output=True, timeout=90)
+        return Done(done.returncode, done.stdout, done.stderr)
+
+    def called(self) -> list[str]:
+        """Return how the programs were called that only note that."""
+        path = self.world.directory / "called"
+        return path.read_text().splitlines() if path.exists() else []
+
+
+@pytest.fixture
+def reader(world: World) -> Reader:
+    return Reader(world)
+
+
+FOLLOWED = {        # what is in each block of the README, and what the test of it is about
+    "install -y python3 tmux": "demo", "| python3 - --demo": "demo",
+    "npm install -g": "setup", "curl -fsSLO": "setup", "--doctor": "setup", "MAX_COST=2": "run",
+    "--chat": "chat", "nohup": "unattended", "ssh -L": "tunnel", "OPENROUTER_BASE_URL=": "server",
+    "find ~": "journals", "xargs": "many", "parallel -j": "many", "#SBATCH": "many",
+    "kind: Job": "kubernetes", "import orchestrator": "library", "python3-pytest": "development",
+    "AgentProfile(": "development"}
+
+
+def test_each_block_of_the_readme_is_followed_by_a_test() -> None:
+    for block in readme_blocks():
+        assert len([fragment for fragment in FOLLOWED if fragment in block]) == 1, block
+    for fragment in FOLLOWED:
+        readme_block(fragment)
+
+
+@pytest.mark.parametrize("fragment", ["install -y python3 tmux", "| python3 - --demo"])
+def test_the_demo_of_the_readme_completes(fragment: str, reader: Reader) -> None:
+    done = reader.follow(fragment)
+    assert (done.status, done.stderr) == (0, "") and "Task complete" in done.stdout
+    assert reader.called() == (
+        ["apt-get update", "apt-get install -y python3 tmux"] if "tmux" in fragment else [])
+
+
+def test_the_setup_of_the_readme_gets_an_agent_the_file_and_the_key(reader: Reader) -> None:
+    shutil.rmtree(reader.files)
+    reader.files = reader.home
+    assert reader.follow("npm install -g").status == 0
+    assert list(map(str.strip, reader.called())) == [
+        "npm install -g @anthropic-ai/claude-code", "claude"]
+    done = reader.follow("curl -fsSLO", OPENROUTER_API_KEY="")
+    assert (done.status, done.stderr) == (0, ""), done
+    reader.files = reader.home / "orchestrator"
+    assert (reader.files / "orchestrator.py").read_bytes() == TOOL.read_bytes()
+    assert (reader.files / ".env").stat().st_mode & 0o777 == 0o600
+    model = reader.world.model()
+    done = reader.follow("--doctor", CLAUDE_CMD="", OPENROUTER_API_KEY="", IS_SANDBOX="1",
+                         OPENROUTER_BASE_URL=model.url)
+    assert "FAILED" not in done.stdout and (done.status, done.stderr) == (0, ""), done
+
+
+def test_the_run_of_the_readme_works_in_the_project_and_is_checked(reader: Reader) -> None:
+    model = reader.world.model("echo one", "TASK_COMPLETE")
+    done = reader.follow("MAX_COST=2", OPENROUTER_BASE_URL=model.url)
+    assert (done.status, done.stderr) == (0, ""), done
+    assert reader.world.events("task_info")[0]["workdir"] == str(reader.project)
+    verified, = reader.world.events("verify")
+    assert "1 passed" in verified["output"]
+
+
+def test_the_chat_of_the_readme_needs_no_key(reader: Reader) -> None:
+    done = reader.follow("--chat", stdin="echo one\n/quit\n", OPENROUTER_API_KEY="")
+    assert (done.status, done.stderr) == (0, "") and "\none" in done.stdout
+
+
+def test_the_unattended_run_of_the_readme_tells_its_end_by_mail(reader: Reader) -> None:
+    model = reader.world.model("echo one", "TASK_COMPLETE", "TASK_COMPLETE")
+    done = reader.follow("nohup", more="wait", OPENROUTER_BASE_URL=model.url)
+    assert (done.status, done.stdout, done.stderr) == (0, "", ""), done
+    assert "Task complete" in (reader.files / "run.log").read_text()
+    assert reader.called() == ["mail -s Run: complete you@example.com"]
+    assert (reader.world.directory / "sent").read_text().strip()
+
+
+def test_the_tunnel_and_the_server_of_the_readme_are_as_their_programs_take_them(
+        reader: Reader) -> None:
+    assert reader.follow("ssh -L").status == 0
+    forward, = re.findall(r"-L (\S+)", reader.called()[0])
+    assert re.fullmatch(r"\d+:127\.0\.0\.1:\d+", forward)
+    code = ("import orchestrator, os; config = orchestrator.Config.from_env(os.environ, {}); "
+            "print(config.openrouter_base_url, config.openrouter_model)")
+    done = reader.follow("OPENROUTER_BASE_URL=", more=f"python3 -B -c '{code}'")
+    assert done.status == 0 and done.stdout.startswith("http://127.0.0.1:11434/v1 "), done
+
+
+def test_the_readme_deletes_old_journals_only(reader: Reader) -> None:
+    runs = reader.home / ".local/state/orchestrator/runs"
+    runs.mkdir(parents=True)
+    for name, days in (("old.jsonl", 40), ("new.jsonl", 20)):
+        (runs / name).touch()
+        os.utime(runs / name, (time.time() - days * 86400,) * 2)
+    assert reader.follow("find ~").status == 0
+    assert [path.name for path in runs.iterdir()] == ["new.jsonl"]
+
+
+class ModelOfMany(ScriptedModel):
+    """A model that gives each of several runs its first reply, its second and so on."""
+
+    def choose(self, number: int, messages: Sequence[Any]) -> Any:
+        return self.replies[sum(each["role"] == "assistant" for each in messages)]
+
+
+@pytest.mark.parametrize("fragment", ["xargs", "parallel -j", "#SBATCH"])
+def test_four_runs_at_once_each_complete_in_their_own_directory_and_session(
+        fragment: str, reader: Reader) -> None:
+    places = [reader.files / "tasks" / name for name in ("ant", "bee", "cat", "dog")]
+    for place in places:
+        place.mkdir(parents=True)
+        (place / "TASK").write_text(f"Be a {place.name}.\n")
+    model = ModelOfMany(["MEMORY_SAVE: a fact\necho one", "echo two", *["TASK_COMPLETE"] * 2])
+    with model:
+        settings = {"OPENROUTER_BASE_URL": model.url}
+        if fragment == "#SBATCH":       # as Slurm does, which runs the script once for each task
+            numbers = [{"SLURM_ARRAY_TASK_ID": str(each), "SLURM_JOB_ID": f"7{each}"}
+                       for each in range(1, 5)]
+            with concurrent.futures.ThreadPoolExecutor() as pool:
+                ends = list(pool.map(
+                    lambda own: reader.follow(fragment, **settings, **own), numbers))
+        else:
+            ends = [reader.follow(fragment, **settings)]
+    assert [(done.status, done.stdout) for done in ends] == [(0, "")] * len(ends), ends
+    sessions, addresses = set(), set(re.findall(r"http://\S+", "".join(end.stderr for end in ends)))
+    for place in places:
+        events = list(map(json.loads, (place / "events.jsonl").read_text().splitlines()))
+        sessions.add(events[0]["attach"])
+        assert (events[0]["task"], events[0]["workdir"]) == (f"Be a {place.name}.", str(place))
+        assert events[-1]["outcome"] == "complete"
+        log = list(map(json.loads, (place / "agent.log").read_text().splitlines()))
+        assert [entry["took"] for entry in log if "took" in entry] == ["echo one", "echo two"]
+        assert json.loads((place / "memory.json").read_text()) == ["a fact"]
+    assert len(sessions) == len(addresses) == 4
+
+
+def test_the_kubernetes_job_of_the_readme_is_one_and_its_command_completes(reader: Reader) -> None:
+    manifest = readme_block("kind: Job")
+    script, = re.findall(r"command: \[sh, -c, '(.*)'\]", manifest)
+    place = reader.files / "tasks/0"
+    place.mkdir(parents=True)
+    (place / "TASK").write_text("Be a pod.\n")
+    model = reader.world.model("echo one", "TASK_COMPLETE", "TASK_COMPLETE")
+    script = script.replace("/orchestrator.py", str(TOOL)).replace("/tasks/", "tasks/")
+    done = subprocess.run(
+        ["sh", "-c", script], cwd=reader.files, capture_output=True, text=True, timeout=60,
+        env={**reader.env, "JOB_COMPLETION_INDEX": "0", "OPENROUTER_BASE_URL": model.url})
+    assert done.returncode == 0, done
+    assert json.loads(done.stdout.splitlines()[-1])["outcome"] == "complete"
+    checker = shutil.which("kubernetes-validate")
+    if not checker:
+        pytest.skip("kubernetes-validate is not installed: the manifest was not checked")
+    for text, status in ((manifest, 0), (manifest.replace("completions: 4", "completions: x"), 1)):
+        (reader.files / "job.yaml").write_text(text)
+        assert subprocess.run([checker, "--strict", reader.files / "job.yaml"]).returncode == status
+
+
+def test_the_library_example_of_the_readme_prints_what_the_agent_says(reader: Reader) -> None:
+    program = reader.files / "example.py"
+    program.write_text(readme_block("import orchestrator"))
+    done = subprocess.run([sys.executable, "-B", program], cwd=reader.files, env=reader.env,
+                          capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "") and "42" in done.stdout.split(), done
+
+
+def test_the_agent_that_the_readme_adds_is_a_whole_record(reader: Reader) -> None:
+    program = reader.files / "example.py"
+    program.write_text(f"from orchestrator import *\nfrom orchestrator import StartupRule, re\n"
+                       f"{readme_block('AgentProfile(')}print(GOOSE.name, GOOSE.start_command)\n")
+    done = subprocess.run([sys.executable, "-B", program], cwd=reader.files, text=True,
+                          capture_output=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("Goose ('goose',)\n", "")
+
+
+def test_the_test_command_of_the_readme_is_that_of_the_ci(reader: Reader) -> None:
+    reader.world.program("python3", f'echo python3 "$@" >> {reader.world.directory}/called')
+    assert reader.follow("python3-pytest").status == 0
+    assert reader.called() == [
+        "apt-get update", "apt-get install -y python3-pytest tmux", "python3 -m pytest"]
+    ci = TOOL.with_name(".ci") / "run"
+    if ci.exists():
+        assert "python3 -m pytest" in ci.read_text().splitlines()[-1]
 
 
 # -- Memory -------------------------------------------------------------------------------------
@@ -2899,8 +3229,8 @@ def test_the_manual_and_the_version_are_printed_by(python, world):
     assert re.fullmatch(r"orchestrator \d+\.\d+\.\d+\n", done.stdout)
     done = world.run("--help", python=python)
     assert (done.status, done.stderr) == (0, "")
-    for word in ("--task TEXT", "--chat", "--resume", "--json", "--replay FILE", "--demo",
-                 "--doctor", "CLAUDE_TMUX_SESSION", "DASHBOARD_OPEN", "Exit status"):
+    for word in ("--task TEXT", "--chat", "--resume", "--json", "--replay [FILE]",
+                 "--status", "--demo", "--doctor", "CLAUDE_TMUX_SESSION", "DASHBOARD_OPEN", "Exit status"):
         assert word in done.stdout
 
 
@@ -3104,6 +3434,7 @@ def test_a_person_stops_the_run(world):
     assert run.end(20).status == 130
     end = world.events()[-1]
     assert (end["outcome"], end["reason"]) == ("interrupted", "stopped from the dashboard")
+    assert "Ended (interrupted: stopped from the dashboard)" in run.stdout
 
 
 class Tunnel(socketserver.BaseRequestHandler):
@@ -3189,7 +3520,7 @@ def chromium() -> Iterator[Browser]:
 
 
 @pytest.fixture
-def browser(chromium) -> Browser:
+def browser(chromium: Browser) -> Browser:
     """With nothing open: a page whose server is gone asks for it again and again."""
     chromium.open("about:blank")
     chromium.console.clear()
@@ -3242,7 +3573,8 @@ def test_a_browser_uses_the_dashboard_behind_nginx_with_tls_and_a_path(location,
     gate, port = Gate(), free_port()
     world.model("echo one", gate.reply("TASK_COMPLETE"))
     with contextlib.ExitStack() as stack:
-        public = f"https://localhost:{start_nginx(world, stack, location.replace('PORT', str(port)))}/run/"
+        nginx_port = start_nginx(world, stack, location.replace("PORT", str(port)))
+        public = f"https://localhost:{nginx_port}/run/"
         run = world.start("--task", "published", DASHBOARD_PORT=str(port), DASHBOARD_URL=public)
         assert poll(lambda: f"Dashboard: {public}?token=" in run.stdout, 30), run.stdout
         token = re.search(r"token=(\S+)", run.stdout)[1]
@@ -3270,17 +3602,17 @@ def test_a_browser_uses_the_dashboard_behind_nginx_with_tls_and_a_path(location,
 def visible(browser: Browser) -> str:
     """Return the text of the page, with all that is folded away unfolded."""
     browser.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
-    return browser.evaluate("document.body.innerText")
+    return str(browser.evaluate("document.body.innerText"))
 
 
 def sees(browser: Browser, *words: str) -> bool:
     """Whether all these words are on the page, within some seconds."""
-    return poll(lambda: all(word in visible(browser) for word in words), 15)
+    return bool(poll(lambda: all(word in visible(browser) for word in words), 15))
 
 
 def fits(browser: Browser) -> bool:
     """Whether the page needs no scrolling to the side."""
-    return browser.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    return bool(browser.evaluate("document.documentElement.scrollWidth <= innerWidth"))
 
 
 @pytest.mark.parametrize("width", [1280, 400])
@@ -3308,7 +3640,7 @@ def test_a_browser_sees_the_whole_run_however_late_it_comes(width, world, browse
     assert browser.console == []
 
 
-def test_hostile_text_is_shown_as_text(world, browser):
+def test_hostile_text_is_shown_as_text(world: World, browser: Browser) -> None:
     image = "<img src=x onerror=\"window.broken = 1\">"
     script = "</pre></script><script>window.broken = 1</script><b>"
     gate = Gate()
@@ -3341,16 +3673,16 @@ def shows(browser: Browser, headline: str) -> str:
 def iterations(browser: Browser) -> list[str]:
     """Return the texts of the iterations, oldest first; also of those that are out of view."""
     visible(browser)
-    return browser.evaluate(
+    return list[str](browser.evaluate(
         "[...document.querySelectorAll('.iteration')].reverse().map(each => [...each"
         ".querySelectorAll('b, .excerpt, .flag, .figure, .label, pre')].map("
-        "part => part.textContent).join('\\n'))")
+        "part => part.textContent).join('\\n'))"))
 
 
 def figures(browser: Browser) -> list[str]:
     """Return the totals: iterations, cost and tokens."""
-    return browser.evaluate("['iterations-done', 'cost', 'tokens'].map("
-                            "id => document.getElementById(id).innerText)")
+    return list[str](browser.evaluate("['iterations-done', 'cost', 'tokens'].map("
+                                      "id => document.getElementById(id).innerText)"))
 
 
 def tab_to(browser: Browser, selector: str) -> None:
@@ -3407,7 +3739,21 @@ def written(world: World, *events: Event) -> Path:
     return path
 
 
-def test_a_person_sees_at_a_glance_what_the_run_does_and_in_which_colours(world, browser):
+def open_recording(browser: Browser, world: World, *events: Event) -> Path:
+    """Show a journal that is written by hand; return its file, which is still followed."""
+    path = written(world, *events)
+    browser.open(world.start("--replay", str(path)).site().url)
+    return path
+
+
+def has_card(browser: Browser, *words: str) -> bool:
+    """Whether these words are in the card of the end, within some seconds."""
+    card = "document.getElementById('end').innerText"
+    return bool(poll(lambda: all(word in browser.evaluate(card) for word in words), 15))
+
+
+def test_a_person_sees_at_a_glance_what_the_run_does_and_in_which_colours(
+        world: World, browser: Browser) -> None:
     (world.work / "colours").write_text(
         "\x1b[31mred\x1b[0m \x1b[1mbold\x1b[0m \x1b[7mturned\x1b[0m \x1b[38;5;208morange\x1b[0m "
         "\x1b[38;2;1;2;3mnight\x1b[0m plain\n日本\n", encoding="utf-8")
@@ -3466,7 +3812,7 @@ def test_a_person_sees_at_a_glance_what_the_run_does_and_in_which_colours(world,
     assert browser.console == []
 
 
-def test_a_page_that_was_cut_off_shows_what_it_missed_once(world, browser):
+def test_a_page_that_was_cut_off_shows_what_it_missed_once(world: World, browser: Browser) -> None:
     gates = Gate(), Gate(), Gate()
     world.model("echo one", gates[0].reply("MEMORY_SAVE: a fact\necho two"), "echo three",
                 gates[1].reply("echo four"), gates[2].reply("TASK_COMPLETE"))
@@ -3477,8 +3823,11 @@ def test_a_page_that_was_cut_off_shows_what_it_missed_once(world, browser):
     assert sees(browser, "\none"), visible(browser)
     cable.cut()
     assert shows(browser, "Connection lost"), visible(browser)
+    spent = browser.evaluate("document.getElementById('time').innerText")
     gates[0].set()
     assert poll(lambda: len(world.events("iteration_start")) == 4, 30), run.stdout
+    time.sleep(1.5)         # the page counts seconds
+    assert browser.evaluate("document.getElementById('time').innerText") == spent
     assert "two" not in visible(browser)
     cable.mend()
     assert shows(browser, "Model is thinking"), visible(browser)
@@ -3499,7 +3848,8 @@ def test_a_page_that_was_cut_off_shows_what_it_missed_once(world, browser):
     assert [line for line in browser.console if "net::ERR_" not in line] == []
 
 
-def test_a_replay_shows_what_the_live_page_showed_even_of_a_torn_journal(world, browser):
+def test_a_replay_shows_what_the_live_page_showed_even_of_a_torn_journal(
+        world: World, browser: Browser) -> None:
     gate = Gate()
     world.model("echo one", "MEMORY_SAVE: a fact\necho two", gate.reply("TASK_COMPLETE"))
     run = world.start("--task", "count")
@@ -3513,7 +3863,7 @@ def test_a_replay_shows_what_the_live_page_showed_even_of_a_torn_journal(world, 
     torn = world.directory / "torn.jsonl"
     torn.write_bytes(whole[:whole.index(b'"type": "complete"')])
     controls = "document.getElementById('controls').checkVisibility()"
-    for path, headline in [(world.journals()[0], "Task complete"), (torn, "Between two turns")]:
+    for path, headline in [(world.journals()[0], "Task complete"), (torn, "Unfinished")]:
         run_replay = world.start("--replay", str(path))
         site = run_replay.site()
         browser.open(site.url)
@@ -3521,12 +3871,13 @@ def test_a_replay_shows_what_the_live_page_showed_even_of_a_torn_journal(world, 
         assert poll(lambda: iterations(browser)[:2] == live[:2], 15), (iterations(browser), live)
         assert len(iterations(browser)) == 3
         assert not browser.evaluate(controls) and site.control("pause") == 409
+        assert sees(browser, "Recording of") and "attach" not in visible(browser)
         assert browser.console == []
         browser.open("about:blank")
         assert run_replay.end(by=signal.SIGTERM).status == 143
 
 
-def test_a_person_steps_in_with_the_keyboard_alone(world, browser):
+def test_a_person_steps_in_with_the_keyboard_alone(world: World, browser: Browser) -> None:
     gates = Gate(), Gate()
     model = world.model(gates[0].reply("echo one"), gates[1].reply("echo two"))
     run = world.start("--task", "x")
@@ -3536,9 +3887,15 @@ def test_a_person_steps_in_with_the_keyboard_alone(world, browser):
     browser.press("Enter")
     assert sees(browser, "Resume"), visible(browser)
     tab_to(browser, "#note")
-    browser.type("mind the gäp")
+    browser.type("mind")
+    browser.press("Enter", shift=True)
+    browser.type("the gäp")
+    browser.evaluate("location.reload()")
+    assert poll(lambda: browser.evaluate("document.getElementById('note')?.value") ==
+                "mind\nthe gäp", 15)
+    tab_to(browser, "#note")
     browser.press("Enter")
-    assert sees(browser, "Noted", "mind the gäp"), visible(browser)
+    assert sees(browser, "Noted", "mind\nthe gäp"), visible(browser)
     assert browser.evaluate("document.getElementById('note').value") == ""
     gates[0].set()
     assert sees(browser, "\none"), visible(browser)
@@ -3546,20 +3903,25 @@ def test_a_person_steps_in_with_the_keyboard_alone(world, browser):
     tab_to(browser, "#pause")
     browser.press("Enter")
     assert shows(browser, "Model is thinking"), visible(browser)
-    assert poll(lambda: "mind the gäp" in model.last_message(1), 15)
-    browser.evaluate("document.getElementById('stop').open = false")   # `visible` has opened it
-    tab_to(browser, "#stop summary")
-    browser.press("Enter")
-    tab_to(browser, "#stop-now")
-    browser.press("Enter")
+    assert poll(lambda: "mind\nthe gäp" in model.last_message(1), 15)
+    is_asked = "document.getElementById('stop-now').checkVisibility()"
+    for key in ("Escape", "Enter"):
+        tab_to(browser, "#stop")
+        browser.press("Enter")
+        assert poll(lambda: browser.evaluate(is_asked), 5)
+        tab_to(browser, "#stop-now")
+        browser.press(key)
+        assert poll(lambda: not browser.evaluate(is_asked), 5)
     assert run.end(20).status == 130
-    assert shows(browser, "Interrupted") and sees(browser, "--resume"), visible(browser)
+    assert shows(browser, "Interrupted"), visible(browser)
+    assert has_card(browser, "stopped from the dashboard", "--resume"), visible(browser)
     assert [e.get("state", e["type"]) for e in world.events("state", "note", "complete")] == [
         "paused", "note", "resumed", "complete"]
     assert browser.console == []
 
 
-def test_hostile_text_in_every_field_of_a_journal_is_text_and_the_page_stays_quick(world, browser):
+def test_hostile_text_in_every_field_of_a_journal_is_text_and_the_page_stays_quick(
+        world: World, browser: Browser) -> None:
     evil = "<img src=x onerror=window.hit=1></script><script>window.hit=1</script>"
     used = {"tokens": {"prompt": evil, "completion": evil}, "cost": evil, "duration_ms": evil}
     bomb = "\x1b[7mx\x1b[38;5;9my\x1b[0m日" * 12000
@@ -3583,7 +3945,7 @@ def test_hostile_text_in_every_field_of_a_journal_is_text_and_the_page_stays_qui
     run_replay = world.start("--replay", str(path))
     browser.size(1280, 900)
     browser.open(run_replay.site().url)
-    names = ["task", "model", "agent", "workdir", "attach", "memory", "reply", "fact", "error",
+    names = ["task", "model", "agent", "workdir", "memory", "reply", "fact", "error",
              "what", "check", "out", "summary", "note", "screen", "typed", "trouble", "output",
              "reason"]
     assert sees(browser, *(f"{name} {evil}" for name in names)), visible(browser)[:9000]
@@ -3595,7 +3957,243 @@ def test_hostile_text_in_every_field_of_a_journal_is_text_and_the_page_stays_qui
     assert browser.console == []
 
 
-def test_a_run_of_2000_iterations_stays_light(world, browser):
+OLD_END: Event = {"type": "complete", "outcome": "failed", "iterations": 1, "cost": 0.0,
+                  "reason": "the model gave up: no network\n\nA person must help.",
+                  "tokens": {"prompt": 5, "completion": 5, "total": 10}, "duration_ms": 5000}
+NEW_END: Event = {**OLD_END, "outcome": "complete", "reason": "", "cost": None, "restarts": 3,
+                  "errors": 4, "files_changed": 7, "last_words": "14 passed"}
+
+
+@pytest.mark.parametrize("end, headline, words, absent", [
+    (NEW_END, "Task complete", ["All is proved.", "passed, status 0: make check", "restarts\n3",
+                                "errors\n4", "files changed\n7", "14 passed"], "--resume"),
+    (OLD_END, "Failed", ["the model gave up: no network\n\nA person must help.", "errors\n1"],
+     "--resume"),
+    (None, "Unfinished", ["no last event", "'/src/it'\"'\"'s' --resume"], "last words")])
+def test_the_end_comes_first(end: Event | None, headline: str, words: list[str], absent: str,
+                             world: World, browser: Browser) -> None:
+    browser.size(1280, 800)
+    path = open_recording(
+        browser, world, {"type": "task_info", "task": "do it", "workdir": "/src/it's",
+                         "attach": "tmux attach"},
+        {"type": "iteration_start", "iteration": 1}, {"type": "error", "error": "oh"},
+        {"type": "state", "state": "resumed", "reason": "x", "time": "2026-01-31T05:00:00.000Z"},
+        {"type": "reply", "text": "All is proved.\n\nTASK_COMPLETE", "cost": None,
+         "tokens": {"total": 10}, "time": "2026-01-31T05:00:02.000Z"},
+        {"type": "verify", "command": "make check", "status": 0, "output": "",
+         "time": "2026-01-31T05:00:02.000Z"},
+        {"type": "screen", "text": "the last screen"}, *([end] if end else []))
+    assert shows(browser, headline), visible(browser)
+    assert has_card(browser, *words, f"--replay '{path}'", str(path)), visible(browser)
+    assert absent not in browser.evaluate("document.getElementById('end').innerText")
+    order = [browser.evaluate(f"document.getElementById('{name}').getBoundingClientRect().top")
+             for name in ("status", "end", "figures", "screen", "iterations")]
+    assert order == sorted(order) and order[1] < 200
+    time_and_cost = "['time', 'cost'].map(id => document.getElementById(id).innerText)"
+    assert browser.evaluate(time_and_cost) == ["5.0 s" if end else "4.0 s", "not reported"]
+    assert sees(browser, "Recording of Jan 31, 2026") and "attach" not in visible(browser)
+    assert browser.console == []
+
+
+BOX = "(name => { const box = document.querySelector(name).getBoundingClientRect(); return "
+
+
+def test_all_that_matters_of_a_run_is_above_the_fold(world: World, browser: Browser) -> None:
+    (world.work / "picture").write_text("\n".join(
+        f"line {number} {'x' * 180}" for number in range(60)), encoding="utf-8")
+    gate = Gate()
+    world.model("cat picture", gate.reply("TASK_COMPLETE"))
+    run = world.start("--task", "x", CLAUDE_CMD="bash --norc", MAX_COST="1", MAX_MINUTES="9")
+    browser.size(1440, 900)
+    browser.open(run.site().url)
+    assert shows(browser, "Model is thinking") and sees(browser, "line 59"), visible(browser)
+    size = "getComputedStyle(document.getElementById('screen')).fontSize"
+    bottoms = f"['#status', '#figures', '#attach', '#screen'].map({BOX} box.bottom; }}))"
+    for width, height in ((1440, 900), (1280, 800), (1920, 1080)):
+        browser.size(width, height)
+        assert poll(lambda limit=height: max(browser.evaluate(bottoms)) <= limit, 5)
+        assert fits(browser)
+        assert float(browser.evaluate(size).rstrip("px")) >= 9
+    browser.evaluate("document.getElementById('size').click()")
+    assert browser.evaluate(size) == "14px"
+    gate.set()
+    assert run.end().status == 0
+
+
+def test_the_terminal_shows_styles_and_cursor_and_holds_still_for_a_selection(
+        world: World, browser: Browser) -> None:
+    lines = ["\x1b[8mhidden\x1b[0m \x1b[4;9mboth\x1b[0m \x1b[40mblack\x1b[0m",
+             *(f"line {number}" for number in range(2, 10)), "the last line"]
+    path = open_recording(browser, world, {"type": "task_info", "task": "x", "max_iter": 4},
+                          {"type": "screen", "text": "\n".join(lines), "columns": 80, "rows": 10,
+                           "cursor": [9, 4]})
+    assert sees(browser, "the last line"), visible(browser)
+    style = ("(word => { const found = [...document.querySelectorAll('#screen span')].find(each =>"
+             "each.textContent.startsWith(word)), look = getComputedStyle(found); return [look"
+             ".color, look.backgroundColor, look.textDecorationLine]; })")
+    hidden, both, black = (browser.evaluate(f"{style}({word!r})") for word in (
+        "hidden", "both", "black"))
+    assert hidden[0] == browser.evaluate(
+        "getComputedStyle(document.getElementById('screen-box')).backgroundColor")
+    assert both[2] == "underline line-through" and black[1] == "rgb(0, 0, 0)"
+    top, bottom = browser.evaluate(f"{BOX} [box.top, box.bottom]; }})('#screen')")
+    cursor = browser.evaluate(f"{BOX} (box.top + box.bottom) / 2; }})('.cursor')")
+    assert (cursor - top) / (bottom - top) == pytest.approx(0.94, abs=0.03)
+    browser.evaluate("getSelection().selectAllChildren(document.getElementById('screen'))")
+    with path.open("a") as file:
+        file.write(json.dumps({"id": 3, "type": "screen", "text": "a new picture"}) + "\n")
+    assert poll(lambda: "Held" in browser.evaluate("document.getElementById('held').innerText"), 15)
+    assert "the last line" in visible(browser)
+    browser.press("Escape")
+    assert sees(browser, "a new picture") and "Held" not in visible(browser)
+    assert browser.console == []
+
+
+def test_waits_count_down_and_end_at_once_under_a_wrong_clock(
+        world: World, browser: Browser) -> None:
+    gate = Gate()
+    model = world.model("WAIT: 10m", gate.reply("TASK_COMPLETE"))
+    run = world.start("--task", "x")
+    site, elapsed = run.site(), "document.getElementById('elapsed').innerText"
+    wrong = "{ const now = Date.now; Date.now = () => now() + 9000000; }"
+    with browser.before_each_page(wrong):
+        browser.open(site.url)
+    assert shows(browser, "Waiting"), visible(browser)
+    assert poll(lambda: re.match(r"(9:5\d|10:00) left, until \d", browser.evaluate(elapsed)), 15)
+    assert re.fullmatch(r"[\d.]+ s", browser.evaluate("document.getElementById('time').innerText"))
+    browser.evaluate("document.getElementById('pause').click()")
+    assert shows(browser, "Paused")
+    browser.evaluate("document.getElementById('pause').click()")
+    assert shows(browser, "Waiting")
+    browser.evaluate("document.getElementById('continue').click()")
+    assert shows(browser, "Model is thinking") and len(model.requests) == 2
+    gate.set()
+    assert run.end().status == 0
+    assert shows(browser, "Task complete")
+
+
+def test_any_text_is_found_filtered_and_linked(world: World, browser: Browser) -> None:
+    events: list[Event] = [{"type": "task_info", "task": "x"}]
+    for number in range(1001, 1031):
+        events += [{"type": "iteration_start", "iteration": number},
+                   {"type": "reply", "text": f"step {number}"},
+                   {"type": "iteration_end", "orchestrator": "", "agent_output": "fine\n" * 40}]
+    events[41]["text"] += " (a NEEDLE)"
+    events[50:50] = [{"type": "error", "error": "oh", "iteration": 1016},
+                     {"type": "note", "text": "hm", "source": "dashboard", "iteration": 1017},
+                     {"type": "verify", "status": 1, "iteration": 1018}]
+    path = open_recording(browser, world, *events)
+    rows = ("[...document.querySelectorAll('.iteration')].filter(row => row.checkVisibility())"
+            ".map(row => parseInt(row.querySelector('b').innerText))")
+    assert poll(lambda: browser.evaluate(rows) == list(range(1030, 1000, -1)), 15)
+    number = "document.querySelector('.iteration b')"
+    assert browser.evaluate(f"{number}.scrollWidth <= {number}.clientWidth")
+
+    def choose(name: str, value: str) -> list[int]:
+        """Search or filter; return the rows that are left."""
+        before = browser.evaluate(rows)
+        browser.evaluate(f"{{ const field = document.getElementById({name!r});"
+                         f"field.value = {value!r}; (field.oninput ?? field.onchange)(); }}")
+        assert poll(lambda: browser.evaluate(rows) != before, 5)
+        return browser.evaluate(rows)
+
+    assert choose("search", "a needle)") == [1014]
+    assert browser.evaluate("document.querySelector('.excerpt').innerText") and sees(
+        browser, "1 of 30", "step 1014 (a NEEDLE)")
+    assert browser.evaluate("document.querySelector('mark').innerText") == "a NEEDLE)"
+    choose("search", "")
+    assert [choose("filter", kind) for kind in ("error", "note", "check failed")] == [
+        [1016], [1017], [1018]]
+    choose("filter", "")
+    browser.evaluate("document.getElementById('expand').click()")
+    opened = "document.querySelectorAll('.iteration[open] pre').length"
+    assert poll(lambda: browser.evaluate(opened) > 60, 5)
+    assert browser.evaluate("fetch(document.getElementById('download').href).then("
+                            "answer => answer.text())") == path.read_text(encoding="utf-8")
+    browser.evaluate("location.hash = '#1003'")
+    browser.evaluate("location.reload()")
+    in_view = ("(row => row?.open && row.querySelector('b').innerText === '1003' && row."
+               "getBoundingClientRect().top < innerHeight)(document.querySelectorAll("
+               "'.iteration')[27])")
+    assert poll(lambda: browser.evaluate(in_view), 15)
+    assert browser.console == []
+
+
+def test_ten_tabs_of_a_run_load_and_steer_and_catch_up(world: World, browser: Browser) -> None:
+    gates = Gate(), Gate()
+    world.model(gates[0].reply("echo one"), gates[1].reply("TASK_COMPLETE"))
+    run = world.start("--task", "x")
+    site = run.site()
+    with browser.tabs(10) as show:
+        for number in range(10):
+            show(number)
+            browser.open(site.url)
+            assert shows(browser, "Model is thinking"), visible(browser)
+        gates[0].set()
+        for number in range(10):
+            show(number)
+            assert sees(browser, "\none"), visible(browser)
+            browser.evaluate(f"document.getElementById('note').value = 'note of {number}'")
+            browser.evaluate("document.getElementById('note-form').requestSubmit()")
+            assert sees(browser, "Noted", f"note of {number}"), visible(browser)
+        gates[1].set()
+        assert run.end().status == 0
+        assert shows(browser, "Task complete")
+    assert [event["text"] for event in world.events("note")] == [
+        f"note of {number}" for number in range(10)]
+
+
+def axe_core() -> str:
+    """Return the source of axe-core, which finds what people with disabilities can't use."""
+    for directory in os.environ.get("NODE_PATH", "").split(os.pathsep):
+        path = Path(directory, "axe-core", "axe.min.js")
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+    pytest.skip("axe-core is not in NODE_PATH (npm install --prefix DIR axe-core; "
+                "export NODE_PATH=DIR/node_modules)")
+
+
+def test_axe_finds_nothing_in_any_state(world: World, browser: Browser) -> None:
+    source, gate = axe_core(), Gate()
+    world.model("MEMORY_SAVE: a fact\necho one; seq 90", "WAIT: 10m",
+                gate.reply("TASK_FAILED: it can't be done"))
+    run = world.start("--task", "x", MAX_ITERATIONS="9", DASHBOARD_HOST="127.0.0.2")
+    url = run.site().url.replace("127.0.0.2", "127.0.0.1")
+    cable = Cable(urllib.parse.urlsplit(url).port)
+    rules = "{'target-size': {enabled: true}}"
+    check = (f"axe.run({{rules: {rules}}}).then(found => found.violations.map(each =>"
+             "[each.id, ...each.nodes.map(node => node.html)]))")
+
+    def findings(state: str) -> list[object]:
+        """Return what axe finds in a state, narrow and wide, light and dark."""
+        assert shows(browser, state), visible(browser)
+        visible(browser)            # with everything unfolded
+        found: list[object] = []
+        for width, scheme in [(390, "light"), (640, "dark"), (1440, "light"), (1440, "dark")]:
+            browser.size(width, 900)
+            browser.colours(scheme)
+            found += [(state, width, scheme, each) for each in browser.evaluate(check)]
+            assert fits(browser)
+        return found
+
+    browser.open(url)
+    browser.evaluate(f"{source};0")
+    assert findings("Waiting") == []
+    browser.evaluate("document.getElementById('pause').click()")
+    assert findings("Paused") == []
+    cable.cut()
+    assert findings("Connection lost") == []
+    cable.mend()
+    browser.evaluate("document.getElementById('pause').click()")
+    browser.evaluate("document.getElementById('continue').click()")
+    assert findings("Model is thinking") == []
+    gate.set()
+    assert run.end().status == 4
+    assert findings("Failed") == []
+    browser.colours("light")
+
+
+def test_a_run_of_2000_iterations_stays_light(world: World, browser: Browser) -> None:
     events: list[Event] = [{"type": "task_info", "task": "long", "max_iter": 4000}]
     for number in range(1, 2001):
         used = {"tokens": {"prompt": 900, "completion": 100, "total": 1000}, "cost": 0.01}
