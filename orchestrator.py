@@ -3157,15 +3157,14 @@ class OpenRouter:
         started_at = self._clock()
         conversation = list(messages)
         whole = ""
-        tokens = TokenUsage()
-        cost: float | None = None
+        total = Reply("")
 
-        def add_usage(more: TokenUsage, dollars: float | None) -> None:
-            nonlocal tokens, cost
-            tokens = tokens.plus(more)
-            if dollars is not None:
-                cost = (cost or 0.0) + dollars
-            on_usage(more, dollars)
+        def add_usage(tokens: TokenUsage, cost: float | None) -> None:
+            nonlocal total
+            if cost is not None:
+                total = total._replace(cost=(total.cost or 0.0) + cost)
+            total = total._replace(tokens=total.tokens.plus(tokens))
+            on_usage(tokens, cost)
 
         def show_part(part: str) -> None:
             on_text(whole + part)
@@ -3182,7 +3181,8 @@ class OpenRouter:
         except ModelError:
             if not whole:
                 raise
-        return Reply(whole, tokens, cost, round((self._clock() - started_at) * 1000))
+        duration_ms = round((self._clock() - started_at) * 1000)
+        return total._replace(text=whole, duration_ms=duration_ms)
 
     def _call_with_retries(self, messages: Messages, on_text: Callable[[str], object],
                            on_usage: Callable[..., object],
@@ -3377,8 +3377,6 @@ class OpenRouter:
                 for chunk in parse_chunks(self._read_lines(response, is_over)):
                     put(chunk)
             put(None)
-        except urllib.error.HTTPError as error:
-            put(self._error_from_status(error))
         except Exception as error:      # the library has more kinds for junk than it says
             put(self._error_from_exception(error, has_answered))
 
@@ -3389,32 +3387,26 @@ class OpenRouter:
         for line in split_lines(pieces, encoding, self.MAX_RESPONSE_BYTES):
             yield line.replace(self._key, "[key]") if len(self._key) >= 8 else line
 
-    def _error_from_status(self, error: urllib.error.HTTPError) -> ModelError:
-        """Return the error for an HTTP status, which the server or a proxy has answered with."""
-        wants_basic = "basic" in str(error.headers["WWW-Authenticate"]).lower()
-        if self._proxy and (error.code == 407 or wants_basic):
-            return self._proxy_error(error.code)
-        body: object = ""
-        with error, contextlib.suppress(Exception):
-            lines = list(self._read_lines(error, threading.Event()))
-            body = "\n".join(lines)
-            body = next(parse_chunks(iter(lines)), body)
-        return error_from_response(error.code, body, dict(error.headers), self._address)
-
-    def _proxy_error(self, status: int) -> ModelError:
-        """Return the error for a proxy that refuses us; its password is not shown."""
-        error = ModelError(f"the proxy {self._proxy} refused the connection ({status}). Check its "
-                           "user and password in https_proxy or http_proxy")
-        error.kind = "proxy"
-        return error
-
     def _error_from_exception(self, error: Exception, has_answered: bool) -> ModelError:
-        """Return what an error of the library means."""
+        """Return what an error of the library means: a status, or a broken connection."""
+        status = getattr(error, "code", 0)
         reason = " ".join(sanitize(str(getattr(error, "reason", None) or error)).split())
         reason = reason or type(error).__name__
-        tunnel = re.search(r"Tunnel connection failed: (\d+)", reason)
-        if tunnel and tunnel[1] in ("401", "403", "407"):
-            return self._proxy_error(int(tunnel[1]))
+        refused = re.search(r"Tunnel connection failed: (401|403|407)", reason)
+        if isinstance(error, urllib.error.HTTPError):
+            refused = re.search("(?i)basic", error.headers["WWW-Authenticate"] or "")
+        if self._proxy and (refused or status == 407):      # its password is not shown
+            result = ModelError(f"the proxy {self._proxy} refused the connection ({status or reason}). Check "
+                                "its user and password in https_proxy or http_proxy")
+            result.kind = "proxy"
+            return result
+        if isinstance(error, urllib.error.HTTPError):
+            body: object = ""
+            with error, contextlib.suppress(Exception):
+                lines = list(self._read_lines(error, threading.Event()))
+                body = "\n".join(lines)
+                body = next(parse_chunks(iter(lines)), body)
+            return error_from_response(status, body, dict(error.headers), self._address)
         if has_answered and isinstance(error, ValueError):
             return TransientError(f"the model server sent no JSON object, but {reason!r}. Check "
                                   f"OPENROUTER_BASE_URL={self._address}",
