@@ -298,7 +298,8 @@ class Config:
     max_iterations: int = _setting(0, _NON_NEGATIVE_INT, "replies of the model; 0: no limit")
     max_cost: float = _setting(0.0, _NON_NEGATIVE_NUMBER, "US dollars; 0: no limit")
     max_minutes: float = _setting(
-        0.0, _NON_NEGATIVE_NUMBER, "minutes that the run may take; 0: no limit")
+        0.0, _NON_NEGATIVE_NUMBER, "minutes that the run may take, without those that "
+        "the computer sleeps; 0: no limit")
     turn_timeout: int = _setting(
         1800, _POSITIVE_INT, "seconds after which a turn is reported as still working")
     history_max_tokens: int = _setting(
@@ -2735,14 +2736,16 @@ _ERROR_KINDS = (
                r"input) is too long|exceeds? the maximum number of tokens|reduce the length of|"
                r"tokens \+ `?max_new_tokens"),
     _ErrorKind("key", (401,), "authentication(_error)?|(invalid_api_key|api_key_invalid)|"
-               "unauthenticated", r"(incorrect|invalid|missing|expired|no) api[ _-]?key|"
+               "unauthenticated|no_db_connection",
+               r"(incorrect|invalid|missing|expired|no) api[ _-]?key|"
                r"api[ _-]?key (is )?(not valid|invalid|missing|expired)",
                "Check OPENROUTER_API_KEY for {address}"),
     _ErrorKind("content", (451,), "content_policy.*|content_filter|refusal|"
                "data_inspection_failed|responsibleaipolicyviolation",
                r"content[ _](policy|management)|usage polic|moderation|flagged|prompt.injection"),
     _ErrorKind("model", (), "model_not_found|deploymentnotfound",
-               r"not a valid model|model\b.{0,80}\b(not found|not exist)|no endpoints found",
+               r"(not a valid|invalid) model|no endpoints found|"
+               r"model\b.{0,80}\b(not found|not exist)",
                "Check OPENROUTER_MODEL for {address}"),
     _ErrorKind("address", (300, 301, 302, 303, 307, 308, 404, 405, 501), "",
                "unexpected endpoint",
@@ -2930,18 +2933,18 @@ def error_from_response(status: int, body: object, headers: Mapping[str, str],
               error.get("type"), error.get("http_status"), error.get("status"),
               holder.get("code"), "refusal" if metadata.get("reasons") else "", status]
     types = [str(claim).lower() for claim in claims if claim]
-    code = next((int(name) for name in types if re.fullmatch(r"[3-5]\d\d", name)), 502)
+    code = next((int(name) for name in types if re.fullmatch(r"[3-5]\d\d", name)), 0)
     message = _error_message(error)
     is_page = not holder and "<" in str(body)
     searched = "" if is_page else message
-    kind = next(row for row in _ERROR_KINDS if row.fits(types, code, searched))
+    kind = next(row for row in _ERROR_KINDS if row.fits(types, code or 502, searched))
     refused = [name for name, words in _FEATURES.items() if kind.name != "overflow"
                and (code in (400, 404, 422) or name == "system role")
                and re.search(words, message, re.I)]
     can_pass = get_object(error, "availability").get("retryable")
     if can_pass is None:
         can_pass = kind.name in ("rate limit", "outage") and not refused
-    text = f"the model server answered {code}"
+    text = f"the model server answered {code}" if code else "the model server reports an error"
     if message:
         text += f": {message[:300].rstrip('.')}"
     result = _make_error(kind, text, bool(can_pass), _parse_retry_after(error, headers), address)
@@ -3112,19 +3115,15 @@ class OpenRouter:
     def check_completion(self) -> str:
         """Ask for a tiny reply without waiting for anything; return what that took."""
         self._wanted_tokens = 16        # the least that some providers take
+        self.RETRY_TIMEOUT = 0.0
         used: list[tuple[TokenUsage, float | None]] = [(TokenUsage(), None)]
-        question = [{"role": "user", "content": "Answer with the word OK."}]
         started_at = self._clock()
-        change = "begin"
-        while change:
-            try:
-                self._request_completion(question, ignore, lambda *usage: used.append(usage),
-                                         lambda: self.REQUEST_TIMEOUT)
-                change = ""
-            except ModelError as error:
-                change = self._repair(error)
-                if not change and error.kind != "thinking":     # else it is there, and thinks
-                    raise
+        try:
+            self._call_with_retries([{"role": "user", "content": "Answer with the word OK."}],
+                                    ignore, lambda *usage: used.append(usage), lambda: math.inf)
+        except ModelError as error:
+            if error.kind != "thinking":        # it thinks, so it is there
+                raise
         tokens, cost = used[-1]
         price = "cost not reported" if cost is None else f"${cost:.4f}"
         return f"answered in {self._clock() - started_at:.1f} s, {tokens.total:,} tokens, {price}"
@@ -3135,26 +3134,23 @@ class OpenRouter:
                  on_text: Callable[[str], object] = ignore,
                  on_usage: Callable[[TokenUsage, float | None], object] = ignore,
                  time_left: Callable[[], float] = lambda: math.inf) -> Reply:
-        """Return the model's reply; `on_text` is given what there is of it while it comes.
+        """Return the model's reply, as ChatModel says.
 
         Waits out what may pass, changes what the server does not take, and has a reply continued
-        that was cut at its length.  `time_left` returns how many seconds there are, or raises what
-        is to end the call; `on_usage` is told what each attempt used.  Raises
-        ContextWindowExceeded for a conversation that is too long, another ModelError for what else
-        will not pass.
+        that was cut at its length.  Raises ContextWindowExceeded for a conversation that is too
+        long, another ModelError for what else will not pass.
         """
         started_at = self._clock()
         conversation = list(messages)
         whole = ""
-        tokens = TokenUsage()
-        cost: float | None = None
+        total = Reply("")
 
-        def add_usage(more: TokenUsage, dollars: float | None) -> None:
-            nonlocal tokens, cost
-            tokens = tokens.plus(more)
-            if dollars is not None:
-                cost = (cost or 0.0) + dollars
-            on_usage(more, dollars)
+        def add_usage(tokens: TokenUsage, cost: float | None) -> None:
+            nonlocal total
+            if cost is not None:
+                total = total._replace(cost=(total.cost or 0.0) + cost)
+            total = total._replace(tokens=total.tokens.plus(tokens))
+            on_usage(tokens, cost)
 
         def show_part(part: str) -> None:
             on_text(whole + part)
@@ -3171,7 +3167,8 @@ class OpenRouter:
         except ModelError:
             if not whole:
                 raise
-        return Reply(whole, tokens, cost, round((self._clock() - started_at) * 1000))
+        duration_ms = round((self._clock() - started_at) * 1000)
+        return total._replace(text=whole, duration_ms=duration_ms)
 
     def _call_with_retries(self, messages: Messages, on_text: Callable[[str], object],
                            on_usage: Callable[..., object],
@@ -3196,8 +3193,8 @@ class OpenRouter:
                 if error.retry_after is not None:       # the server's word wins, within reason
                     delay = min(max(error.retry_after, failures / 2), self.MAX_RETRY_AFTER)
                 if self._clock() + delay - started_at > self.RETRY_TIMEOUT:
-                    raise ModelError(f"{error}. This has gone on for an hour: continue later with "
-                                     "--resume") from None
+                    raise ModelError(f"{error}. This does not pass: try again later, with --resume "
+                                     "if a run was under way") from None
                 self._correction = error.correction
                 self._publish("error", error=str(error), retry_in=round(delay, 1))
                 self._wait(min(delay, time_left()))
@@ -3366,8 +3363,6 @@ class OpenRouter:
                 for chunk in parse_chunks(self._read_lines(response, is_over)):
                     put(chunk)
             put(None)
-        except urllib.error.HTTPError as error:
-            put(self._error_from_status(error))
         except Exception as error:      # the library has more kinds for junk than it says
             put(self._error_from_exception(error, has_answered))
 
@@ -3378,32 +3373,26 @@ class OpenRouter:
         for line in split_lines(pieces, encoding, self.MAX_RESPONSE_BYTES):
             yield line.replace(self._key, "[key]") if len(self._key) >= 8 else line
 
-    def _error_from_status(self, error: urllib.error.HTTPError) -> ModelError:
-        """Return the error for an HTTP status, which the server or a proxy has answered with."""
-        wants_basic = "basic" in str(error.headers["WWW-Authenticate"]).lower()
-        if self._proxy and (error.code == 407 or wants_basic):
-            return self._proxy_error(error.code)
-        body: object = ""
-        with error, contextlib.suppress(Exception):
-            lines = list(self._read_lines(error, threading.Event()))
-            body = "\n".join(lines)
-            body = next(parse_chunks(iter(lines)), body)
-        return error_from_response(error.code, body, dict(error.headers), self._address)
-
-    def _proxy_error(self, status: int) -> ModelError:
-        """Return the error for a proxy that refuses us; its password is not shown."""
-        error = ModelError(f"the proxy {self._proxy} refused the connection ({status}). Check its "
-                           "user and password in https_proxy or http_proxy")
-        error.kind = "proxy"
-        return error
-
     def _error_from_exception(self, error: Exception, has_answered: bool) -> ModelError:
-        """Return what an error of the library means."""
+        """Return what an error of the library means: a status, or a broken connection."""
+        status = getattr(error, "code", 0)
         reason = " ".join(sanitize(str(getattr(error, "reason", None) or error)).split())
         reason = reason or type(error).__name__
-        tunnel = re.search(r"Tunnel connection failed: (\d+)", reason)
-        if tunnel and tunnel[1] in ("401", "403", "407"):
-            return self._proxy_error(int(tunnel[1]))
+        refused = re.search(r"Tunnel connection failed: (401|403|407)", reason)
+        if isinstance(error, urllib.error.HTTPError):
+            refused = re.search("(?i)basic", error.headers["WWW-Authenticate"] or "")
+        if self._proxy and (refused or status == 407):      # its password is not shown
+            result = ModelError(f"the proxy {self._proxy} refused the connection ({status or reason}). Check "
+                                "its user and password in https_proxy or http_proxy")
+            result.kind = "proxy"
+            return result
+        if isinstance(error, urllib.error.HTTPError):
+            body: object = ""
+            with error, contextlib.suppress(Exception):
+                lines = list(self._read_lines(error, threading.Event()))
+                body = "\n".join(lines)
+                body = next(parse_chunks(iter(lines)), body)
+            return error_from_response(status, body, dict(error.headers), self._address)
         if has_answered and isinstance(error, ValueError):
             return TransientError(f"the model server sent no JSON object, but {reason!r}. Check "
                                   f"OPENROUTER_BASE_URL={self._address}",

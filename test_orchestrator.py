@@ -3131,7 +3131,7 @@ def test_a_server_that_has_answered_before_may_talk_junk_for_a_while(api, junk):
 def test_it_gives_up_after_an_hour(api):
     for first, longest in ((answer("", 503), 75), (answer("", 503, Retry_After="0"), 61)):
         api.answers, client = [first], Client(api.url)
-        with pytest.raises(ModelError, match="503.*has gone on for an hour"):
+        with pytest.raises(ModelError, match="503.*does not pass"):
             client.say()
         assert 3000 < sum(client.time.slept) <= 3600 and max(client.waits) <= longest
 
@@ -3148,7 +3148,7 @@ def test_a_server_that_is_not_there_is_waited_for():
     with socket.socket() as unheard:
         unheard.bind(("127.0.0.1", 0))
         client = Client(f"http://127.0.0.1:{unheard.getsockname()[1]}/v1")
-        with pytest.raises(ModelError, match="can't be reached.*has gone on for an hour"):
+        with pytest.raises(ModelError, match="can't be reached.*does not pass"):
             client.say()
     assert len(client.told) > 50
 
@@ -3247,7 +3247,7 @@ def test_a_proxy_is_used_and_not_for_this_machine_and_sees_no_key_of_others(api,
 @pytest.mark.parametrize("status, told", [
     (407, "the proxy 127.0.0.1:.*user and password"), (403, "the proxy 127.0.0.1:.*"),
     (401, "the proxy 127.0.0.1:.*user and password"),
-    (503, "through the proxy 127.0.0.1:.*gone on for an hour")])
+    (503, "through the proxy 127.0.0.1:.*does not pass")])
 def test_a_proxy_that_refuses_is_told_from_one_that_is_busy(api, monkeypatch, status, told):
     monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{api.port}")
     monkeypatch.setattr(Client, "RETRY_TIMEOUT", 100.0)
@@ -3373,7 +3373,7 @@ def test_a_tiny_completion_shows_that_server_key_and_model_work(api, answers, to
     api.answers, client = answers, Client(api.url)
     assert told in client.check_completion() and api.requests[0][2]["max_tokens"] == 16
     api.answers = [answer("", 503)]
-    with pytest.raises(TransientError, match="503"):
+    with pytest.raises(ModelError, match="503.*try again later"):
         Client(api.url).check_completion()
     assert not client.time.slept
 
