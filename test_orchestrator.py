@@ -3778,7 +3778,7 @@ def test_a_model_may_give_up_with_or_without_a_reason(reply: str, reason: str) -
     ("down x 2 then enter", "Down Down Enter"), ("Down (x2), Enter", "Down Down Enter"),
     ("Down, Down, Enter", "Down Down Enter"), ("Down,Enter", "Down Enter"), ("2, Enter", "2 Enter"),
     ("pagedown", "PageDown"), ("pgup", "PgUp"), ("space backspace del", "Space BSpace Delete"),
-    ("Down arrow, Enter key", "Down Enter"), ("↓ ↓ ⏎", "Down Down Enter"),
+    ("Down arrow, Enter key", "Down Enter"),
     ("`Down` `Enter`", "Down Enter"), ("<Enter>", "Enter"), ('"y" Enter', "y Enter"),
     ("Enter.", "Enter"), ("y.", "y"), ("*", "*"), ("-", "-"), (":", ":"), (",", ","), (".", "."),
     ("x", "x"), ("Down +", "Down +"), ("^", "^")])
