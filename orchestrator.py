@@ -1153,15 +1153,15 @@ _ANY_PASTE_PLACEHOLDER = re.compile(r"\[[^\[\]]{0,20}\bpasted?\b[^\[\]]{0,40}\]"
 
 
 def has_appeared(text: str, before: Sequence[str], after: Sequence[str]) -> bool:
-    """Tell whether the end of a text, or a placeholder for it, is on the lines that are new.
+    """Tell whether the end of a text, or a placeholder for it, is on the rows that have changed.
 
     Only letters and digits are compared: lines may be wrapped and framed.
 
     >>> has_appeared("hello, you", ["> "], ["> hello,", "│ you │"])
     True
     """
-    old = set(before)
-    lines = "\n".join(line for line in after if line not in old)
+    rows = itertools.zip_longest(before, after, fillvalue="")
+    lines = "\n".join(new for old, new in rows if new != old)
     end = "".join(filter(str.isalnum, text[-1000:]))
     if not end or _ANY_PASTE_PLACEHOLDER.search(lines):
         return True
@@ -1778,6 +1778,8 @@ class TurnDetector:
         settled_for = now - max(self._text_changed_at, self._quiet_since)
         if settled_for < self._seconds_to_settle(pane) or self._runs_tool(pane, now):
             return "wait"
+        if self._shows_closing_line:
+            self._habits.idle_busy_lines = self._count_busy_lines_below()
         return "done"
 
     def poll_interval(self, now: float) -> float:
@@ -1921,7 +1923,6 @@ class TurnDetector:
             last and self._profile.closing_line and self._profile.closing_line.match(last[0]))
         if self._shows_closing_line:
             self._habits.has_closing_line = True
-            self._habits.idle_busy_lines = self._count_busy_lines_below()
 
     def _count_busy_lines_below(self) -> int:
         """Count the lines with the agent's busy words below its box, or at the bottom without one."""
@@ -5160,7 +5161,7 @@ class Autopilot:
 # The browser's side.  May use: nothing.
 
 DASHBOARD_PAGE = r"""<!doctype html>
-<html lang="en" data-recording="RECORDING" data-now="SERVER_TIME" data-journal="JOURNAL_PATH">
+<html lang="en" data-recording="RECORDING" data-journal="JOURNAL_PATH">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>orchestrator</title>
@@ -5169,7 +5170,7 @@ DASHBOARD_PAGE = r"""<!doctype html>
   :root {
     color-scheme: light dark; --mono: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace;
     --page: #f3f5f7; --card: #fff; --ink: #1c2228; --muted: #57606a; --line: #d5dae0;
-    --going: #0860ca; --good: #1a7535; --warn: #8a5a00; --bad: #c21f2b; --second: #9a63e8;
+    --going: #0860ca; --good: #1a7535; --warn: #8a5a00; --bad: #c21f2b;
     --screen: #10151b; --screen-ink: #d5dce4; --found: #ffe08a;
   }
   @media (prefers-color-scheme: dark) { :root {
@@ -5209,14 +5210,13 @@ DASHBOARD_PAGE = r"""<!doctype html>
   #end-facts div:has(code + button), #end-facts div:has(code + button) ~ div {
     flex-basis: 100%; display: flex; gap: 12px; } #end-facts dt { flex: none; }
   progress { display: block; width: 100%; height: 5px; accent-color: var(--going); }
-  progress.near { accent-color: var(--warn); }
   #terminal { position: relative; padding-bottom: 10px; }
   #terminal-bar { position: absolute; top: 4px; right: 12px; }
   #screen-box { container-type: inline-size; overflow: auto; margin-top: 5px; border-radius: 4px;
     background: var(--screen); }
   #screen { position: relative; width: max-content; min-width: 100%; padding: 6px 10px;
     color: var(--screen-ink); line-height: 1.2; min-height: calc(1.2em * var(--rows) + 12px);
-    font-size: clamp(8px, min((100cqw - 22px) / (var(--columns) * 0.605),
+    font-size: clamp(7px, min((100cqw - 22px) / (var(--columns) * 0.605),
       (100svh - min(var(--above), 220px) - 34px) / (var(--rows) * 1.2)), 14px); }
   .actual #screen { font-size: 14px; }
   .cursor { position: absolute; width: 1ch; height: 1.2em; outline: 1px solid; opacity: .8;
@@ -5227,12 +5227,9 @@ DASHBOARD_PAGE = r"""<!doctype html>
   .cell { display: inline-block; width: 1ch; height: 1.2em; vertical-align: top;
     text-decoration: inherit; }
   #board { display: grid; gap: 0 8px; align-items: start; } figure + figure { margin-top: 12px; }
-  figcaption { display: flex; justify-content: space-between; }
-  .bars { display: flex; height: 70px; border-bottom: 1px solid var(--line); }
-  .bars span { display: flex; flex: 0 1 26px; flex-direction: column-reverse; }
-  .bars i { background: var(--going); } .bars i + i { background: var(--second); }
-  .key { border-left: 9px solid var(--going); padding-left: 4px; margin-left: 8px; }
-  .key + .key { border-color: var(--second); } #finder h2 { margin-right: auto; }
+  .bars { display: flex; align-items: end; height: 70px; border-bottom: 1px solid var(--line); }
+  .bars i { flex: 0 1 26px; background: var(--going); }
+  #finder h2 { margin-right: auto; }
   aside ul { padding-left: 18px; white-space: pre-line; } #task { padding: 0; list-style: none; }
   #finder { margin-bottom: 6px; } #search { flex: 0 1 220px; } #matches { flex: none; }
   .iteration { border-top: 1px solid var(--line); content-visibility: auto;
@@ -5312,10 +5309,9 @@ DASHBOARD_PAGE = r"""<!doctype html>
 </main>
 <script nonce="NONCE">
   "use strict";
-  const {recording, now: servedAt, journal: journalPath} = document.documentElement.dataset;
+  const {recording, journal: journalPath} = document.documentElement.dataset;
   const IS_RECORDING = recording === "yes";
   const MAX_SHOWN = 100000;               // characters of one text
-  const MAX_SILENCE = 40000;              // milliseconds; the server sends something every 15 s
   const OUTCOMES = {
     __proto__: null, complete: ["good", "Task complete"], budget: ["warn", "Stopped at its limit"],
     failed: ["bad", "Failed"], stuck: ["bad", "Stuck: it repeats itself"],
@@ -5346,7 +5342,6 @@ DASHBOARD_PAGE = r"""<!doctype html>
 
   // The server's clock counts, whatever the browser's says, and stands still without a connection.
   let clockOffset = 0;
-  const setClock = time => { clockOffset = (Date.parse(time) || Date.now()) - Date.now(); };
   const serverTime = () => run.lostAt ?? Date.now() + clockOffset;
   const timeOf = event => Date.parse(event.time) || run.latest || serverTime();
 
@@ -5497,7 +5492,7 @@ DASHBOARD_PAGE = r"""<!doctype html>
   };
 
   function receive(event) {
-    if (event?.type === "now") setClock(event.time);
+    if (event?.type === "now") clockOffset = timeOf(event) - Date.now();
     if (event?.type === "screen") drawScreen(event);
     if (!handlers[event?.type] || event.id <= run.lastId) return;
     const now = timeOf(event), isNewPart = event.state === "resumed" && event.reason;
@@ -5538,7 +5533,7 @@ DASHBOARD_PAGE = r"""<!doctype html>
     setText("status", headline);
     setText("elapsed", until > now ? `${duration(until - now)} left, until ${clockTime(until)}`
       : elapsed);
-    setText("advice", advice);
+    setText("advice", byId("advice").title = advice);
     setText("pause", run.paused == null ? "Pause" : "Resume");
     byId("controls").hidden = !run.lastId || isOver;
     byId("continue").hidden = !run.activity.waits;
@@ -5553,7 +5548,6 @@ DASHBOARD_PAGE = r"""<!doctype html>
     setText(id, value);
     note.textContent = limit > 0 ? `of ${format(limit)}` : "";
     Object.assign(bar, {hidden: !(limit > 0), max: limit > 0 ? limit : 1, value: used});
-    bar.className = used >= 0.85 * limit ? "near" : "";
   }
 
   function drawRun() {
@@ -5621,6 +5615,9 @@ DASHBOARD_PAGE = r"""<!doctype html>
     return element;
   }
 
+  const tokensOf = ({tokens: {total, prompt, completion}}) =>
+    finiteOrZero(total) || finiteOrZero(prompt) + finiteOrZero(completion);
+
   function addRow(iteration) {
     const row = createElement("details", "iteration", createElement("summary", ""),
                               createElement("div", ""));
@@ -5637,9 +5634,8 @@ DASHBOARD_PAGE = r"""<!doctype html>
   }
 
   function drawRow(iteration) {
-    const {number, tokens, cost, entries, model, agent, started} = iteration;
-    const {total, prompt, completion} = tokens, match = findMatch(iteration);
-    const used = finiteOrZero(total) || finiteOrZero(prompt) + finiteOrZero(completion);
+    const {number, cost, entries, model, agent, started} = iteration;
+    const match = findMatch(iteration), used = tokensOf(iteration);
     const figures = [model + agent ? duration(model + agent) : "", used ? count(used) : "",
                      Number.isFinite(cost) ? money(cost) : ""];
     const flags = entries.filter(entry => entry.level).slice(-4)
@@ -5686,36 +5682,30 @@ DASHBOARD_PAGE = r"""<!doctype html>
   }
 
   // Charts: of iterations that share a bar, the highest.
-  function drawChart({bars, range, format, parts}, iterations) {
-    const size = Math.ceil(iterations.length / 100), chosen = [];
-    const sum = iteration => parts(iteration).reduce((one, other) => one + other);
+  function drawChart({bars, range, format, value}, iterations) {
+    const size = Math.ceil(iterations.length / 100), heights = [];
     iterations.forEach((iteration, index) => {
       const at = Math.floor(index / size);
-      if (!chosen[at] || sum(chosen[at]) < sum(iteration)) chosen[at] = iteration;
+      heights[at] = Math.max(heights[at] ?? 0, value(iteration));
     });
-    const peak = Math.max(...chosen.map(sum)), last = iterations.at(-1).number;
+    const peak = Math.max(...heights), last = iterations.at(-1).number;
     range.textContent = `iterations ${iterations[0].number} to ${last}, highest ${format(peak)}`;
-    bars.replaceChildren(...chosen.map(iteration => createElement("span", "",
-      ...parts(iteration).map(() => createElement("i", "")))));
-    bars.querySelectorAll("span").forEach((bar, index) => parts(chosen[index]).forEach(
-      (part, kind) => { bar.children[kind].style.height = `${100 * part / (peak || 1)}%`; }));
+    bars.replaceChildren(...heights.map(() => createElement("i", "")));
+    heights.forEach((height, at) => {
+      bars.children[at].style.height = `${100 * height / (peak || 1)}%`;
+    });
   }
 
-  function addChart(title, kinds, format, parts) {
+  function addChart(title, format, value) {
     const bars = createElement("div", "bars"), range = createElement("small", "");
-    const keys = kinds.map(kind => createElement("span", "key", kind));
-    const heading = createElement("figcaption", "", createElement("h2", "", title),
-                                  createElement("small", "", ...keys));
-    byId("charts").append(createElement("figure", "", heading, bars, range));
-    return {bars, range, format, parts};
+    byId("charts").append(createElement("figure", "", createElement("h2", "", title), bars, range));
+    return {bars, range, format, value};
   }
 
   const charts = [
-    addChart("Tokens per iteration", ["prompt", "completion"], count,
-             ({tokens}) => [finiteOrZero(tokens.prompt), finiteOrZero(tokens.completion)]),
-    addChart("Time per iteration", ["agent", "model"], duration,
-             ({agent, model}) => [agent, model]),
-    addChart("Cost so far", [], money, ({costSoFar}) => [costSoFar]),
+    addChart("Tokens per iteration", count, tokensOf),
+    addChart("Time per iteration", duration, ({agent, model}) => agent + model),
+    addChart("Cost so far", money, ({costSoFar}) => costSoFar),
   ];
   let timer = null, isLinkPending = location.hash !== "";
   const drawSoon = () => { timer ??= setTimeout(draw, 60); };
@@ -5819,7 +5809,7 @@ DASHBOARD_PAGE = r"""<!doctype html>
   }
 
   // The connection to the server.
-  let source = null, isOpen = false, lastHeard = 0;
+  let source = null;
 
   function setLost(words) {
     run.lostAt = words ? serverTime() : null;
@@ -5827,21 +5817,12 @@ DASHBOARD_PAGE = r"""<!doctype html>
     drawSoon();
   }
 
-  function connect() {                    // a hidden tab lets go: all tabs share six connections
+  function connect() {
     source?.close();
-    source = new EventSource(`events?after=${run.lastId}${document.hidden ? "&once=1" : ""}`);
-    isOpen = false;
-    lastHeard = performance.now();
-    source.onopen = () => {
-      isOpen = true;
-      setLost("");
-    };
-    source.onmessage = message => {
-      lastHeard = performance.now();
-      receive(JSON.parse(message.data));
-    };
+    source = new EventSource(`events?after=${run.lastId}`);
+    source.onopen = () => setLost("");
+    source.onmessage = message => receive(JSON.parse(message.data));
     source.onerror = ({target}) => {
-      if (isOpen && document.hidden) return target.close();
       const isRefused = target.readyState === EventSource.CLOSED;
       setLost(isRefused ? "The server refuses this page: open the address that the run printed."
         : "It is tried again; what you see is how it was last.");
@@ -5849,12 +5830,9 @@ DASHBOARD_PAGE = r"""<!doctype html>
     };
   }
 
-  function tick() {
-    if (!document.hidden && performance.now() - lastHeard > MAX_SILENCE) {
-      setLost("Nothing has come for a while; it is tried again.");
-      connect();
-    }
-    drawStatus();
+  function look() {                       // a hidden tab lets go: all tabs share six connections
+    connect();
+    setTimeout(() => document.hidden && source.close(), 2000);
   }
 
   // Steering, and what else a person does.
@@ -5910,15 +5888,14 @@ DASHBOARD_PAGE = r"""<!doctype html>
   document.onselectionchange = () => {
     if (byId("held").textContent && !isSelecting()) drawScreen();
   };
-  document.onvisibilitychange = connect;
+  document.onvisibilitychange = () => document.hidden ? source.close() : connect();
   byId("terminal").ontoggle = () => drawScreen();
   window.onhashchange = openLinked;
   window.onresize = drawSoon;
-  setInterval(tick, 1000);
-  setInterval(() => document.hidden && connect(), 30000);     // its title and icon stay true
-  setClock(servedAt);
+  setInterval(drawStatus, 1000);
+  setInterval(() => document.hidden && look(), 30000);      // its title and icon stay true
   draw();
-  connect();
+  look();
 </script>
 """
 
@@ -5942,7 +5919,7 @@ in the terminal, or paste that address or its token here.</p><form><label>Token
 _MAX_BODY_BYTES = 65_536
 _DIGITS = re.compile("[0-9]{1,15}")
 _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]]+))(:[0-9]*)?")
-_IP_ADDRESS = re.compile(r"[0-9.]+|.*:.*")      # in Host, no name looks like this
+_IP_ADDRESS = re.compile(r"[0-9.]+|.*:.*")      # no other name looks like this
 _CONTROL_ACTIONS = ("pause", "resume", "stop", "note", "continue", "interrupt")
 
 
@@ -6046,12 +6023,10 @@ class _DashboardHandler(QuietHandler):
 
     def _has_token(self, token: str) -> bool:
         """Tell whether the query, as a token or as a whole address, or a cookie has the token."""
-        cookies = {}
-        for pair in self.headers.get("Cookie", "").split(";"):
-            name, _, value = pair.strip().partition("=")
-            cookies[name] = value
         dashboard = self.server
-        given = token.rpartition("token=")[2].strip() or cookies.get(dashboard.cookie_name, "")
+        cookie = re.search(rf"(?:^|; *){dashboard.cookie_name}=([\w-]+)",
+                           self.headers.get("Cookie", ""))
+        given = token.rpartition("token=")[2].strip() or (cookie[1] if cookie else "")
         if secrets.compare_digest(given.encode("utf-8", "replace"), dashboard.token.encode()):
             return True
         if given != dashboard.entry_code or _is_other_user(
@@ -6082,7 +6057,7 @@ class _DashboardHandler(QuietHandler):
         # Without a Path the browser takes that of the page, also behind a proxy.
         cookie = f"{self.server.cookie_name}={self.server.token}; HttpOnly; SameSite=Strict"
         self._send_html(200, DASHBOARD_PAGE, {
-            "RECORDING": "no" if self.server.control else "yes", "SERVER_TIME": utc_timestamp(),
+            "RECORDING": "no" if self.server.control else "yes",
             "JOURNAL_PATH": html.escape(str(self.server.journal.path or ""))},
             {"Set-Cookie": cookie})
 
@@ -6109,26 +6084,21 @@ class _DashboardHandler(QuietHandler):
         self.end_headers()
 
     def _stream_events(self, query: Mapping[str, str]) -> None:
-        """Send the events after an id, and those to come unless the query says `once`."""
+        """Send the events after an id, and those to come."""
         last_id = self.headers.get("Last-Event-ID") or query.get("after", "")
         after = int(last_id) if _DIGITS.fullmatch(last_id) else 0
-        timeout = 0.0 if "once" in query else 15.0
-        live_id = 0
-        is_over = False
+        batch = Batch([], [], 0, False)
         self._send_headers(200, {"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"})
         with self.server.journal.count_reader():
-            lines: list[bytes] = []
-            while not is_over:
-                if not lines:       # the page learns the time, and that the connection works
+            while not batch.is_closed:
+                if not (batch.events or batch.live_events):     # a sign of life, with the time
                     now = json.dumps({"type": "now", "time": utc_timestamp()}).encode()
                     self.wfile.write(b"data: %s\n\n" % now)
-                batch = self.server.journal.read_after(after, live_id, timeout)
+                batch = self.server.journal.read_after(after, batch.last_live_id, 15.0)
                 lines = [b"id: %d\ndata: %s\n" % event for event in batch.events]
                 lines += [b"data: %s\n" % event for event in batch.live_events]
                 self.wfile.write(b"".join(lines))
                 after = batch.events[-1][0] if batch.events else after
-                live_id = batch.last_live_id
-                is_over = batch.is_closed or (not timeout and not batch.events)
 
     def _send_journal(self) -> None:
         """Send the events so far as a file."""
@@ -6209,9 +6179,8 @@ class Dashboard(http.server.ThreadingHTTPServer):
                    "url": self.url}
         path = journal_path.with_suffix(".dashboard")
         with contextlib.suppress(OSError):      # the journal complains about such a disk
-            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with open(file, "w", encoding="utf-8") as stream:
-                json.dump(address, stream)
+            path.touch(0o600)
+            path.write_text(json.dumps(address), "utf-8")
 
     def server_bind(self) -> None:
         """Bind, `::` for IPv4 too, without the base class's slow search for our own name."""
@@ -6418,6 +6387,8 @@ def _format_next_steps(event: Event) -> str:
 def _describe_end(event: Event) -> tuple[str, str]:
     """Return how a run ended, and what you can do next."""
     head = "Task complete" if event["outcome"] == "complete" else f"Ended ({event['outcome']})"
+    if event["outcome"] == "interrupted" and event.get("reason"):      # no other line says it
+        head = f"Ended (interrupted: {event['reason']})"
     figures = [_format_count(event["iterations"], "iteration"), _format_usage(event)]
     if event.get("cost") is None and event["tokens"]["total"]:
         figures.append("cost not reported")
@@ -6957,32 +6928,35 @@ def find_session_owner(config: Config, workspace: Workspace) -> str:
     return find_session_holder(workspace.lock_path(tmux))[1]
 
 
-def choose_session(config: Config, workspace: Workspace) -> Config:
+def choose_session(config: Config, workspace: Workspace, resume: bool = False) -> Config:
     """Return the settings with the name of the session to use.
 
     Unless CLAUDE_TMUX_SESSION is set, a session that belongs to another directory or command is
-    left alone: the directory gets a session of its own.
+    left alone: the directory gets a session of its own.  A resumed run keeps its command.
     """
     if workspace.has_session_name:
         return config
     own = dataclasses.replace(config, claude_tmux_session=session_name_of(workspace.directory))
     mark = make_agent(config, workspace).session_mark
     owner = find_session_owner(config, workspace)
+    if resume and owner.endswith(f" in {str(workspace.directory)!r}"):
+        return config
     if owner != mark and (owner or find_session_owner(own, workspace) == mark):
         return own
     return config
 
 
 @contextlib.contextmanager
-def hold_session(config: Config, workspace: Workspace) -> Iterator[Config]:
+def hold_session(config: Config, workspace: Workspace,
+                 resume: bool = False) -> Iterator[Config]:
     """Choose the session and hold its lock; yield the settings with its name."""
     mark = make_agent(config, workspace).session_mark
     with contextlib.ExitStack() as stack:
-        chosen = choose_session(config, workspace)
+        chosen = choose_session(config, workspace, resume)
         try:
             stack.enter_context(session_lock(chosen, workspace, mark))
         except ConfigError:     # perhaps another directory's run was faster: choose again
-            chosen = choose_session(config, workspace)
+            chosen = choose_session(config, workspace, resume)
             stack.enter_context(session_lock(chosen, workspace, mark))
         yield chosen
 
@@ -7223,7 +7197,7 @@ def run(config: Config, workspace: Workspace, request: RunRequest) -> int:
                           "--chat")
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(SignalHandler())
-        config = stack.enter_context(hold_session(config, workspace))
+        config = stack.enter_context(hold_session(config, workspace, request.resume))
         path, history = choose_journal(config, workspace, request.resume)
         agent = make_agent(config, workspace)
         agent.tmux.check_version()
@@ -7276,13 +7250,12 @@ def own_command() -> str:
 
 
 _AFTER_DEMO = """
-That was the demo: no model was asked, nothing was paid, and its files are gone.
-To let it work for you:
-  1. Install an agent and log in, for example: npm install -g @anthropic-ai/claude-code; claude
-  2. Get a key at https://openrouter.ai and set it: export OPENROUTER_API_KEY=sk-or-...
-  3. Check it all:  {command} --doctor
-  4. Give it work:  {command} ~/src/project --task "Make the tests pass"
-To type yourself, without a key:  {command} --chat ~/src/project"""
+That was the demo: no model was asked, nothing was paid, its files are gone.  For a real run:
+  1. Install an agent, and start it once to log in: {install}; {program}
+  2. Get a key at https://openrouter.ai, and set it: export OPENROUTER_API_KEY=sk-or-...
+  3. Check your setup: {command} --doctor
+  4. Start the run: {command} ~/src/project --task "Make the tests pass"
+Without a key you can chat with the agent: {command} --chat ~/src/project"""
 
 
 def run_demo(config: Config, environ: Mapping[str, str], as_json: bool) -> int:
@@ -7310,7 +7283,9 @@ def run_demo(config: Config, environ: Mapping[str, str], as_json: bool) -> int:
         with contextlib.suppress(OSError):      # a name for this run only, so nobody else's socket
             os.unlink(f"{environ.get('TMUX_TMPDIR') or '/tmp'}/tmux-{os.getuid()}/{scratch.name}")
     if not as_json:
-        print_line(_AFTER_DEMO.format(command=own_command()))
+        profile = select_profile(Config.default_model)
+        print_line(_AFTER_DEMO.format(install=profile.install_command, command=own_command(),
+                                      program=profile.start_command[0]))
     return 0
 
 
