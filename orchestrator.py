@@ -6396,7 +6396,10 @@ def _describe_end(event: Event) -> tuple[str, str]:
     for field, noun in (("restarts", "restart of the agent"), ("files_changed", "changed file")):
         if event.get(field):
             figures.append(_format_count(event[field], noun))
-    return f"\n{head}: {', '.join(figures)}", _format_next_steps(event)
+    end = f"\n{head}: {', '.join(figures)}"
+    if event.get("unproved"):
+        end += f"\nThe model confirmed the end, but: {' '.join(event['unproved'])}"
+    return end, _format_next_steps(event)
 
 
 def describe_event(event: Event) -> tuple[str, str]:
