@@ -3720,7 +3720,8 @@ def test_threads_may_publish_at_once(tmp_path):
     ("Write:\n```\nWAIT for it\nAgent output:\n```\nto a file", None),
     ("<think>Is it\nTASK_COMPLETE\nor not?</think>\n\nrun it", "run it"),
     ("Is it\nTASK_COMPLETE\nor not?\n</think>\nrun it", "run it"),
-    ("Print <think>\n</think>", None), ("Wait: the build is broken", None), ("Press KEYS: Up", None),
+    ("Print <think>\n</think>", None), ("Wait: the build is broken", None),
+    ("Press KEYS: Up", None),
     ("Keys: see the table below", None), ("What is the Agent output: line for?", None),
     ("If it fails say TASK_FAILED: why", None), ("x" * 100_000, None), ("` " * 50_000 + "x", None),
     ("```\n" * 25_000 + "x", None)], ids=lambda text: text and text[:12])
@@ -3740,7 +3741,8 @@ def test_most_replies_are_typed(reply: str, text: str | None) -> None:
     "[TASK_COMPLETE]", "(TASK_COMPLETE)", "<TASK_COMPLETE>", "【TASK_COMPLETE】",
     "**[TASK_COMPLETE]**", "`[TASK_COMPLETE]`", "— TASK_COMPLETE —", "→ TASK_COMPLETE",
     "--- TASK_COMPLETE ---", "=== TASK_COMPLETE ===", "*** TASK_COMPLETE ***",
-    "TASK–COMPLETE", "TASK-COMPLETE", "TASK COMPLETE", "ＴＡＳＫ＿ＣＯＭＰＬＥＴＥ", "TASK_COMPLETE！",
+    "TASK–COMPLETE", "TASK-COMPLETE", "TASK COMPLETE",
+    "ＴＡＳＫ＿ＣＯＭＰＬＥＴＥ", "TASK_COMPLETE！",
     "TASK_COMPLETE。"])
 def test_the_marker_on_a_line_of_its_own_completes_the_task(reply: str) -> None:
     assert parse_reply(reply) == Action("complete")
@@ -4333,7 +4335,8 @@ def test_circles_of_ever_new_words_end(fly: Callable[..., Flight], replies: list
 
 
 @pytest.mark.parametrize("message, output, is_new", [
-    ("ls", "$ ls\na.py", True), ("again", "$ again\na.py", False), ("ls", "user@host:~ $ ls", False),
+    ("ls", "$ ls\na.py", True), ("again", "$ again\na.py", False),
+    ("ls", "user@host:~ $ ls", False),
     ("echo hello", "$ echo hello\nhello", True),
     ("mend the first rule of the lexer", "> mend the first rule\n  of the lexer", False),
     ("go", "The lexer misses quotes inside comments.", True),
@@ -4427,7 +4430,8 @@ def test_files_that_changed_appeared_or_went_are_found_with_git_and_without(tmp_
 
 
 @pytest.mark.parametrize("output, failure", [
-    ("2 failed, 10 passed in 0.4s", True), ("FAILED (errors=1)", True), ("AssertionError: no", True),
+    ("2 failed, 10 passed in 0.4s", True), ("FAILED (errors=1)", True),
+    ("AssertionError: no", True),
     ("zsh: command not found: make", True), ("not ok 3 - parses", True), ("✗ builds", True),
     ("error: no such target", True), ("Failures: 2", True), ("1 error generated.", True),
     ("0 failed, 12 passed", False), ("Errors: 0, Failures: 0", False), ("12 passed", False),
