@@ -3959,18 +3959,14 @@ _COMMAND_LINE = re.compile(     # behind list marks, emojis, brackets, but no qu
 _SEPARATOR = re.compile(
     r"[*_`)\]]*\s*(?:[:=][*_`)\]]*|[^\w\s(\"'?]+(?=\s)|(?=[\s(]))\s*")
 _DECORATION = re.compile(r"(?:[^\w\"'?~]|_)*")
-_NOT_YET = re.compile(
-    r"(?i)\W*(?:no|not|never|false|pending|almost|nearly|after|when|if|once|unless|until|is|will|"
-    r"would|should|can|can't|cannot|won't)\b")
+_NOT_YET = re.compile(r"(?i)\W*(?:not?|never|false|pending|after|when|if|once|until|is|will)\b")
 _TMUX_KEYS = ("Up", "Down", "Left", "Right", "Enter", "Escape", "Tab", "BTab", "Space", "BSpace",
               "Home", "End", "PageUp", "PageDown", "PPage", "NPage", "PgUp", "PgDn", "IC", "DC",
               "Insert", "Delete", *(f"F{number}" for number in range(1, 13)))
 _KEY_ALIASES = {
     **{name.lower(): name for name in _TMUX_KEYS}, "return": "Enter", "esc": "Escape",
-    "backspace": "BSpace", "del": "Delete", "spacebar": "Space", "↑": "Up", "↓": "Down",
-    "←": "Left", "→": "Right", "⏎": "Enter", "↵": "Enter"}
+    "backspace": "BSpace", "del": "Delete", "spacebar": "Space"}
 _MODIFIED_KEY = re.compile(r"(?i)(c|ctrl|control|m|alt|meta|option|s|shift)[+-](.+)")
-_MAX_KEYS = 100
 
 
 def _parse_key(word: str) -> str:
@@ -4052,8 +4048,8 @@ def _parse_command(lines: Sequence[_Line]) -> Action:
     keys, unknown = _parse_keys(" ".join(line.argument or "" for line in lines))
     if unknown:
         return _not_understood(lines[0], f"{truncate_middle(' '.join(unknown), 200)!r} is no key")
-    if not 0 < len(keys) <= _MAX_KEYS:
-        return _not_understood(lines[0], f"{len(keys)} keys (1 to {_MAX_KEYS} are allowed)")
+    if not 0 < len(keys) <= 100:
+        return _not_understood(lines[0], f"{len(keys)} keys (1 to 100 are allowed)")
     return Action("keys", text, keys=tuple(keys))
 
 
@@ -4657,7 +4653,6 @@ class Autopilot:
         self._was_warned = False            # of a circle, since there was news
         self._files_at_start: Files | None = None
         self._files: Files | None = None    # when they were looked at last
-        self._since = "the start"           # which `_files_at_start` is of
         self._last_memory_error = ""        # was told
         self._part_published_at = 0.0
         self._max_characters = math.inf     # less than what the model called too long
@@ -4701,7 +4696,6 @@ class Autopilot:
         sentences = [f"[{note}]" for note in self._journal.redact(turn.notes)]
         output = self._output_label + self._journal.redact(turn.output)
         if history:
-            self._since = "the run was resumed"
             self._rebuild_conversation(history)
             sentences.insert(0, (
                 f"[You were stopped at {history[-1]['time']} and go on now, at {utc_timestamp()}. "
@@ -4981,9 +4975,9 @@ class Autopilot:
         changed = self._find_files_changed_since_start()
         if changed:
             names = ", ".join(changed[:5]) + (", ..." if len(changed) > 5 else "")
-            evidence.append(f"Files changed since {self._since}: {len(changed)} ({names}).")
+            evidence.append(f"Files changed since the start: {len(changed)} ({names}).")
         elif changed is not None:
-            evidence.append(f"No file has changed since {self._since}.")
+            evidence.append("No file has changed since the start.")
         failure = find_failure(self._last_output)
         if failure:
             doubts.append(f"The last output of {name} says: {failure!r}.")
@@ -6377,7 +6371,10 @@ def _describe_end(event: Event) -> tuple[str, str]:
     for field, noun in (("restarts", "restart of the agent"), ("files_changed", "changed file")):
         if event.get(field):
             figures.append(_format_count(event[field], noun))
-    return f"\n{head}: {', '.join(figures)}", _format_next_steps(event)
+    end = f"\n{head}: {', '.join(figures)}"
+    if event.get("unproved"):
+        end += f"\nThe model confirmed the end, but: {' '.join(event['unproved'])}"
+    return end, _format_next_steps(event)
 
 
 def describe_event(event: Event) -> tuple[str, str]:

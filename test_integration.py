@@ -2717,7 +2717,7 @@ def test_a_run_is_not_complete_while_the_agent_works_or_asks(new_world: Callable
         prepare=as_claude, TURN_TIMEOUT="1")
     for name, world in worlds.items():
         shown = [world.said.last_message(number) for number in range(2, 6)]
-        assert ["still working" in text and "did nothing" in text for text in shown] == [
+        assert ["did nothing: Claude Code is still working" in text for text in shown] == [
             True, False, False, False], shown
         assert ["stands unanswered" in text for text in shown] == [False, False, False, True], shown
         assert world.log("chose") == ["No"] and world.events()[-1]["outcome"] == "complete"
