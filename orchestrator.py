@@ -6543,7 +6543,7 @@ class TerminalReporter:
 
     def on_event(self, event: Event) -> None:
         """Print what there is to say about an event, and show what you wait for now."""
-        kind = event.get("state", event["type"])
+        kind: str = event.get("state") or event["type"]
         with self._lock:
             self._print_event(event)
             if kind == "screen":
@@ -6757,10 +6757,6 @@ class Workspace(NamedTuple):
     def lock_path(self, tmux: Tmux) -> Path:
         """Return the file that the process which drives a session keeps locked."""
         return self.state_directory / "locks" / f"{tmux.socket_name}.{tmux.session}"
-
-    def command_with(self, *options: str) -> str:
-        """Return the command that starts this program in the same directory."""
-        return f"{self.command} {shlex.join([*options, str(self.directory)])}"
 
 
 class RunRequest(NamedTuple):
@@ -7085,15 +7081,6 @@ def read_outcome(path: Path) -> str:
         return str(next(events, {}).get("outcome") or "")
 
 
-def find_replay(workspace: Workspace) -> Path:
-    """Return the journal of the directory's latest run."""
-    for path, info in list_runs(workspace):
-        if info["workdir"] == str(workspace.directory):
-            return path
-    raise ConfigError(f"There is no recorded run of {workspace.directory}. Give a file: "
-                      f"--replay FILE. Journals are in {workspace.journal_directory}")
-
-
 # A run
 
 def describe_end(config: Config, workspace: Workspace, agent: Agent, path: Path, is_chat: bool,
@@ -7103,8 +7090,9 @@ def describe_end(config: Config, workspace: Workspace, agent: Agent, path: Path,
         return {}
     can_continue = is_chat or outcome not in FINAL_OUTCOMES
     options = ["--chat"] if is_chat else ["--resume"] if can_continue else []
+    directory = str(workspace.directory)
     return {"agent": agent.name, "can_continue": can_continue,
-            "next_command": workspace.command_with(*options),
+            "next_command": f"{workspace.command} {shlex.join([*options, directory])}",
             "agent_running": not config.terminate_when_quit and agent.is_running(),
             "watch_command": agent.tmux.attach_command, "stop_command": agent.tmux.kill_command,
             "journal": str(path)}
@@ -7136,7 +7124,7 @@ def notify(config: Config, workspace: Workspace, path: Path, event: Event) -> No
         print_error(f"NOTIFY_CMD ended with exit status {status}: {output[-200:]}")
 
 
-def make_reporter(config: Config, request: RunRequest, agent_name: str) -> TerminalReporter:
+def make_reporter(request: RunRequest, agent_name: str) -> TerminalReporter:
     """Return what reports a run on standard output."""
     if request.as_json:
         return TerminalReporter(describe_json_event, {}, Display())
@@ -7219,7 +7207,7 @@ def run(config: Config, workspace: Workspace, request: RunRequest) -> int:
         task = str(history[0]["task"]) if history else request.read_task()
         journal = Journal(path, defer_signals=signals.deferred, secret=config.openrouter_api_key)
         stack.callback(lambda: print_error(journal.unreported_error))
-        reporter = make_reporter(config, request, agent.name)
+        reporter = make_reporter(request, agent.name)
         journal.subscribe(reporter.on_event)
         agent = make_agent(
             config, workspace, publish=journal.publish, sleep=reporter.sleep,
@@ -7510,15 +7498,18 @@ def find_workspace(directory: str | None, environ: Mapping[str, str],
 
 def start_replay(options: argparse.Namespace, environ: Mapping[str, str],
                  env_file: Mapping[str, str]) -> int:
-    """Serve a recorded run.  Only the settings of the dashboard matter, and must be right."""
+    """Serve a recorded run.  Of the settings, only those of the dashboard must be right."""
     config = Config.from_env(
         {name: value for name, value in environ.items() if name.startswith("DASHBOARD_")},
         {name: value for name, value in env_file.items() if name.startswith("DASHBOARD_")})
-    path = Path(options.replay)
-    if not options.replay or path.is_dir():
-        workspace = find_workspace(options.replay or options.directory, environ, env_file)
-        path = find_replay(workspace)
-    return run_replay(path, config)
+    if options.replay and not Path(options.replay).is_dir():
+        return run_replay(Path(options.replay), config)
+    workspace = find_workspace(options.replay or options.directory, environ, env_file)
+    for path, info in list_runs(workspace):
+        if info["workdir"] == str(workspace.directory):
+            return run_replay(path, config)
+    raise ConfigError(f"There is no recorded run of {workspace.directory}. Give a file: "
+                      f"--replay FILE. Journals are in {workspace.journal_directory}")
 
 
 def dispatch(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
