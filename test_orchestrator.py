@@ -6034,6 +6034,21 @@ def test_a_second_signal_hurries_what_the_first_has_begun(monkeypatch):
     assert timers == [0.5, 0.5, 143, 0]
 
 
+def test_a_second_signal_ends_nothing_once_the_first_has_been_dealt_with(monkeypatch: Any) -> None:
+    """As Ctrl-C pressed twice during a turn of a chat, which goes on."""
+    ends: list[int] = []
+    monkeypatch.setattr(os, "_exit", ends.append)
+    with SignalHandler():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except Interrupted:
+            with contextlib.suppress(OSError):
+                os.read(-1, 1)
+            signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGALRM)
+    assert not ends
+
+
 def test_a_hangup_that_was_to_be_ignored_is_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
