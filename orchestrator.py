@@ -7461,6 +7461,8 @@ def announce_settings(environ: Mapping[str, str], env_file: Mapping[str, str]) -
             value = env_file[name]
             if name == "OPENROUTER_BASE_URL":
                 value = value.partition("?")[0]     # a query may hold a key
+            elif name == "DEFAULT_MODEL":
+                value += f", which starts {select_profile(value).name}"
             print_error(f".env sets {name}={value}")
     for name in sorted(env_file.keys() - Config.fields_by_variable().keys()):
         for match in difflib.get_close_matches(name, Config.fields_by_variable(), 1, 0.85):

@@ -5597,6 +5597,13 @@ def test_settings_that_run_something_are_announced_when_they_come_from_a_file(sc
     assert status == 2 and ".env sets CLAUDE_CMD=cat" in err and "MAX_COST" not in err
     assert "sk-from-the-file" not in err
     assert ".env sets" not in scene("--task", "", CLAUDE_CMD="cat")[2]
+    Path(".env").write_text("CLAUDE_CMD=cat\nDEFAULT_MODEL=gpt-4o\nNOTIFY_CMD=true\nVERIFY_CMD=make\n"
+                            "OPENROUTER_BASE_URL=http://127.0.0.1:9/v1?api-key=secret\n")
+    err = scene("--task", "", OPENROUTER_BASE_URL="")[2]
+    for words in ("DEFAULT_MODEL=gpt-4o, which starts Codex", "NOTIFY_CMD=true", "VERIFY_CMD=make",
+                  "OPENROUTER_BASE_URL=http://127.0.0.1:9/v1\n"):
+        assert f".env sets {words}" in err
+    assert "secret" not in err
     Path(".env").write_text("CLAUDE_CMD=cat\nMAX_ITERATION=3\nPORT=80\n")
     err = scene("--task", "")[2]
     assert ".env: unknown setting MAX_ITERATION. Did you mean MAX_ITERATIONS?" in err
