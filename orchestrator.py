@@ -7444,11 +7444,12 @@ class Doctor:
 _ANNOUNCED_SETTINGS = ("CLAUDE_CMD", "VERIFY_CMD", "NOTIFY_CMD", "OPENROUTER_BASE_URL",
                        "DEFAULT_MODEL")
 _REPEATED_SETTINGS = ("CLAUDE_TMUX_SESSION", "CLAUDE_TMUX_SOCKET", "DEFAULT_MODEL", "CLAUDE_CMD",
-                      "OPENROUTER_MODEL", "OPENROUTER_BASE_URL", "VERIFY_CMD")
+                      "OPENROUTER_MODEL", "OPENROUTER_BASE_URL", "VERIFY_CMD", "MAX_ITERATIONS",
+                      "MAX_COST", "MAX_MINUTES")
 
 
 def repeat_settings(environ: Mapping[str, str]) -> str:
-    """Return the settings of the environment that the same agent and model need again."""
+    """Return the settings of the environment that a run needs again, for a shell."""
     settings = [f"{name}={shlex.quote(environ[name])} " for name in _REPEATED_SETTINGS
                 if environ.get(name) and "?" not in environ[name]]      # a query may hold a key
     return "".join(settings)

@@ -5886,9 +5886,10 @@ def test_how_to_continue_is_told_as_a_command_that_can_be_copied(
     script.touch()
     monkeypatch.setattr(sys, "argv", [str(script)])
     workspace = orchestrator.find_workspace(str(tmp_path), {
-        "DEFAULT_MODEL": "gpt", "CLAUDE_CMD": "a b", "OPENROUTER_API_KEY": KEY, "HOME": "/x",
+        "DEFAULT_MODEL": "gpt", "CLAUDE_CMD": "a b", "OPENROUTER_API_KEY": KEY, "MAX_COST": "2",
+        "HOME": "/x", "NOTIFY_CMD": "curl https://hooks.example/secret",
         "OPENROUTER_BASE_URL": "http://x/v1?key=1"}, {"CLAUDE_TMUX_SESSION": "s"})
-    assert workspace.command.startswith("DEFAULT_MODEL=gpt CLAUDE_CMD='a b' python")
+    assert workspace.command.startswith("DEFAULT_MODEL=gpt CLAUDE_CMD='a b' MAX_COST=2 python")
     assert workspace.command.endswith(f" '{script}'") and workspace.has_session_name
     script.chmod(0o755)
     assert orchestrator.own_command() == f"'{script}'"
