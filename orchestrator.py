@@ -6510,7 +6510,7 @@ class TerminalReporter:
 
     def on_event(self, event: Event) -> None:
         """Print what there is to say about an event, and show what you wait for now."""
-        kind = event.get("state", event["type"])
+        kind: str = event.get("state") or event["type"]
         with self._lock:
             self._print_event(event)
             if kind == "screen":
@@ -6724,10 +6724,6 @@ class Workspace(NamedTuple):
     def lock_path(self, tmux: Tmux) -> Path:
         """Return the file that the process which drives a session keeps locked."""
         return self.state_directory / "locks" / f"{tmux.socket_name}.{tmux.session}"
-
-    def command_with(self, *options: str) -> str:
-        """Return the command that starts this program in the same directory."""
-        return f"{self.command} {shlex.join([*options, str(self.directory)])}"
 
 
 class RunRequest(NamedTuple):
@@ -7052,15 +7048,6 @@ def read_outcome(path: Path) -> str:
         return str(next(events, {}).get("outcome") or "")
 
 
-def find_replay(workspace: Workspace) -> Path:
-    """Return the journal of the directory's latest run."""
-    for path, info in list_runs(workspace):
-        if info["workdir"] == str(workspace.directory):
-            return path
-    raise ConfigError(f"There is no recorded run of {workspace.directory}. Give a file: "
-                      f"--replay FILE. Journals are in {workspace.journal_directory}")
-
-
 # A run
 
 def describe_end(config: Config, workspace: Workspace, agent: Agent, path: Path, is_chat: bool,
@@ -7070,8 +7057,9 @@ def describe_end(config: Config, workspace: Workspace, agent: Agent, path: Path,
         return {}
     can_continue = is_chat or outcome not in FINAL_OUTCOMES
     options = ["--chat"] if is_chat else ["--resume"] if can_continue else []
+    directory = str(workspace.directory)
     return {"agent": agent.name, "can_continue": can_continue,
-            "next_command": workspace.command_with(*options),
+            "next_command": f"{workspace.command} {shlex.join([*options, directory])}",
             "agent_running": not config.terminate_when_quit and agent.is_running(),
             "watch_command": agent.tmux.attach_command, "stop_command": agent.tmux.kill_command,
             "journal": str(path)}
@@ -7103,7 +7091,7 @@ def notify(config: Config, workspace: Workspace, path: Path, event: Event) -> No
         print_error(f"NOTIFY_CMD ended with exit status {status}: {output[-200:]}")
 
 
-def make_reporter(config: Config, request: RunRequest, agent_name: str) -> TerminalReporter:
+def make_reporter(request: RunRequest, agent_name: str) -> TerminalReporter:
     """Return what reports a run on standard output."""
     if request.as_json:
         return TerminalReporter(describe_json_event, {}, Display())
@@ -7186,7 +7174,7 @@ def run(config: Config, workspace: Workspace, request: RunRequest) -> int:
         task = str(history[0]["task"]) if history else request.read_task()
         journal = Journal(path, defer_signals=signals.deferred, secret=config.openrouter_api_key)
         stack.callback(lambda: print_error(journal.unreported_error))
-        reporter = make_reporter(config, request, agent.name)
+        reporter = make_reporter(request, agent.name)
         journal.subscribe(reporter.on_event)
         agent = make_agent(
             config, workspace, publish=journal.publish, sleep=reporter.sleep,
@@ -7337,14 +7325,17 @@ class Doctor:
         checks = {"tmux": self._agent.tmux.check_version, "agent": self._check_agent,
                   "login": self._check_login, "model": self._check_model,
                   "session": self._check_session, "state": self._check_state}
+        if self._config.dashboard_enabled:
+            checks["dashboard"] = self._check_dashboard
         failures = len(errors)
         for name, check in checks.items():
             try:
                 print_line(f"{name:<9} ok      {check()}")
             except (OrchestratorError, OSError, ValueError) as error:
-                print_line(f"{name:<9} FAILED  {error}")
-                failures += 1
-        self._check_dashboard()
+                verdict = "warning" if name == "dashboard" else "FAILED"
+                print_line(f"{name:<9} {verdict:<7} {error}")
+                if verdict == "FAILED":     # a run goes on without a dashboard
+                    failures += 1
         return 1 if failures else 0
 
     def _check_agent(self) -> str:
@@ -7414,15 +7405,10 @@ class Doctor:
                               "that can be written.") from None
         return f"{directory} can be written"
 
-    def _check_dashboard(self) -> None:
-        """Print whether the dashboard can be served; a run does without it if it must."""
+    def _check_dashboard(self) -> str:
         host, port = self._config.dashboard_host, self._config.dashboard_port
-        if self._config.dashboard_enabled:
-            try:
-                Dashboard(Journal(), host=host, port=port).server_close()
-                print_line(f"dashboard ok      can listen on {host}, port {port or 'any'}")
-            except ConfigError as error:
-                print_line(f"dashboard warning {error}")
+        Dashboard(Journal(), host=host, port=port).server_close()
+        return f"can listen on {host}, port {port or 'any'}"
 
 
 # Dispatch
@@ -7430,11 +7416,12 @@ class Doctor:
 _ANNOUNCED_SETTINGS = ("CLAUDE_CMD", "VERIFY_CMD", "NOTIFY_CMD", "OPENROUTER_BASE_URL",
                        "DEFAULT_MODEL")
 _REPEATED_SETTINGS = ("CLAUDE_TMUX_SESSION", "CLAUDE_TMUX_SOCKET", "DEFAULT_MODEL", "CLAUDE_CMD",
-                      "OPENROUTER_MODEL", "OPENROUTER_BASE_URL", "VERIFY_CMD")
+                      "OPENROUTER_MODEL", "OPENROUTER_BASE_URL", "VERIFY_CMD", "MAX_ITERATIONS",
+                      "MAX_COST", "MAX_MINUTES")
 
 
 def repeat_settings(environ: Mapping[str, str]) -> str:
-    """Return the settings of the environment that the same agent and model need again."""
+    """Return the settings of the environment that a run needs again, for a shell."""
     settings = [f"{name}={shlex.quote(environ[name])} " for name in _REPEATED_SETTINGS
                 if environ.get(name) and "?" not in environ[name]]      # a query may hold a key
     return "".join(settings)
@@ -7447,6 +7434,8 @@ def announce_settings(environ: Mapping[str, str], env_file: Mapping[str, str]) -
             value = env_file[name]
             if name == "OPENROUTER_BASE_URL":
                 value = value.partition("?")[0]     # a query may hold a key
+            elif name == "DEFAULT_MODEL":
+                value += f", which starts {select_profile(value).name}"
             print_error(f".env sets {name}={value}")
     for name in sorted(env_file.keys() - Config.fields_by_variable().keys()):
         for match in difflib.get_close_matches(name, Config.fields_by_variable(), 1, 0.85):
@@ -7477,15 +7466,18 @@ def find_workspace(directory: str | None, environ: Mapping[str, str],
 
 def start_replay(options: argparse.Namespace, environ: Mapping[str, str],
                  env_file: Mapping[str, str]) -> int:
-    """Serve a recorded run.  Only the settings of the dashboard matter, and must be right."""
+    """Serve a recorded run.  Of the settings, only those of the dashboard must be right."""
     config = Config.from_env(
         {name: value for name, value in environ.items() if name.startswith("DASHBOARD_")},
         {name: value for name, value in env_file.items() if name.startswith("DASHBOARD_")})
-    path = Path(options.replay)
-    if not options.replay or path.is_dir():
-        workspace = find_workspace(options.replay or options.directory, environ, env_file)
-        path = find_replay(workspace)
-    return run_replay(path, config)
+    if options.replay and not Path(options.replay).is_dir():
+        return run_replay(Path(options.replay), config)
+    workspace = find_workspace(options.replay or options.directory, environ, env_file)
+    for path, info in list_runs(workspace):
+        if info["workdir"] == str(workspace.directory):
+            return run_replay(path, config)
+    raise ConfigError(f"There is no recorded run of {workspace.directory}. Give a file: "
+                      f"--replay FILE. Journals are in {workspace.journal_directory}")
 
 
 def dispatch(options: argparse.Namespace, environ: Mapping[str, str]) -> int:

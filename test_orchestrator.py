@@ -5743,6 +5743,13 @@ def test_settings_that_run_something_are_announced_when_they_come_from_a_file(sc
     assert status == 2 and ".env sets CLAUDE_CMD=cat" in err and "MAX_COST" not in err
     assert "sk-from-the-file" not in err
     assert ".env sets" not in scene("--task", "", CLAUDE_CMD="cat")[2]
+    Path(".env").write_text("CLAUDE_CMD=cat\nDEFAULT_MODEL=gpt-4o\nNOTIFY_CMD=true\nVERIFY_CMD=make\n"
+                            "OPENROUTER_BASE_URL=http://127.0.0.1:9/v1?api-key=secret\n")
+    err = scene("--task", "", OPENROUTER_BASE_URL="")[2]
+    for words in ("DEFAULT_MODEL=gpt-4o, which starts Codex", "NOTIFY_CMD=true", "VERIFY_CMD=make",
+                  "OPENROUTER_BASE_URL=http://127.0.0.1:9/v1\n"):
+        assert f".env sets {words}" in err
+    assert "secret" not in err
     Path(".env").write_text("CLAUDE_CMD=cat\nMAX_ITERATION=3\nPORT=80\n")
     err = scene("--task", "")[2]
     assert ".env: unknown setting MAX_ITERATION. Did you mean MAX_ITERATIONS?" in err
@@ -6025,11 +6032,11 @@ def test_how_to_continue_is_told_as_a_command_that_can_be_copied(
     script.touch()
     monkeypatch.setattr(sys, "argv", [str(script)])
     workspace = orchestrator.find_workspace(str(tmp_path), {
-        "DEFAULT_MODEL": "gpt", "CLAUDE_CMD": "a b", "OPENROUTER_API_KEY": KEY, "HOME": "/x",
+        "DEFAULT_MODEL": "gpt", "CLAUDE_CMD": "a b", "OPENROUTER_API_KEY": KEY, "MAX_COST": "2",
+        "HOME": "/x", "NOTIFY_CMD": "curl https://hooks.example/secret",
         "OPENROUTER_BASE_URL": "http://x/v1?key=1"}, {"CLAUDE_TMUX_SESSION": "s"})
-    command = workspace.command_with("--resume")
-    assert command.startswith("DEFAULT_MODEL=gpt CLAUDE_CMD='a b' ")
-    assert command.endswith(f" '{script}' --resume {tmp_path}") and workspace.has_session_name
+    assert workspace.command.startswith("DEFAULT_MODEL=gpt CLAUDE_CMD='a b' MAX_COST=2 python")
+    assert workspace.command.endswith(f" '{script}'") and workspace.has_session_name
     script.chmod(0o755)
     assert orchestrator.own_command() == f"'{script}'"
     monkeypatch.setattr(sys, "argv", ["-"])
@@ -6179,6 +6186,21 @@ def test_a_second_signal_hurries_what_the_first_has_begun(monkeypatch):
         with pytest.raises(Interrupted):        # it was dealt with: this is a first one again
             signal.raise_signal(signal.SIGINT)
     assert timers == [0.5, 0.5, 143, 0]
+
+
+def test_a_second_signal_ends_nothing_once_the_first_has_been_dealt_with(monkeypatch: Any) -> None:
+    """As Ctrl-C pressed twice during a turn of a chat, which goes on."""
+    ends: list[int] = []
+    monkeypatch.setattr(os, "_exit", ends.append)
+    with SignalHandler():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except Interrupted:
+            with contextlib.suppress(OSError):
+                os.read(-1, 1)
+            signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGALRM)
+    assert not ends
 
 
 def test_a_hangup_that_was_to_be_ignored_is_ignored():
