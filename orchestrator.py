@@ -1153,15 +1153,15 @@ _ANY_PASTE_PLACEHOLDER = re.compile(r"\[[^\[\]]{0,20}\bpasted?\b[^\[\]]{0,40}\]"
 
 
 def has_appeared(text: str, before: Sequence[str], after: Sequence[str]) -> bool:
-    """Tell whether the end of a text, or a placeholder for it, is on the lines that are new.
+    """Tell whether the end of a text, or a placeholder for it, is on the rows that have changed.
 
     Only letters and digits are compared: lines may be wrapped and framed.
 
     >>> has_appeared("hello, you", ["> "], ["> hello,", "│ you │"])
     True
     """
-    old = set(before)
-    lines = "\n".join(line for line in after if line not in old)
+    rows = itertools.zip_longest(before, after, fillvalue="")
+    lines = "\n".join(new for old, new in rows if new != old)
     end = "".join(filter(str.isalnum, text[-1000:]))
     if not end or _ANY_PASTE_PLACEHOLDER.search(lines):
         return True
@@ -1778,6 +1778,8 @@ class TurnDetector:
         settled_for = now - max(self._text_changed_at, self._quiet_since)
         if settled_for < self._seconds_to_settle(pane) or self._runs_tool(pane, now):
             return "wait"
+        if self._shows_closing_line:
+            self._habits.idle_busy_lines = self._count_busy_lines_below()
         return "done"
 
     def poll_interval(self, now: float) -> float:
@@ -1921,7 +1923,6 @@ class TurnDetector:
             last and self._profile.closing_line and self._profile.closing_line.match(last[0]))
         if self._shows_closing_line:
             self._habits.has_closing_line = True
-            self._habits.idle_busy_lines = self._count_busy_lines_below()
 
     def _count_busy_lines_below(self) -> int:
         """Count the lines with the agent's busy words below its box, or at the bottom without one."""
@@ -3974,7 +3975,7 @@ _COMMAND_FORMS = {
 _THINKING_BLOCK = re.compile(r"\A\s*<(think|thinking)>.*?(?:</\1>|\Z)|"
                              r"\A(?:(?!<think).)*?^</think(?:ing)?>", re.S | re.M)
 _FENCED_REPLY = re.compile(r"```[^`\n]*\n((?:(?!```).)*)```", re.S)
-_FENCE_LINE = re.compile(r"\s*(```+|~~~+)\s*([^`]*)")
+_CODE_BLOCK = re.compile(r"(?ms)^[ \t]*(```+|~~~+)[^`\n]*$.*?(?:^[ \t]*\1[`~]*[ \t]*$|\Z)")
 _FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}      # to ASCII
 _COMMAND_LINE = re.compile(     # behind list marks, emojis, brackets, but no quotes or empty boxes
     r"(?!.{0,9}\[ \])(?:[^\w\"'~>]|_|\d{1,3}[.)]\s|\[[xX]\])*?(?P<opening>[*_`(\[<]{0,6})\s{0,3}"
@@ -3991,8 +3992,7 @@ _TMUX_KEYS = ("Up", "Down", "Left", "Right", "Enter", "Escape", "Tab", "BTab", "
               "Insert", "Delete", *(f"F{number}" for number in range(1, 13)))
 _KEY_ALIASES = {
     **{name.lower(): name for name in _TMUX_KEYS}, "return": "Enter", "esc": "Escape",
-    "backspace": "BSpace", "del": "Delete", "spacebar": "Space", "arrowup": "Up",
-    "arrowdown": "Down", "arrowleft": "Left", "arrowright": "Right", "↑": "Up", "↓": "Down",
+    "backspace": "BSpace", "del": "Delete", "spacebar": "Space", "↑": "Up", "↓": "Down",
     "←": "Left", "→": "Right", "⏎": "Enter", "↵": "Enter"}
 _MODIFIED_KEY = re.compile(r"(?i)(c|ctrl|control|m|alt|meta|option|s|shift)[+-](.+)")
 _MAX_KEYS = 100
@@ -4082,9 +4082,9 @@ def _parse_command(lines: Sequence[_Line]) -> Action:
     return Action("keys", text, keys=tuple(keys))
 
 
-def _read_line(text: str) -> _Line:
-    """Return what a line outside any code fence is."""
-    match = _COMMAND_LINE.match(text[:400].translate(_FULL_WIDTH))
+def _read_line(text: str, plain: str) -> _Line:
+    """Return what a line is; `plain` is it in ASCII where it can be, and blank in a code block."""
+    match = _COMMAND_LINE.match(plain[:400])
     if not match:
         return _Line(text)
     word = re.sub(r"[\W_]+", "_", match["word"]).upper()
@@ -4104,24 +4104,6 @@ def _read_line(text: str) -> _Line:
     if word.startswith("TASK") and is_blank or word == "TASK_COMPLETE" and _NOT_YET.match(argument):
         return _Line(text, word, None)
     return line
-
-
-def _read_lines(reply: str, agent: str) -> Iterator[_Line]:
-    """Yield the lines of a reply, up to one that pretends to be the agent's output."""
-    fence = ""
-    for text in reply.split("\n"):
-        mark = _FENCE_LINE.fullmatch(text)
-        if fence or mark:
-            yield _Line(text)
-        elif agent and text.lstrip(" *_`#>").lower().startswith(f"{agent} output:".lower()):
-            yield _Line(text, "OUTPUT")
-            return
-        else:
-            yield _read_line(text)
-        if mark and not fence:
-            fence = mark[1]
-        elif mark and mark[1].startswith(fence) and not mark[2]:
-            fence = ""
 
 
 def _choose_action(lines: Sequence[_Line]) -> Action:
@@ -4162,12 +4144,18 @@ def parse_reply(reply: str, agent: str = "") -> Action:
     """
     text = _THINKING_BLOCK.sub("", sanitize(reply), 1)
     fenced = _FENCED_REPLY.fullmatch(text.strip())
-    lines = list(_read_lines((fenced[1] if fenced else text).rstrip(), agent))
+    text = (fenced[1] if fenced else text).rstrip()
+    plain = _CODE_BLOCK.sub(lambda block: re.sub(r"[^\n]", " ", block[0]), text)
+    plain = plain.translate(_FULL_WIDTH)
+    invented = re.search(rf"(?im)^[ *_`#>]*{re.escape(agent or ' ')} output:", plain)
+    if invented:
+        text = text[:invented.start()].rstrip()
+    lines = [*map(_read_line, text.split("\n"), plain.split("\n"))]
     facts = [line for line in lines if line.word == "MEMORY_SAVE" and line.argument is not None]
-    action = _choose_action([line for line in lines if line not in facts and line.word != "OUTPUT"])
+    action = _choose_action([line for line in lines if line not in facts])
     if action.kind == "message" and not action.text.strip("\u200b\u200e\u200f\ufeff \n"):
         action = Action("invalid", "Your reply was empty, so nothing was typed.")
-    if lines[-1].word == "OUTPUT":
+    if invented:
         note = f'Your reply was cut at "{agent} output:", which only the program writes.'
         action = action._replace(note=f"{action.note} {note}".strip())
     return action._replace(facts=tuple(line.argument for line in facts if line.argument))
@@ -4591,7 +4579,7 @@ def find_failure(output: str) -> str:
     >>> find_failure("FAILED test_a\\n2 failed, 10 passed"), find_failure("0 failed, 12 passed")
     ('2 failed, 10 passed', '')
     """
-    lines = [line.strip() for line in output.split("\n") if line.strip()]
+    lines = [" ".join(line.split()) for line in output.split("\n") if line.strip()]
     results = [match for line in lines[-12:] if (match := _TEST_RESULT.search(line[:1_000]))]
     return truncate_middle(results[-1].string, 200) if results and results[-1]["failure"] else ""
 
@@ -4733,8 +4721,8 @@ class Autopilot:
         turn = self._agent.start(any(event["type"] == "reply" for event in history))
         self._news.update("", turn.output)
         facts = history[0].get("memories") if history else self._memory.facts   # as it began
-        self._conversation = Conversation(
-            self._system_prompt(facts), f"Task:\n{self._task}", f"{name} works in {self._directory}.")
+        self._conversation = Conversation(self._system_prompt(facts), f"Task:\n{self._task}",
+                                          f"{name} works in {self._directory}.")
         sentences = [f"[{note}]" for note in self._journal.redact(turn.notes)]
         output = self._output_label + self._journal.redact(turn.output)
         if history:
@@ -4962,7 +4950,8 @@ class Autopilot:
         elif now.state == "exited":
             obstacle = f"{self._agent.name} had ended"
         if obstacle:
-            return now._replace(notes=(f"TASK_COMPLETE did nothing: {obstacle}.", *now.notes))
+            notes = [note for note in now.notes if obstacle not in note]
+            return now._replace(notes=(f"TASK_COMPLETE did nothing: {obstacle}.", *notes))
         if now.state == "done":         # there is something new
             self._note_output(now.output)
         else:
@@ -5936,7 +5925,7 @@ in the terminal, or paste that address or its token here.</p><form><label>Token
 _MAX_BODY_BYTES = 65_536
 _DIGITS = re.compile("[0-9]{1,15}")
 _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]]+))(:[0-9]*)?")
-_IP_ADDRESS = re.compile(r"[0-9.]+|.*:.*")      # in Host, no name looks like this
+_IP_ADDRESS = re.compile(r"[0-9.]+|.*:.*")      # no other name looks like this
 _CONTROL_ACTIONS = ("pause", "resume", "stop", "note", "continue", "interrupt")
 
 
@@ -6040,12 +6029,10 @@ class _DashboardHandler(QuietHandler):
 
     def _has_token(self, token: str) -> bool:
         """Tell whether the query, as a token or as a whole address, or a cookie has the token."""
-        cookies = {}
-        for pair in self.headers.get("Cookie", "").split(";"):
-            name, _, value = pair.strip().partition("=")
-            cookies[name] = value
         dashboard = self.server
-        given = token.rpartition("token=")[2].strip() or cookies.get(dashboard.cookie_name, "")
+        cookie = re.search(rf"(?:^|; *){dashboard.cookie_name}=([\w-]+)",
+                           self.headers.get("Cookie", ""))
+        given = token.rpartition("token=")[2].strip() or (cookie[1] if cookie else "")
         if secrets.compare_digest(given.encode("utf-8", "replace"), dashboard.token.encode()):
             return True
         if given != dashboard.entry_code or _is_other_user(
@@ -6203,9 +6190,8 @@ class Dashboard(http.server.ThreadingHTTPServer):
                    "url": self.url}
         path = journal_path.with_suffix(".dashboard")
         with contextlib.suppress(OSError):      # the journal complains about such a disk
-            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with open(file, "w", encoding="utf-8") as stream:
-                json.dump(address, stream)
+            path.touch(0o600)
+            path.write_text(json.dumps(address), "utf-8")
 
     def server_bind(self) -> None:
         """Bind, `::` for IPv4 too, without the base class's slow search for our own name."""
@@ -6412,6 +6398,8 @@ def _format_next_steps(event: Event) -> str:
 def _describe_end(event: Event) -> tuple[str, str]:
     """Return how a run ended, and what you can do next."""
     head = "Task complete" if event["outcome"] == "complete" else f"Ended ({event['outcome']})"
+    if event["outcome"] == "interrupted" and event.get("reason"):      # no other line says it
+        head = f"Ended (interrupted: {event['reason']})"
     figures = [_format_count(event["iterations"], "iteration"), _format_usage(event)]
     if event.get("cost") is None and event["tokens"]["total"]:
         figures.append("cost not reported")
@@ -6951,32 +6939,35 @@ def find_session_owner(config: Config, workspace: Workspace) -> str:
     return find_session_holder(workspace.lock_path(tmux))[1]
 
 
-def choose_session(config: Config, workspace: Workspace) -> Config:
+def choose_session(config: Config, workspace: Workspace, resume: bool = False) -> Config:
     """Return the settings with the name of the session to use.
 
     Unless CLAUDE_TMUX_SESSION is set, a session that belongs to another directory or command is
-    left alone: the directory gets a session of its own.
+    left alone: the directory gets a session of its own.  A resumed run keeps its command.
     """
     if workspace.has_session_name:
         return config
     own = dataclasses.replace(config, claude_tmux_session=session_name_of(workspace.directory))
     mark = make_agent(config, workspace).session_mark
     owner = find_session_owner(config, workspace)
+    if resume and owner.endswith(f" in {str(workspace.directory)!r}"):
+        return config
     if owner != mark and (owner or find_session_owner(own, workspace) == mark):
         return own
     return config
 
 
 @contextlib.contextmanager
-def hold_session(config: Config, workspace: Workspace) -> Iterator[Config]:
+def hold_session(config: Config, workspace: Workspace,
+                 resume: bool = False) -> Iterator[Config]:
     """Choose the session and hold its lock; yield the settings with its name."""
     mark = make_agent(config, workspace).session_mark
     with contextlib.ExitStack() as stack:
-        chosen = choose_session(config, workspace)
+        chosen = choose_session(config, workspace, resume)
         try:
             stack.enter_context(session_lock(chosen, workspace, mark))
         except ConfigError:     # perhaps another directory's run was faster: choose again
-            chosen = choose_session(config, workspace)
+            chosen = choose_session(config, workspace, resume)
             stack.enter_context(session_lock(chosen, workspace, mark))
         yield chosen
 
@@ -7217,7 +7208,7 @@ def run(config: Config, workspace: Workspace, request: RunRequest) -> int:
                           "--chat")
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(SignalHandler())
-        config = stack.enter_context(hold_session(config, workspace))
+        config = stack.enter_context(hold_session(config, workspace, request.resume))
         path, history = choose_journal(config, workspace, request.resume)
         agent = make_agent(config, workspace)
         agent.tmux.check_version()
@@ -7270,13 +7261,12 @@ def own_command() -> str:
 
 
 _AFTER_DEMO = """
-That was the demo: no model was asked, nothing was paid, and its files are gone.
-To let it work for you:
-  1. Install an agent and log in, for example: npm install -g @anthropic-ai/claude-code; claude
-  2. Get a key at https://openrouter.ai and set it: export OPENROUTER_API_KEY=sk-or-...
-  3. Check it all:  {command} --doctor
-  4. Give it work:  {command} ~/src/project --task "Make the tests pass"
-To type yourself, without a key:  {command} --chat ~/src/project"""
+That was the demo: no model was asked, nothing was paid, its files are gone.  For a real run:
+  1. Install an agent, and start it once to log in: {install}; {program}
+  2. Get a key at https://openrouter.ai, and set it: export OPENROUTER_API_KEY=sk-or-...
+  3. Check your setup: {command} --doctor
+  4. Start the run: {command} ~/src/project --task "Make the tests pass"
+Without a key you can chat with the agent: {command} --chat ~/src/project"""
 
 
 def run_demo(config: Config, environ: Mapping[str, str], as_json: bool) -> int:
@@ -7304,7 +7294,9 @@ def run_demo(config: Config, environ: Mapping[str, str], as_json: bool) -> int:
         with contextlib.suppress(OSError):      # a name for this run only, so nobody else's socket
             os.unlink(f"{environ.get('TMUX_TMPDIR') or '/tmp'}/tmux-{os.getuid()}/{scratch.name}")
     if not as_json:
-        print_line(_AFTER_DEMO.format(command=own_command()))
+        profile = select_profile(Config.default_model)
+        print_line(_AFTER_DEMO.format(install=profile.install_command, command=own_command(),
+                                      program=profile.start_command[0]))
     return 0
 
 

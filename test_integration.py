@@ -678,7 +678,8 @@ AGENT = r'''
 What it is like is said by AGENT_START (orders before it is ready), AGENT_SIGN (title, footer or
 none), AGENT_PASTE (brackets or plain), AGENT_EATS (how many Enters it loses of each message),
 AGENT_DEAF (seconds after a paste in which an Enter is but a new line), AGENT_SLOW (seconds that it
-takes for a paste) and AGENT_THINKS (seconds before it does anything).
+takes for a paste), AGENT_THINKS (seconds before it does anything) and AGENT_BOX (a frame like that
+of Claude Code around its prompt).
 """
 import itertools, json, os, random, re, select, termios, threading, time, tty
 
@@ -707,14 +708,14 @@ def take():
                 continue
             time.sleep(setting("SLOW", 0.0))
             text, since = read[pasted:-6].decode(errors="replace"), time.monotonic()
-            show(f"[Pasted text #1 +{text.count(chr(10))} lines]" if len(text) > 5000
-                 else text.replace("\n", "\n  "))
+            show(f"[Pasted text #1 +{text.count(chr(10))} lines]{RIM}" if len(text) > 5000
+                 else text.replace("\n", "\n\x1b[K  ") + RIM)
         elif pasting:
             continue
         elif byte != 0x0d:
             os.write(1, b"" if re.search(rb"\x1b\[?\d*$", read[-6:]) else bytes([byte]))
         elif time.monotonic() - since < setting("DEAF", 0.0):
-            show("\n  ")
+            show("\n\x1b[K  " + RIM)
         elif eaten < setting("EATS", 0):
             eaten += 1
         else:
@@ -809,6 +810,7 @@ mode = termios.tcgetattr(0)
 mode[tty.OFLAG] |= termios.OPOST
 termios.tcsetattr(0, termios.TCSANOW, mode)
 KEYS = keyboard()
+RIM = f"\x1b7\r\n{'─' * 40}\x1b8" if setting("BOX", "") else ""
 for order in setting("START", "").split("&&"):
     obey(order, 0)
 early = select.select([0], [], [], 0)[0] and os.read(0, 999).decode()
@@ -817,10 +819,10 @@ show("\x1b[?2004h" if setting("PASTE", "brackets") == "brackets" else "")
 show("A small agent.\n\n")
 log(started=True, early=early or "")
 for turn in itertools.count(1):
-    show("❯ ")
+    show(f"{'─' * 40}\n❯ {RIM}" if RIM else "❯ ")
     message = take()
     SIGN.start()
-    show("\n")
+    show("\n\x1b[J" if RIM else "\n")
     time.sleep(setting("THINKS", 0.2))
     for order in message.replace("\n", "&&").split("&&"):
         obey(order, turn)
@@ -1073,7 +1075,8 @@ def at_once(new_world: Callable[[], World], cases: Mapping[str, Sequence[Any]], 
 
 def as_claude(world: World, name: str = "") -> dict[str, str]:
     """Have the small agent run as Claude Code."""
-    return {"CLAUDE_CMD": "", "PATH": world.program("claude", f'exec {world.env["CLAUDE_CMD"]}')}
+    agent = world.program("claude", f'exec {world.env["CLAUDE_CMD"]}')
+    return {"CLAUDE_CMD": "", "AGENT_BOX": "1", "PATH": agent}
 
 
 class Gate(threading.Event):
@@ -1168,7 +1171,7 @@ def test_a_program_on_standard_input_is_no_task(world: World) -> None:
         done = subprocess.run([sys.executable, "-"], cwd=world.work, env=world.env, text=True,
                               stdin=program, capture_output=True, start_new_session=True,
                               timeout=30)
-    assert (done.returncode, done.stdout) == (2, "") and "there is no task" in done.stderr
+    assert (done.returncode, done.stdout) == (2, "") and "There is no task" in done.stderr
 
 
 def test_a_demo_that_is_interrupted_while_its_model_speaks_leaves_no_trace(world):
@@ -1393,7 +1396,7 @@ def test_a_person_chats_in_a_terminal(world):
         terminal.send_keys("Up", "Up", "Up", "BSpace", "Enter")
         terminal.wait_for("\nit's; here\n")
         terminal.enter("/keys Nokey Enter")
-        terminal.wait_for("no tmux key names: Nokey")
+        terminal.wait_for("'Nokey' is no key")
         terminal.enter("/keys e c h o Space x Enter")
         terminal.wait_for("\nx\n")
         at_prompt(terminal)
@@ -1439,19 +1442,38 @@ def test_lines_typed_ahead_are_messages_of_their_own(world):
     assert world.log("took") == ["echo one && sleep 4", "echo two", "echo three"]
 
 
-def test_ctrl_c_gives_the_prompt_back_and_leaves_at_the_prompt(world):
+def test_ctrl_c_gives_the_prompt_back_and_leaves_only_the_second_time(world: World) -> None:
     with chatting(world) as terminal:
         terminal.enter("echo begun && sleep 5 && echo over")
         terminal.wait_for(" s: begun")
         terminal.send_keys("C-c")
-        screen = terminal.wait_for("goes on; the next answer")
-        assert "waiting for" not in screen and not world.log("done")
-        assert poll(lambda: world.log("done"), 15)
-        terminal.enter("echo next")
-        assert "\nover\n" in terminal.wait_for("\nnext\n")
-        at_prompt(terminal)
+        screen = terminal.wait_for("/wait waits for it, /keys Escape interrupts it")
+        assert "waiting for" not in screen.rsplit("\n> ", 1)[-1] and not world.log("done")
+        terminal.enter("/wait")
+        terminal.wait_for("\nover\n")
+        terminal.enter('"""echo never')
+        terminal.wait_for("\n...")
+        for presses in (1, 2):      # of a block, and of a line
+            terminal.send_keys("C-c")
+            assert poll(lambda: terminal.screen().count("/quit to leave") == presses, 15)
+            at_prompt(terminal)
+            terminal.type("echo never" if presses == 1 else "")
         terminal.send_keys("C-c")
-        assert terminal.exit_status() == 130
+        assert terminal.exit_status() == 0
+        assert "Chat ended: 2 messages" in terminal.screen()
+    assert world.log("took") == ["echo begun && sleep 5 && echo over"]
+
+
+def test_a_password_is_typed_unseen_and_stays_out_of_the_journal(world: World) -> None:
+    world.env["CLAUDE_CMD"] = "stty -echo; read word; stty echo; echo $word | tr a-z A-Z; cat"
+    with Terminal([sys.executable, TOOL, "--chat"], world.env, world.work) as terminal:
+        terminal.wait_for("hidden>")
+        terminal.enter("p4ssword")
+        assert "p4ssword" not in terminal.wait_for("P4SSWORD")
+        terminal.send_keys("C-c")
+        terminal.wait_for("\n>")
+    journal, = world.journals()
+    assert "p4ssword" not in journal.read_text() and "(hidden input)" in journal.read_text()
 
 
 def test_a_run_in_a_terminal_shows_what_it_waits_for_while_it_does(world):
@@ -1571,7 +1593,7 @@ def test_a_message_is_delivered_whatever_the_pane_is_in(world):
         return lambda: world.tmux(*words) or f"echo after {words[0]}"
 
     def scrolled() -> str:
-        person.press("C-b", "[", "PageUp", "PageUp")
+        person.send_keys("C-b", "[", "PageUp", "PageUp")
         assert poll(lambda: world.tmux("display-message", "-p", "#{pane_in_mode}") == "1", 10)
         return "echo to a person who scrolls"
 
@@ -1586,7 +1608,7 @@ def test_a_message_is_delivered_whatever_the_pane_is_in(world):
             ["tmux", "-L", "gt-claude-loop", "attach", "-t", pane], world.env, world.work))
         person.wait_for("line 200 of 200")
         assert poll(lambda: "sleep 2 && lines 30" in world.log("took"), 60), run.stdout
-        person.press("C-b", "[", "PageUp", "PageUp")
+        person.send_keys("C-b", "[", "PageUp", "PageUp")
         done = run.end()
     assert (done.status, done.stderr) == (0, "")
     assert world.log("read") == [f"\x1b[200~{text}\x1b[201~\r" for text in world.log("took")]
@@ -1596,7 +1618,7 @@ def test_a_message_is_delivered_whatever_the_pane_is_in(world):
     assert "\nafter copy-mode" in shown[2] and "\nafter choose-tree" in shown[3]
     assert "\nto a person who scrolls" in shown[7] and "\nline 30 of 30" in shown[8]
     assert ["visible screen" in text for text in shown] == [
-        number in (4, 5) for number in range(9)], shown
+        number == 4 for number in range(9)], shown
 
 
 def test_the_task_may_come_from_standard_input(world):
@@ -1715,7 +1737,7 @@ def test_who_may_resume_a_run_and_with_which_settings(world):
     run = world.start("--task", "survive", MAX_ITERATIONS="2")
     site = run.site()
     assert poll(lambda: len(model.requests) == 2, 30), run.stdout
-    assert_refused(world.run("--resume"), 2, "driven by another", str(run.process.pid))
+    assert_refused(world.run("--resume"), 2, "Another orchestrator", str(run.process.pid))
     assert site.control("note", "mind the gap") == 204 and site.control("pause") == 204
     run.end(by=signal.SIGKILL)
     gate.set()
@@ -1887,7 +1909,7 @@ def test_benchmark_of_200_turns_with_pauses(new_world, asked_for):
 
 # -- What is new --------------------------------------------------------------------------------
 
-VISIBLE = "[This is the visible screen; what is new on it can't be told apart.]\n"
+VISIBLE = "[This is the whole visible screen. The new part could not be identified.]\n"
 REDRAWN = r"write \x1b[2J\x1b[3J\x1b[HA small agent.\n\n❯ lines 2\nline 1 of 2\nline 2 of 2\n"
 SIXTY = "\n".join(map(str, range(1, 61)))
 
@@ -1900,7 +1922,7 @@ NEWS = [
     ("bash", [("seq 60", SIXTY), ("reset; echo after", "after"), ("echo x", "x")]),
     ("bash", [("seq 60", SIXTY), (r"printf '\033[?1049h'; echo in; printf '\033[?1049l'", ""),
               (r"printf '\033[?1049h\033[2J\033[Hin\n'", VISIBLE + "in\n$"),
-              (r"echo still", VISIBLE + "in\n$ echo still\nstill\n$"), (r"tput rmcup", None),
+              (r"echo still", "still"), (r"tput rmcup", None),
               ("echo x", "x")]),
     ("title", [("lines 2", "line 1 of 2\nline 2 of 2"), (REDRAWN + r"❯ again\nnew\n", "new"),
                (REDRAWN + r"❯ again\nnew\n❯ third\nnew\n", "new"), ("echo x", "x")]),
@@ -2088,9 +2110,9 @@ def test_a_person_may_attach_and_type_between_two_turns(world):
         with Terminal(["tmux", "-L", "gt-claude-loop", "attach"], world.env, world.work) as person:
             person.wait_for("one")
             person.type("echo typed by a person")
-            person.press("Enter")
+            person.send_keys("Enter")
             person.wait_for("\ntyped by a person")
-            person.press("C-b", "d")
+            person.send_keys("C-b", "d")
             person.exit_status()
         return "echo two"
 
@@ -2105,7 +2127,8 @@ def test_a_session_that_was_made_for_another_command_is_not_typed_into(world):
     world.model("echo mine", "TASK_COMPLETE")
     assert world.run("--task", "x").status == 0
     for command in ("bash --norc", ""):
-        done = world.run("--task", "x", **{**as_claude(world), "CLAUDE_CMD": command})
+        done = world.run("--task", "x", CLAUDE_TMUX_SESSION="gt-claude-loop",
+                         **{**as_claude(world), "CLAUDE_CMD": command})
         assert done.status == 2
         assert_one_complaint(done, "agent.py", str(world.work), "CLAUDE_TMUX_SESSION")
     assert world.log("took") == ["echo mine"]
@@ -2346,10 +2369,37 @@ def test_a_session_made_for_another_directory_is_not_typed_into(world):
     assert world.run("--task", "x").status == 0
     other = world.directory / "other"
     other.mkdir()
-    done = world.run("--task", "x", cwd=other)
+    done = world.run("--task", "x", cwd=other, CLAUDE_TMUX_SESSION="gt-claude-loop")
     assert done.status == 2
     assert_one_complaint(done, "gt-claude-loop", str(world.work), "CLAUDE_TMUX_SESSION")
     assert world.log("took") == ["echo mine"] and len(model.requests) == 2
+
+
+def test_a_second_project_gets_a_session_of_its_own_and_the_status_tells_of_both(
+        world: World) -> None:
+    other = world.directory / "other"
+    other.mkdir()
+    gate = Gate()
+    world.model("echo one", gate.reply("TASK_COMPLETE"), "TASK_FAILED: no")
+    first = world.start("--task", "The first task")
+    assert world.taken("echo one"), first.stdout
+    second = world.run("--chat", cwd=other, stdin="echo two\n")
+    assert second.status == 0 and "Chat ended: 1 message" in second.stdout
+    session, = re.findall(r"attach -t (gt-claude-loop-other-[0-9a-f]{4})", second.stdout)[:1]
+    status = world.run("--status")
+    assert (status.status, status.stderr) == (0, "")
+    one, two, runs = status.stdout.split("\n\n")
+    assert f"process {first.process.pid}" in one and "The first task" in one
+    assert first.site().url in one and f"kill {first.process.pid}" in one
+    assert f"Session {session}\n" in two and "none" in two and f"kill-session -t {session}" in two
+    assert re.search(rf"running +{world.work}: The first task\n", runs)
+    assert re.search(rf"complete +{other}: chat\n", runs)
+    gate.set()
+    assert first.end().status == 0
+    done = world.run("--task", "Another", cwd=other)      # again in the session of its own
+    assert done.status == 4 and session in done.stdout
+    assert world.tmux("list-sessions", "-F", "#{session_name}").split() == [
+        "gt-claude-loop", session]
 
 
 def test_a_second_orchestrator_on_a_session_is_refused(world):
@@ -2388,7 +2438,7 @@ def test_a_shell_sees_how_a_run_has_ended_and_its_events_say_why(
         status, outcome, replies, settings, words, world):
     locks = world.directory / "state/orchestrator/locks"
     world.model(*(  # a signal comes while the model thinks, to the process that holds the lock
-        (lambda: os.kill(int(next(locks.iterdir()).read_text()), reply) or "echo late")
+        (lambda: os.kill(int(next(locks.iterdir()).read_text().split()[0]), reply) or "echo late")
         if isinstance(reply, signal.Signals) else reply for reply in replies))
     done = subprocess.run(
         ["sh", "-c", '"$@"; echo "status $?" >&2', "sh", sys.executable, TOOL, "--json", "--task",
@@ -2500,7 +2550,7 @@ def test_ctrl_c_in_a_chat_gives_the_prompt_back_and_at_the_prompt_leaves_a_sane_
         terminal.send_keys("Enter")
         assert world.taken("sleep 3 && echo finished")
         terminal.send_keys("C-c")
-        terminal.wait_for("goes on")
+        terminal.wait_for("keeps working")
         assert poll(lambda: world.log("done"), 30)
         terminal.type("echo two")
         terminal.send_keys("Enter")
@@ -2508,9 +2558,11 @@ def test_ctrl_c_in_a_chat_gives_the_prompt_back_and_at_the_prompt_leaves_a_sane_
         assert poll(lambda: terminal.screen().endswith("\n>"), 15), terminal.screen()
         terminal.type("half a li")
         terminal.send_keys("C-c")
+        terminal.wait_for("/quit to leave")
+        terminal.send_keys("C-c")
         terminal.wait_for("sane")
-        assert "status 130" in terminal.screen() and "Traceback" not in terminal.screen()
-    assert world.events()[-1]["reason"] == "SIGINT"
+        assert "status 0" in terminal.screen() and "Traceback" not in terminal.screen()
+    assert world.events()[-1]["outcome"] == "complete"
 
 
 def test_a_chat_whose_terminal_is_closed_ends_the_session_that_is_not_to_stay(world):
@@ -2786,12 +2838,15 @@ class Reader:
         for name in ("sudo", "apt-get", "npm", "ssh", "mail"):
             world.program(name, f'echo {name} "$@" >> {world.directory}/called; cat >> '
                           f"{world.directory}/sent")
-        world.program("claude", f'[ "$1" != --version ] || {{ echo 9.9.9; exit; }}\n'
+        world.program("claude", 'echo "9.9.9 --dangerously-skip-permissions --setting-sources"\n'
                       f'echo claude "$@" >> {world.directory}/called')
         self.env = {**world.env, "PATH": world.program("sudo", 'exec "$@"')}
 
     def follow(self, fragment: str, *, more: str = "", stdin: str = "", **settings: str) -> Done:
         """Do as a block of the README says, in the directory of the file."""
+        for program in ("curl", "parallel"):
+            if f"{program} -" in readme_block(fragment) and not shutil.which(program):
+                pytest.skip(f"{program} is not installed")
         command = f"set -e\n{readme_block(fragment)}\n{more}"
         done = subprocess.run(["sh", "-c", command], cwd=self.files, input=stdin, text=True,
                               env={**self.env, **settings}, capture_output=True, timeout=90)
@@ -2813,7 +2868,8 @@ FOLLOWED = {        # what is in each block of the README, and what the test of 
     "npm install -g": "setup", "curl -fsSLO": "setup", "--doctor": "setup", "MAX_COST=2": "run",
     "--chat": "chat", "nohup": "unattended", "ssh -L": "tunnel", "OPENROUTER_BASE_URL=": "server",
     "find ~": "journals", "xargs": "many", "parallel -j": "many", "#SBATCH": "many",
-    "kind: Job": "kubernetes", "import orchestrator": "library", "python3-pytest": "development"}
+    "kind: Job": "kubernetes", "import orchestrator": "library", "python3-pytest": "development",
+    "AgentProfile(": "development"}
 
 
 def test_each_block_of_the_readme_is_followed_by_a_test() -> None:
@@ -2823,25 +2879,27 @@ def test_each_block_of_the_readme_is_followed_by_a_test() -> None:
         readme_block(fragment)
 
 
-def test_the_demos_of_the_readme_complete(reader: Reader) -> None:
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        for done in pool.map(reader.follow, ("install -y python3 tmux", "| python3 - --demo")):
-            assert (done.status, done.stderr) == (0, "") and "Task complete" in done.stdout
-    assert reader.called() == ["apt-get update", "apt-get install -y python3 tmux"]
+@pytest.mark.parametrize("fragment", ["install -y python3 tmux", "| python3 - --demo"])
+def test_the_demo_of_the_readme_completes(fragment: str, reader: Reader) -> None:
+    done = reader.follow(fragment)
+    assert (done.status, done.stderr) == (0, "") and "Task complete" in done.stdout
+    assert reader.called() == (
+        ["apt-get update", "apt-get install -y python3 tmux"] if "tmux" in fragment else [])
 
 
 def test_the_setup_of_the_readme_gets_an_agent_the_file_and_the_key(reader: Reader) -> None:
     shutil.rmtree(reader.files)
     reader.files = reader.home
     assert reader.follow("npm install -g").status == 0
-    assert reader.called() == ["npm install -g @anthropic-ai/claude-code", "claude"]
+    assert list(map(str.strip, reader.called())) == [
+        "npm install -g @anthropic-ai/claude-code", "claude"]
     done = reader.follow("curl -fsSLO", OPENROUTER_API_KEY="")
     assert (done.status, done.stderr) == (0, ""), done
     reader.files = reader.home / "orchestrator"
     assert (reader.files / "orchestrator.py").read_bytes() == TOOL.read_bytes()
     assert (reader.files / ".env").stat().st_mode & 0o777 == 0o600
     model = reader.world.model()
-    done = reader.follow("--doctor", CLAUDE_CMD="", OPENROUTER_API_KEY="",
+    done = reader.follow("--doctor", CLAUDE_CMD="", OPENROUTER_API_KEY="", IS_SANDBOX="1",
                          OPENROUTER_BASE_URL=model.url)
     assert "FAILED" not in done.stdout and (done.status, done.stderr) == (0, ""), done
 
@@ -2900,8 +2958,6 @@ class ModelOfMany(ScriptedModel):
 @pytest.mark.parametrize("fragment", ["xargs", "parallel -j", "#SBATCH"])
 def test_four_runs_at_once_each_complete_in_their_own_directory_and_session(
         fragment: str, reader: Reader) -> None:
-    if fragment == "parallel -j" and not shutil.which("parallel"):
-        pytest.skip("GNU parallel is not installed")
     places = [reader.files / "tasks" / name for name in ("ant", "bee", "cat", "dog")]
     for place in places:
         place.mkdir(parents=True)
@@ -2957,6 +3013,15 @@ def test_the_library_example_of_the_readme_prints_what_the_agent_says(reader: Re
     done = subprocess.run([sys.executable, "-B", program], cwd=reader.files, env=reader.env,
                           capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "") and "42" in done.stdout.split(), done
+
+
+def test_the_agent_that_the_readme_adds_is_a_whole_record(reader: Reader) -> None:
+    program = reader.files / "example.py"
+    program.write_text(f"from orchestrator import *\nfrom orchestrator import StartupRule, re\n"
+                       f"{readme_block('AgentProfile(')}print(GOOSE.name, GOOSE.start_command)\n")
+    done = subprocess.run([sys.executable, "-B", program], cwd=reader.files, text=True,
+                          capture_output=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("Goose ('goose',)\n", "")
 
 
 def test_the_test_command_of_the_readme_is_that_of_the_ci(reader: Reader) -> None:
@@ -3369,6 +3434,7 @@ def test_a_person_stops_the_run(world):
     assert run.end(20).status == 130
     end = world.events()[-1]
     assert (end["outcome"], end["reason"]) == ("interrupted", "stopped from the dashboard")
+    assert "Ended (interrupted: stopped from the dashboard)" in run.stdout
 
 
 class Tunnel(socketserver.BaseRequestHandler):

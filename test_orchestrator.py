@@ -1546,7 +1546,8 @@ def test_a_command_and_its_directory_reach_the_program_as_they_are(fake, tmp_pat
 
 
 def test_a_signal_to_our_terminal_does_not_reach_tmux(tmp_path, fake):
-    (tmp_path / "tmux").write_text("#!/bin/sh\nps -o sid= -p $$\n")
+    (tmp_path / "tmux").write_text(
+        f"#!/bin/sh\nexec {sys.executable} -c 'import os; print(os.getsid(0))'\n")
     assert int(fake.tmux.capture_history("%1")) != os.getsid(0)
 
 
@@ -3778,7 +3779,7 @@ def test_a_model_may_give_up_with_or_without_a_reason(reply: str, reason: str) -
     ("down x 2 then enter", "Down Down Enter"), ("Down (x2), Enter", "Down Down Enter"),
     ("Down, Down, Enter", "Down Down Enter"), ("Down,Enter", "Down Enter"), ("2, Enter", "2 Enter"),
     ("pagedown", "PageDown"), ("pgup", "PgUp"), ("space backspace del", "Space BSpace Delete"),
-    ("ArrowDown", "Down"), ("Down arrow, Enter key", "Down Enter"), ("↓ ↓ ⏎", "Down Down Enter"),
+    ("Down arrow, Enter key", "Down Enter"), ("↓ ↓ ⏎", "Down Down Enter"),
     ("`Down` `Enter`", "Down Enter"), ("<Enter>", "Enter"), ('"y" Enter', "y Enter"),
     ("Enter.", "Enter"), ("y.", "y"), ("*", "*"), ("-", "-"), (":", ":"), (",", ","), (".", "."),
     ("x", "x"), ("Down +", "Down +"), ("^", "^")])
