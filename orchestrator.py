@@ -5192,7 +5192,7 @@ DASHBOARD_PAGE = r"""<!doctype html>
   #screen { position: relative; width: max-content; min-width: 100%; padding: 6px 10px;
     color: var(--screen-ink); line-height: 1.2; min-height: calc(1.2em * var(--rows) + 12px);
     font-size: clamp(7px, min((100cqw - 22px) / (var(--columns) * 0.605),
-      (100svh - min(var(--above), 220px) - 34px) / (var(--rows) * 1.2)), 14px); }
+      (100svh - 210px) / (var(--rows) * 1.2)), 14px); }
   .actual #screen { font-size: 14px; }
   .cursor { position: absolute; width: 1ch; height: 1.2em; outline: 1px solid; opacity: .8;
     left: calc(10px + 1ch * var(--column)); top: calc(6px + 1.2em * var(--row)); }
@@ -5318,6 +5318,7 @@ DASHBOARD_PAGE = r"""<!doctype html>
   // The server's clock counts, whatever the browser's says, and stands still without a connection.
   let clockOffset = 0;
   const serverTime = () => run.lostAt ?? Date.now() + clockOffset;
+  const FULL_TIME = new Intl.DateTimeFormat([], {dateStyle: "full", timeStyle: "full"});
   const timeOf = event => Date.parse(event.time) || run.latest || serverTime();
 
   function clockTime(at) {
@@ -5335,7 +5336,7 @@ DASHBOARD_PAGE = r"""<!doctype html>
 
   function createTime(at, words = clockTime(at)) {
     const element = createElement("time", "", words);
-    element.title = new Date(at).toLocaleString([], {dateStyle: "full", timeStyle: "full"});
+    element.title = FULL_TIME.format(at);
     return element;
   }
 
@@ -5539,8 +5540,9 @@ DASHBOARD_PAGE = r"""<!doctype html>
       setText(name, byId(name).title = firstLine(info[name]));
       byId(name).closest("div").hidden = !info[name];
     }
-    const started = new Date(run.started).toLocaleString([], {dateStyle: "medium"});
-    if (IS_RECORDING && run.started) setText("recording", `Recording of ${started}`);
+    if (!IS_RECORDING || !run.started) return;
+    const date = new Date(run.started).toLocaleString([], {dateStyle: "medium"});
+    setText("recording", `Recording of ${date}`);
   }
 
   function drawList(id, items) {
@@ -5698,7 +5700,6 @@ DASHBOARD_PAGE = r"""<!doctype html>
     byId("charts").hidden = !replied.length;
     byId("charts").lastChild.hidden = run.cost == null;
     if (replied.length) charts.forEach(chart => drawChart(chart, replied));
-    byId("screen").style.setProperty("--above", `${byId("screen-box").offsetTop}px`);
     if (isLinkPending) isLinkPending = !openLinked();
   }
 
@@ -5866,7 +5867,6 @@ DASHBOARD_PAGE = r"""<!doctype html>
   document.onvisibilitychange = () => document.hidden ? source.close() : connect();
   byId("terminal").ontoggle = () => drawScreen();
   window.onhashchange = openLinked;
-  window.onresize = drawSoon;
   setInterval(drawStatus, 1000);
   setInterval(() => document.hidden && look(), 30000);      // its title and icon stay true
   draw();

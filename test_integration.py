@@ -4142,20 +4142,21 @@ def test_any_text_is_found_filtered_and_linked(world: World, browser: Browser) -
     events[50:50] = [{"type": "error", "error": "oh", "iteration": 1016},
                      {"type": "note", "text": "hm", "source": "dashboard", "iteration": 1017},
                      {"type": "verify", "status": 1, "iteration": 1018}]
+    browser.size(1024, 768)
     path = open_recording(browser, world, *events)
     rows = ("[...document.querySelectorAll('.iteration')].filter(row => row.checkVisibility())"
-            ".map(row => parseInt(row.querySelector('b').innerText))")
+            ".map(row => parseInt(row.querySelector('b').textContent))")
     assert poll(lambda: browser.evaluate(rows) == list(range(1030, 1000, -1)), 15)
     number = "document.querySelector('.iteration b')"
     assert browser.evaluate(f"{number}.scrollWidth <= {number}.clientWidth")
 
     def choose(name: str, value: str) -> list[int]:
         """Search or filter; return the rows that are left."""
-        before = browser.evaluate(rows)
+        before = list[int](browser.evaluate(rows))
         browser.evaluate(f"{{ const field = document.getElementById({name!r});"
                          f"field.value = {value!r}; (field.oninput ?? field.onchange)(); }}")
         assert poll(lambda: browser.evaluate(rows) != before, 5)
-        return browser.evaluate(rows)
+        return list[int](browser.evaluate(rows))
 
     assert choose("search", "a needle)") == [1014]
     assert browser.evaluate("document.querySelector('.excerpt').innerText") and sees(
@@ -4172,7 +4173,7 @@ def test_any_text_is_found_filtered_and_linked(world: World, browser: Browser) -
                             "answer => answer.text())") == path.read_text(encoding="utf-8")
     browser.evaluate("location.hash = '#1003'")
     browser.evaluate("location.reload()")
-    in_view = ("(row => row?.open && row.querySelector('b').innerText === '1003' && row."
+    in_view = ("(row => row?.open && row.querySelector('b').textContent === '1003' && row."
                "getBoundingClientRect().top < innerHeight)(document.querySelectorAll("
                "'.iteration')[27])")
     assert poll(lambda: browser.evaluate(in_view), 15)
