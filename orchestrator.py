@@ -6063,7 +6063,7 @@ class _DashboardHandler(QuietHandler):
         # Without a Path the browser takes that of the page, also behind a proxy.
         cookie = f"{self.server.cookie_name}={self.server.token}; HttpOnly; SameSite=Strict"
         self._send_html(200, DASHBOARD_PAGE, {
-            "RECORDING": "no" if self.server.control else "yes", "SERVER_TIME": utc_timestamp(),
+            "RECORDING": "no" if self.server.control else "yes",
             "JOURNAL_PATH": html.escape(str(self.server.journal.path or ""))},
             {"Set-Cookie": cookie})
 
@@ -6090,26 +6090,21 @@ class _DashboardHandler(QuietHandler):
         self.end_headers()
 
     def _stream_events(self, query: Mapping[str, str]) -> None:
-        """Send the events after an id, and those to come unless the query says `once`."""
+        """Send the events after an id, and those to come."""
         last_id = self.headers.get("Last-Event-ID") or query.get("after", "")
         after = int(last_id) if _DIGITS.fullmatch(last_id) else 0
-        timeout = 0.0 if "once" in query else 15.0
-        live_id = 0
-        is_over = False
+        batch = Batch([], [], 0, False)
         self._send_headers(200, {"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"})
         with self.server.journal.count_reader():
-            lines: list[bytes] = []
-            while not is_over:
-                if not lines:       # the page learns the time, and that the connection works
+            while not batch.is_closed:
+                if not (batch.events or batch.live_events):     # a sign of life, with the time
                     now = json.dumps({"type": "now", "time": utc_timestamp()}).encode()
                     self.wfile.write(b"data: %s\n\n" % now)
-                batch = self.server.journal.read_after(after, live_id, timeout)
+                batch = self.server.journal.read_after(after, batch.last_live_id, 15.0)
                 lines = [b"id: %d\ndata: %s\n" % event for event in batch.events]
                 lines += [b"data: %s\n" % event for event in batch.live_events]
                 self.wfile.write(b"".join(lines))
                 after = batch.events[-1][0] if batch.events else after
-                live_id = batch.last_live_id
-                is_over = batch.is_closed or (not timeout and not batch.events)
 
     def _send_journal(self) -> None:
         """Send the events so far as a file."""
