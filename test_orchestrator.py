@@ -800,8 +800,9 @@ def test_the_readme_names_only_options_and_variables_that_there_are() -> None:
     options = {option for span in spans for option in re.findall(r"^--[a-z]+", span)}
     assert len(options) >= 6 and options - {"--model"} <= set(re.findall(r"--[a-z]+", help_text()))
     variables = set(re.findall(r"\b[A-Z]+_[A-Z_]+\b", text))
-    others = {"IS_SANDBOX", "JOB_COMPLETION_INDEX", "ORCHESTRATOR_OUTCOME", "SLURM_ARRAY_TASK_ID",
-              "SLURM_JOB_ID", "TASK_COMPLETE", "XDG_STATE_HOME"}
+    others = {"IS_SANDBOX", "JOB_COMPLETION_INDEX", "ORCHESTRATOR_DIRECTORY",
+              "ORCHESTRATOR_JOURNAL", "ORCHESTRATOR_OUTCOME", "ORCHESTRATOR_REASON",
+              "SLURM_ARRAY_TASK_ID", "SLURM_JOB_ID", "TASK_COMPLETE", "XDG_STATE_HOME"}
     assert variables - others <= Config.fields_by_variable().keys()
 
 
