@@ -115,10 +115,9 @@ import urllib.parse
 import urllib.request
 import weakref
 import zlib
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import (
-    Any, Callable, Generator, Iterable, Iterator, Mapping, NamedTuple, NoReturn, Protocol,
-    Sequence, TextIO, TypedDict)
+from typing import Any, NamedTuple, NoReturn, Protocol, TextIO, TypedDict
 
 __version__ = "1.0.0"
 __all__ = [
@@ -346,7 +345,8 @@ class Config:
             elif isinstance(field.default, bool):
                 values[field.name] = text.lower() in ("true", "1", "yes", "on")
             else:
-                values[field.name] = type(field.default)(text)
+                convert: Callable[[str], object] = type(field.default)
+                values[field.name] = convert(text)
         return cls(**values)
 
 
@@ -476,7 +476,7 @@ def trimmed_lines(capture: str) -> list[str]:
 
 
 def truncate_middle(text: str, limit: int = 16_000) -> str:
-    """Return the head and the tail of a text, some `limit` characters, in whole lines if possible."""
+    """Return head and tail of a text, some `limit` characters, in whole lines if possible."""
     if len(text) <= limit:
         return text
     head = text[:limit // 2]
@@ -501,9 +501,9 @@ def _find_overlap(before: list[str], after: list[str]) -> int:
     old = before[:-60]
     if after[:len(old)] == old:
         return 0
-    places = (at for at in range(len(old) - 20) if old[at:at + 20] == after[:20])
-    places = [at for at in itertools.islice(places, 99) if old[at:] == after[:len(old) - at]]
-    return places[0] if len(places) == 1 else len(before)
+    candidates = (row for row in range(len(old) - 20) if old[row:row + 20] == after[:20])
+    rows = [row for row in itertools.islice(candidates, 99) if old[row:] == after[:len(old) - row]]
+    return rows[0] if len(rows) == 1 else len(before)
 
 
 def _find_redrawn(old: list[str], after: list[str]) -> int:
@@ -1918,7 +1918,7 @@ class TurnDetector:
             self._habits.has_closing_line = True
 
     def _count_busy_lines_below(self) -> int:
-        """Count the lines with the agent's busy words below its box, or at the bottom without one."""
+        """Count the lines with the agent's busy words below its box, or at the bottom."""
         words = self._profile.busy_words
         lines = self._below or text_lines(self._above)[-3:]
         return sum(1 for line in lines if words and words.search(line))
@@ -2299,19 +2299,29 @@ class Agent:
         Return what to say of that, and whether it is empty.  What stands behind a cursor at the
         start is a draft too, if it is not dim as a placeholder is.
         """
-        draft, behind = self._find_draft(pane), self._find_draft(pane, pane.cursor_column + 1)
-        if behind and not draft:
+        draft = self._find_draft(pane)
+        text_at_cursor = self._find_draft(pane, pane.cursor_column + 1)
+        if text_at_cursor and not draft:
             rows = self._retry_read(self._tmux.capture_ansi).split("\n")
-            draft = "" if SGR_DIM.search("".join(rows[pane.cursor_row:][:1])) else behind
+            is_placeholder = SGR_DIM.search("".join(rows[pane.cursor_row:][:1]))
+            draft = "" if is_placeholder else text_at_cursor
+        if not draft:
+            return (), True
         keys = ("C-e", *["C-u"] * 20, *["C-k"] * 20, "BSpace")      # BSpace: out of shell mode
-        left, tries = draft, 10
-        while left and tries:
+
+        def delete_some(pane: PaneSnapshot) -> PaneSnapshot:
             self._retry_write(lambda now: self._tmux.send_keys(now, *keys))
-            pane = self._poll_until(lambda now: now.screen != pane.screen)
-            left, tries = self._find_draft(pane), tries - 1
-        fate = "does not go" if left else "was removed"
-        said = f"The input line held a draft, which {fate}: {truncate_middle(draft.strip(), 400)!r}"
-        return (said,) * bool(draft), not left
+            return self._poll_until(lambda now: now.screen != pane.screen)
+
+        rest = draft
+        attempts = 0
+        while rest and attempts < 10:
+            pane = delete_some(pane)
+            rest = self._find_draft(pane)
+            attempts += 1
+        result = "could not be deleted" if rest else "was deleted"
+        shown = truncate_middle(draft.strip(), 400)
+        return (f"The input box held a draft, which {result}: {shown!r}",), not rest
 
     def _paste_message(self, before: PaneSnapshot, text: str) -> PaneSnapshot:
         """Paste a text once, and return the pane when it shows, or has not shown for long."""
@@ -2460,7 +2470,8 @@ class Agent:
             notes.append("This is the whole visible screen. The new part could not be identified.")
         if limit:
             end = f", over in {limit.seconds / 60:.0f} minutes" if limit.seconds else ""
-            notes.append(f"This is a usage limit of {self.name}{end}. Never choose to pay for more.")
+            notes.append(f"This is a usage limit of {self.name}{end}. "
+                         "Never choose to pay for more.")
         menu = self._menu_notes(pane)
         return Turn(truncate_middle(output), state, (*notes, *menu),
                     limit.seconds if limit else 0.0, "".join(menu))
@@ -3245,7 +3256,7 @@ class OpenRouter:
         return ""
 
     def build_request(self, messages: Messages) -> dict[str, Any]:
-        """Return the request; system prompt and newest message are marked for the provider's cache."""
+        """Return the request; the system prompt and the newest message are marked for the cache."""
         sent: list[dict[str, Any]] = [dict(message) for message in messages]
         if self._correction:
             sent[-1]["content"] += f"\n\n{self._correction}"
@@ -3382,8 +3393,9 @@ class OpenRouter:
         if isinstance(error, urllib.error.HTTPError):
             refused = re.search("(?i)basic", error.headers["WWW-Authenticate"] or "")
         if self._proxy and (refused or status == 407):      # its password is not shown
-            result = ModelError(f"the proxy {self._proxy} refused the connection ({status or reason}). Check "
-                                "its user and password in https_proxy or http_proxy")
+            result = ModelError(f"the proxy {self._proxy} refused the connection "
+                                f"({status or reason}). Check its user and password in "
+                                "https_proxy or http_proxy")
             result.kind = "proxy"
             return result
         if isinstance(error, urllib.error.HTTPError):
@@ -4711,8 +4723,8 @@ class Autopilot:
         elif self._config.confirm_complete:
             check = _CONFIRM_HINT
         prompt = _SYSTEM_PROMPT.format(agent=self._agent.name, check=check)
-        memories = self._journal.redact(memories) if isinstance(memories, list) else []
-        facts = truncate_middle("".join(f"- {fact}\n" for fact in memories))
+        known = self._journal.redact(memories) if isinstance(memories, list) else []
+        facts = truncate_middle("".join(f"- {fact}\n" for fact in known))
         return f"{prompt}\n## Memory from previous sessions\n{facts}" if facts else prompt
 
     def _rebuild_conversation(self, history: Sequence[Event]) -> None:
@@ -6163,7 +6175,8 @@ class Dashboard(http.server.ThreadingHTTPServer):
             with contextlib.suppress(OSError):
                 self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[:2]
+        host, self.server_port = self.server_address[:2]
+        self.server_name = str(host)
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Tell whether there is room for one more connection."""

@@ -2082,7 +2082,7 @@ def test_a_draft_that_somebody_left_is_removed_and_told(draft):
     desk.terminal.draft = draft
     turn = desk.agent.ask("one")
     assert desk.terminal.taken == ["one"] and turn.output == "> one\n● Done: one"
-    assert f"held a draft, which was removed: {draft.strip()!r}" in turn.as_text()
+    assert f"held a draft, which was deleted: {draft.strip()!r}" in turn.as_text()
     assert desk.terminal.pressed.count("Enter") == 1
 
 
@@ -2092,7 +2092,7 @@ def test_what_stands_behind_a_cursor_at_the_start_is_a_draft_unless_it_is_dim(di
     desk.terminal.draft, desk.terminal.seen = "words", {"cursor_column": 2}
     desk.terminal.capture_ansi = lambda pane_id: f"Welcome to Claude Code\n{'─' * 40}\n❯ {dim}words"
     placeholder = dim == "\x1b[2m"
-    assert ("was removed: 'words'" in desk.agent.ask("one").as_text()) is not placeholder
+    assert ("was deleted: 'words'" in desk.agent.ask("one").as_text()) is not placeholder
     assert desk.terminal.pressed.count("C-u") == 20 * (not placeholder)
 
 
@@ -2110,7 +2110,7 @@ def test_nothing_is_typed_behind_a_draft_that_does_not_go():
     desk.terminal.draft = "stays"
     desk.terminal.keyed = lambda key: setattr(desk.terminal, "draft", "stays")
     turn = desk.agent.ask("one")
-    assert "Nothing was typed" in turn.as_text() and "does not go: 'stays'" in turn.as_text()
+    assert "Nothing was typed" in turn.as_text() and "could not be deleted: 'stays'" in turn.as_text()
     assert "❯ stays" in turn.output and not desk.terminal.pasted
 
 
