@@ -2361,9 +2361,11 @@ class Agent:
     def _is_ready_for_enter(self, before: PaneSnapshot, pasted: PaneSnapshot, text: str) -> bool:
         """Tell whether Enter will submit a text that was pasted, and not answer a question.
 
-        In line mode the terminal itself keeps the text, shown or not.
+        In line mode the terminal itself keeps the text, shown or not.  A program that works may
+        show it later.
         """
-        if not pasted.reads_keys:
+        was_working = self._turn_in_progress or SPINNER.match(before.title)
+        if not pasted.reads_keys or was_working:
             return True
         if not self._profile.is_known:
             self._sleep(self.ENTER_DELAY_SECONDS)
