@@ -644,9 +644,9 @@ def _split_command(command: str) -> tuple[str, ...]:
 class AgentProfile:
     """How one agent is run, and what its screen means.  The defaults suit an unknown program.
 
-    `arguments` and `optional_arguments` are for the default command only.  The latter set what a
-    user's own settings may have changed; each is left out if the installed version, in an error
-    message with the given name, says that it does not know it.
+    `optional_arguments` are for the default command only.  They set what a user's own settings may
+    have changed.  Each has the name that error messages give it: if the installed version refuses
+    it, the agent is started without it.
     """
 
     name: str
@@ -696,7 +696,9 @@ class AgentProfile:
     def with_command(self, command: str, end: int) -> AgentProfile:
         """Return this profile with a shell command, in which the program's name ends at `end`."""
         resume_command: tuple[str, ...] = ()
-        if self.resume_arguments:
+        if self.resume_arguments[:1] and self.resume_arguments[0] in command.split():
+            resume_command = _split_command(command)        # it does so already
+        elif self.resume_arguments:
             inserted = " ".join(self.resume_arguments)
             resume_command = _split_command(f"{command[:end]} {inserted}{command[end:]}")
         is_local = command.split()[0] in self.program_names     # not in a container, or elsewhere

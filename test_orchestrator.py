@@ -951,6 +951,7 @@ def test_the_profile_follows_from_the_default_model() -> None:
     ("sudo -u claude qwen", "Qwen Code", "sudo -u claude qwen --continue"),
     ("gh-proxy copilot", "Copilot CLI", "gh-proxy copilot --continue"),
     ("cline", "Cline", ""), ("pi", "Pi", "pi --continue"),
+    ("codex resume --last -a never", "Codex", "codex resume --last -a never"),
     ("docker exec -it claude bash", "docker", ""), ("vim codex.txt", "vim", ""),
     ("docker run --name claude ubuntu bash", "docker", ""), ("bash --norc", "bash", ""),
     ("AGENT=claude ./mine --now", "mine", ""), ("/opt/pi/run", "run", ""), ("claudette", "claudette", "")])
@@ -976,6 +977,17 @@ def test_a_usage_limit_is_told_with_the_time_until_its_end():
     assert turn.usage_limit_seconds == 18000 and "usage limit of Claude Code" in turn.as_text()
     assert Desk(shell("You've hit your limit, try again in 5 hours"), program=select_profile(
         "", "sh")).agent.ask("one").usage_limit_seconds == 0
+
+
+@pytest.mark.parametrize("command, output, seconds", [
+    ("docker exec -it box claude", "  ⎿  You've hit your limit · try again in 5 hours", 18000),
+    ("ssh -t host codex", "■ You’ve hit your usage limit. Try again in 2 hours 5 minutes.", 7500),
+    ("npx @google/gemini-cli", "Usage limit reached for gemini-3-pro.\nTry again in 3h.", 10800),
+    ("pi", "Error: 429. Try again in ~7 min.", 420), ("bash", "You've hit your limit", 0)])
+def test_a_usage_limit_is_known_of_each_agent_however_it_is_run(
+        command: str, output: str, seconds: float) -> None:
+    limit = parse_usage_limit(select_profile("claude", command), output, datetime.datetime.now())
+    assert (limit.seconds if limit else 0) == seconds
 
 
 def test_a_draft_is_left_alone_in_a_program_that_we_know_nothing_of():
