@@ -2726,15 +2726,17 @@ class _ErrorKind(NamedTuple):
 
     def fits(self, types: Iterable[str], status: int, message: str) -> bool:
         """Return whether an error is of this kind."""
-        return (status in self.statuses or any(re.fullmatch(self.types, name) for name in types)
-                or bool(self.words) and re.search(self.words, message, re.I) is not None)
+        if status in self.statuses or any(re.fullmatch(self.types, name) for name in types):
+            return True
+        return bool(self.words and re.search(self.words, message, re.I))
 
 
 # The first row that fits counts.  What is said comes before the status, which is often wrong.
 _ERROR_KINDS = (
     _ErrorKind("tool call", (), "tool_use_failed",
                "model called a tool|failed to call a function|tool call validation"),
-    _ErrorKind("credit", (402,), "payment_required|insufficient_.*|arrearage|billing_.*",
+    _ErrorKind("credit", (402,), "payment_required|arrearage|billing_.*|"
+               "insufficient_(.*_)?(quota|balance|credits?|funds)",
                r"credit balance|insufficient[\w ]* (balance|credit|fund|quota)|(out of|no) credit|"
                r"(balance|credits?)( is| are| has been| have been)* (too low|exhausted|depleted|"
                r"used up|insufficient|not enough)|quota (is )?not enough|in arrears|overdue|top up|"
@@ -2771,7 +2773,7 @@ _ERROR_KINDS = (
                advice="The key, the provider or a firewall does not allow this request"),
     _ErrorKind("outage", (408, 409, 425, *range(500, 600)), "server(_error)?|unmapped|timeout|"
                "provider_unavailable|provider_overloaded|overloaded_error"),
-    _ErrorKind("request", words="|.", advice="OPENROUTER_MODEL may not take this request"))
+    _ErrorKind("request", words=".*", advice="OPENROUTER_MODEL may not take this request"))
 _AZURE_ADVICE = ("For Azure OpenAI set OPENROUTER_BASE_URL to https://RESOURCE.openai.azure.com/"
                  "openai/v1 and OPENROUTER_MODEL to the name of the deployment")
 _TOKEN_COUNTS = tuple(map(re.compile, (     # what errors say of numbers of tokens

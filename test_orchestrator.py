@@ -2803,6 +2803,8 @@ CASES = {
         400, json.dumps(refusal(400, "The input token count (3475108) exceeds the maximum number "
                                 "of tokens allowed (1048576)."))), 400),
         "400: The input token count", ContextWindowExceeded),
+    "a missing permission is no missing credit": final(answer(refusal(
+        None, "not for you", type="insufficient_permissions"), 403), "does not allow"),
     "404 without /v1": final(answer({"detail": "Not Found"}, 404),
                              "404: Not Found. Check OPENROUTER_BASE_URL=http"),
     "a model that is not there, Ollama": final(answer(refusal(
