@@ -4785,7 +4785,8 @@ class Autopilot:
         self._conversation.add_exchange(reply, *sentences, output=output)
 
     def _note_output(self, output: str) -> None:
-        lines = [line.strip() for line in output.split("\n") if line.strip()]
+        lines = [line.strip() for line in output.split("\n")       # no mere prompts and times
+                 if re.search(r"\w", normalize_screen(line))]
         if lines:
             self._last_output = output
             self._totals.last_words = truncate_middle(lines[-1], 200)

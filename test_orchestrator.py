@@ -4225,8 +4225,9 @@ def counts(flight: Flight) -> tuple[int, int]:
 def test_a_model_that_says_it_is_done_is_shown_the_facts_and_says_it_again(
         fly: Callable[..., Flight], tmp_path: Path) -> None:
     (tmp_path / "old.py").write_text("x")
+    output = "● Done\n3 passed\n✻ Brewed for 4s\n\n❯ "
     flight = fly("Write it", "All pass.\nTASK_COMPLETE", "TASK_COMPLETE", confirm_complete=True,
-                 turns=[lambda: (tmp_path / "new.py").write_text("y") and "● Done\n3 passed"])
+                 turns=[lambda: (tmp_path / "new.py").write_text("y") and output])
     assert flight.run() == "complete" and counts(flight) == (3, 1)
     sentences, task, request = flight.shown(2).split("\n\n")
     assert sentences == (
