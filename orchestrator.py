@@ -4118,10 +4118,7 @@ def _choose_action(lines: Sequence[_Line]) -> Action:
     action = _parse_command(commands)
     if not message or action.kind == "invalid":
         return action
-    if not [line.word for line in lines if line.text.strip()][-1]:
-        return Action("invalid", f"Nothing was done: text follows {commands[-1].word}. Send either "
-                                 "the text or the command.")
-    note = f"The text above {commands[-1].word} was not typed: {truncate_middle(message, 200)!r}"
+    note = f"The text beside {commands[0].word} was not typed: {truncate_middle(message, 200)!r}"
     return action._replace(note=note)
 
 
@@ -4778,7 +4775,8 @@ class Autopilot:
         self._conversation.add_exchange(reply, *sentences, output=output)
 
     def _note_output(self, output: str) -> None:
-        lines = [line.strip() for line in output.split("\n") if line.strip()]
+        lines = [line.strip() for line in output.split("\n")       # no mere prompts and times
+                 if re.search(r"\w", normalize_screen(line))]
         if lines:
             self._last_output = output
             self._totals.last_words = truncate_middle(lines[-1], 200)
@@ -5020,27 +5018,27 @@ class Autopilot:
         if self._is_done or turn.state == "working" or action.seconds >= self.LONG_WAIT_SECONDS:
             self._recent_steps = []
             return []
+        step = (action, normalize_screen(turn.as_text()))
         if self._has_news(action, turn):
             self._turns_without_news = 0
             self._was_warned = False
-            self._recent_steps = [(action, normalize_screen(turn.as_text()))]
+            self._recent_steps = [step]
             return []
         self._turns_without_news += 1
-        self._recent_steps.append((action, normalize_screen(turn.as_text())))
-        if self._turns_without_news >= self.MAX_TURNS_WITHOUT_NEWS:
-            raise StuckInLoop(f"{self._turns_without_news} turns brought no new output and changed "
-                              "no file")
-        last = self._recent_steps[-3:]
-        if len(last) == 3 and len(set(last)) == 1:
-            if self._was_warned:
-                raise StuckInLoop("the same replies have had the same results again and again")
-            self._recent_steps = []
-            return self._warn("You are repeating yourself: three identical steps had the same "
-                              "results.")
-        if self._turns_without_news == self.WARN_TURNS_WITHOUT_NEWS:
-            return self._warn(f"The last {self._turns_without_news} turns brought no new output "
-                              "and changed no file.")
-        return []
+        self._recent_steps = [*self._recent_steps[-2:], step]
+        is_same = len(self._recent_steps) == 3 and len(set(self._recent_steps)) == 1
+        problem = (f"the last {self._turns_without_news} turns brought no new output and changed no "
+                   "file")
+        if self._turns_without_news >= self.MAX_TURNS_WITHOUT_NEWS or is_same and self._was_warned:
+            raise StuckInLoop(problem)
+        if not is_same and self._turns_without_news != self.WARN_TURNS_WITHOUT_NEWS:
+            return []
+        self._was_warned = True
+        self._recent_steps = []
+        warning = (f"You are repeating yourself: {problem}. Try a different approach, or end the run "
+                   "with TASK_FAILED: reason.")
+        self._journal.publish("note", text=warning, source="orchestrator")
+        return [warning]
 
     def _has_news(self, action: Action, turn: Turn) -> bool:
         """Return whether a turn showed new lines, or else changed files."""
@@ -5048,12 +5046,6 @@ class Autopilot:
             return True
         earlier, self._files = self._files, snapshot_files(self._directory, self._environ)
         return bool(find_changed_files(earlier, self._files))
-
-    def _warn(self, problem: str) -> list[str]:
-        self._was_warned = True
-        warning = f"{problem} Try a different approach, or end the run with TASK_FAILED: reason."
-        self._journal.publish("note", text=warning, source="orchestrator")
-        return [warning]
 
     # memory and conversation
 

@@ -2488,7 +2488,7 @@ def test_an_agent_that_ends_at_once_leaves_its_last_words(world):
     (3, "budget", ["echo one", "echo two"], {"MAX_COST": "0.01"}, "MAX_COST=0.01"),
     (3, "budget", ["sleep 60"], {"MAX_MINUTES": "0.05"}, "MAX_MINUTES=0.05"),
     (4, "failed", ["TASK_FAILED: there is no coffee"], {}, "there is no coffee"),
-    (4, "stuck", ["echo round"] * 9, {}, "the same results again"),
+    (4, "stuck", ["echo round"] * 9, {}, "no new output"),
     (5, "agent", [], {"CLAUDE_CMD": "echo 'license expired'; exit 3"}, "license expired"),
     (6, "model", [401], {}, "OPENROUTER_API_KEY"),
     (6, "model", [404], {}, "OPENROUTER_MODEL"),

@@ -3986,7 +3986,6 @@ def test_facts_are_taken_out_of_any_reply(reply: str, kind: str, facts: list[str
     ("WAIT: soon", "90s"), ("WAIT: -5s", "90s"), ("WAIT: 5d", "90s"), ("WAIT", "90s"),
     ("WAIT for the tests", "begin with WAIT"), ("WAIT: 10m then run it", "90s"),
     ("WAIT: 5s\nKEYS: Up", "stands alone"), ("KEYS: Up\nWAIT: 5s", "stands alone"),
-    ("KEYS: Down\nthen look", "text follows KEYS"), ("WAIT: 10m\nthen look", "text follows WAIT"),
     ("Now:\nWAIT for it\nok", "begin with WAIT"), ("KEYS: Up\n\nTASK_COMPLETE", "another command"),
     ("TASK_COMPLETE\nTASK_FAILED: no", "another command"), ("TASK_COMPLETE?", "alone on its line"),
     ("TASK_COMPLETE when the tests pass", "alone on its line"),
@@ -4001,8 +4000,9 @@ def test_what_is_not_understood_is_never_typed_and_says_why(reply: str, hint: st
 
 @pytest.mark.parametrize("reply, kind, hint", [
     ("The menu is open.\n\nKEYS: 2 Enter", "keys", "'The menu is open.'"),
-    ("It builds.\nWAIT: 10m", "wait", "text above WAIT was not typed"),
-    ("Now.\nKEYS: Up\n\nMEMORY_SAVE:", "keys", "text above KEYS was not typed"),
+    ("It builds.\nWAIT: 10m", "wait", "text beside WAIT was not typed"),
+    ("KEYS: Down\nthen look", "keys", "'then look'"), ("WAIT: 10m\nthen look", "wait", "then look"),
+    ("Now.\nKEYS: Up\n\nMEMORY_SAVE:", "keys", "text beside KEYS was not typed"),
     ("Run it.\n\nClaude Code output:\n12 passed\nTASK_COMPLETE", "message", "was cut"),
     ("Run it.\n**Claude Code output:**\n12 passed", "message", "was cut"),
     ("claude code OUTPUT: ok\nMEMORY_SAVE: it passes", "invalid", "was cut"),
@@ -4373,8 +4373,9 @@ def counts(flight: Flight) -> tuple[int, int]:
 def test_a_model_that_says_it_is_done_is_shown_the_facts_and_says_it_again(
         fly: Callable[..., Flight], tmp_path: Path) -> None:
     (tmp_path / "old.py").write_text("x")
+    output = "● Done\n3 passed\n✻ Brewed for 4s\n\n❯ "
     flight = fly("Write it", "All pass.\nTASK_COMPLETE", "TASK_COMPLETE", confirm_complete=True,
-                 turns=[lambda: (tmp_path / "new.py").write_text("y") and "● Done\n3 passed"])
+                 turns=[lambda: (tmp_path / "new.py").write_text("y") and output])
     assert flight.run() == "complete" and counts(flight) == (3, 1)
     sentences, task, request = flight.shown(2).split("\n\n")
     assert sentences == (
@@ -4478,7 +4479,7 @@ def test_circles_of_ever_new_words_end(fly: Callable[..., Flight], replies: list
     reply, answer = cycling(replies), cycling([f"● {text}" if text else "" for text in answers])
     flight = fly(*[reply] * 60, turns=[answer] * 60)
     assert flight.run() == "stuck" and flight.error.exit_status == 4
-    assert len(flight.model.calls) <= calls and "turns brought no new output" in str(flight.error)
+    assert len(flight.model.calls) <= calls and "brought no new output" in str(flight.error)
     assert any("no new output" in note["text"] for note in flight.of("note"))
 
 
