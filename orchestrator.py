@@ -5451,10 +5451,7 @@ DASHBOARD_PAGE = r"""<!doctype html>
       run.check = {command, level, result: `${word}, status ${status}: `};
       addEntry(event, `check ${word}`, `$ ${command}\n${output}\nstatus ${status}`, level);
     },
-    confirm(event) {
-      const doubts = list(event.unproved).map(text);
-      addEntry(event, "confirm", [text(event.evidence), ...doubts].join("\n"), "quiet");
-    },
+    confirm: event => addEntry(event, "confirm", event.evidence, "quiet"),
     history(event) {
       const {summarised, summary} = event;
       if (event.tokens) addUsage(event);
@@ -5562,6 +5559,7 @@ DASHBOARD_PAGE = r"""<!doctype html>
 
   function drawEnd() {
     const {outcome, info, check, latest} = run, end = byId("end"), files = outcome?.files_changed;
+    const doubts = list(outcome?.unproved).map(text).join(" ");
     end.hidden = !outcome && !(IS_RECORDING && latest);
     if (end.hidden || end.shown === latest) return;
     end.shown = latest;
@@ -5577,6 +5575,7 @@ DASHBOARD_PAGE = r"""<!doctype html>
       ["restarts", text(outcome?.restarts ?? run.restarts)],
       ["errors", text(outcome?.errors ?? run.errors)],
       files != null && ["files changed", Array.isArray(files) ? files.join(", ") : text(files)],
+      doubts && ["not proved", createElement("span", "warn", doubts)],
       outcome?.last_words && ["agent's last words", text(outcome.last_words)],
       !isFinal && ["resume", ...command(`${shellWord(text(info.workdir))} --resume`)],
       journalPath && ["replay", ...command(`--replay ${shellWord(journalPath)}`)],

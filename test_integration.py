@@ -4022,12 +4022,14 @@ OLD_END: Event = {"type": "complete", "outcome": "failed", "iterations": 1, "cos
                   "reason": "the model gave up: no network\n\nA person must help.",
                   "tokens": {"prompt": 5, "completion": 5, "total": 10}, "duration_ms": 5000}
 NEW_END: Event = {**OLD_END, "outcome": "complete", "reason": "", "cost": None, "restarts": 3,
-                  "errors": 4, "files_changed": 7, "last_words": "14 passed"}
+                  "errors": 4, "files_changed": 7, "last_words": "14 passed",
+                  "unproved": ["No file was changed."]}
 
 
 @pytest.mark.parametrize("end, headline, words, absent", [
     (NEW_END, "Task complete", ["All is proved.", "passed, status 0: make check", "restarts\n3",
-                                "errors\n4", "files changed\n7", "14 passed"], "--resume"),
+                                "errors\n4", "files changed\n7", "14 passed",
+                                "No file was changed."], "--resume"),
     (OLD_END, "Failed", ["the model gave up: no network\n\nA person must help.", "errors\n1"],
      "--resume"),
     (None, "Unfinished", ["no last event", "'/src/it'\"'\"'s' --resume"], "last words")])
