@@ -6568,7 +6568,7 @@ class TerminalReporter:
         self._replace_status_line(line)
 
     def _replace_status_line(self, line: str) -> None:
-        line = line[:shutil.get_terminal_size().columns - 1]
+        line = line[:shutil.get_terminal_size().columns - 3]      # room for ^C
         if self._display.has_cursor and line != self._status_line:
             self._status_line = line
             # Without autowrap, the terminal also cuts lines of wide characters.

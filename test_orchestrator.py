@@ -5890,7 +5890,7 @@ def test_a_line_shows_what_is_waited_for_and_goes_before_anything_else_is_printe
     assert stage.narrator.wants_screen()
     screen = "\x1b[1m\x1b]0;x\x07● Bash(make)\x1b[0m\n  running \t" + "x" * 40
     assert stage.drawn("screen", text=screen) == line(
-        "waiting for Agent, 1 min 1 s: running xxxxxxxxx"[:39])
+        "waiting for Agent, 1 min 1 s: running xxxxxxxxx"[:37])
     assert not stage.narrator.wants_screen()
     assert stage.drawn("note", source="A", text="hi").startswith(
         "\r\x1b[K* A: hi\n\r\x1b[K\x1b[?7lw")
