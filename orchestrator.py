@@ -6365,7 +6365,7 @@ def _format_next_steps(event: Event) -> str:
         rows.append(("End it", event["stop_command"]))
     else:
         rows.append(("Agent", f"{event['agent']} is not running"))
-    rows.append(("Journal", event["journal"]))
+    rows.append(("Journal", event["journal"] or "it could not be written"))
     return format_rows(rows)
 
 
@@ -7060,19 +7060,22 @@ def read_outcome(path: Path) -> str:
 
 # A run
 
-def describe_end(config: Config, workspace: Workspace, agent: Agent, path: Path, is_chat: bool,
-                 outcome: str) -> dict[str, object]:
+def describe_end(config: Config, workspace: Workspace, agent: Agent, journal: Journal,
+                 is_chat: bool, outcome: str) -> dict[str, object]:
     """Return the fields of `complete` that say what is left of a run, and how to continue."""
     if not workspace.is_persistent:
         return {}
-    can_continue = is_chat or outcome not in FINAL_OUTCOMES
-    options = ["--chat"] if is_chat else ["--resume"] if can_continue else []
-    directory = str(workspace.directory)
-    return {"agent": agent.name, "can_continue": can_continue,
-            "next_command": f"{workspace.command} {shlex.join([*options, directory])}",
+    options = []
+    if is_chat:
+        options = ["--chat"]
+    elif outcome not in FINAL_OUTCOMES and not journal.write_error:
+        options = ["--resume"]
+    arguments = shlex.join([*options, str(workspace.directory)])
+    return {"agent": agent.name, "can_continue": bool(options),
+            "next_command": f"{workspace.command} {arguments}",
             "agent_running": not config.terminate_when_quit and agent.is_running(),
             "watch_command": agent.tmux.attach_command, "stop_command": agent.tmux.kill_command,
-            "journal": str(path)}
+            "journal": "" if journal.write_error else str(journal.path)}
 
 
 NOTIFY_TIMEOUT = 30.0       # seconds
@@ -7190,7 +7193,7 @@ def run(config: Config, workspace: Workspace, request: RunRequest) -> int:
             config, workspace, publish=journal.publish, sleep=reporter.sleep,
             has_viewers=lambda: reporter.wants_screen() or journal.has_readers())
         journal.describe_end = functools.partial(
-            describe_end, config, workspace, agent, path, request.is_chat)
+            describe_end, config, workspace, agent, journal, request.is_chat)
         if config.terminate_when_quit:
             stack.callback(signals.deferred()(agent.stop))      # all of it, should one come now
         if history and not request.as_json:

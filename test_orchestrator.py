@@ -6073,7 +6073,7 @@ def test_only_what_can_be_resumed_is_said_to_be(
     for terminate in (False, True):
         journal.describe_end = functools.partial(
             orchestrator.describe_end, Config(terminate_when_quit=terminate), workspace, agent,
-            tmp_path / "run.jsonl", is_chat)
+            journal, is_chat)
         fields = journal.describe_end(outcome)
         assert fields["agent_running"] is not terminate
     journal.publish("complete", outcome=outcome)
@@ -6082,7 +6082,10 @@ def test_only_what_can_be_resumed_is_said_to_be(
     assert event["can_continue"] is can_continue
     assert event["stop_command"] == "tmux -L gt-claude-loop kill-session -t gt-claude-loop"
     assert not orchestrator.describe_end(Config(), workspace._replace(is_persistent=False), agent,
-                                         tmp_path, is_chat, outcome)
+                                         journal, is_chat, outcome)
+    journal.write_error = "the disk is full"
+    fields = orchestrator.describe_end(Config(), workspace, agent, journal, is_chat, outcome)
+    assert fields["can_continue"] is is_chat and fields["journal"] == ""
 
 
 def test_a_replay_without_a_file_is_of_the_latest_run_here(scene: Any, tmp_path: Path,
