@@ -1472,7 +1472,8 @@ def test_ctrl_c_gives_the_prompt_back_and_leaves_only_the_second_time(world: Wor
         terminal.wait_for("\n...")
         for presses in (1, 2):      # of a block, and of a line
             terminal.send_keys("C-c")
-            assert poll(lambda: terminal.screen().count("/quit to leave") == presses, 15)
+            assert poll(lambda count=presses: (
+                terminal.screen().count("/quit to leave") == count), 15)
             at_prompt(terminal)
             terminal.type("echo never" if presses == 1 else "")
         terminal.send_keys("C-c")
