@@ -2374,15 +2374,15 @@ class Agent:
     def _is_ready_for_enter(self, before: PaneSnapshot, pasted: PaneSnapshot, text: str) -> bool:
         """Tell whether Enter will submit a text that was pasted, and not answer a question.
 
-        In line mode the terminal itself keeps the text, shown or not.  A program that works may
-        show it later.
+        In line mode the terminal itself keeps the text, shown or not.  A program that works, or
+        is slow on a busy machine and has an input box, may show it later.
         """
-        was_working = self._turn_in_progress or SPINNER.match(before.title)
-        if not pasted.reads_keys or was_working:
+        if not pasted.reads_keys or has_input_box(self._profile, pasted.screen):
             return True
         if not self._profile.is_known:
             self._sleep(self.ENTER_DELAY_SECONDS)
-        return self._is_shown(before, pasted, text)
+        was_working = self._turn_in_progress or bool(SPINNER.match(before.title))
+        return was_working or self._is_shown(before, pasted, text)
 
     def _unsent_test(self, before: PaneSnapshot, pasted: PaneSnapshot,
                      text: str) -> Callable[[PaneSnapshot], bool]:
