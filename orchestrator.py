@@ -117,7 +117,7 @@ import weakref
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, Protocol, TextIO, TypedDict
+from typing import Any, NamedTuple, NoReturn, Protocol, TextIO, TypedDict, TypeVar
 
 __version__ = "1.0.0"
 __all__ = [
@@ -1926,6 +1926,9 @@ class TurnDetector:
         return sum(1 for line in lines if words and words.search(line))
 
 
+_Read = TypeVar("_Read")
+
+
 class _Submission:
     """A message on its way to the agent."""
 
@@ -1978,21 +1981,24 @@ class Agent:
         self.directory = Path(directory).expanduser().resolve()
         self._keep_session = keep_session
         self._made_session = False
-        self._is_known = profile.is_known
-        self._tmux, self._profile, self._directory = self.tmux, profile, str(self.directory)
+        self.take_interrupt: Callable[[], bool] = never     # the user asks to interrupt a turn
+        self._profile = profile
+        self._tmux = self.tmux
+        self._directory = str(self.directory)
         self._publish = publish
         self._has_viewers = has_viewers
         self._clock = clock
         self._sleep = sleep
         self.session_mark = f"{shlex.join(profile.start_command)!r} in {self._directory!r}"
-        self._pane_id, self._server_pid = "", 0     # a new server counts its panes from %0 again
-        self._process = 0, ""       # the program in the pane when last seen: id, start time
-        self._last_capture: list[str] = []          # the last capture that was reported
-        self._last_full_screen: list[str] = []      # the same of a full-screen program
+        self._pane_id = ""
+        self._server_pid = 0                        # a new server counts its panes from %0 again
+        self._process = 0, ""                       # the agent when last seen: id, start time
+        self._last_capture: list[str] = []          # what was last reported of the transcript,
+        self._last_full_screen: list[str] = []      # and of a full-screen program
         self._habits = ProgramHabits(profile)
-        self.take_interrupt: Callable[[], bool] = never     # the user asks to interrupt a turn
-        self._has_conversation = self._turn_in_progress = False
-        self._blocked_by_dialog = False     # it shows no input box, but something unknown
+        self._has_conversation = False
+        self._turn_in_progress = False
+        self._blocked_by_dialog = False             # it shows no input box, but something unknown
         self._restart_times: list[float] = []
         self._refused_options: set[str] = set()     # optional ones that the installed version lacks
         self._last_published: tuple[float, tuple[str, ...]] = (0.0, ())
@@ -2126,22 +2132,25 @@ class Agent:
             self._tmux.kill_session()
             self._end_processes(processes)
 
-    def _with_recovery(self, act: Callable[[PaneSnapshot], Turn],
-                 again: Callable[[], bool] = never) -> Turn:
-        """Do something to the pane; if its program is gone restart it, and do it `again` or not."""
-        notes: tuple[str, ...] = ()
+    def _with_recovery(self, operation: Callable[[PaneSnapshot], Turn],
+                       may_repeat: Callable[[], bool] = never) -> Turn:
+        """Run an operation on the pane.
+
+        If the agent has exited, restart it, and repeat the operation if `may_repeat()`.
+        """
+        notes: list[str] = []
         while True:
             try:
-                turn = act(self._snapshot())
-                return turn._replace(notes=notes + turn.notes)
-            except (TmuxSessionLost, AgentExited) as trouble:
-                notes += (self._restart(trouble),)
-                if not self._blocked_by_dialog and again():
-                    continue
-                shown = truncate_middle(trouble.last_output)
-                if self._blocked_by_dialog:
-                    shown += f"\n{self.name} now shows:\n{self._snapshot().text}"
-                return Turn(shown.strip("\n"), "exited", notes)
+                turn = operation(self._snapshot())
+                return turn._replace(notes=(*notes, *turn.notes))
+            except (TmuxSessionLost, AgentExited) as error:
+                notes.append(self._restart(error))
+                output = truncate_middle(error.last_output)
+            if self._blocked_by_dialog:
+                output += f"\n{self.name} now shows:\n{self._snapshot().text}"
+            elif may_repeat():
+                continue
+            return Turn(output.strip("\n"), "exited", tuple(notes))
 
     # looking
 
@@ -2163,12 +2172,12 @@ class Agent:
         lines = trimmed_lines(self._retry_read(self._tmux.capture_history))
         return strip_input_box(self._profile, lines)
 
-    def _retry_read(self, question: Callable[[str], Any]) -> Any:
-        """Ask about the pane; a call that fails while the pane is there says nothing: ask again."""
+    def _retry_read(self, read: Callable[[str], _Read]) -> _Read:
+        """Read from the pane; retry a call that fails while the pane is still there."""
         until = self._clock() + self.TMUX_TIMEOUT
         while True:
             try:
-                return question(self._pane_id)
+                return read(self._pane_id)
             except TmuxError as error:
                 if isinstance(error, TmuxSessionLost) or self._clock() >= until:
                     raise
@@ -2290,37 +2299,39 @@ class Agent:
         return [pid for pid, session in sessions.items() if session != pane.pid]
 
     def _find_draft(self, pane: PaneSnapshot, column: int = 0) -> str:
-        """Return what stands in the input box, nothing for a program whose box we do not know."""
-        if not self._is_known or describe_menu(self._profile, pane.screen):
+        """Return the text in the input box, "" for a program whose box is not known."""
+        if describe_menu(self._profile, pane.screen):
             return ""
         return find_draft(self._profile, pane.screen, pane.cursor_row, column or pane.cursor_column)
 
-    def _clear_draft(self, pane: PaneSnapshot) -> tuple[tuple[str, ...], bool]:
-        """Empty the input box of what somebody left in it, which a message would be glued to.
+    def _find_left_draft(self, pane: PaneSnapshot) -> str:
+        """Return the draft that somebody left in the input box.
 
-        Return what to say of that, and whether it is empty.  What stands behind a cursor at the
-        start is a draft too, if it is not dim as a placeholder is.
+        What stands behind a cursor at its start is one too, if it is not dim like a placeholder.
         """
         draft = self._find_draft(pane)
         text_at_cursor = self._find_draft(pane, pane.cursor_column + 1)
-        if text_at_cursor and not draft:
-            rows = self._retry_read(self._tmux.capture_ansi).split("\n")
-            is_placeholder = SGR_DIM.search("".join(rows[pane.cursor_row:][:1]))
-            draft = "" if is_placeholder else text_at_cursor
+        if draft or not text_at_cursor:
+            return draft
+        rows = self._retry_read(self._tmux.capture_ansi).split("\n")
+        is_placeholder = SGR_DIM.search("".join(rows[pane.cursor_row:pane.cursor_row + 1]))
+        return "" if is_placeholder else text_at_cursor
+
+    def _clear_draft(self, pane: PaneSnapshot) -> tuple[tuple[str, ...], bool]:
+        """Empty the input box: a message would be glued to a draft in it.
+
+        Return what is to be said of that, and whether the box is empty.
+        """
+        draft = rest = self._find_left_draft(pane)
         if not draft:
             return (), True
         keys = ("C-e", *["C-u"] * 20, *["C-k"] * 20, "BSpace")      # BSpace: out of shell mode
-
-        def delete_some(pane: PaneSnapshot) -> PaneSnapshot:
-            self._retry_write(lambda now: self._tmux.send_keys(now, *keys))
-            return self._poll_until(lambda now: now.screen != pane.screen)
-
-        rest = draft
-        attempts = 0
-        while rest and attempts < 10:
-            pane = delete_some(pane)
-            rest = self._find_draft(pane)
-            attempts += 1
+        for _ in range(10):
+            old_screen = self._snapshot().screen
+            self._retry_write(lambda pane: self._tmux.send_keys(pane, *keys))
+            rest = self._find_draft(self._poll_until_changed(old_screen))
+            if not rest:
+                break
         result = "could not be deleted" if rest else "was deleted"
         shown = truncate_middle(draft.strip(), 400)
         return (f"The input box held a draft, which {result}: {shown!r}",), not rest
@@ -2363,15 +2374,15 @@ class Agent:
     def _is_ready_for_enter(self, before: PaneSnapshot, pasted: PaneSnapshot, text: str) -> bool:
         """Tell whether Enter will submit a text that was pasted, and not answer a question.
 
-        In line mode the terminal itself keeps the text, shown or not.  A program that works may
-        show it later.
+        In line mode the terminal itself keeps the text, shown or not.  A program that works, or
+        is slow on a busy machine and has an input box, may show it later.
         """
-        was_working = self._turn_in_progress or SPINNER.match(before.title)
-        if not pasted.reads_keys or was_working:
+        if not pasted.reads_keys or has_input_box(self._profile, pasted.screen):
             return True
         if not self._profile.is_known:
             self._sleep(self.ENTER_DELAY_SECONDS)
-        return self._is_shown(before, pasted, text)
+        was_working = self._turn_in_progress or bool(SPINNER.match(before.title))
+        return was_working or self._is_shown(before, pasted, text)
 
     def _unsent_test(self, before: PaneSnapshot, pasted: PaneSnapshot,
                      text: str) -> Callable[[PaneSnapshot], bool]:
@@ -2385,17 +2396,17 @@ class Agent:
             return lambda pane: pane.cursor_line.startswith(pasted.cursor_line)
         return lambda pane: is_message_unsent(pane.cursor_line, text)
 
-    def _poll_until(self, seen: Callable[[PaneSnapshot], bool]) -> PaneSnapshot:
-        """Look until something is seen, half a second at most; return the last look."""
+    def _poll_until_changed(self, old_screen: tuple[str, ...]) -> PaneSnapshot:
+        """Look until the screen has changed, half a second at most; return the last look."""
         until = self._clock() + 0.5
-        while not seen(pane := self._snapshot()) and self._clock() < until:
+        while (pane := self._snapshot()).screen == old_screen and self._clock() < until:
             self._sleep(0.02)
         return pane
 
     def _retry_write(self, write: Callable[[PaneSnapshot], bool]) -> bool:
-        """Write to the pane, out of copy mode if a person scrolls there.
+        """Write to the pane, after leaving copy mode if somebody scrolls there.
 
-        False: tmux gave no answer, so nobody knows.  Where it raises, nothing was written.
+        False: tmux did not answer, so the text may have been written.  If this raises, it was not.
         """
         for _ in range(20):
             pane = self._snapshot()
@@ -2409,8 +2420,8 @@ class Agent:
                     raise
                 return False
             self._sleep(0.1)
-        raise AgentError(f"the pane of {self.name} takes no input: is it turned off "
-                         "(select-pane -d), or does somebody keep it in copy mode?")
+        raise AgentError(f"{self.name} takes no input: leave copy mode in the attached tmux client "
+                         "(q), or turn its input on: select-pane -e")
 
     # waiting
 
@@ -2575,17 +2586,17 @@ class Agent:
         self._turn_in_progress = False
         self._habits.learn_idle(pane)
         is_untitled = pane.title == INITIAL_TITLE
-        self._blocked_by_dialog = self._is_known and (not has_box or is_untitled)
+        self._blocked_by_dialog = self._profile.is_known and (not has_box or is_untitled)
 
     def _required_settle_seconds(self, pane: PaneSnapshot) -> float:
         """Return how long a first screen has to stand still before it is taken as the last."""
         if not pane.text:
-            return self.READY_TIMEOUT if self._is_known else self.UNKNOWN_SETTLE_SECONDS
+            return self.READY_TIMEOUT if self._profile.is_known else self.UNKNOWN_SETTLE_SECONDS
         if has_input_box(self._profile, pane.screen):
             # A box may be there before the agent takes text, but then it has not set the title.
             is_untitled = pane.title == INITIAL_TITLE
             return self.UNTITLED_SETTLE_SECONDS if is_untitled else self.READY_SETTLE_SECONDS
-        if not self._is_known or find_startup_dialog(self._profile, pane.screen):
+        if not self._profile.is_known or find_startup_dialog(self._profile, pane.screen):
             return self.READY_SETTLE_SECONDS
         if find_problem(self._profile, pane.text) or describe_menu(self._profile, pane.screen):
             return self.MENU_SETTLE_SECONDS

@@ -2014,6 +2014,13 @@ def test_enter_is_not_pressed_where_the_text_does_not_show() -> None:
     assert 2.0 <= desk.clock.now - desk.ready_at < 2.5
 
 
+def test_an_input_box_that_is_slow_gets_its_enter() -> None:
+    desk = Desk(claude())
+    desk.terminal.seen = {"reads_keys": True, "screen": claude_screen("● hi")}
+    desk.agent.ask("one", 9)
+    assert desk.terminal.pasted == ["one"] and desk.terminal.pressed[:1] == ["Enter"]
+
+
 def test_a_hidden_input_in_line_mode_is_sent() -> None:
     desk = Desk(raw_shell(shows=False), program=select_profile("", "sh"))
     desk.terminal.seen = {"reads_keys": False}
