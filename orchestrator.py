@@ -3384,8 +3384,9 @@ class OpenRouter:
         if isinstance(error, urllib.error.HTTPError):
             refused = re.search("(?i)basic", error.headers["WWW-Authenticate"] or "")
         if self._proxy and (refused or status == 407):      # its password is not shown
-            result = ModelError(f"the proxy {self._proxy} refused the connection ({status or reason}). Check "
-                                "its user and password in https_proxy or http_proxy")
+            result = ModelError(f"the proxy {self._proxy} refused the connection "
+                                f"({status or reason}). Check its user and password in "
+                                "https_proxy or http_proxy")
             result.kind = "proxy"
             return result
         if isinstance(error, urllib.error.HTTPError):
