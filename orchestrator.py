@@ -4714,8 +4714,8 @@ class Autopilot:
         elif self._config.confirm_complete:
             check = _CONFIRM_HINT
         prompt = _SYSTEM_PROMPT.format(agent=self._agent.name, check=check)
-        memories = self._journal.redact(memories) if isinstance(memories, list) else []
-        facts = truncate_middle("".join(f"- {fact}\n" for fact in memories))
+        known: list[Any] = self._journal.redact(memories) if isinstance(memories, list) else []
+        facts = truncate_middle("".join(f"- {fact}\n" for fact in known))
         return f"{prompt}\n## Memory from previous sessions\n{facts}" if facts else prompt
 
     def _rebuild_conversation(self, history: Sequence[Event]) -> None:
