@@ -2897,9 +2897,6 @@ CASES = {
         "with max_tokens=8192", max_tokens=8192),
     "thinking took it all (lenneTech/nest-server#607)": mended(
         answer(whole(None, "length")), "with max_tokens=32000", max_tokens=32_000),
-    "a system role that is not taken (sgl-project/sglang#892)": mended(
-        answer(refusal(500, "System role not supported"), 500), "without system role",
-        messages=[{"role": "user", "content": "You drive.\n\nGo — 漢字"}]),
     "400 over stream_options": mended(answer(refusal(400, "stream_options: not permitted"), 400),
                                       "without stream_options", stream_options=None, stream=True),
     "422 over a field": mended(answer({"detail": [{"loc": ["body", "stream_options"]}]}, 422),
