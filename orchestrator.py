@@ -4115,10 +4115,10 @@ def parse_reply(reply: str, agent: str = "") -> Action:
     text = (fenced[1] if fenced else text).rstrip()
     plain = _CODE_BLOCK.sub(lambda block: re.sub(r"[^\n]", " ", block[0]), text)
     plain = plain.translate(_FULL_WIDTH)
-    invented = re.search(rf"(?im)^[ *_`#>]*{re.escape(agent or ' ')} output:", plain)
+    invented = re.search(rf"(?im)^[ *_`#>]*{re.escape(agent)} output:", plain) if agent else None
     if invented:
         text = text[:invented.start()].rstrip()
-    lines = [*map(_read_line, text.split("\n"), plain.split("\n"))]
+    lines = list(map(_read_line, text.split("\n"), plain.split("\n")))
     facts = [line for line in lines if line.word == "MEMORY_SAVE" and line.argument is not None]
     action = _choose_action([line for line in lines if line not in facts])
     if action.kind == "message" and not action.text.strip("\u200b\u200e\u200f\ufeff \n"):
