@@ -4708,8 +4708,8 @@ class Autopilot:
         elif self._config.confirm_complete:
             check = _CONFIRM_HINT
         prompt = _SYSTEM_PROMPT.format(agent=self._agent.name, check=check)
-        memories = self._journal.redact(memories) if isinstance(memories, list) else []
-        facts = truncate_middle("".join(f"- {fact}\n" for fact in memories))
+        known: list[str] = self._journal.redact(memories) if isinstance(memories, list) else []
+        facts = truncate_middle("".join(f"- {fact}\n" for fact in known))
         return f"{prompt}\n## Memory from previous sessions\n{facts}" if facts else prompt
 
     def _rebuild_conversation(self, history: Sequence[Event]) -> None:
@@ -5009,16 +5009,16 @@ class Autopilot:
         self._turns_without_news += 1
         self._recent_steps = [*self._recent_steps[-2:], step]
         is_same = len(self._recent_steps) == 3 and len(set(self._recent_steps)) == 1
-        problem = (f"the last {self._turns_without_news} turns brought no new output and changed no "
-                   "file")
-        if self._turns_without_news >= self.MAX_TURNS_WITHOUT_NEWS or is_same and self._was_warned:
+        count = self._turns_without_news
+        problem = f"the last {count} turns brought no new output and changed no file"
+        if count >= self.MAX_TURNS_WITHOUT_NEWS or is_same and self._was_warned:
             raise StuckInLoop(problem)
-        if not is_same and self._turns_without_news != self.WARN_TURNS_WITHOUT_NEWS:
+        if not is_same and count != self.WARN_TURNS_WITHOUT_NEWS:
             return []
         self._was_warned = True
         self._recent_steps = []
-        warning = (f"You are repeating yourself: {problem}. Try a different approach, or end the run "
-                   "with TASK_FAILED: reason.")
+        warning = (f"You are repeating yourself: {problem}. Try a different approach, or end the "
+                   "run with TASK_FAILED: reason.")
         self._journal.publish("note", text=warning, source="orchestrator")
         return [warning]
 
