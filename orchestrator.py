@@ -4131,10 +4131,10 @@ def parse_reply(reply: str, agent: str = "") -> Action:
     text = (fenced[1] if fenced else text).rstrip()
     plain = _CODE_BLOCK.sub(lambda block: re.sub(r"[^\n]", " ", block[0]), text)
     plain = plain.translate(_FULL_WIDTH)
-    invented = re.search(rf"(?im)^[ *_`#>]*{re.escape(agent or ' ')} output:", plain)
+    invented = re.search(rf"(?im)^[ *_`#>]*{re.escape(agent)} output:", plain) if agent else None
     if invented:
         text = text[:invented.start()].rstrip()
-    lines = [*map(_read_line, text.split("\n"), plain.split("\n"))]
+    lines = list(map(_read_line, text.split("\n"), plain.split("\n")))
     facts = [line for line in lines if line.word == "MEMORY_SAVE" and line.argument is not None]
     action = _choose_action([line for line in lines if line not in facts])
     if action.kind == "message" and not action.text.strip("\u200b\u200e\u200f\ufeff \n"):
@@ -5025,16 +5025,16 @@ class Autopilot:
         self._turns_without_news += 1
         self._recent_steps = [*self._recent_steps[-2:], step]
         is_same = len(self._recent_steps) == 3 and len(set(self._recent_steps)) == 1
-        problem = (f"the last {self._turns_without_news} turns brought no new output and changed no "
-                   "file")
-        if self._turns_without_news >= self.MAX_TURNS_WITHOUT_NEWS or is_same and self._was_warned:
+        count = self._turns_without_news
+        problem = f"the last {count} turns brought no new output and changed no file"
+        if count >= self.MAX_TURNS_WITHOUT_NEWS or is_same and self._was_warned:
             raise StuckInLoop(problem)
-        if not is_same and self._turns_without_news != self.WARN_TURNS_WITHOUT_NEWS:
+        if not is_same and count != self.WARN_TURNS_WITHOUT_NEWS:
             return []
         self._was_warned = True
         self._recent_steps = []
-        warning = (f"You are repeating yourself: {problem}. Try a different approach, or end the run "
-                   "with TASK_FAILED: reason.")
+        warning = (f"You are repeating yourself: {problem}. Try a different approach, or end the "
+                   "run with TASK_FAILED: reason.")
         self._journal.publish("note", text=warning, source="orchestrator")
         return [warning]
 
