@@ -115,10 +115,9 @@ import urllib.parse
 import urllib.request
 import weakref
 import zlib
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import (
-    Any, Callable, Generator, Iterable, Iterator, Mapping, NamedTuple, NoReturn, Protocol,
-    Sequence, TextIO, TypedDict)
+from typing import Any, NamedTuple, NoReturn, Protocol, TextIO, TypedDict
 
 __version__ = "1.0.0"
 __all__ = [
@@ -298,7 +297,8 @@ class Config:
     max_iterations: int = _setting(0, _NON_NEGATIVE_INT, "replies of the model; 0: no limit")
     max_cost: float = _setting(0.0, _NON_NEGATIVE_NUMBER, "US dollars; 0: no limit")
     max_minutes: float = _setting(
-        0.0, _NON_NEGATIVE_NUMBER, "minutes that the run may take; 0: no limit")
+        0.0, _NON_NEGATIVE_NUMBER, "minutes that the run may take, without those that "
+        "the computer sleeps; 0: no limit")
     turn_timeout: int = _setting(
         1800, _POSITIVE_INT, "seconds after which a turn is reported as still working")
     history_max_tokens: int = _setting(
@@ -345,7 +345,8 @@ class Config:
             elif isinstance(field.default, bool):
                 values[field.name] = text.lower() in ("true", "1", "yes", "on")
             else:
-                values[field.name] = type(field.default)(text)
+                convert: Callable[[str], object] = type(field.default)
+                values[field.name] = convert(text)
         return cls(**values)
 
 
@@ -475,7 +476,7 @@ def trimmed_lines(capture: str) -> list[str]:
 
 
 def truncate_middle(text: str, limit: int = 16_000) -> str:
-    """Return the head and the tail of a text, some `limit` characters, in whole lines if possible."""
+    """Return head and tail of a text, some `limit` characters, in whole lines if possible."""
     if len(text) <= limit:
         return text
     head = text[:limit // 2]
@@ -500,9 +501,9 @@ def _find_overlap(before: list[str], after: list[str]) -> int:
     old = before[:-60]
     if after[:len(old)] == old:
         return 0
-    places = (at for at in range(len(old) - 20) if old[at:at + 20] == after[:20])
-    places = [at for at in itertools.islice(places, 99) if old[at:] == after[:len(old) - at]]
-    return places[0] if len(places) == 1 else len(before)
+    candidates = (row for row in range(len(old) - 20) if old[row:row + 20] == after[:20])
+    rows = [row for row in itertools.islice(candidates, 99) if old[row:] == after[:len(old) - row]]
+    return rows[0] if len(rows) == 1 else len(before)
 
 
 def _find_redrawn(old: list[str], after: list[str]) -> int:
@@ -528,12 +529,14 @@ def find_new_lines(before: list[str], after: list[str]) -> list[str] | None:
     """
     old = before[_find_overlap(before, after):]
     start = _common_prefix_length(old, after)
+    end = _common_prefix_length(old[start:][::-1], after[start:][::-1])
+    redrawn_end = _find_redrawn(old, after) if start + end < len(old) else 0
+    if redrawn_end:
+        return after[redrawn_end:]
     grown = len(before) == 1 and after[:1] and after[0].startswith(before[0])    # a prompt
     if before and not any(old[:start]) and not grown:       # blank lines are alike by chance
         return None
-    end = _common_prefix_length(old[start:][::-1], after[start:][::-1])
-    redrawn = _find_redrawn(old, after) if start + end < len(old) else 0
-    return after[redrawn:] if redrawn else after[start:len(after) - end]
+    return after[start:len(after) - end]
 
 
 def find_new_blocks(before: list[str], after: list[str]) -> list[str] | None:
@@ -544,17 +547,20 @@ def find_new_blocks(before: list[str], after: list[str]) -> list[str] | None:
     >>> find_new_blocks(['title', 'a', 'b', 'c', 'box'], ['title', 'a', 'b', 'c', 'd', 'box'])
     ['d']
     """
-    matcher = difflib.SequenceMatcher(None, before, after, autojunk=False)
+    start = _common_prefix_length(before, after)
+    end = _common_prefix_length(before[start:][::-1], after[start:][::-1])
+    middle = after[start:len(after) - end]
+    matcher = difflib.SequenceMatcher(
+        None, before[start:len(before) - end], middle, autojunk=False)
+    blocks = [block for block in matcher.get_matching_blocks() if block.size >= 3 or not block.size]
+    if not start + end and len(blocks) == 1:
+        return None
     new: list[str] = []
-    end, has_equal_text = 0, False
-    for block in matcher.get_matching_blocks():
-        is_first = block.a == block.b == 0
-        is_last = (block.a + block.size, block.b + block.size) == (len(before), len(after))
-        if block.size >= 3 or is_first or is_last:
-            new += after[end:block.b]
-            end = block.b + block.size
-            has_equal_text |= any(after[block.b:end])
-    return new if has_equal_text else None
+    position = 0
+    for block in blocks:        # the last one is empty, at the end
+        new += middle[position:block.b]
+        position = block.b + block.size
+    return new
 
 
 _VOLATILE_TEXT = re.compile(      # all repetitions are bounded: 16,000 digits must not take seconds
@@ -638,9 +644,9 @@ def _split_command(command: str) -> tuple[str, ...]:
 class AgentProfile:
     """How one agent is run, and what its screen means.  The defaults suit an unknown program.
 
-    `arguments` and `optional_arguments` are for the default command only.  The latter set what a
-    user's own settings may have changed; each is left out if the installed version, in an error
-    message with the given name, says that it does not know it.
+    `optional_arguments` are for the default command only.  They set what a user's own settings may
+    have changed.  Each has the name that error messages give it: if the installed version refuses
+    it, the agent is started without it.
     """
 
     name: str
@@ -690,11 +696,16 @@ class AgentProfile:
     def with_command(self, command: str, end: int) -> AgentProfile:
         """Return this profile with a shell command, in which the program's name ends at `end`."""
         resume_command: tuple[str, ...] = ()
-        if self.resume_arguments:
+        if self.resume_arguments[:1] and self.resume_arguments[0] in command.split():
+            resume_command = _split_command(command)        # it does so already
+        elif self.resume_arguments:
             inserted = " ".join(self.resume_arguments)
             resume_command = _split_command(f"{command[:end]} {inserted}{command[end:]}")
-        return dataclasses.replace(self, start_command=_split_command(command),
-                                   resume_command=resume_command, optional_arguments=())
+        is_local = command.split()[0] in self.program_names     # not in a container, or elsewhere
+        return dataclasses.replace(
+            self, start_command=_split_command(command), resume_command=resume_command,
+            optional_arguments=(), install_command=self.install_command if is_local else "",
+            login_status_command=self.login_status_command if is_local else ())
 
     def with_model(self, model: str) -> AgentProfile:
         """Return this profile with a model, of DEFAULT_MODEL, in its commands."""
@@ -944,6 +955,7 @@ def child_environment(environ: Mapping[str, str] | None = None) -> dict[str, str
 _PASTE_PLACEHOLDER = re.compile(r"\[Pasted (?:text|Content)\b[^\]]*\]")
 _HORIZONTAL_RULE = re.compile(r"\s*[─▔]{10}")
 _ANY_CURSOR = re.compile(r"\s*(?:[│|]\s*)?[❯›●>]\s*(\S.*)")      # of any agent
+_ENTRY_FRAME = re.compile(r"^[\s│❯›●>]*(?:\d+\.)?\s*|[\s✔│]*$")      # around a menu's entry
 _NUMBERED_ENTRY = re.compile(r"[\s│❯›●>]*\d+\.\s")
 
 
@@ -967,58 +979,39 @@ def _has_menu_hint(profile: AgentProfile, screen: Sequence[str]) -> bool:
     return pattern is not None and any(map(pattern.search, text_lines(screen)[-3:]))
 
 
-def _parse_reader_box(
+def _parse_input_box(
         profile: AgentProfile, screen: Sequence[str], row: int) -> _InputBox | None:
-    """Return the input box of screen reader mode with the prompt in this row, if it is one."""
-    footer, prompt = profile.reader_footer, profile.reader_prompt_line
-    if footer and prompt and prompt.match(screen[row]):
+    """Return the input box whose prompt is in this row, None if there is none."""
+    if profile.reader_footer and profile.reader_prompt_line:
         for start in range(max(0, row - 2), row):
-            if footer.match(screen[start]):
+            if (profile.reader_prompt_line.match(screen[row])
+                    and profile.reader_footer.match(screen[start])):
                 return _InputBox(start, row, len(screen), len(screen))
-    return None
-
-
-def _parse_bordered_box(
-        border: re.Pattern[str], screen: Sequence[str], row: int) -> _InputBox | None:
-    """Return the input box between borders with the prompt in this row, if it is one."""
-    if row == 0 or not border.match(screen[row - 1]):
+    if not profile.prompt_line or not profile.prompt_line.match(screen[row]):
         return None
-    for end in range(row + 1, len(screen)):
-        if border.match(screen[end]):
-            return _InputBox(row - 1, row, end, end + 1)
-        if screen[end][:1] not in ("", " ", "│"):
+    if not profile.box_border:      # a footer follows after a blank line, as below a menu
+        ends = [end for end in range(row + 1, len(screen))
+                if not screen[end].strip() and any(screen[end:])]
+        if not ends or _has_menu_hint(profile, screen[ends[-1]:]):
+            return None
+        return _InputBox(row, row, ends[-1], ends[-1])
+    for end in range(row, len(screen)):
+        if profile.box_border.match(screen[end]):
+            is_framed = row > 0 and profile.box_border.match(screen[row - 1])
+            return _InputBox(row - 1, row, end, end + 1) if is_framed else None
+        if end > row and screen[end][:1] not in ("", " ", "│"):
             break
     return None
 
 
-def _parse_plain_box(
-        profile: AgentProfile, screen: Sequence[str], row: int) -> _InputBox | None:
-    """Return the input box without borders with the prompt in this row, if it is one.
-
-    A footer follows it after a blank line.  A menu looks the same, but for the keys in its footer.
-    """
-    blank_rows = [end for end in range(row + 1, len(screen))
-                  if not screen[end].strip() and any(screen[end:])]
-    if not blank_rows or _has_menu_hint(profile, screen[blank_rows[-1]:]):
-        return None
-    return _InputBox(row, row, blank_rows[-1], blank_rows[-1])
-
-
 def _find_input_box(profile: AgentProfile, screen: Sequence[str]) -> _InputBox | None:
     """Return where the agent's input box is, None if there is none."""
-    if profile.prompt_line is None:
+    if not profile.is_known:
         return None
     for row in range(len(screen) - 1, -1, -1):
-        box = _parse_reader_box(profile, screen, row)
-        if not box and profile.prompt_line.match(screen[row]):
-            if profile.box_border:
-                box = _parse_bordered_box(profile.box_border, screen, row)
-            else:
-                return _parse_plain_box(profile, screen, row)
-        if box:
-            return box
-        if not profile.box_border and screen[row][:1] not in ("", " "):
-            return None     # only indented lines follow a box without borders
+        box = _parse_input_box(profile, screen, row)
+        if box or (not profile.box_border and screen[row][:1] not in ("", " ")):
+            return box      # only indented lines follow a box without borders
     return None
 
 
@@ -1053,10 +1046,11 @@ def find_draft(profile: AgentProfile, screen: Sequence[str], row: int, column: i
     one, as `!` for a shell command, belongs to the draft.
     """
     box = _find_input_box(profile, screen)
-    if not box or not box.text <= row < box.text_end or not profile.prompt_line:
+    if not box or not box.text <= row < box.text_end:
         return ""
-    prompt = profile.prompt_line.match(screen[box.text])
-    mark = prompt[0] if prompt else ""
+    prompts = [pattern.match(screen[box.text])
+               for pattern in (profile.prompt_line, profile.reader_prompt_line) if pattern]
+    mark = next((prompt[0] for prompt in prompts if prompt), "")
     mode = "!" if "!" in mark else ""
     rest = [line.strip() for line in screen[box.text + 1:box.text_end]]
     while rest and not rest[-1] and row < box.text + len(rest):
@@ -1199,7 +1193,7 @@ def find_startup_dialog(profile: AgentProfile, screen: Sequence[str]) -> Startup
             continue
         if rule.key:
             return StartupDialog(rule.key, rule.key)
-        labels = [re.sub(r"^[\s│❯›●>]*(?:\d+\.)?\s*|[\s✔│]*$", "", line) for line in screen]
+        labels = [_ENTRY_FRAME.sub("", line) for line in screen]
         rows = [row for row, label in enumerate(labels) if label.startswith(rule.entry)]
         if rows and cursors:
             distance = rows[0] - cursors[-1]
@@ -1446,8 +1440,8 @@ class Tmux:
     def find_pane(self) -> tuple[str, str]:
         """Return the mark of our session and the id of the agent's pane.
 
-        Without a session both are ""; for a session of others only the mark is; if the agent's
-        pane was closed but panes that a person made are left, only the id is.
+        Without a session both are "".  The session of another program has no mark; ours has no
+        pane of the agent if that was closed, while panes that a person made are left.
         """
         try:
             rows = self._query("list-panes", "-s", "-t", f"={self.session}:", "-F",
@@ -1725,7 +1719,8 @@ class TurnDetector:
     def __init__(self, before: PaneSnapshot, now: float, habits: ProgramHabits, *,
                  message: str = "", is_unsent: Callable[[PaneSnapshot], bool] = never,
                  has_new_process: Callable[[], bool] = never, idle_timeout: float = STALE_SECONDS,
-                 settle_seconds: float = SETTLE_SECONDS_WITHOUT_INDICATOR) -> None:
+                 settle_seconds: float = SETTLE_SECONDS_WITHOUT_INDICATOR,
+                 is_in_progress: bool = False) -> None:
         self.last_sign = ""                     # the last sign of work in this turn
         self.is_busy = False                    # a sign is shown now
         self.is_unsent = is_unsent
@@ -1750,7 +1745,7 @@ class TurnDetector:
         self._text_changed_at = now
         self._state_changed_at = now
         self._has_changed = False
-        self._title_has_changed = False
+        self._title_has_changed = is_in_progress    # otherwise a dead program may have left it
         self._quiet_since = now                 # no sign of work has been seen since
         self._still_seconds = 0.0               # since any change: text, title or program
         self._last_enter_at = now
@@ -1925,7 +1920,7 @@ class TurnDetector:
             self._habits.has_closing_line = True
 
     def _count_busy_lines_below(self) -> int:
-        """Count the lines with the agent's busy words below its box, or at the bottom without one."""
+        """Count the lines with the agent's busy words below its box, or at the bottom."""
         words = self._profile.busy_words
         lines = self._below or text_lines(self._above)[-3:]
         return sum(1 for line in lines if words and words.search(line))
@@ -1985,16 +1980,19 @@ class Agent:
         self._made_session = False
         self._is_known = profile.is_known
         self._tmux, self._profile, self._directory = self.tmux, profile, str(self.directory)
-        self._publish, self._has_viewers, self._clock, self._sleep = publish, has_viewers, clock, sleep
+        self._publish = publish
+        self._has_viewers = has_viewers
+        self._clock = clock
+        self._sleep = sleep
         self.session_mark = f"{shlex.join(profile.start_command)!r} in {self._directory!r}"
         self._pane_id, self._server_pid = "", 0     # a new server counts its panes from %0 again
-        self._process = 0, ""                    # the program in the pane when last seen: id, birth
-        self._last_capture: list[str] = []              # the last capture that was reported
-        self._last_full_screen: list[str] = []          # the same of a full-screen program
+        self._process = 0, ""       # the program in the pane when last seen: id, start time
+        self._last_capture: list[str] = []          # the last capture that was reported
+        self._last_full_screen: list[str] = []      # the same of a full-screen program
         self._habits = ProgramHabits(profile)
         self.take_interrupt: Callable[[], bool] = never     # the user asks to interrupt a turn
         self._has_conversation = self._turn_in_progress = False
-        self._blocked_by_dialog = False                      # it shows no input box, but something unknown
+        self._blocked_by_dialog = False     # it shows no input box, but something unknown
         self._restart_times: list[float] = []
         self._refused_options: set[str] = set()     # optional ones that the installed version lacks
         self._last_published: tuple[float, tuple[str, ...]] = (0.0, ())
@@ -2014,34 +2012,11 @@ class Agent:
         program = self._profile.start_command[0]
         path = shutil.which(program)
         if not path:
-            how = self._profile.install_command or "Check CLAUDE_CMD."
+            how = "Check CLAUDE_CMD."
             if self._profile.install_command:
-                how = f"Install it: {how}"
+                how = f"Install it: {self._profile.install_command}"
             raise AgentError(f"{self.name}: {program} is not on your PATH. {how}")
         return f"{self.name}: {path}"
-
-    def check_login(self, environ: Mapping[str, str]) -> str:
-        """Return whether the agent is logged in; raise AgentError if it says that it isn't.
-
-        Raises AgentError too if it would refuse to run as root.  Takes some seconds.
-        """
-        option, variable = self._profile.root_check
-        words = self._profile.start_command
-        if option and option in words and not environ.get(variable) and os.geteuid() == 0:
-            raise AgentError(f"{self.name} refuses {option} as root. Run as another user, or set "
-                             f"{variable}=1 where nothing can be damaged, as in a container.")
-        command = self._profile.login_status_command
-        if not command or words[0] != command[0]:
-            return "unknown: start it once to see"
-        try:
-            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-                                  errors="replace", env=child_environment(environ), timeout=30)
-        except (OSError, subprocess.TimeoutExpired):
-            return "unknown: it did not answer"
-        problem = find_problem(self._profile, f"{done.stdout}\n{done.stderr}")
-        if problem:
-            raise AgentError(f"{self.name}: {problem}")
-        return "logged in" if done.returncode == 0 else "unknown: this version does not tell"
 
     def find_session(self) -> str:
         """Return the pane to join, if there is one; raise ConfigError if the session isn't ours."""
@@ -2060,7 +2035,8 @@ class Agent:
         Raises ConfigError for a session that was made for something else, AgentError if the
         program is missing or ends at once, or says that you have to do something first.
         """
-        self._pane_id, notes = self.find_session(), ()
+        notes: tuple[str, ...] = ()
+        self._pane_id = self.find_session()
         self._has_conversation = resume or bool(self._pane_id)
         try:
             if self._pane_id:
@@ -2143,6 +2119,9 @@ class Agent:
                 pane = self._tmux.snapshot(self._pane_id)
                 self._server_pid = pane.server_pid
                 self._process = pane.pid, process_start_time(pane.pid)
+                if self._profile.busy_title.match(pane.title):
+                    self._tmux.send_keys(pane, "Escape")    # a server may be at work on the turn
+                    self._sleep(0.5)
             processes = self._find_processes()
             self._tmux.kill_session()
             self._end_processes(processes)
@@ -2168,7 +2147,7 @@ class Agent:
 
     def _snapshot(self) -> PaneSnapshot:
         """Look at the pane; raise AgentExited if its program has ended."""
-        pane = self._retry_read(self._tmux.snapshot)
+        pane: PaneSnapshot = self._retry_read(self._tmux.snapshot)
         self._server_pid = self._server_pid or pane.server_pid
         if pane.server_pid != self._server_pid:
             raise TmuxSessionLost("there is another tmux server now")
@@ -2208,16 +2187,22 @@ class Agent:
                           rows=pane.rows, cursor=cursor)
 
     def _exit_error(self, pane: PaneSnapshot) -> AgentExited:
-        if not pane.exit_description:         # some builds of tmux lose the signal that a child has ended
+        """Return the error that tells how the program in the pane ended, and its last output."""
+        if not pane.exit_description:   # some builds of tmux lose the signal that a child has ended
             with contextlib.suppress(OSError):
                 os.kill(pane.server_pid, signal.SIGCHLD)
             self._sleep(0.05)
             pane = self._tmux.snapshot(self._pane_id)
-        words = [line for line in self._take_new_output(pane)[0] if not line.startswith("Pane is dead (")]
-        last = " / ".join([" ".join(line.split()) for line in words if line.strip()][-3:])
-        error = AgentExited(f"{self.name} ended" + f" with {pane.exit_description}" * bool(pane.exit_description)
-                            + f"; it said: {truncate_middle(last, 400)}" * bool(last))
-        error.last_output = "\n".join(words).strip("\n")
+        lines = [line for line in self._take_new_output(pane)[0]
+                 if not line.startswith("Pane is dead (")]
+        last_lines = " / ".join([" ".join(line.split()) for line in text_lines(lines)][-3:])
+        message = f"{self.name} ended"
+        if pane.exit_description:
+            message += f" with {pane.exit_description}"
+        if last_lines:
+            message += f"; it said: {truncate_middle(last_lines, 400)}"
+        error = AgentExited(message)
+        error.last_output = "\n".join(lines).strip("\n")
         return error
 
     def _forget_output(self) -> None:
@@ -2316,19 +2301,29 @@ class Agent:
         Return what to say of that, and whether it is empty.  What stands behind a cursor at the
         start is a draft too, if it is not dim as a placeholder is.
         """
-        draft, behind = self._find_draft(pane), self._find_draft(pane, pane.cursor_column + 1)
-        if behind and not draft:
+        draft = self._find_draft(pane)
+        text_at_cursor = self._find_draft(pane, pane.cursor_column + 1)
+        if text_at_cursor and not draft:
             rows = self._retry_read(self._tmux.capture_ansi).split("\n")
-            draft = "" if SGR_DIM.search("".join(rows[pane.cursor_row:][:1])) else behind
+            is_placeholder = SGR_DIM.search("".join(rows[pane.cursor_row:][:1]))
+            draft = "" if is_placeholder else text_at_cursor
+        if not draft:
+            return (), True
         keys = ("C-e", *["C-u"] * 20, *["C-k"] * 20, "BSpace")      # BSpace: out of shell mode
-        left, tries = draft, 10
-        while left and tries:
+
+        def delete_some(pane: PaneSnapshot) -> PaneSnapshot:
             self._retry_write(lambda now: self._tmux.send_keys(now, *keys))
-            pane = self._poll_until(lambda now: now.screen != pane.screen)
-            left, tries = self._find_draft(pane), tries - 1
-        fate = "does not go" if left else "was removed"
-        said = f"The input line held a draft, which {fate}: {truncate_middle(draft.strip(), 400)!r}"
-        return (said,) * bool(draft), not left
+            return self._poll_until(lambda now: now.screen != pane.screen)
+
+        rest = draft
+        attempts = 0
+        while rest and attempts < 10:
+            pane = delete_some(pane)
+            rest = self._find_draft(pane)
+            attempts += 1
+        result = "could not be deleted" if rest else "was deleted"
+        shown = truncate_middle(draft.strip(), 400)
+        return (f"The input box held a draft, which {result}: {shown!r}",), not rest
 
     def _paste_message(self, before: PaneSnapshot, text: str) -> PaneSnapshot:
         """Paste a text once, and return the pane when it shows, or has not shown for long."""
@@ -2368,9 +2363,11 @@ class Agent:
     def _is_ready_for_enter(self, before: PaneSnapshot, pasted: PaneSnapshot, text: str) -> bool:
         """Tell whether Enter will submit a text that was pasted, and not answer a question.
 
-        In line mode the terminal itself keeps the text, shown or not.
+        In line mode the terminal itself keeps the text, shown or not.  A program that works may
+        show it later.
         """
-        if not pasted.reads_keys:
+        was_working = self._turn_in_progress or SPINNER.match(before.title)
+        if not pasted.reads_keys or was_working:
             return True
         if not self._profile.is_known:
             self._sleep(self.ENTER_DELAY_SECONDS)
@@ -2420,7 +2417,8 @@ class Agent:
     def _new_detector(self, before: PaneSnapshot, **options: Any) -> TurnDetector:
         if self._profile.is_known:
             options.setdefault("settle_seconds", self.KEY_SETTLE_SECONDS)
-        return TurnDetector(before, self._clock(), self._habits, **options)
+        return TurnDetector(before, self._clock(), self._habits,
+                            is_in_progress=self._turn_in_progress, **options)
 
     def _wait_for_turn_end(self, detector: TurnDetector, timeout: float,
                            until: Callable[[], bool] = never) -> Turn:
@@ -2438,8 +2436,11 @@ class Agent:
                 self._press_enter_if(detector.is_unsent)
             elif verdict != "wait":
                 break
-            elif until() or now - started_at >= timeout:
-                verdict = "working" if detector.is_busy or not until() else "idle"
+            elif now - started_at >= timeout:
+                verdict = "working"
+                break
+            elif until():
+                verdict = "working" if detector.is_busy else "idle"
                 break
             self._sleep(min(detector.poll_interval(now),
                             max(0.0, started_at + timeout - now)))
@@ -2473,7 +2474,8 @@ class Agent:
             notes.append("This is the whole visible screen. The new part could not be identified.")
         if limit:
             end = f", over in {limit.seconds / 60:.0f} minutes" if limit.seconds else ""
-            notes.append(f"This is a usage limit of {self.name}{end}. Never choose to pay for more.")
+            notes.append(f"This is a usage limit of {self.name}{end}. "
+                         "Never choose to pay for more.")
         menu = self._menu_notes(pane)
         return Turn(truncate_middle(output), state, (*notes, *menu),
                     limit.seconds if limit else 0.0, "".join(menu))
@@ -2724,15 +2726,17 @@ class _ErrorKind(NamedTuple):
 
     def fits(self, types: Iterable[str], status: int, message: str) -> bool:
         """Return whether an error is of this kind."""
-        return (status in self.statuses or any(re.fullmatch(self.types, name) for name in types)
-                or bool(self.words) and re.search(self.words, message, re.I) is not None)
+        if status in self.statuses or any(re.fullmatch(self.types, name) for name in types):
+            return True
+        return bool(self.words and re.search(self.words, message, re.I))
 
 
 # The first row that fits counts.  What is said comes before the status, which is often wrong.
 _ERROR_KINDS = (
     _ErrorKind("tool call", (), "tool_use_failed",
                "model called a tool|failed to call a function|tool call validation"),
-    _ErrorKind("credit", (402,), "payment_required|insufficient_.*|arrearage|billing_.*",
+    _ErrorKind("credit", (402,), "payment_required|arrearage|billing_.*|"
+               "insufficient_(.*_)?(quota|balance|credits?|funds)",
                r"credit balance|insufficient[\w ]* (balance|credit|fund|quota)|(out of|no) credit|"
                r"(balance|credits?)( is| are| has been| have been)* (too low|exhausted|depleted|"
                r"used up|insufficient|not enough)|quota (is )?not enough|in arrears|overdue|top up|"
@@ -2749,14 +2753,16 @@ _ERROR_KINDS = (
                r"input) is too long|exceeds? the maximum number of tokens|reduce the length of|"
                r"tokens \+ `?max_new_tokens"),
     _ErrorKind("key", (401,), "authentication(_error)?|(invalid_api_key|api_key_invalid)|"
-               "unauthenticated", r"(incorrect|invalid|missing|expired|no) api[ _-]?key|"
+               "unauthenticated|no_db_connection",
+               r"(incorrect|invalid|missing|expired|no) api[ _-]?key|"
                r"api[ _-]?key (is )?(not valid|invalid|missing|expired)",
                "Check OPENROUTER_API_KEY for {address}"),
     _ErrorKind("content", (451,), "content_policy.*|content_filter|refusal|"
                "data_inspection_failed|responsibleaipolicyviolation",
                r"content[ _](policy|management)|usage polic|moderation|flagged|prompt.injection"),
     _ErrorKind("model", (), "model_not_found|deploymentnotfound",
-               r"not a valid model|model\b.{0,80}\b(not found|not exist)|no endpoints found",
+               r"(not a valid|invalid) model|no endpoints found|"
+               r"model\b.{0,80}\b(not found|not exist)",
                "Check OPENROUTER_MODEL for {address}"),
     _ErrorKind("address", (300, 301, 302, 303, 307, 308, 404, 405, 501), "",
                "unexpected endpoint",
@@ -2767,7 +2773,7 @@ _ERROR_KINDS = (
                advice="The key, the provider or a firewall does not allow this request"),
     _ErrorKind("outage", (408, 409, 425, *range(500, 600)), "server(_error)?|unmapped|timeout|"
                "provider_unavailable|provider_overloaded|overloaded_error"),
-    _ErrorKind("request", words="|.", advice="OPENROUTER_MODEL may not take this request"))
+    _ErrorKind("request", words=".*", advice="OPENROUTER_MODEL may not take this request"))
 _AZURE_ADVICE = ("For Azure OpenAI set OPENROUTER_BASE_URL to https://RESOURCE.openai.azure.com/"
                  "openai/v1 and OPENROUTER_MODEL to the name of the deployment")
 _TOKEN_COUNTS = tuple(map(re.compile, (     # what errors say of numbers of tokens
@@ -2944,18 +2950,18 @@ def error_from_response(status: int, body: object, headers: Mapping[str, str],
               error.get("type"), error.get("http_status"), error.get("status"),
               holder.get("code"), "refusal" if metadata.get("reasons") else "", status]
     types = [str(claim).lower() for claim in claims if claim]
-    code = next((int(name) for name in types if re.fullmatch(r"[3-5]\d\d", name)), 502)
+    code = next((int(name) for name in types if re.fullmatch(r"[3-5]\d\d", name)), 0)
     message = _error_message(error)
     is_page = not holder and "<" in str(body)
     searched = "" if is_page else message
-    kind = next(row for row in _ERROR_KINDS if row.fits(types, code, searched))
+    kind = next(row for row in _ERROR_KINDS if row.fits(types, code or 502, searched))
     refused = [name for name, words in _FEATURES.items() if kind.name != "overflow"
                and (code in (400, 404, 422) or name == "system role")
                and re.search(words, message, re.I)]
     can_pass = get_object(error, "availability").get("retryable")
     if can_pass is None:
         can_pass = kind.name in ("rate limit", "outage") and not refused
-    text = f"the model server answered {code}"
+    text = f"the model server answered {code}" if code else "the model server reports an error"
     if message:
         text += f": {message[:300].rstrip('.')}"
     result = _make_error(kind, text, bool(can_pass), _parse_retry_after(error, headers), address)
@@ -3126,19 +3132,15 @@ class OpenRouter:
     def check_completion(self) -> str:
         """Ask for a tiny reply without waiting for anything; return what that took."""
         self._wanted_tokens = 16        # the least that some providers take
+        self.RETRY_TIMEOUT = 0.0
         used: list[tuple[TokenUsage, float | None]] = [(TokenUsage(), None)]
-        question = [{"role": "user", "content": "Answer with the word OK."}]
         started_at = self._clock()
-        change = "begin"
-        while change:
-            try:
-                self._request_completion(question, ignore, lambda *usage: used.append(usage),
-                                         lambda: self.REQUEST_TIMEOUT)
-                change = ""
-            except ModelError as error:
-                change = self._repair(error)
-                if not change and error.kind != "thinking":     # else it is there, and thinks
-                    raise
+        try:
+            self._call_with_retries([{"role": "user", "content": "Answer with the word OK."}],
+                                    ignore, lambda *usage: used.append(usage), lambda: math.inf)
+        except ModelError as error:
+            if error.kind != "thinking":        # it thinks, so it is there
+                raise
         tokens, cost = used[-1]
         price = "cost not reported" if cost is None else f"${cost:.4f}"
         return f"answered in {self._clock() - started_at:.1f} s, {tokens.total:,} tokens, {price}"
@@ -3149,26 +3151,23 @@ class OpenRouter:
                  on_text: Callable[[str], object] = ignore,
                  on_usage: Callable[[TokenUsage, float | None], object] = ignore,
                  time_left: Callable[[], float] = lambda: math.inf) -> Reply:
-        """Return the model's reply; `on_text` is given what there is of it while it comes.
+        """Return the model's reply, as ChatModel says.
 
         Waits out what may pass, changes what the server does not take, and has a reply continued
-        that was cut at its length.  `time_left` returns how many seconds there are, or raises what
-        is to end the call; `on_usage` is told what each attempt used.  Raises
-        ContextWindowExceeded for a conversation that is too long, another ModelError for what else
-        will not pass.
+        that was cut at its length.  Raises ContextWindowExceeded for a conversation that is too
+        long, another ModelError for what else will not pass.
         """
         started_at = self._clock()
         conversation = list(messages)
         whole = ""
-        tokens = TokenUsage()
-        cost: float | None = None
+        total = Reply("")
 
-        def add_usage(more: TokenUsage, dollars: float | None) -> None:
-            nonlocal tokens, cost
-            tokens = tokens.plus(more)
-            if dollars is not None:
-                cost = (cost or 0.0) + dollars
-            on_usage(more, dollars)
+        def add_usage(tokens: TokenUsage, cost: float | None) -> None:
+            nonlocal total
+            if cost is not None:
+                total = total._replace(cost=(total.cost or 0.0) + cost)
+            total = total._replace(tokens=total.tokens.plus(tokens))
+            on_usage(tokens, cost)
 
         def show_part(part: str) -> None:
             on_text(whole + part)
@@ -3185,7 +3184,8 @@ class OpenRouter:
         except ModelError:
             if not whole:
                 raise
-        return Reply(whole, tokens, cost, round((self._clock() - started_at) * 1000))
+        duration_ms = round((self._clock() - started_at) * 1000)
+        return total._replace(text=whole, duration_ms=duration_ms)
 
     def _call_with_retries(self, messages: Messages, on_text: Callable[[str], object],
                            on_usage: Callable[..., object],
@@ -3210,8 +3210,8 @@ class OpenRouter:
                 if error.retry_after is not None:       # the server's word wins, within reason
                     delay = min(max(error.retry_after, failures / 2), self.MAX_RETRY_AFTER)
                 if self._clock() + delay - started_at > self.RETRY_TIMEOUT:
-                    raise ModelError(f"{error}. This has gone on for an hour: continue later with "
-                                     "--resume") from None
+                    raise ModelError(f"{error}. This does not pass: try again later, with --resume "
+                                     "if a run was under way") from None
                 self._correction = error.correction
                 self._publish("error", error=str(error), retry_in=round(delay, 1))
                 self._wait(min(delay, time_left()))
@@ -3262,7 +3262,7 @@ class OpenRouter:
         return ""
 
     def build_request(self, messages: Messages) -> dict[str, Any]:
-        """Return the request; system prompt and newest message are marked for the provider's cache."""
+        """Return the request; the system prompt and the newest message are marked for the cache."""
         sent: list[dict[str, Any]] = [dict(message) for message in messages]
         if self._correction:
             sent[-1]["content"] += f"\n\n{self._correction}"
@@ -3380,8 +3380,6 @@ class OpenRouter:
                 for chunk in parse_chunks(self._read_lines(response, is_over)):
                     put(chunk)
             put(None)
-        except urllib.error.HTTPError as error:
-            put(self._error_from_status(error))
         except Exception as error:      # the library has more kinds for junk than it says
             put(self._error_from_exception(error, has_answered))
 
@@ -3392,32 +3390,27 @@ class OpenRouter:
         for line in split_lines(pieces, encoding, self.MAX_RESPONSE_BYTES):
             yield line.replace(self._key, "[key]") if len(self._key) >= 8 else line
 
-    def _error_from_status(self, error: urllib.error.HTTPError) -> ModelError:
-        """Return the error for an HTTP status, which the server or a proxy has answered with."""
-        wants_basic = "basic" in str(error.headers["WWW-Authenticate"]).lower()
-        if self._proxy and (error.code == 407 or wants_basic):
-            return self._proxy_error(error.code)
-        body: object = ""
-        with error, contextlib.suppress(Exception):
-            lines = list(self._read_lines(error, threading.Event()))
-            body = "\n".join(lines)
-            body = next(parse_chunks(iter(lines)), body)
-        return error_from_response(error.code, body, dict(error.headers), self._address)
-
-    def _proxy_error(self, status: int) -> ModelError:
-        """Return the error for a proxy that refuses us; its password is not shown."""
-        error = ModelError(f"the proxy {self._proxy} refused the connection ({status}). Check its "
-                           "user and password in https_proxy or http_proxy")
-        error.kind = "proxy"
-        return error
-
     def _error_from_exception(self, error: Exception, has_answered: bool) -> ModelError:
-        """Return what an error of the library means."""
+        """Return what an error of the library means: a status, or a broken connection."""
+        status = getattr(error, "code", 0)
         reason = " ".join(sanitize(str(getattr(error, "reason", None) or error)).split())
         reason = reason or type(error).__name__
-        tunnel = re.search(r"Tunnel connection failed: (\d+)", reason)
-        if tunnel and tunnel[1] in ("401", "403", "407"):
-            return self._proxy_error(int(tunnel[1]))
+        refused = re.search(r"Tunnel connection failed: (401|403|407)", reason)
+        if isinstance(error, urllib.error.HTTPError):
+            refused = re.search("(?i)basic", error.headers["WWW-Authenticate"] or "")
+        if self._proxy and (refused or status == 407):      # its password is not shown
+            result = ModelError(f"the proxy {self._proxy} refused the connection "
+                                f"({status or reason}). Check its user and password in "
+                                "https_proxy or http_proxy")
+            result.kind = "proxy"
+            return result
+        if isinstance(error, urllib.error.HTTPError):
+            body: object = ""
+            with error, contextlib.suppress(Exception):
+                lines = list(self._read_lines(error, threading.Event()))
+                body = "\n".join(lines)
+                body = next(parse_chunks(iter(lines)), body)
+            return error_from_response(status, body, dict(error.headers), self._address)
         if has_answered and isinstance(error, ValueError):
             return TransientError(f"the model server sent no JSON object, but {reason!r}. Check "
                                   f"OPENROUTER_BASE_URL={self._address}",
@@ -3984,18 +3977,14 @@ _COMMAND_LINE = re.compile(     # behind list marks, emojis, brackets, but no qu
 _SEPARATOR = re.compile(
     r"[*_`)\]]*\s*(?:[:=][*_`)\]]*|[^\w\s(\"'?]+(?=\s)|(?=[\s(]))\s*")
 _DECORATION = re.compile(r"(?:[^\w\"'?~]|_)*")
-_NOT_YET = re.compile(
-    r"(?i)\W*(?:no|not|never|false|pending|almost|nearly|after|when|if|once|unless|until|is|will|"
-    r"would|should|can|can't|cannot|won't)\b")
+_NOT_YET = re.compile(r"(?i)\W*(?:not?|never|false|pending|after|when|if|once|until|is|will)\b")
 _TMUX_KEYS = ("Up", "Down", "Left", "Right", "Enter", "Escape", "Tab", "BTab", "Space", "BSpace",
               "Home", "End", "PageUp", "PageDown", "PPage", "NPage", "PgUp", "PgDn", "IC", "DC",
               "Insert", "Delete", *(f"F{number}" for number in range(1, 13)))
 _KEY_ALIASES = {
     **{name.lower(): name for name in _TMUX_KEYS}, "return": "Enter", "esc": "Escape",
-    "backspace": "BSpace", "del": "Delete", "spacebar": "Space", "↑": "Up", "↓": "Down",
-    "←": "Left", "→": "Right", "⏎": "Enter", "↵": "Enter"}
+    "backspace": "BSpace", "del": "Delete", "spacebar": "Space"}
 _MODIFIED_KEY = re.compile(r"(?i)(c|ctrl|control|m|alt|meta|option|s|shift)[+-](.+)")
-_MAX_KEYS = 100
 
 
 def _parse_key(word: str) -> str:
@@ -4077,8 +4066,8 @@ def _parse_command(lines: Sequence[_Line]) -> Action:
     keys, unknown = _parse_keys(" ".join(line.argument or "" for line in lines))
     if unknown:
         return _not_understood(lines[0], f"{truncate_middle(' '.join(unknown), 200)!r} is no key")
-    if not 0 < len(keys) <= _MAX_KEYS:
-        return _not_understood(lines[0], f"{len(keys)} keys (1 to {_MAX_KEYS} are allowed)")
+    if not 0 < len(keys) <= 100:
+        return _not_understood(lines[0], f"{len(keys)} keys (1 to 100 are allowed)")
     return Action("keys", text, keys=tuple(keys))
 
 
@@ -4129,10 +4118,7 @@ def _choose_action(lines: Sequence[_Line]) -> Action:
     action = _parse_command(commands)
     if not message or action.kind == "invalid":
         return action
-    if not [line.word for line in lines if line.text.strip()][-1]:
-        return Action("invalid", f"Nothing was done: text follows {commands[-1].word}. Send either "
-                                 "the text or the command.")
-    note = f"The text above {commands[-1].word} was not typed: {truncate_middle(message, 200)!r}"
+    note = f"The text beside {commands[0].word} was not typed: {truncate_middle(message, 200)!r}"
     return action._replace(note=note)
 
 
@@ -4682,7 +4668,6 @@ class Autopilot:
         self._was_warned = False            # of a circle, since there was news
         self._files_at_start: Files | None = None
         self._files: Files | None = None    # when they were looked at last
-        self._since = "the start"           # which `_files_at_start` is of
         self._last_memory_error = ""        # was told
         self._part_published_at = 0.0
         self._max_characters = math.inf     # less than what the model called too long
@@ -4726,7 +4711,6 @@ class Autopilot:
         sentences = [f"[{note}]" for note in self._journal.redact(turn.notes)]
         output = self._output_label + self._journal.redact(turn.output)
         if history:
-            self._since = "the run was resumed"
             self._rebuild_conversation(history)
             sentences.insert(0, (
                 f"[You were stopped at {history[-1]['time']} and go on now, at {utc_timestamp()}. "
@@ -4742,8 +4726,8 @@ class Autopilot:
         elif self._config.confirm_complete:
             check = _CONFIRM_HINT
         prompt = _SYSTEM_PROMPT.format(agent=self._agent.name, check=check)
-        memories = self._journal.redact(memories) if isinstance(memories, list) else []
-        facts = truncate_middle("".join(f"- {fact}\n" for fact in memories))
+        known = self._journal.redact(memories) if isinstance(memories, list) else []
+        facts = truncate_middle("".join(f"- {fact}\n" for fact in known))
         return f"{prompt}\n## Memory from previous sessions\n{facts}" if facts else prompt
 
     def _rebuild_conversation(self, history: Sequence[Event]) -> None:
@@ -4791,7 +4775,8 @@ class Autopilot:
         self._conversation.add_exchange(reply, *sentences, output=output)
 
     def _note_output(self, output: str) -> None:
-        lines = [line.strip() for line in output.split("\n") if line.strip()]
+        lines = [line.strip() for line in output.split("\n")       # no mere prompts and times
+                 if re.search(r"\w", normalize_screen(line))]
         if lines:
             self._last_output = output
             self._totals.last_words = truncate_middle(lines[-1], 200)
@@ -5006,9 +4991,9 @@ class Autopilot:
         changed = self._find_files_changed_since_start()
         if changed:
             names = ", ".join(changed[:5]) + (", ..." if len(changed) > 5 else "")
-            evidence.append(f"Files changed since {self._since}: {len(changed)} ({names}).")
+            evidence.append(f"Files changed since the start: {len(changed)} ({names}).")
         elif changed is not None:
-            evidence.append(f"No file has changed since {self._since}.")
+            evidence.append("No file has changed since the start.")
         failure = find_failure(self._last_output)
         if failure:
             doubts.append(f"The last output of {name} says: {failure!r}.")
@@ -5033,27 +5018,27 @@ class Autopilot:
         if self._is_done or turn.state == "working" or action.seconds >= self.LONG_WAIT_SECONDS:
             self._recent_steps = []
             return []
+        step = (action, normalize_screen(turn.as_text()))
         if self._has_news(action, turn):
             self._turns_without_news = 0
             self._was_warned = False
-            self._recent_steps = [(action, normalize_screen(turn.as_text()))]
+            self._recent_steps = [step]
             return []
         self._turns_without_news += 1
-        self._recent_steps.append((action, normalize_screen(turn.as_text())))
-        if self._turns_without_news >= self.MAX_TURNS_WITHOUT_NEWS:
-            raise StuckInLoop(f"{self._turns_without_news} turns brought no new output and changed "
-                              "no file")
-        last = self._recent_steps[-3:]
-        if len(last) == 3 and len(set(last)) == 1:
-            if self._was_warned:
-                raise StuckInLoop("the same replies have had the same results again and again")
-            self._recent_steps = []
-            return self._warn("You are repeating yourself: three identical steps had the same "
-                              "results.")
-        if self._turns_without_news == self.WARN_TURNS_WITHOUT_NEWS:
-            return self._warn(f"The last {self._turns_without_news} turns brought no new output "
-                              "and changed no file.")
-        return []
+        self._recent_steps = [*self._recent_steps[-2:], step]
+        is_same = len(self._recent_steps) == 3 and len(set(self._recent_steps)) == 1
+        problem = (f"the last {self._turns_without_news} turns brought no new output and changed no "
+                   "file")
+        if self._turns_without_news >= self.MAX_TURNS_WITHOUT_NEWS or is_same and self._was_warned:
+            raise StuckInLoop(problem)
+        if not is_same and self._turns_without_news != self.WARN_TURNS_WITHOUT_NEWS:
+            return []
+        self._was_warned = True
+        self._recent_steps = []
+        warning = (f"You are repeating yourself: {problem}. Try a different approach, or end the run "
+                   "with TASK_FAILED: reason.")
+        self._journal.publish("note", text=warning, source="orchestrator")
+        return [warning]
 
     def _has_news(self, action: Action, turn: Turn) -> bool:
         """Return whether a turn showed new lines, or else changed files."""
@@ -5061,12 +5046,6 @@ class Autopilot:
             return True
         earlier, self._files = self._files, snapshot_files(self._directory, self._environ)
         return bool(find_changed_files(earlier, self._files))
-
-    def _warn(self, problem: str) -> list[str]:
-        self._was_warned = True
-        warning = f"{problem} Try a different approach, or end the run with TASK_FAILED: reason."
-        self._journal.publish("note", text=warning, source="orchestrator")
-        return [warning]
 
     # memory and conversation
 
@@ -5223,7 +5202,7 @@ DASHBOARD_PAGE = r"""<!doctype html>
   #screen { position: relative; width: max-content; min-width: 100%; padding: 6px 10px;
     color: var(--screen-ink); line-height: 1.2; min-height: calc(1.2em * var(--rows) + 12px);
     font-size: clamp(7px, min((100cqw - 22px) / (var(--columns) * 0.605),
-      (100svh - min(var(--above), 220px) - 34px) / (var(--rows) * 1.2)), 14px); }
+      (100svh - 210px) / (var(--rows) * 1.2)), 14px); }
   .actual #screen { font-size: 14px; }
   .cursor { position: absolute; width: 1ch; height: 1.2em; outline: 1px solid; opacity: .8;
     left: calc(10px + 1ch * var(--column)); top: calc(6px + 1.2em * var(--row)); }
@@ -5349,6 +5328,7 @@ DASHBOARD_PAGE = r"""<!doctype html>
   // The server's clock counts, whatever the browser's says, and stands still without a connection.
   let clockOffset = 0;
   const serverTime = () => run.lostAt ?? Date.now() + clockOffset;
+  const FULL_TIME = new Intl.DateTimeFormat([], {dateStyle: "full", timeStyle: "full"});
   const timeOf = event => Date.parse(event.time) || run.latest || serverTime();
 
   function clockTime(at) {
@@ -5366,7 +5346,7 @@ DASHBOARD_PAGE = r"""<!doctype html>
 
   function createTime(at, words = clockTime(at)) {
     const element = createElement("time", "", words);
-    element.title = new Date(at).toLocaleString([], {dateStyle: "full", timeStyle: "full"});
+    element.title = FULL_TIME.format(at);
     return element;
   }
 
@@ -5471,10 +5451,7 @@ DASHBOARD_PAGE = r"""<!doctype html>
       run.check = {command, level, result: `${word}, status ${status}: `};
       addEntry(event, `check ${word}`, `$ ${command}\n${output}\nstatus ${status}`, level);
     },
-    confirm(event) {
-      const doubts = list(event.unproved).map(text);
-      addEntry(event, "confirm", [text(event.evidence), ...doubts].join("\n"), "quiet");
-    },
+    confirm: event => addEntry(event, "confirm", event.evidence, "quiet"),
     history(event) {
       const {summarised, summary} = event;
       if (event.tokens) addUsage(event);
@@ -5570,8 +5547,9 @@ DASHBOARD_PAGE = r"""<!doctype html>
       setText(name, byId(name).title = firstLine(info[name]));
       byId(name).closest("div").hidden = !info[name];
     }
-    const started = new Date(run.started).toLocaleString([], {dateStyle: "medium"});
-    if (IS_RECORDING && run.started) setText("recording", `Recording of ${started}`);
+    if (!IS_RECORDING || !run.started) return;
+    const date = new Date(run.started).toLocaleString([], {dateStyle: "medium"});
+    setText("recording", `Recording of ${date}`);
   }
 
   function drawList(id, items) {
@@ -5581,6 +5559,7 @@ DASHBOARD_PAGE = r"""<!doctype html>
 
   function drawEnd() {
     const {outcome, info, check, latest} = run, end = byId("end"), files = outcome?.files_changed;
+    const doubts = list(outcome?.unproved).map(text).join(" ");
     end.hidden = !outcome && !(IS_RECORDING && latest);
     if (end.hidden || end.shown === latest) return;
     end.shown = latest;
@@ -5596,6 +5575,7 @@ DASHBOARD_PAGE = r"""<!doctype html>
       ["restarts", text(outcome?.restarts ?? run.restarts)],
       ["errors", text(outcome?.errors ?? run.errors)],
       files != null && ["files changed", Array.isArray(files) ? files.join(", ") : text(files)],
+      doubts && ["not proved", createElement("span", "warn", doubts)],
       outcome?.last_words && ["agent's last words", text(outcome.last_words)],
       !isFinal && ["resume", ...command(`${shellWord(text(info.workdir))} --resume`)],
       journalPath && ["replay", ...command(`--replay ${shellWord(journalPath)}`)],
@@ -5729,7 +5709,6 @@ DASHBOARD_PAGE = r"""<!doctype html>
     byId("charts").hidden = !replied.length;
     byId("charts").lastChild.hidden = run.cost == null;
     if (replied.length) charts.forEach(chart => drawChart(chart, replied));
-    byId("screen").style.setProperty("--above", `${byId("screen-box").offsetTop}px`);
     if (isLinkPending) isLinkPending = !openLinked();
   }
 
@@ -5897,7 +5876,6 @@ DASHBOARD_PAGE = r"""<!doctype html>
   document.onvisibilitychange = () => document.hidden ? source.close() : connect();
   byId("terminal").ontoggle = () => drawScreen();
   window.onhashchange = openLinked;
-  window.onresize = drawSoon;
   setInterval(drawStatus, 1000);
   setInterval(() => document.hidden && look(), 30000);      // its title and icon stay true
   draw();
@@ -6194,7 +6172,8 @@ class Dashboard(http.server.ThreadingHTTPServer):
             with contextlib.suppress(OSError):
                 self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[:2]
+        host, self.server_port = self.server_address[:2]
+        self.server_name = str(host)
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Tell whether there is room for one more connection."""
@@ -6402,7 +6381,10 @@ def _describe_end(event: Event) -> tuple[str, str]:
     for field, noun in (("restarts", "restart of the agent"), ("files_changed", "changed file")):
         if event.get(field):
             figures.append(_format_count(event[field], noun))
-    return f"\n{head}: {', '.join(figures)}", _format_next_steps(event)
+    end = f"\n{head}: {', '.join(figures)}"
+    if event.get("unproved"):
+        end += f"\nThe model confirmed the end, but: {' '.join(event['unproved'])}"
+    return end, _format_next_steps(event)
 
 
 def describe_event(event: Event) -> tuple[str, str]:
@@ -6538,7 +6520,7 @@ class TerminalReporter:
 
     def on_event(self, event: Event) -> None:
         """Print what there is to say about an event, and show what you wait for now."""
-        kind = event.get("state", event["type"])
+        kind: str = event.get("state") or event["type"]
         with self._lock:
             self._print_event(event)
             if kind == "screen":
@@ -6752,10 +6734,6 @@ class Workspace(NamedTuple):
     def lock_path(self, tmux: Tmux) -> Path:
         """Return the file that the process which drives a session keeps locked."""
         return self.state_directory / "locks" / f"{tmux.socket_name}.{tmux.session}"
-
-    def command_with(self, *options: str) -> str:
-        """Return the command that starts this program in the same directory."""
-        return f"{self.command} {shlex.join([*options, str(self.directory)])}"
 
 
 class RunRequest(NamedTuple):
@@ -7080,15 +7058,6 @@ def read_outcome(path: Path) -> str:
         return str(next(events, {}).get("outcome") or "")
 
 
-def find_replay(workspace: Workspace) -> Path:
-    """Return the journal of the directory's latest run."""
-    for path, info in list_runs(workspace):
-        if info["workdir"] == str(workspace.directory):
-            return path
-    raise ConfigError(f"There is no recorded run of {workspace.directory}. Give a file: "
-                      f"--replay FILE. Journals are in {workspace.journal_directory}")
-
-
 # A run
 
 def describe_end(config: Config, workspace: Workspace, agent: Agent, path: Path, is_chat: bool,
@@ -7098,8 +7067,9 @@ def describe_end(config: Config, workspace: Workspace, agent: Agent, path: Path,
         return {}
     can_continue = is_chat or outcome not in FINAL_OUTCOMES
     options = ["--chat"] if is_chat else ["--resume"] if can_continue else []
+    directory = str(workspace.directory)
     return {"agent": agent.name, "can_continue": can_continue,
-            "next_command": workspace.command_with(*options),
+            "next_command": f"{workspace.command} {shlex.join([*options, directory])}",
             "agent_running": not config.terminate_when_quit and agent.is_running(),
             "watch_command": agent.tmux.attach_command, "stop_command": agent.tmux.kill_command,
             "journal": str(path)}
@@ -7131,7 +7101,7 @@ def notify(config: Config, workspace: Workspace, path: Path, event: Event) -> No
         print_error(f"NOTIFY_CMD ended with exit status {status}: {output[-200:]}")
 
 
-def make_reporter(config: Config, request: RunRequest, agent_name: str) -> TerminalReporter:
+def make_reporter(request: RunRequest, agent_name: str) -> TerminalReporter:
     """Return what reports a run on standard output."""
     if request.as_json:
         return TerminalReporter(describe_json_event, {}, Display())
@@ -7214,7 +7184,7 @@ def run(config: Config, workspace: Workspace, request: RunRequest) -> int:
         task = str(history[0]["task"]) if history else request.read_task()
         journal = Journal(path, defer_signals=signals.deferred, secret=config.openrouter_api_key)
         stack.callback(lambda: print_error(journal.unreported_error))
-        reporter = make_reporter(config, request, agent.name)
+        reporter = make_reporter(request, agent.name)
         journal.subscribe(reporter.on_event)
         agent = make_agent(
             config, workspace, publish=journal.publish, sleep=reporter.sleep,
@@ -7365,14 +7335,17 @@ class Doctor:
         checks = {"tmux": self._agent.tmux.check_version, "agent": self._check_agent,
                   "login": self._check_login, "model": self._check_model,
                   "session": self._check_session, "state": self._check_state}
+        if self._config.dashboard_enabled:
+            checks["dashboard"] = self._check_dashboard
         failures = len(errors)
         for name, check in checks.items():
             try:
                 print_line(f"{name:<9} ok      {check()}")
             except (OrchestratorError, OSError, ValueError) as error:
-                print_line(f"{name:<9} FAILED  {error}")
-                failures += 1
-        self._check_dashboard()
+                verdict = "warning" if name == "dashboard" else "FAILED"
+                print_line(f"{name:<9} {verdict:<7} {error}")
+                if verdict == "FAILED":     # a run goes on without a dashboard
+                    failures += 1
         return 1 if failures else 0
 
     def _check_agent(self) -> str:
@@ -7442,15 +7415,10 @@ class Doctor:
                               "that can be written.") from None
         return f"{directory} can be written"
 
-    def _check_dashboard(self) -> None:
-        """Print whether the dashboard can be served; a run does without it if it must."""
+    def _check_dashboard(self) -> str:
         host, port = self._config.dashboard_host, self._config.dashboard_port
-        if self._config.dashboard_enabled:
-            try:
-                Dashboard(Journal(), host=host, port=port).server_close()
-                print_line(f"dashboard ok      can listen on {host}, port {port or 'any'}")
-            except ConfigError as error:
-                print_line(f"dashboard warning {error}")
+        Dashboard(Journal(), host=host, port=port).server_close()
+        return f"can listen on {host}, port {port or 'any'}"
 
 
 # Dispatch
@@ -7458,11 +7426,12 @@ class Doctor:
 _ANNOUNCED_SETTINGS = ("CLAUDE_CMD", "VERIFY_CMD", "NOTIFY_CMD", "OPENROUTER_BASE_URL",
                        "DEFAULT_MODEL")
 _REPEATED_SETTINGS = ("CLAUDE_TMUX_SESSION", "CLAUDE_TMUX_SOCKET", "DEFAULT_MODEL", "CLAUDE_CMD",
-                      "OPENROUTER_MODEL", "OPENROUTER_BASE_URL", "VERIFY_CMD")
+                      "OPENROUTER_MODEL", "OPENROUTER_BASE_URL", "VERIFY_CMD", "MAX_ITERATIONS",
+                      "MAX_COST", "MAX_MINUTES")
 
 
 def repeat_settings(environ: Mapping[str, str]) -> str:
-    """Return the settings of the environment that the same agent and model need again."""
+    """Return the settings of the environment that a run needs again, for a shell."""
     settings = [f"{name}={shlex.quote(environ[name])} " for name in _REPEATED_SETTINGS
                 if environ.get(name) and "?" not in environ[name]]      # a query may hold a key
     return "".join(settings)
@@ -7475,6 +7444,8 @@ def announce_settings(environ: Mapping[str, str], env_file: Mapping[str, str]) -
             value = env_file[name]
             if name == "OPENROUTER_BASE_URL":
                 value = value.partition("?")[0]     # a query may hold a key
+            elif name == "DEFAULT_MODEL":
+                value += f", which starts {select_profile(value).name}"
             print_error(f".env sets {name}={value}")
     for name in sorted(env_file.keys() - Config.fields_by_variable().keys()):
         for match in difflib.get_close_matches(name, Config.fields_by_variable(), 1, 0.85):
@@ -7505,15 +7476,18 @@ def find_workspace(directory: str | None, environ: Mapping[str, str],
 
 def start_replay(options: argparse.Namespace, environ: Mapping[str, str],
                  env_file: Mapping[str, str]) -> int:
-    """Serve a recorded run.  Only the settings of the dashboard matter, and must be right."""
+    """Serve a recorded run.  Of the settings, only those of the dashboard must be right."""
     config = Config.from_env(
         {name: value for name, value in environ.items() if name.startswith("DASHBOARD_")},
         {name: value for name, value in env_file.items() if name.startswith("DASHBOARD_")})
-    path = Path(options.replay)
-    if not options.replay or path.is_dir():
-        workspace = find_workspace(options.replay or options.directory, environ, env_file)
-        path = find_replay(workspace)
-    return run_replay(path, config)
+    if options.replay and not Path(options.replay).is_dir():
+        return run_replay(Path(options.replay), config)
+    workspace = find_workspace(options.replay or options.directory, environ, env_file)
+    for path, info in list_runs(workspace):
+        if info["workdir"] == str(workspace.directory):
+            return run_replay(path, config)
+    raise ConfigError(f"There is no recorded run of {workspace.directory}. Give a file: "
+                      f"--replay FILE. Journals are in {workspace.journal_directory}")
 
 
 def dispatch(options: argparse.Namespace, environ: Mapping[str, str]) -> int:

@@ -323,6 +323,7 @@ class AgentApi(Loopback):
         super().__init__()
         self.messages: list[str] = []       # as they left the agents, one for each turn
         self.conversation = ""              # all that the latest turn began with
+        self.calls = 0
 
     def answer(self, exchange: Exchange) -> None:
         path = exchange.path.split("?")[0]
@@ -330,6 +331,7 @@ class AgentApi(Loopback):
         if not speak:
             exchange.send({"data": [], "input_tokens": 10})
             return
+        self.calls += 1
         tools = [tool.get("name") for tool in exchange.body.get("tools", [])]
         shell = next((name for name in self.SHELLS if name in tools), "")
         message, results = self._heard(exchange.body)
@@ -692,8 +694,8 @@ class Terminal:
 AGENT = r'''
 """A small agent: on a terminal it does what the real ones do; agent.log has what it took.
 
-What it is like is said by AGENT_START (orders before it is ready), AGENT_SIGN (title, footer or
-none), AGENT_PASTE (brackets or plain), AGENT_EATS (how many Enters it loses of each message),
+What it is like is said by AGENT_START (orders before it is ready), AGENT_SIGN (title, footer,
+still or none), AGENT_PASTE (brackets or plain), AGENT_EATS (how many Enters of a message it loses),
 AGENT_DEAF (seconds after a paste in which an Enter is but a new line), AGENT_SLOW (seconds that it
 takes for a paste), AGENT_THINKS (seconds before it does anything) and AGENT_BOX (a frame like that
 of Claude Code around its prompt).
@@ -746,8 +748,9 @@ class Sign:
         foot = f"\x1b7\x1b[{rows};1H\x1b[K%s\x1b8"
         self.busy, self.idle = {
             "title": ("\x1b]0;%s agent\x07", "\x1b]0;agent\x07"), "none": ("%.0s", ""),
-            "footer": (foot % "  %s · esc to interrupt", foot % "  ? for shortcuts")}[kind]
-        if kind == "footer":
+            "footer": (foot % "  %s · esc to interrupt", foot % "  ? for shortcuts"),
+            "still": (foot % "  %.0sesc to interrupt", foot % "  ? for shortcuts")}[kind]
+        if kind in ("footer", "still"):
             show(f"\x1b[2J\x1b[1;{rows - 1}r\x1b[H")
         self.frozen = False
         show("\x1b]0;agent\x07" + self.idle)
@@ -838,8 +841,8 @@ log(started=True, early=early or "")
 for turn in itertools.count(1):
     show(f"{'─' * 40}\n❯ {RIM}" if RIM else "❯ ")
     message = take()
-    SIGN.start()
     show("\n\x1b[J" if RIM else "\n")
+    SIGN.start()
     time.sleep(setting("THINKS", 0.2))
     for order in message.replace("\n", "&&").split("&&"):
         obey(order, turn)
@@ -1288,6 +1291,20 @@ def test_a_killed_agent_goes_on_with_its_conversation_if_it_is_the_real(
 
 
 @REAL_AGENTS
+def test_nothing_works_on_after_an_interrupted_run_of_the_real(
+        name: str, agent: str, world: World, agent_api: AgentApi, with_real_agents: None) -> None:
+    """A newer Codex works in a background server, if it may."""
+    loop = "RUN[for i in 1 2 3 4 5 6; do echo >> alive; sleep 1; done] SAY[alpha one]"
+    world.model(loop, "TASK_COMPLETE")
+    run = world.start("--task", "x", DEFAULT_MODEL=name, TERMINATE_WHEN_QUIT="true")
+    assert poll(lambda: (world.work / "alive").exists(), 60), run.stdout
+    assert run.end(by=signal.SIGINT).status == 130
+    size, calls = (world.work / "alive").stat().st_size, agent_api.calls
+    time.sleep(3)
+    assert (size, calls) == ((world.work / "alive").stat().st_size, agent_api.calls)
+
+
+@REAL_AGENTS
 def test_an_interrupt_ends_a_turn_and_brings_the_note_to_the_model_of_the_real(
         name: Any, agent: Any, world: World, agent_api: AgentApi, with_real_agents: None) -> None:
     long = "RUN[python3 -c 'import time; time.sleep(50)'] SAY[alpha one]"
@@ -1567,14 +1584,14 @@ def test_every_message_arrives_byte_for_byte_with_one_enter(new_world: Callable[
     said = [*CORPUS, *(text for text, _ in UNTYPABLE), typed[-1]]
     marks = {"brackets": "\x1b[200~%s\x1b[201~\r", "plain": "%s\r"}
     worlds = at_once(new_world, {
-        f"{paste} {part}": [*said[part::3], {"AGENT_PASTE": paste}]
-        for paste in marks for part in range(3)}, HISTORY_MAX_TOKENS="9999999")
+        f"{paste} {part}": [*said[part::6], {"AGENT_PASTE": paste}]
+        for paste in marks for part in range(6)}, HISTORY_MAX_TOKENS="9999999")
     for name, world in worlds.items():
         paste, part = name.split()
-        expected = [marks[paste].replace("%s", text) for text in typed[int(part)::3]]
+        expected = [marks[paste].replace("%s", text) for text in typed[int(part)::6]]
         assert [(read[:99], len(read)) for read in world.log("read")] == [
             (read[:99], len(read)) for read in expected], name
-        assert world.log("read") == expected and world.log("took") == typed[int(part)::3], name
+        assert world.log("read") == expected and world.log("took") == typed[int(part)::6], name
         assert not (world.work / "sign").exists()
 
 
@@ -1674,8 +1691,14 @@ def killing_the_server(world: World) -> None:
     os.kill(int(world.tmux("display-message", "-p", "#{pid}")), signal.SIGKILL)
 
 
-ACCIDENTS = pytest.mark.parametrize(
-    "accident", [killing_the_agent, killing_the_session, killing_the_server])
+def closing_the_agents_pane(world: World) -> None:
+    agents_pane = world.tmux("display-message", "-p", "#{pane_id}")
+    world.tmux("split-window", "sleep", "1000")     # of a person, which stays
+    world.tmux("kill-pane", "-t", agents_pane)
+
+
+ACCIDENTS = pytest.mark.parametrize("accident", [
+    killing_the_agent, killing_the_session, killing_the_server, closing_the_agents_pane])
 
 
 @ACCIDENTS
@@ -1718,6 +1741,37 @@ def test_a_message_that_was_not_taken_yet_is_said_to_the_new_agent_after(
     assert run.end().status == 0
     assert world.log("took") == ["echo one", "echo two"]
     assert "started again" in model.last_message() and "\ntwo\n" in model.last_message() + "\n"
+
+
+def test_a_socket_that_something_removed_is_made_again_and_the_agent_works_on(world: World) -> None:
+    world.model("sleep 2 && echo one", "echo two", "TASK_COMPLETE")
+    run = world.start("--task", "survive")
+    assert world.taken("sleep 2 && echo one"), run.stdout
+    socket_path, = world.directory.glob("tmux-*/gt-claude-loop")
+    socket_path.unlink()
+    done = run.end()
+    assert (done.status, done.stderr) == (0, "")
+    assert len(set(world.log("pid"))) == 1 and not world.events("recovery")
+
+
+def test_a_command_of_one_word_runs_where_the_shell_of_the_user_refuses_to(world: World) -> None:
+    world.model("echo one", "TASK_COMPLETE")
+    path = world.program("mine", f"exec {world.env['CLAUDE_CMD']}")
+    refusing = str(shutil.which("false"))
+    assert world.run("--task", "x", PATH=path, CLAUDE_CMD="mine", SHELL=refusing).status == 0
+    assert world.log("took") == ["echo one"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a daemon's origin can't be read")
+def test_what_the_agent_has_started_ends_with_the_run_wherever_it_went(world: World) -> None:
+    daemon = "(setsid sh -c 'trap \"\" HUP; while :; do echo >> alive; sleep 0.1; done' &)"
+    world.model(daemon, "TASK_COMPLETE")
+    done = world.run("--task", "x", CLAUDE_CMD="bash --norc", TERMINATE_WHEN_QUIT="true")
+    assert (done.status, done.stderr) == (0, "")
+    size = (world.work / "alive").stat().st_size
+    time.sleep(0.5)
+    assert size == (world.work / "alive").stat().st_size > 0
+    assert not processes_of(world.directory)
 
 
 def test_an_agent_that_ends_by_itself_is_started_again_and_its_last_words_are_told(
@@ -1912,6 +1966,11 @@ def early(world: World, messages: Sequence[Any]) -> list[str]:
             if not re.search(f"(?m)^{end}$", turn)]
 
 
+def as_claude_if_still(world: World, name: str) -> dict[str, str]:
+    """Have the small agent run as Claude Code if only words of that say that it works."""
+    return as_claude(world) if name.startswith("still") else {}
+
+
 def test_a_turn_is_over_when_the_agent_is_done_and_not_before(
         new_world: Callable[[], World]) -> None:
     """Whether its sign lives, or stands still for a while; and in spite of signs left behind."""
@@ -1925,7 +1984,8 @@ def test_a_turn_is_over_when_the_agent_is_done_and_not_before(
     leave = "printf '\\033]0;\u2839 working\\007'; echo end-$((%d))"
     cases["bash, left behind"] = [leave % 1, agent_like("bash")]
     cases["title, at once"] = ["echo end-1", "echo end-2", {"AGENT_THINKS": "0"}]
-    worlds = at_once(new_world, cases)
+    cases["still"] = ["sleep 17 && echo end-1", "echo end-2", agent_like("still")]
+    worlds = at_once(new_world, cases, prepare=as_claude_if_still)
     assert {name: early(worlds[name], case[:-1]) for name, case in cases.items()} == {
         name: [] for name in cases}
     for name, world in worlds.items():
@@ -1935,11 +1995,11 @@ def test_a_turn_is_over_when_the_agent_is_done_and_not_before(
 def test_benchmark_of_200_turns_with_pauses(
         new_world: Callable[[], World], asked_for: None) -> None:
     cases = {}
-    for number, kind in enumerate(("title", "footer", "bash") * 3):
+    for number, kind in enumerate(("title", "footer", "bash") * 2 + ("still",) * 3):
         draw = random.Random(number)
         seconds = [draw.uniform(0, 10) for _ in range(24)]
         cases[f"{kind} {number}"] = [*pauses(kind, seconds), agent_like(kind)]
-    worlds = at_once(new_world, cases, limit=900)
+    worlds = at_once(new_world, cases, limit=900, prepare=as_claude_if_still)
     over = {name: early(worlds[name], case[:-1]) for name, case in cases.items()}
     print(f"\n{sum(len(case) - 1 for case in cases.values())} turns with two pauses of 0 to 10 s: "
           f"{sum(map(len, over.values()))} ended early")
@@ -2478,7 +2538,7 @@ def test_an_agent_that_ends_at_once_leaves_its_last_words(world: World) -> None:
     (3, "budget", ["echo one", "echo two"], {"MAX_COST": "0.01"}, "MAX_COST=0.01"),
     (3, "budget", ["sleep 60"], {"MAX_MINUTES": "0.05"}, "MAX_MINUTES=0.05"),
     (4, "failed", ["TASK_FAILED: there is no coffee"], {}, "there is no coffee"),
-    (4, "stuck", ["echo round"] * 9, {}, "the same results again"),
+    (4, "stuck", ["echo round"] * 9, {}, "no new output"),
     (5, "agent", [], {"CLAUDE_CMD": "echo 'license expired'; exit 3"}, "license expired"),
     (6, "model", [401], {}, "OPENROUTER_API_KEY"),
     (6, "model", [404], {}, "OPENROUTER_MODEL"),
@@ -2721,7 +2781,7 @@ def test_a_run_is_not_complete_while_the_agent_works_or_asks(
         prepare=as_claude, TURN_TIMEOUT="1")
     for world in worlds.values():
         shown = [world.said.last_message(number) for number in range(2, 6)]
-        assert ["still working" in text and "did nothing" in text for text in shown] == [
+        assert ["did nothing: Claude Code is still working" in text for text in shown] == [
             True, False, False, False], shown
         assert ["stands unanswered" in text for text in shown] == [False, False, False, True], shown
         assert world.log("chose") == ["No"] and world.events()[-1]["outcome"] == "complete"
@@ -4041,12 +4101,14 @@ OLD_END: Event = {"type": "complete", "outcome": "failed", "iterations": 1, "cos
                   "reason": "the model gave up: no network\n\nA person must help.",
                   "tokens": {"prompt": 5, "completion": 5, "total": 10}, "duration_ms": 5000}
 NEW_END: Event = {**OLD_END, "outcome": "complete", "reason": "", "cost": None, "restarts": 3,
-                  "errors": 4, "files_changed": 7, "last_words": "14 passed"}
+                  "errors": 4, "files_changed": 7, "last_words": "14 passed",
+                  "unproved": ["No file was changed."]}
 
 
 @pytest.mark.parametrize("end, headline, words, absent", [
     (NEW_END, "Task complete", ["All is proved.", "passed, status 0: make check", "restarts\n3",
-                                "errors\n4", "files changed\n7", "14 passed"], "--resume"),
+                                "errors\n4", "files changed\n7", "14 passed",
+                                "No file was changed."], "--resume"),
     (OLD_END, "Failed", ["the model gave up: no network\n\nA person must help.", "errors\n1"],
      "--resume"),
     (None, "Unfinished", ["no last event", "'/src/it'\"'\"'s' --resume"], "last words")])
@@ -4163,21 +4225,21 @@ def test_any_text_is_found_filtered_and_linked(world: World, browser: Browser) -
     events[50:50] = [{"type": "error", "error": "oh", "iteration": 1016},
                      {"type": "note", "text": "hm", "source": "dashboard", "iteration": 1017},
                      {"type": "verify", "status": 1, "iteration": 1018}]
+    browser.size(1024, 768)
     path = open_recording(browser, world, *events)
     rows = ("[...document.querySelectorAll('.iteration')].filter(row => row.checkVisibility())"
-            ".map(row => parseInt(row.querySelector('b').innerText))")
+            ".map(row => parseInt(row.querySelector('b').textContent))")
     assert poll(lambda: browser.evaluate(rows) == list(range(1030, 1000, -1)), 15)
     widths = "(({scrollWidth, clientWidth}) => scrollWidth <= clientWidth)"
     assert browser.evaluate(f"{widths}(document.querySelector('.iteration b'))")
 
     def choose(name: str, value: str) -> list[int]:
         """Search or filter; return the rows that are left."""
-        before = browser.evaluate(rows)
+        before = list[int](browser.evaluate(rows))
         browser.evaluate(f"{{ const field = document.getElementById({name!r});"
                          f"field.value = {value!r}; (field.oninput ?? field.onchange)(); }}")
         assert poll(lambda: browser.evaluate(rows) != before, 5)
-        shown: list[int] = browser.evaluate(rows)
-        return shown
+        return list[int](browser.evaluate(rows))
 
     assert choose("search", "a needle)") == [1014]
     assert browser.evaluate("document.querySelector('.excerpt').innerText") and sees(
@@ -4194,7 +4256,7 @@ def test_any_text_is_found_filtered_and_linked(world: World, browser: Browser) -
                             "answer => answer.text())") == path.read_text(encoding="utf-8")
     browser.evaluate("location.hash = '#1003'")
     browser.evaluate("location.reload()")
-    in_view = ("(row => row?.open && row.querySelector('b').innerText === '1003' && row."
+    in_view = ("(row => row?.open && row.querySelector('b').textContent === '1003' && row."
                "getBoundingClientRect().top < innerHeight)(document.querySelectorAll("
                "'.iteration')[27])")
     assert poll(lambda: browser.evaluate(in_view), 15)
