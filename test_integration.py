@@ -1554,14 +1554,14 @@ def test_every_message_arrives_byte_for_byte_with_one_enter(new_world):
     said = [*CORPUS, *(text for text, _ in UNTYPABLE), typed[-1]]
     marks = {"brackets": "\x1b[200~%s\x1b[201~\r", "plain": "%s\r"}
     worlds = at_once(new_world, {
-        f"{paste} {part}": [*said[part::3], {"AGENT_PASTE": paste}]
-        for paste in marks for part in range(3)}, HISTORY_MAX_TOKENS="9999999")
+        f"{paste} {part}": [*said[part::6], {"AGENT_PASTE": paste}]
+        for paste in marks for part in range(6)}, HISTORY_MAX_TOKENS="9999999")
     for name, world in worlds.items():
         paste, part = name.split()
-        expected = [marks[paste].replace("%s", text) for text in typed[int(part)::3]]
+        expected = [marks[paste].replace("%s", text) for text in typed[int(part)::6]]
         assert [(read[:99], len(read)) for read in world.log("read")] == [
             (read[:99], len(read)) for read in expected], name
-        assert world.log("read") == expected and world.log("took") == typed[int(part)::3], name
+        assert world.log("read") == expected and world.log("took") == typed[int(part)::6], name
         assert not (world.work / "sign").exists()
 
 
@@ -2488,7 +2488,7 @@ def test_an_agent_that_ends_at_once_leaves_its_last_words(world):
     (3, "budget", ["echo one", "echo two"], {"MAX_COST": "0.01"}, "MAX_COST=0.01"),
     (3, "budget", ["sleep 60"], {"MAX_MINUTES": "0.05"}, "MAX_MINUTES=0.05"),
     (4, "failed", ["TASK_FAILED: there is no coffee"], {}, "there is no coffee"),
-    (4, "stuck", ["echo round"] * 9, {}, "the same results again"),
+    (4, "stuck", ["echo round"] * 9, {}, "no new output"),
     (5, "agent", [], {"CLAUDE_CMD": "echo 'license expired'; exit 3"}, "license expired"),
     (6, "model", [401], {}, "OPENROUTER_API_KEY"),
     (6, "model", [404], {}, "OPENROUTER_MODEL"),

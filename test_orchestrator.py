@@ -951,6 +951,7 @@ def test_the_profile_follows_from_the_default_model() -> None:
     ("sudo -u claude qwen", "Qwen Code", "sudo -u claude qwen --continue"),
     ("gh-proxy copilot", "Copilot CLI", "gh-proxy copilot --continue"),
     ("cline", "Cline", ""), ("pi", "Pi", "pi --continue"),
+    ("codex resume --last -a never", "Codex", "codex resume --last -a never"),
     ("docker exec -it claude bash", "docker", ""), ("vim codex.txt", "vim", ""),
     ("docker run --name claude ubuntu bash", "docker", ""), ("bash --norc", "bash", ""),
     ("AGENT=claude ./mine --now", "mine", ""), ("/opt/pi/run", "run", ""), ("claudette", "claudette", "")])
@@ -976,6 +977,17 @@ def test_a_usage_limit_is_told_with_the_time_until_its_end():
     assert turn.usage_limit_seconds == 18000 and "usage limit of Claude Code" in turn.as_text()
     assert Desk(shell("You've hit your limit, try again in 5 hours"), program=select_profile(
         "", "sh")).agent.ask("one").usage_limit_seconds == 0
+
+
+@pytest.mark.parametrize("command, output, seconds", [
+    ("docker exec -it box claude", "  ⎿  You've hit your limit · try again in 5 hours", 18000),
+    ("ssh -t host codex", "■ You’ve hit your usage limit. Try again in 2 hours 5 minutes.", 7500),
+    ("npx @google/gemini-cli", "Usage limit reached for gemini-3-pro.\nTry again in 3h.", 10800),
+    ("pi", "Error: 429. Try again in ~7 min.", 420), ("bash", "You've hit your limit", 0)])
+def test_a_usage_limit_is_known_of_each_agent_however_it_is_run(
+        command: str, output: str, seconds: float) -> None:
+    limit = parse_usage_limit(select_profile("claude", command), output, datetime.datetime.now())
+    assert (limit.seconds if limit else 0) == seconds
 
 
 def test_a_draft_is_left_alone_in_a_program_that_we_know_nothing_of():
@@ -2082,7 +2094,7 @@ def test_a_draft_that_somebody_left_is_removed_and_told(draft):
     desk.terminal.draft = draft
     turn = desk.agent.ask("one")
     assert desk.terminal.taken == ["one"] and turn.output == "> one\n● Done: one"
-    assert f"held a draft, which was removed: {draft.strip()!r}" in turn.as_text()
+    assert f"held a draft, which was deleted: {draft.strip()!r}" in turn.as_text()
     assert desk.terminal.pressed.count("Enter") == 1
 
 
@@ -2092,7 +2104,7 @@ def test_what_stands_behind_a_cursor_at_the_start_is_a_draft_unless_it_is_dim(di
     desk.terminal.draft, desk.terminal.seen = "words", {"cursor_column": 2}
     desk.terminal.capture_ansi = lambda pane_id: f"Welcome to Claude Code\n{'─' * 40}\n❯ {dim}words"
     placeholder = dim == "\x1b[2m"
-    assert ("was removed: 'words'" in desk.agent.ask("one").as_text()) is not placeholder
+    assert ("was deleted: 'words'" in desk.agent.ask("one").as_text()) is not placeholder
     assert desk.terminal.pressed.count("C-u") == 20 * (not placeholder)
 
 
@@ -2110,7 +2122,7 @@ def test_nothing_is_typed_behind_a_draft_that_does_not_go():
     desk.terminal.draft = "stays"
     desk.terminal.keyed = lambda key: setattr(desk.terminal, "draft", "stays")
     turn = desk.agent.ask("one")
-    assert "Nothing was typed" in turn.as_text() and "does not go: 'stays'" in turn.as_text()
+    assert "Nothing was typed" in turn.as_text() and "could not be deleted: 'stays'" in turn.as_text()
     assert "❯ stays" in turn.output and not desk.terminal.pasted
 
 
@@ -2791,6 +2803,8 @@ CASES = {
         400, json.dumps(refusal(400, "The input token count (3475108) exceeds the maximum number "
                                 "of tokens allowed (1048576)."))), 400),
         "400: The input token count", ContextWindowExceeded),
+    "a missing permission is no missing credit": final(answer(refusal(
+        None, "not for you", type="insufficient_permissions"), 403), "does not allow"),
     "404 without /v1": final(answer({"detail": "Not Found"}, 404),
                              "404: Not Found. Check OPENROUTER_BASE_URL=http"),
     "a model that is not there, Ollama": final(answer(refusal(
@@ -3972,7 +3986,6 @@ def test_facts_are_taken_out_of_any_reply(reply: str, kind: str, facts: list[str
     ("WAIT: soon", "90s"), ("WAIT: -5s", "90s"), ("WAIT: 5d", "90s"), ("WAIT", "90s"),
     ("WAIT for the tests", "begin with WAIT"), ("WAIT: 10m then run it", "90s"),
     ("WAIT: 5s\nKEYS: Up", "stands alone"), ("KEYS: Up\nWAIT: 5s", "stands alone"),
-    ("KEYS: Down\nthen look", "text follows KEYS"), ("WAIT: 10m\nthen look", "text follows WAIT"),
     ("Now:\nWAIT for it\nok", "begin with WAIT"), ("KEYS: Up\n\nTASK_COMPLETE", "another command"),
     ("TASK_COMPLETE\nTASK_FAILED: no", "another command"), ("TASK_COMPLETE?", "alone on its line"),
     ("TASK_COMPLETE when the tests pass", "alone on its line"),
@@ -3987,8 +4000,9 @@ def test_what_is_not_understood_is_never_typed_and_says_why(reply: str, hint: st
 
 @pytest.mark.parametrize("reply, kind, hint", [
     ("The menu is open.\n\nKEYS: 2 Enter", "keys", "'The menu is open.'"),
-    ("It builds.\nWAIT: 10m", "wait", "text above WAIT was not typed"),
-    ("Now.\nKEYS: Up\n\nMEMORY_SAVE:", "keys", "text above KEYS was not typed"),
+    ("It builds.\nWAIT: 10m", "wait", "text beside WAIT was not typed"),
+    ("KEYS: Down\nthen look", "keys", "'then look'"), ("WAIT: 10m\nthen look", "wait", "then look"),
+    ("Now.\nKEYS: Up\n\nMEMORY_SAVE:", "keys", "text beside KEYS was not typed"),
     ("Run it.\n\nClaude Code output:\n12 passed\nTASK_COMPLETE", "message", "was cut"),
     ("Run it.\n**Claude Code output:**\n12 passed", "message", "was cut"),
     ("claude code OUTPUT: ok\nMEMORY_SAVE: it passes", "invalid", "was cut"),
@@ -4359,8 +4373,9 @@ def counts(flight: Flight) -> tuple[int, int]:
 def test_a_model_that_says_it_is_done_is_shown_the_facts_and_says_it_again(
         fly: Callable[..., Flight], tmp_path: Path) -> None:
     (tmp_path / "old.py").write_text("x")
+    output = "● Done\n3 passed\n✻ Brewed for 4s\n\n❯ "
     flight = fly("Write it", "All pass.\nTASK_COMPLETE", "TASK_COMPLETE", confirm_complete=True,
-                 turns=[lambda: (tmp_path / "new.py").write_text("y") and "● Done\n3 passed"])
+                 turns=[lambda: (tmp_path / "new.py").write_text("y") and output])
     assert flight.run() == "complete" and counts(flight) == (3, 1)
     sentences, task, request = flight.shown(2).split("\n\n")
     assert sentences == (
@@ -4464,7 +4479,7 @@ def test_circles_of_ever_new_words_end(fly: Callable[..., Flight], replies: list
     reply, answer = cycling(replies), cycling([f"● {text}" if text else "" for text in answers])
     flight = fly(*[reply] * 60, turns=[answer] * 60)
     assert flight.run() == "stuck" and flight.error.exit_status == 4
-    assert len(flight.model.calls) <= calls and "turns brought no new output" in str(flight.error)
+    assert len(flight.model.calls) <= calls and "brought no new output" in str(flight.error)
     assert any("no new output" in note["text"] for note in flight.of("note"))
 
 
