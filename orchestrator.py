@@ -874,7 +874,10 @@ CLINE = AgentProfile(
     start_command=("cline",),
     install_command="npm install -g cline",
     startup_dialogs=(       # Enter would open a browser
-        StartupRule(re.compile("any other key to close"), key="Escape"),))
+        StartupRule(re.compile("any other key to close"), key="Escape"),),
+    problems=(
+        ProblemRule(re.compile("Connect a model provider to get started"),
+                    "Start cline in a terminal, choose a model provider, and try again."),))
 
 PI = AgentProfile(
     name="Pi",

@@ -1367,6 +1367,7 @@ PROBLEMS = [
      "codex login"),
     (CODEX, "■ You’re out of credits. Your workspace is out of credits.", "billing"),
     (GEMINI, "? Get started\n How would you like to authenticate for this project?", "log in"),
+    (CLINE, "      Welcome to Cline\n   Connect a model provider to get started.", "provider"),
     (CLAUDE_CODE, "● The log says: Not logged in · Please run /login", ""),
     (CLAUDE_CODE, "  print('Not logged in · Please run /login')", ""),
     (CODEX, "• It prints `Sign in with ChatGPT` when unexpected status 401 Unauthorized comes", ""),
