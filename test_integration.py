@@ -3176,7 +3176,7 @@ def test_facts_of_one_run_are_told_to_the_next(world: World) -> None:
 
 
 class Archivist(ScriptedModel):
-    """A model that saves facts and nothing else, and merges them where it is asked to."""
+    """A model that saves facts with each message, and merges them where it is asked to."""
 
     def choose(self, number: int, messages: Sequence[Any]) -> Any:
         if "facts remembered" not in text_of(messages[0]["content"]):
@@ -3190,7 +3190,8 @@ def test_two_runs_that_save_a_thousand_facts_at_once_lose_none_while_one_compact
     runs = []
     with contextlib.ExitStack() as stack:
         for name, most in (("one", "60"), ("two", "9999")):
-            replies = ["\n".join(f"MEMORY_SAVE: {name}-{number}" for number in range(at, at + 20))
+            replies = ["\n".join([*(f"MEMORY_SAVE: {name}-{number}"
+                                    for number in range(at, at + 20)), f"echo {name} at {at}"])
                        for at in range(0, 500, 20)]
             model = stack.enter_context(Archivist([*replies, "TASK_COMPLETE"]))
             runs.append(world.start("--task", "x", OPENROUTER_BASE_URL=model.url,
