@@ -3310,6 +3310,18 @@ def test_the_doctor_says_what_a_run_needs(world: World) -> None:
         assert re.search(f"^{line}", done.stdout, re.M), done.stdout
 
 
+def test_the_examples_of_the_library_that_need_tmux_work(world: World) -> None:
+    """In the docstrings they are marked to be skipped, for the unit tests."""
+    code = ("import doctest, sys, orchestrator\n"
+            "for name in ('Agent', 'Autopilot', 'Chat'):\n"
+            "    value = getattr(orchestrator, name)\n"
+            "    value.__doc__ = value.__doc__.replace('# doctest: +SKIP', '')\n"
+            "    doctest.run_docstring_examples(value, vars(orchestrator), name=name)\n")
+    done = subprocess.run([sys.executable, "-c", code], cwd=world.work, capture_output=True,
+                          text=True, timeout=60, env={**world.env, "PYTHONPATH": str(TOOL.parent)})
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 # -- Vendoring ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("mode", ["prepend", "append", "importlib"])
