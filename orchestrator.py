@@ -1860,14 +1860,14 @@ class TurnDetector:
         """Return how long the text has to stand still now that no sign of work is seen."""
         if self.last_sign == "usual words":
             return self.SETTLE_SECONDS_AFTER_USUAL_WORDS
-        if self._message.startswith("/") and not self.last_sign:
+        if not self.last_sign and self.has_prompt_again(pane):
+            return self.SETTLE_SECONDS_AT_PROMPT
+        if not self.last_sign and self._message.startswith("/"):
             return self.SETTLE_SECONDS_OF_SLASH_COMMANDS
         if self._lacks_closing_line(pane):
             return self.STALE_SECONDS
         if self.last_sign or self._has_new_closing_line():
             return self.SETTLE_SECONDS
-        if self.has_prompt_again(pane):
-            return self.SETTLE_SECONDS_AT_PROMPT
         return self._settle_seconds
 
     def _has_new_closing_line(self) -> bool:

@@ -1811,7 +1811,7 @@ def test_a_terminal_in_line_mode_is_work_for_a_program_that_waits_in_raw_mode() 
 
 
 @pytest.mark.parametrize("message, screen, seconds", [
-    ("ls", ("$ ls", "a", "$"), 0.5), ("ls", ("$ ls", "a"), 2.0), ("ls", ("a", "$"), 2.0),
+    ("ls", ("$ ls", "a", "$"), 0.5), ("ls", ("$ ls", "a"), 2.0), ("/x", ("$ /x", "a", "$"), 0.5), ("ls", ("a", "$"), 2.0),
     ("ls", ("$ ls", "a", "$ x"), 2.0), ("ls", ("$ echo", "a", "$"), 2.0),
     ("ls\nsleep 9", ("$ ls", "a", "$"), 2.0), ("", ("$ ls", "a", "$"), 2.0)])
 def test_the_prompt_that_is_back_below_the_message_ends_a_turn(
