@@ -961,7 +961,6 @@ def child_environment(environ: Mapping[str, str] | None = None) -> dict[str, str
 # -- 5. Screens ---------------------------------------------------------------------------
 # What an agent's screen means: pure functions.  May use: Text, Agent profiles.
 
-_PASTE_PLACEHOLDER = re.compile(r"\[Pasted (?:text|Content)\b[^\]]*\]")
 _HORIZONTAL_RULE = re.compile(r"\s*[─▔]{10}")
 _ANY_CURSOR = re.compile(r"\s*(?:[│|]\s*)?[❯›●>]\s*(\S.*)")      # of any agent
 _ENTRY_FRAME = re.compile(r"^[\s│❯›●>]*(?:\d+\.)?\s*|[\s✔│]*$")      # around a menu's entry
@@ -1177,7 +1176,7 @@ def is_message_unsent(line: str, message: str) -> bool:
     """Whether the cursor's line still shows the end of a message, or a placeholder for it."""
     shown = line.strip().rstrip("│| \u00a0")
     end = message.rstrip().rsplit("\n", 1)[-1]
-    if _PASTE_PLACEHOLDER.search(line):
+    if _ANY_PASTE_PLACEHOLDER.search(line):
         return True
     if not end or not shown:
         return False
