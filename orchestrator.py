@@ -115,10 +115,9 @@ import urllib.parse
 import urllib.request
 import weakref
 import zlib
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import (
-    Any, Callable, Generator, Iterable, Iterator, Mapping, NamedTuple, NoReturn, Protocol,
-    Sequence, TextIO, TypedDict)
+from typing import Any, NamedTuple, NoReturn, Protocol, TextIO, TypedDict
 
 __version__ = "1.0.0"
 __all__ = [
@@ -346,7 +345,8 @@ class Config:
             elif isinstance(field.default, bool):
                 values[field.name] = text.lower() in ("true", "1", "yes", "on")
             else:
-                values[field.name] = type(field.default)(text)
+                convert: Callable[[str], object] = type(field.default)
+                values[field.name] = convert(text)
         return cls(**values)
 
 
@@ -476,7 +476,7 @@ def trimmed_lines(capture: str) -> list[str]:
 
 
 def truncate_middle(text: str, limit: int = 16_000) -> str:
-    """Return the head and the tail of a text, some `limit` characters, in whole lines if possible."""
+    """Return head and tail of a text, some `limit` characters, in whole lines if possible."""
     if len(text) <= limit:
         return text
     head = text[:limit // 2]
@@ -501,9 +501,9 @@ def _find_overlap(before: list[str], after: list[str]) -> int:
     old = before[:-60]
     if after[:len(old)] == old:
         return 0
-    places = (at for at in range(len(old) - 20) if old[at:at + 20] == after[:20])
-    places = [at for at in itertools.islice(places, 99) if old[at:] == after[:len(old) - at]]
-    return places[0] if len(places) == 1 else len(before)
+    candidates = (row for row in range(len(old) - 20) if old[row:row + 20] == after[:20])
+    rows = [row for row in itertools.islice(candidates, 99) if old[row:] == after[:len(old) - row]]
+    return rows[0] if len(rows) == 1 else len(before)
 
 
 def _find_redrawn(old: list[str], after: list[str]) -> int:
@@ -644,9 +644,9 @@ def _split_command(command: str) -> tuple[str, ...]:
 class AgentProfile:
     """How one agent is run, and what its screen means.  The defaults suit an unknown program.
 
-    `arguments` and `optional_arguments` are for the default command only.  The latter set what a
-    user's own settings may have changed; each is left out if the installed version, in an error
-    message with the given name, says that it does not know it.
+    `optional_arguments` are for the default command only.  They set what a user's own settings may
+    have changed.  Each has the name that error messages give it: if the installed version refuses
+    it, the agent is started without it.
     """
 
     name: str
@@ -696,7 +696,9 @@ class AgentProfile:
     def with_command(self, command: str, end: int) -> AgentProfile:
         """Return this profile with a shell command, in which the program's name ends at `end`."""
         resume_command: tuple[str, ...] = ()
-        if self.resume_arguments:
+        if self.resume_arguments[:1] and self.resume_arguments[0] in command.split():
+            resume_command = _split_command(command)        # it does so already
+        elif self.resume_arguments:
             inserted = " ".join(self.resume_arguments)
             resume_command = _split_command(f"{command[:end]} {inserted}{command[end:]}")
         is_local = command.split()[0] in self.program_names     # not in a container, or elsewhere
@@ -1918,7 +1920,7 @@ class TurnDetector:
             self._habits.has_closing_line = True
 
     def _count_busy_lines_below(self) -> int:
-        """Count the lines with the agent's busy words below its box, or at the bottom without one."""
+        """Count the lines with the agent's busy words below its box, or at the bottom."""
         words = self._profile.busy_words
         lines = self._below or text_lines(self._above)[-3:]
         return sum(1 for line in lines if words and words.search(line))
@@ -2299,19 +2301,29 @@ class Agent:
         Return what to say of that, and whether it is empty.  What stands behind a cursor at the
         start is a draft too, if it is not dim as a placeholder is.
         """
-        draft, behind = self._find_draft(pane), self._find_draft(pane, pane.cursor_column + 1)
-        if behind and not draft:
+        draft = self._find_draft(pane)
+        text_at_cursor = self._find_draft(pane, pane.cursor_column + 1)
+        if text_at_cursor and not draft:
             rows = self._retry_read(self._tmux.capture_ansi).split("\n")
-            draft = "" if SGR_DIM.search("".join(rows[pane.cursor_row:][:1])) else behind
+            is_placeholder = SGR_DIM.search("".join(rows[pane.cursor_row:][:1]))
+            draft = "" if is_placeholder else text_at_cursor
+        if not draft:
+            return (), True
         keys = ("C-e", *["C-u"] * 20, *["C-k"] * 20, "BSpace")      # BSpace: out of shell mode
-        left, tries = draft, 10
-        while left and tries:
+
+        def delete_some(pane: PaneSnapshot) -> PaneSnapshot:
             self._retry_write(lambda now: self._tmux.send_keys(now, *keys))
-            pane = self._poll_until(lambda now: now.screen != pane.screen)
-            left, tries = self._find_draft(pane), tries - 1
-        fate = "does not go" if left else "was removed"
-        said = f"The input line held a draft, which {fate}: {truncate_middle(draft.strip(), 400)!r}"
-        return (said,) * bool(draft), not left
+            return self._poll_until(lambda now: now.screen != pane.screen)
+
+        rest = draft
+        attempts = 0
+        while rest and attempts < 10:
+            pane = delete_some(pane)
+            rest = self._find_draft(pane)
+            attempts += 1
+        result = "could not be deleted" if rest else "was deleted"
+        shown = truncate_middle(draft.strip(), 400)
+        return (f"The input box held a draft, which {result}: {shown!r}",), not rest
 
     def _paste_message(self, before: PaneSnapshot, text: str) -> PaneSnapshot:
         """Paste a text once, and return the pane when it shows, or has not shown for long."""
@@ -2351,9 +2363,11 @@ class Agent:
     def _is_ready_for_enter(self, before: PaneSnapshot, pasted: PaneSnapshot, text: str) -> bool:
         """Tell whether Enter will submit a text that was pasted, and not answer a question.
 
-        In line mode the terminal itself keeps the text, shown or not.
+        In line mode the terminal itself keeps the text, shown or not.  A program that works may
+        show it later.
         """
-        if not pasted.reads_keys:
+        was_working = self._turn_in_progress or SPINNER.match(before.title)
+        if not pasted.reads_keys or was_working:
             return True
         if not self._profile.is_known:
             self._sleep(self.ENTER_DELAY_SECONDS)
@@ -2460,7 +2474,8 @@ class Agent:
             notes.append("This is the whole visible screen. The new part could not be identified.")
         if limit:
             end = f", over in {limit.seconds / 60:.0f} minutes" if limit.seconds else ""
-            notes.append(f"This is a usage limit of {self.name}{end}. Never choose to pay for more.")
+            notes.append(f"This is a usage limit of {self.name}{end}. "
+                         "Never choose to pay for more.")
         menu = self._menu_notes(pane)
         return Turn(truncate_middle(output), state, (*notes, *menu),
                     limit.seconds if limit else 0.0, "".join(menu))
@@ -2711,15 +2726,17 @@ class _ErrorKind(NamedTuple):
 
     def fits(self, types: Iterable[str], status: int, message: str) -> bool:
         """Return whether an error is of this kind."""
-        return (status in self.statuses or any(re.fullmatch(self.types, name) for name in types)
-                or bool(self.words) and re.search(self.words, message, re.I) is not None)
+        if status in self.statuses or any(re.fullmatch(self.types, name) for name in types):
+            return True
+        return bool(self.words and re.search(self.words, message, re.I))
 
 
 # The first row that fits counts.  What is said comes before the status, which is often wrong.
 _ERROR_KINDS = (
     _ErrorKind("tool call", (), "tool_use_failed",
                "model called a tool|failed to call a function|tool call validation"),
-    _ErrorKind("credit", (402,), "payment_required|insufficient_.*|arrearage|billing_.*",
+    _ErrorKind("credit", (402,), "payment_required|arrearage|billing_.*|"
+               "insufficient_(.*_)?(quota|balance|credits?|funds)",
                r"credit balance|insufficient[\w ]* (balance|credit|fund|quota)|(out of|no) credit|"
                r"(balance|credits?)( is| are| has been| have been)* (too low|exhausted|depleted|"
                r"used up|insufficient|not enough)|quota (is )?not enough|in arrears|overdue|top up|"
@@ -2756,7 +2773,7 @@ _ERROR_KINDS = (
                advice="The key, the provider or a firewall does not allow this request"),
     _ErrorKind("outage", (408, 409, 425, *range(500, 600)), "server(_error)?|unmapped|timeout|"
                "provider_unavailable|provider_overloaded|overloaded_error"),
-    _ErrorKind("request", words="|.", advice="OPENROUTER_MODEL may not take this request"))
+    _ErrorKind("request", words=".*", advice="OPENROUTER_MODEL may not take this request"))
 _AZURE_ADVICE = ("For Azure OpenAI set OPENROUTER_BASE_URL to https://RESOURCE.openai.azure.com/"
                  "openai/v1 and OPENROUTER_MODEL to the name of the deployment")
 _TOKEN_COUNTS = tuple(map(re.compile, (     # what errors say of numbers of tokens
@@ -3245,7 +3262,7 @@ class OpenRouter:
         return ""
 
     def build_request(self, messages: Messages) -> dict[str, Any]:
-        """Return the request; system prompt and newest message are marked for the provider's cache."""
+        """Return the request; the system prompt and the newest message are marked for the cache."""
         sent: list[dict[str, Any]] = [dict(message) for message in messages]
         if self._correction:
             sent[-1]["content"] += f"\n\n{self._correction}"
@@ -3382,8 +3399,9 @@ class OpenRouter:
         if isinstance(error, urllib.error.HTTPError):
             refused = re.search("(?i)basic", error.headers["WWW-Authenticate"] or "")
         if self._proxy and (refused or status == 407):      # its password is not shown
-            result = ModelError(f"the proxy {self._proxy} refused the connection ({status or reason}). Check "
-                                "its user and password in https_proxy or http_proxy")
+            result = ModelError(f"the proxy {self._proxy} refused the connection "
+                                f"({status or reason}). Check its user and password in "
+                                "https_proxy or http_proxy")
             result.kind = "proxy"
             return result
         if isinstance(error, urllib.error.HTTPError):
@@ -4708,7 +4726,7 @@ class Autopilot:
         elif self._config.confirm_complete:
             check = _CONFIRM_HINT
         prompt = _SYSTEM_PROMPT.format(agent=self._agent.name, check=check)
-        known: list[str] = self._journal.redact(memories) if isinstance(memories, list) else []
+        known = self._journal.redact(memories) if isinstance(memories, list) else []
         facts = truncate_middle("".join(f"- {fact}\n" for fact in known))
         return f"{prompt}\n## Memory from previous sessions\n{facts}" if facts else prompt
 
@@ -5433,10 +5451,7 @@ DASHBOARD_PAGE = r"""<!doctype html>
       run.check = {command, level, result: `${word}, status ${status}: `};
       addEntry(event, `check ${word}`, `$ ${command}\n${output}\nstatus ${status}`, level);
     },
-    confirm(event) {
-      const doubts = list(event.unproved).map(text);
-      addEntry(event, "confirm", [text(event.evidence), ...doubts].join("\n"), "quiet");
-    },
+    confirm: event => addEntry(event, "confirm", event.evidence, "quiet"),
     history(event) {
       const {summarised, summary} = event;
       if (event.tokens) addUsage(event);
@@ -5544,6 +5559,7 @@ DASHBOARD_PAGE = r"""<!doctype html>
 
   function drawEnd() {
     const {outcome, info, check, latest} = run, end = byId("end"), files = outcome?.files_changed;
+    const doubts = list(outcome?.unproved).map(text).join(" ");
     end.hidden = !outcome && !(IS_RECORDING && latest);
     if (end.hidden || end.shown === latest) return;
     end.shown = latest;
@@ -5559,6 +5575,7 @@ DASHBOARD_PAGE = r"""<!doctype html>
       ["restarts", text(outcome?.restarts ?? run.restarts)],
       ["errors", text(outcome?.errors ?? run.errors)],
       files != null && ["files changed", Array.isArray(files) ? files.join(", ") : text(files)],
+      doubts && ["not proved", createElement("span", "warn", doubts)],
       outcome?.last_words && ["agent's last words", text(outcome.last_words)],
       !isFinal && ["resume", ...command(`${shellWord(text(info.workdir))} --resume`)],
       journalPath && ["replay", ...command(`--replay ${shellWord(journalPath)}`)],
@@ -6155,7 +6172,8 @@ class Dashboard(http.server.ThreadingHTTPServer):
             with contextlib.suppress(OSError):
                 self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[:2]
+        host, self.server_port = self.server_address[:2]
+        self.server_name = str(host)
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Tell whether there is room for one more connection."""

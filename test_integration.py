@@ -1554,14 +1554,14 @@ def test_every_message_arrives_byte_for_byte_with_one_enter(new_world):
     said = [*CORPUS, *(text for text, _ in UNTYPABLE), typed[-1]]
     marks = {"brackets": "\x1b[200~%s\x1b[201~\r", "plain": "%s\r"}
     worlds = at_once(new_world, {
-        f"{paste} {part}": [*said[part::3], {"AGENT_PASTE": paste}]
-        for paste in marks for part in range(3)}, HISTORY_MAX_TOKENS="9999999")
+        f"{paste} {part}": [*said[part::6], {"AGENT_PASTE": paste}]
+        for paste in marks for part in range(6)}, HISTORY_MAX_TOKENS="9999999")
     for name, world in worlds.items():
         paste, part = name.split()
-        expected = [marks[paste].replace("%s", text) for text in typed[int(part)::3]]
+        expected = [marks[paste].replace("%s", text) for text in typed[int(part)::6]]
         assert [(read[:99], len(read)) for read in world.log("read")] == [
             (read[:99], len(read)) for read in expected], name
-        assert world.log("read") == expected and world.log("took") == typed[int(part)::3], name
+        assert world.log("read") == expected and world.log("took") == typed[int(part)::6], name
         assert not (world.work / "sign").exists()
 
 
@@ -4022,12 +4022,14 @@ OLD_END: Event = {"type": "complete", "outcome": "failed", "iterations": 1, "cos
                   "reason": "the model gave up: no network\n\nA person must help.",
                   "tokens": {"prompt": 5, "completion": 5, "total": 10}, "duration_ms": 5000}
 NEW_END: Event = {**OLD_END, "outcome": "complete", "reason": "", "cost": None, "restarts": 3,
-                  "errors": 4, "files_changed": 7, "last_words": "14 passed"}
+                  "errors": 4, "files_changed": 7, "last_words": "14 passed",
+                  "unproved": ["No file was changed."]}
 
 
 @pytest.mark.parametrize("end, headline, words, absent", [
     (NEW_END, "Task complete", ["All is proved.", "passed, status 0: make check", "restarts\n3",
-                                "errors\n4", "files changed\n7", "14 passed"], "--resume"),
+                                "errors\n4", "files changed\n7", "14 passed",
+                                "No file was changed."], "--resume"),
     (OLD_END, "Failed", ["the model gave up: no network\n\nA person must help.", "errors\n1"],
      "--resume"),
     (None, "Unfinished", ["no last event", "'/src/it'\"'\"'s' --resume"], "last words")])

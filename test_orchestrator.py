@@ -951,6 +951,7 @@ def test_the_profile_follows_from_the_default_model() -> None:
     ("sudo -u claude qwen", "Qwen Code", "sudo -u claude qwen --continue"),
     ("gh-proxy copilot", "Copilot CLI", "gh-proxy copilot --continue"),
     ("cline", "Cline", ""), ("pi", "Pi", "pi --continue"),
+    ("codex resume --last -a never", "Codex", "codex resume --last -a never"),
     ("docker exec -it claude bash", "docker", ""), ("vim codex.txt", "vim", ""),
     ("docker run --name claude ubuntu bash", "docker", ""), ("bash --norc", "bash", ""),
     ("AGENT=claude ./mine --now", "mine", ""), ("/opt/pi/run", "run", ""), ("claudette", "claudette", "")])
@@ -976,6 +977,17 @@ def test_a_usage_limit_is_told_with_the_time_until_its_end():
     assert turn.usage_limit_seconds == 18000 and "usage limit of Claude Code" in turn.as_text()
     assert Desk(shell("You've hit your limit, try again in 5 hours"), program=select_profile(
         "", "sh")).agent.ask("one").usage_limit_seconds == 0
+
+
+@pytest.mark.parametrize("command, output, seconds", [
+    ("docker exec -it box claude", "  ⎿  You've hit your limit · try again in 5 hours", 18000),
+    ("ssh -t host codex", "■ You’ve hit your usage limit. Try again in 2 hours 5 minutes.", 7500),
+    ("npx @google/gemini-cli", "Usage limit reached for gemini-3-pro.\nTry again in 3h.", 10800),
+    ("pi", "Error: 429. Try again in ~7 min.", 420), ("bash", "You've hit your limit", 0)])
+def test_a_usage_limit_is_known_of_each_agent_however_it_is_run(
+        command: str, output: str, seconds: float) -> None:
+    limit = parse_usage_limit(select_profile("claude", command), output, datetime.datetime.now())
+    assert (limit.seconds if limit else 0) == seconds
 
 
 def test_a_draft_is_left_alone_in_a_program_that_we_know_nothing_of():
@@ -2082,7 +2094,7 @@ def test_a_draft_that_somebody_left_is_removed_and_told(draft):
     desk.terminal.draft = draft
     turn = desk.agent.ask("one")
     assert desk.terminal.taken == ["one"] and turn.output == "> one\n● Done: one"
-    assert f"held a draft, which was removed: {draft.strip()!r}" in turn.as_text()
+    assert f"held a draft, which was deleted: {draft.strip()!r}" in turn.as_text()
     assert desk.terminal.pressed.count("Enter") == 1
 
 
@@ -2092,7 +2104,7 @@ def test_what_stands_behind_a_cursor_at_the_start_is_a_draft_unless_it_is_dim(di
     desk.terminal.draft, desk.terminal.seen = "words", {"cursor_column": 2}
     desk.terminal.capture_ansi = lambda pane_id: f"Welcome to Claude Code\n{'─' * 40}\n❯ {dim}words"
     placeholder = dim == "\x1b[2m"
-    assert ("was removed: 'words'" in desk.agent.ask("one").as_text()) is not placeholder
+    assert ("was deleted: 'words'" in desk.agent.ask("one").as_text()) is not placeholder
     assert desk.terminal.pressed.count("C-u") == 20 * (not placeholder)
 
 
@@ -2110,7 +2122,7 @@ def test_nothing_is_typed_behind_a_draft_that_does_not_go():
     desk.terminal.draft = "stays"
     desk.terminal.keyed = lambda key: setattr(desk.terminal, "draft", "stays")
     turn = desk.agent.ask("one")
-    assert "Nothing was typed" in turn.as_text() and "does not go: 'stays'" in turn.as_text()
+    assert "Nothing was typed" in turn.as_text() and "could not be deleted: 'stays'" in turn.as_text()
     assert "❯ stays" in turn.output and not desk.terminal.pasted
 
 
@@ -2791,6 +2803,8 @@ CASES = {
         400, json.dumps(refusal(400, "The input token count (3475108) exceeds the maximum number "
                                 "of tokens allowed (1048576)."))), 400),
         "400: The input token count", ContextWindowExceeded),
+    "a missing permission is no missing credit": final(answer(refusal(
+        None, "not for you", type="insufficient_permissions"), 403), "does not allow"),
     "404 without /v1": final(answer({"detail": "Not Found"}, 404),
                              "404: Not Found. Check OPENROUTER_BASE_URL=http"),
     "a model that is not there, Ollama": final(answer(refusal(
