@@ -2781,12 +2781,12 @@ def test_the_check_has_to_pass_before_the_task_is_complete(world: World) -> None
 
 def test_a_run_is_not_complete_while_the_agent_works_or_asks(
         new_world: Callable[..., World]) -> None:
-    replies = ["sleep 3 && echo 1 failed", "TASK_COMPLETE", "WAIT: 2m",
+    replies = ["sleep 5 && echo 1 failed", "TASK_COMPLETE", "WAIT: 2m",
                "choose Overwrite?/*Yes/No", "TASK_COMPLETE", "KEYS: Down Enter", "do 1"]
     worlds = at_once(new_world, {
         "confirm": [*replies, "TASK_COMPLETE", {"CONFIRM_COMPLETE": "true"}],
         "verify": [*replies, {"VERIFY_CMD": "date >> ../checks; test -e did"}]},
-        prepare=as_claude, TURN_TIMEOUT="1")
+        prepare=as_claude, TURN_TIMEOUT="3")
     for world in worlds.values():
         shown = [world.said.last_message(number) for number in range(2, 6)]
         assert ["did nothing: Claude Code is still working" in text for text in shown] == [
