@@ -5655,6 +5655,7 @@ DASHBOARD_PAGE = r"""<!doctype html>
     const row = run.iterations.get(parseInt(location.hash.slice(1)))?.row;
     if (row) row.open = row.dataset.touched = true;
     row?.scrollIntoView();
+    setTimeout(() => row?.scrollIntoView(), 200);       // rows that come into view may grow
     return row != null;
   }
 

@@ -4021,7 +4021,8 @@ def test_a_person_steps_in_with_the_keyboard_alone(world: World, browser: Browse
     gates = Gate(), Gate()
     model = world.model(gates[0].reply("echo one"), gates[1].reply("echo two"))
     run = world.start("--task", "x")
-    browser.open(run.site().url)
+    site = run.site()
+    browser.open(site.url)
     assert shows(browser, "Model is thinking"), visible(browser)
     tab_to(browser, "#pause")
     browser.press("Enter")
@@ -4030,9 +4031,9 @@ def test_a_person_steps_in_with_the_keyboard_alone(world: World, browser: Browse
     browser.type("mind")
     browser.press("Enter", shift=True)
     browser.type("the gäp")
-    browser.evaluate("location.reload()")
-    assert poll(lambda: browser.evaluate("document.getElementById('note')?.value") ==
-                "mind\nthe gäp", 15)
+    browser.open(site.url)
+    assert browser.evaluate("document.getElementById('note').value") == "mind\nthe gäp"
+    assert shows(browser, "Model is thinking"), visible(browser)
     tab_to(browser, "#note")
     browser.press("Enter")
     assert sees(browser, "Noted", "mind\nthe gäp"), visible(browser)
@@ -4254,12 +4255,15 @@ def test_any_text_is_found_filtered_and_linked(world: World, browser: Browser) -
     assert poll(lambda: browser.evaluate(opened) > 60, 5)
     assert browser.evaluate("fetch(document.getElementById('download').href).then("
                             "answer => answer.text())") == path.read_text(encoding="utf-8")
-    browser.evaluate("location.hash = '#1003'")
-    browser.evaluate("location.reload()")
+    address = browser.evaluate("location.origin")
+    browser.open("about:blank")
+    browser.open(f"{address}/#1003")
     in_view = ("(row => row?.open && row.querySelector('b').textContent === '1003' && row."
-               "getBoundingClientRect().top < innerHeight)(document.querySelectorAll("
+               "getBoundingClientRect().top < innerHeight / 2)(document.querySelectorAll("
                "'.iteration')[27])")
-    assert poll(lambda: browser.evaluate(in_view), 15)
+    assert poll(lambda: browser.evaluate(in_view), 5)
+    time.sleep(0.5)             # and it stays there
+    assert browser.evaluate(in_view)
     assert browser.console == []
 
 
