@@ -117,7 +117,7 @@ import weakref
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, Protocol, TextIO, TypedDict
+from typing import Any, NamedTuple, NoReturn, Protocol, TextIO, TypedDict, TypeVar
 
 __version__ = "1.0.0"
 __all__ = [
@@ -202,28 +202,30 @@ class ModelError(OrchestratorError):
 
     exit_status = 6
     outcome = "model"
-    kind = ""
     token_counts: Mapping[str, int] = {}
     refused_features: Sequence[str] = ()
 
+    def __init__(self, message: str, *, kind: str = "") -> None:
+        super().__init__(message)
+        self.kind = kind
+
 
 class RequestRejected(ModelError):
-    """The model can't or won't answer this request. Sending it again fails again."""
+    """The model can't or won't answer this request.  Sending it again fails again."""
 
 
 class ContextWindowExceeded(RequestRejected):
-    """The conversation is longer than the model's context window.  Shorten it."""
+    """The conversation is longer than the model takes: shorten it."""
 
 
 class TransientError(ModelError):
     """A request failed in a way that may pass: wait, then send it again."""
 
-    def __init__(self, message: str, *, retry_after: float | None = None, max_attempts: int = 0,
-                 correction: str = "") -> None:
-        super().__init__(message)
+    def __init__(self, message: str, *, kind: str = "", retry_after: float | None = None,
+                 max_attempts: int = 0) -> None:
+        super().__init__(message, kind=kind)
         self.retry_after = retry_after      # seconds, if the server said so
         self.max_attempts = max_attempts    # in a row; 0: until RETRY_TIMEOUT
-        self.correction = correction        # what the model is told with the next attempt
 
 
 class Interrupted(KeyboardInterrupt):
@@ -1926,6 +1928,9 @@ class TurnDetector:
         return sum(1 for line in lines if words and words.search(line))
 
 
+_Read = TypeVar("_Read")
+
+
 class _Submission:
     """A message on its way to the agent."""
 
@@ -1978,21 +1983,24 @@ class Agent:
         self.directory = Path(directory).expanduser().resolve()
         self._keep_session = keep_session
         self._made_session = False
-        self._is_known = profile.is_known
-        self._tmux, self._profile, self._directory = self.tmux, profile, str(self.directory)
+        self.take_interrupt: Callable[[], bool] = never     # the user asks to interrupt a turn
+        self._profile = profile
+        self._tmux = self.tmux
+        self._directory = str(self.directory)
         self._publish = publish
         self._has_viewers = has_viewers
         self._clock = clock
         self._sleep = sleep
         self.session_mark = f"{shlex.join(profile.start_command)!r} in {self._directory!r}"
-        self._pane_id, self._server_pid = "", 0     # a new server counts its panes from %0 again
-        self._process = 0, ""       # the program in the pane when last seen: id, start time
-        self._last_capture: list[str] = []          # the last capture that was reported
-        self._last_full_screen: list[str] = []      # the same of a full-screen program
+        self._pane_id = ""
+        self._server_pid = 0                        # a new server counts its panes from %0 again
+        self._process = 0, ""                       # the agent when last seen: id, start time
+        self._last_capture: list[str] = []          # what was last reported of the transcript,
+        self._last_full_screen: list[str] = []      # and of a full-screen program
         self._habits = ProgramHabits(profile)
-        self.take_interrupt: Callable[[], bool] = never     # the user asks to interrupt a turn
-        self._has_conversation = self._turn_in_progress = False
-        self._blocked_by_dialog = False     # it shows no input box, but something unknown
+        self._has_conversation = False
+        self._turn_in_progress = False
+        self._blocked_by_dialog = False             # it shows no input box, but something unknown
         self._restart_times: list[float] = []
         self._refused_options: set[str] = set()     # optional ones that the installed version lacks
         self._last_published: tuple[float, tuple[str, ...]] = (0.0, ())
@@ -2126,22 +2134,25 @@ class Agent:
             self._tmux.kill_session()
             self._end_processes(processes)
 
-    def _with_recovery(self, act: Callable[[PaneSnapshot], Turn],
-                 again: Callable[[], bool] = never) -> Turn:
-        """Do something to the pane; if its program is gone restart it, and do it `again` or not."""
-        notes: tuple[str, ...] = ()
+    def _with_recovery(self, operation: Callable[[PaneSnapshot], Turn],
+                       may_repeat: Callable[[], bool] = never) -> Turn:
+        """Run an operation on the pane.
+
+        If the agent has exited, restart it, and repeat the operation if `may_repeat()`.
+        """
+        notes: list[str] = []
         while True:
             try:
-                turn = act(self._snapshot())
-                return turn._replace(notes=notes + turn.notes)
-            except (TmuxSessionLost, AgentExited) as trouble:
-                notes += (self._restart(trouble),)
-                if not self._blocked_by_dialog and again():
-                    continue
-                shown = truncate_middle(trouble.last_output)
-                if self._blocked_by_dialog:
-                    shown += f"\n{self.name} now shows:\n{self._snapshot().text}"
-                return Turn(shown.strip("\n"), "exited", notes)
+                turn = operation(self._snapshot())
+                return turn._replace(notes=(*notes, *turn.notes))
+            except (TmuxSessionLost, AgentExited) as error:
+                notes.append(self._restart(error))
+                output = truncate_middle(error.last_output)
+            if self._blocked_by_dialog:
+                output += f"\n{self.name} now shows:\n{self._snapshot().text}"
+            elif may_repeat():
+                continue
+            return Turn(output.strip("\n"), "exited", tuple(notes))
 
     # looking
 
@@ -2163,12 +2174,12 @@ class Agent:
         lines = trimmed_lines(self._retry_read(self._tmux.capture_history))
         return strip_input_box(self._profile, lines)
 
-    def _retry_read(self, question: Callable[[str], Any]) -> Any:
-        """Ask about the pane; a call that fails while the pane is there says nothing: ask again."""
+    def _retry_read(self, read: Callable[[str], _Read]) -> _Read:
+        """Read from the pane; retry a call that fails while the pane is still there."""
         until = self._clock() + self.TMUX_TIMEOUT
         while True:
             try:
-                return question(self._pane_id)
+                return read(self._pane_id)
             except TmuxError as error:
                 if isinstance(error, TmuxSessionLost) or self._clock() >= until:
                     raise
@@ -2290,37 +2301,39 @@ class Agent:
         return [pid for pid, session in sessions.items() if session != pane.pid]
 
     def _find_draft(self, pane: PaneSnapshot, column: int = 0) -> str:
-        """Return what stands in the input box, nothing for a program whose box we do not know."""
-        if not self._is_known or describe_menu(self._profile, pane.screen):
+        """Return the text in the input box, "" for a program whose box is not known."""
+        if describe_menu(self._profile, pane.screen):
             return ""
         return find_draft(self._profile, pane.screen, pane.cursor_row, column or pane.cursor_column)
 
-    def _clear_draft(self, pane: PaneSnapshot) -> tuple[tuple[str, ...], bool]:
-        """Empty the input box of what somebody left in it, which a message would be glued to.
+    def _find_left_draft(self, pane: PaneSnapshot) -> str:
+        """Return the draft that somebody left in the input box.
 
-        Return what to say of that, and whether it is empty.  What stands behind a cursor at the
-        start is a draft too, if it is not dim as a placeholder is.
+        What stands behind a cursor at its start is one too, if it is not dim like a placeholder.
         """
         draft = self._find_draft(pane)
         text_at_cursor = self._find_draft(pane, pane.cursor_column + 1)
-        if text_at_cursor and not draft:
-            rows = self._retry_read(self._tmux.capture_ansi).split("\n")
-            is_placeholder = SGR_DIM.search("".join(rows[pane.cursor_row:][:1]))
-            draft = "" if is_placeholder else text_at_cursor
+        if draft or not text_at_cursor:
+            return draft
+        rows = self._retry_read(self._tmux.capture_ansi).split("\n")
+        is_placeholder = SGR_DIM.search("".join(rows[pane.cursor_row:pane.cursor_row + 1]))
+        return "" if is_placeholder else text_at_cursor
+
+    def _clear_draft(self, pane: PaneSnapshot) -> tuple[tuple[str, ...], bool]:
+        """Empty the input box: a message would be glued to a draft in it.
+
+        Return what is to be said of that, and whether the box is empty.
+        """
+        draft = rest = self._find_left_draft(pane)
         if not draft:
             return (), True
         keys = ("C-e", *["C-u"] * 20, *["C-k"] * 20, "BSpace")      # BSpace: out of shell mode
-
-        def delete_some(pane: PaneSnapshot) -> PaneSnapshot:
-            self._retry_write(lambda now: self._tmux.send_keys(now, *keys))
-            return self._poll_until(lambda now: now.screen != pane.screen)
-
-        rest = draft
-        attempts = 0
-        while rest and attempts < 10:
-            pane = delete_some(pane)
-            rest = self._find_draft(pane)
-            attempts += 1
+        for _ in range(10):
+            old_screen = self._snapshot().screen
+            self._retry_write(lambda pane: self._tmux.send_keys(pane, *keys))
+            rest = self._find_draft(self._poll_until_changed(old_screen))
+            if not rest:
+                break
         result = "could not be deleted" if rest else "was deleted"
         shown = truncate_middle(draft.strip(), 400)
         return (f"The input box held a draft, which {result}: {shown!r}",), not rest
@@ -2363,15 +2376,15 @@ class Agent:
     def _is_ready_for_enter(self, before: PaneSnapshot, pasted: PaneSnapshot, text: str) -> bool:
         """Tell whether Enter will submit a text that was pasted, and not answer a question.
 
-        In line mode the terminal itself keeps the text, shown or not.  A program that works may
-        show it later.
+        In line mode the terminal itself keeps the text, shown or not.  A program that works, or
+        is slow on a busy machine and has an input box, may show it later.
         """
-        was_working = self._turn_in_progress or SPINNER.match(before.title)
-        if not pasted.reads_keys or was_working:
+        if not pasted.reads_keys or has_input_box(self._profile, pasted.screen):
             return True
         if not self._profile.is_known:
             self._sleep(self.ENTER_DELAY_SECONDS)
-        return self._is_shown(before, pasted, text)
+        was_working = self._turn_in_progress or bool(SPINNER.match(before.title))
+        return was_working or self._is_shown(before, pasted, text)
 
     def _unsent_test(self, before: PaneSnapshot, pasted: PaneSnapshot,
                      text: str) -> Callable[[PaneSnapshot], bool]:
@@ -2385,17 +2398,17 @@ class Agent:
             return lambda pane: pane.cursor_line.startswith(pasted.cursor_line)
         return lambda pane: is_message_unsent(pane.cursor_line, text)
 
-    def _poll_until(self, seen: Callable[[PaneSnapshot], bool]) -> PaneSnapshot:
-        """Look until something is seen, half a second at most; return the last look."""
+    def _poll_until_changed(self, old_screen: tuple[str, ...]) -> PaneSnapshot:
+        """Look until the screen has changed, half a second at most; return the last look."""
         until = self._clock() + 0.5
-        while not seen(pane := self._snapshot()) and self._clock() < until:
+        while (pane := self._snapshot()).screen == old_screen and self._clock() < until:
             self._sleep(0.02)
         return pane
 
     def _retry_write(self, write: Callable[[PaneSnapshot], bool]) -> bool:
-        """Write to the pane, out of copy mode if a person scrolls there.
+        """Write to the pane, after leaving copy mode if somebody scrolls there.
 
-        False: tmux gave no answer, so nobody knows.  Where it raises, nothing was written.
+        False: tmux did not answer, so the text may have been written.  If this raises, it was not.
         """
         for _ in range(20):
             pane = self._snapshot()
@@ -2409,8 +2422,8 @@ class Agent:
                     raise
                 return False
             self._sleep(0.1)
-        raise AgentError(f"the pane of {self.name} takes no input: is it turned off "
-                         "(select-pane -d), or does somebody keep it in copy mode?")
+        raise AgentError(f"{self.name} takes no input: leave copy mode in the attached tmux client "
+                         "(q), or turn its input on: select-pane -e")
 
     # waiting
 
@@ -2575,17 +2588,17 @@ class Agent:
         self._turn_in_progress = False
         self._habits.learn_idle(pane)
         is_untitled = pane.title == INITIAL_TITLE
-        self._blocked_by_dialog = self._is_known and (not has_box or is_untitled)
+        self._blocked_by_dialog = self._profile.is_known and (not has_box or is_untitled)
 
     def _required_settle_seconds(self, pane: PaneSnapshot) -> float:
         """Return how long a first screen has to stand still before it is taken as the last."""
         if not pane.text:
-            return self.READY_TIMEOUT if self._is_known else self.UNKNOWN_SETTLE_SECONDS
+            return self.READY_TIMEOUT if self._profile.is_known else self.UNKNOWN_SETTLE_SECONDS
         if has_input_box(self._profile, pane.screen):
             # A box may be there before the agent takes text, but then it has not set the title.
             is_untitled = pane.title == INITIAL_TITLE
             return self.UNTITLED_SETTLE_SECONDS if is_untitled else self.READY_SETTLE_SECONDS
-        if not self._is_known or find_startup_dialog(self._profile, pane.screen):
+        if not self._profile.is_known or find_startup_dialog(self._profile, pane.screen):
             return self.READY_SETTLE_SECONDS
         if find_problem(self._profile, pane.text) or describe_menu(self._profile, pane.screen):
             return self.MENU_SETTLE_SECONDS
@@ -2778,23 +2791,15 @@ _AZURE_ADVICE = ("For Azure OpenAI set OPENROUTER_BASE_URL to https://RESOURCE.o
                  "openai/v1 and OPENROUTER_MODEL to the name of the deployment")
 _TOKEN_COUNTS = tuple(map(re.compile, (     # what errors say of numbers of tokens
     r"can only afford (?P<affordable>\d{1,9})",
-    r"supports at most (?P<output>\d{1,9}) completion",
-    r"max_tokens`? must be less than or equal to `?(?P<output>\d{1,9})",
-    r"max_tokens: \d+ > (?P<output>\d{1,9})",
-    r"range of max_tokens (?:is|should be) \[\d+, ?(?P<output>\d{1,9})",
+    r"(?:supports at most|max_tokens`? must be less than or equal to|max_tokens: \d+ >|"
+    r"range of max_tokens (?:is|should be) \[\d+,) ?`?(?P<output>\d{1,9})",
     r"Limit (?P<total>\d{1,9}), Requested (?P<requested>\d{1,9})",
     r"context length is (?P<total>\d{1,9}) tokens.*?(?P<prompt>\d{1,9}) "
     r"(?:of text input|in the messages|input tokens)",
     r"exceed context limit: (?P<prompt>\d{1,9}) \+ \d+ > (?P<total>\d{1,9})",
     r"must be <= (?P<total>\d{1,9})\. Given: (?P<prompt>\d{1,9})")))
-_FEATURES = {       # what a request uses, and the words of a server that does not take it
-    "max_completion_tokens": r"\bmax_completion_tokens\b",
-    "cache_control": r"\bcache[ _]control\b",
-    "stream_options": r"\bstream[ _]options\b",
-    "session_id": r"\bsession[ _]id\b",
-    "max_tokens": r"\bmax[ _]tokens\b",
-    "stream": r"\bstream(ing)?\b",
-    "system role": r"system role|roles must alternate|got system"}
+_FEATURES = ("max_completion_tokens", "cache_control", "stream_options", "session_id", "max_tokens",
+             "stream")      # of a request, in the order in which a refusal takes them away
 _CONTINUE_PROMPT = ("Your answer was cut off because it became too long. Continue exactly where it "
                     "stopped, without a comment on that.")
 _NO_TOOLS_PROMPT = "[Your last answer was a tool call. There are no tools here: answer with text.]"
@@ -2923,8 +2928,7 @@ def _make_error(kind: _ErrorKind, text: str, can_pass: bool, retry_after: float 
     if kind.name == "overflow":
         return ContextWindowExceeded(text)
     if kind.name in ("content", "tool call"):
-        correction = _NO_TOOLS_PROMPT if kind.name == "tool call" else ""
-        return TransientError(text, max_attempts=3, correction=correction)
+        return TransientError(text, max_attempts=3)
     is_daily = kind.name == "rate limit" and re.search("per.day|daily", text)
     if can_pass and not is_daily and not (kind.name == "rate limit" and (retry_after or 0) > 3600):
         return TransientError(text, retry_after=retry_after)
@@ -2955,12 +2959,13 @@ def error_from_response(status: int, body: object, headers: Mapping[str, str],
     is_page = not holder and "<" in str(body)
     searched = "" if is_page else message
     kind = next(row for row in _ERROR_KINDS if row.fits(types, code or 502, searched))
-    refused = [name for name, words in _FEATURES.items() if kind.name != "overflow"
-               and (code in (400, 404, 422) or name == "system role")
-               and re.search(words, message, re.I)]
+    refused: list[str] = []
+    if code in (400, 404, 422) and kind.name != "overflow":
+        refused = [name for name in _FEATURES if re.search(
+            rf"\b{name.replace('_', '[ _]')}(ing)?\b", message, re.I)]
     can_pass = get_object(error, "availability").get("retryable")
     if can_pass is None:
-        can_pass = kind.name in ("rate limit", "outage") and not refused
+        can_pass = kind.name in ("rate limit", "outage")
     text = f"the model server answered {code}" if code else "the model server reports an error"
     if message:
         text += f": {message[:300].rstrip('.')}"
@@ -3013,13 +3018,11 @@ class _Completion:
         """Raise an error for a reply that is cut, empty, refused, or no text."""
         text = self.text.strip()
         if self.finish_reason == "length" and not text:
-            error = RequestRejected("the model used up its tokens before it began to answer. "
-                                    "Choose an OPENROUTER_MODEL that thinks less")
-            error.kind = "thinking"
-            raise error
+            raise RequestRejected("the model used up its tokens before it began to answer. Choose "
+                                  "an OPENROUTER_MODEL that thinks less", kind="thinking")
         if self._has_tool_call and not text:
-            raise TransientError("the model called a tool, but it has none", max_attempts=3,
-                                 correction=_NO_TOOLS_PROMPT)
+            raise TransientError("the model called a tool, but it has none", kind="tool call",
+                                 max_attempts=3)
         reason = self.finish_reason or ("stop" if self._is_whole and text else "")
         if reason in ("", "error"):
             raise TransientError(f"the model's answer broke off ({reason or 'no finish_reason'})",
@@ -3065,7 +3068,7 @@ class OpenRouter:
         address, _, query = base_url.partition("?")
         self._address = re.sub(r"/+(chat/completions/*)?$", "", address)
         self._query = f"?{query}" if query else ""
-        self._features = {"max_tokens", "stream", "stream_options", "system role"}
+        self._features = {"max_tokens", "stream", "stream_options"}
         self._is_openrouter = self._address.startswith("https://openrouter.ai/")
         if self._is_openrouter:     # only it knows this; it keeps a run on one provider's cache
             self._features.add("session_id")
@@ -3076,7 +3079,7 @@ class OpenRouter:
         self._output_limit = math.inf       # tokens of a reply, by the model or the credit
         self._total_limit = math.inf        # tokens of a request and its reply
         self._room = math.inf               # tokens that the current request leaves for its reply
-        self._correction = ""               # what the model is told if it called a tool
+        self._was_tool_call = False         # what came of the attempt before
         is_local = re.match(r"https?://(localhost|127\.0\.0\.1|\[::1\])[:/]", f"{self._address}/")
         self._proxy = "" if is_local else _find_proxy(self._address)
         handlers = [urllib.request.ProxyHandler({})] if is_local else []
@@ -3196,7 +3199,7 @@ class OpenRouter:
         size = sum(len(message["content"]) for message in messages)
         room = 0.95 * (self._total_limit - size / self.characters_per_token)
         self._room = max(room, self.MIN_TOKENS)
-        self._correction = ""
+        self._was_tool_call = False
         while True:
             time_left()
             try:
@@ -3212,7 +3215,7 @@ class OpenRouter:
                 if self._clock() + delay - started_at > self.RETRY_TIMEOUT:
                     raise ModelError(f"{error}. This does not pass: try again later, with --resume "
                                      "if a run was under way") from None
-                self._correction = error.correction
+                self._was_tool_call = error.kind == "tool call"
                 self._publish("error", error=str(error), retry_in=round(delay, 1))
                 self._wait(min(delay, time_left()))
             except ModelError as error:
@@ -3262,13 +3265,10 @@ class OpenRouter:
         return ""
 
     def build_request(self, messages: Messages) -> dict[str, Any]:
-        """Return the request; the system prompt and the newest message are marked for the cache."""
+        """Return the request; system prompt and newest message are marked for the cache."""
         sent: list[dict[str, Any]] = [dict(message) for message in messages]
-        if self._correction:
-            sent[-1]["content"] += f"\n\n{self._correction}"
-        if "system role" not in self._features and sent[0]["role"] == "system":
-            system = sent.pop(0)
-            sent[0]["content"] = f"{system['content']}\n\n{sent[0]['content']}"
+        if self._was_tool_call:
+            sent[-1]["content"] += f"\n\n{_NO_TOOLS_PROMPT}"
         if "cache_control" in self._features:
             mark = {"type": "ephemeral", **({"ttl": "1h"} if self.has_long_pauses else {})}
             for index in {0, len(sent) - 1}:
@@ -3399,11 +3399,9 @@ class OpenRouter:
         if isinstance(error, urllib.error.HTTPError):
             refused = re.search("(?i)basic", error.headers["WWW-Authenticate"] or "")
         if self._proxy and (refused or status == 407):      # its password is not shown
-            result = ModelError(f"the proxy {self._proxy} refused the connection "
-                                f"({status or reason}). Check its user and password in "
-                                "https_proxy or http_proxy")
-            result.kind = "proxy"
-            return result
+            return ModelError(f"the proxy {self._proxy} refused the connection ({status or reason})"
+                              ". Check its user and password in https_proxy or http_proxy",
+                              kind="proxy")
         if isinstance(error, urllib.error.HTTPError):
             body: object = ""
             with error, contextlib.suppress(Exception):
@@ -4133,10 +4131,10 @@ def parse_reply(reply: str, agent: str = "") -> Action:
     text = (fenced[1] if fenced else text).rstrip()
     plain = _CODE_BLOCK.sub(lambda block: re.sub(r"[^\n]", " ", block[0]), text)
     plain = plain.translate(_FULL_WIDTH)
-    invented = re.search(rf"(?im)^[ *_`#>]*{re.escape(agent or ' ')} output:", plain)
+    invented = re.search(rf"(?im)^[ *_`#>]*{re.escape(agent)} output:", plain) if agent else None
     if invented:
         text = text[:invented.start()].rstrip()
-    lines = [*map(_read_line, text.split("\n"), plain.split("\n"))]
+    lines = list(map(_read_line, text.split("\n"), plain.split("\n")))
     facts = [line for line in lines if line.word == "MEMORY_SAVE" and line.argument is not None]
     action = _choose_action([line for line in lines if line not in facts])
     if action.kind == "message" and not action.text.strip("\u200b\u200e\u200f\ufeff \n"):
@@ -4726,7 +4724,7 @@ class Autopilot:
         elif self._config.confirm_complete:
             check = _CONFIRM_HINT
         prompt = _SYSTEM_PROMPT.format(agent=self._agent.name, check=check)
-        known = self._journal.redact(memories) if isinstance(memories, list) else []
+        known: list[Any] = self._journal.redact(memories) if isinstance(memories, list) else []
         facts = truncate_middle("".join(f"- {fact}\n" for fact in known))
         return f"{prompt}\n## Memory from previous sessions\n{facts}" if facts else prompt
 
@@ -5027,16 +5025,16 @@ class Autopilot:
         self._turns_without_news += 1
         self._recent_steps = [*self._recent_steps[-2:], step]
         is_same = len(self._recent_steps) == 3 and len(set(self._recent_steps)) == 1
-        problem = (f"the last {self._turns_without_news} turns brought no new output and changed no "
-                   "file")
-        if self._turns_without_news >= self.MAX_TURNS_WITHOUT_NEWS or is_same and self._was_warned:
+        count = self._turns_without_news
+        problem = f"the last {count} turns brought no new output and changed no file"
+        if count >= self.MAX_TURNS_WITHOUT_NEWS or is_same and self._was_warned:
             raise StuckInLoop(problem)
-        if not is_same and self._turns_without_news != self.WARN_TURNS_WITHOUT_NEWS:
+        if not is_same and count != self.WARN_TURNS_WITHOUT_NEWS:
             return []
         self._was_warned = True
         self._recent_steps = []
-        warning = (f"You are repeating yourself: {problem}. Try a different approach, or end the run "
-                   "with TASK_FAILED: reason.")
+        warning = (f"You are repeating yourself: {problem}. Try a different approach, or end the "
+                   "run with TASK_FAILED: reason.")
         self._journal.publish("note", text=warning, source="orchestrator")
         return [warning]
 
@@ -6366,7 +6364,7 @@ def _format_next_steps(event: Event) -> str:
         rows.append(("End it", event["stop_command"]))
     else:
         rows.append(("Agent", f"{event['agent']} is not running"))
-    rows.append(("Journal", event["journal"]))
+    rows.append(("Journal", event["journal"] or "it could not be written"))
     return format_rows(rows)
 
 
@@ -6579,7 +6577,7 @@ class TerminalReporter:
         self._replace_status_line(line)
 
     def _replace_status_line(self, line: str) -> None:
-        line = line[:shutil.get_terminal_size().columns - 1]
+        line = line[:shutil.get_terminal_size().columns - 3]      # room for ^C
         if self._display.has_cursor and line != self._status_line:
             self._status_line = line
             # Without autowrap, the terminal also cuts lines of wide characters.
@@ -7061,19 +7059,22 @@ def read_outcome(path: Path) -> str:
 
 # A run
 
-def describe_end(config: Config, workspace: Workspace, agent: Agent, path: Path, is_chat: bool,
-                 outcome: str) -> dict[str, object]:
+def describe_end(config: Config, workspace: Workspace, agent: Agent, journal: Journal,
+                 is_chat: bool, outcome: str) -> dict[str, object]:
     """Return the fields of `complete` that say what is left of a run, and how to continue."""
     if not workspace.is_persistent:
         return {}
-    can_continue = is_chat or outcome not in FINAL_OUTCOMES
-    options = ["--chat"] if is_chat else ["--resume"] if can_continue else []
-    directory = str(workspace.directory)
-    return {"agent": agent.name, "can_continue": can_continue,
-            "next_command": f"{workspace.command} {shlex.join([*options, directory])}",
+    options = []
+    if is_chat:
+        options = ["--chat"]
+    elif outcome not in FINAL_OUTCOMES and not journal.write_error:
+        options = ["--resume"]
+    arguments = shlex.join([*options, str(workspace.directory)])
+    return {"agent": agent.name, "can_continue": bool(options),
+            "next_command": f"{workspace.command} {arguments}",
             "agent_running": not config.terminate_when_quit and agent.is_running(),
             "watch_command": agent.tmux.attach_command, "stop_command": agent.tmux.kill_command,
-            "journal": str(path)}
+            "journal": "" if journal.write_error else str(journal.path)}
 
 
 NOTIFY_TIMEOUT = 30.0       # seconds
@@ -7191,7 +7192,7 @@ def run(config: Config, workspace: Workspace, request: RunRequest) -> int:
             config, workspace, publish=journal.publish, sleep=reporter.sleep,
             has_viewers=lambda: reporter.wants_screen() or journal.has_readers())
         journal.describe_end = functools.partial(
-            describe_end, config, workspace, agent, path, request.is_chat)
+            describe_end, config, workspace, agent, journal, request.is_chat)
         if config.terminate_when_quit:
             stack.callback(signals.deferred()(agent.stop))      # all of it, should one come now
         if history and not request.as_json:
