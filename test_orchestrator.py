@@ -86,7 +86,9 @@ def signals_reach_children_only(monkeypatch: pytest.MonkeyPatch) -> None:
         return True
 
     for name in ("kill", "killpg"):
-        def send(pid: Any, number: Any, signal_it: Any = getattr(os, name)) -> None:
+        send_signal = getattr(os, name)
+
+        def send(pid: int, number: int, signal_it: Any = send_signal) -> None:
             assert pid > 1 and is_child(pid), f"signal {number} to {pid}"
             signal_it(pid, number)
         monkeypatch.setattr(os, name, send)
@@ -398,7 +400,8 @@ class Desk:
 
     def hire(self, program: Any = PROGRAM, **options: Any) -> Any:
         """Return one more agent at the same terminal."""
-        return Agent(program, Path("/"), tmux=cast(Any, self.terminal), clock=self.clock, sleep=self.clock.sleep,
+        return Agent(program, Path("/"), tmux=cast(Any, self.terminal), clock=self.clock,
+                     sleep=self.clock.sleep,
                      publish=lambda kind, **fields: self.told.append((kind, fields)), **options)
 
 
@@ -530,7 +533,8 @@ class Flight:
         self.control = RunControl(self.journal, lambda: None)
         self.agent.directory = directory
         self.pilot = Autopilot(
-            cast(Any, self.agent), self.model, config=Config(**{"confirm_complete": False, **settings}),
+            cast(Any, self.agent), self.model,
+            config=Config(**{"confirm_complete": False, **settings}),
             memory=self.memory,
             journal=self.journal, control=self.control, environ=os.environ, clock=self.clock,
             wall_clock=self.clock, sleep=self.clock.sleep)
@@ -629,7 +633,8 @@ def test_nothing_is_used_above_its_definition() -> None:
 def test_each_outside_thing_has_one_door() -> None:
     calls = [(section_of(node.lineno), ast.unparse(node.func), ast.unparse(node))
              for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, ast.Call)]
-    doors: dict[str, Callable[[str, str], bool]] = {"Tmux": lambda function, text: "subprocess" in function and "'tmux'" in text,
+    doors: dict[str, Callable[[str, str], bool]] = {
+             "Tmux": lambda function, text: "subprocess" in function and "'tmux'" in text,
              "Model client": lambda function, text: "urllib.request" in text,
              "Terminal": lambda function, text: function in ("print", "input", "sys.exit")}
     for home, door in doors.items():
@@ -645,7 +650,8 @@ def test_temporary_line_budgets_of_the_sections() -> None:
     Branches at 02:10 add up to 6,700.  Each section must fit its budget: simplify mechanisms, merge near-duplicates, drop
     what nobody asked for, cut docstrings that repeat names.  Do not pack lines.
     """
-    budgets = {"Errors": 108, "Configuration": 160, "Text": 172, "Agent profiles": 290, "Screens": 240, "Tmux": 230,
+    budgets = {"Errors": 108, "Configuration": 160, "Text": 172, "Agent profiles": 290,
+               "Screens": 240, "Tmux": 230,
                "Agent": 600, "Model client": 520, "Memory": 155, "Journal": 255, "Conversation": 230, "Loops": 570,
                "Dashboard page": 640, "Dashboard": 260, "Demo": 95, "Terminal": 200, "Command line": 480}
     starts = [*BANNERS, len(SOURCE.split("\n"))]
@@ -711,9 +717,11 @@ def test_the_page_builds_nothing_from_text_and_loads_nothing() -> None:
 
 @pytest.mark.parametrize("error, status, outcome", [
     (OrchestratorError("x"), 1, "interrupted"), (ConfigError("x"), 2, "interrupted"),
-    (BudgetExceeded("x"), 3, "budget"), (TaskFailed("x"), 4, "failed"), (StuckInLoop("x"), 4, "stuck"),
+    (BudgetExceeded("x"), 3, "budget"), (TaskFailed("x"), 4, "failed"),
+    (StuckInLoop("x"), 4, "stuck"),
     (AgentError("x"), 5, "agent"), (AgentExited("x"), 5, "agent"), (TmuxError("x"), 5, "agent"),
-    (TmuxSessionLost("x"), 5, "agent"), (ModelError("x"), 6, "model"), (ContextWindowExceeded("x"), 6, "model"),
+    (TmuxSessionLost("x"), 5, "agent"), (ModelError("x"), 6, "model"),
+    (ContextWindowExceeded("x"), 6, "model"),
     (TransientError("x"), 6, "model"), (Interrupted(signal.SIGINT), 130, "interrupted"),
     (Interrupted(signal.SIGTERM), 143, "interrupted")])
 def test_each_error_knows_how_it_ends_a_run(error: Any, status: int, outcome: str) -> None:
@@ -895,7 +903,8 @@ def test_clipping_keeps_whole_lines_of_head_and_tail_and_says_what_went() -> Non
     assert lines[0] in kept and lines[-1] in kept and set(kept) <= set(lines)
     assert middle == f"{1000 - len(kept)} lines" and len(short) < 600
     assert truncate_middle("short") == "short"
-    assert truncate_middle("x" * 50_000).count("x") == 16_000 and "34,000 characters" in truncate_middle("x" * 50_000)
+    assert truncate_middle("x" * 50_000).count("x") == 16_000
+    assert "34,000 characters" in truncate_middle("x" * 50_000)
 
 
 OLD = [f"line {number}" for number in range(300)]
@@ -953,15 +962,18 @@ def asks(question: Any, cursor: Any = "") -> str:
 
 
 def test_fingerprints_differ_in_more_than_times_and_tokens() -> None:
-    assert normalize_screen("failed after 12 s (09:00)") == normalize_screen("failed after 7.5s (9:01:30)")
-    assert normalize_screen("✻ Writing (3s · 1.2k tokens)") == normalize_screen("✻ Writing (12s · 90 tokens)")
+    assert normalize_screen("failed after 12 s (09:00)") == normalize_screen(
+        "failed after 7.5s (9:01:30)")
+    assert normalize_screen("✻ Writing (3s · 1.2k tokens)") == normalize_screen(
+        "✻ Writing (12s · 90 tokens)")
     assert normalize_screen("3 of 5 done") != normalize_screen("4 of 5 done")
     assert normalize_screen("failed after 12 s") != normalize_screen("passed after 12 s")
     assert normalize_screen("Attempt 3, 2026-11-22 10:15: pid 77") == normalize_screen(
         "Attempt 4, 2026-11-23 11:16: pid 8")
     assert normalize_screen("a.py:40:12: too long") != normalize_screen("a.py:55:10: too long")
     assert normalize_screen("3 failed, 17 passed") != normalize_screen("2 failed, 18 passed")
-    assert normalize_screen("done\n✻ Brewed for 4s") == normalize_screen("done\n✻ Churned for 1m 2s")
+    assert normalize_screen("done\n✻ Brewed for 4s") == normalize_screen(
+        "done\n✻ Churned for 1m 2s")
 
 
 # -- 4. Agent profiles --------------------------------------------------------------------
@@ -1006,7 +1018,8 @@ def test_the_profile_follows_from_the_default_model() -> None:
     ("codex resume --last -a never", "Codex", "codex resume --last -a never"),
     ("docker exec -it claude bash", "docker", ""), ("vim codex.txt", "vim", ""),
     ("docker run --name claude ubuntu bash", "docker", ""), ("bash --norc", "bash", ""),
-    ("AGENT=claude ./mine --now", "mine", ""), ("/opt/pi/run", "run", ""), ("claudette", "claudette", "")])
+    ("AGENT=claude ./mine --now", "mine", ""), ("/opt/pi/run", "run", ""),
+    ("claudette", "claudette", "")])
 def test_an_agent_is_found_by_its_name_anywhere_in_a_command(
         command: str, name: str, resumed: str) -> None:
     profile = select_profile("claude", command)
@@ -1415,7 +1428,8 @@ PROBLEMS = [
      "billing"),
     (CLAUDE_CODE, '{"loggedIn": false, "authMethod": "none"}', "/login"),
     (CODEX, "> 1. Sign in with ChatGPT\n     Usage included", "codex login"),
-    (CODEX, "■ unexpected status 401 Unauthorized: invalid x-api-key, url: http://x", "codex login"),
+    (CODEX, "■ unexpected status 401 Unauthorized: invalid x-api-key, url: http://x",
+     "codex login"),
     (CODEX, "■ Your access token could not be refreshed. Please log out and sign in again.",
      "codex login"),
     (CODEX, "■ You’re out of credits. Your workspace is out of credits.", "billing"),
@@ -1602,7 +1616,8 @@ def test_what_is_gone_is_told_apart_from_what_went_wrong(fake: Any, stderr: str,
 
 
 def test_an_empty_answer_is_doubted(fake: Any) -> None:
-    for ask in (fake.tmux.find_pane, lambda: fake.tmux.snapshot("%1"), lambda: fake.tmux.capture_history("%1"),
+    for ask in (fake.tmux.find_pane, lambda: fake.tmux.snapshot("%1"),
+                lambda: fake.tmux.capture_history("%1"),
                 lambda: fake.tmux.paste_text(PANE, "x")):
         with pytest.raises(TmuxError, match="on socket private of another version") as caught:
             ask()
@@ -1673,7 +1688,8 @@ def test_a_look_returns_the_facts_and_the_screen(fake: Any) -> None:
     fake.says("%1:10:20:1:0:1:2:7:200:50:1:3::/dev/pts/1\nbash\n⠂ title: x\nfirst  \n\nthird\n\n")
     pane = fake.tmux.snapshot("%1")
     assert pane[:9] == ("%1", 10, 20, True, "status 3", False, True, 2, 7)
-    assert (pane.foreground_command, pane.title, pane.cursor_line) == ("bash", "⠂ title: x", "third")
+    assert (pane.foreground_command, pane.title) == ("bash", "⠂ title: x")
+    assert pane.cursor_line == "third"
     assert pane.text == "first\n\nthird"
     fake.says("%1:10:20:1:1:0:0:0:200:50:0::9:\nbash\n\n\n")
     assert fake.tmux.snapshot("%1")[4:7] == ("signal 9", True, False)
@@ -1757,7 +1773,8 @@ SIGNS = {
         *ECHO, "✢ Stewing…", "  ⎿  Tip: ask for a plan", footer="  x"), "own words"),
     "a draft of the user": (CLAUDE_CODE, claude_screen("● hi"), claude_screen(
         *ECHO, "· Stewing… (1m 8s · thinking)", draft="and"), "own words"),
-    "screen reader": (CLAUDE_CODE, ("claude: hi", "bypass permissions on (shift+tab to cycle)", "$"),
+    "screen reader": (CLAUDE_CODE,
+                      ("claude: hi", "bypass permissions on (shift+tab to cycle)", "$"),
                       ("you: go", "Stewing…", "bypass permissions on (shift+tab to cycle)  ·  "
                        "esc to interrupt", "effort: medium · /effort", "$"), "own words"),
     "Codex": (CODEX, codex_screen("• hi"), codex_screen(
@@ -1858,7 +1875,8 @@ def test_a_terminal_in_line_mode_is_work_for_a_program_that_waits_in_raw_mode() 
 
 
 @pytest.mark.parametrize("message, screen, seconds", [
-    ("ls", ("$ ls", "a", "$"), 0.5), ("ls", ("$ ls", "a"), 2.0), ("/x", ("$ /x", "a", "$"), 0.5), ("ls", ("a", "$"), 2.0),
+    ("ls", ("$ ls", "a", "$"), 0.5), ("ls", ("$ ls", "a"), 2.0),
+    ("/x", ("$ /x", "a", "$"), 0.5), ("ls", ("a", "$"), 2.0),
     ("ls", ("$ ls", "a", "$ x"), 2.0), ("ls", ("$ echo", "a", "$"), 2.0),
     ("ls\nsleep 9", ("$ ls", "a", "$"), 2.0), ("", ("$ ls", "a", "$"), 2.0)])
 def test_the_prompt_that_is_back_below_the_message_ends_a_turn(
@@ -1887,7 +1905,8 @@ def test_without_a_sign_stillness_ends_a_turn(
 
 @pytest.mark.parametrize("profile, before, after", [
     (CLAUDE_CODE, claude_screen("❯ go", "● old", "", "✻ Brewed for 2s"), claude_screen(
-        "❯ go", "● old", "", "✻ Brewed for 2s", *ECHO, "● new", "", "✻ Cooked for 0s · done 1:33 AM")),
+        "❯ go", "● old", "", "✻ Brewed for 2s", *ECHO, "● new", "",
+        "✻ Cooked for 0s · done 1:33 AM")),
     (CODEX, codex_screen("› go", "• old", "", "  Worked for 2s • 01:33"), codex_screen(
         "› go", "", "• new", "", "  Worked for <1s • 01:33"))])
 def test_an_instant_answer_ends_with_the_line_that_closes_a_turn(
@@ -2184,7 +2203,8 @@ def test_nothing_is_typed_behind_a_draft_that_does_not_go() -> None:
     desk.terminal.draft = "stays"
     desk.terminal.keyed = lambda key: setattr(desk.terminal, "draft", "stays")
     turn = desk.agent.ask("one")
-    assert "Nothing was typed" in turn.as_text() and "could not be deleted: 'stays'" in turn.as_text()
+    assert "Nothing was typed" in turn.as_text()
+    assert "could not be deleted: 'stays'" in turn.as_text()
     assert "❯ stays" in turn.output and not desk.terminal.pasted
 
 
@@ -2272,7 +2292,8 @@ def test_an_agent_that_cannot_go_on_with_its_conversation_starts_afresh() -> Non
     desk = Desk(doomed(lambda terminal: terminal.die()),
                 lambda terminal: terminal.die("No conversation found to continue"), claude())
     assert "has no memory" in desk.agent.ask("one").as_text()
-    assert desk.terminal.started == [PROGRAM.start_command, PROGRAM.resume_command, PROGRAM.start_command]
+    assert desk.terminal.started == [PROGRAM.start_command, PROGRAM.resume_command,
+                                     PROGRAM.start_command]
     assert not desk.told[-1][1]["resumed"]
 
 
@@ -2385,7 +2406,8 @@ def test_a_session_that_is_gone_is_made_again_with_the_conversation_if_there_was
 def test_a_session_that_was_made_for_something_else_is_left_alone() -> None:
     desk = Desk(claude(), start=False)
     desk.terminal.new_pane(("vim", "secret.txt"), "/home/me", "'vim secret.txt' in '/home/me'")
-    with pytest.raises(ConfigError, match="work is in use for 'vim secret.txt' in '/home/me'.*CLAUDE_TMUX"):
+    with pytest.raises(ConfigError,
+                       match="work is in use for 'vim secret.txt' in '/home/me'.*CLAUDE_TMUX"):
         desk.agent.start()
     assert not desk.terminal.pasted and not desk.terminal.pressed
 
@@ -2453,7 +2475,8 @@ def test_where_every_process_is_in_session_0_none_is_taken_for_an_orphan(
         pid: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "getsid", lambda pid: pid)
     desk = Desk(claude())
-    desk.terminal.seen, desk.terminal.failures = {"pid": pid}, [None, TmuxSessionLost("lost server")]
+    desk.terminal.seen = {"pid": pid}
+    desk.terminal.failures = [None, TmuxSessionLost("lost server")]
     assert "has no memory" in desk.agent.ask("one").as_text()
 
 
@@ -2843,7 +2866,8 @@ CASES = {
     "502 by a moderator": bounded(answer(refusal(502, "This content was flagged for possible "
                                                  "cybersecurity risk"), 502), 3, "risk"),
     "never a finish_reason": bounded(answer({"choices": []}), 5, "broke off (no finish_reason)"),
-    "another service": bounded(answer("<p>Welcome"), 5, "Check OPENROUTER_BASE_URL=http://127.0.0.1:|/api/v1"),
+    "another service": bounded(answer("<p>Welcome"), 5,
+                               "Check OPENROUTER_BASE_URL=http://127.0.0.1:|/api/v1"),
     "LM Studio without /v1": bounded(answer({
         "error": "Unexpected endpoint or method. (POST /chat/completions)"}), 3,
         "(most servers need /v1 at its end) and OPENROUTER_MODEL"),
@@ -2910,7 +2934,8 @@ CASES = {
     "a redirect": final(answer("", 302, Location="/elsewhere"), "302"),
     "a redirect of a POST": final(answer("", 307, Location="/elsewhere"), "307"),
     # a conversation that is too long
-    "overflow": final(answer(refusal(400, "prompt is too long"), 400), "too long", ContextWindowExceeded),
+    "overflow": final(answer(refusal(400, "prompt is too long"), 400), "too long",
+                      ContextWindowExceeded),
     "overflow by type": final(answer(refusal(400, "no", metadata={
         "error_type": "context_length_exceeded"}), 400), "400: no", ContextWindowExceeded),
     "overflow by the code of others": final(answer(refusal("context_length_exceeded", "no"), 400),
@@ -3093,13 +3118,16 @@ def test_only_openrouter_is_sent_what_only_it_knows() -> None:
     messages = TASK + [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]
     home = Client("https://openrouter.ai/api/v1", model="anthropic/claude-opus-4.6")
     assert home.build_request(messages)["session_id"] == home.build_request(TASK)["session_id"]
-    assert marks(home.build_request(messages)) == ["system", "user"] and len(marks(home.build_request(TASK))) == 2
+    assert marks(home.build_request(messages)) == ["system", "user"]
+    assert len(marks(home.build_request(TASK))) == 2
     assert messages[-1]["content"] == "b" and "cache_control" not in home.build_request(messages)
     other = Client("https://openrouter.ai/api/v1", model="openai/gpt-5")
-    assert "session_id" in other.build_request(messages) and not marks(other.build_request(messages))
+    assert "session_id" in other.build_request(messages)
+    assert not marks(other.build_request(messages))
     for url in ("http://localhost:1234/v1", "https://openrouter.ai.example.org/v1"):
         foreign = Client(url, model="anthropic/claude-opus-4.6")
-        assert "session_id" not in foreign.build_request(messages) and not marks(foreign.build_request(messages))
+        assert "session_id" not in foreign.build_request(messages)
+        assert not marks(foreign.build_request(messages))
 
 
 class Home(Client):
@@ -4779,7 +4807,8 @@ def test_a_note_before_a_wait_that_the_model_has_not_seen_ends_it(fly: Any) -> N
         flight.control.handle("note", "hurry")
         return "WAIT: 2h"
 
-    flight: Any = fly(reply, "TASK_COMPLETE", turns=[lambda: Turn(str(flight.agent.until()), "idle")])
+    flight: Any = fly(reply, "TASK_COMPLETE",
+                      turns=[lambda: Turn(str(flight.agent.until()), "idle")])
     flight.run()
     assert "True" in flight.shown(1) and "hurry" in flight.shown(1)
 
@@ -4846,7 +4875,8 @@ def test_a_long_conversation_is_summarised_by_the_model(fly: Any) -> None:
 
 
 def test_where_no_summary_can_be_had_first_lines_will_do(fly: Any) -> None:
-    flight = fly("one", "two", "three", "four", RequestRejected("refused"), "TASK_COMPLETE", turns=LONG,
+    flight = fly("one", "two", "three", "four", RequestRejected("refused"), "TASK_COMPLETE",
+                 turns=LONG,
                  history_max_tokens=5_000)
     assert flight.run() == "complete" and "YOU: one" in flight.model.calls[5][1]["content"]
     second = fly("TASK_COMPLETE")
@@ -4874,7 +4904,8 @@ def test_no_conversation_has_more_messages_than_a_model_takes(fly: Any) -> None:
 def summarising(complete: Any) -> Any:
     """Return a model's complete that gives summaries besides its script."""
     return lambda messages, **how: complete(messages, **how) \
-        if "Summarise the session" not in messages[-1]["content"] else Reply("in short", TokenUsage(), 0.0, 1)
+        if "Summarise the session" not in messages[-1]["content"] else Reply(
+            "in short", TokenUsage(), 0.0, 1)
 
 
 def test_the_prompt_stays_within_its_bound_in_steps_that_keep_its_beginning(fly: Any) -> None:
@@ -4942,6 +4973,11 @@ def test_the_cache_lasts_an_hour_where_the_turns_of_the_run_are_long(
     assert asked(flight) == [ttl]
 
 
+def clock_put_forward(clock: Clock) -> float:
+    """Return a wall clock that jumps nine hours ahead after two minutes."""
+    return clock.now + (32_400 if clock.now > 1120 else 0)
+
+
 def test_a_computer_that_slept_goes_on_once_the_clock_on_the_wall_says_so(fly: Any) -> None:
     """From 23:02 to 8:02 only the clock on the wall goes on; the usage limit ends at 3:00."""
     def wait(seconds: float, until: Any) -> Turn:
@@ -4949,9 +4985,10 @@ def test_a_computer_that_slept_goes_on_once_the_clock_on_the_wall_says_so(fly: A
             flight.clock.sleep(0.5)
         return Turn("", "idle")
 
-    for reply, turns in (("WAIT: 2h", []), ("go on", [Turn("limit", usage_limit_seconds=14_400.0)])):
+    for reply, turns in (("WAIT: 2h", []),
+                         ("go on", [Turn("limit", usage_limit_seconds=14_400.0)])):
         flight = fly(reply, "TASK_COMPLETE", turns=turns)
-        flight.pilot._wall_clock = lambda: flight.clock.now + 32_400 * (flight.clock.now > 1120)
+        flight.pilot._wall_clock = functools.partial(clock_put_forward, flight.clock)
         flight.agent.wait = wait
         assert flight.run() == "complete" and flight.clock.now < 1121
 
@@ -5044,7 +5081,8 @@ def test_facts_of_a_reply_that_was_broken_off_are_saved_and_only_then(
 
 
 def test_odd_events_of_an_earlier_part_are_passed_over(fly: Any) -> None:
-    odd: list[dict[str, Any]] = [{"type": "reply"}, {"type": "reply", "text": 7}, {"type": "history"}, {"type": "note"},
+    odd: list[dict[str, Any]] = [{"type": "reply"}, {"type": "reply", "text": 7},
+                                 {"type": "history"}, {"type": "note"},
            {"type": "iteration_end", "agent_output": None}, {"type": "of the future", "text": []},
            {"type": "reply", "text": "x", "tokens": 7, "cost": "much", "iteration": "one"},
            {"type": "history", "summary": "s", "summarised": [], "tokens": {"prompt": "x"}},
@@ -5610,7 +5648,8 @@ def test_how_a_time_is_said(seconds: float, words: str) -> None:
 class Stage:
     """A narrator of a chat on a terminal of 40 columns, or on none."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: Any, live: Any = True, describe: Any = describe_chat_event,
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: Any, live: Any = True,
+                 describe: Any = describe_chat_event,
                  **how: Any) -> None:
         monkeypatch.setenv("COLUMNS", "40")
         self.clock, self._capsys = Clock(), capsys
@@ -5675,7 +5714,8 @@ def test_the_terminal_says_what_happens_and_obeys_nobody(
 
 
 @pytest.mark.parametrize("outcome, fields, words, others", [
-    ("complete", {}, ["Task complete: 3 iterations, ", "Next task: orchestrator /w", "still running",
+    ("complete", {},
+     ["Task complete: 3 iterations, ", "Next task: orchestrator /w", "still running",
                       "tmux attach", "tmux kill", "/j.jsonl"], ["raise"]),
     ("budget", {"can_continue": True, "next_command": "orchestrator --resume /w"},
      ["Ended (budget)", "Continue:  raise the budget, then: orchestrator --resume /w"], []),
@@ -5854,7 +5894,8 @@ def scene(
     (["--replay", "nothing.jsonl"], {}, 2, "nothing.jsonl: can't be read"),
     (["--resume"], {"OPENROUTER_API_KEY": KEY}, 2, "There is no run to resume"),
     (["--chat"], {"PATH": "/nowhere"}, 5, "tmux is not installed"),
-    (["--chat"], {"CLAUDE_CMD": "", "DEFAULT_MODEL": "gpt"}, 5, "codex is not on your PATH. Install it: npm"),
+    (["--chat"], {"CLAUDE_CMD": "", "DEFAULT_MODEL": "gpt"}, 5,
+     "codex is not on your PATH. Install it: npm"),
     (["--task", " "], {"OPENROUTER_API_KEY": KEY, "CLAUDE_CMD": "cat"}, 2, "There is no task"),
     ([], {"OPENROUTER_API_KEY": KEY, "CLAUDE_CMD": "cat"}, 2, "There is no task")])
 def test_wrong_use_is_one_line_that_says_what_to_change(
@@ -5878,7 +5919,7 @@ def test_the_manual_lists_the_arguments_and_the_settings(scene: Any) -> None:
         status, out, err = scene(option, "--json")
         manual = orchestrator.__doc__.partition("\nContents\n")[0]
         assert (status, err) == (0, "") and out.startswith(manual)
-        for name, field in Config.fields_by_variable().items():
+        for name in Config.fields_by_variable():
             assert re.search(rf"^ +{name} +\S", out, re.M)
     assert scene("--version") == (0, f"orchestrator {orchestrator.__version__}\n", "")
 
@@ -6094,14 +6135,14 @@ def test_a_reader_that_is_late_loses_nothing() -> None:
 def test_one_orchestrator_drives_a_session_at_a_time(tmp_path: Path) -> None:
     place = Workspace(tmp_path, tmp_path / "state", {})
     with session_lock(Config(), place):
-        with pytest.raises(ConfigError, match=f"gt-claude-loop: process {os.getpid()}. Wait"):
-            with session_lock(Config(), place):
-                pass
+        with pytest.raises(ConfigError, match=f"gt-claude-loop: process {os.getpid()}. Wait"), \
+                session_lock(Config(), place):
+            pass
         with session_lock(Config(claude_tmux_session="other"), place):
             pass
-    with session_lock(Config(claude_tmux_socket="a-b", claude_tmux_session="c"), place):
-        with session_lock(Config(claude_tmux_socket="a", claude_tmux_session="b-c"), place):
-            pass
+    with session_lock(Config(claude_tmux_socket="a-b", claude_tmux_session="c"), place), \
+            session_lock(Config(claude_tmux_socket="a", claude_tmux_session="b-c"), place):
+        pass
     with session_lock(Config(), place):
         pass
 
