@@ -276,7 +276,11 @@ def _setting(default: object, value_format: tuple[str, str], help: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The settings of a run.  A field's environment variable is its name in capitals."""
+    """The settings of a run.  A field's environment variable is its name in capitals.
+
+    >>> Config(max_cost=2.5).max_cost, Config.from_env({"TURN_TIMEOUT": "60"}, {}).turn_timeout
+    (2.5, 60)
+    """
 
     claude_tmux_session: str = _setting(
         "gt-claude-loop", _SESSION_NAME,
@@ -649,6 +653,9 @@ class AgentProfile:
     `optional_arguments` are for the default command only.  They set what a user's own settings may
     have changed.  Each has the name that error messages give it: if the installed version refuses
     it, the agent is started without it.
+
+    >>> AgentProfile.from_command("bash --norc").start_command
+    ('bash', '--norc')
     """
 
     name: str
@@ -954,7 +961,6 @@ def child_environment(environ: Mapping[str, str] | None = None) -> dict[str, str
 # -- 5. Screens ---------------------------------------------------------------------------
 # What an agent's screen means: pure functions.  May use: Text, Agent profiles.
 
-_PASTE_PLACEHOLDER = re.compile(r"\[Pasted (?:text|Content)\b[^\]]*\]")
 _HORIZONTAL_RULE = re.compile(r"\s*[─▔]{10}")
 _ANY_CURSOR = re.compile(r"\s*(?:[│|]\s*)?[❯›●>]\s*(\S.*)")      # of any agent
 _ENTRY_FRAME = re.compile(r"^[\s│❯›●>]*(?:\d+\.)?\s*|[\s✔│]*$")      # around a menu's entry
@@ -1170,7 +1176,7 @@ def is_message_unsent(line: str, message: str) -> bool:
     """Whether the cursor's line still shows the end of a message, or a placeholder for it."""
     shown = line.strip().rstrip("│| \u00a0")
     end = message.rstrip().rsplit("\n", 1)[-1]
-    if _PASTE_PLACEHOLDER.search(line):
+    if _ANY_PASTE_PLACEHOLDER.search(line):
         return True
     if not end or not shown:
         return False
@@ -1670,7 +1676,12 @@ class Tmux:
 # May use: Errors, Configuration, Text, Agent profiles, Screens, Tmux.
 
 class Turn(NamedTuple):
-    """What came of a message: all that is new on the screen, and how the turn ended."""
+    """What came of a message: all that is new on the screen, and how the turn ended.
+
+    >>> print(Turn("42", notes=("bash is still working.",)).as_text())
+    [bash is still working.]
+    42
+    """
 
     output: str
     state: str = "done"             # done, working (a limit came first), quiet or exited
@@ -1848,14 +1859,14 @@ class TurnDetector:
         """Return how long the text has to stand still now that no sign of work is seen."""
         if self.last_sign == "usual words":
             return self.SETTLE_SECONDS_AFTER_USUAL_WORDS
-        if self._message.startswith("/") and not self.last_sign:
+        if not self.last_sign and self.has_prompt_again(pane):
+            return self.SETTLE_SECONDS_AT_PROMPT
+        if not self.last_sign and self._message.startswith("/"):
             return self.SETTLE_SECONDS_OF_SLASH_COMMANDS
         if self._lacks_closing_line(pane):
             return self.STALE_SECONDS
         if self.last_sign or self._has_new_closing_line():
             return self.SETTLE_SECONDS
-        if self.has_prompt_again(pane):
-            return self.SETTLE_SECONDS_AT_PROMPT
         return self._settle_seconds
 
     def _has_new_closing_line(self) -> bool:
@@ -1947,9 +1958,10 @@ class Agent:
     again; more than three restarts within ten minutes without a finished turn raise AgentError.
     `publish` is called for each recovery, and with the screen twice a second while `has_viewers()`.
 
-        with Agent("claude", "~/src/project", session="docs") as agent:
-            turn = agent.ask("Run the tests", timeout=600)
-            print(turn.state, turn.output)
+    >>> bash = select_profile("claude", "bash --norc")
+    >>> with Agent(bash, session="docs", socket="docs") as agent:       # doctest: +SKIP
+    ...     print(agent.ask("expr 6 '*' 7", timeout=600).output.split()[-1])
+    42
 
     The block starts or joins the session, and ends it if it made it, unless `keep_session`.
     Raises ConfigError for a session that belongs to something else, AgentError if tmux or the
@@ -2672,7 +2684,11 @@ Messages = Sequence[Mapping[str, str]]
 
 
 class TokenUsage(NamedTuple):
-    """Tokens of model calls; of `prompt`, how many the cache had, and how many it took in."""
+    """Tokens of model calls; of `prompt`, how many the cache had, and how many it took in.
+
+    >>> TokenUsage(10, 2, 12).plus(TokenUsage(5, 1, 6)).total
+    18
+    """
 
     prompt: int = 0
     completion: int = 0
@@ -2686,7 +2702,11 @@ class TokenUsage(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """A complete reply of the model, and what all the attempts at it used."""
+    """A complete reply of the model, and what all the attempts at it used.
+
+    >>> Reply("Run the tests.", cost=0.01).usage_fields()["cost"]
+    0.01
+    """
 
     text: str
     tokens: TokenUsage = TokenUsage()
@@ -2701,11 +2721,11 @@ class Reply(NamedTuple):
 class ChatModel(Protocol):
     """What Autopilot needs of a model: OpenRouter is one, your own class can be another.
 
-        class Echo:
-            characters_per_token = 4.0
-
-            def complete(self, messages, *, on_text, on_usage, time_left):
-                return Reply("TASK_COMPLETE")
+    >>> class Pessimist:
+    ...     characters_per_token = 4.0
+    ...     def complete(self, messages, *, on_text, on_usage, time_left):
+    ...         return Reply("TASK_FAILED: it can't be done")
+    >>> model: ChatModel = Pessimist()
 
     `messages` are dicts with "role" and "content".  `on_text` may be called with the text so far,
     `on_usage` with the tokens and the cost of each attempt.  `time_left()` returns the seconds
@@ -3038,6 +3058,10 @@ class OpenRouter:
     `publish` is told of each failure that is survived.  Times are in seconds: READ_TIMEOUT without
     a byte, STREAM_TIMEOUT without data, REQUEST_TIMEOUT for one attempt, RETRY_TIMEOUT for all of
     them, CHECK_TIMEOUT for a question before the run.
+
+    >>> model = OpenRouter("http://localhost:8080/v1", "my-key", "my-model")
+    >>> model.build_request([{"role": "user", "content": "Hello"}])["model"]
+    'my-model'
     """
 
     READ_TIMEOUT = 120.0
@@ -4240,7 +4264,13 @@ class Conversation:
 # Conversation.
 
 class RunControl:
-    """What the user asks for from outside while a run goes on.  Other threads may call `handle`."""
+    """What the user asks for from outside while a run goes on.  Other threads may call `handle`.
+
+    >>> control = RunControl(Journal())
+    >>> control.handle("note", "Mind the tests")
+    >>> control.take_notes()
+    ['A note from the user: Mind the tests']
+    """
 
     def __init__(self, journal: Journal, stop: Callable[[], object] = ignore) -> None:
         self._journal = journal
@@ -4406,6 +4436,11 @@ class Chat:
     `read(prompt)` returns a message, or None to leave.  `read_hidden` is used instead while the
     agent's terminal hides what is typed, as for a password; such a message is not recorded.
     Ctrl-C during a turn returns to the prompt if the chat is interactive; the agent keeps working.
+
+    >>> lines = iter(["expr 6 '*' 7", None])
+    >>> bash = select_profile("claude", "bash --norc")
+    >>> with Agent(bash, session="docs", socket="docs") as agent:       # doctest: +SKIP
+    ...     Chat(agent, lambda prompt: next(lines)).run()
     """
 
     def __init__(self, agent: Agent, read: Callable[[str], str | None], *,
@@ -4619,8 +4654,14 @@ class Autopilot:
     `model` is an OpenRouter or any ChatModel.  Without `memory` the facts are those of
     `memory.json` in the agent's directory; without `journal` the events stay in memory.
 
-        with Agent("claude", "~/src/project") as agent:
-            Autopilot(agent, MyModel(), config=Config(max_minutes=30)).run("Make the tests pass")
+    >>> class Script:
+    ...     characters_per_token = 4.0
+    ...     replies = ["date", "TASK_COMPLETE", "TASK_COMPLETE"]
+    ...     def complete(self, messages, **callbacks):
+    ...         return Reply(self.replies.pop(0))
+    >>> bash = select_profile("claude", "bash --norc")
+    >>> with Agent(bash, session="docs", socket="docs") as agent:       # doctest: +SKIP
+    ...     Autopilot(agent, Script(), config=Config(max_minutes=30)).run("What time is it?")
     """
 
     MAX_MESSAGES = 900                  # in a conversation: some take 1,000
@@ -6101,6 +6142,10 @@ class Dashboard(http.server.ThreadingHTTPServer):
     `control(action, text)` is called for what the user asks; without it, the journal is a
     recording.  `url` is the address under which a proxy publishes it; `token` one to use again.
     Raises ConfigError if it can't listen.
+
+    >>> with Dashboard(Journal()) as dashboard:
+    ...     dashboard.url.startswith("http://127.0.0.1:")
+    True
     """
 
     request_queue_size = 128

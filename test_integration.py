@@ -1754,6 +1754,14 @@ def test_a_socket_that_something_removed_is_made_again_and_the_agent_works_on(wo
     assert len(set(world.log("pid"))) == 1 and not world.events("recovery")
 
 
+def test_a_login_that_has_expired_ends_the_run_with_what_to_do(world: World) -> None:
+    model = world.model(*["echo ⎿ Not logged in · Please run /login"] * 9)
+    done = world.run("--task", "x", **as_claude(world))
+    assert done.status == 5 and len(model.requests) == 1
+    assert_one_complaint(done, "Not logged in", "log in with /login")
+    assert world.events()[-1]["outcome"] == "agent"
+
+
 def test_a_command_of_one_word_runs_where_the_shell_of_the_user_refuses_to(world: World) -> None:
     world.model("echo one", "TASK_COMPLETE")
     path = world.program("mine", f"exec {world.env['CLAUDE_CMD']}")
@@ -3308,6 +3316,18 @@ def test_the_doctor_says_what_a_run_needs(world: World) -> None:
     for line in (r"tmux\s+FAILED.*install", r"agent\s+FAILED.*claude.*install",
                  r"model\s+FAILED.*OPENROUTER_API_KEY"):
         assert re.search(f"^{line}", done.stdout, re.M), done.stdout
+
+
+def test_the_examples_of_the_library_that_need_tmux_work(world: World) -> None:
+    """In the docstrings they are marked to be skipped, for the unit tests."""
+    code = ("import doctest, sys, orchestrator\n"
+            "for name in ('Agent', 'Autopilot', 'Chat'):\n"
+            "    value = getattr(orchestrator, name)\n"
+            "    value.__doc__ = value.__doc__.replace('# doctest: +SKIP', '')\n"
+            "    doctest.run_docstring_examples(value, vars(orchestrator), name=name)\n")
+    done = subprocess.run([sys.executable, "-c", code], cwd=world.work, capture_output=True,
+                          text=True, timeout=60, env={**world.env, "PYTHONPATH": str(TOOL.parent)})
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 # -- Vendoring ----------------------------------------------------------------------------------

@@ -644,9 +644,17 @@ def test_importing_it_needs_no_package_and_does_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_examples_in_the_docstrings_hold():
+def test_the_examples_in_the_docstrings_hold() -> None:
     failed, attempted = doctest.testmod(orchestrator)
-    assert attempted >= 4 and not failed
+    assert attempted >= 35 and not failed
+
+
+def test_each_public_class_shows_how_it_is_used() -> None:
+    """Errors and the type of an event's fields need no example."""
+    public = [getattr(orchestrator, name) for name in orchestrator.__all__]
+    classes = [value for value in public if isinstance(value, type)
+               and not issubclass(value, (BaseException, dict))]
+    assert [value.__name__ for value in classes if ">>> " not in str(value.__doc__)] == []
 
 
 def test_the_page_builds_nothing_from_text_and_loads_nothing():
@@ -1243,7 +1251,7 @@ Review your answers
  Esc to cancel · Tab to amend
 """),
     (CODEX, "Do you trust the contents of this directory?",
-     "1. Yes, continue", """
+     "1. Yes, continue", r"""
         \/||+~,           ,++"/,`
           *,_"**=^;~_+~;"-",;+'
             `*+/~_,,_,,++**"
@@ -1803,7 +1811,7 @@ def test_a_terminal_in_line_mode_is_work_for_a_program_that_waits_in_raw_mode() 
 
 
 @pytest.mark.parametrize("message, screen, seconds", [
-    ("ls", ("$ ls", "a", "$"), 0.5), ("ls", ("$ ls", "a"), 2.0), ("ls", ("a", "$"), 2.0),
+    ("ls", ("$ ls", "a", "$"), 0.5), ("ls", ("$ ls", "a"), 2.0), ("/x", ("$ /x", "a", "$"), 0.5), ("ls", ("a", "$"), 2.0),
     ("ls", ("$ ls", "a", "$ x"), 2.0), ("ls", ("$ echo", "a", "$"), 2.0),
     ("ls\nsleep 9", ("$ ls", "a", "$"), 2.0), ("", ("$ ls", "a", "$"), 2.0)])
 def test_the_prompt_that_is_back_below_the_message_ends_a_turn(
