@@ -119,6 +119,9 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Protocol, TextIO, TypedDict, TypeVar
 
+if sys.version_info < (3, 9):
+    raise SystemExit("orchestrator: Python 3.9 or later is needed; this is " + sys.version)
+
 __version__ = "1.0.0"
 __all__ = [
     "Agent", "AgentProfile", "Turn", "Tmux", "child_environment", "select_profile",
@@ -2047,7 +2050,8 @@ class Agent:
         if mark != self.session_mark and (mark or pane_id):
             raise ConfigError(
                 f"the tmux session {self._tmux.session} is in use for {mark or 'something else'}. "
-                "Choose another name (CLAUDE_TMUX_SESSION, or the argument session), or close it: "
+                "Set CLAUDE_CMD or DEFAULT_MODEL as for that, choose another name "
+                "(CLAUDE_TMUX_SESSION, or session= in Python), or close it: "
                 f"tmux -L {self._tmux.socket_name} kill-session -t {self._tmux.session}")
         return pane_id
 
@@ -4492,7 +4496,7 @@ class Chat:
         if command == "/keys":
             action = parse_reply(f"KEYS: {' '.join(arguments)}")
             if not action.keys:
-                return Turn(action.text)
+                return Turn(action.text.partition(" No line")[0].replace("KEYS:", "/keys"))
             return self._agent.send_keys(action.keys, self._timeout)
         return self._agent.ask(message, self._timeout)
 
@@ -4791,7 +4795,9 @@ class Autopilot:
                 if reply is not None:
                     self._conversation.add_exchange(
                         reply, "[You were stopped before this was done.]")
-                    facts += parse_reply(reply, self._agent.name).facts
+                    action = parse_reply(reply, self._agent.name)
+                    self._messages_sent += action.kind in ("message", "keys")  # perhaps
+                    facts += action.facts
                 reply = event["text"] if kind == "reply" else None
             elif "told" in event:
                 sentences, label, output = str(event["told"]).partition(self._output_label)
@@ -7148,7 +7154,9 @@ def notify(config: Config, workspace: Workspace, path: Path, event: Event) -> No
     except OSError as error:
         status, output = 126, str(error)
     if status:
-        print_error(f"NOTIFY_CMD ended with exit status {status}: {output[-200:]}")
+        limit = f" (more than {NOTIFY_TIMEOUT:.0f} s)" if status == 124 else ""
+        print_error(f"NOTIFY_CMD ended with exit status {status}{limit}: "
+                    f"{output[-200:] or 'no output'}")
 
 
 def make_reporter(request: RunRequest, agent_name: str) -> TerminalReporter:

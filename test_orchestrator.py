@@ -2407,7 +2407,7 @@ def test_a_session_that_was_made_for_something_else_is_left_alone() -> None:
     desk = Desk(claude(), start=False)
     desk.terminal.new_pane(("vim", "secret.txt"), "/home/me", "'vim secret.txt' in '/home/me'")
     with pytest.raises(ConfigError,
-                       match="work is in use for 'vim secret.txt' in '/home/me'.*CLAUDE_TMUX"):
+                       match="work is in use for 'vim secret.txt' in '/home/me'.*CMD.*TMUX"):
         desk.agent.start()
     assert not desk.terminal.pasted and not desk.terminal.pressed
 
@@ -5144,6 +5144,16 @@ def test_a_resumed_run_knows_of_its_summary_and_of_a_broken_off_turn(fly: Any) -
     assert texts[-2] == "five" and "stopped" in texts[-1]
 
 
+def test_a_message_that_a_run_was_stopped_at_counts_as_sent_after_a_resume(fly: Any) -> None:
+    first = fly("one", turns=[Interrupted(signal.SIGINT)])
+    with pytest.raises(Interrupted):
+        first.run()
+    second = fly("TASK_COMPLETE", "TASK_COMPLETE", confirm_complete=True)
+    second.run(first.journal.events())
+    [confirm] = [event for event in second.journal.events() if event["type"] == "confirm"]
+    assert "Messages sent to" in confirm["evidence"] and not confirm["unproved"]
+
+
 class Talk:
     """A chat of a person who types these lines; `journal` has what came of it."""
 
@@ -5178,6 +5188,7 @@ def test_a_person_presses_keys_and_looks_at_the_screen() -> None:
     pressed, foo, none, screen, other = talk.run()
     assert talk.agent.told == [("Down", "C-c"), "/keyboard"] and screen == "the screen"
     assert "'Foo' is no key" in foo and "0 keys" in none
+    assert "The form is: /keys Down Enter." in foo and "KEYS" not in foo + none
 
 
 def test_an_interrupted_turn_gives_the_prompt_back() -> None:
