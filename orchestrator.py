@@ -1122,9 +1122,12 @@ def _find_question(profile: AgentProfile, lines: list[str]) -> str:
 
 def describe_menu(profile: AgentProfile, screen: Sequence[str]) -> str:
     """Return what the menu at the bottom of a screen asks and where its cursor is, or ""."""
-    if not profile.is_known or has_input_box(profile, screen):
+    above, box, _ = split_at_input_box(profile, screen)
+    if not profile.is_known or (box and not (      # a panel, opened while the agent worked
+            profile.box_border and any(map(profile.box_border.match, above))
+            and _has_menu_hint(profile, text_lines(above)[-1:]))):
         return ""
-    lines = trimmed_lines("\n".join(screen))[-60:]
+    lines = trimmed_lines("\n".join(above))[-60:]
     is_hinted = _has_menu_hint(profile, lines)
     first, row = _find_menu(profile, lines, _ANY_CURSOR if is_hinted else profile.menu_cursor)
     if row is None:

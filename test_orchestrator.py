@@ -1402,6 +1402,13 @@ def test_a_real_menu_is_told_with_its_question_and_its_cursor_also_without_a_lin
         assert describe_menu(profile, above) == asks(question, cursor)
 
 
+def test_a_panel_that_a_person_opens_while_the_agent_works_takes_no_text() -> None:
+    panel = ["● a", "✽ Tempering…", RULE, "  Settings  Status", "  Version: 2.1",
+             "  ←/→ to switch · Esc to close", *BOX]
+    assert describe_menu(CLAUDE_CODE, panel).startswith("The screen asks 'Settings  Status'; it")
+    assert not describe_menu(CLAUDE_CODE, [*panel[:-len(BOX)], "● b", *BOX])
+
+
 STATUS_LINES = [RULE, "❯", RULE, "  ❯ first status", "  > second 12:00", "  ──────── rule"]
 
 
