@@ -2053,8 +2053,8 @@ class Agent:
         if mark != self.session_mark and (mark or pane_id):
             raise ConfigError(
                 f"the tmux session {self._tmux.session} is in use for {mark or 'something else'}. "
-                "Set CLAUDE_CMD or DEFAULT_MODEL as for that, choose another name "
-                "(CLAUDE_TMUX_SESSION, or session= in Python), or close it: "
+                "Use the same command (CLAUDE_CMD, DEFAULT_MODEL) and directory, choose another "
+                "name (CLAUDE_TMUX_SESSION, or session= in Python), or close it: "
                 f"tmux -L {self._tmux.socket_name} kill-session -t {self._tmux.session}")
         return pane_id
 
