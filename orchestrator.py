@@ -2848,53 +2848,53 @@ def _find_proxy(url: str) -> str:
     return ""
 
 
-def split_lines(pieces: Iterable[bytes], encoding: str, max_bytes: int) -> Iterator[str]:
-    """Yield the lines of a body, which may be compressed; they end with LF, CRLF or CR."""
+def split_lines(pieces: Iterable[bytes], max_bytes: int) -> Iterator[str]:
+    """Yield the lines of a body, which may be in gzip; they end with LF, CRLF or CR."""
     decoder = io.IncrementalNewlineDecoder(
         codecs.getincrementaldecoder("utf-8-sig")("replace"), translate=True)
     decompressor: Any = None
-    begun = size = 0
-    parts: list[str] = []
+    size = 0
+    line = ""
     for piece in pieces:
-        if not begun and (piece.startswith(b"\x1f") or encoding == "deflate"):
-            decompressor = zlib.decompressobj(wbits=47)     # gzip or zlib, by its first bytes
-        begun = 1
+        if not size and not decompressor and piece.startswith(b"\x1f"):
+            decompressor = zlib.decompressobj(wbits=31)
         plain = decompressor.decompress(piece) if decompressor else piece
         size += len(plain)
         if size > max_bytes:
             break
-        rest, *lines = decoder.decode(plain).split("\n")
-        parts.append(rest)
-        for line in lines:
-            yield "".join(parts)
-            parts = [line]
-    yield "".join(parts)
+        rest, *others = decoder.decode(plain).split("\n")
+        line += rest
+        for other in others:
+            yield line
+            line = other
+    yield line
 
 
 def _parse_events(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     """Yield the JSON objects of server-sent events; one that is cut off at the end is dropped."""
-    name = data = ""
+    is_error = False
+    data = ""
     for line in lines:
         field, _, value = line.partition(":")
-        if line.startswith("{"):        # from a server that forgets `data:`
-            field, value = "data", line
         value = re.sub(r"\A\s*(data:\s*)*", "", value)      # some gateways write it twice
-        if field in ("event", "error"):
-            name = "error" if field == "error" else value
+        if field == "error" or (field, value) == ("event", "error"):
+            is_error = True
         if field in ("data", "error") and not value.startswith(":"):    # a comment gone astray
             data = f"{data}\n{value}".strip()
         if data == "[DONE]":
             yield _END_OF_STREAM
             return
         chunk = parse_json_object(data) if data.endswith("}") else None
-        if not line and not chunk and data.startswith("{"):
+        if line and not chunk:
+            continue
+        if data.startswith("{") and not chunk:
             raise ValueError(data[:80])
-        if name == "error" and data and (chunk or not line) and not (chunk and "error" in chunk):
+        if is_error and data and "error" not in (chunk or {}):
             chunk = {"error": chunk or data}
         if chunk:
             yield chunk
-        if chunk or not line:
-            name = data = ""
+        is_error = False
+        data = ""
 
 
 def parse_chunks(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
@@ -2906,9 +2906,10 @@ def parse_chunks(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
     if re.match("(data|event|id|retry|error)? ?:", first):
         yield from _parse_events(itertools.chain([first], lines))
         return
-    text = "\n".join([first, *lines]).strip()
-    body = (parse_json_object(f'{{"body": {text}}}') or {}).get("body")
-    if body is None:        # one object a line, or no JSON
+    text = "\n".join([first, *lines])
+    try:
+        body = json.loads(text or "[]")
+    except (ValueError, RecursionError):        # one object a line, or no JSON
         body = [parse_json_object(line) for line in text.split("\n") if line.strip()]
     for chunk in body if isinstance(body, list) else [body]:
         if not isinstance(chunk, dict):
@@ -3410,8 +3411,7 @@ class OpenRouter:
     def _read_lines(self, response: Any, is_over: threading.Event) -> Iterator[str]:
         """Yield the lines of a body, without the key, until nobody waits for them."""
         pieces = iter(lambda: b"" if is_over.is_set() else response.read1(16_384), b"")
-        encoding = response.headers.get("Content-Encoding", "")
-        for line in split_lines(pieces, encoding, self.MAX_RESPONSE_BYTES):
+        for line in split_lines(pieces, self.MAX_RESPONSE_BYTES):
             yield line.replace(self._key, "[key]") if len(self._key) >= 8 else line
 
     def _error_from_exception(self, error: Exception, has_answered: bool) -> ModelError:
