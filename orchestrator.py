@@ -2808,7 +2808,6 @@ _OPTION_NAMES = ("max_completion_tokens", "cache_control", "stream_options", "se
 _CONTINUE_PROMPT = ("Your answer was cut off because it became too long. Continue exactly where it "
                     "stopped, without a comment on that.")
 _NO_TOOLS_PROMPT = "[Your last answer was a tool call. There are no tools here: answer with text.]"
-_END_OF_STREAM: dict[str, Any] = {"choices": []}        # stands for `data: [DONE]`
 
 
 class _NoRedirectHandler(urllib.request.HTTPRedirectHandler):
@@ -2867,7 +2866,7 @@ def _parse_events(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
         if field in ("data", "error") and not value.startswith(":"):    # a comment gone astray
             data = f"{data}\n{value}".strip()
         if data == "[DONE]":
-            yield _END_OF_STREAM
+            yield {"choices": [{"finish_reason": "stop"}]}      # unless it had another
             return
         chunk = parse_json_object(data) if data.endswith("}") else None
         if line and not chunk:
@@ -2990,7 +2989,6 @@ class _Completion:
         self.usage: dict[str, Any] = {}
         self.has_begun = False          # something came that costs money
         self._has_tool_call = False
-        self._is_whole = False          # a whole message came, or the end of the stream was marked
 
     def add(self, chunk: Mapping[str, Any], address: str) -> None:
         """Add a chunk; raise the error that it reports, if it does."""
@@ -3004,16 +3002,16 @@ class _Completion:
         part = delta or message
         if delta or not self.text:      # a whole message adds nothing to text that was streamed
             self.text += get_text(part, "content")
-        self.finish_reason = str(choice.get("finish_reason") or self.finish_reason)
+        if not self.finish_reason:
+            self.finish_reason = str(choice.get("finish_reason") or ("stop" if message else ""))
         self.refusal += get_text(part, "refusal")
         self.has_begun |= bool(part)
         self._has_tool_call |= bool(part.get("tool_calls")) or self.finish_reason == "tool_calls"
-        self._is_whole |= bool(message) or chunk is _END_OF_STREAM
 
     def check(self, max_malformed: int) -> None:
         """Raise an error for a reply that is cut, empty, refused, or no text."""
         text = self.text.strip()
-        reason = self.finish_reason or ("stop" if self._is_whole and text else "")
+        reason = self.finish_reason
         if reason == "length" and not text:
             raise RequestRejected("the model used up its tokens before it began to answer. Choose "
                                   "an OPENROUTER_MODEL that thinks less", kind="thinking")
@@ -3111,13 +3109,10 @@ class OpenRouter:
             if self._is_openrouter:
                 raise ModelError(missing)
             return ModelAccess(self.model, f"{missing}. Names that are not listed may work")
-        pricing = get_object(models.get(self.model, {}), "pricing")
-        description = self.model
-        for kind in ("prompt", "completion"):
-            price = get_number(pricing, kind)
-            if price is not None:
-                description += f", ${price * 1e6:g} per million {kind} tokens"
-        return ModelAccess(description)
+        price = get_number(get_object(models.get(self.model, {}), "pricing"), "prompt")
+        if price is None:
+            return ModelAccess(self.model)
+        return ModelAccess(f"{self.model}, ${price * 1e6:g} per million prompt tokens")
 
     def _list_models(self) -> dict[str, dict[str, Any]]:
         """Return the server's models by their names, nothing if it does not list them."""
@@ -3332,9 +3327,9 @@ class OpenRouter:
         A thread reads them, so that every wait has an end: looking up a name, a body that
         trickles and comments that go on and on have none of their own.
         """
-        inbox: queue.SimpleQueue[dict[str, Any] | Exception | None] = queue.SimpleQueue()
+        inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         is_over = threading.Event()
-        reader = threading.Thread(target=self._read_response, args=(path, body, inbox.put, is_over),
+        reader = threading.Thread(target=self._read_response, args=(path, body, inbox, is_over),
                                   daemon=True)
         started_at = progress_at = self._clock()
         try:
@@ -3359,8 +3354,7 @@ class OpenRouter:
             is_over.set()
 
     def _read_response(self, path: str, body: dict[str, Any] | None,
-                       put: Callable[[dict[str, Any] | Exception | None], None],
-                       is_over: threading.Event) -> None:
+                       inbox: queue.SimpleQueue[Any], is_over: threading.Event) -> None:
         """Put each JSON object of a response, then None, or instead the error that came."""
         has_answered = False
         try:
@@ -3373,10 +3367,10 @@ class OpenRouter:
             with self._opener.open(request, timeout=self.READ_TIMEOUT) as response:
                 has_answered = True
                 for chunk in parse_chunks(self._read_lines(response, is_over)):
-                    put(chunk)
-            put(None)
+                    inbox.put(chunk)
+            inbox.put(None)
         except Exception as error:      # the library has more kinds for junk than it says
-            put(self._error_from_exception(error, has_answered))
+            inbox.put(self._error_from_exception(error, has_answered))
 
     def _read_lines(self, response: Any, is_over: threading.Event) -> Iterator[str]:
         """Yield the lines of a body, without the key, until nobody waits for them."""
