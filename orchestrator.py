@@ -2761,22 +2761,23 @@ class _ErrorKind(NamedTuple):
 _ERROR_KINDS = (
     _ErrorKind("tool call", (), "tool_use_failed|model called a tool"),
     _ErrorKind("credit", (402,), r"insufficient[\w ]*(balance|credit|fund|quota)|credit balance|"
-               r"(balance|credits?) (is|are|has been) (too low|exhausted|depleted|used up)|"
-               r"(out of|no) credit|quota (is )?not enough|in arrears|arrearage|top up|recharge|"
-               r"key limit exceeded|billing_|(spend(ing)?|billing) limit|can only afford",
+               r"(balance|credits?)( is| are| has been| have been)* (too low|exhausted|depleted|"
+               r"used up|insufficient|not enough)|(out of|no) credit|quota (is )?not enough|"
+               r"in arrears|arrearage|overdue|top up|recharge|key limit exceeded|billing_|"
+               r"(spend(ing)?|billing)( hard)? limit|can only afford",
                "Add credit, or raise the limit of the key"),
-    _ErrorKind("overflow", (), "request too large"),
+    _ErrorKind("overflow", (), "request[ _]too[ _]large"),
     _ErrorKind("rate limit", (429,), "rate[ _]limit[ _](reached|exceeded)",
                "That is too long to wait: continue later with --resume"),
     _ErrorKind("output limit", (), r"max_tokens`? (is too large|must be less|value)|"
                r"range of max_tokens|max_tokens: \d+ > \d+"),
     _ErrorKind("overflow", (413,), r"context[ _](length|limit|window|size)|maximum context|"
                r"string_too_long|token_limit_exceeded|too many tokens|(prompt|input) is too long|"
-               r"exceeds? the maximum number of tokens|tokens \+ `?max_new_tokens"),
+               r"exceeds? the maximum number of tokens|reduce the length of|"
+               r"tokens \+ `?max_new_tokens"),
     _ErrorKind("key", (401,), r"(incorrect|invalid|missing|expired|no)[ _]api[ _-]?key|"
-               r"api[ _-]?key[ _](is )?(not valid|invalid|missing|expired)|authentication|"
-               "no_db_connection",
-               "Check OPENROUTER_API_KEY for {address}"),
+               r"api[ _-]?key[ _](is )?(not valid|invalid|missing|expired)|"
+               "authentication_error|no_db_connection", "Check OPENROUTER_API_KEY for {address}"),
     _ErrorKind("content", (451,), r"content[ _](policy|management|filter)|refusal|usage polic|"
                r"data_inspection_failed|moderation|flagged|prompt.injection"),
     _ErrorKind("model", (), r"model_not_found|deploymentnotfound|(not a valid|invalid) model|"
@@ -2786,14 +2787,13 @@ _ERROR_KINDS = (
                "Check OPENROUTER_BASE_URL={address} (most servers need /v1 at its end) and "
                "OPENROUTER_MODEL"),
     _ErrorKind("proxy", (407,), advice="Check user and password of the proxy"),
-    _ErrorKind("forbidden", (403,), "permission_denied",
-               "The key, the provider or a firewall does not allow this request"),
-    _ErrorKind("outage", (408, 409, 425, *range(500, 600)), "provider_(unavailable|overloaded)|"
-               "overloaded_error"),
+    _ErrorKind("forbidden", (403,),
+               advice="The key, the provider or a firewall does not allow this request"),
+    _ErrorKind("outage", (408, 409, 425, *range(500, 600)), "overloaded"),
     _ErrorKind("request", range(600), advice="OPENROUTER_MODEL may not take this request"))
 _AZURE_ADVICE = ("For Azure OpenAI set OPENROUTER_BASE_URL to https://RESOURCE.openai.azure.com/"
                  "openai/v1 and OPENROUTER_MODEL to the name of the deployment")
-_TOKEN_COUNTS = tuple(map(re.compile, (     # what errors say of numbers of tokens
+_TOKEN_COUNTS = (      # what errors say of numbers of tokens
     r"can only afford (?P<affordable>\d{1,9})",
     r"(?:supports at most|max_tokens`? must be less than or equal to|max_tokens: \d+ >|"
     r"range of max_tokens (?:is|should be) \[\d+,) ?`?(?P<output>\d{1,9})",
@@ -2801,7 +2801,7 @@ _TOKEN_COUNTS = tuple(map(re.compile, (     # what errors say of numbers of toke
     r"context length is (?P<total>\d{1,9}) tokens.*?(?P<prompt>\d{1,9}) "
     r"(?:of text input|in the messages|input tokens)",
     r"exceed context limit: (?P<prompt>\d{1,9}) \+ \d+ > (?P<total>\d{1,9})",
-    r"must be <= (?P<total>\d{1,9})\. Given: (?P<prompt>\d{1,9})")))
+    r"must be <= (?P<total>\d{1,9})\. Given: (?P<prompt>\d{1,9})")
 _LIMIT_NAMES = {"max_tokens", "max_completion_tokens"}      # one of them is sent
 _OPTION_NAMES = ("max_completion_tokens", "cache_control", "stream_options", "session_id",
                  "max_tokens", "stream")    # in the order in which a refusal takes them away
@@ -2822,13 +2822,12 @@ def _base_model_name(model: object) -> str:
     return re.sub(r"[:@].*", "", str(model)).replace(".", "-").lower()
 
 
-def _find_proxy(url: str) -> str:
+def _find_proxy(url: str, proxies: Mapping[str, str]) -> str:
     """Return host and port of the proxy for a URL, "" for none; its password is left out."""
     with contextlib.suppress(ValueError):
         parts = urllib.parse.urlsplit(url)
         if not urllib.request.proxy_bypass(parts.hostname or ""):
-            proxy = urllib.request.getproxies().get(parts.scheme, "")
-            return proxy.rpartition("@")[2].rpartition("//")[2].rstrip("/")
+            return proxies.get(parts.scheme, "").rpartition("@")[2].rpartition("//")[2].rstrip("/")
     return ""
 
 
@@ -2955,13 +2954,14 @@ def error_from_response(status: int, body: object, headers: Mapping[str, str],
     holder = get_object({"body": body}, "body")
     error = get_object(holder, "error") or holder or {"message": body}
     metadata = get_object(error, "metadata")
-    claims = [metadata.get("error_type"), error.get("code"), error.get("type"),
-              error.get("http_status"), holder.get("code"),
+    claims = [metadata.get("error_type"), error.get("error_type"), error.get("code"),
+              error.get("type"), error.get("http_status"), holder.get("code"),
               "refusal" if metadata.get("reasons") else "", status]
     names = [str(claim) for claim in claims if claim]
     code = next((int(name) for name in names if re.fullmatch(r"[3-5]\d\d", name)), 0)
     message = _error_message(error)
-    searched = " ".join([*names, message]) if holder else ""        # a page says nothing
+    is_page = not holder and "<" in str(body)
+    searched = "" if is_page else " ".join([*names, message])
     kind = next(row for row in _ERROR_KINDS if (code or 502) in row.statuses
                 or row.words and re.search(row.words, searched, re.I))
     text = f"the model server answered {code}" if code else "the model server reports an error"
@@ -2972,7 +2972,7 @@ def error_from_response(status: int, body: object, headers: Mapping[str, str],
         can_pass = kind.name in ("rate limit", "outage")
     result = _make_error(kind, text, bool(can_pass), _parse_retry_after(error, headers), address)
     result.kind = kind.name
-    counts = next(filter(None, (pattern.search(message) for pattern in _TOKEN_COUNTS)), None)
+    counts = next(filter(None, (re.search(pattern, message) for pattern in _TOKEN_COUNTS)), None)
     if counts:
         result.token_counts = {name: int(count) for name, count in counts.groupdict().items()}
     if code in (400, 404, 422) and kind.name != "overflow":
@@ -2994,10 +2994,9 @@ class _Completion:
         """Add a chunk; raise the error that it reports, if it does."""
         self.usage = get_object(chunk, "usage") or self.usage
         choice = get_object(chunk, "choices")
-        if choice.get("error"):
-            raise error_from_response(200, choice, {}, address)
-        if chunk.get("error") or "choices" not in chunk and {"message", "detail"} & chunk.keys():
-            raise error_from_response(200, chunk, {}, address)
+        reported = choice if choice.get("error") else chunk
+        if reported.get("error") or "choices" not in chunk and {"message", "detail"} & chunk.keys():
+            raise error_from_response(200, reported, {}, address)
         delta, message = get_object(choice, "delta"), get_object(choice, "message")
         part = delta or message
         if delta or not self.text:      # a whole message adds nothing to text that was streamed
@@ -3080,9 +3079,10 @@ class OpenRouter:
         self._room = math.inf               # tokens that the current request leaves for its reply
         self._was_tool_call = False         # what came of the attempt before
         is_local = re.match(r"https?://(localhost|127\.0\.0\.1|\[::1\])[:/]", f"{self._address}/")
-        self._proxy = "" if is_local else _find_proxy(self._address)
-        handlers = [urllib.request.ProxyHandler({})] if is_local else []
-        self._opener = urllib.request.build_opener(_NoRedirectHandler, *handlers)
+        proxies = {} if is_local else urllib.request.getproxies()
+        self._proxy = _find_proxy(self._address, proxies)
+        self._opener = urllib.request.build_opener(
+            _NoRedirectHandler, urllib.request.ProxyHandler(proxies))
 
     # before the run
 
@@ -3153,9 +3153,8 @@ class OpenRouter:
                  time_left: Callable[[], float] = lambda: math.inf) -> Reply:
         """Return the model's reply, as ChatModel says.
 
-        Waits out what may pass, changes what the server does not take, and has a reply continued
-        that was cut at its length.  Raises ContextWindowExceeded for a conversation that is too
-        long, another ModelError for what else will not pass.
+        Raises ContextWindowExceeded for a conversation that is too long, another ModelError for
+        what else will not pass.
         """
         started_at = self._clock()
         conversation = list(messages)
@@ -3384,8 +3383,8 @@ class OpenRouter:
         reason = " ".join(sanitize(said).split())
         proxy_refusal = "Tunnel connection failed: 40[137]"
         if isinstance(error, urllib.error.HTTPError):
-            reason = f"{error.code} {error.headers['WWW-Authenticate'] or ''}"
-            proxy_refusal = "407|.* Basic"
+            reason = f"{error.code} {error.headers['WWW-Authenticate'] or ''}".strip()
+            proxy_refusal = "(?i)407|.*basic"
         if self._proxy and re.match(proxy_refusal, reason):     # its password is not shown
             return ModelError(f"the proxy {self._proxy} refused the connection ({reason}). Check "
                               "its user and password in https_proxy or http_proxy", kind="proxy")
