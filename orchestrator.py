@@ -881,7 +881,10 @@ CLINE = AgentProfile(
     start_command=("cline",),
     install_command="npm install -g cline",
     startup_dialogs=(       # Enter would open a browser
-        StartupRule(re.compile("any other key to close"), key="Escape"),))
+        StartupRule(re.compile("any other key to close"), key="Escape"),),
+    problems=(
+        ProblemRule(re.compile("Connect a model provider to get started"),
+                    "Start cline in a terminal, choose a model provider, and try again."),))
 
 PI = AgentProfile(
     name="Pi",
@@ -3426,7 +3429,6 @@ class Memory:
     """
 
     MAX_FACT_LENGTH = 2_000         # characters
-    _LOCK_INTERVAL_SECONDS = 0.01
 
     def __init__(self, path: Path, max_facts: int = 50, *,
                  sleep: Callable[[float], None] = time.sleep) -> None:
@@ -3575,7 +3577,7 @@ class Memory:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return
             except BlockingIOError:
-                self._sleep(self._LOCK_INTERVAL_SECONDS)
+                self._sleep(0.01)
         self._lock_attempts = 1     # do not wait ten seconds for each fact
 
 
@@ -3680,24 +3682,22 @@ class Journal:
         self._had_reader = False
         self._is_complete = False
         self._closed = False
-        if path and not read_only:
-            self._open_for_append(path)
         if path:
-            self._open_for_reading(path, read_only)
+            self._open(path, read_only)
 
-    def _open_for_append(self, path: Path) -> None:
+    def _open(self, path: Path, read_only: bool) -> None:
+        """Open the file, for reading if it can't be written, and take in what it holds."""
         try:
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            file = open(  # noqa: SIM115  (closed by a finalizer)
-                path, "ab+", 0, opener=lambda name, flags: os.open(name, flags, 0o600))
-            size = file.tell()
-            if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
-                file.write(b"\n")       # ends a line that a crash cut off
-            self._file = file
+            if not read_only:
+                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                file = os.fdopen(
+                    os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "ab+", 0)
+                size = file.seek(0, os.SEEK_END)
+                if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
+                    file.write(b"\n")       # ends a line that a crash cut off
+                self._file = file
         except OSError as error:
             self._record_write_error(error)
-
-    def _open_for_reading(self, path: Path, read_only: bool) -> None:
         try:
             if not self._file:
                 self._file = open(path, "rb", 0)  # noqa: SIM115  (closed by a finalizer)
@@ -3900,7 +3900,7 @@ only what you saw after the last change. Deleted, skipped or weakened tests prov
 - If {agent} has lost its memory, tell it the task, what is done and what is next.
 - Before the end, check the task requirement by requirement.
 
-Instead of a message, a reply can be one of these commands and nothing else:
+Instead of a message, a reply can be one of these commands:
 KEYS: Down Enter       press keys. Use them for menus and questions that take no text, and mind \
 the line that the cursor is on. Other keys: Up, Escape, Tab, Space, C-c, y, 2.
 WAIT: 10m              wait (s, m or h), or until the screen changes: while {agent} works, or \
@@ -3908,7 +3908,7 @@ until a usage limit ends.
 TASK_FAILED: reason    end the run: the task is impossible, or needs something only a person has.
 TASK_COMPLETE          end the run: every requirement is met and proved. {check}
 
-Any reply may also contain such lines, which are not typed:
+Beside a message or a command, any reply may contain such lines, which are not typed:
 MEMORY_SAVE: fact      a short fact that will help in later runs in this directory.
 """
 _VERIFY_HINT = "The user's check then runs; if it fails, you see its output and go on."
