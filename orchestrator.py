@@ -2762,64 +2762,48 @@ class _ErrorKind(NamedTuple):
     """How servers report one kind of error, and what the user can do about it."""
 
     name: str
-    statuses: tuple[int, ...] = ()  # of HTTP, or as the body has it
-    types: str = ""                 # the error's type or code: regular expressions, for any case
-    words: str = ""                 # in its message
+    statuses: Sequence[int] = ()    # of HTTP, or as the body has it
+    words: str = ""                 # in its type, its code or its message
     advice: str = ""
-
-    def fits(self, types: Iterable[str], status: int, message: str) -> bool:
-        """Return whether an error is of this kind."""
-        if status in self.statuses or any(re.fullmatch(self.types, name) for name in types):
-            return True
-        return bool(self.words and re.search(self.words, message, re.I))
 
 
 # The first row that fits counts.  What is said comes before the status, which is often wrong.
 _ERROR_KINDS = (
-    _ErrorKind("tool call", (), "tool_use_failed",
-               "model called a tool|failed to call a function|tool call validation"),
-    _ErrorKind("credit", (402,), "payment_required|arrearage|billing_.*|"
-               "insufficient_(.*_)?(quota|balance|credits?|funds)",
-               r"credit balance|insufficient[\w ]* (balance|credit|fund|quota)|(out of|no) credit|"
+    _ErrorKind("tool call", (), "tool_use_failed|model called a tool"),
+    _ErrorKind("credit", (402,), r"insufficient[\w ]*(balance|credit|fund|quota)|credit balance|"
                r"(balance|credits?)( is| are| has been| have been)* (too low|exhausted|depleted|"
-               r"used up|insufficient|not enough)|quota (is )?not enough|in arrears|overdue|top up|"
-               r"recharge|key limit exceeded|(spend(ing)?|billing)( hard)? limit|can only afford",
+               r"used up|insufficient|not enough)|(out of|no) credit|quota (is )?not enough|"
+               r"in arrears|arrearage|overdue|top up|recharge|key limit exceeded|billing_|"
+               r"(spend(ing)?|billing)( hard)? limit|can only afford",
                "Add credit, or raise the limit of the key"),
-    _ErrorKind("overflow", (), "", "request too large"),
-    _ErrorKind("rate limit", (429,), "rate_limit_exceeded", "rate limit (reached|exceeded)",
+    _ErrorKind("overflow", (), "request[ _]too[ _]large"),
+    _ErrorKind("rate limit", (429,), "rate[ _]limit[ _](reached|exceeded)",
                "That is too long to wait: continue later with --resume"),
-    _ErrorKind("output limit", (), "", r"max_tokens`? (is too large|must be less|value)|"
+    _ErrorKind("output limit", (), r"max_tokens`? (is too large|must be less|value)|"
                r"range of max_tokens|max_tokens: \d+ > \d+"),
-    _ErrorKind("overflow", (413,), "context_.*exceeded|exceed_context_size_error|string_too_long|"
-               "token_limit_exceeded|payload_too_large|request_too_large",
-               r"context[ _](length|limit|window|size)|maximum context|too many tokens|(prompt|"
-               r"input) is too long|exceeds? the maximum number of tokens|reduce the length of|"
+    _ErrorKind("overflow", (413,), r"context[ _](length|limit|window|size)|maximum context|"
+               r"string_too_long|token_limit_exceeded|too many tokens|(prompt|input) is too long|"
+               r"exceeds? the maximum number of tokens|reduce the length of|"
                r"tokens \+ `?max_new_tokens"),
-    _ErrorKind("key", (401,), "authentication(_error)?|(invalid_api_key|api_key_invalid)|"
-               "unauthenticated|no_db_connection",
-               r"(incorrect|invalid|missing|expired|no) api[ _-]?key|"
-               r"api[ _-]?key (is )?(not valid|invalid|missing|expired)",
-               "Check OPENROUTER_API_KEY for {address}"),
-    _ErrorKind("content", (451,), "content_policy.*|content_filter|refusal|"
-               "data_inspection_failed|responsibleaipolicyviolation",
-               r"content[ _](policy|management)|usage polic|moderation|flagged|prompt.injection"),
-    _ErrorKind("model", (), "model_not_found|deploymentnotfound",
-               r"(not a valid|invalid) model|no endpoints found|"
-               r"model\b.{0,80}\b(not found|not exist)",
+    _ErrorKind("key", (401,), r"(incorrect|invalid|missing|expired|no)[ _]api[ _-]?key|"
+               r"api[ _-]?key[ _](is )?(not valid|invalid|missing|expired)|"
+               "authentication_error|no_db_connection", "Check OPENROUTER_API_KEY for {address}"),
+    _ErrorKind("content", (451,), r"content[ _](policy|management|filter)|refusal|usage polic|"
+               r"data_inspection_failed|moderation|flagged|prompt.injection"),
+    _ErrorKind("model", (), r"model_not_found|deploymentnotfound|(not a valid|invalid) model|"
+               r"no endpoints found|model\b.{0,80}\b(not found|not exist)",
                "Check OPENROUTER_MODEL for {address}"),
-    _ErrorKind("address", (300, 301, 302, 303, 307, 308, 404, 405, 501), "",
-               "unexpected endpoint",
+    _ErrorKind("address", (300, 301, 302, 303, 307, 308, 404, 405, 501), "unexpected endpoint",
                "Check OPENROUTER_BASE_URL={address} (most servers need /v1 at its end) and "
                "OPENROUTER_MODEL"),
     _ErrorKind("proxy", (407,), advice="Check user and password of the proxy"),
-    _ErrorKind("forbidden", (403,), "permission_denied",
+    _ErrorKind("forbidden", (403,),
                advice="The key, the provider or a firewall does not allow this request"),
-    _ErrorKind("outage", (408, 409, 425, *range(500, 600)), "server(_error)?|unmapped|timeout|"
-               "provider_unavailable|provider_overloaded|overloaded_error"),
-    _ErrorKind("request", words=".*", advice="OPENROUTER_MODEL may not take this request"))
+    _ErrorKind("outage", (408, 409, 425, *range(500, 600)), "overloaded"),
+    _ErrorKind("request", range(600), advice="OPENROUTER_MODEL may not take this request"))
 _AZURE_ADVICE = ("For Azure OpenAI set OPENROUTER_BASE_URL to https://RESOURCE.openai.azure.com/"
                  "openai/v1 and OPENROUTER_MODEL to the name of the deployment")
-_TOKEN_COUNTS = tuple(map(re.compile, (     # what errors say of numbers of tokens
+_TOKEN_COUNTS = (      # what errors say of numbers of tokens
     r"can only afford (?P<affordable>\d{1,9})",
     r"(?:supports at most|max_tokens`? must be less than or equal to|max_tokens: \d+ >|"
     r"range of max_tokens (?:is|should be) \[\d+,) ?`?(?P<output>\d{1,9})",
@@ -2827,13 +2811,13 @@ _TOKEN_COUNTS = tuple(map(re.compile, (     # what errors say of numbers of toke
     r"context length is (?P<total>\d{1,9}) tokens.*?(?P<prompt>\d{1,9}) "
     r"(?:of text input|in the messages|input tokens)",
     r"exceed context limit: (?P<prompt>\d{1,9}) \+ \d+ > (?P<total>\d{1,9})",
-    r"must be <= (?P<total>\d{1,9})\. Given: (?P<prompt>\d{1,9})")))
-_FEATURES = ("max_completion_tokens", "cache_control", "stream_options", "session_id", "max_tokens",
-             "stream")      # of a request, in the order in which a refusal takes them away
+    r"must be <= (?P<total>\d{1,9})\. Given: (?P<prompt>\d{1,9})")
+_LIMIT_NAMES = {"max_tokens", "max_completion_tokens"}      # one of them is sent
+_OPTION_NAMES = ("max_completion_tokens", "cache_control", "stream_options", "session_id",
+                 "max_tokens", "stream")    # in the order in which a refusal takes them away
 _CONTINUE_PROMPT = ("Your answer was cut off because it became too long. Continue exactly where it "
                     "stopped, without a comment on that.")
 _NO_TOOLS_PROMPT = "[Your last answer was a tool call. There are no tools here: answer with text.]"
-_END_OF_STREAM: dict[str, Any] = {"choices": []}        # stands for `data: [DONE]`
 
 
 class _NoRedirectHandler(urllib.request.HTTPRedirectHandler):
@@ -2848,63 +2832,62 @@ def _base_model_name(model: object) -> str:
     return re.sub(r"[:@].*", "", str(model)).replace(".", "-").lower()
 
 
-def _find_proxy(url: str) -> str:
+def _find_proxy(url: str, proxies: Mapping[str, str]) -> str:
     """Return host and port of the proxy for a URL, "" for none; its password is left out."""
     with contextlib.suppress(ValueError):
         parts = urllib.parse.urlsplit(url)
         if not urllib.request.proxy_bypass(parts.hostname or ""):
-            proxy = urllib.request.getproxies().get(parts.scheme, "")
-            return proxy.rpartition("@")[2].rpartition("//")[2].rstrip("/")
+            return proxies.get(parts.scheme, "").rpartition("@")[2].rpartition("//")[2].rstrip("/")
     return ""
 
 
-def split_lines(pieces: Iterable[bytes], encoding: str, max_bytes: int) -> Iterator[str]:
-    """Yield the lines of a body, which may be compressed; they end with LF, CRLF or CR."""
+def split_lines(pieces: Iterable[bytes], max_bytes: int) -> Iterator[str]:
+    """Yield the lines of a body, which may be in gzip; they end with LF, CRLF or CR."""
     decoder = io.IncrementalNewlineDecoder(
         codecs.getincrementaldecoder("utf-8-sig")("replace"), translate=True)
     decompressor: Any = None
-    begun = size = 0
-    parts: list[str] = []
+    size = 0
+    line = ""
     for piece in pieces:
-        if not begun and (piece.startswith(b"\x1f") or encoding == "deflate"):
-            decompressor = zlib.decompressobj(wbits=47)     # gzip or zlib, by its first bytes
-        begun = 1
+        if not size and not decompressor and piece.startswith(b"\x1f"):
+            decompressor = zlib.decompressobj(wbits=31)
         plain = decompressor.decompress(piece) if decompressor else piece
         size += len(plain)
         if size > max_bytes:
             break
-        rest, *lines = decoder.decode(plain).split("\n")
-        parts.append(rest)
-        for line in lines:
-            yield "".join(parts)
-            parts = [line]
-    yield "".join(parts)
+        rest, *others = decoder.decode(plain).split("\n")
+        line += rest
+        for other in others:
+            yield line
+            line = other
+    yield line
 
 
 def _parse_events(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     """Yield the JSON objects of server-sent events; one that is cut off at the end is dropped."""
-    name = data = ""
+    is_error = False
+    data = ""
     for line in lines:
         field, _, value = line.partition(":")
-        if line.startswith("{"):        # from a server that forgets `data:`
-            field, value = "data", line
         value = re.sub(r"\A\s*(data:\s*)*", "", value)      # some gateways write it twice
-        if field in ("event", "error"):
-            name = "error" if field == "error" else value
+        if field == "error" or (field, value) == ("event", "error"):
+            is_error = True
         if field in ("data", "error") and not value.startswith(":"):    # a comment gone astray
             data = f"{data}\n{value}".strip()
         if data == "[DONE]":
-            yield _END_OF_STREAM
+            yield {"choices": [{"finish_reason": "stop"}]}      # unless it had another
             return
         chunk = parse_json_object(data) if data.endswith("}") else None
-        if not line and not chunk and data.startswith("{"):
+        if line and not chunk:
+            continue
+        if data.startswith("{") and not chunk:
             raise ValueError(data[:80])
-        if name == "error" and data and (chunk or not line) and not (chunk and "error" in chunk):
+        if is_error and data and "error" not in (chunk or {}):
             chunk = {"error": chunk or data}
         if chunk:
             yield chunk
-        if chunk or not line:
-            name = data = ""
+        is_error = False
+        data = ""
 
 
 def parse_chunks(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
@@ -2916,9 +2899,10 @@ def parse_chunks(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
     if re.match("(data|event|id|retry|error)? ?:", first):
         yield from _parse_events(itertools.chain([first], lines))
         return
-    text = "\n".join([first, *lines]).strip()
-    body = (parse_json_object(f'{{"body": {text}}}') or {}).get("body")
-    if body is None:        # one object a line, or no JSON
+    text = "\n".join([first, *lines])
+    try:
+        body = json.loads(text or "[]")
+    except (ValueError, RecursionError):        # one object a line, or no JSON
         body = [parse_json_object(line) for line in text.split("\n") if line.strip()]
     for chunk in body if isinstance(body, list) else [body]:
         if not isinstance(chunk, dict):
@@ -2928,21 +2912,21 @@ def parse_chunks(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
 
 def _parse_retry_after(error: Mapping[str, Any], headers: Mapping[str, str]) -> float | None:
     """Return the seconds after which a server wants to be asked again, if it says so."""
-    fields = {str(name).lower().replace("_", "-"): value for name, value in [
+    fields = {name.lower().replace("_", "-"): value for name, value in [
         *headers.items(), *get_object(get_object(error, "metadata"), "headers").items(),
         *get_object(error, "availability").items()]}
     seconds = get_number(fields, "retry-after")
+    if seconds is not None:
+        return seconds
     reset_at = (get_number(fields, "x-ratelimit-reset") or 0.0) / 1000      # milliseconds
     with contextlib.suppress(TypeError, ValueError, OverflowError):
         reset_at = email.utils.parsedate_to_datetime(str(fields.get("retry-after"))).timestamp()
-    if seconds is None and reset_at > time.time():
-        return reset_at - time.time()
-    return seconds
+    return reset_at - time.time() if reset_at > time.time() else None
 
 
 def _error_message(error: Mapping[str, Any]) -> str:
     """Return what an error says, without markup; it may be JSON again, and in several places."""
-    said = next(filter(None, map(error.get, ("message", "error", "msg", "detail", "errors"))), "")
+    said = error.get("message") or error.get("error") or error.get("detail") or ""
     raw = get_object(error, "metadata").get("raw")
     if raw and said in ("", "Provider returned error"):
         said = f"{said}: {raw}"
@@ -2959,13 +2943,13 @@ def _make_error(kind: _ErrorKind, text: str, can_pass: bool, retry_after: float 
         return ContextWindowExceeded(text)
     if kind.name in ("content", "tool call"):
         return TransientError(text, max_attempts=3)
-    is_daily = kind.name == "rate limit" and re.search("per.day|daily", text)
-    if can_pass and not is_daily and not (kind.name == "rate limit" and (retry_after or 0) > 3600):
+    is_long = re.search("per.day|daily", text) or (retry_after or 0) > 3600
+    if can_pass and not (kind.name == "rate limit" and is_long):
         return TransientError(text, retry_after=retry_after)
     advice = kind.advice.format(address=address)
     if "azure.com" in address and kind.name in ("key", "model", "address"):
         advice = _AZURE_ADVICE
-    if kind.name == "address" and "unexpected endpoint" in text.lower():    # even with status 200
+    if "unexpected endpoint" in text.lower():       # often with status 200
         return TransientError(f"{text}. {advice}", max_attempts=3)
     return ModelError(f"{text}. {advice}")
 
@@ -2981,30 +2965,29 @@ def error_from_response(status: int, body: object, headers: Mapping[str, str],
     error = get_object(holder, "error") or holder or {"message": body}
     metadata = get_object(error, "metadata")
     claims = [metadata.get("error_type"), error.get("error_type"), error.get("code"),
-              error.get("type"), error.get("http_status"), error.get("status"),
-              holder.get("code"), "refusal" if metadata.get("reasons") else "", status]
-    types = [str(claim).lower() for claim in claims if claim]
-    code = next((int(name) for name in types if re.fullmatch(r"[3-5]\d\d", name)), 0)
+              error.get("type"), error.get("http_status"), holder.get("code"),
+              "refusal" if metadata.get("reasons") else "", status]
+    names = [str(claim) for claim in claims if claim]
+    code = next((int(name) for name in names if re.fullmatch(r"[3-5]\d\d", name)), 0)
     message = _error_message(error)
     is_page = not holder and "<" in str(body)
-    searched = "" if is_page else message
-    kind = next(row for row in _ERROR_KINDS if row.fits(types, code or 502, searched))
-    refused: list[str] = []
-    if code in (400, 404, 422) and kind.name != "overflow":
-        refused = [name for name in _FEATURES if re.search(
-            rf"\b{name.replace('_', '[ _]')}(ing)?\b", message, re.I)]
-    can_pass = get_object(error, "availability").get("retryable")
-    if can_pass is None:
-        can_pass = kind.name in ("rate limit", "outage")
+    searched = "" if is_page else " ".join([*names, message])
+    kind = next(row for row in _ERROR_KINDS if (code or 502) in row.statuses
+                or row.words and re.search(row.words, searched, re.I))
     text = f"the model server answered {code}" if code else "the model server reports an error"
     if message:
         text += f": {message[:300].rstrip('.')}"
+    can_pass = get_object(error, "availability").get("retryable")
+    if can_pass is None:
+        can_pass = kind.name in ("rate limit", "outage")
     result = _make_error(kind, text, bool(can_pass), _parse_retry_after(error, headers), address)
     result.kind = kind.name
-    counts = next(filter(None, (pattern.search(message) for pattern in _TOKEN_COUNTS)), None)
+    counts = next(filter(None, (re.search(pattern, message) for pattern in _TOKEN_COUNTS)), None)
     if counts:
         result.token_counts = {name: int(count) for name, count in counts.groupdict().items()}
-    result.refused_features = refused
+    if code in (400, 404, 422) and kind.name != "overflow":
+        result.refused_features = [name for name in _OPTION_NAMES if re.search(
+            rf"\b{name.replace('_', '[ _]')}(ing)?\b", message, re.I)]
     return result
 
 
@@ -3012,48 +2995,38 @@ class _Completion:
     """The reply to one request, put together from the chunks of the response."""
 
     def __init__(self) -> None:
-        self.finish_reason = self.refusal = ""
+        self.text = self.finish_reason = self.refusal = ""
         self.usage: dict[str, Any] = {}
         self.has_begun = False          # something came that costs money
         self._has_tool_call = False
-        self._is_whole = False          # a whole message came, or the end of the stream was marked
-        self._streamed = self._message = ""
-
-    @property
-    def text(self) -> str:
-        """Return the reply so far; a whole message adds nothing to text that was streamed."""
-        return self._streamed or self._message
 
     def add(self, chunk: Mapping[str, Any], address: str) -> None:
         """Add a chunk; raise the error that it reports, if it does."""
         self.usage = get_object(chunk, "usage") or self.usage
         choice = get_object(chunk, "choices")
-        if choice.get("error"):
-            raise error_from_response(200, choice, {}, address)
-        says = chunk.get("message") or chunk.get("detail") or chunk.get("msg")
-        if chunk.get("error") or "choices" not in chunk and isinstance(says, str):
-            raise error_from_response(200, chunk, {}, address)
-        self.finish_reason = str(choice.get("finish_reason") or self.finish_reason)
+        reported = choice if choice.get("error") else chunk
+        if reported.get("error") or "choices" not in chunk and {"message", "detail"} & chunk.keys():
+            raise error_from_response(200, reported, {}, address)
         delta, message = get_object(choice, "delta"), get_object(choice, "message")
         part = delta or message
-        self._is_whole |= bool(message) or chunk is _END_OF_STREAM
+        if delta or not self.text:      # a whole message adds nothing to text that was streamed
+            self.text += get_text(part, "content")
+        if not self.finish_reason:
+            self.finish_reason = str(choice.get("finish_reason") or ("stop" if message else ""))
+        self.refusal += get_text(part, "refusal")
         self.has_begun |= bool(part)
         self._has_tool_call |= bool(part.get("tool_calls")) or self.finish_reason == "tool_calls"
-        self.refusal += get_text(part, "refusal")
-        self._streamed += get_text(delta, "content")
-        if not delta:
-            self._message += get_text(message, "content")
 
     def check(self, max_malformed: int) -> None:
         """Raise an error for a reply that is cut, empty, refused, or no text."""
         text = self.text.strip()
-        if self.finish_reason == "length" and not text:
+        reason = self.finish_reason
+        if reason == "length" and not text:
             raise RequestRejected("the model used up its tokens before it began to answer. Choose "
                                   "an OPENROUTER_MODEL that thinks less", kind="thinking")
         if self._has_tool_call and not text:
             raise TransientError("the model called a tool, but it has none", kind="tool call",
                                  max_attempts=3)
-        reason = self.finish_reason or ("stop" if self._is_whole and text else "")
         if reason in ("", "error"):
             raise TransientError(f"the model's answer broke off ({reason or 'no finish_reason'})",
                                  max_attempts=0 if text else max_malformed)
@@ -3102,22 +3075,24 @@ class OpenRouter:
         address, _, query = base_url.partition("?")
         self._address = re.sub(r"/+(chat/completions/*)?$", "", address)
         self._query = f"?{query}" if query else ""
-        self._features = {"max_tokens", "stream", "stream_options"}
         self._is_openrouter = self._address.startswith("https://openrouter.ai/")
+        self._options: dict[str, Any] = {       # of a request; what a server refuses is removed
+            "max_tokens": self.MAX_TOKENS, "stream": True,
+            "stream_options": {"include_usage": True}}
         if self._is_openrouter:     # only it knows this; it keeps a run on one provider's cache
-            self._features.add("session_id")
+            self._options["session_id"] = session_id or secrets.token_hex(16)
         if self._is_openrouter and "claude" in model:
-            self._features.add("cache_control")
-        self._session_id = session_id or secrets.token_hex(16)
+            self._options["cache_control"] = {"type": "ephemeral"}
         self._wanted_tokens = self.MAX_TOKENS
         self._output_limit = math.inf       # tokens of a reply, by the model or the credit
         self._total_limit = math.inf        # tokens of a request and its reply
         self._room = math.inf               # tokens that the current request leaves for its reply
         self._was_tool_call = False         # what came of the attempt before
         is_local = re.match(r"https?://(localhost|127\.0\.0\.1|\[::1\])[:/]", f"{self._address}/")
-        self._proxy = "" if is_local else _find_proxy(self._address)
-        handlers = [urllib.request.ProxyHandler({})] if is_local else []
-        self._opener = urllib.request.build_opener(_NoRedirectHandler, *handlers)
+        proxies = {} if is_local else urllib.request.getproxies()
+        self._proxy = _find_proxy(self._address, proxies)
+        self._opener = urllib.request.build_opener(
+            _NoRedirectHandler, urllib.request.ProxyHandler(proxies))
 
     # before the run
 
@@ -3144,11 +3119,10 @@ class OpenRouter:
             if self._is_openrouter:
                 raise ModelError(missing)
             return ModelAccess(self.model, f"{missing}. Names that are not listed may work")
-        pricing = get_object(models.get(self.model, {}), "pricing")
-        prices = {kind: get_number(pricing, kind) for kind in ("prompt", "completion")}
-        return ModelAccess(", ".join([self.model, *(
-            f"${price * 1e6:g} per million {kind} tokens"
-            for kind, price in prices.items() if price is not None)]))
+        price = get_number(get_object(models.get(self.model, {}), "pricing"), "prompt")
+        if price is None:
+            return ModelAccess(self.model)
+        return ModelAccess(f"{self.model}, ${price * 1e6:g} per million prompt tokens")
 
     def _list_models(self) -> dict[str, dict[str, Any]]:
         """Return the server's models by their names, nothing if it does not list them."""
@@ -3170,17 +3144,16 @@ class OpenRouter:
         """Ask for a tiny reply without waiting for anything; return what that took."""
         self._wanted_tokens = 16        # the least that some providers take
         self.RETRY_TIMEOUT = 0.0
-        used: list[tuple[TokenUsage, float | None]] = [(TokenUsage(), None)]
-        started_at = self._clock()
+        self.MAX_REPLY_PARTS = 1
         try:
-            self._call_with_retries([{"role": "user", "content": "Answer with the word OK."}],
-                                    ignore, lambda *usage: used.append(usage), lambda: math.inf)
+            reply = self.complete([{"role": "user", "content": "Answer with the word OK."}])
         except ModelError as error:
-            if error.kind != "thinking":        # it thinks, so it is there
+            if error.kind != "thinking":
                 raise
-        tokens, cost = used[-1]
-        price = "cost not reported" if cost is None else f"${cost:.4f}"
-        return f"answered in {self._clock() - started_at:.1f} s, {tokens.total:,} tokens, {price}"
+            return "answered in thoughts, which took all the tokens it was given"
+        seconds = reply.duration_ms / 1000
+        price = "cost not reported" if reply.cost is None else f"${reply.cost:.4f}"
+        return f"answered in {seconds:.1f} s, {reply.tokens.total:,} tokens, {price}"
 
     # during the run
 
@@ -3190,9 +3163,8 @@ class OpenRouter:
                  time_left: Callable[[], float] = lambda: math.inf) -> Reply:
         """Return the model's reply, as ChatModel says.
 
-        Waits out what may pass, changes what the server does not take, and has a reply continued
-        that was cut at its length.  Raises ContextWindowExceeded for a conversation that is too
-        long, another ModelError for what else will not pass.
+        Raises ContextWindowExceeded for a conversation that is too long, another ModelError for
+        what else will not pass.
         """
         started_at = self._clock()
         conversation = list(messages)
@@ -3286,37 +3258,31 @@ class OpenRouter:
             self._total_limit = counts["total"]
             self._room = 0.95 * (self._total_limit - prompt)
         after = self._max_tokens()
-        names = self._features & {"max_tokens", "max_completion_tokens"}
-        if names and after != before and after >= self.MIN_TOKENS:
-            return f"with {names.pop()}={after}"
-        for name in error.refused_features:
-            if name == "max_completion_tokens" and "max_tokens" in self._features:
-                self._features = self._features - {"max_tokens"} | {name}
-                return f"with {name}"
-            if name in self._features:
-                self._features.remove(name)
-                return f"without {name}"
-        return ""
+        name = next((name for name in _LIMIT_NAMES if name in self._options), "")
+        if name and after != before and after >= self.MIN_TOKENS:
+            return f"with {name}={after}"
+        if name == "max_tokens" and "max_completion_tokens" in error.refused_features:
+            self._options["max_completion_tokens"] = self._options.pop(name)
+            return "with max_completion_tokens"
+        refused = next((name for name in error.refused_features if name in self._options), "")
+        self._options.pop(refused, None)
+        return f"without {refused}" if refused else ""
 
     def build_request(self, messages: Messages) -> dict[str, Any]:
         """Return the request; system prompt and newest message are marked for the cache."""
         sent: list[dict[str, Any]] = [dict(message) for message in messages]
+        request = {"model": self.model, "messages": sent, **self._options}
+        for name in _LIMIT_NAMES & request.keys():
+            request[name] = self._max_tokens()
         if self._was_tool_call:
             sent[-1]["content"] += f"\n\n{_NO_TOOLS_PROMPT}"
-        if "cache_control" in self._features:
-            mark = {"type": "ephemeral", **({"ttl": "1h"} if self.has_long_pauses else {})}
+        mark = request.pop("cache_control", None)
+        if mark:
+            if self.has_long_pauses:
+                mark = {**mark, "ttl": "1h"}
             for index in {0, len(sent) - 1}:
-                sent[index]["content"] = [{"type": "text", "text": sent[index]["content"],
-                                           "cache_control": mark}]
-        request: dict[str, Any] = {"model": self.model, "messages": sent}
-        for name in self._features & {"max_tokens", "max_completion_tokens"}:
-            request[name] = self._max_tokens()
-        if "stream" in self._features:
-            request["stream"] = True
-        if self._features >= {"stream", "stream_options"}:
-            request["stream_options"] = {"include_usage": True}
-        if "session_id" in self._features:
-            request["session_id"] = self._session_id
+                text = sent[index]["content"]
+                sent[index]["content"] = [{"type": "text", "text": text, "cache_control": mark}]
         return request
 
     def _request_completion(self, messages: Messages, on_text: Callable[[str], object],
@@ -3324,16 +3290,16 @@ class OpenRouter:
                             time_left: Callable[[], float]) -> tuple[str, str]:
         """Return text and finish reason of one attempt."""
         reply = _Completion()
-        response = self._stream_json("/chat/completions", time_left, self.build_request(messages))
         try:
-            for chunk in response:
-                reply.add(chunk, self._address)
-                on_text(reply.text)
+            with contextlib.closing(self._stream_json(
+                    "/chat/completions", time_left, self.build_request(messages))) as response:
+                for chunk in response:
+                    reply.add(chunk, self._address)
+                    on_text(reply.text)
         except TransientError:
             if not reply.finish_reason or not reply.text:       # else it was complete
                 raise
         finally:
-            response.close()
             if reply.usage or reply.has_begun:      # what was cut costs something too
                 on_usage(*self._parse_usage(reply.usage, messages))
         reply.check(self._max_malformed)
@@ -3370,36 +3336,34 @@ class OpenRouter:
         A thread reads them, so that every wait has an end: looking up a name, a body that
         trickles and comments that go on and on have none of their own.
         """
-        inbox: queue.SimpleQueue[dict[str, Any] | Exception | None] = queue.SimpleQueue()
+        inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         is_over = threading.Event()
-        try:
-            threading.Thread(target=self._read_response, args=(path, body, inbox.put, is_over),
-                             daemon=True).start()
-        except RuntimeError as error:
-            raise TransientError(f"the model can't be asked: {error}") from None
+        reader = threading.Thread(target=self._read_response, args=(path, body, inbox, is_over),
+                                  daemon=True)
         started_at = progress_at = self._clock()
         try:
-            while (timeout := min(progress_at + self.STREAM_TIMEOUT,
-                                  started_at + self.REQUEST_TIMEOUT) - self._clock()) > 0:
-                try:
-                    found = inbox.get(timeout=min(timeout, time_left()))
-                except queue.Empty:
-                    time_left()     # raises if that was it
-                    break
+            reader.start()
+            while True:
+                end = min(progress_at + self.STREAM_TIMEOUT, started_at + self.REQUEST_TIMEOUT)
+                found = inbox.get(timeout=max(0.0, min(end - self._clock(), time_left())))
                 if isinstance(found, Exception):
                     raise found
                 if found is None:
                     return
                 progress_at = self._clock()
                 yield found
-            raise TransientError("the model server is too slow: gave up after "
-                                 f"{self._clock() - started_at:.0f} s")
+        except queue.Empty:
+            time_left()     # raises if that was it
+            seconds = self._clock() - started_at
+            raise TransientError(f"the model server is too slow: gave up after {seconds:.0f} s"
+                                 ) from None
+        except RuntimeError as error:       # no more threads
+            raise TransientError(f"the model can't be asked: {error}") from None
         finally:
             is_over.set()
 
     def _read_response(self, path: str, body: dict[str, Any] | None,
-                       put: Callable[[dict[str, Any] | Exception | None], None],
-                       is_over: threading.Event) -> None:
+                       inbox: queue.SimpleQueue[Any], is_over: threading.Event) -> None:
         """Put each JSON object of a response, then None, or instead the error that came."""
         has_answered = False
         try:
@@ -3412,37 +3376,35 @@ class OpenRouter:
             with self._opener.open(request, timeout=self.READ_TIMEOUT) as response:
                 has_answered = True
                 for chunk in parse_chunks(self._read_lines(response, is_over)):
-                    put(chunk)
-            put(None)
+                    inbox.put(chunk)
+            inbox.put(None)
         except Exception as error:      # the library has more kinds for junk than it says
-            put(self._error_from_exception(error, has_answered))
+            inbox.put(self._error_from_exception(error, has_answered))
 
     def _read_lines(self, response: Any, is_over: threading.Event) -> Iterator[str]:
         """Yield the lines of a body, without the key, until nobody waits for them."""
         pieces = iter(lambda: b"" if is_over.is_set() else response.read1(16_384), b"")
-        encoding = response.headers.get("Content-Encoding", "")
-        for line in split_lines(pieces, encoding, self.MAX_RESPONSE_BYTES):
+        for line in split_lines(pieces, self.MAX_RESPONSE_BYTES):
             yield line.replace(self._key, "[key]") if len(self._key) >= 8 else line
 
     def _error_from_exception(self, error: Exception, has_answered: bool) -> ModelError:
         """Return what an error of the library means: a status, or a broken connection."""
-        status = getattr(error, "code", 0)
-        reason = " ".join(sanitize(str(getattr(error, "reason", None) or error)).split())
-        reason = reason or type(error).__name__
-        refused = re.search(r"Tunnel connection failed: (401|403|407)", reason)
+        said = str(getattr(error, "reason", "") or error) or type(error).__name__
+        reason = " ".join(sanitize(said).split())
+        proxy_refusal = "Tunnel connection failed: 40[137]"
         if isinstance(error, urllib.error.HTTPError):
-            refused = re.search("(?i)basic", error.headers["WWW-Authenticate"] or "")
-        if self._proxy and (refused or status == 407):      # its password is not shown
-            return ModelError(f"the proxy {self._proxy} refused the connection ({status or reason})"
-                              ". Check its user and password in https_proxy or http_proxy",
-                              kind="proxy")
+            reason = f"{error.code} {error.headers['WWW-Authenticate'] or ''}".strip()
+            proxy_refusal = "(?i)407|.*basic"
+        if self._proxy and re.match(proxy_refusal, reason):     # its password is not shown
+            return ModelError(f"the proxy {self._proxy} refused the connection ({reason}). Check "
+                              "its user and password in https_proxy or http_proxy", kind="proxy")
         if isinstance(error, urllib.error.HTTPError):
             body: object = ""
             with error, contextlib.suppress(Exception):
                 lines = list(self._read_lines(error, threading.Event()))
                 body = "\n".join(lines)
                 body = next(parse_chunks(iter(lines)), body)
-            return error_from_response(status, body, dict(error.headers), self._address)
+            return error_from_response(error.code, body, dict(error.headers), self._address)
         if has_answered and isinstance(error, ValueError):
             return TransientError(f"the model server sent no JSON object, but {reason!r}. Check "
                                   f"OPENROUTER_BASE_URL={self._address}",
