@@ -6624,15 +6624,6 @@ def wait_for_enter(stream: TextIO) -> None:
             raise
 
 
-def read_from_terminal() -> None:
-    """Make the terminal our standard input, if there is one.
-
-    In `curl ... | python3 -` standard input was this program, not a task or a chat.
-    """
-    with contextlib.suppress(OSError):
-        os.dup2(os.open("/dev/tty", os.O_RDWR), 0)
-
-
 _CONTINUATION_PROMPT = "... "       # inside triple quotes
 
 
@@ -6748,20 +6739,11 @@ class Workspace(NamedTuple):
         return self.state_directory / "locks" / f"{tmux.socket_name}.{tmux.session}"
 
 
-class RunRequest(NamedTuple):
-    """What the arguments ask of a run."""
-
-    read_task: Callable[[], str] = str
-    is_chat: bool = False
-    as_json: bool = False
-    resume: bool = False
-
-
 class SignalHandler:
     """Raises SIGINT, SIGTERM and SIGHUP as Interrupted in the main thread.
 
-    They are held back inside `deferred()`, so that the journal never loses count of its lines.
-    A signal that comes while another is handled leaves half a second for that.
+    They are held back inside `deferred()`.  One that comes while another is handled leaves half a
+    second for that.
     """
 
     def __init__(self) -> None:
@@ -6769,17 +6751,17 @@ class SignalHandler:
         self._pending = 0       # the last signal that was held back
 
     def __enter__(self) -> SignalHandler:
-        signals = [signal.SIGINT, signal.SIGTERM]
+        handlers: dict[int, Any] = {signal.SIGINT: self._handle, signal.SIGTERM: self._handle,
+                                    signal.SIGALRM: self._exit}
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:       # nohup ignores it
-            signals.append(signal.SIGHUP)
-        self._before = {number: signal.signal(number, self._handle) for number in signals}
-        self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._exit)
+            handlers[signal.SIGHUP] = self._handle
+        self._before = {signum: signal.signal(signum, handlers[signum]) for signum in handlers}
         return self
 
     def __exit__(self, *error: object) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
@@ -6931,17 +6913,19 @@ def find_session_owner(config: Config, workspace: Workspace) -> str:
 def choose_session(config: Config, workspace: Workspace, resume: bool = False) -> Config:
     """Return the settings with the name of the session to use.
 
-    Unless CLAUDE_TMUX_SESSION is set, a session that belongs to another directory or command is
-    left alone: the directory gets a session of its own.  A resumed run keeps its command.
+    A session that belongs to another directory or command is left alone: unless
+    CLAUDE_TMUX_SESSION is set, the directory gets its own.  A resumed run keeps its command.
     """
     if workspace.has_session_name:
         return config
     own = dataclasses.replace(config, claude_tmux_session=session_name_of(workspace.directory))
     mark = make_agent(config, workspace).session_mark
+    our_end = f" in {str(workspace.directory)!r}" if resume else mark
     owner = find_session_owner(config, workspace)
-    is_resumed = resume and owner.endswith(f" in {str(workspace.directory)!r}")
-    is_free = not owner and find_session_owner(own, workspace) != mark
-    return config if owner == mark or is_resumed or is_free else own
+    if owner.endswith(our_end):
+        return config
+    is_own_ours = find_session_owner(own, workspace).endswith(our_end)
+    return own if owner or is_own_ours else config
 
 
 @contextlib.contextmanager
@@ -6975,23 +6959,13 @@ def open_dashboard(config: Config, journal: Journal,
     return listen(config.dashboard_port)
 
 
-def open_browser(url: str) -> None:
-    """Open a page in the user's browser, without the key, and away from our terminal."""
-    with contextlib.suppress(OSError):
-        subprocess.Popen([sys.executable, "-I", "-m", "webbrowser", url],
-                         env=child_environment(os.environ), stdin=subprocess.DEVNULL,
-                         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                         start_new_session=True)
-
-
 @contextlib.contextmanager
 def serve_dashboard(config: Config, journal: Journal,
                     control: Callable[[str, str], object] | None,
                     stream: TextIO) -> Iterator[None]:
     """Serve the dashboard and print its address; a run goes on without, a recording does not.
 
-    At the end of a run, a browser that was just opened gets time to come; on a terminal, the
-    dashboard stays for a user who has opened it.
+    At the end, a browser that was opened gets time to come, and the user to look at the page.
     """
     try:
         dashboard = open_dashboard(config, journal, control)
@@ -7007,8 +6981,12 @@ def serve_dashboard(config: Config, journal: Journal,
         print_line(f"Dashboard: {dashboard.url}", stream)
         has_display = any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY")))
         is_opened = config.dashboard_open and (has_display or sys.platform == "darwin")
-        if is_opened:
-            open_browser(dashboard.entry_url)
+        if is_opened:       # away from our terminal, and without the key
+            with contextlib.suppress(OSError):
+                subprocess.Popen(
+                    [sys.executable, "-I", "-m", "webbrowser", dashboard.entry_url],
+                    env=child_environment(os.environ), stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
         try:
             yield
         finally:
@@ -7044,8 +7022,7 @@ def find_unfinished_run(workspace: Workspace, attach_commands: Sequence[str],
                         ) -> tuple[Path, list[Event]]:
     """Return journal and events of the directory's last run in one of the sessions.
 
-    `attach_commands` are those of the sessions.  Raises ConfigError if that run is finished, or
-    there is none.
+    Raises ConfigError if that run is finished, or there is none.
     """
     reason = ""
     for path, info in list_runs(workspace):
@@ -7063,14 +7040,6 @@ def find_unfinished_run(workspace: Workspace, attach_commands: Sequence[str],
     raise ConfigError(f"There is no run to resume in {workspace.directory}{reason}")
 
 
-def read_outcome(path: Path) -> str:
-    """Return the outcome of a recorded run, "" if it has not ended."""
-    with open(path, "rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 65_536))
-        events = filter(None, map(parse_event, file.read().splitlines()[-1:]))
-        return str(next(events, {}).get("outcome") or "")
-
-
 # A run
 
 def check_key(config: Config) -> None:
@@ -7085,11 +7054,8 @@ def describe_end(config: Config, workspace: Workspace, agent: Agent, journal: Jo
     """Return the fields of `complete` that say what is left of a run, and how to continue."""
     if not workspace.command:
         return {}
-    options = []
-    if is_chat:
-        options = ["--chat"]
-    elif outcome not in FINAL_OUTCOMES and not journal.write_error:
-        options = ["--resume"]
+    is_resumable = outcome not in FINAL_OUTCOMES and not journal.write_error
+    options = ["--chat"] if is_chat else ["--resume"] if is_resumable else []
     arguments = shlex.join([*options, str(workspace.directory)])
     return {"agent": agent.name, "can_continue": bool(options),
             "next_command": f"{workspace.command} {arguments}",
@@ -7104,17 +7070,16 @@ NOTIFY_TIMEOUT = 30.0       # seconds
 def notify(config: Config, workspace: Workspace, path: Path, event: Event) -> None:
     """Run NOTIFY_CMD if an event ends a run or begins to wait for a usage limit."""
     if event["type"] == "complete":
-        outcome, reason = event["outcome"], event["reason"]
-        sentence = f"The run in {workspace.directory} ended ({outcome})"
+        outcome, what = event["outcome"], f"ended ({event['outcome']})"
     elif event.get("state") == "waiting" and event.get("kind") == "usage_limit":
-        outcome, reason = "waiting", event["reason"]
-        sentence = f"The run in {workspace.directory} is waiting"
+        outcome, what = "waiting", "is waiting"
     else:
         return
+    reason = event["reason"]
+    sentence = f"The run in {workspace.directory} {what}{': ' if reason else ''}{reason}\n"
     environ = {**workspace.environ, "ORCHESTRATOR_OUTCOME": outcome, "ORCHESTRATOR_REASON": reason,
                "ORCHESTRATOR_DIRECTORY": str(workspace.directory),
                "ORCHESTRATOR_JOURNAL": str(path)}
-    sentence += f": {reason}\n" if reason else "\n"
     try:
         status, output = run_shell_command(
             config.notify_cmd, workspace.directory, environ, NOTIFY_TIMEOUT, stdin=sentence)
@@ -7124,18 +7089,15 @@ def notify(config: Config, workspace: Workspace, path: Path, event: Event) -> No
         print_error(f"NOTIFY_CMD ended with exit status {status}: {output[-200:]}")
 
 
-def make_reporter(request: RunRequest, agent_name: str) -> TerminalReporter:
+def make_reporter(agent_name: str, is_chat: bool, as_json: bool) -> TerminalReporter:
     """Return what reports a run on standard output."""
-    if request.as_json:
+    if as_json:
         return TerminalReporter(describe_json_event, {}, Display())
-    display = Display.of_stdout(os.environ)
     labels = {"task_info": agent_name, "reply": agent_name, "waiting": agent_name,
-              "iteration_start": "the model", "working": "the check", "iteration_end": "",
-              "complete": ""}
-    if request.is_chat:
-        labels["iteration_start"] = agent_name
-        return TerminalReporter(describe_chat_event, labels, display)
-    return TerminalReporter(describe_event, labels, display)
+              "iteration_start": agent_name if is_chat else "the model", "working": "the check",
+              "iteration_end": "", "complete": ""}
+    return TerminalReporter(describe_chat_event if is_chat else describe_event, labels,
+                            Display.of_stdout(os.environ))
 
 
 def choose_journal(config: Config, workspace: Workspace, resume: bool) -> tuple[Path, list[Event]]:
@@ -7151,63 +7113,66 @@ def choose_journal(config: Config, workspace: Workspace, resume: bool) -> tuple[
     return workspace.journal_directory / name, []
 
 
-def run_autopilot(config: Config, workspace: Workspace, request: RunRequest, agent: Agent,
-                  journal: Journal, task: str, history: Sequence[Event]) -> None:
-    """Let the model drive the agent, with the dashboard."""
+def run_autopilot(config: Config, workspace: Workspace, agent: Agent, journal: Journal, task: str,
+                  history: Sequence[Event], stream: TextIO) -> None:
+    """Let the model drive the agent, with the dashboard, whose address goes to `stream`."""
     memory = Memory(workspace.directory / "memory.json", config.memory_max_facts)
     print_error(memory.load())
-    if config.notify_cmd and journal.path:
-        journal.subscribe(functools.partial(notify, config, workspace, journal.path))
     model = make_model(config, publish=journal.publish,
                        session_id=journal.path.stem if journal.path else "")
     control = RunControl(journal, lambda: signal.pthread_kill(
         threading.main_thread().ident or 0, signal.SIGINT))
     autopilot = Autopilot(agent, model, config=config, memory=memory, journal=journal,
                           control=control, environ=workspace.environ)
-    stream = sys.stderr if request.as_json else sys.stdout
     with serve_dashboard(config, journal, control.handle, stream) if config.dashboard_enabled \
             else contextlib.nullcontext():
         autopilot.run(task, history=history)
 
 
-def run(config: Config, workspace: Workspace, request: RunRequest) -> int:
-    """Let you or the model drive the agent; return 0.
+def run(config: Config, workspace: Workspace, get_task: Callable[[], str] | None, *,
+        as_json: bool = False, resume: bool = False) -> int:
+    """Let the model drive the agent, or you, if there is no `get_task`; return 0.
 
     Raises OrchestratorError or Interrupted if the run does not end by success.
     """
-    if not request.is_chat:
+    is_chat = get_task is None
+    if not is_chat:
         check_key(config)
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(SignalHandler())
-        config = stack.enter_context(hold_session(config, workspace, request.resume))
-        path, history = choose_journal(config, workspace, request.resume)
+        config = stack.enter_context(hold_session(config, workspace, resume))
+        path, history = choose_journal(config, workspace, resume)
         agent = make_agent(config, workspace)
         agent.tmux.check_version()
         agent.check_installed()
         agent.find_session()
-        if not request.is_chat:
+        task = ""
+        if get_task:
             with contextlib.suppress(TransientError):   # an outage may be over by the first call
                 print_error(make_model(config).check_access().warning)
-        task = str(history[0]["task"]) if history else request.read_task()
+            task = str(history[0]["task"]) if history else get_task()
         journal = Journal(path, defer_signals=signals.deferred, secret=config.openrouter_api_key)
         stack.callback(lambda: print_error(journal.unreported_error))
-        reporter = make_reporter(request, agent.name)
+        reporter = make_reporter(agent.name, is_chat, as_json)
         journal.subscribe(reporter.on_event)
         agent = make_agent(
             config, workspace, publish=journal.publish, sleep=reporter.sleep,
             has_viewers=lambda: reporter.wants_screen() or journal.has_readers())
         journal.describe_end = functools.partial(
-            describe_end, config, workspace, agent, journal, request.is_chat)
+            describe_end, config, workspace, agent, journal, is_chat)
         if config.terminate_when_quit:
             stack.callback(signals.deferred()(agent.stop))      # all of it, should one come now
-        if history and not request.as_json:
+        if history and not as_json:
             print_line(describe_event({**history[0], "attach": agent.tmux.attach_command})[0])
-        if request.is_chat:
+        if is_chat:
             prompt = ChatPrompt()
             Chat(agent, prompt.read, read_hidden=prompt.read_hidden, config=config,
                  journal=journal, is_interactive=sys.stdin.isatty()).run()
         else:
-            run_autopilot(config, workspace, request, agent, journal, task, history)
+            if config.notify_cmd:
+                journal.subscribe(functools.partial(notify, config, workspace, path))
+            run_autopilot(config, workspace, agent, journal, task, history,
+                          sys.stderr if as_json else sys.stdout)
     return 0
 
 
@@ -7228,8 +7193,6 @@ def own_command() -> str:
     script = sys.argv[0]
     if not os.path.isfile(script):      # `curl ... | python3 -`
         return "python3 orchestrator.py"
-    if os.access(script, os.X_OK) and "/" in script:
-        return shlex.quote(script)
     python = Path(sys.executable).name
     return shlex.join([python if shutil.which(python) else sys.executable, script])
 
@@ -7259,7 +7222,7 @@ def run_demo(config: Config, environ: Mapping[str, str], as_json: bool) -> int:
         openrouter_api_key="the-key-of-the-demo", openrouter_model="built-in demo",
         verify_cmd=DEMO_VERIFY_CMD, terminate_when_quit=True, **shown)
     try:
-        run(config, workspace, RunRequest(lambda: DEMO_TASK, as_json=as_json))
+        run(config, workspace, lambda: DEMO_TASK, as_json=as_json)
     finally:
         server.shutdown()
         server.server_close()
@@ -7312,7 +7275,7 @@ def run_status(config: Config, workspace: Workspace) -> int:
         print_line(f"Session {name}\n{textwrap.indent(format_rows(rows), '    ')}\n")
     print_line(f"Latest runs, with their journals in {workspace.journal_directory}")
     for path, info in runs[:10]:
-        outcome = read_outcome(path) or ("running" if path in driven else "cut off")
+        outcome = read_events(path)[-1].get("outcome") or ("running" if path in driven else "cut off")
         print_line(f"    {_format_start(info)}  {outcome:<11}  {info['workdir']}: "
                    f"{_format_task(info)}")
     return 0
@@ -7427,13 +7390,6 @@ _REPEATED_SETTINGS = ("CLAUDE_TMUX_SESSION", "CLAUDE_TMUX_SOCKET", "DEFAULT_MODE
                       "MAX_COST", "MAX_MINUTES")
 
 
-def repeat_settings(environ: Mapping[str, str]) -> str:
-    """Return the settings of the environment that a run needs again, for a shell."""
-    settings = [f"{name}={shlex.quote(environ[name])} " for name in _REPEATED_SETTINGS
-                if environ.get(name) and "?" not in environ[name]]      # a query may hold a key
-    return "".join(settings)
-
-
 def announce_settings(environ: Mapping[str, str], env_file: Mapping[str, str]) -> None:
     """Tell which settings of the .env file choose what runs, and which look misspelt."""
     for name in _ANNOUNCED_SETTINGS:
@@ -7465,10 +7421,12 @@ def find_workspace(directory: str | None, environ: Mapping[str, str],
         raise ConfigError(f"{shown}: {error}") from None
     except RuntimeError as error:       # no home
         raise ConfigError(f"{shown}: {error} Set HOME and XDG_STATE_HOME") from None
+    settings = [f"{name}={shlex.quote(environ[name])}" for name in _REPEATED_SETTINGS
+                if environ.get(name) and "?" not in environ[name]]      # a query may hold a key
     name = "CLAUDE_TMUX_SESSION"
     return Workspace(path, Path(state_home, "orchestrator"), child_environment(environ),
-                     has_session_name=bool(environ.get(name) or env_file.get(name)),
-                     command=f"{repeat_settings(environ)}{own_command()}")
+                     " ".join([*settings, own_command()]),
+                     has_session_name=bool(environ.get(name) or env_file.get(name)))
 
 
 def find_recorded_run(options: argparse.Namespace, environ: Mapping[str, str],
@@ -7509,9 +7467,8 @@ def dispatch(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     is_chat = options.chat or not (config.autonomous_mode or options.resume)
     if is_chat and options.task is not None:
         raise ConfigError("a chat takes no --task: AUTONOMOUS_MODE=false is set")
-    request = RunRequest(lambda: "" if is_chat else read_task(options.task), is_chat=is_chat,
-                         as_json=options.json, resume=options.resume)
-    return run(config, workspace, request)
+    ask = None if is_chat else functools.partial(read_task, options.task)
+    return run(config, workspace, ask, as_json=options.json, resume=options.resume)
 
 
 def repair_standard_streams() -> None:
@@ -7544,8 +7501,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    if __file__ == "<stdin>":
-        read_from_terminal()
+    if __file__ == "<stdin>":       # `curl ... | python3 -`: standard input was the program
+        with contextlib.suppress(OSError):
+            os.dup2(os.open("/dev/tty", os.O_RDWR), 0)
     status = main()
     signal.signal(signal.SIGINT, signal.SIG_IGN)    # there is nothing left to interrupt
     raise SystemExit(status)

@@ -6068,8 +6068,6 @@ def test_how_to_continue_is_told_as_a_command_that_can_be_copied(
         "OPENROUTER_BASE_URL": "http://x/v1?key=1"}, {"CLAUDE_TMUX_SESSION": "s"})
     assert workspace.command.startswith("DEFAULT_MODEL=gpt CLAUDE_CMD='a b' MAX_COST=2 python")
     assert workspace.command.endswith(f" '{script}'") and workspace.has_session_name
-    script.chmod(0o755)
-    assert orchestrator.own_command() == f"'{script}'"
     monkeypatch.setattr(sys, "argv", ["-"])
     assert orchestrator.own_command() == "python3 orchestrator.py"
 
