@@ -6592,14 +6592,12 @@ class TerminalReporter:
         return remove_echo(head, message), remove_echo(body, message)
 
     def _draw_status(self) -> None:
-        line = ""
-        if self._waiting_for:
-            line = f"waiting for {self._waiting_for}"
-            seconds = int(self._clock() - self._waiting_since)
-            if seconds:
-                line += f", {format_duration(seconds)}"
-            if self._last_agent_line:
-                line += f": {self._last_agent_line}"
+        seconds = int(self._clock() - self._waiting_since)
+        line = f"waiting for {self._waiting_for}" if self._waiting_for else ""
+        if line and seconds:
+            line += f", {format_duration(seconds)}"
+        if line and self._last_agent_line:
+            line += f": {self._last_agent_line}"
         self._replace_status_line(line)
 
     def _replace_status_line(self, line: str) -> None:
@@ -6864,15 +6862,11 @@ def find_session_holder(path: Path) -> tuple[str, str]:
     return "", ""
 
 
-def make_tmux(config: Config, workspace: Workspace) -> Tmux:
-    """Return the session that the settings name."""
-    return Tmux(config.claude_tmux_socket, config.claude_tmux_session, workspace.environ)
-
-
 def make_agent(config: Config, workspace: Workspace, **callbacks: Any) -> Agent:
     """Return the agent that the settings name, in their session."""
     profile = select_profile(config.default_model, config.claude_cmd)
-    return Agent(profile, workspace.directory, tmux=make_tmux(config, workspace), **callbacks)
+    tmux = Tmux(config.claude_tmux_socket, config.claude_tmux_session, workspace.environ)
+    return Agent(profile, workspace.directory, tmux=tmux, **callbacks)
 
 
 def make_model(config: Config, **options: Any) -> OpenRouter:
@@ -6882,18 +6876,19 @@ def make_model(config: Config, **options: Any) -> OpenRouter:
 
 
 @contextlib.contextmanager
-def session_lock(config: Config, workspace: Workspace, mark: str = "") -> Iterator[None]:
+def session_lock(config: Config, workspace: Workspace) -> Iterator[None]:
     """Hold the lock of a session; raise ConfigError with the process that has it."""
-    path = workspace.lock_path(make_tmux(config, workspace))
+    agent = make_agent(config, workspace)
+    path = workspace.lock_path(agent.tmux)
     with contextlib.ExitStack() as stack:
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             file = stack.enter_context(open(path, "a", encoding="ascii"))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.write_text(f"{os.getpid()}\n{mark}", encoding="utf-8", errors="replace")
+            path.write_text(f"{os.getpid()}\n{agent.session_mark}", "utf-8", "replace")
         except BlockingIOError:
             raise ConfigError(
-                f"Another orchestrator drives the tmux session {config.claude_tmux_session}: "
+                f"Another orchestrator drives the tmux session {agent.tmux.session}: "
                 f"process {find_session_holder(path)[0]}. Wait for its end, or set "
                 "CLAUDE_TMUX_SESSION to another name. --status tells more.") from None
         except OSError:     # no locks on this file system, or the journal says what is wrong
@@ -6903,7 +6898,7 @@ def session_lock(config: Config, workspace: Workspace, mark: str = "") -> Iterat
 
 def find_session_owner(config: Config, workspace: Workspace) -> str:
     """Return the mark of a session, or of the run that is about to make it; "" if it is free."""
-    tmux = make_tmux(config, workspace)
+    tmux = make_agent(config, workspace).tmux
     mark, pane_id = tmux.find_pane()
     if pane_id:
         return mark or "another program"
@@ -6931,14 +6926,13 @@ def choose_session(config: Config, workspace: Workspace, resume: bool = False) -
 @contextlib.contextmanager
 def hold_session(config: Config, workspace: Workspace, resume: bool = False) -> Iterator[Config]:
     """Choose the session and hold its lock; yield the settings with its name."""
-    mark = make_agent(config, workspace).session_mark
     with contextlib.ExitStack() as stack:
         chosen = choose_session(config, workspace, resume)
         try:
-            stack.enter_context(session_lock(chosen, workspace, mark))
+            stack.enter_context(session_lock(chosen, workspace))
         except ConfigError:     # perhaps another directory's run was faster: choose again
             chosen = choose_session(config, workspace, resume)
-            stack.enter_context(session_lock(chosen, workspace, mark))
+            stack.enter_context(session_lock(chosen, workspace))
         yield chosen
 
 
@@ -7055,10 +7049,9 @@ def describe_end(config: Config, workspace: Workspace, agent: Agent, journal: Jo
     if not workspace.command:
         return {}
     is_resumable = outcome not in FINAL_OUTCOMES and not journal.write_error
-    options = ["--chat"] if is_chat else ["--resume"] if is_resumable else []
-    arguments = shlex.join([*options, str(workspace.directory)])
-    return {"agent": agent.name, "can_continue": bool(options),
-            "next_command": f"{workspace.command} {arguments}",
+    option = "--chat " if is_chat else "--resume " if is_resumable else ""
+    return {"agent": agent.name, "can_continue": bool(option),
+            "next_command": f"{workspace.command} {option}{shlex.quote(str(workspace.directory))}",
             "agent_running": not config.terminate_when_quit and agent.is_running(),
             "watch_command": agent.tmux.attach_command, "stop_command": agent.tmux.kill_command,
             "journal": "" if journal.write_error else str(journal.path)}
@@ -7256,7 +7249,8 @@ def run_status(config: Config, workspace: Workspace) -> int:
     """Print the sessions on our socket and the latest runs; return 0."""
     runs = list(list_runs(workspace))
     driven = []
-    for name, mark, created_at, is_running in make_tmux(config, workspace).list_sessions():
+    server = make_agent(config, workspace).tmux
+    for name, mark, created_at, is_running in server.list_sessions():
         tmux = Tmux(config.claude_tmux_socket, name, workspace.environ)
         path, info = next((run for run in runs if run[1]["attach"] == tmux.attach_command),
                           (None, {}))
@@ -7366,7 +7360,7 @@ def run_doctor(config: Config, workspace: Workspace, errors: Sequence[str]) -> i
     for error in errors:
         print_line(f"settings  FAILED  {error}")
     failures = len(errors)
-    checks = {"tmux": lambda *_: make_tmux(config, workspace).check_version(),
+    checks = {"tmux": lambda *_: make_agent(config, workspace).tmux.check_version(),
               "agent": check_agent, "login": check_login, "model": check_model,
               "session": check_session, "state": check_state}
     if config.dashboard_enabled:

@@ -6008,8 +6008,10 @@ def test_a_session_is_taken_before_it_is_made(tmp_path: Path, monkeypatch: Any) 
     monkeypatch.setattr(Tmux, "find_pane", lambda tmux: ("", ""))
     workspace = Workspace(tmp_path, tmp_path / "state", {})
     assert orchestrator.find_session_owner(Config(), workspace) == ""
-    with session_lock(Config(), workspace, "'claude' in '/elsewhere'"):
-        assert orchestrator.find_session_owner(Config(), workspace) == "'claude' in '/elsewhere'"
+    elsewhere = workspace._replace(directory=Path("/elsewhere"))
+    mark = orchestrator.make_agent(Config(), elsewhere).session_mark
+    with session_lock(Config(), elsewhere):
+        assert orchestrator.find_session_owner(Config(), workspace) == mark
         with orchestrator.hold_session(Config(), workspace) as config:
             assert config.claude_tmux_session == orchestrator.session_name_of(tmp_path)
 
