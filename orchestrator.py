@@ -905,7 +905,10 @@ CLINE = AgentProfile(
     start_command=("cline",),
     install_command="npm install -g cline",
     startup_dialogs=(       # Enter would open a browser
-        StartupRule(re.compile("any other key to close"), key="Escape"),))
+        StartupRule(re.compile("any other key to close"), key="Escape"),),
+    problems=(
+        ProblemRule(re.compile("Connect a model provider to get started"),
+                    "Start cline in a terminal, choose a model provider, and try again."),))
 
 PI = AgentProfile(
     name="Pi",
@@ -3962,7 +3965,7 @@ only what you saw after the last change. Deleted, skipped or weakened tests prov
 - If {agent} has lost its memory, tell it the task, what is done and what is next.
 - Before the end, check the task requirement by requirement.
 
-Instead of a message, a reply can be one of these commands and nothing else:
+Instead of a message, a reply can be one of these commands:
 KEYS: Down Enter       press keys. Use them for menus and questions that take no text, and mind \
 the line that the cursor is on. Other keys: Up, Escape, Tab, Space, C-c, y, 2.
 WAIT: 10m              wait (s, m or h), or until the screen changes: while {agent} works, or \
@@ -3970,7 +3973,7 @@ until a usage limit ends.
 TASK_FAILED: reason    end the run: the task is impossible, or needs something only a person has.
 TASK_COMPLETE          end the run: every requirement is met and proved. {check}
 
-Any reply may also contain such lines, which are not typed:
+Beside a message or a command, any reply may contain such lines, which are not typed:
 MEMORY_SAVE: fact      a short fact that will help in later runs in this directory.
 """
 _VERIFY_HINT = "The user's check then runs; if it fails, you see its output and go on."
