@@ -587,24 +587,29 @@ _PROMPT = re.compile(r"\A.{0,100}?(?:[>❯›$%#│┃](?:\s+|\Z))+")
 
 
 def remove_echo(output: str, message: str) -> str:
-    """Return an agent's output without our own message, which most agents repeat first.
+    """Return an agent's output without our own message, which most agents repeat.
 
     >>> remove_echo("❯ say hi\\n  and bye\\n\\n● hi", "say hi\\nand bye")
     '● hi'
     """
-    expected = "".join(message.split())
-    lines = output.split("\n")
-    while expected and lines:
-        line = lines.pop(0)
+    message = "".join(message.split())
+    expected = message
+    kept: list[str] = []
+    echo: list[str] = []        # lines that may be its beginning
+    for line in output.split("\n"):
         texts = ["".join(text.split()) for text in (line, _PROMPT.sub("", line))]
-        shown = next(filter(expected.startswith, texts), None)
-        if "[Pasted " in line:
-            expected = ""
-        elif shown is None:
-            return output
+        shown = next((text for text in texts if text and expected.startswith(text)), "")
+        is_paste = "[Pasted " in line
+        if expected and (shown or is_paste or (echo and not line.strip())):
+            echo.append(line)
+            expected = "" if is_paste else expected[len(shown):]
+        elif expected:
+            kept += [*echo, line]
+            echo = []
+            expected = message
         else:
-            expected = expected[len(shown):]
-    return output if expected else "\n".join(lines).strip("\n")
+            kept.append(line)
+    return output if expected else "\n".join(kept).strip("\n")
 
 
 _SGR_SEQUENCE = re.compile(r"\x1b\[[\d;:]*m")

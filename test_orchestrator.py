@@ -5787,6 +5787,7 @@ def test_what_a_terminal_can_show(environ: dict[str, str], display: tuple[bool, 
 @pytest.mark.parametrize("output, shown", [
     ("❯ say hi\n\n● hi", "● hi"), ("› say hi\n\n• hi", "• hi"), ("> say\n  hi\n\n✦ hi", "✦ hi"),
     ("❯ [Pasted text #1 +3 lines]\n\n● hi", "● hi"), ("❯ say hi", ""),
+    ("Tip: rest\n\n› say hi\n● hi", "Tip: rest\n\n● hi"),
     ("say high\n● hi", "say high\n● hi"), ("● hi", "● hi"), ("", ""), ("say", "say")])
 def test_our_own_message_is_not_shown_again(output: str, shown: str) -> None:
     assert orchestrator.remove_echo(output, "say hi") == shown
