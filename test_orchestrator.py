@@ -5767,7 +5767,7 @@ LONG_OUTPUT = "\n".join(f"line {number}" for number in range(60))
 def test_a_terminal_shows_twenty_lines_of_a_turn_and_a_pipe_all(
         monkeypatch: Any, capsys: Any) -> None:
     turn = {"type": "iteration_end", "iteration": 1, "agent_output": LONG_OUTPUT}
-    how: dict[str, Any] = {"describe": describe_event, "shortens": True}
+    how: dict[str, Any] = {"describe": describe_event}
     text = shown_on(Stage(monkeypatch, capsys, **how), turn)
     assert text.count("\n") == 21 and "... 41 more lines in the journal" in text
     assert "    line 0\n" in text and "    line 59\n" in text
@@ -5803,6 +5803,7 @@ def test_what_a_terminal_can_show(environ: dict[str, str], display: tuple[bool, 
 @pytest.mark.parametrize("output, shown", [
     ("❯ say hi\n\n● hi", "● hi"), ("› say hi\n\n• hi", "• hi"), ("> say\n  hi\n\n✦ hi", "✦ hi"),
     ("❯ [Pasted text #1 +3 lines]\n\n● hi", "● hi"), ("❯ say hi", ""),
+    ("Tip: rest\n\n› say hi\n● hi", "Tip: rest\n\n● hi"),
     ("say high\n● hi", "say high\n● hi"), ("● hi", "● hi"), ("", ""), ("say", "say")])
 def test_our_own_message_is_not_shown_again(output: str, shown: str) -> None:
     assert orchestrator.remove_echo(output, "say hi") == shown
@@ -6046,13 +6047,13 @@ def test_the_doctor_knows_that_claude_code_refuses_to_run_as_root(
 
 def test_the_doctor_says_who_has_the_session_the_port_and_the_state_directory(
         run_doctor: Any, tmp_path: Path) -> None:
-    place = Workspace(tmp_path, tmp_path / "state" / "orchestrator", {})
+    place = Workspace(tmp_path / "home", tmp_path / "state" / "orchestrator", {})
     ask = {"AUTONOMOUS_MODE": "no", "CLAUDE_CMD": "cat"}
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         ask["DASHBOARD_PORT"] = str(taken.getsockname()[1])
         assert run_doctor(**ask)[0] == 0        # a run goes on without
-        with session_lock(Config(), place):
+        with session_lock(Config(claude_cmd="cat"), place):
             status, lines = run_doctor(**ask)
     assert status == 1 and f"process {os.getpid()}. Wait" in lines["session"]
     assert re.match(r"warning +DASHBOARD_HOST=.*DASHBOARD_PORT=.*can't listen", lines["dashboard"])
@@ -6060,16 +6061,6 @@ def test_the_doctor_says_who_has_the_session_the_port_and_the_state_directory(
     status, lines = run_doctor(XDG_STATE_HOME=str(tmp_path / "file"))
     assert status == 1 and lines["state"].startswith(f"FAILED  {tmp_path}/file/orchestrator: ")
     assert "XDG_STATE_HOME" in lines["state"]
-
-
-def test_the_doctor_names_all_wrong_settings_and_checks_the_rest(
-        run_doctor: Any, tmp_path: Path) -> None:
-    for content, words in ((b"MAX_COST $5", ".env line 1: MAX_COST can't be read"),
-                           (b"MAX_COST=$5\nDEFAULT_MODEL=gpt", "MAX_COST='$5': expected a number")):
-        Path(".env").write_bytes(content)
-        status, lines = run_doctor(AUTONOMOUS_MODE="no")
-        assert status == 1 and lines["settings"].startswith(f"FAILED  {words}")
-    assert lines["agent"].startswith(f"ok      Codex: {tmp_path}/codex")
 
 
 def test_a_replay_needs_no_settings_but_those_of_the_dashboard(
@@ -6083,7 +6074,7 @@ def test_a_replay_needs_no_settings_but_those_of_the_dashboard(
     monkeypatch.setattr(orchestrator, "run_replay", run_replay)
     Path(".env").write_text("MAX_COST=lots\nno assignment\nDASHBOARD_PORT=80\n")
     assert scene("--replay", "x", MAX_MINUTES="soon") == (0, "", "")
-    assert replayed == [Config(dashboard_port=80)]
+    assert [config.dashboard_port for config in replayed] == [80]
     assert scene("--replay", "x", DASHBOARD_PORT="web")[0] == 2
     assert scene("--task", "x")[0] == 2
 
@@ -6191,8 +6182,10 @@ def test_a_session_is_taken_before_it_is_made(tmp_path: Path, monkeypatch: Any) 
     monkeypatch.setattr(Tmux, "find_pane", lambda tmux: ("", ""))
     workspace = Workspace(tmp_path, tmp_path / "state", {})
     assert orchestrator.find_session_owner(Config(), workspace) == ""
-    with session_lock(Config(), workspace, "'claude' in '/elsewhere'"):
-        assert orchestrator.find_session_owner(Config(), workspace) == "'claude' in '/elsewhere'"
+    elsewhere = workspace._replace(directory=Path("/elsewhere"))
+    mark = orchestrator.make_agent(Config(), elsewhere).session_mark
+    with session_lock(Config(), elsewhere):
+        assert orchestrator.find_session_owner(Config(), workspace) == mark
         with orchestrator.hold_session(Config(), workspace) as config:
             assert config.claude_tmux_session == orchestrator.session_name_of(tmp_path)
 
@@ -6251,8 +6244,6 @@ def test_how_to_continue_is_told_as_a_command_that_can_be_copied(
         "OPENROUTER_BASE_URL": "http://x/v1?key=1"}, {"CLAUDE_TMUX_SESSION": "s"})
     assert workspace.command.startswith("DEFAULT_MODEL=gpt CLAUDE_CMD='a b' MAX_COST=2 python")
     assert workspace.command.endswith(f" '{script}'") and workspace.has_session_name
-    script.chmod(0o755)
-    assert orchestrator.own_command() == f"'{script}'"
     monkeypatch.setattr(sys, "argv", ["-"])
     assert orchestrator.own_command() == "python3 orchestrator.py"
 
@@ -6279,7 +6270,7 @@ def test_only_what_can_be_resumed_is_said_to_be(
     assert event["next_command"] == f"orchestrator {options}{tmp_path}"
     assert event["can_continue"] is can_continue
     assert event["stop_command"] == "tmux -L gt-claude-loop kill-session -t gt-claude-loop"
-    assert not orchestrator.describe_end(Config(), workspace._replace(is_persistent=False), agent,
+    assert not orchestrator.describe_end(Config(), workspace._replace(command=""), agent,
                                          journal, is_chat, outcome)
     journal.write_error = "the disk is full"
     fields = orchestrator.describe_end(Config(), workspace, agent, journal, is_chat, outcome)
