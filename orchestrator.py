@@ -583,6 +583,30 @@ def normalize_screen(screen: str) -> str:
     return _VOLATILE_TEXT.sub("#", screen)
 
 
+_PROMPT = re.compile(r"\A.{0,100}?(?:[>❯›$%#│┃](?:\s+|\Z))+")
+
+
+def remove_echo(output: str, message: str) -> str:
+    """Return an agent's output without our own message, which most agents repeat first.
+
+    >>> remove_echo("❯ say hi\\n  and bye\\n\\n● hi", "say hi\\nand bye")
+    '● hi'
+    """
+    expected = "".join(message.split())
+    lines = output.split("\n")
+    while expected and lines:
+        line = lines.pop(0)
+        texts = ["".join(text.split()) for text in (line, _PROMPT.sub("", line))]
+        shown = next(filter(expected.startswith, texts), None)
+        if "[Pasted " in line:
+            expected = ""
+        elif shown is None:
+            return output
+        else:
+            expected = expected[len(shown):]
+    return output if expected else "\n".join(lines).strip("\n")
+
+
 _SGR_SEQUENCE = re.compile(r"\x1b\[[\d;:]*m")
 SGR_DIM = re.compile(r"\x1b\[(?:\d;)*2[;m]")
 SECONDS_PER_UNIT = {"s": 1, "m": 60, "h": 3600}
@@ -4596,21 +4620,6 @@ def find_failure(output: str) -> str:
 
 _LONG_WORD = re.compile(r"[^\W\d_]{3,}")
 _TECHNICAL_TEXT = re.compile(r"[\d/\\=<>{}\[\]|_`]|\w[.:(]\w")
-_SHELL_PROMPT = re.compile(r"\A.{0,100}?[>❯›$%#│]\s")
-
-
-def _remove_echo(output: str, message: str) -> str:
-    """Return an output without the lines that show nothing but a message as it was typed."""
-    kept = []
-    expected = " ".join(message.split())
-    for line in output.split("\n"):
-        text = " ".join(_SHELL_PROMPT.sub("", line).split())
-        if text and expected.startswith(text):
-            expected = expected[len(text):].lstrip()
-        else:
-            kept.append(line)
-    return "\n".join(kept)
-
 
 class NewsDetector:
     """Tell outputs that say something new from those that repeat or reword the last ones."""
@@ -4624,7 +4633,7 @@ class NewsDetector:
         A sentence is new if most of its words are; a line with figures, paths or code is, unless
         only times and counters differ.
         """
-        text = normalize_screen(_remove_echo(output, message)).lower()
+        text = normalize_screen(remove_echo(output, message)).lower()
         lines = {" ".join(line.split()) for line in text.split("\n")} - {""}
         known_lines = set().union(*list(self._outputs)[-12:])
         known_words = set(_LONG_WORD.findall("\n".join(set().union(*self._outputs))))
@@ -6322,7 +6331,6 @@ while True:
 # -- 16. Terminal -------------------------------------------------------------------------
 # The only code that prints or reads the terminal.  May use: Errors, Text, Screens, Journal.
 
-Rows = list[tuple[str, str]]        # names and texts
 FINAL_OUTCOMES = ("complete", "failed", "stuck")      # nothing is left to resume
 _EVENT_TEMPLATES = {        # event type -> head line, and the field that is shown below it
     "task_info": ("Task:  {task}\nModel: {model}\nAgent: {agent} in {workdir}\n"
@@ -6364,27 +6372,25 @@ def _format_count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
-def format_rows(rows: Rows) -> str:
+def format_rows(rows: Mapping[str, str]) -> str:
     """Return names with their texts in two columns."""
-    return "\n".join(f"{name + ':':<11}{text}" for name, text in rows)
+    return "\n".join(f"{name + ':':<11}{text}" for name, text in rows.items())
 
 
 def _format_next_steps(event: Event) -> str:
     """Return how to continue, whether the agent still runs, and where the journal is."""
-    if not event.get("next_command"):   # the demo leaves nothing behind
+    command = event.get("next_command")
+    if not command:     # the demo leaves nothing behind
         return ""
-    label = "Continue" if event["can_continue"] else "Next task"
-    command = event["next_command"]
     if event["outcome"] == "budget":
         command = f"raise the budget, then: {command}"
-    rows: Rows = [(label, command)]
-    if event["agent_running"]:
-        rows.append(("Agent", f"{event['agent']} is still running"))
-        rows.append(("Watch it", event["watch_command"]))
-        rows.append(("End it", event["stop_command"]))
-    else:
-        rows.append(("Agent", f"{event['agent']} is not running"))
-    rows.append(("Journal", event["journal"] or "it could not be written"))
+    is_running = event["agent_running"]
+    rows = {"Continue" if event["can_continue"] else "Next task": command,
+            "Agent": f"{event['agent']} is {'still' if is_running else 'not'} running"}
+    if is_running:
+        rows["Watch it"] = event["watch_command"]
+        rows["End it"] = event["stop_command"]
+    rows["Journal"] = event["journal"] or "it could not be written"
     return format_rows(rows)
 
 
@@ -6444,30 +6450,9 @@ def describe_json_event(event: Event) -> tuple[str, str]:
     return "" if event["type"] in LIVE_EVENTS else json.dumps(event), ""
 
 
-def remove_echo(output: str, message: str) -> str:
-    """Return an agent's output without our own message, which most agents repeat first.
-
-    >>> remove_echo("❯ say hi\\n  and bye\\n\\n● hi", "say hi\\nand bye")
-    '● hi'
-    """
-    rest = "".join(message.split())
-    lines = output.split("\n")
-    while rest and lines:
-        shown = "".join(re.sub(r"^[\s❯›>$┃│]+", "", lines[0]).split())
-        if "[Pasted " in lines[0]:
-            rest = ""
-        elif rest.startswith(shown):
-            rest = rest[len(shown):]
-        else:
-            return output
-        del lines[0]
-    return output if rest else "\n".join(lines).strip("\n")
-
-
 def shorten_output(text: str) -> str:
     """Return at most 20 lines of a text: its beginning and its end."""
-    lines = [textwrap.shorten(line, _MAX_LINE_LENGTH) if len(line) > _MAX_LINE_LENGTH else line
-             for line in text.split("\n")]
+    lines = [truncate_middle(line, _MAX_LINE_LENGTH) for line in text.split("\n")]
     omitted = len(lines) - _FIRST_LINES - _LAST_LINES
     if omitted > 1:
         lines[_FIRST_LINES:-_LAST_LINES] = [f"... {omitted} more lines in the journal"]
@@ -6496,7 +6481,7 @@ def print_error(text: object) -> None:
 
 
 class Display(NamedTuple):
-    """What standard output can show, and for whom."""
+    """What standard output can show."""
 
     is_terminal: bool = False       # you read it: long texts are shortened
     has_cursor: bool = False        # it can show a status line
@@ -6513,17 +6498,15 @@ class Display(NamedTuple):
 class TerminalReporter:
     """Prints events on standard output, and a status line below them while you wait.
 
-    The status line tells for how long, and what the agent's screen showed last.  The thread that
-    waits draws it.  It is erased before anything else is printed.
+    The thread that waits draws the status line: for how long, and what the agent showed last.
     """
 
     def __init__(self, describe: Callable[[Event], tuple[str, str]],
-                 wait_labels: Mapping[str, str], display: Display, *, shortens: bool = False,
+                 wait_labels: Mapping[str, str], display: Display, *,
                  clock: Callable[[], float] = time.monotonic) -> None:
         self._describe = describe
         self._wait_labels = wait_labels     # by the state or type of the event that begins it
         self._display = display
-        self._shortens = shortens and display.is_terminal
         self._clock = clock
         self._lock = threading.RLock()      # notes of the user come in another thread
         self._has_shown_check = False       # in this iteration, whose output repeats it
@@ -6559,9 +6542,8 @@ class TerminalReporter:
 
     def _print_event(self, event: Event) -> None:
         head, body = self._describe(event)
-        if self._display.is_terminal:
+        if self._display.is_terminal and event["type"] != "complete":
             head, body = self._leave_out_repetitions(event, head, body)
-        if self._shortens and event["type"] != "complete":
             body = shorten_output(body)
         if not (head or body):
             return
@@ -6574,26 +6556,23 @@ class TerminalReporter:
 
     def _leave_out_repetitions(self, event: Event, head: str, body: str) -> tuple[str, str]:
         """Return what is left of an iteration's output that has been on the terminal before."""
-        kind, message = event["type"], event.get("orchestrator", "")
-        if kind == "iteration_start":
-            self._has_shown_check = False
-        elif kind in ("verify", "confirm"):
+        if event["type"] in ("verify", "confirm"):
             self._has_shown_check = True
-        elif kind == "iteration_end" and self._has_shown_check:
+        if event["type"] != "iteration_end":
+            return head, body
+        if self._has_shown_check:
+            self._has_shown_check = False
             return "", ""
-        elif kind == "iteration_end" and message:
-            return remove_echo(head, message), remove_echo(body, message)
-        return head, body
+        message = event.get("orchestrator", "")
+        return remove_echo(head, message), remove_echo(body, message)
 
     def _draw_status(self) -> None:
-        line = ""
-        if self._waiting_for:
-            line = f"waiting for {self._waiting_for}"
-            seconds = int(self._clock() - self._waiting_since)
-            if seconds:
-                line += f", {format_duration(seconds)}"
-            if self._last_agent_line:
-                line += f": {self._last_agent_line}"
+        seconds = int(self._clock() - self._waiting_since)
+        line = f"waiting for {self._waiting_for}" if self._waiting_for else ""
+        if line and seconds:
+            line += f", {format_duration(seconds)}"
+        if line and self._last_agent_line:
+            line += f": {self._last_agent_line}"
         self._replace_status_line(line)
 
     def _replace_status_line(self, line: str) -> None:
@@ -6618,17 +6597,7 @@ def wait_for_enter(stream: TextIO) -> None:
             raise
 
 
-def read_from_terminal() -> None:
-    """Make the terminal our standard input, if there is one.
-
-    In `curl ... | python3 -` standard input was this program, not a task or a chat.
-    """
-    with contextlib.suppress(OSError):
-        os.dup2(os.open("/dev/tty", os.O_RDWR), 0)
-
-
 _CONTINUATION_PROMPT = "... "       # inside triple quotes
-_LEAVE_HINT = "Press Ctrl-C again, press Ctrl-D or type /quit to leave."
 
 
 def _is_input_waiting(seconds: float) -> bool:
@@ -6666,15 +6635,6 @@ def read_line(prompt: str) -> str | None:
     return "\n".join(lines).rstrip("\n") if lines else None
 
 
-def _read_hidden_line(prompt: str) -> str | None:
-    if not sys.stdin.isatty():
-        return read_line(prompt)
-    try:
-        return getpass.getpass(prompt)
-    except EOFError:
-        return None
-
-
 def read_message(prompt: str) -> str | None:
     """Return a line, a pasted block or the text between triple quotes; None at the end."""
     text = read_line(prompt)
@@ -6696,28 +6656,26 @@ class ChatPrompt:
     def __init__(self) -> None:
         self._was_cleared = False
 
-    def read(self, prompt: str) -> str | None:
-        """Return a message; None when you leave."""
-        return self._read(read_message, prompt)
-
     def read_hidden(self, prompt: str) -> str | None:
         """Return a line that is not shown while you type it; None when you leave."""
-        return self._read(_read_hidden_line, prompt)
+        return self.read(prompt, getpass.getpass if sys.stdin.isatty() else read_line)
 
-    def _read(self, read: Callable[[str], str | None], prompt: str) -> str | None:
+    def read(self, prompt: str, read: Callable[[str], str | None] | None = None) -> str | None:
+        """Return a message; None when you leave."""
         while True:
             try:
-                message = read(prompt)
+                message = (read or read_message)(prompt)
                 self._was_cleared = False
                 return message
+            except EOFError:
+                return None
             except Interrupted as interrupt:
                 if interrupt.signum != signal.SIGINT or not sys.stdin.isatty():
                     raise
-                has_cleared_input = interrupt.has_cleared_input
-            if self._was_cleared and not has_cleared_input:
-                return None
+                if self._was_cleared and not interrupt.has_cleared_input:
+                    return None
             self._was_cleared = True
-            print_line(_LEAVE_HINT)
+            print_line("Press Ctrl-C again, press Ctrl-D or type /quit to leave.")
 
 
 def read_task(task: str | None) -> str:
@@ -6741,9 +6699,8 @@ class Workspace(NamedTuple):
     directory: Path
     state_directory: Path           # journals and locks
     environ: Mapping[str, str]      # for child processes: without the key
-    is_persistent: bool = True      # False: both directories go away at the end
+    command: str = ""               # starts this program again; "" if nothing is left at the end
     has_session_name: bool = False      # CLAUDE_TMUX_SESSION is set
-    command: str = ""               # starts this program again, with the same settings
 
     @property
     def journal_directory(self) -> Path:
@@ -6755,40 +6712,29 @@ class Workspace(NamedTuple):
         return self.state_directory / "locks" / f"{tmux.socket_name}.{tmux.session}"
 
 
-class RunRequest(NamedTuple):
-    """What the arguments ask of a run."""
-
-    read_task: Callable[[], str] = str
-    is_chat: bool = False
-    as_json: bool = False
-    resume: bool = False
-
-
 class SignalHandler:
     """Raises SIGINT, SIGTERM and SIGHUP as Interrupted in the main thread.
 
-    They are held back inside `deferred()`, so that the journal never loses count of its lines.
-    A signal that comes while another is handled leaves GRACE_SECONDS for that.
+    They are held back inside `deferred()`.  One that comes while another is handled leaves half a
+    second for that.
     """
-
-    GRACE_SECONDS = 0.5
 
     def __init__(self) -> None:
         self._depth = 0         # of nested `deferred()` blocks
         self._pending = 0       # the last signal that was held back
 
     def __enter__(self) -> SignalHandler:
-        signals = [signal.SIGINT, signal.SIGTERM]
+        handlers: dict[int, Any] = {signal.SIGINT: self._handle, signal.SIGTERM: self._handle,
+                                    signal.SIGALRM: self._exit}
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:       # nohup ignores it
-            signals.append(signal.SIGHUP)
-        self._before = {number: signal.signal(number, self._handle) for number in signals}
-        self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._exit)
+            handlers[signal.SIGHUP] = self._handle
+        self._before = {signum: signal.signal(signum, handlers[signum]) for signum in handlers}
         return self
 
     def __exit__(self, *error: object) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
@@ -6807,7 +6753,7 @@ class SignalHandler:
 
     def _handle(self, signum: int, frame: object) -> None:
         if self._current_interrupt():
-            signal.setitimer(signal.ITIMER_REAL, self.GRACE_SECONDS)
+            signal.setitimer(signal.ITIMER_REAL, 0.5)
         elif self._depth:
             self._pending = signum
         else:
@@ -6842,7 +6788,7 @@ def help_text() -> str:
         if profile.model_names:
             setting = f"DEFAULT_MODEL={profile.model_names[0]}"
         lines.append(f"    {profile.name:<12} {setting:<39} {profile.install_command}")
-    return f"{manual}\n" + "\n".join(lines)
+    return "\n".join([manual, *lines])
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -6891,24 +6837,33 @@ def find_session_holder(path: Path) -> tuple[str, str]:
     return "", ""
 
 
-def make_tmux(config: Config, workspace: Workspace) -> Tmux:
-    """Return the session that the settings name."""
-    return Tmux(config.claude_tmux_socket, config.claude_tmux_session, workspace.environ)
+def make_agent(config: Config, workspace: Workspace, **callbacks: Any) -> Agent:
+    """Return the agent that the settings name, in their session."""
+    profile = select_profile(config.default_model, config.claude_cmd)
+    tmux = Tmux(config.claude_tmux_socket, config.claude_tmux_session, workspace.environ)
+    return Agent(profile, workspace.directory, tmux=tmux, **callbacks)
+
+
+def make_model(config: Config, **options: Any) -> OpenRouter:
+    """Return the model that the settings name."""
+    return OpenRouter(config.openrouter_base_url, config.openrouter_api_key,
+                      config.openrouter_model, **options)
 
 
 @contextlib.contextmanager
-def session_lock(config: Config, workspace: Workspace, mark: str = "") -> Iterator[None]:
+def session_lock(config: Config, workspace: Workspace) -> Iterator[None]:
     """Hold the lock of a session; raise ConfigError with the process that has it."""
-    path = workspace.lock_path(make_tmux(config, workspace))
+    agent = make_agent(config, workspace)
+    path = workspace.lock_path(agent.tmux)
     with contextlib.ExitStack() as stack:
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             file = stack.enter_context(open(path, "a", encoding="ascii"))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.write_text(f"{os.getpid()}\n{mark}", encoding="utf-8", errors="replace")
+            path.write_text(f"{os.getpid()}\n{agent.session_mark}", "utf-8", "replace")
         except BlockingIOError:
             raise ConfigError(
-                f"Another orchestrator drives the tmux session {config.claude_tmux_session}: "
+                f"Another orchestrator drives the tmux session {agent.tmux.session}: "
                 f"process {find_session_holder(path)[0]}. Wait for its end, or set "
                 "CLAUDE_TMUX_SESSION to another name. --status tells more.") from None
         except OSError:     # no locks on this file system, or the journal says what is wrong
@@ -6916,15 +6871,9 @@ def session_lock(config: Config, workspace: Workspace, mark: str = "") -> Iterat
         yield
 
 
-def make_agent(config: Config, workspace: Workspace, **callbacks: Any) -> Agent:
-    """Return the agent that the settings name, in their session."""
-    profile = select_profile(config.default_model, config.claude_cmd)
-    return Agent(profile, workspace.directory, tmux=make_tmux(config, workspace), **callbacks)
-
-
 def find_session_owner(config: Config, workspace: Workspace) -> str:
     """Return the mark of a session, or of the run that is about to make it; "" if it is free."""
-    tmux = make_tmux(config, workspace)
+    tmux = make_agent(config, workspace).tmux
     mark, pane_id = tmux.find_pane()
     if pane_id:
         return mark or "another program"
@@ -6934,33 +6883,31 @@ def find_session_owner(config: Config, workspace: Workspace) -> str:
 def choose_session(config: Config, workspace: Workspace, resume: bool = False) -> Config:
     """Return the settings with the name of the session to use.
 
-    Unless CLAUDE_TMUX_SESSION is set, a session that belongs to another directory or command is
-    left alone: the directory gets a session of its own.  A resumed run keeps its command.
+    A session that belongs to another directory or command is left alone: unless
+    CLAUDE_TMUX_SESSION is set, the directory gets its own.  A resumed run keeps its command.
     """
     if workspace.has_session_name:
         return config
     own = dataclasses.replace(config, claude_tmux_session=session_name_of(workspace.directory))
     mark = make_agent(config, workspace).session_mark
+    our_end = f" in {str(workspace.directory)!r}" if resume else mark
     owner = find_session_owner(config, workspace)
-    if resume and owner.endswith(f" in {str(workspace.directory)!r}"):
+    if owner.endswith(our_end):
         return config
-    if owner != mark and (owner or find_session_owner(own, workspace) == mark):
-        return own
-    return config
+    is_own_ours = find_session_owner(own, workspace).endswith(our_end)
+    return own if owner or is_own_ours else config
 
 
 @contextlib.contextmanager
-def hold_session(config: Config, workspace: Workspace,
-                 resume: bool = False) -> Iterator[Config]:
+def hold_session(config: Config, workspace: Workspace, resume: bool = False) -> Iterator[Config]:
     """Choose the session and hold its lock; yield the settings with its name."""
-    mark = make_agent(config, workspace).session_mark
     with contextlib.ExitStack() as stack:
         chosen = choose_session(config, workspace, resume)
         try:
-            stack.enter_context(session_lock(chosen, workspace, mark))
+            stack.enter_context(session_lock(chosen, workspace))
         except ConfigError:     # perhaps another directory's run was faster: choose again
             chosen = choose_session(config, workspace, resume)
-            stack.enter_context(session_lock(chosen, workspace, mark))
+            stack.enter_context(session_lock(chosen, workspace))
         yield chosen
 
 
@@ -6981,23 +6928,13 @@ def open_dashboard(config: Config, journal: Journal,
     return listen(config.dashboard_port)
 
 
-def open_browser(url: str) -> None:
-    """Open a page in the user's browser, without the key, and away from our terminal."""
-    with contextlib.suppress(OSError):
-        subprocess.Popen([sys.executable, "-I", "-m", "webbrowser", url],
-                         env=child_environment(os.environ), stdin=subprocess.DEVNULL,
-                         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                         start_new_session=True)
-
-
 @contextlib.contextmanager
 def serve_dashboard(config: Config, journal: Journal,
                     control: Callable[[str, str], object] | None,
                     stream: TextIO) -> Iterator[None]:
     """Serve the dashboard and print its address; a run goes on without, a recording does not.
 
-    At the end of a run, a browser that was just opened gets time to come; on a terminal, the
-    dashboard stays for a user who has opened it.
+    At the end, a browser that was opened gets time to come, and the user to look at the page.
     """
     try:
         dashboard = open_dashboard(config, journal, control)
@@ -7013,8 +6950,12 @@ def serve_dashboard(config: Config, journal: Journal,
         print_line(f"Dashboard: {dashboard.url}", stream)
         has_display = any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY")))
         is_opened = config.dashboard_open and (has_display or sys.platform == "darwin")
-        if is_opened:
-            open_browser(dashboard.entry_url)
+        if is_opened:       # away from our terminal, and without the key
+            with contextlib.suppress(OSError):
+                subprocess.Popen(
+                    [sys.executable, "-I", "-m", "webbrowser", dashboard.entry_url],
+                    env=child_environment(os.environ), stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
         try:
             yield
         finally:
@@ -7050,8 +6991,7 @@ def find_unfinished_run(workspace: Workspace, attach_commands: Sequence[str],
                         ) -> tuple[Path, list[Event]]:
     """Return journal and events of the directory's last run in one of the sessions.
 
-    `attach_commands` are those of the sessions.  Raises ConfigError if that run is finished, or
-    there is none.
+    Raises ConfigError if that run is finished, or there is none.
     """
     reason = ""
     for path, info in list_runs(workspace):
@@ -7069,29 +7009,24 @@ def find_unfinished_run(workspace: Workspace, attach_commands: Sequence[str],
     raise ConfigError(f"There is no run to resume in {workspace.directory}{reason}")
 
 
-def read_outcome(path: Path) -> str:
-    """Return the outcome of a recorded run, "" if it has not ended."""
-    with open(path, "rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 65_536))
-        events = filter(None, map(parse_event, file.read().splitlines()[-1:]))
-        return str(next(events, {}).get("outcome") or "")
-
-
 # A run
+
+def check_key(config: Config) -> None:
+    """Raise ConfigError if there is no key."""
+    if not config.openrouter_api_key:
+        raise ConfigError("OPENROUTER_API_KEY is not set: export it, put it into .env, or use "
+                          "--chat")
+
 
 def describe_end(config: Config, workspace: Workspace, agent: Agent, journal: Journal,
                  is_chat: bool, outcome: str) -> dict[str, object]:
     """Return the fields of `complete` that say what is left of a run, and how to continue."""
-    if not workspace.is_persistent:
+    if not workspace.command:
         return {}
-    options = []
-    if is_chat:
-        options = ["--chat"]
-    elif outcome not in FINAL_OUTCOMES and not journal.write_error:
-        options = ["--resume"]
-    arguments = shlex.join([*options, str(workspace.directory)])
-    return {"agent": agent.name, "can_continue": bool(options),
-            "next_command": f"{workspace.command} {arguments}",
+    is_resumable = outcome not in FINAL_OUTCOMES and not journal.write_error
+    option = "--chat " if is_chat else "--resume " if is_resumable else ""
+    return {"agent": agent.name, "can_continue": bool(option),
+            "next_command": f"{workspace.command} {option}{shlex.quote(str(workspace.directory))}",
             "agent_running": not config.terminate_when_quit and agent.is_running(),
             "watch_command": agent.tmux.attach_command, "stop_command": agent.tmux.kill_command,
             "journal": "" if journal.write_error else str(journal.path)}
@@ -7103,17 +7038,16 @@ NOTIFY_TIMEOUT = 30.0       # seconds
 def notify(config: Config, workspace: Workspace, path: Path, event: Event) -> None:
     """Run NOTIFY_CMD if an event ends a run or begins to wait for a usage limit."""
     if event["type"] == "complete":
-        outcome, reason = event["outcome"], event["reason"]
-        sentence = f"The run in {workspace.directory} ended ({outcome})"
+        outcome, what = event["outcome"], f"ended ({event['outcome']})"
     elif event.get("state") == "waiting" and event.get("kind") == "usage_limit":
-        outcome, reason = "waiting", event["reason"]
-        sentence = f"The run in {workspace.directory} is waiting"
+        outcome, what = "waiting", "is waiting"
     else:
         return
+    reason = event["reason"]
+    sentence = f"The run in {workspace.directory} {what}{': ' if reason else ''}{reason}\n"
     environ = {**workspace.environ, "ORCHESTRATOR_OUTCOME": outcome, "ORCHESTRATOR_REASON": reason,
                "ORCHESTRATOR_DIRECTORY": str(workspace.directory),
                "ORCHESTRATOR_JOURNAL": str(path)}
-    sentence += f": {reason}\n" if reason else "\n"
     try:
         status, output = run_shell_command(
             config.notify_cmd, workspace.directory, environ, NOTIFY_TIMEOUT, stdin=sentence)
@@ -7123,26 +7057,15 @@ def notify(config: Config, workspace: Workspace, path: Path, event: Event) -> No
         print_error(f"NOTIFY_CMD ended with exit status {status}: {output[-200:]}")
 
 
-def make_reporter(request: RunRequest, agent_name: str) -> TerminalReporter:
+def make_reporter(agent_name: str, is_chat: bool, as_json: bool) -> TerminalReporter:
     """Return what reports a run on standard output."""
-    if request.as_json:
+    if as_json:
         return TerminalReporter(describe_json_event, {}, Display())
-    display = Display.of_stdout(os.environ)
     labels = {"task_info": agent_name, "reply": agent_name, "waiting": agent_name,
-              "iteration_start": "the model", "working": "the check", "iteration_end": "",
-              "complete": ""}
-    if request.is_chat:
-        labels["iteration_start"] = agent_name
-        return TerminalReporter(describe_chat_event, labels, display)
-    return TerminalReporter(describe_event, labels, display, shortens=True)
-
-
-def check_access(config: Config) -> None:
-    """Raise ModelError if the model's server, the key or the model can't be used."""
-    model = OpenRouter(config.openrouter_base_url, config.openrouter_api_key,
-                       config.openrouter_model)
-    with contextlib.suppress(TransientError):   # an outage may be over by the first call
-        print_error(model.check_access().warning)
+              "iteration_start": agent_name if is_chat else "the model", "working": "the check",
+              "iteration_end": "", "complete": ""}
+    return TerminalReporter(describe_chat_event if is_chat else describe_event, labels,
+                            Display.of_stdout(os.environ))
 
 
 def choose_journal(config: Config, workspace: Workspace, resume: bool) -> tuple[Path, list[Event]]:
@@ -7158,69 +7081,66 @@ def choose_journal(config: Config, workspace: Workspace, resume: bool) -> tuple[
     return workspace.journal_directory / name, []
 
 
-def run_chat(config: Config, agent: Agent, journal: Journal) -> None:
-    """Let you drive the agent."""
-    prompt = ChatPrompt()
-    Chat(agent, prompt.read, read_hidden=prompt.read_hidden, config=config, journal=journal,
-         is_interactive=sys.stdin.isatty()).run()
-
-
-def run_autopilot(config: Config, workspace: Workspace, request: RunRequest, agent: Agent,
-                  journal: Journal, task: str, history: Sequence[Event]) -> None:
-    """Let the model drive the agent, with the dashboard."""
+def run_autopilot(config: Config, workspace: Workspace, agent: Agent, journal: Journal, task: str,
+                  history: Sequence[Event], stream: TextIO) -> None:
+    """Let the model drive the agent, with the dashboard, whose address goes to `stream`."""
     memory = Memory(workspace.directory / "memory.json", config.memory_max_facts)
     print_error(memory.load())
-    if config.notify_cmd and journal.path:
-        journal.subscribe(functools.partial(notify, config, workspace, journal.path))
-    model = OpenRouter(config.openrouter_base_url, config.openrouter_api_key,
-                       config.openrouter_model, publish=journal.publish,
+    model = make_model(config, publish=journal.publish,
                        session_id=journal.path.stem if journal.path else "")
     control = RunControl(journal, lambda: signal.pthread_kill(
         threading.main_thread().ident or 0, signal.SIGINT))
     autopilot = Autopilot(agent, model, config=config, memory=memory, journal=journal,
                           control=control, environ=workspace.environ)
-    stream = sys.stderr if request.as_json else sys.stdout
     with serve_dashboard(config, journal, control.handle, stream) if config.dashboard_enabled \
             else contextlib.nullcontext():
         autopilot.run(task, history=history)
 
 
-def run(config: Config, workspace: Workspace, request: RunRequest) -> int:
-    """Let you or the model drive the agent; return 0.
+def run(config: Config, workspace: Workspace, get_task: Callable[[], str] | None, *,
+        as_json: bool = False, resume: bool = False) -> int:
+    """Let the model drive the agent, or you, if there is no `get_task`; return 0.
 
     Raises OrchestratorError or Interrupted if the run does not end by success.
     """
-    if not request.is_chat and not config.openrouter_api_key:
-        raise ConfigError("OPENROUTER_API_KEY is not set: export it, put it into .env, or use "
-                          "--chat")
+    is_chat = get_task is None
+    if not is_chat:
+        check_key(config)
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(SignalHandler())
-        config = stack.enter_context(hold_session(config, workspace, request.resume))
-        path, history = choose_journal(config, workspace, request.resume)
+        config = stack.enter_context(hold_session(config, workspace, resume))
+        path, history = choose_journal(config, workspace, resume)
         agent = make_agent(config, workspace)
         agent.tmux.check_version()
         agent.check_installed()
         agent.find_session()
-        if not request.is_chat:
-            check_access(config)
-        task = str(history[0]["task"]) if history else request.read_task()
+        task = ""
+        if get_task:
+            with contextlib.suppress(TransientError):   # an outage may be over by the first call
+                print_error(make_model(config).check_access().warning)
+            task = str(history[0]["task"]) if history else get_task()
         journal = Journal(path, defer_signals=signals.deferred, secret=config.openrouter_api_key)
         stack.callback(lambda: print_error(journal.unreported_error))
-        reporter = make_reporter(request, agent.name)
+        reporter = make_reporter(agent.name, is_chat, as_json)
         journal.subscribe(reporter.on_event)
         agent = make_agent(
             config, workspace, publish=journal.publish, sleep=reporter.sleep,
             has_viewers=lambda: reporter.wants_screen() or journal.has_readers())
         journal.describe_end = functools.partial(
-            describe_end, config, workspace, agent, journal, request.is_chat)
+            describe_end, config, workspace, agent, journal, is_chat)
         if config.terminate_when_quit:
             stack.callback(signals.deferred()(agent.stop))      # all of it, should one come now
-        if history and not request.as_json:
+        if history and not as_json:
             print_line(describe_event({**history[0], "attach": agent.tmux.attach_command})[0])
-        if request.is_chat:
-            run_chat(config, agent, journal)
+        if is_chat:
+            prompt = ChatPrompt()
+            Chat(agent, prompt.read, read_hidden=prompt.read_hidden, config=config,
+                 journal=journal, is_interactive=sys.stdin.isatty()).run()
         else:
-            run_autopilot(config, workspace, request, agent, journal, task, history)
+            if config.notify_cmd:
+                journal.subscribe(functools.partial(notify, config, workspace, path))
+            run_autopilot(config, workspace, agent, journal, task, history,
+                          sys.stderr if as_json else sys.stdout)
     return 0
 
 
@@ -7241,8 +7161,6 @@ def own_command() -> str:
     script = sys.argv[0]
     if not os.path.isfile(script):      # `curl ... | python3 -`
         return "python3 orchestrator.py"
-    if os.access(script, os.X_OK) and "/" in script:
-        return shlex.quote(script)
     python = Path(sys.executable).name
     return shlex.join([python if shutil.which(python) else sys.executable, script])
 
@@ -7259,8 +7177,7 @@ Without a key you can chat with the agent: {command} --chat ~/src/project"""
 def run_demo(config: Config, environ: Mapping[str, str], as_json: bool) -> int:
     """Do a run in a scratch directory, with the built-in model and agent."""
     scratch = Path(tempfile.mkdtemp(prefix="orchestrator-demo-")).resolve()
-    workspace = Workspace(scratch / "work", scratch / "state", environ, is_persistent=False,
-                          has_session_name=True)
+    workspace = Workspace(scratch / "work", scratch / "state", environ)
     workspace.directory.mkdir()
     agent = scratch / "demo_agent.py"
     agent.write_text(DEMO_AGENT, encoding="utf-8")
@@ -7273,7 +7190,7 @@ def run_demo(config: Config, environ: Mapping[str, str], as_json: bool) -> int:
         openrouter_api_key="the-key-of-the-demo", openrouter_model="built-in demo",
         verify_cmd=DEMO_VERIFY_CMD, terminate_when_quit=True, **shown)
     try:
-        run(config, workspace, RunRequest(lambda: DEMO_TASK, as_json=as_json))
+        run(config, workspace, lambda: DEMO_TASK, as_json=as_json)
     finally:
         server.shutdown()
         server.server_close()
@@ -7303,36 +7220,31 @@ def _format_task(info: Event) -> str:
     return textwrap.shorten(task, 60, placeholder=" ...")
 
 
-def _describe_driver(path: Path | None, info: Event, process: str) -> Rows:
-    """Return who drives a session, how to watch that in a browser, and how to stop it."""
-    if not process:
-        return [("Driver", "none; the agent waits for the next run or chat in its directory")]
-    rows = [("Driver", f"process {process}, since {_format_start(info)}: {_format_task(info)}")]
-    if path and info.get("mode") != "chat":
-        rows.append(("Dashboard", find_live_dashboard(path) or "none"))
-    return [*rows, ("Stop it", f"kill {process}")]
-
-
 def run_status(config: Config, workspace: Workspace) -> int:
     """Print the sessions on our socket and the latest runs; return 0."""
     runs = list(list_runs(workspace))
     driven = []
-    for name, mark, created_at, is_running in make_tmux(config, workspace).list_sessions():
+    server = make_agent(config, workspace).tmux
+    for name, mark, created_at, is_running in server.list_sessions():
         tmux = Tmux(config.claude_tmux_socket, name, workspace.environ)
-        path, info = next(((path, info) for path, info in runs
-                           if info["attach"] == tmux.attach_command), (None, {}))
+        path, info = next((run for run in runs if run[1]["attach"] == tmux.attach_command),
+                          (None, {}))
         process = find_session_holder(workspace.lock_path(tmux))[0]
+        since = datetime.datetime.fromtimestamp(created_at)
+        agent = f"{info.get('agent', 'a program')}, {'running' if is_running else 'ended'}"
+        rows = {"Agent": f"{agent}; the session is there since {since:%Y-%m-%d %H:%M}",
+                "Made for": mark, "Watch it": tmux.attach_command, "End it": tmux.kill_command,
+                "Driver": "none; the agent waits for the next run or chat in its directory"}
         if process:
             driven.append(path)
-        agent = f"{info.get('agent', 'a program')}, " + ("running" if is_running else "ended")
-        since = datetime.datetime.fromtimestamp(created_at)
-        rows = [("Agent", f"{agent}; the session is there since {since:%Y-%m-%d %H:%M}"),
-                ("Made for", mark), *_describe_driver(path, info, process),
-                ("Watch it", tmux.attach_command), ("End it", tmux.kill_command)]
+            rows["Driver"] = f"process {process}, since {_format_start(info)}: {_format_task(info)}"
+            rows["Stop it"] = f"kill {process}"
+            if path and info.get("mode") != "chat":
+                rows["Dashboard"] = find_live_dashboard(path) or "none"
         print_line(f"Session {name}\n{textwrap.indent(format_rows(rows), '    ')}\n")
     print_line(f"Latest runs, with their journals in {workspace.journal_directory}")
     for path, info in runs[:10]:
-        outcome = read_outcome(path) or ("running" if path in driven else "cut off")
+        outcome = read_events(path)[-1].get("outcome") or ("running" if path in driven else "cut off")
         print_line(f"    {_format_start(info)}  {outcome:<11}  {info['workdir']}: "
                    f"{_format_task(info)}")
     return 0
@@ -7340,107 +7252,102 @@ def run_status(config: Config, workspace: Workspace) -> int:
 
 # Doctor
 
-class Doctor:
-    """Checks what a run needs, by trying it.  Each check returns a description or raises."""
+def check_agent(config: Config, workspace: Workspace) -> str:
+    """Return where the agent is, and its version; raise AgentError if it would not work."""
+    profile = select_profile(config.default_model, config.claude_cmd)
+    found = make_agent(config, workspace).check_installed()
+    option, variable = profile.root_check
+    if (os.getuid() == 0 and option and option in profile.start_command
+            and not workspace.environ.get(variable)):
+        raise AgentError(f"{profile.name} refuses {option} as root. Run as another user, or "
+                         f"set {variable}=1 where nothing can be damaged.")
+    if not profile.install_command:     # another program may take --version for a task
+        return found
+    command = shlex.join([profile.start_command[0], "--version"])
+    status, output = run_shell_command(command, workspace.directory, workspace.environ, 20)
+    if status:
+        raise AgentError(f"{command} ended with exit status {status}: {output[-200:]}. "
+                         f"Install it again: {profile.install_command}")
+    version = output.rpartition("\n")[2]
+    command = shlex.join([profile.start_command[0], "--help"])
+    options = run_shell_command(command, workspace.directory, workspace.environ, 20)[1]
+    unknown = [word for word in profile.start_command
+               if word.startswith("--") and word not in options]
+    if unknown and not config.claude_cmd:
+        raise AgentError(f"{version} does not list {unknown[0]} in its --help. Update it: "
+                         f"{profile.install_command}")
+    return f"{found}, {version}"
 
-    def __init__(self, config: Config, workspace: Workspace) -> None:
-        self._config = config
-        self._workspace = workspace
-        self._agent = make_agent(config, workspace)
-        self._profile = select_profile(config.default_model, config.claude_cmd)
 
-    def run(self, errors: Sequence[str]) -> int:
-        """Print a line for each thing and each error in the settings; return 0 if all is well."""
-        print_line(f"python    ok      {platform.python_version()}")
-        for error in errors:
-            print_line(f"settings  FAILED  {error}")
-        checks = {"tmux": self._agent.tmux.check_version, "agent": self._check_agent,
-                  "login": self._check_login, "model": self._check_model,
-                  "session": self._check_session, "state": self._check_state}
-        if self._config.dashboard_enabled:
-            checks["dashboard"] = self._check_dashboard
-        failures = len(errors)
-        for name, check in checks.items():
-            try:
-                print_line(f"{name:<9} ok      {check()}")
-            except (OrchestratorError, OSError, ValueError) as error:
-                verdict = "warning" if name == "dashboard" else "FAILED"
-                print_line(f"{name:<9} {verdict:<7} {error}")
-                if verdict == "FAILED":     # a run goes on without a dashboard
-                    failures += 1
-        return 1 if failures else 0
+def check_login(config: Config, workspace: Workspace) -> str:
+    """Return whether the agent is logged in, as far as it tells; raise AgentError if not."""
+    profile = select_profile(config.default_model, config.claude_cmd)
+    if not profile.login_status_command:
+        return f"not known for {profile.name}"
+    command = shlex.join(profile.login_status_command)
+    status, output = run_shell_command(command, workspace.directory, workspace.environ, 20)
+    advice = find_problem(profile, output)
+    if advice:
+        raise AgentError(f"{profile.name}: {advice}")
+    return "logged in" if status == 0 else f"unknown: `{command}` failed"
 
-    def _check_agent(self) -> str:
-        profile = self._profile
-        found = self._agent.check_installed()
-        option, variable = profile.root_check
-        if (os.getuid() == 0 and option and option in profile.start_command
-                and not self._workspace.environ.get(variable)):
-            raise AgentError(f"{profile.name} refuses {option} as root. Run as another user, or "
-                             f"set {variable}=1 where nothing can be damaged.")
-        if not profile.install_command:     # another program may take --version for a task
-            return found
-        command = shlex.join([profile.start_command[0], "--version"])
-        status, output = self._run_command(command)
-        if status:
-            raise AgentError(f"{command} ended with exit status {status}: {output[-200:]}. "
-                             f"Install it again: {profile.install_command}")
-        version = output.rpartition("\n")[2]
-        options = self._run_command(shlex.join([profile.start_command[0], "--help"]))[1]
-        unknown = [word for word in profile.start_command
-                   if word.startswith("--") and word not in options]
-        if unknown and not self._config.claude_cmd:
-            raise AgentError(f"{version} does not list {unknown[0]} in its --help. Update it: "
-                             f"{profile.install_command}")
-        return f"{found}, {version}"
 
-    def _run_command(self, command: str) -> tuple[int, str]:
-        return run_shell_command(
-            command, self._workspace.directory, self._workspace.environ, 20)
+def check_model(config: Config, workspace: Workspace) -> str:
+    """Return what a tiny completion shows of server, key and model."""
+    if not config.autonomous_mode:
+        return "not needed in chat mode"
+    check_key(config)
+    model = make_model(config)
+    access = model.check_access()
+    note = f"; {access.warning}" if access.warning else ""
+    return f"{access.description}, {model.check_completion()} (tried with a few tokens){note}"
 
-    def _check_login(self) -> str:
-        profile = self._profile
-        if not profile.login_status_command:
-            return f"not known for {profile.name}"
-        command = shlex.join(profile.login_status_command)
-        status, output = self._run_command(command)
-        advice = find_problem(profile, output)
-        if advice:
-            raise AgentError(f"{profile.name}: {advice}")
-        return "logged in" if status == 0 else f"unknown: `{command}` failed"
 
-    def _check_model(self) -> str:
-        config = self._config
-        if not config.autonomous_mode:
-            return "not needed in chat mode"
-        if not config.openrouter_api_key:
-            raise ConfigError("OPENROUTER_API_KEY is not set: export it, or put it into .env")
-        model = OpenRouter(config.openrouter_base_url, config.openrouter_api_key,
-                           config.openrouter_model)
-        access = model.check_access()
-        note = f"; {access.warning}" if access.warning else ""
-        return f"{access.description}, {model.check_completion()} (tried with a few tokens){note}"
+def check_session(config: Config, workspace: Workspace) -> str:
+    """Return which session a run would use; raise ConfigError if another process drives it."""
+    with hold_session(config, workspace) as chosen:
+        found = make_agent(chosen, workspace).find_session()
+        state = "is running already and will be joined" if found else "is free"
+        return f"{chosen.claude_tmux_session} {state}"
 
-    def _check_session(self) -> str:
-        with hold_session(self._config, self._workspace) as config:
-            agent = make_agent(config, self._workspace)
-            state = "is running already and will be joined" if agent.find_session() else "is free"
-            return f"{config.claude_tmux_session} {state}"
 
-    def _check_state(self) -> str:
-        directory = self._workspace.state_directory
+def check_state(config: Config, workspace: Workspace) -> str:
+    """Return the state directory; raise ConfigError if it can't be written."""
+    try:
+        workspace.journal_directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=workspace.journal_directory).close()
+    except OSError as error:
+        raise ConfigError(f"{workspace.state_directory}: {error.strerror}. Set XDG_STATE_HOME to "
+                          "a directory that can be written.") from None
+    return f"{workspace.state_directory} can be written"
+
+
+def check_dashboard(config: Config, workspace: Workspace) -> str:
+    """Return where the dashboard can listen; raise ConfigError if it can't."""
+    host, port = config.dashboard_host, config.dashboard_port
+    Dashboard(Journal(), host=host, port=port).server_close()
+    return f"can listen on {host}, port {port or 'any'}"
+
+
+def run_doctor(config: Config, workspace: Workspace, errors: Sequence[str]) -> int:
+    """Print a line for each check and each error in the settings; return 0 if all is well."""
+    print_line(f"python    ok      {platform.python_version()}")
+    for error in errors:
+        print_line(f"settings  FAILED  {error}")
+    failures = len(errors)
+    checks = {"tmux": lambda *_: make_agent(config, workspace).tmux.check_version(),
+              "agent": check_agent, "login": check_login, "model": check_model,
+              "session": check_session, "state": check_state}
+    if config.dashboard_enabled:
+        checks["dashboard"] = check_dashboard
+    for name, check in checks.items():
         try:
-            self._workspace.journal_directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=self._workspace.journal_directory).close()
-        except OSError as error:
-            raise ConfigError(f"{directory}: {error.strerror}. Set XDG_STATE_HOME to a directory "
-                              "that can be written.") from None
-        return f"{directory} can be written"
-
-    def _check_dashboard(self) -> str:
-        host, port = self._config.dashboard_host, self._config.dashboard_port
-        Dashboard(Journal(), host=host, port=port).server_close()
-        return f"can listen on {host}, port {port or 'any'}"
+            print_line(f"{name:<9} ok      {check(config, workspace)}")
+        except (OrchestratorError, OSError, ValueError) as problem:
+            verdict = "warning" if name == "dashboard" else "FAILED"   # a run goes on without
+            failures += verdict == "FAILED"
+            print_line(f"{name:<9} {verdict:<7} {problem}")
+    return 1 if failures else 0
 
 
 # Dispatch
@@ -7450,13 +7357,6 @@ _ANNOUNCED_SETTINGS = ("CLAUDE_CMD", "VERIFY_CMD", "NOTIFY_CMD", "OPENROUTER_BAS
 _REPEATED_SETTINGS = ("CLAUDE_TMUX_SESSION", "CLAUDE_TMUX_SOCKET", "DEFAULT_MODEL", "CLAUDE_CMD",
                       "OPENROUTER_MODEL", "OPENROUTER_BASE_URL", "VERIFY_CMD", "MAX_ITERATIONS",
                       "MAX_COST", "MAX_MINUTES")
-
-
-def repeat_settings(environ: Mapping[str, str]) -> str:
-    """Return the settings of the environment that a run needs again, for a shell."""
-    settings = [f"{name}={shlex.quote(environ[name])} " for name in _REPEATED_SETTINGS
-                if environ.get(name) and "?" not in environ[name]]      # a query may hold a key
-    return "".join(settings)
 
 
 def announce_settings(environ: Mapping[str, str], env_file: Mapping[str, str]) -> None:
@@ -7490,24 +7390,23 @@ def find_workspace(directory: str | None, environ: Mapping[str, str],
         raise ConfigError(f"{shown}: {error}") from None
     except RuntimeError as error:       # no home
         raise ConfigError(f"{shown}: {error} Set HOME and XDG_STATE_HOME") from None
+    settings = [f"{name}={shlex.quote(environ[name])}" for name in _REPEATED_SETTINGS
+                if environ.get(name) and "?" not in environ[name]]      # a query may hold a key
     name = "CLAUDE_TMUX_SESSION"
     return Workspace(path, Path(state_home, "orchestrator"), child_environment(environ),
-                     has_session_name=bool(environ.get(name) or env_file.get(name)),
-                     command=f"{repeat_settings(environ)}{own_command()}")
+                     " ".join([*settings, own_command()]),
+                     has_session_name=bool(environ.get(name) or env_file.get(name)))
 
 
-def start_replay(options: argparse.Namespace, environ: Mapping[str, str],
-                 env_file: Mapping[str, str]) -> int:
-    """Serve a recorded run.  Of the settings, only those of the dashboard must be right."""
-    config = Config.from_env(
-        {name: value for name, value in environ.items() if name.startswith("DASHBOARD_")},
-        {name: value for name, value in env_file.items() if name.startswith("DASHBOARD_")})
+def find_recorded_run(options: argparse.Namespace, environ: Mapping[str, str],
+                      env_file: Mapping[str, str]) -> Path:
+    """Return the journal that --replay names, or that of the latest run of a directory."""
     if options.replay and not Path(options.replay).is_dir():
-        return run_replay(Path(options.replay), config)
+        return Path(options.replay)
     workspace = find_workspace(options.replay or options.directory, environ, env_file)
     for path, info in list_runs(workspace):
         if info["workdir"] == str(workspace.directory):
-            return run_replay(path, config)
+            return path
     raise ConfigError(f"There is no recorded run of {workspace.directory}. Give a file: "
                       f"--replay FILE. Journals are in {workspace.journal_directory}")
 
@@ -7519,11 +7418,13 @@ def dispatch(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         return 0
     errors: list[str] = []
     env_file = {} if options.demo else read_env_file(Path(".env"), errors.append)
-    if options.replay is not None:
-        return start_replay(options, environ, env_file)
     config = Config.from_env(environ, env_file, errors.append)
+    if options.replay is not None:      # needs no settings but those of the dashboard
+        errors = [error for error in errors if "DASHBOARD_" in error]
     if errors and not (options.doctor or options.status):
         raise ConfigError(errors[0])
+    if options.replay is not None:
+        return run_replay(find_recorded_run(options, environ, env_file), config)
     if options.demo:
         return run_demo(config, child_environment(environ), options.json)
     workspace = find_workspace(options.directory, environ, env_file)
@@ -7531,14 +7432,12 @@ def dispatch(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         return run_status(config, workspace)
     announce_settings(environ, env_file)
     if options.doctor:
-        return Doctor(config, workspace).run(errors)
+        return run_doctor(config, workspace, errors)
     is_chat = options.chat or not (config.autonomous_mode or options.resume)
     if is_chat and options.task is not None:
         raise ConfigError("a chat takes no --task: AUTONOMOUS_MODE=false is set")
-    ask = str if is_chat else functools.partial(read_task, options.task)
-    return run(config, workspace, RunRequest(
-        ask, is_chat=is_chat, as_json=options.json,
-        resume=options.resume))
+    ask = None if is_chat else functools.partial(read_task, options.task)
+    return run(config, workspace, ask, as_json=options.json, resume=options.resume)
 
 
 def repair_standard_streams() -> None:
@@ -7571,8 +7470,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    if __file__ == "<stdin>":
-        read_from_terminal()
+    if __file__ == "<stdin>":       # `curl ... | python3 -`: standard input was the program
+        with contextlib.suppress(OSError):
+            os.dup2(os.open("/dev/tty", os.O_RDWR), 0)
     status = main()
     signal.signal(signal.SIGINT, signal.SIG_IGN)    # there is nothing left to interrupt
     raise SystemExit(status)
