@@ -4030,24 +4030,19 @@ _NOT_YET = re.compile(r"(?i)\W*(?:not?|never|false|pending|after|when|if|once|un
 _TMUX_KEYS = ("Up", "Down", "Left", "Right", "Enter", "Escape", "Tab", "BTab", "Space", "BSpace",
               "Home", "End", "PageUp", "PageDown", "PPage", "NPage", "PgUp", "PgDn", "IC", "DC",
               "Insert", "Delete", *(f"F{number}" for number in range(1, 13)))
-_KEY_ALIASES = {
-    **{name.lower(): name for name in _TMUX_KEYS}, "return": "Enter", "esc": "Escape",
-    "backspace": "BSpace", "del": "Delete", "spacebar": "Space"}
+_KEY_NAMES = {name.lower(): name for name in _TMUX_KEYS} | {
+    "return": "Enter", "esc": "Escape", "backspace": "BSpace", "del": "Delete", "spacebar": "Space"}
 _MODIFIED_KEY = re.compile(r"(?i)(c|ctrl|control|m|alt|meta|option|s|shift)[+-](.+)")
 
 
 def _parse_key(word: str) -> str:
-    """Return the tmux name of a key as people write it, or "" if there is no such key.
-
-    >>> [_parse_key(word) for word in ("esc", "Ctrl+C", "^C", "shift+tab", "y", "yes")]
-    ['Escape', 'C-c', 'C-c', 'BTab', 'y', '']
-    """
+    """Return the tmux name of a key as people write it, such as Ctrl+C, or ""."""
     modifiers = ""
     word = re.sub(r"\A\^(?=.)", "C-", word)
     while match := _MODIFIED_KEY.fullmatch(word):
         modifiers += {"c": "C-", "s": "S-"}.get(match[1][0].lower(), "M-")
         word = match[2]
-    key = _KEY_ALIASES.get(word.lower(), word if len(word) == 1 else "")
+    key = _KEY_NAMES.get(word.lower(), word if len(word) == 1 else "")
     if modifiers == "S-" and key == "Tab":
         return "BTab"
     if modifiers == "S-" and len(key) == 1:
@@ -4082,11 +4077,7 @@ _DURATION = re.compile(
 
 
 def _parse_duration(text: str) -> float | None:
-    """Return the seconds in a time as people write it, or None if it is no time.
-
-    >>> [_parse_duration(text) for text in ("90", "5 minutes", "1h30m", "soon")]
-    [90.0, 300.0, 5400.0, None]
-    """
+    """Return the seconds in a time as people write it, such as 1h30m, or None."""
     match = _DURATION.fullmatch(text)
     if not match:
         return None
@@ -4608,11 +4599,7 @@ _TEST_RESULT = re.compile(
 
 
 def find_failure(output: str) -> str:
-    """Return the last line of an output if it tells of a failure, or "".
-
-    >>> find_failure("FAILED test_a\\n2 failed, 10 passed"), find_failure("0 failed, 12 passed")
-    ('2 failed, 10 passed', '')
-    """
+    """Return the last result that an output tells of if it is a failure, otherwise ""."""
     lines = [" ".join(line.split()) for line in output.split("\n") if line.strip()]
     results = [match for line in lines[-12:] if (match := _TEST_RESULT.search(line[:1_000]))]
     return truncate_middle(results[-1].string, 200) if results and results[-1]["failure"] else ""
@@ -4653,21 +4640,18 @@ class Autopilot:
     `model` is an OpenRouter or any ChatModel.  Without `memory` the facts are those of
     `memory.json` in the agent's directory; without `journal` the events stay in memory.
 
-    >>> class Script:
-    ...     characters_per_token = 4.0
-    ...     replies = ["date", "TASK_COMPLETE", "TASK_COMPLETE"]
-    ...     def complete(self, messages, **callbacks):
-    ...         return Reply(self.replies.pop(0))
-    >>> bash = select_profile("claude", "bash --norc")
-    >>> with Agent(bash, session="docs", socket="docs") as agent:       # doctest: +SKIP
-    ...     Autopilot(agent, Script(), config=Config(max_minutes=30)).run("What time is it?")
+    >>> model = OpenRouter("https://openrouter.ai/api/v1", "key", "anthropic/claude-opus-4.6")
+    >>> with Agent(select_profile("claude"), "~/src/project") as agent:     # doctest: +SKIP
+    ...     Autopilot(agent, model, config=Config(max_minutes=30)).run("Make the tests pass.")
     """
 
     MAX_MESSAGES = 900                  # in a conversation: some take 1,000
     VERIFY_TIMEOUT = 600.0              # seconds
     MAX_SAME_FAILURES = 5               # of VERIFY_CMD in a row, then the run is stuck
-    MAX_TURNS_WITHOUT_NEWS = 10         # then the run is stuck; the model is told after half
-    MAX_EQUAL_STEPS = 6                 # as well
+    WARN_TURNS_WITHOUT_NEWS = 5         # then the model is told
+    MAX_TURNS_WITHOUT_NEWS = 10         # then the run is stuck
+    WARN_EQUAL_STEPS = 3                # equal replies with equal outcomes, in the same way
+    MAX_EQUAL_STEPS = 6
     LONG_WAIT_SECONDS = 60.0            # a WAIT that is not counted as a turn without news
     MAX_USAGE_LIMIT_SECONDS = 86400.0   # to its end: the model may decide to wait for longer
     USAGE_LIMIT_MARGIN_SECONDS = 120.0  # after its end
@@ -4681,7 +4665,6 @@ class Autopilot:
         self._agent = agent
         self._model = model
         self._config = config
-        self._directory = agent.directory
         self._journal = journal or Journal()
         self._memory = memory or Memory(agent.directory / "memory.json", config.memory_max_facts)
         self._control = control or RunControl(self._journal)
@@ -4716,7 +4699,7 @@ class Autopilot:
         Raises what ends the run otherwise; `complete` is published in every case.
         """
         self._totals.restore(history)
-        with self._totals.publish_outcome(self._journal, self._find_files_changed_since_start):
+        with self._totals.publish_outcome(self._journal, self._find_changed_files):
             if history:
                 self._check_budgets(self._totals.iterations)
                 self._journal.publish("state", state="resumed", reason=_RESUMED_REASON)
@@ -4728,7 +4711,9 @@ class Autopilot:
             try:
                 self._begin(task, history)
                 while not self._is_done:
-                    self._step()
+                    self._begin_iteration()
+                    reply = self._query_model()
+                    self._add_exchange(self._journal.redact(reply.text), self._act_on(reply))
             except Interrupted as interrupt:
                 if self._control.is_stopped:
                     interrupt.args = ("stopped from the dashboard",)
@@ -4740,12 +4725,12 @@ class Autopilot:
         """Start the agent and the conversation, or go on with one."""
         name = self._agent.name
         self._task = self._journal.redact(task)
-        self._files_at_start = self._files = snapshot_files(self._directory, self._environ)
+        self._files_at_start = self._files = self._snapshot_files()
         turn = self._agent.start(any(event["type"] == "reply" for event in history))
         self._news.update("", turn.output)
         facts = history[0].get("memories") if history else self._memory.facts   # as it began
         self._conversation = Conversation(self._system_prompt(facts), f"Task:\n{self._task}",
-                                          f"{name} works in {self._directory}.")
+                                          f"{name} works in {self._agent.directory}.")
         sentences = [f"[{note}]" for note in self._journal.redact(turn.notes)]
         output = self._output_label + self._journal.redact(turn.output)
         if history:
@@ -4821,12 +4806,6 @@ class Autopilot:
 
     # one iteration
 
-    def _step(self) -> None:
-        """Ask the model for a reply, do what it asks for, and note what came of it."""
-        self._begin_iteration()
-        reply = self._query_model()
-        self._add_exchange(self._journal.redact(reply.text), self._act_on(reply))
-
     def _act_on(self, reply: Reply) -> Event:
         """Do what a reply asks for; return the `iteration_end` that tells what came of it."""
         started_at = self._clock()
@@ -4866,7 +4845,7 @@ class Autopilot:
 
     def _query_model(self) -> Reply:
         """Return the model's next reply; shorten the conversation if it has become too long."""
-        reply = None
+        reply: Reply | None = None
         while not reply:
             if len(self._conversation.messages()) > self.MAX_MESSAGES:
                 self._summarise()
@@ -4983,7 +4962,7 @@ class Autopilot:
         command = self._config.verify_cmd
         self._journal.publish("state", state="working", reason=f"checking: {command}")
         try:
-            status, output = run_shell_command(command, self._directory, self._environ,
+            status, output = run_shell_command(command, self._agent.directory, self._environ,
                                                min(self.VERIFY_TIMEOUT, self._seconds_left()))
         except OSError as error:
             status, output = 126, f"it can't be run: {error.strerror}"
@@ -5006,7 +4985,7 @@ class Autopilot:
             evidence.append(f"Messages sent to {name}: {self._messages_sent}.")
         else:
             doubts.append(f"You have sent {name} no message.")
-        changed = self._find_files_changed_since_start()
+        changed = self._find_changed_files()
         if changed:
             names = ", ".join(changed[:5]) + (", ..." if len(changed) > 5 else "")
             evidence.append(f"Files changed since the start: {len(changed)} ({names}).")
@@ -5030,43 +5009,41 @@ class Autopilot:
             "Go through it point by point. If you have seen each point proved after the last "
             "change, reply TASK_COMPLETE again. Otherwise continue."))
 
-    def _find_files_changed_since_start(self) -> list[str] | None:
-        self._files = snapshot_files(self._directory, self._environ)
-        return find_changed_files(self._files_at_start, self._files)
+    def _snapshot_files(self) -> Files | None:
+        return snapshot_files(self._agent.directory, self._environ)
+
+    def _find_changed_files(self) -> list[str] | None:
+        """Return the paths that have changed since the start of the run, as far as known."""
+        return find_changed_files(self._files_at_start, self._snapshot_files())
 
     # circles
 
     def _check_stuck(self, action: Action, turn: Turn) -> list[str]:
         """Return a warning if the last turns brought nothing new; raise StuckInLoop if they go on.
 
-        Waiting is no circle.
+        New lines and changed files are news.  Waiting is no circle.
         """
         if self._is_done or turn.state == "working" or action.seconds >= self.LONG_WAIT_SECONDS:
             self._equal_steps = 0
             return []
+        has_news = self._news.update(action.text, turn.output)
+        if not has_news:
+            before, self._files = self._files, self._snapshot_files()
+            has_news = bool(find_changed_files(before, self._files))
         step = (action, normalize_screen(turn.as_text()))
-        has_news = self._has_news(action, turn)
         self._turns_without_news = 0 if has_news else self._turns_without_news + 1
         self._equal_steps = 1 if has_news or step != self._last_step else self._equal_steps + 1
         self._last_step = step
-        counts = (self._turns_without_news, self._equal_steps)
-        limits = (self.MAX_TURNS_WITHOUT_NEWS, self.MAX_EQUAL_STEPS)
-        problem = f"the last {counts[0]} turns brought no new output and changed no file"
-        if any(count >= limit for count, limit in zip(counts, limits)):
+        count = self._turns_without_news
+        problem = f"the last {count} turns brought no new output and changed no file"
+        if count >= self.MAX_TURNS_WITHOUT_NEWS or self._equal_steps >= self.MAX_EQUAL_STEPS:
             raise StuckInLoop(problem)
-        if all(count != limit // 2 for count, limit in zip(counts, limits)):
+        if count != self.WARN_TURNS_WITHOUT_NEWS and self._equal_steps != self.WARN_EQUAL_STEPS:
             return []
         warning = (f"You are repeating yourself: {problem}. Try a different approach, or end the "
                    "run with TASK_FAILED: reason.")
         self._journal.publish("note", text=warning, source="orchestrator")
         return [warning]
-
-    def _has_news(self, action: Action, turn: Turn) -> bool:
-        """Return whether a turn showed new lines, or else changed files."""
-        if self._news.update(action.text, turn.output):
-            return True
-        earlier, self._files = self._files, snapshot_files(self._directory, self._environ)
-        return bool(find_changed_files(earlier, self._files))
 
     # memory and conversation
 
