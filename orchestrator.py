@@ -4608,6 +4608,7 @@ def find_failure(output: str) -> str:
 _LONG_WORD = re.compile(r"[^\W\d_]{3,}")
 _TECHNICAL_TEXT = re.compile(r"[\d/\\=<>{}\[\]|_`]|\w[.:(]\w")
 
+
 class NewsDetector:
     """Tell outputs that say something new from those that repeat or reword the last ones."""
 
