@@ -6892,15 +6892,12 @@ def open_dashboard(config: Config, journal: Journal,
                    control: Callable[[str, str], object] | None) -> Dashboard:
     """Return the dashboard; that of a resumed run keeps its token and, if it is free, its port."""
     earlier = read_dashboard_address(journal.path) if control and journal.path else {}
-
-    def listen(port: int) -> Dashboard:
-        return Dashboard(journal, host=config.dashboard_host, port=port, control=control,
-                         url=config.dashboard_url, token=get_text(earlier, "token"))
-
+    listen = functools.partial(Dashboard, journal, host=config.dashboard_host, control=control,
+                               url=config.dashboard_url, token=get_text(earlier, "token"))
     if not config.dashboard_port:
         with contextlib.suppress(ConfigError):
-            return listen(get_int(earlier, "port"))
-    return listen(config.dashboard_port)
+            return listen(port=get_int(earlier, "port"))
+    return listen(port=config.dashboard_port)
 
 
 @contextlib.contextmanager
@@ -7219,7 +7216,8 @@ def run_status(config: Config, workspace: Workspace) -> int:
         print_line(f"Session {name}\n{textwrap.indent(format_rows(rows), '    ')}\n")
     print_line(f"Latest runs, with their journals in {workspace.journal_directory}")
     for path, info in runs[:10]:
-        outcome = read_events(path)[-1].get("outcome") or ("running" if path in driven else "cut off")
+        outcome = read_events(path)[-1].get("outcome")
+        outcome = outcome or ("running" if path in driven else "cut off")
         print_line(f"    {_format_start(info)}  {outcome:<11}  {info['workdir']}: "
                    f"{_format_task(info)}")
     return 0
@@ -7304,12 +7302,10 @@ def check_dashboard(config: Config, workspace: Workspace) -> str:
     return f"can listen on {host}, port {port or 'any'}"
 
 
-def run_doctor(config: Config, workspace: Workspace, errors: Sequence[str]) -> int:
-    """Print a line for each check and each error in the settings; return 0 if all is well."""
+def run_doctor(config: Config, workspace: Workspace) -> int:
+    """Print a line for each check; return 0 if all is well."""
     print_line(f"python    ok      {platform.python_version()}")
-    for error in errors:
-        print_line(f"settings  FAILED  {error}")
-    failures = len(errors)
+    status = 0
     checks = {"tmux": lambda *_: make_agent(config, workspace).tmux.check_version(),
               "agent": check_agent, "login": check_login, "model": check_model,
               "session": check_session, "state": check_state}
@@ -7320,9 +7316,9 @@ def run_doctor(config: Config, workspace: Workspace, errors: Sequence[str]) -> i
             print_line(f"{name:<9} ok      {check(config, workspace)}")
         except (OrchestratorError, OSError, ValueError) as problem:
             verdict = "warning" if name == "dashboard" else "FAILED"   # a run goes on without
-            failures += verdict == "FAILED"
+            status = 1 if verdict == "FAILED" else status
             print_line(f"{name:<9} {verdict:<7} {problem}")
-    return 1 if failures else 0
+    return status
 
 
 # Dispatch
@@ -7396,7 +7392,7 @@ def dispatch(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     config = Config.from_env(environ, env_file, errors.append)
     if options.replay is not None:      # needs no settings but those of the dashboard
         errors = [error for error in errors if "DASHBOARD_" in error]
-    if errors and not (options.doctor or options.status):
+    if errors:
         raise ConfigError(errors[0])
     if options.replay is not None:
         return run_replay(find_recorded_run(options, environ, env_file), config)
@@ -7407,7 +7403,7 @@ def dispatch(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         return run_status(config, workspace)
     announce_settings(environ, env_file)
     if options.doctor:
-        return run_doctor(config, workspace, errors)
+        return run_doctor(config, workspace)
     is_chat = options.chat or not (config.autonomous_mode or options.resume)
     if is_chat and options.task is not None:
         raise ConfigError("a chat takes no --task: AUTONOMOUS_MODE=false is set")
@@ -7432,16 +7428,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     repair_standard_streams()
     try:
         return dispatch(parse_arguments(argv), os.environ)
-    except OrchestratorError as error:
+    except (OrchestratorError, OSError, RuntimeError) as error:     # for example, no more threads
         print_error(error)
-        return error.exit_status
-    except (OSError, RuntimeError) as error:        # for example, no more threads
-        print_error(error)
-        return 1
-    except Interrupted as interrupt:
-        return interrupt.exit_status
-    except KeyboardInterrupt:       # Ctrl-C before the signal handlers were set
-        return 130
+        return error.exit_status if isinstance(error, OrchestratorError) else 1
+    except KeyboardInterrupt as interrupt:      # plain before the signal handlers were set
+        return interrupt.exit_status if isinstance(interrupt, Interrupted) else 130
 
 
 if __name__ == "__main__":

@@ -6030,13 +6030,13 @@ def test_the_doctor_knows_that_claude_code_refuses_to_run_as_root(
 
 def test_the_doctor_says_who_has_the_session_the_port_and_the_state_directory(
         run_doctor: Any, tmp_path: Path) -> None:
-    place = Workspace(tmp_path, tmp_path / "state" / "orchestrator", {})
+    place = Workspace(tmp_path / "home", tmp_path / "state" / "orchestrator", {})
     ask = {"AUTONOMOUS_MODE": "no", "CLAUDE_CMD": "cat"}
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         ask["DASHBOARD_PORT"] = str(taken.getsockname()[1])
         assert run_doctor(**ask)[0] == 0        # a run goes on without
-        with session_lock(Config(), place):
+        with session_lock(Config(claude_cmd="cat"), place):
             status, lines = run_doctor(**ask)
     assert status == 1 and f"process {os.getpid()}. Wait" in lines["session"]
     assert re.match(r"warning +DASHBOARD_HOST=.*DASHBOARD_PORT=.*can't listen", lines["dashboard"])
@@ -6044,16 +6044,6 @@ def test_the_doctor_says_who_has_the_session_the_port_and_the_state_directory(
     status, lines = run_doctor(XDG_STATE_HOME=str(tmp_path / "file"))
     assert status == 1 and lines["state"].startswith(f"FAILED  {tmp_path}/file/orchestrator: ")
     assert "XDG_STATE_HOME" in lines["state"]
-
-
-def test_the_doctor_names_all_wrong_settings_and_checks_the_rest(
-        run_doctor: Any, tmp_path: Path) -> None:
-    for content, words in ((b"MAX_COST $5", ".env line 1: MAX_COST can't be read"),
-                           (b"MAX_COST=$5\nDEFAULT_MODEL=gpt", "MAX_COST='$5': expected a number")):
-        Path(".env").write_bytes(content)
-        status, lines = run_doctor(AUTONOMOUS_MODE="no")
-        assert status == 1 and lines["settings"].startswith(f"FAILED  {words}")
-    assert lines["agent"].startswith(f"ok      Codex: {tmp_path}/codex")
 
 
 def test_a_replay_needs_no_settings_but_those_of_the_dashboard(
