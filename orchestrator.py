@@ -4040,10 +4040,8 @@ def _parse_key(word: str) -> str:
         modifiers += {"c": "C-", "s": "S-"}.get(match[1][0].lower(), "M-")
         word = match[2]
     key = _KEY_NAMES.get(word.lower(), word if len(word) == 1 else "")
-    if modifiers == "S-" and key == "Tab":
-        return "BTab"
-    if modifiers == "S-" and len(key) == 1:
-        return key.upper()
+    if modifiers == "S-" and (key == "Tab" or len(key) == 1):
+        return "BTab" if key == "Tab" else key.upper()
     if modifiers and len(key) == 1:
         key = key.lower()
     return modifiers + key if key else ""
@@ -4140,10 +4138,10 @@ def _choose_action(lines: Sequence[_Line]) -> Action:
     for line in lines:
         if line.argument is None:
             return _not_understood(line, "I can't tell what you want")
-    if "TASK_COMPLETE" in words and (commands or "TASK_FAILED" in words):
-        return Action("invalid", "Nothing was done: your reply contained TASK_COMPLETE and another "
-                                 "command. Send one of them.")
     if "TASK_COMPLETE" in words:
+        if commands or "TASK_FAILED" in words:
+            return Action("invalid", "Nothing was done: your reply contained TASK_COMPLETE and "
+                                     "another command. Send one of them.")
         remarks = [line.argument or "" for line in lines if line.word]
         return Action("complete", "\n".join([message, *remarks]).strip("\n"))
     if "TASK_FAILED" in words:
@@ -4377,9 +4375,7 @@ class RunTotals:
             self.count_event(event)
             used, cost = get_object(event, "tokens"), get_number(event, "cost")
             tokens = TokenUsage(*(get_int(used, name) for name in TokenUsage._fields))
-            if event["type"] == "complete":         # has all that was used until then
-                self.tokens, self.cost = tokens, cost
-            elif used and event["type"] != "iteration_end":     # its reply has told that
+            if used and event["type"] not in ("complete", "iteration_end"):    # those repeat it
                 self.add_call(tokens, cost)
             if event["type"] == "reply":
                 self.iterations = max(self.iterations, get_int(event, "iteration"))
@@ -4388,8 +4384,10 @@ class RunTotals:
                 if previous and event.get("reason") != _RESUMED_REASON:
                     self.earlier_seconds += max(0.0, (at - previous).total_seconds())
                 previous = at
-            if event["type"] == "complete" and get_number(event, "duration_ms"):
-                self.earlier_seconds = get_int(event, "duration_ms") / 1000     # of all parts
+            if event["type"] == "complete":         # has all that was used until then
+                self.tokens, self.cost = tokens, cost
+                seconds = get_int(event, "duration_ms") / 1000
+                self.earlier_seconds = seconds or self.earlier_seconds
 
     @contextlib.contextmanager
     def publish_outcome(self, journal: Journal, find_changed_files: Callable[
