@@ -4001,28 +4001,21 @@ _NOT_YET = re.compile(r"(?i)\W*(?:not?|never|false|pending|after|when|if|once|un
 _TMUX_KEYS = ("Up", "Down", "Left", "Right", "Enter", "Escape", "Tab", "BTab", "Space", "BSpace",
               "Home", "End", "PageUp", "PageDown", "PPage", "NPage", "PgUp", "PgDn", "IC", "DC",
               "Insert", "Delete", *(f"F{number}" for number in range(1, 13)))
-_KEY_ALIASES = {
-    **{name.lower(): name for name in _TMUX_KEYS}, "return": "Enter", "esc": "Escape",
-    "backspace": "BSpace", "del": "Delete", "spacebar": "Space"}
+_KEY_NAMES = {name.lower(): name for name in _TMUX_KEYS} | {
+    "return": "Enter", "esc": "Escape", "backspace": "BSpace", "del": "Delete", "spacebar": "Space"}
 _MODIFIED_KEY = re.compile(r"(?i)(c|ctrl|control|m|alt|meta|option|s|shift)[+-](.+)")
 
 
 def _parse_key(word: str) -> str:
-    """Return the tmux name of a key as people write it, or "" if there is no such key.
-
-    >>> [_parse_key(word) for word in ("esc", "Ctrl+C", "^C", "shift+tab", "y", "yes")]
-    ['Escape', 'C-c', 'C-c', 'BTab', 'y', '']
-    """
+    """Return the tmux name of a key as people write it, such as Ctrl+C, or ""."""
     modifiers = ""
     word = re.sub(r"\A\^(?=.)", "C-", word)
     while match := _MODIFIED_KEY.fullmatch(word):
         modifiers += {"c": "C-", "s": "S-"}.get(match[1][0].lower(), "M-")
         word = match[2]
-    key = _KEY_ALIASES.get(word.lower(), word if len(word) == 1 else "")
-    if modifiers == "S-" and key == "Tab":
-        return "BTab"
-    if modifiers == "S-" and len(key) == 1:
-        return key.upper()
+    key = _KEY_NAMES.get(word.lower(), word if len(word) == 1 else "")
+    if modifiers == "S-" and (key == "Tab" or len(key) == 1):
+        return "BTab" if key == "Tab" else key.upper()
     if modifiers and len(key) == 1:
         key = key.lower()
     return modifiers + key if key else ""
@@ -4053,11 +4046,7 @@ _DURATION = re.compile(
 
 
 def _parse_duration(text: str) -> float | None:
-    """Return the seconds in a time as people write it, or None if it is no time.
-
-    >>> [_parse_duration(text) for text in ("90", "5 minutes", "1h30m", "soon")]
-    [90.0, 300.0, 5400.0, None]
-    """
+    """Return the seconds in a time as people write it, such as 1h30m, or None."""
     match = _DURATION.fullmatch(text)
     if not match:
         return None
@@ -4123,10 +4112,10 @@ def _choose_action(lines: Sequence[_Line]) -> Action:
     for line in lines:
         if line.argument is None:
             return _not_understood(line, "I can't tell what you want")
-    if "TASK_COMPLETE" in words and (commands or "TASK_FAILED" in words):
-        return Action("invalid", "Nothing was done: your reply contained TASK_COMPLETE and another "
-                                 "command. Send one of them.")
     if "TASK_COMPLETE" in words:
+        if commands or "TASK_FAILED" in words:
+            return Action("invalid", "Nothing was done: your reply contained TASK_COMPLETE and "
+                                     "another command. Send one of them.")
         remarks = [line.argument or "" for line in lines if line.word]
         return Action("complete", "\n".join([message, *remarks]).strip("\n"))
     if "TASK_FAILED" in words:
@@ -4167,20 +4156,18 @@ def parse_reply(reply: str, agent: str = "") -> Action:
     return action._replace(facts=tuple(line.argument for line in facts if line.argument))
 
 
-class Observation:
+class Observation(NamedTuple):
     """What one message tells the model: sentences, and below them what the agent shows.
 
-    Only what stands above the output can be a note of the user or a sentence of ours, so that
-    nothing on a screen can pass for one.
+    Only what stands above the outputs can be a note of the user or a sentence of ours.
     """
 
-    def __init__(self, *sentences: str, output: str = "") -> None:
-        self.sentences = list(sentences)
-        self.output = output        # with its label
+    sentences: list[str]
+    outputs: list[str]          # each with its label
 
     def as_text(self) -> str:
         """Return the text of the message."""
-        return "\n\n".join(text for text in (*self.sentences, self.output) if text)
+        return "\n\n".join(text for text in (*self.sentences, *self.outputs) if text)
 
 
 class Conversation:
@@ -4196,14 +4183,14 @@ class Conversation:
         self._system = system
         self._summary = ""
         self._kept_notes: list[str] = []        # of the user, from what was summarised
-        self._opening = Observation(*opening)
+        self._opening = Observation(list(opening), [])
         self._exchanges: list[tuple[str, Observation]] = []
 
     def messages(self) -> list[dict[str, str]]:
         """Return the messages for the next call."""
         summary = f"## Summary of the work so far\n{self._summary}" if self._summary else ""
-        opening = Observation(*self._opening.sentences, summary, *self._kept_notes,
-                              output=self._opening.output)
+        sentences = [*self._opening.sentences, summary, *self._kept_notes]
+        opening = self._opening._replace(sentences=sentences)
         messages = [{"role": "system", "content": self._system},
                     {"role": "user", "content": opening.as_text()}]
         for reply, observation in self._exchanges:
@@ -4211,21 +4198,15 @@ class Conversation:
             messages.append({"role": "user", "content": observation.as_text()})
         return messages
 
-    def messages_with_request(self, request: str) -> list[dict[str, str]]:
-        """Return the messages with a request on top of the newest one, which no cache has yet."""
-        messages = self.messages()
-        messages[-1]["content"] = f"{request}\n\n{messages[-1]['content']}"
-        return messages
-
     def add_exchange(self, reply: str, *sentences: str, output: str = "") -> None:
         """Add a reply of the model, and what came of it."""
-        self._exchanges.append((reply, Observation(*sentences, output=output)))
+        self._exchanges.append((reply, Observation(list(sentences), [output])))
 
     def tell(self, *sentences: str, output: str = "") -> None:
         """Add to the newest message: sentences above its output, more output below it."""
         newest = self._exchanges[-1][1] if self._exchanges else self._opening
-        newest.sentences += sentences
-        newest.output = "\n\n".join(text for text in (newest.output, output) if text)
+        newest.sentences.extend(sentences)
+        newest.outputs.append(output)
 
     def character_count(self) -> int:
         """Return the number of characters in all messages."""
@@ -4275,7 +4256,7 @@ class RunControl:
         self._stop = stop
         self._notes: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._interrupt_requested = False
-        self._continue_requested = False
+        self.continue_requested = False     # a wait ends
         self.is_paused = False
         self.is_stopped = False
 
@@ -4289,7 +4270,7 @@ class RunControl:
             self._interrupt_requested = True
             self._journal.publish("state", state="interrupted", reason="from the dashboard")
         elif action == "continue":
-            self._continue_requested = True
+            self.continue_requested = True
         elif action == "stop":
             self.is_stopped = True
             self._stop()
@@ -4307,13 +4288,9 @@ class RunControl:
         self._interrupt_requested = False
         return was_requested
 
-    def begin_wait(self) -> None:
-        """Forget what was asked for before a wait that "continue" can end."""
-        self._continue_requested = False
-
     def ends_wait(self) -> bool:
         """Tell whether a wait must end now: for a note, or because the user says so."""
-        return self._continue_requested or not self._notes.empty()
+        return self.continue_requested or not self._notes.empty()
 
 
 class RunTotals:
@@ -4372,9 +4349,7 @@ class RunTotals:
             self.count_event(event)
             used, cost = get_object(event, "tokens"), get_number(event, "cost")
             tokens = TokenUsage(*(get_int(used, name) for name in TokenUsage._fields))
-            if event["type"] == "complete":         # has all that was used until then
-                self.tokens, self.cost = tokens, cost
-            elif used and event["type"] != "iteration_end":     # its reply has told that
+            if used and event["type"] not in ("complete", "iteration_end"):    # those repeat it
                 self.add_call(tokens, cost)
             if event["type"] == "reply":
                 self.iterations = max(self.iterations, get_int(event, "iteration"))
@@ -4383,15 +4358,17 @@ class RunTotals:
                 if previous and event.get("reason") != _RESUMED_REASON:
                     self.earlier_seconds += max(0.0, (at - previous).total_seconds())
                 previous = at
-            if event["type"] == "complete" and get_number(event, "duration_ms"):
-                self.earlier_seconds = get_int(event, "duration_ms") / 1000     # of all parts
+            if event["type"] == "complete":         # has all that was used until then
+                self.tokens, self.cost = tokens, cost
+                seconds = get_int(event, "duration_ms") / 1000
+                self.earlier_seconds = seconds or self.earlier_seconds
 
     @contextlib.contextmanager
-    def publish_outcome(self, journal: Journal, find_changed_files: (
-            Callable[[], list[str] | None] | None) = None) -> Iterator[None]:
+    def publish_outcome(self, journal: Journal, find_changed_files: Callable[
+            [], list[str] | None] = lambda: None) -> Iterator[None]:
         """Publish `complete` at the end of the block, however it ends."""
         def conclude() -> None:
-            changed = find_changed_files() if find_changed_files else None
+            changed = find_changed_files()
             files_changed = None if changed is None else len(changed)
             journal.publish("complete", outcome=outcome, reason=reason, iterations=self.iterations,
                             tokens=self.tokens._asdict(),
@@ -4450,7 +4427,6 @@ class Chat:
         self._read_hidden = read_hidden or read
         self._journal = journal or Journal()
         self._is_interactive = is_interactive
-        self._timeout = config.turn_timeout
         self._config = config
         self._totals = RunTotals(time.monotonic)
 
@@ -4459,23 +4435,24 @@ class Chat:
         with self._totals.publish_outcome(self._journal):
             self._journal.publish("task_info", **describe_run(self._agent, self._config))
             self._run_turn("", self._agent.start)
-            while self._exchange():
-                pass
+            is_over = False
+            while not is_over:
+                try:
+                    is_over = self._exchange()
+                except Interrupted as interrupt:    # Ctrl-C, a moment after the turn ended
+                    if not self._returns_to_prompt(interrupt):
+                        raise
 
     def _exchange(self) -> bool:
-        """Read a message and show what comes of it; return False once you leave."""
-        try:
-            is_hidden = self._agent.hides_input()
-            message = self._read_hidden("hidden> ") if is_hidden else self._read("> ")
-            if message is None or message.strip() in ("/quit", "/exit"):
-                return False
-            if is_hidden or sanitize(message).strip():
-                self._totals.iterations += 1
-                self._run_turn(message, lambda: self._execute(message), is_hidden=is_hidden)
-        except Interrupted as interrupt:    # Ctrl-C, a moment after the turn ended
-            if not self._returns_to_prompt(interrupt):
-                raise
-        return True
+        """Read a message and show what comes of it; return whether you leave."""
+        is_hidden = self._agent.hides_input()
+        message = self._read_hidden("hidden> ") if is_hidden else self._read("> ")
+        if message is None or message.strip() in ("/quit", "/exit"):
+            return True
+        if is_hidden or sanitize(message).strip():
+            self._totals.iterations += 1
+            self._run_turn(message, lambda: self._execute(message), is_hidden=is_hidden)
+        return False
 
     def _execute(self, message: str) -> Turn:
         """Do what a slash command of ours asks for; send any other message to the agent."""
@@ -4483,13 +4460,13 @@ class Chat:
         if command == "/screen":
             return self._agent.read_screen()
         if command == "/wait":
-            return self._agent.wait(self._timeout, idle_timeout=2.0)
+            return self._agent.wait(self._config.turn_timeout, idle_timeout=2.0)
         if command == "/keys":
             action = parse_reply(f"KEYS: {' '.join(arguments)}")
             if not action.keys:
                 return Turn(action.text.partition(" No line")[0].replace("KEYS:", "/keys"))
-            return self._agent.send_keys(action.keys, self._timeout)
-        return self._agent.ask(message, self._timeout)
+            return self._agent.send_keys(action.keys, self._config.turn_timeout)
+        return self._agent.ask(message, self._config.turn_timeout)
 
     def _run_turn(self, message: str, execute: Callable[[], Turn], *,
                   is_hidden: bool = False) -> None:
@@ -4591,11 +4568,7 @@ _TEST_RESULT = re.compile(
 
 
 def find_failure(output: str) -> str:
-    """Return the last line of an output if it tells of a failure, or "".
-
-    >>> find_failure("FAILED test_a\\n2 failed, 10 passed"), find_failure("0 failed, 12 passed")
-    ('2 failed, 10 passed', '')
-    """
+    """Return the last result that an output tells of if it is a failure, otherwise ""."""
     lines = [" ".join(line.split()) for line in output.split("\n") if line.strip()]
     results = [match for line in lines[-12:] if (match := _TEST_RESULT.search(line[:1_000]))]
     return truncate_middle(results[-1].string, 200) if results and results[-1]["failure"] else ""
@@ -4604,12 +4577,12 @@ def find_failure(output: str) -> str:
 _LONG_WORD = re.compile(r"[^\W\d_]{3,}")
 _TECHNICAL_TEXT = re.compile(r"[\d/\\=<>{}\[\]|_`]|\w[.:(]\w")
 
+
 class NewsDetector:
     """Tell outputs that say something new from those that repeat or reword the last ones."""
 
     def __init__(self) -> None:
-        self._lines: collections.deque[set[str]] = collections.deque(maxlen=12)     # of outputs
-        self._words: collections.deque[set[str]] = collections.deque(maxlen=50)
+        self._outputs: collections.deque[set[str]] = collections.deque(maxlen=50)   # their lines
 
     def update(self, message: str, output: str) -> bool:
         """Return whether an output has a new line besides the echo of a message.
@@ -4619,10 +4592,10 @@ class NewsDetector:
         """
         text = normalize_screen(remove_echo(output, message)).lower()
         lines = {" ".join(line.split()) for line in text.split("\n")} - {""}
-        known_lines, known_words = set().union(*self._lines), set().union(*self._words)
+        known_lines = set().union(*list(self._outputs)[-12:])
+        known_words = set(_LONG_WORD.findall("\n".join(set().union(*self._outputs))))
         if lines:
-            self._lines.append(lines)
-            self._words.append(set(_LONG_WORD.findall("\n".join(lines))))
+            self._outputs.append(lines)
         for line in lines - known_lines:
             words = set(_LONG_WORD.findall(line))
             is_prose = bool(words) and not _TECHNICAL_TEXT.search(line)
@@ -4637,14 +4610,9 @@ class Autopilot:
     `model` is an OpenRouter or any ChatModel.  Without `memory` the facts are those of
     `memory.json` in the agent's directory; without `journal` the events stay in memory.
 
-    >>> class Script:
-    ...     characters_per_token = 4.0
-    ...     replies = ["date", "TASK_COMPLETE", "TASK_COMPLETE"]
-    ...     def complete(self, messages, **callbacks):
-    ...         return Reply(self.replies.pop(0))
-    >>> bash = select_profile("claude", "bash --norc")
-    >>> with Agent(bash, session="docs", socket="docs") as agent:       # doctest: +SKIP
-    ...     Autopilot(agent, Script(), config=Config(max_minutes=30)).run("What time is it?")
+    >>> model = OpenRouter("https://openrouter.ai/api/v1", "key", "anthropic/claude-opus-4.6")
+    >>> with Agent(select_profile("claude"), "~/src/project") as agent:     # doctest: +SKIP
+    ...     Autopilot(agent, model, config=Config(max_minutes=30)).run("Make the tests pass.")
     """
 
     MAX_MESSAGES = 900                  # in a conversation: some take 1,000
@@ -4652,6 +4620,8 @@ class Autopilot:
     MAX_SAME_FAILURES = 5               # of VERIFY_CMD in a row, then the run is stuck
     WARN_TURNS_WITHOUT_NEWS = 5         # then the model is told
     MAX_TURNS_WITHOUT_NEWS = 10         # then the run is stuck
+    WARN_EQUAL_STEPS = 3                # equal replies with equal outcomes, in the same way
+    MAX_EQUAL_STEPS = 6
     LONG_WAIT_SECONDS = 60.0            # a WAIT that is not counted as a turn without news
     MAX_USAGE_LIMIT_SECONDS = 86400.0   # to its end: the model may decide to wait for longer
     USAGE_LIMIT_MARGIN_SECONDS = 120.0  # after its end
@@ -4665,7 +4635,6 @@ class Autopilot:
         self._agent = agent
         self._model = model
         self._config = config
-        self._directory = agent.directory
         self._journal = journal or Journal()
         self._memory = memory or Memory(agent.directory / "memory.json", config.memory_max_facts)
         self._control = control or RunControl(self._journal)
@@ -4683,11 +4652,11 @@ class Autopilot:
         self._messages_sent = 0             # to the agent, by any part of the run
         self._last_output = ""              # of the agent
         self._is_confirming = False         # the last reply was TASK_COMPLETE, and was questioned
-        self._recent_failures: list[str] = []   # of VERIFY_CMD, in a row
+        self._failures: collections.deque[str] = collections.deque(maxlen=self.MAX_SAME_FAILURES)
         self._news = NewsDetector()
         self._turns_without_news = 0
-        self._recent_steps: list[tuple[Action, str]] = []   # with what came of them, since news
-        self._was_warned = False            # of a circle, since there was news
+        self._last_step: tuple[Action, str] | None = None   # with what came of it
+        self._equal_steps = 0               # the last one and those before it
         self._files_at_start: Files | None = None
         self._files: Files | None = None    # when they were looked at last
         self._last_memory_error = ""        # was told
@@ -4700,7 +4669,7 @@ class Autopilot:
         Raises what ends the run otherwise; `complete` is published in every case.
         """
         self._totals.restore(history)
-        with self._totals.publish_outcome(self._journal, self._find_files_changed_since_start):
+        with self._totals.publish_outcome(self._journal, self._find_changed_files):
             if history:
                 self._check_budgets(self._totals.iterations)
                 self._journal.publish("state", state="resumed", reason=_RESUMED_REASON)
@@ -4712,7 +4681,9 @@ class Autopilot:
             try:
                 self._begin(task, history)
                 while not self._is_done:
-                    self._step()
+                    self._begin_iteration()
+                    reply = self._query_model()
+                    self._add_exchange(self._journal.redact(reply.text), self._act_on(reply))
             except Interrupted as interrupt:
                 if self._control.is_stopped:
                     interrupt.args = ("stopped from the dashboard",)
@@ -4724,12 +4695,12 @@ class Autopilot:
         """Start the agent and the conversation, or go on with one."""
         name = self._agent.name
         self._task = self._journal.redact(task)
-        self._files_at_start = self._files = snapshot_files(self._directory, self._environ)
+        self._files_at_start = self._files = self._snapshot_files()
         turn = self._agent.start(any(event["type"] == "reply" for event in history))
         self._news.update("", turn.output)
         facts = history[0].get("memories") if history else self._memory.facts   # as it began
         self._conversation = Conversation(self._system_prompt(facts), f"Task:\n{self._task}",
-                                          f"{name} works in {self._directory}.")
+                                          f"{name} works in {self._agent.directory}.")
         sentences = [f"[{note}]" for note in self._journal.redact(turn.notes)]
         output = self._output_label + self._journal.redact(turn.output)
         if history:
@@ -4807,12 +4778,6 @@ class Autopilot:
 
     # one iteration
 
-    def _step(self) -> None:
-        """Ask the model for a reply, do what it asks for, and note what came of it."""
-        self._begin_iteration()
-        reply = self._query_model()
-        self._add_exchange(self._journal.redact(reply.text), self._act_on(reply))
-
     def _act_on(self, reply: Reply) -> Event:
         """Do what a reply asks for; return the `iteration_end` that tells what came of it."""
         started_at = self._clock()
@@ -4821,8 +4786,9 @@ class Autopilot:
         turn = Turn("")
         failure: OrchestratorError | None = None
         try:
-            turn = self._perform(action)
-            turn = turn._replace(notes=(*turn.notes, *self._check_stuck(action, turn)))
+            turn = self._wait_for_usage_limit(self._execute(action))
+            notes = [note for note in (action.note, *turn.notes) if note]
+            turn = turn._replace(notes=(*notes, *self._check_stuck(action, turn)))
         except OrchestratorError as error:
             failure = error
         event: dict[str, Any] = {
@@ -4851,7 +4817,7 @@ class Autopilot:
 
     def _query_model(self) -> Reply:
         """Return the model's next reply; shorten the conversation if it has become too long."""
-        overflows, reply = 0, None
+        reply: Reply | None = None
         while not reply:
             if len(self._conversation.messages()) > self.MAX_MESSAGES:
                 self._summarise()
@@ -4860,10 +4826,9 @@ class Autopilot:
             try:
                 reply = self._complete(self._conversation.messages(), self._publish_part)
             except ContextWindowExceeded:
-                overflows += 1
                 size = self._conversation.character_count()
                 self._max_characters = min(self._max_characters, 0.75 * size)
-                if overflows > 3 or not self._summarise():
+                if not self._summarise():
                     raise
         self._journal.publish("reply", text=reply.text, **reply.usage_fields(),
                               duration_ms=reply.duration_ms)
@@ -4877,18 +4842,13 @@ class Autopilot:
             self._part_published_at = self._clock()
             self._journal.publish("reply_part", text=text)
 
-    def _perform(self, action: Action) -> Turn:
-        """Do what a reply asks for; return all that the model should know of it."""
-        is_confirmed = self._is_confirming and action.kind == "complete"
+    def _execute(self, action: Action) -> Turn:
+        """Do what a reply asks for; return what came of it."""
+        kind = action.kind
+        is_confirmed = self._is_confirming and kind == "complete"
         self._is_confirming = False
         if not is_confirmed:
             self._totals.unproved = []
-        turn = self._wait_for_usage_limit(self._execute(action, is_confirmed))
-        return turn._replace(notes=(action.note, *turn.notes)) if action.note else turn
-
-    def _execute(self, action: Action, is_confirmed: bool) -> Turn:
-        """Do what a reply asks for; return what came of it."""
-        kind = action.kind
         if self._control.take_interrupt():
             return Turn("", "idle", ("The user interrupted: nothing of your reply was done.",))
         if kind == "failed":
@@ -4942,7 +4902,7 @@ class Autopilot:
 
     def _begin_wait(self, kind: str, seconds: float, reason: str) -> None:
         """Announce a wait, which the user can end."""
-        self._control.begin_wait()
+        self._control.continue_requested = False
         self._journal.publish("state", state="waiting", kind=kind, reason=reason,
                               until=utc_timestamp(seconds))
 
@@ -4951,16 +4911,13 @@ class Autopilot:
     def _end_run(self, action: Action, is_confirmed: bool) -> Turn:
         """End the run if nothing speaks against it; otherwise return what does."""
         now = self._agent.read_state()
-        obstacle = ""
+        name = self._agent.name
+        obstacles = {"working": f"{name} is still working", "exited": f"{name} had ended"}
+        obstacle = obstacles.get(now.state, "")
         if now.menu:
-            obstacle = f"a question of {self._agent.name} stands unanswered"
-        elif now.state == "working":
-            obstacle = f"{self._agent.name} is still working"
-        elif now.state == "exited":
-            obstacle = f"{self._agent.name} had ended"
+            obstacle = f"a question of {name} stands unanswered"
         if obstacle:
-            notes = [note for note in now.notes if obstacle not in note]
-            return now._replace(notes=(f"TASK_COMPLETE did nothing: {obstacle}.", *notes))
+            return now._replace(notes=(f"TASK_COMPLETE did nothing: {obstacle}.", *now.notes))
         if now.state == "done":         # there is something new
             self._note_output(now.output)
         else:
@@ -4977,7 +4934,7 @@ class Autopilot:
         command = self._config.verify_cmd
         self._journal.publish("state", state="working", reason=f"checking: {command}")
         try:
-            status, output = run_shell_command(command, self._directory, self._environ,
+            status, output = run_shell_command(command, self._agent.directory, self._environ,
                                                min(self.VERIFY_TIMEOUT, self._seconds_left()))
         except OSError as error:
             status, output = 126, f"it can't be run: {error.strerror}"
@@ -4985,34 +4942,22 @@ class Autopilot:
         self._is_done = status == 0
         if self._is_done:
             return Turn("")
-        self._recent_failures = [*self._recent_failures, normalize_screen(output)]
-        last = self._recent_failures[-self.MAX_SAME_FAILURES:]
-        if len(last) == self.MAX_SAME_FAILURES and len(set(last)) == 1:
-            raise StuckInLoop(f"VERIFY_CMD failed {len(last)} times with the same output")
+        self._failures.append(normalize_screen(output))
+        if self._failures.count(self._failures[-1]) == self.MAX_SAME_FAILURES:
+            raise StuckInLoop(
+                f"VERIFY_CMD failed {self.MAX_SAME_FAILURES} times with the same output")
         return Turn(f"{now.output}\n{output}".strip("\n"), notes=(
             f"The task is not complete: the check `{command}` failed with status {status}. What it "
             "printed stands below.",))
 
     def _ask_for_confirmation(self, action: Action, now: Turn) -> Turn:
-        """Return what is known of the work, and the task, for the model to go through it again."""
-        evidence, doubts = self._gather_evidence(action)
-        self._is_confirming = True
-        self._totals.unproved = doubts
-        self._journal.publish("confirm", evidence=" ".join([*evidence, *doubts]), unproved=doubts)
-        return now._replace(notes=(
-            " ".join(["The run has not ended yet.", *evidence, *doubts]),
-            f"The task again: {truncate_middle(self._task, 4_000)}",
-            "Go through it point by point. If you have seen each point proved after the last "
-            "change, reply TASK_COMPLETE again. Otherwise continue."))
-
-    def _gather_evidence(self, action: Action) -> tuple[list[str], list[str]]:
-        """Return sentences on the work that cost nothing to know, and those that raise doubts."""
+        """Return what is known of the work at no cost, for the model to go through the task."""
         name, evidence, doubts = self._agent.name, [], []
         if self._messages_sent:
             evidence.append(f"Messages sent to {name}: {self._messages_sent}.")
         else:
             doubts.append(f"You have sent {name} no message.")
-        changed = self._find_files_changed_since_start()
+        changed = self._find_changed_files()
         if changed:
             names = ", ".join(changed[:5]) + (", ..." if len(changed) > 5 else "")
             evidence.append(f"Files changed since the start: {len(changed)} ({names}).")
@@ -5026,50 +4971,51 @@ class Autopilot:
         if action.text:
             text = truncate_middle(action.text, 200)
             evidence.append(f"This text of yours was not typed: {text!r}.")
-        return evidence, doubts
+        self._is_confirming = True
+        self._totals.unproved = doubts
+        text = " ".join([*evidence, *doubts])
+        self._journal.publish("confirm", evidence=text, unproved=doubts)
+        return now._replace(notes=(
+            f"The run has not ended yet. {text}",
+            f"The task again: {truncate_middle(self._task, 4_000)}",
+            "Go through it point by point. If you have seen each point proved after the last "
+            "change, reply TASK_COMPLETE again. Otherwise continue."))
 
-    def _find_files_changed_since_start(self) -> list[str] | None:
-        self._files = snapshot_files(self._directory, self._environ)
-        return find_changed_files(self._files_at_start, self._files)
+    def _snapshot_files(self) -> Files | None:
+        return snapshot_files(self._agent.directory, self._environ)
+
+    def _find_changed_files(self) -> list[str] | None:
+        """Return the paths that have changed since the start of the run, as far as known."""
+        return find_changed_files(self._files_at_start, self._snapshot_files())
 
     # circles
 
     def _check_stuck(self, action: Action, turn: Turn) -> list[str]:
         """Return a warning if the last turns brought nothing new; raise StuckInLoop if they go on.
 
-        Waiting is no circle.  Three equal steps are noticed at once, reworded ones later.
+        New lines and changed files are news.  Waiting is no circle.
         """
         if self._is_done or turn.state == "working" or action.seconds >= self.LONG_WAIT_SECONDS:
-            self._recent_steps = []
+            self._equal_steps = 0
             return []
+        has_news = self._news.update(action.text, turn.output)
+        if not has_news:
+            before, self._files = self._files, self._snapshot_files()
+            has_news = bool(find_changed_files(before, self._files))
         step = (action, normalize_screen(turn.as_text()))
-        if self._has_news(action, turn):
-            self._turns_without_news = 0
-            self._was_warned = False
-            self._recent_steps = [step]
-            return []
-        self._turns_without_news += 1
-        self._recent_steps = [*self._recent_steps[-2:], step]
-        is_same = len(self._recent_steps) == 3 and len(set(self._recent_steps)) == 1
+        self._turns_without_news = 0 if has_news else self._turns_without_news + 1
+        self._equal_steps = 1 if has_news or step != self._last_step else self._equal_steps + 1
+        self._last_step = step
         count = self._turns_without_news
         problem = f"the last {count} turns brought no new output and changed no file"
-        if count >= self.MAX_TURNS_WITHOUT_NEWS or is_same and self._was_warned:
+        if count >= self.MAX_TURNS_WITHOUT_NEWS or self._equal_steps >= self.MAX_EQUAL_STEPS:
             raise StuckInLoop(problem)
-        if not is_same and count != self.WARN_TURNS_WITHOUT_NEWS:
+        if count != self.WARN_TURNS_WITHOUT_NEWS and self._equal_steps != self.WARN_EQUAL_STEPS:
             return []
-        self._was_warned = True
-        self._recent_steps = []
         warning = (f"You are repeating yourself: {problem}. Try a different approach, or end the "
                    "run with TASK_FAILED: reason.")
         self._journal.publish("note", text=warning, source="orchestrator")
         return [warning]
-
-    def _has_news(self, action: Action, turn: Turn) -> bool:
-        """Return whether a turn showed new lines, or else changed files."""
-        if self._news.update(action.text, turn.output):
-            return True
-        earlier, self._files = self._files, snapshot_files(self._directory, self._environ)
-        return bool(find_changed_files(earlier, self._files))
 
     # memory and conversation
 
@@ -5133,8 +5079,10 @@ class Autopilot:
 
     def _request_summary(self, older: str) -> Reply:
         """Ask for a summary at the end of the conversation, which the model server has cached."""
+        messages = self._conversation.messages()
+        messages[-1]["content"] = f"{_SUMMARY_PROMPT}\n\n{messages[-1]['content']}"
         try:
-            return self._complete(self._conversation.messages_with_request(_SUMMARY_PROMPT))
+            return self._complete(messages)
         except ContextWindowExceeded:
             return self._complete(Conversation(_SUMMARY_PROMPT, older).messages())
 
