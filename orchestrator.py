@@ -134,9 +134,9 @@ __all__ = [
 # What can go wrong, by what the caller can do about it.  May use: nothing.
 
 class OrchestratorError(Exception):
-    """A failure, told in one line.
+    """A failure, described in one line.
 
-    `exit_status` is the status with which the program ends, `outcome` is the one of the run.
+    It ends the program with `exit_status`, and the run with `outcome`.
     """
 
     exit_status = 1
@@ -196,8 +196,8 @@ class AgentExited(AgentError):
 class ModelError(OrchestratorError):
     """The model server refused a request or can't be reached; sending it again does not help.
 
-    `kind` says what is wrong, `token_counts` which limits the server named, by what they count,
-    and `refused_features` what it does not take of the request.
+    `kind` is the name of an _ErrorKind, `token_counts` are the limits that the server named, and
+    `refused_features` the fields of the request that it does not accept.
     """
 
     exit_status = 6
@@ -215,11 +215,11 @@ class RequestRejected(ModelError):
 
 
 class ContextWindowExceeded(RequestRejected):
-    """The conversation is longer than the model takes: shorten it."""
+    """The conversation is longer than the model's context window: shorten it."""
 
 
 class TransientError(ModelError):
-    """A request failed in a way that may pass: wait, then send it again."""
+    """A request failed for a reason that may pass: wait, then send it again."""
 
     def __init__(self, message: str, *, kind: str = "", retry_after: float | None = None,
                  max_attempts: int = 0) -> None:
@@ -364,8 +364,8 @@ def parse_env(
         text: str, on_error: Callable[[str], object] = _raise_config_error) -> dict[str, str]:
     r"""Return the NAME=value pairs of a .env file.  A value in quotes may span lines.
 
-    The file may belong to another program, so a line of any other form sets its first word to
-    nothing.  Only if that word is a setting of ours, this is a ConfigError, or `on_error` is told.
+    The file may belong to another program, so a line of any other form sets its first word to "".
+    If that word is a setting of ours, `on_error` is called, which by default raises ConfigError.
 
     >>> parse_env('# a comment\nexport KEY="a b"\nPORT=80 # web')
     {'KEY': 'a b', 'PORT': '80'}
@@ -386,7 +386,7 @@ def parse_env(
 
 def read_env_file(
         path: Path, on_error: Callable[[str], object] = _raise_config_error) -> dict[str, str]:
-    """Return what a .env file sets.  Without a file, and for a directory, that is nothing."""
+    """Return what a .env file sets; {} if there is no file."""
     try:
         text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
     except (FileNotFoundError, IsADirectoryError):      # .env may be a virtual environment
@@ -414,9 +414,9 @@ _CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def sanitize(text: str) -> str:
-    r"""Return text that can't act on a terminal: no control characters but LF and TAB.
+    r"""Return text that can't act on a terminal: no control characters except LF and TAB.
 
-    An ESC[201~ left inside would end a paste before tmux 3.7, and press what follows as keys.
+    With tmux before 3.7, an ESC[201~ in a text would end the paste, and the rest would be keys.
 
     >>> sanitize('a\r\nb\x1b[201~c')
     'a\nb[201~c'
@@ -496,9 +496,10 @@ def _common_prefix_length(one: list[str], other: list[str]) -> int:
 
 
 def _find_overlap(before: list[str], after: list[str]) -> int:
-    """Return where `after` begins in `before`, whose oldest lines may have left a full history.
+    """Return the row of `before` at which `after` begins: a full history drops its oldest lines.
 
-    All but the last screen has to agree; len(before) if it does so nowhere, or in two places.
+    All rows must be equal except those of the last screen.  Returns len(before) if no row fits,
+    or more than one.
     """
     old = before[:-60]
     if after[:len(old)] == old:
@@ -511,9 +512,9 @@ def _find_overlap(before: list[str], after: list[str]) -> int:
 def _find_redrawn(old: list[str], after: list[str]) -> int:
     """Return where the new lines begin if the old ones were all drawn again further down, else 0.
 
-    Fewer than three lines of text may stand there by chance.
+    Fewer than three equal lines of text may be a coincidence.
     """
-    if sum(map(bool, old)) < 3:
+    if len(list(filter(None, old))) < 3:
         return 0
     for start in range(len(after) - len(old), 0, -1):
         if after[start:start + len(old)] == old:
@@ -524,7 +525,7 @@ def _find_redrawn(old: list[str], after: list[str]) -> int:
 def find_new_lines(before: list[str], after: list[str]) -> list[str] | None:
     """Return the lines of one capture that an earlier one lacks; None if they share nothing.
 
-    What both begin with is the old transcript, what both end with is the input box and footer.
+    The common beginning is the old transcript, the common end is the input box and its footer.
 
     >>> find_new_lines(['$ ls', 'a', '$'], ['$ ls', 'a', '$ ls', 'a', '$'])
     ['$ ls', 'a']
@@ -536,7 +537,7 @@ def find_new_lines(before: list[str], after: list[str]) -> list[str] | None:
     if redrawn_end:
         return after[redrawn_end:]
     grown = len(before) == 1 and after[:1] and after[0].startswith(before[0])    # a prompt
-    if before and not any(old[:start]) and not grown:       # blank lines are alike by chance
+    if before and not any(old[:start]) and not grown:       # equal blank lines mean nothing
         return None
     return after[start:len(after) - end]
 
@@ -574,7 +575,7 @@ _VOLATILE_TEXT = re.compile(      # all repetitions are bounded: 16,000 digits m
 def normalize_screen(screen: str) -> str:
     """Return a screen's text in a form that is the same where only times and counters differ.
 
-    An agent may end each turn with a line like `✻ Brewed for 4s`, in ever new words.
+    An agent may end each turn with a line like `✻ Brewed for 4s`, each time in other words.
     """
     return _VOLATILE_TEXT.sub("#", screen)
 
@@ -597,10 +598,10 @@ def format_duration(seconds: float) -> str:
 
 
 def secret_pattern(secret: str) -> re.Pattern[str]:
-    """Return a pattern that finds a secret, also where a terminal has wrapped or coloured it.
+    """Return a pattern that finds a secret, even where a terminal has wrapped or coloured it.
 
-    Of a long secret each half is found, too.  One of fewer than 8 characters is never found: it
-    would match ordinary text.
+    It also finds each half of a long secret.  It finds nothing for a secret of fewer than 8
+    characters, which would match ordinary text.
     """
     if len(secret) < 8:
         return re.compile("(?!)")
@@ -611,8 +612,8 @@ def secret_pattern(secret: str) -> re.Pattern[str]:
 
 
 # -- 4. Agent profiles ----------------------------------------------------------------------
-# All that is known of single agents, as data.  To add one, add a record here and recorded screens
-# to its test.  May use: nothing.
+# All that is known of each agent, as data.  To add one, add a record here and in PROFILES, and
+# recorded screens to its test.  May use: nothing.
 
 SPINNER = re.compile("[\u2801-\u28ff\u25d0-\u25d3]")      # Braille, or a turning half-moon
 
@@ -646,9 +647,9 @@ def _split_command(command: str) -> tuple[str, ...]:
 class AgentProfile:
     """How one agent is run, and what its screen means.  The defaults suit an unknown program.
 
-    `optional_arguments` are for the default command only.  They set what a user's own settings may
-    have changed.  Each has the name that error messages give it: if the installed version refuses
-    it, the agent is started without it.
+    `optional_arguments` are added to the default command only.  They reset what your own settings
+    of the agent may have changed.  Each has the name under which the agent complains about it: if
+    the installed version refuses it, the agent is started without it.
     """
 
     name: str
@@ -656,15 +657,15 @@ class AgentProfile:
     resume_command: tuple[str, ...] = ()        # empty: it can't continue a conversation
     program_names: tuple[str, ...] = ()
     model_names: tuple[str, ...] = ()           # values of DEFAULT_MODEL that mean this agent
-    model_prefix: str = ""                      # more exact ones, which are passed on, begin so
+    model_prefix: str = ""                      # so do names that begin with it
     optional_arguments: tuple[tuple[str, tuple[str, ...]], ...] = ()
     resume_arguments: tuple[str, ...] = ()      # they follow the name of the program
-    approval_arguments: tuple[str, ...] = ()    # so it asks no permission: for you to choose
+    approval_arguments: tuple[str, ...] = ()    # for --help: with these it asks no permission
     install_command: str = ""
-    environment: tuple[tuple[str, str], ...] = ()       # what it needs to run in a pane
-    variables_not_inherited: tuple[str, ...] = ()       # what makes it refuse to run in one
+    environment: tuple[tuple[str, str], ...] = ()       # variables that it needs in a pane
+    variables_not_inherited: tuple[str, ...] = ()       # with these it refuses to run in one
     login_status_command: tuple[str, ...] = ()
-    root_check: tuple[str, str] = ("", "")      # refused option for root, variable that allows it
+    root_check: tuple[str, str] = ("", "")      # option refused for root, variable that allows it
 
     # The screen.  `prompt_line` is the first row of the input box, `box_border` the row above it.
     prompt_line: re.Pattern[str] | None = None
@@ -677,16 +678,16 @@ class AgentProfile:
     hides_status_line: bool = False                     # while its answer streams
     closing_line: re.Pattern[str] | None = None         # the last line of a turn that is over
     queued_message: re.Pattern[str] | None = None       # typed before the agent had started
-    needs_blank: re.Pattern[str] | None = None          # a message that a blank must follow
+    needs_blank: re.Pattern[str] | None = None          # a message that needs a blank at its end
     menu_cursor: re.Pattern[str] | None = None          # a row of a menu, never of the input box
     menu_hint: re.Pattern[str] | None = None            # the line below a menu that lists its keys
     startup_dialogs: tuple[StartupRule, ...] = ()
-    usage_limit: re.Pattern[str] | None = None          # a line that says that one was reached
+    usage_limit: re.Pattern[str] | None = None          # the notice that one was reached
     problems: tuple[ProblemRule, ...] = ()
 
     @property
     def is_known(self) -> bool:
-        """Whether its input box is described, and with it what else its screen shows."""
+        """Whether this profile describes the agent's input box and the rest of its screen."""
         return self.prompt_line is not None
 
     @classmethod
@@ -699,7 +700,7 @@ class AgentProfile:
         """Return this profile with a shell command, in which the program's name ends at `end`."""
         resume_command: tuple[str, ...] = ()
         if self.resume_arguments[:1] and self.resume_arguments[0] in command.split():
-            resume_command = _split_command(command)        # it does so already
+            resume_command = _split_command(command)        # the command resumes already
         elif self.resume_arguments:
             inserted = " ".join(self.resume_arguments)
             resume_command = _split_command(f"{command[:end]} {inserted}{command[end:]}")
@@ -710,7 +711,7 @@ class AgentProfile:
             login_status_command=self.login_status_command if is_local else ())
 
     def with_model(self, model: str) -> AgentProfile:
-        """Return this profile with a model, of DEFAULT_MODEL, in its commands."""
+        """Return this profile with the model that DEFAULT_MODEL names in its commands."""
         program, *arguments = self.start_command
         if model.lower() not in self.model_names:
             arguments = ["--model", model, *arguments]
@@ -731,7 +732,7 @@ CLAUDE_CODE = AgentProfile(
         ("--settings", ("--settings", '{"prefersReducedMotion": false, "editorMode": "normal", '
                         '"statusLine": {"type": "command", "command": "true"}}')),),
     install_command="npm install -g @anthropic-ai/claude-code",
-    # Where it may use the alternate screen, it leaves no scrollback.
+    # On the alternate screen there would be no scrollback.
     environment=(("CLAUDE_CODE_DISABLE_ALTERNATE_SCREEN", "1"),),
     variables_not_inherited=("CLAUDECODE", "CLAUDE_CODE_ENTRYPOINT"),
     login_status_command=("claude", "auth", "status"),
@@ -890,7 +891,7 @@ PROFILES = (CLAUDE_CODE, CODEX, GEMINI, OPENCODE, QWEN_CODE, COPILOT, AIDER, CLI
 _COMMAND_WORD = re.compile(r"[^\s'\"`;|&()]+")
 _VERSION_SUFFIX = (r"(?:[@:](?:latest|next|beta|nightly|stable|[~^]?v?\d[\w.+-]*)|[-_]v?\d[\w.+-]*|"
                    r"-(?:x86_64|aarch64|arm64|linux|darwin)[\w.-]*|\.(?:exe|cmd|js|mjs))*")
-# A host or a container may have an agent's name, as may the value of an option.
+# A host, a container or the value of an option may have the name of an agent.
 _PLACE = re.compile(
     r"\bssh\s+(?:-[bcDEeFIiJLlmOopQRSWw]\s+\S+\s+|-\S+\s+)*\S+|"
     r"\b(?:docker|podman|nerdctl|kubectl|lxc)\b[^|;&]*?\bexec\s+"
@@ -939,8 +940,8 @@ def select_profile(default_model: str, command: str = "") -> AgentProfile:
 def child_environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return the environment for programs that we start (`environ` or our own, with changes).
 
-    It lacks the API key and the variables that tell a program that it runs inside another agent
-    or tmux, and has what the agents need.
+    The API key is removed, and the variables that tell a program that it runs inside tmux or
+    another agent.  The variables that the agents need are added.
     """
     source = os.environ if environ is None else environ
     removed = {"OPENROUTER_API_KEY", "TMUX", "TMUX_PANE"}
@@ -983,7 +984,7 @@ def _has_menu_hint(profile: AgentProfile, screen: Sequence[str]) -> bool:
 
 def _parse_input_box(
         profile: AgentProfile, screen: Sequence[str], row: int) -> _InputBox | None:
-    """Return the input box whose prompt is in this row, None if there is none."""
+    """Return the input box whose prompt is in this row, or None."""
     if profile.reader_footer and profile.reader_prompt_line:
         for start in range(max(0, row - 2), row):
             if (profile.reader_prompt_line.match(screen[row])
@@ -1044,8 +1045,8 @@ def strip_input_box(profile: AgentProfile, lines: Sequence[str]) -> list[str]:
 def find_draft(profile: AgentProfile, screen: Sequence[str], row: int, column: int) -> str:
     """Return the text in the input box, "" if the cursor, at `row` and `column`, is not in it.
 
-    Behind the cursor in an empty box there may be a placeholder.  Another mark than the usual
-    one, as `!` for a shell command, belongs to the draft.
+    In an empty box, text after the cursor may be a placeholder.  A `!` in place of the usual mark,
+    which begins a shell command, belongs to the draft.
     """
     box = _find_input_box(profile, screen)
     if not box or not box.text <= row < box.text_end:
@@ -1075,8 +1076,8 @@ def _find_menu(profile: AgentProfile, lines: list[str],
                cursor_pattern: re.Pattern[str] | None) -> tuple[int, int | None]:
     """Return the first row of a menu and the row of its cursor.
 
-    It begins below a rule, which may also stand between its entries, or where the agent draws no
-    rules, below the last line that is not indented.
+    The menu begins below a horizontal rule; there may be others between its entries.  If the agent
+    draws no rules, it begins below the last line that is not indented.
     """
     rules = [row for row, line in enumerate(lines[:-1]) if _HORIZONTAL_RULE.match(line)
              and not _NUMBERED_ENTRY.match(lines[row + 1])]
@@ -1094,7 +1095,7 @@ def _find_menu(profile: AgentProfile, lines: list[str],
 
 
 def _find_question(profile: AgentProfile, lines: list[str]) -> str:
-    """Return the question, or else the title, in the lines of a menu above its cursor."""
+    """Return the question in the lines of a menu above its cursor, otherwise its title."""
     text = [line.strip() for line in text_lines(lines) if not _NUMBERED_ENTRY.match(line)]
     questions = [found[0] for line in text if (found := re.match(r"(?!●).*?\?(?=\s|$)", line))]
     if questions:
@@ -1140,7 +1141,7 @@ _USUAL_MENU_HINT = re.compile(r"\benter (?:to )?(?:\w+)\b", re.I)
 
 
 def count_usual_busy_lines(screen: Sequence[str]) -> int:
-    """Count the last lines of any program that say, or show by a spinner, that it is working."""
+    """Count the last lines that say, or show by a spinner, that any program is working."""
     return sum(1 for line in text_lines(screen)[-12:]
                if _USUAL_BUSY_WORDS.search(line) and not _USUAL_MENU_HINT.search(line))
 
@@ -1162,7 +1163,7 @@ def has_appeared(text: str, before: Sequence[str], after: Sequence[str]) -> bool
     if not end or _ANY_PASTE_PLACEHOLDER.search(lines):
         return True
     shown = "".join(filter(str.isalnum, lines))
-    parts = (end[-8:], end[-16:-8])     # between which another column may stand
+    parts = (end[-8:], end[-16:-8])     # text of another column may stand between them
     return any(part and part in shown for part in parts)
 
 
@@ -1198,8 +1199,9 @@ def find_startup_dialog(profile: AgentProfile, screen: Sequence[str]) -> Startup
         labels = [_ENTRY_FRAME.sub("", line) for line in screen]
         rows = [row for row, label in enumerate(labels) if label.startswith(rule.entry)]
         if rows and cursors:
-            distance = rows[0] - cursors[-1]
-            key = "Down" if distance > 0 else "Up" if distance < 0 else "Enter"
+            key = "Enter"
+            if rows[0] != cursors[-1]:
+                key = "Down" if rows[0] > cursors[-1] else "Up"
             return StartupDialog(labels[rows[0]], key)
     return None
 
@@ -1215,7 +1217,7 @@ def find_problem(profile: AgentProfile, text: str) -> str:
 
 
 class UsageLimit(NamedTuple):
-    """A usage limit of the agent, and the seconds until its reset: 0 if not given or just over."""
+    """A usage limit, and the seconds until its reset: 0 if no time is given or it has passed."""
 
     notice: str
     seconds: float
@@ -1241,11 +1243,11 @@ def _seconds_until(now: datetime.datetime, month: str | None, day: str | None, y
     at = now.replace(hour=hours, minute=int(minute or 0), second=0, microsecond=0)
     if month and day:
         number = time.strptime(month, "%b").tm_mon
-        is_next_year = now.month - number > 6
-        at = at.replace(month=number, day=int(day), year=int(year or now.year + is_next_year))
-    elif at < now - datetime.timedelta(hours=1):    # else it is just over, not a day away
+        next_year = now.year + 1 if now.month - number > 6 else now.year
+        at = at.replace(month=number, day=int(day), year=int(year or next_year))
+    elif at < now - datetime.timedelta(hours=1):    # otherwise it has just passed
         at += datetime.timedelta(days=1)
-    return max(0.0, at.timestamp() - now.timestamp())       # also where the clocks are changed
+    return max(0.0, at.timestamp() - now.timestamp())       # right across a change of the clocks
 
 
 def parse_usage_limit(
@@ -1277,16 +1279,16 @@ def parse_usage_limit(
 
 _SERVER_LOST = re.compile("server exited|lost server")
 _NO_CONNECTION = re.compile(r"error connecting to .*\((No such file|Connection refused)")
-_SESSION_LOST = re.compile(r"no server running|error connecting to .*\((No such file|"
-                           r"Connection refused)|no sessions|no current target|"
-                           r"can't find (session|window|pane)")
-_WIDTH, _HEIGHT, _HISTORY_LIMIT = 200, 50, 50_000
+_SESSION_LOST = re.compile(rf"no server running|{_NO_CONNECTION.pattern}|no sessions|"
+                           r"no current target|can't find (session|window|pane)")
+_WIDTH, _HEIGHT = 200, 50
+_HISTORY_LIMIT = 50_000         # lines
 INITIAL_TITLE = "starting"      # the title of a window whose program has not given it one
 _CALL_TIMEOUT = 5.0             # seconds; a server of another version may never answer
 
 
 def process_start_time(pid: int) -> str:
-    """Return when a process began, "" if it is gone or a zombie, or if nothing tells.
+    """Return when a process began, "" if it has ended or the system does not say.
 
     Slim containers have no ps, and macOS has no /proc.
     """
@@ -1300,7 +1302,7 @@ def process_start_time(pid: int) -> str:
 
 
 def child_processes(pid: int) -> dict[int, int]:
-    """Return the ids of all descendants of a process, each with that of its session."""
+    """Return the ids of all descendants of a process, each with its session id."""
     parents: dict[int, int] = {}
     try:
         for path in Path("/proc").glob("[0-9]*/stat"):
@@ -1327,8 +1329,8 @@ def child_processes(pid: int) -> dict[int, int]:
 def processes_of_pane(server_pid: int, pane_id: str) -> list[int]:
     """Return the processes that have a pane in their environment, wherever they are now.
 
-    A daemon has left its parent and its session, but its environment still tells where it was
-    started.  Where that can't be read, as on macOS, the list is empty.
+    A daemon has left its parent and its session, but its environment still says where it was
+    started.  On macOS that can't be read, and the list is empty.
     """
     found = []
     pane, server = f"\0TMUX_PANE={pane_id}\0".encode(), f",{server_pid},".encode()
@@ -1342,21 +1344,21 @@ def processes_of_pane(server_pid: int, pane_id: str) -> list[int]:
 
 
 class PaneSnapshot(NamedTuple):
-    """One look at a pane: what tmux knows of it, and its visible lines."""
+    """The state of a pane at one moment, and its visible lines."""
 
     id: str
     server_pid: int
     pid: int
     dead: bool
-    exit_description: str             # of a dead pane: how the program ended, where tmux knows
-    in_mode: bool           # a person scrolls: keys would go to tmux
-    is_alternate_screen: bool         # full-screen program: there is no history
+    exit_description: str       # how the program of a dead pane ended, if tmux knows
+    in_mode: bool               # you scroll in it: keys would go to tmux
+    is_alternate_screen: bool   # full-screen program: there is no history
     cursor_row: int
     cursor_column: int
-    foreground_command: str            # the program in the foreground
+    foreground_command: str     # name of the program
     title: str
     screen: tuple[str, ...]
-    reads_keys: bool | None = None      # raw mode, not line mode; None: unknown
+    reads_keys: bool | None = None      # raw mode (False: line mode); None: unknown
     columns: int = 0
     rows: int = 0
     cursor_is_visible: bool = True
@@ -1424,12 +1426,12 @@ class Tmux:
 
     @property
     def attach_command(self) -> str:
-        """The command for a person who wants to watch."""
+        """The command with which you watch the session."""
         return f"tmux -L {self.socket_name} attach -t {self.session}"
 
     @property
     def kill_command(self) -> str:
-        """The command that ends the session, and what runs in it."""
+        """The command with which you end the session, and what runs in it."""
         return f"tmux -L {self.socket_name} kill-session -t {self.session}"
 
     def check_version(self) -> str:
@@ -1442,8 +1444,8 @@ class Tmux:
     def find_pane(self) -> tuple[str, str]:
         """Return the mark of our session and the id of the agent's pane.
 
-        Without a session both are "".  The session of another program has no mark; ours has no
-        pane of the agent if that was closed, while panes that a person made are left.
+        Without a session both are "".  A session of another program has no mark.  Ours has no pane
+        id if the agent's pane was closed and you have made other panes in it.
         """
         try:
             rows = self._query("list-panes", "-s", "-t", f"={self.session}:", "-F",
@@ -1460,10 +1462,11 @@ class Tmux:
     def new_pane(self, command: Sequence[str], directory: str, mark: str) -> str:
         """Start a command in a new session, or in a new window of ours; return the pane's id.
 
-        All in one call: history-limit and remain-on-exit are fixed, or too late, once the program
-        runs.  A global window-size manual, for resize-window, kills the server on tmux 3.3a to
-        3.6; -c can't name each directory: since 3.2 not a#[b]; without a pipe tmux up to 3.3a may
-        note the end of a program before it has read its last words.
+        - One call does it all: once the program runs, history-limit can't be changed, and
+          remain-on-exit may be too late.
+        - resize-window is used because a global window-size manual kills tmux 3.3a to 3.6.
+        - The directory is that of the call: since tmux 3.2, -c can't name one such as a#[b].
+        - Without a pipe, tmux up to 3.3a may miss the last output of a program that ends.
         """
         target = f"={self.session}:"
         prefix = self._foreign_server_prefix()
@@ -1493,7 +1496,7 @@ class Tmux:
     def _without_shell(command: Sequence[str]) -> tuple[str, ...]:
         """Return a command in the form that tmux runs itself.
 
-        It gives a single word to the user's shell, which may be one that refuses, as nologin.
+        tmux gives a single word to the user's shell, which may refuse it, as nologin does.
         """
         return ("env", *command) if len(command) == 1 else tuple(command)
 
@@ -1504,9 +1507,9 @@ class Tmux:
                   *self._without_shell(command), cwd=directory)
 
     def _foreign_server_prefix(self) -> tuple[str, ...]:
-        """Return what goes before a command on a server of others, whose options stay theirs.
+        """Return an `env -u` prefix that hides the environment of a server that is not ours.
 
-        Of its environment the command gets nothing that is not in ours: the key may be there.
+        It may have the API key.  The prefix is empty on a server that we have started.
         """
         with contextlib.suppress(TmuxSessionLost):
             if self._run("list-sessions", "-F", "#{@started_by}").isspace():
@@ -1540,7 +1543,7 @@ class Tmux:
             cursor_flag != "0")
 
     def hides_input(self, pane_id: str) -> bool:
-        """Whether the pane's terminal takes lines and does not show them, as for a password."""
+        """Whether the pane's terminal reads a line without showing it, as for a password."""
         terminal = self._query("display-message", "-p", "-t", pane_id, "#{pane_tty}").strip()
         modes = read_terminal_modes(terminal) or termios.ECHO
         return bool(modes & termios.ICANON) and not modes & termios.ECHO
@@ -1557,7 +1560,7 @@ class Tmux:
                 for name, mark, created, dead in panes if mark]
 
     def capture_history(self, pane_id: str) -> str:
-        """Return all lines of a pane, wrapped ones joined, those that scrolled off included."""
+        """Return all lines of a pane with its scrollback; wrapped lines are joined."""
         return self._query("capture-pane", "-p", "-J", "-S", "-", "-t", pane_id)
 
     def capture_ansi(self, pane_id: str) -> str:
@@ -1570,9 +1573,10 @@ class Tmux:
         Never send-keys for text: it loses a trailing `;` and fails above 16 KB.
         """
         buffer = f"orchestrator-{secrets.token_hex(16)}"
-        return self._run_if_unchanged(pane, f"paste-buffer -p -r -d -b {buffer} -t {pane.id}",
-                             f"delete-buffer -b {buffer} ; ", text=text,
-                             before=("load-buffer", "-b", buffer, "-", ";"))
+        return self._run_if_unchanged(
+            pane, f"paste-buffer -p -r -d -b {buffer} -t {pane.id}",
+            f"delete-buffer -b {buffer} ; ", text=text,
+            before=("load-buffer", "-b", buffer, "-", ";"))
 
     def send_keys(self, pane: PaneSnapshot, *keys: str) -> bool:
         """Press keys by their tmux names; False if the pane would not take them now."""
@@ -1590,21 +1594,21 @@ class Tmux:
             self._run("send-keys", "-X", "-t", pane_id, "cancel")
 
     def kill_session(self) -> None:
-        """End the session, and with the last one the server, whose socket is left for the next."""
+        """End the session.  The server ends with its last session; its socket file stays."""
         self._run("kill-session", "-t", f"={self.session}")
 
     def _run_if_unchanged(self, pane: PaneSnapshot, command: str, otherwise: str = "", *,
-                 before: Sequence[str] = (), text: str = "") -> bool:
-        """Run a command in the server only if the pane still is as it was seen, and takes input.
+                          before: Sequence[str] = (), text: str = "") -> bool:
+        """Run a command in the server only if the pane is still the same, and takes input.
 
-        The guard runs inside the server, so nothing can change in between.  Pasting into a dead
-        pane kills the whole server before tmux 3.4; a pane in copy mode loses paste brackets.
+        The server itself checks that, so nothing can change in between.  A paste into a dead pane
+        kills tmux before 3.4; a pane in copy mode loses the paste brackets.
         """
         state = (f"#{{==:#{{pid}}/#{{pane_id}}/#{{pane_pid}}/#{{pane_dead}}/#{{pane_in_mode}}/"
                  f"#{{pane_input_off}},{pane.server_pid}/{pane.id}/{pane.pid}/0/0/0}}")
         answer = self._query(*before, "if-shell", "-F", "-t", pane.id, state,
-                            f"{command} ; display-message -p TAKEN",
-                            f"{otherwise}display-message -p REFUSED", text=text)
+                             f"{command} ; display-message -p TAKEN",
+                             f"{otherwise}display-message -p REFUSED", text=text)
         return answer.strip() == "TAKEN"
 
     def _query(self, *args: str, text: str = "", cwd: str | None = None) -> str:
@@ -1654,7 +1658,7 @@ class Tmux:
             raise TmuxError(f"tmux can't be run: {error.strerror}") from None
 
     def _restore_socket(self) -> bool:
-        """Ask our server to make its socket again, which something that cleans /tmp removed."""
+        """Ask our server to make its socket again, which a cleaner of /tmp has removed."""
         pid, start_time = self._server
         if not start_time or process_start_time(pid) != start_time:
             return False
@@ -1670,13 +1674,13 @@ class Tmux:
 # May use: Errors, Configuration, Text, Agent profiles, Screens, Tmux.
 
 class Turn(NamedTuple):
-    """What came of a message: all that is new on the screen, and how the turn ended."""
+    """The result of a message: all that is new on the screen, and how the turn ended."""
 
     output: str
-    state: str = "done"             # done, working (a limit came first), quiet or exited
+    state: str = "done"             # done, idle (no sign of an end), working (timeout) or exited
     notes: tuple[str, ...] = ()     # what else there is to know, in sentences
-    usage_limit_seconds: float = 0.0            # seconds until a usage limit of the agent is over
-    menu: str = ""                  # what there is to know of a question that waits for keys
+    usage_limit_seconds: float = 0.0    # until a usage limit of the agent ends
+    menu: str = ""                  # the note on a question that waits for keys
 
     def as_text(self) -> str:
         """Return the notes and the output as one text."""
@@ -1684,13 +1688,13 @@ class Turn(NamedTuple):
 
 
 class ProgramHabits:
-    """What the program in the pane has shown of itself, kept from turn to turn."""
+    """What is known of the program in the pane from its earlier turns."""
 
     def __init__(self, profile: AgentProfile) -> None:
         self.profile = profile
         self.prompt_commands: set[str] = set()  # programs in the foreground that waited for input
         self.reads_keys: bool | None = None     # whether it reads in raw mode while it waits
-        self.idle_busy_lines = 0                # lines below its box that say "busy" all the time
+        self.idle_busy_lines = 0                # lines below its box that always say "busy"
         self.has_title_spinner = False
         self.has_closing_line = False
 
@@ -1703,19 +1707,20 @@ class ProgramHabits:
 class TurnDetector:
     """Detect the end of the agent's turn from successive pane snapshots.
 
-    Each rule is one method.  Rules 1 to 5 find a sign of work, in the order of trust.  The turn is
-    over when the sign has gone and the screen has settled.  Without a sign, a closing line, the
-    prompt (rule 6) or stillness alone (rule 7) ends it.  For stillness only the text above and in
-    the input box counts: status lines below it may tick for ever.
+    Rules 1 to 6 are one method each.  Rules 1 to 5 find a sign of work, the most reliable first.
+    The turn is over when the sign has gone and the screen has settled.  Without a sign, it is over
+    after a closing line, at the prompt (rule 6), or when the screen has not changed for some
+    seconds.  Only the text above and in the input box counts as a change: the status lines below
+    it may never stop.
     """
 
-    STALE_SECONDS = 15.0                    # a doubtful sign counts so long on a still screen
-    SETTLE_SECONDS = 0.1                    # after a sign of the program's own
+    STALE_SECONDS = 15.0                    # on a still screen, a doubtful sign counts so long
+    SETTLE_SECONDS = 0.1                    # after a sign of rules 1 to 4, or a closing line
     SETTLE_SECONDS_AFTER_USUAL_WORDS = 1.0
     SETTLE_SECONDS_AT_PROMPT = 0.5
     SETTLE_SECONDS_OF_SLASH_COMMANDS = 1.0
     SETTLE_SECONDS_WITHOUT_INDICATOR = 2.0
-    TOOL_SECONDS = 45.0                     # a new process counts so long on a still screen
+    TOOL_SECONDS = 45.0                     # on a still screen, a new process counts so long
     ENTER_RETRY_SECONDS = (0.5, 1.0, 2.0)   # after the last Enter
 
     def __init__(self, before: PaneSnapshot, now: float, habits: ProgramHabits, *,
@@ -1748,7 +1753,7 @@ class TurnDetector:
         self._state_changed_at = now
         self._has_changed = False
         self._title_has_changed = is_in_progress    # otherwise a dead program may have left it
-        self._quiet_since = now                 # no sign of work has been seen since
+        self._quiet_since = now                 # when the last sign of work disappeared
         self._still_seconds = 0.0               # since any change: text, title or program
         self._last_enter_at = now
         self._enter_retries = 0
@@ -1756,7 +1761,7 @@ class TurnDetector:
         self._tool_was_running = False
 
     def update(self, pane: PaneSnapshot, now: float) -> str:
-        """Return what to do: "wait", "enter" (it was not taken), or how the turn has ended."""
+        """Return "wait", "enter" (to press it again), or the state of a turn that is over."""
         self._note_changes(pane, now)
         sign = next((name for name, is_shown in self._signs if is_shown(pane)), "")
         if self.is_busy and not sign:
@@ -1786,21 +1791,20 @@ class TurnDetector:
             return 0.05
         return min(0.5, max(0.1, 0.02 * age))
 
-    # the rules
+    # rules
 
     def has_title_spinner(self, pane: PaneSnapshot) -> bool:
         """Apply rule 1: a spinner begins the title, and was not left there by a dead program."""
-        spinner = self._profile.busy_title or SPINNER
-        if not self._title_has_changed or not spinner.match(pane.title):
+        if not self._title_has_changed or not self._profile.busy_title.match(pane.title):
             return False
         self._habits.has_title_spinner = True
         return not self._is_stale
 
     def has_own_words(self, pane: PaneSnapshot) -> bool:
-        """Apply rule 2: the known agent's own words stand in their place.
+        """Apply rule 2: the known agent's own busy words stand in their place.
 
-        They are below its input box (the last lines, if it shows no box), or are the last line
-        above that which is not indented.  Quotations in an answer stand nowhere there.
+        That is below its input box (the last lines, if it shows no box), or the last unindented
+        line above it.  A quotation in an answer stands at neither place.
         """
         if not self._profile.is_known or self._shows_closing_line:
             return False
@@ -1808,8 +1812,8 @@ class TurnDetector:
             return True
         if self._habits.has_title_spinner or not self._profile.status_line:
             return False
-        outdented = next((line for line in reversed(self._above) if line and line[0] != " "), "")
-        return bool(self._profile.status_line.match(outdented))
+        unindented = (line for line in reversed(self._above) if line and line[0] != " ")
+        return bool(self._profile.status_line.match(next(unindented, "")))
 
     def runs_another_program(self, pane: PaneSnapshot) -> bool:
         """Apply rule 3: the program in the foreground has never waited for us."""
@@ -1837,15 +1841,15 @@ class TurnDetector:
         return bool(beginning) and any(line.startswith(prompt) and beginning in line
                                        for line in pane.screen[:pane.cursor_row])
 
-    # how they play together
+    # how the rules are combined
 
     @property
     def _is_stale(self) -> bool:
-        """Whether nothing has changed for so long that a doubtful sign counts no more."""
+        """Whether nothing has changed for so long that a doubtful sign no longer counts."""
         return self._still_seconds >= self.STALE_SECONDS
 
     def _seconds_to_settle(self, pane: PaneSnapshot) -> float:
-        """Return how long the text has to stand still now that no sign of work is seen."""
+        """Return for how long the text must not change, now that there is no sign of work."""
         if self.last_sign == "usual words":
             return self.SETTLE_SECONDS_AFTER_USUAL_WORDS
         if self._message.startswith("/") and not self.last_sign:
@@ -1859,14 +1863,14 @@ class TurnDetector:
         return self._settle_seconds
 
     def _has_new_closing_line(self) -> bool:
-        """Tell whether a closing line has come since the message: its answer was an instant one."""
+        """Tell whether a closing line has appeared since the message, without a sign of work."""
         return (self._shows_closing_line and bool(self._message)
                 and text_lines(self._above)[-3:] != self._last_lines_before)
 
     def _lacks_closing_line(self, pane: PaneSnapshot) -> bool:
         """Tell whether an answer may still be going on although its status line has gone.
 
-        An agent may show nothing else while its answer streams, if its user changed its title.
+        An agent whose title you have changed may show no other sign while its answer streams.
         """
         is_expected = self._profile.hides_status_line and self._habits.has_closing_line
         has_started = bool(self._message or self.last_sign)
@@ -1877,7 +1881,7 @@ class TurnDetector:
     def _runs_tool(self, pane: PaneSnapshot, now: float) -> bool:
         """Tell whether an unknown program runs a tool that it began since the message.
 
-        A tool may be silent, and so may its agent.  It is looked for once a second.
+        Neither the tool nor its agent may print anything meanwhile.  Looks once a second.
         """
         is_over = self.last_sign not in ("", "usual words") or self.has_prompt_again(pane)
         if self._profile.is_known or is_over or self._still_seconds >= self.TOOL_SECONDS:
@@ -1891,8 +1895,10 @@ class TurnDetector:
         """Return "enter" when it is time to press it again: the message still stands in the box."""
         if self._still_seconds >= self._idle_timeout:
             return "idle"
-        waits = self.ENTER_RETRY_SECONDS[self._enter_retries:self._enter_retries + 1]
-        if not waits or now - max(self._last_enter_at, self._state_changed_at) < waits[0]:
+        if self._enter_retries == len(self.ENTER_RETRY_SECONDS):
+            return "wait"
+        waited = now - max(self._last_enter_at, self._state_changed_at)
+        if waited < self.ENTER_RETRY_SECONDS[self._enter_retries]:
             return "wait"
         self._enter_retries += 1
         self._last_enter_at = now
@@ -1913,7 +1919,7 @@ class TurnDetector:
         self._still_seconds = now - self._state_changed_at
 
     def _read_parts(self, pane: PaneSnapshot) -> None:
-        """Take the screen apart, and learn what it looks like under a closing line."""
+        """Split the screen at the input box, and note whether it ends with a closing line."""
         self._above, self._box, self._below = split_at_input_box(self._profile, pane.screen)
         last = text_lines(self._above)[-1:]
         self._shows_closing_line = bool(
@@ -1936,7 +1942,7 @@ class _Submission:
 
     def __init__(self, text: str) -> None:
         self.text = text
-        self.enter_sent = False     # tmux may have sent Enter: it must not be sent again
+        self.enter_sent = False     # True: tmux may have sent Enter, so don't repeat the message
 
 
 class Agent:
@@ -1956,18 +1962,23 @@ class Agent:
     program is missing or the program ends at once.
     """
 
-    # Seconds that a first screen stands still: a ready one, unknown words, a box without a title.
-    READY_SETTLE_SECONDS, UNKNOWN_SETTLE_SECONDS, UNTITLED_SETTLE_SECONDS = 0.4, 10.0, 30.0
-    MENU_SETTLE_SECONDS, READY_TIMEOUT = 2.0, 60.0
-    INDICATOR_DELAY_SECONDS = 5.0   # a known agent shows that it works; a busy machine is slow
+    # How long the first screen must not change before the agent is taken to be ready:
+    READY_SETTLE_SECONDS = 0.4      # with an input box
+    MENU_SETTLE_SECONDS = 2.0       # with a menu
+    UNKNOWN_SETTLE_SECONDS = 10.0   # with unknown words
+    UNTITLED_SETTLE_SECONDS = 30.0  # with an input box, but no title of the window yet
+    READY_TIMEOUT = 60.0            # seconds; after that any screen will do
+
+    INDICATOR_DELAY_SECONDS = 5.0   # until a known agent shows that it works: machines are slow
     KEY_SETTLE_SECONDS = 1.0        # a known agent's screen after a key that starts no work
     SHOW_SECONDS = 2.0              # on a still screen, for a pasted text to show
-    ENTER_DELAY_SECONDS = 0.2       # some take an Enter right after a paste for a line break
-    TALL_ROWS = 500                 # the window in which a full-screen program is read
+    ENTER_DELAY_SECONDS = 0.2       # some programs take Enter right after a paste as a line break
+    TALL_ROWS = 500                 # height of the window in which a full-screen program is read
     INTERRUPT_SECONDS = 5.0         # for the agent to stop its turn
-    MAX_RESTARTS, RESTART_WINDOW_SECONDS = 3, 600.0
-    STATE_SECONDS = 0.3
-    TMUX_TIMEOUT = 25.0   # seconds: how long a tmux that does not answer is asked again
+    MAX_RESTARTS = 3                # in RESTART_WINDOW_SECONDS, without a finished turn
+    RESTART_WINDOW_SECONDS = 600.0
+    STATE_SECONDS = 0.3             # how long `read_state` looks
+    TMUX_TIMEOUT = 25.0             # seconds; until then a call that fails is repeated
 
     def __init__(self, profile: AgentProfile | str = "claude", directory: Path | str = ".", *,
                  session: str = Config.claude_tmux_session, socket: str = Config.claude_tmux_socket,
@@ -1983,7 +1994,7 @@ class Agent:
         self.directory = Path(directory).expanduser().resolve()
         self._keep_session = keep_session
         self._made_session = False
-        self.take_interrupt: Callable[[], bool] = never     # the user asks to interrupt a turn
+        self.take_interrupt: Callable[[], bool] = never     # whether you ask to interrupt a turn
         self._profile = profile
         self._tmux = self.tmux
         self._directory = str(self.directory)
@@ -1995,14 +2006,14 @@ class Agent:
         self._pane_id = ""
         self._server_pid = 0                        # a new server counts its panes from %0 again
         self._process = 0, ""                       # the agent when last seen: id, start time
-        self._last_capture: list[str] = []          # what was last reported of the transcript,
-        self._last_full_screen: list[str] = []      # and of a full-screen program
+        self._last_capture: list[str] = []          # the transcript, when last reported
+        self._last_full_screen: list[str] = []      # the same of a full-screen program
         self._habits = ProgramHabits(profile)
         self._has_conversation = False
         self._turn_in_progress = False
-        self._blocked_by_dialog = False             # it shows no input box, but something unknown
+        self._blocked_by_dialog = False             # it shows an unknown screen, no input box
         self._restart_times: list[float] = []
-        self._refused_options: set[str] = set()     # optional ones that the installed version lacks
+        self._refused_options: set[str] = set()     # names of optional_arguments
         self._last_published: tuple[float, tuple[str, ...]] = (0.0, ())
 
     def __enter__(self) -> Agent:
@@ -2033,13 +2044,13 @@ class Agent:
             raise ConfigError(
                 f"the tmux session {self._tmux.session} is in use for {mark or 'something else'}. "
                 "Choose another name (CLAUDE_TMUX_SESSION, or the argument session), or close it: "
-                f"tmux -L {self._tmux.socket_name} kill-session -t {self._tmux.session}")
+                f"{self._tmux.kill_command}")
         return pane_id
 
     def start(self, resume: bool = False) -> Turn:
         """Join the session or make it, wait until the agent is ready, and return its screen.
 
-        If it was `resume` to before, and the session is gone, it is started with its conversation.
+        With `resume`, an agent whose session is gone is started with its earlier conversation.
         Raises ConfigError for a session that was made for something else, AgentError if the
         program is missing or ends at once, or says that you have to do something first.
         """
@@ -2055,12 +2066,13 @@ class Agent:
                 self._launch(resume=False)
         except (TmuxSessionLost, AgentExited) as error:
             if isinstance(error, AgentExited) and not self._has_conversation:
-                self.stop()     # its words are told; a dead session is in the way
+                self.stop()     # the error has its last words; a dead session is in the way
                 raise
             notes = (self._restart(error),)
         self._forget_output()
         pane = self._snapshot()
-        return Turn(pane.text, notes=notes + self._menu_notes(pane))
+        menu = describe_menu(self._profile, pane.screen)
+        return Turn(pane.text, notes=(*notes, menu) if menu else notes)
 
     def ask(self, message: str, timeout: float = 1800) -> Turn:
         """Type a message, wait until the agent is done, and return what is new on its screen.
@@ -2077,9 +2089,9 @@ class Agent:
         return turn
 
     def send_keys(self, keys: Sequence[str], timeout: float = 1800) -> Turn:
-        """Press keys by their tmux names, and return what is new once the screen stands still."""
+        """Send keys (tmux names) and return the new output once the screen has settled."""
         def press(before: PaneSnapshot) -> Turn:
-            self._retry_write(lambda pane: self._tmux.send_keys(pane, *keys))
+            self._press(*keys)
             detector = self._new_detector(before, idle_timeout=2.0)
             return self._wait_for_turn_end(detector, timeout)
 
@@ -2089,7 +2101,7 @@ class Agent:
              idle_timeout: float | None = None) -> Turn:
         """Wait until the screen changes and the agent is done, `until()`, or the time is over.
 
-        With `idle_timeout`, a screen that does not change for so many seconds ends the wait, too.
+        A screen that does not change for `idle_timeout` seconds ends the wait, too.
         """
         def watch(before: PaneSnapshot) -> Turn:
             detector = self._new_detector(
@@ -2099,7 +2111,7 @@ class Agent:
         return self._with_recovery(watch)
 
     def read_state(self) -> Turn:
-        """Look for a moment; the turn's state is "working" while the agent works."""
+        """Watch the screen for a moment; the state is "working" if the agent works."""
         return self.wait(self.STATE_SECONDS)
 
     def read_screen(self) -> Turn:
@@ -2128,7 +2140,7 @@ class Agent:
                 self._server_pid = pane.server_pid
                 self._process = pane.pid, process_start_time(pane.pid)
                 if self._profile.busy_title.match(pane.title):
-                    self._tmux.send_keys(pane, "Escape")    # a server may be at work on the turn
+                    self._tmux.send_keys(pane, "Escape")    # a background server may work on it
                     self._sleep(0.5)
             processes = self._find_processes()
             self._tmux.kill_session()
@@ -2186,7 +2198,7 @@ class Agent:
                 self._sleep(0.2)
 
     def _publish_screen(self, pane: PaneSnapshot, pause: float) -> None:
-        """Publish a new screen for the viewers, `pause` seconds after the last one."""
+        """Publish a screen that has changed, at least `pause` seconds after the last one."""
         now = self._clock()
         last_time, last_screen = self._last_published
         if now - last_time < pause or pane.screen == last_screen or not self._has_viewers():
@@ -2217,16 +2229,16 @@ class Agent:
         return error
 
     def _forget_output(self) -> None:
-        """Take all that is on the screen now for known."""
+        """Treat all that is on the screen now as reported."""
         self._last_capture = self._capture_transcript()
         pane = self._snapshot()
         if pane.is_alternate_screen:
             self._last_full_screen = self._capture_full_screen(pane)
 
     def _take_new_output(self, pane: PaneSnapshot) -> tuple[list[str], bool]:
-        """Return what is new since the last report, and whether that could be told apart."""
+        """Return the output since the last report; False with it: the new part is not known."""
         lines: list[str] | None
-        if pane.is_alternate_screen:        # what is below it will be there again
+        if pane.is_alternate_screen:        # the transcript will be there again after it
             before, self._last_full_screen = self._last_full_screen, self._capture_full_screen(pane)
             lines = find_new_blocks(before, self._last_full_screen)
         else:
@@ -2237,8 +2249,7 @@ class Agent:
     def _capture_full_screen(self, pane: PaneSnapshot) -> list[str]:
         """Return what a full-screen program shows in a tall window, without blank lines.
 
-        Such a program has no scrollback.  On the normal screen, programs would print everything
-        again.
+        It has no scrollback.  Other programs are not resized: they would print everything again.
         """
         if pane.dead or not pane.rows:
             return []
@@ -2267,10 +2278,9 @@ class Agent:
 
     def _submit(self, before: PaneSnapshot, submission: _Submission, timeout: float) -> Turn:
         """Type a message into an empty input box, and wait for the end of its turn."""
-        menu_notes = self._menu_notes(before)
-        if menu_notes:
-            return Turn(before.text, "idle", ("Nothing was typed.", *menu_notes),
-                        menu="".join(menu_notes))
+        menu = describe_menu(self._profile, before.screen)
+        if menu:
+            return Turn(before.text, "idle", ("Nothing was typed.", menu), menu=menu)
         notes, is_empty = self._clear_draft(before)
         if not is_empty:
             return Turn(before.text, "idle", ("Nothing was typed.", *notes))
@@ -2283,8 +2293,9 @@ class Agent:
                     "Enter was not pressed. Is a question on the screen, or a hidden input?")
             return Turn(pasted.text, "idle", (*notes, "Nothing was sent.", note))
         is_unsent = self._unsent_test(before, pasted, submission.text)
-        self._retry_write(lambda pane: self._tmux.send_keys(pane, "Enter"))
-        submission.enter_sent = self._has_conversation = True   # or nobody knows
+        self._press("Enter")
+        submission.enter_sent = True        # perhaps: tmux may not have answered
+        self._has_conversation = True
         detector = self._new_detector(
             before, message=submission.text, is_unsent=is_unsent,
             has_new_process=lambda: bool(set(self._tool_processes(before)) - old_processes),
@@ -2306,10 +2317,10 @@ class Agent:
             return ""
         return find_draft(self._profile, pane.screen, pane.cursor_row, column or pane.cursor_column)
 
-    def _find_left_draft(self, pane: PaneSnapshot) -> str:
-        """Return the draft that somebody left in the input box.
+    def _find_abandoned_draft(self, pane: PaneSnapshot) -> str:
+        """Return the draft that was left in the input box.
 
-        What stands behind a cursor at its start is one too, if it is not dim like a placeholder.
+        Text after a cursor at the start of the box counts, too, unless it is dim: a placeholder.
         """
         draft = self._find_draft(pane)
         text_at_cursor = self._find_draft(pane, pane.cursor_column + 1)
@@ -2320,17 +2331,17 @@ class Agent:
         return "" if is_placeholder else text_at_cursor
 
     def _clear_draft(self, pane: PaneSnapshot) -> tuple[tuple[str, ...], bool]:
-        """Empty the input box: a message would be glued to a draft in it.
+        """Delete a draft from the input box: a message would be appended to it.
 
-        Return what is to be said of that, and whether the box is empty.
+        Return notes about that, and whether the box is empty now.
         """
-        draft = rest = self._find_left_draft(pane)
+        draft = rest = self._find_abandoned_draft(pane)
         if not draft:
             return (), True
         keys = ("C-e", *["C-u"] * 20, *["C-k"] * 20, "BSpace")      # BSpace: out of shell mode
         for _ in range(10):
             old_screen = self._snapshot().screen
-            self._retry_write(lambda pane: self._tmux.send_keys(pane, *keys))
+            self._press(*keys)
             rest = self._find_draft(self._poll_until_changed(old_screen))
             if not rest:
                 break
@@ -2339,7 +2350,7 @@ class Agent:
         return (f"The input box held a draft, which {result}: {shown!r}",), not rest
 
     def _paste_message(self, before: PaneSnapshot, text: str) -> PaneSnapshot:
-        """Paste a text once, and return the pane when it shows, or has not shown for long."""
+        """Paste a text once, and return the pane when it shows the text, or after a timeout."""
         needs_blank = self._profile.needs_blank
         if needs_blank and needs_blank.search(text):
             text += " "
@@ -2351,7 +2362,7 @@ class Agent:
         raise TmuxError(f"tmux gave no answer, twice, and {self.name} got no text")
 
     def _wait_for_text(self, before: PaneSnapshot, text: str) -> PaneSnapshot:
-        """Wait for a pasted text to show; a long one may take its time, while something moves."""
+        """Wait for a pasted text to show; a long one gets more time while the screen changes."""
         last_screen, changed_at = before.screen, self._clock()
         until = changed_at + 5 * self.SHOW_SECONDS
         while True:
@@ -2376,8 +2387,8 @@ class Agent:
     def _is_ready_for_enter(self, before: PaneSnapshot, pasted: PaneSnapshot, text: str) -> bool:
         """Tell whether Enter will submit a text that was pasted, and not answer a question.
 
-        In line mode the terminal itself keeps the text, shown or not.  A program that works, or
-        is slow on a busy machine and has an input box, may show it later.
+        In line mode the terminal itself keeps the text, even if it does not show it.  A program
+        that is working, or has an input box on a slow machine, may show it later.
         """
         if not pasted.reads_keys or has_input_box(self._profile, pasted.screen):
             return True
@@ -2388,9 +2399,10 @@ class Agent:
 
     def _unsent_test(self, before: PaneSnapshot, pasted: PaneSnapshot,
                      text: str) -> Callable[[PaneSnapshot], bool]:
-        """Return what tells whether a message still stands in the input line.
+        """Return a test for whether a message still stands in the input line.
 
-        That is known by the box, by the line that the cursor is on with it, or by the text.
+        It looks for a draft in the input box, for the line that the cursor was on after the paste,
+        or for the end of the text.
         """
         if self._profile.is_known and has_input_box(self._profile, before.screen):
             return lambda pane: bool(self._find_draft(pane))
@@ -2399,16 +2411,17 @@ class Agent:
         return lambda pane: is_message_unsent(pane.cursor_line, text)
 
     def _poll_until_changed(self, old_screen: tuple[str, ...]) -> PaneSnapshot:
-        """Look until the screen has changed, half a second at most; return the last look."""
+        """Wait until the screen has changed, half a second at most; return the last snapshot."""
         until = self._clock() + 0.5
         while (pane := self._snapshot()).screen == old_screen and self._clock() < until:
             self._sleep(0.02)
         return pane
 
     def _retry_write(self, write: Callable[[PaneSnapshot], bool]) -> bool:
-        """Write to the pane, after leaving copy mode if somebody scrolls there.
+        """Write to the pane, after leaving copy mode, in which keys would go to tmux.
 
-        False: tmux did not answer, so the text may have been written.  If this raises, it was not.
+        Returns False if tmux did not answer: then it may have written or not.  If this raises, it
+        has written nothing.
         """
         for _ in range(20):
             pane = self._snapshot()
@@ -2424,6 +2437,9 @@ class Agent:
             self._sleep(0.1)
         raise AgentError(f"{self.name} takes no input: leave copy mode in the attached tmux client "
                          "(q), or turn its input on: select-pane -e")
+
+    def _press(self, *keys: str) -> None:
+        self._retry_write(lambda pane: self._tmux.send_keys(pane, *keys))
 
     # waiting
 
@@ -2442,7 +2458,7 @@ class Agent:
             pane, now = self._snapshot(), self._clock()
             verdict = detector.update(pane, now)
             if self.take_interrupt():
-                self._retry_write(lambda pane: self._tmux.send_keys(pane, "Escape"))
+                self._press("Escape")
                 timeout = min(timeout, now - started_at + self.INTERRUPT_SECONDS)
                 notes = (f"The user interrupted {self.name} (Escape was pressed).",)
             if verdict == "enter":
@@ -2479,7 +2495,7 @@ class Agent:
         limit = parse_usage_limit(self._profile, output, datetime.datetime.now())
         if state != "working":
             self._raise_problem("\n".join(text_lines(lines)[-3:]))
-        if not output and state != "working":       # no answer; or cleared, and the same again
+        if not output and state != "working":       # no answer, or the same screen drawn again
             output = pane.text
             is_exact = state == "idle"
             state = "idle"
@@ -2489,12 +2505,14 @@ class Agent:
             end = f", over in {limit.seconds / 60:.0f} minutes" if limit.seconds else ""
             notes.append(f"This is a usage limit of {self.name}{end}. "
                          "Never choose to pay for more.")
-        menu = self._menu_notes(pane)
-        return Turn(truncate_middle(output), state, (*notes, *menu),
-                    limit.seconds if limit else 0.0, "".join(menu))
+        menu = describe_menu(self._profile, pane.screen)
+        if menu:
+            notes.append(menu)
+        return Turn(truncate_middle(output), state, tuple(notes),
+                    limit.seconds if limit else 0.0, menu)
 
     def _state_notes(self, pane: PaneSnapshot, state: str, detector: TurnDetector) -> list[str]:
-        """Return what is to be said of the end of a turn, unless it is simply done."""
+        """Return a note on how a turn ended, unless it is simply done."""
         still = f"Nothing has changed for {detector.STALE_SECONDS:g} seconds, but"
         if state == "done":
             return []
@@ -2509,11 +2527,7 @@ class Agent:
                     f"{self.name} did not take it."]
         return ["Nothing more happens on the screen."]
 
-    def _menu_notes(self, pane: PaneSnapshot) -> tuple[str, ...]:
-        menu = describe_menu(self._profile, pane.screen)
-        return (menu,) if menu else ()
-
-    # starting and reviving
+    # starting and restarting
 
     def _launch(self, resume: bool) -> None:
         """Run the agent in the pane, or in a new session, and wait until it is ready.
@@ -2544,7 +2558,7 @@ class Agent:
                 self._refused_options |= refused
 
     def _raise_problem(self, text: str) -> None:
-        """Raise AgentError if the agent says that there is a problem which only you can fix."""
+        """Raise AgentError if the agent's text names a problem that only you can fix."""
         problem = find_problem(self._profile, text)
         if problem:
             error = AgentError(f"{self.name}: {problem}")
@@ -2554,8 +2568,8 @@ class Agent:
     def _wait_until_ready(self) -> None:
         """Wait until the screen has settled and the agent can be typed to; answer its dialogs.
 
-        One key at a time, and only on a settled screen: an agent may draw a dialog twice, and then
-        its cursor jumps back.
+        Presses one key at a time, and only on a settled screen: an agent may draw a dialog twice,
+        which moves the cursor back.
         """
         started = self._clock()
         changed, last_state, answer = 0.0, None, ""
@@ -2574,14 +2588,11 @@ class Agent:
                     self._accept_first_screen(pane)
                     return
                 answer, changed = dialog.answer, now
-                self._press_key(dialog.next_key)
+                self._press(dialog.next_key)
             self._sleep(0.05)
 
-    def _press_key(self, key: str) -> None:
-        self._retry_write(lambda pane: self._tmux.send_keys(pane, key))
-
     def _accept_first_screen(self, pane: PaneSnapshot) -> None:
-        """Note that the agent waits for input, or for what only you can do: then AgentError."""
+        """Note that the agent waits for input; raise AgentError if it waits for you."""
         has_box = has_input_box(self._profile, pane.screen)
         if not has_box:
             self._raise_problem(pane.text)
@@ -2591,7 +2602,7 @@ class Agent:
         self._blocked_by_dialog = self._profile.is_known and (not has_box or is_untitled)
 
     def _required_settle_seconds(self, pane: PaneSnapshot) -> float:
-        """Return how long a first screen has to stand still before it is taken as the last."""
+        """Return for how long a first screen must not change to be taken as the last one."""
         if not pane.text:
             return self.READY_TIMEOUT if self._profile.is_known else self.UNKNOWN_SETTLE_SECONDS
         if has_input_box(self._profile, pane.screen):
@@ -2617,7 +2628,7 @@ class Agent:
                 self._launch(resumes)
                 break
             except (TmuxSessionLost, AgentExited) as latest:
-                if not resumes:     # the other way to start it is no restart more
+                if not resumes:     # a start without the conversation is part of the same restart
                     self._count_restart(latest)
                 resumes = False
         self._forget_output()
@@ -2630,7 +2641,8 @@ class Agent:
         """Note a restart; raise AgentError if there were too many of them lately."""
         now = self._clock()
         self._restart_times = [at for at in self._restart_times
-                               if now - at < self.RESTART_WINDOW_SECONDS] + [now]
+                               if now - at < self.RESTART_WINDOW_SECONDS]
+        self._restart_times.append(now)
         if len(self._restart_times) > self.MAX_RESTARTS:
             raise AgentError(f"{self.name} was restarted {self.MAX_RESTARTS} times in ten minutes "
                              f"without finishing a turn; the last time: {error}")
@@ -2640,17 +2652,17 @@ class Agent:
         pid, start_time = self._process
         pids = set(processes_of_pane(self._server_pid, self._pane_id))
         with contextlib.suppress(OSError):
-            # It leads a session of its own.  0 and 1 would be our own group, or every process.
+            # The agent leads a session of its own; pids 0 and 1 never are an agent.
             if pid > 1 and start_time and os.getsid(pid) == pid and (
                     process_start_time(pid) == start_time):
                 pids.update((pid, *child_processes(pid)))
         return {pid: process_start_time(pid) for pid in pids if pid > 1 and pid != os.getpid()}
 
     def _end_processes(self, processes: dict[int, str]) -> None:
-        """End what outlives its pane: its tools would work on, and beside a new agent.
+        """End the processes that outlive their pane: otherwise two agents would edit your files.
 
-        By then they were told by SIGHUP that the pane is gone, except those that have left its
-        session.  What they start meanwhile ends too.
+        They got SIGHUP when the pane closed, except those that have left its session.  Processes
+        that they start meanwhile are ended, too.
         """
         for attempt in range(25):
             processes.update(self._find_processes())
@@ -2672,7 +2684,7 @@ Messages = Sequence[Mapping[str, str]]
 
 
 class TokenUsage(NamedTuple):
-    """Tokens of model calls; of `prompt`, how many the cache had, and how many it took in."""
+    """Tokens of model calls; `cached` and `written` (to the cache) are parts of `prompt`."""
 
     prompt: int = 0
     completion: int = 0
@@ -2699,7 +2711,7 @@ class Reply(NamedTuple):
 
 
 class ChatModel(Protocol):
-    """What Autopilot needs of a model: OpenRouter is one, your own class can be another.
+    """What Autopilot needs of a model.  OpenRouter is one; you can write another.
 
         class Echo:
             characters_per_token = 4.0
@@ -2722,7 +2734,7 @@ class ChatModel(Protocol):
 
 
 class ModelAccess(NamedTuple):
-    """What is known of the model before its first call; `warning` is a sentence or nothing."""
+    """What is known of the model before its first call; `warning` is a sentence or ""."""
 
     description: str
     warning: str = ""
@@ -2738,13 +2750,13 @@ class _ErrorKind(NamedTuple):
     advice: str = ""
 
     def fits(self, types: Iterable[str], status: int, message: str) -> bool:
-        """Return whether an error is of this kind."""
+        """Tell whether an error is of this kind."""
         if status in self.statuses or any(re.fullmatch(self.types, name) for name in types):
             return True
         return bool(self.words and re.search(self.words, message, re.I))
 
 
-# The first row that fits counts.  What is said comes before the status, which is often wrong.
+# The first row that fits counts.  Rows that match words come first: the status is often wrong.
 _ERROR_KINDS = (
     _ErrorKind("tool call", (), "tool_use_failed",
                "model called a tool|failed to call a function|tool call validation"),
@@ -2789,7 +2801,7 @@ _ERROR_KINDS = (
     _ErrorKind("request", words=".*", advice="OPENROUTER_MODEL may not take this request"))
 _AZURE_ADVICE = ("For Azure OpenAI set OPENROUTER_BASE_URL to https://RESOURCE.openai.azure.com/"
                  "openai/v1 and OPENROUTER_MODEL to the name of the deployment")
-_TOKEN_COUNTS = tuple(map(re.compile, (     # what errors say of numbers of tokens
+_TOKEN_COUNTS = tuple(map(re.compile, (     # numbers of tokens in the messages of errors
     r"can only afford (?P<affordable>\d{1,9})",
     r"(?:supports at most|max_tokens`? must be less than or equal to|max_tokens: \d+ >|"
     r"range of max_tokens (?:is|should be) \[\d+,) ?`?(?P<output>\d{1,9})",
@@ -2833,12 +2845,11 @@ def split_lines(pieces: Iterable[bytes], encoding: str, max_bytes: int) -> Itera
     decoder = io.IncrementalNewlineDecoder(
         codecs.getincrementaldecoder("utf-8-sig")("replace"), translate=True)
     decompressor: Any = None
-    begun = size = 0
+    size = 0
     parts: list[str] = []
-    for piece in pieces:
-        if not begun and (piece.startswith(b"\x1f") or encoding == "deflate"):
+    for index, piece in enumerate(pieces):
+        if index == 0 and (piece.startswith(b"\x1f") or encoding == "deflate"):
             decompressor = zlib.decompressobj(wbits=47)     # gzip or zlib, by its first bytes
-        begun = 1
         plain = decompressor.decompress(piece) if decompressor else piece
         size += len(plain)
         if size > max_bytes:
@@ -2861,7 +2872,7 @@ def _parse_events(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
         value = re.sub(r"\A\s*(data:\s*)*", "", value)      # some gateways write it twice
         if field in ("event", "error"):
             name = "error" if field == "error" else value
-        if field in ("data", "error") and not value.startswith(":"):    # a comment gone astray
+        if field in ("data", "error") and not value.startswith(":"):    # a misplaced comment
             data = f"{data}\n{value}".strip()
         if data == "[DONE]":
             yield _END_OF_STREAM
@@ -2897,7 +2908,7 @@ def parse_chunks(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
 
 
 def _parse_retry_after(error: Mapping[str, Any], headers: Mapping[str, str]) -> float | None:
-    """Return the seconds after which a server wants to be asked again, if it says so."""
+    """Return the seconds after which a server allows the next request, if it says so."""
     fields = {str(name).lower().replace("_", "-"): value for name, value in [
         *headers.items(), *get_object(get_object(error, "metadata"), "headers").items(),
         *get_object(error, "availability").items()]}
@@ -2911,7 +2922,7 @@ def _parse_retry_after(error: Mapping[str, Any], headers: Mapping[str, str]) -> 
 
 
 def _error_message(error: Mapping[str, Any]) -> str:
-    """Return what an error says, without markup; it may be JSON again, and in several places."""
+    """Return the message of an error without markup; it may be in several places, or be JSON."""
     said = next(filter(None, map(error.get, ("message", "error", "msg", "detail", "errors"))), "")
     raw = get_object(error, "metadata").get("raw")
     if raw and said in ("", "Provider returned error"):
@@ -2924,7 +2935,7 @@ def _error_message(error: Mapping[str, Any]) -> str:
 
 def _make_error(kind: _ErrorKind, text: str, can_pass: bool, retry_after: float | None,
                 address: str) -> ModelError:
-    """Return the error of a kind: whether it passes, is the model's, or needs the user."""
+    """Return the exception for an error: one that may pass, is the model's, or needs you."""
     if kind.name == "overflow":
         return ContextWindowExceeded(text)
     if kind.name in ("content", "tool call"):
@@ -2942,10 +2953,10 @@ def _make_error(kind: _ErrorKind, text: str, can_pass: bool, retry_after: float 
 
 def error_from_response(status: int, body: object, headers: Mapping[str, str],
                         address: str) -> ModelError:
-    """Return the error that a response reports, wherever and however it does.
+    """Return the error that a response reports, in whatever form.
 
-    It may come with status 200, in a list, or without the word "error"; its code may be a number,
-    a word or missing; and the provider's own words may stand deep inside.
+    It may come with status 200, in a list, or without the word "error".  Its code may be a number,
+    a word or missing.  The message of the provider may be nested in it.
     """
     holder = get_object({"body": body}, "body")
     error = get_object(holder, "error") or holder or {"message": body}
@@ -2982,12 +2993,14 @@ class _Completion:
     """The reply to one request, put together from the chunks of the response."""
 
     def __init__(self) -> None:
-        self.finish_reason = self.refusal = ""
+        self.finish_reason = ""
+        self.refusal = ""
         self.usage: dict[str, Any] = {}
         self.has_begun = False          # something came that costs money
         self._has_tool_call = False
-        self._is_whole = False          # a whole message came, or the end of the stream was marked
-        self._streamed = self._message = ""
+        self._is_whole = False          # a whole message came, or the mark of the stream's end
+        self._streamed = ""
+        self._message = ""
 
     @property
     def text(self) -> str:
@@ -3027,7 +3040,7 @@ class _Completion:
         if reason in ("", "error"):
             raise TransientError(f"the model's answer broke off ({reason or 'no finish_reason'})",
                                  max_attempts=0 if text else max_malformed)
-        if not text or reason == "content_filter":      # half a command is none
+        if not text or reason == "content_filter":      # the text may be cut off
             said = " ".join(self.refusal.split())[:300] or reason
             raise TransientError(f"the model's answer is empty or refused ({said})", max_attempts=3)
 
@@ -3035,9 +3048,9 @@ class _Completion:
 class OpenRouter:
     """A client of the chat completions API of OpenRouter, or of another server that has it.
 
-    `publish` is told of each failure that is survived.  Times are in seconds: READ_TIMEOUT without
-    a byte, STREAM_TIMEOUT without data, REQUEST_TIMEOUT for one attempt, RETRY_TIMEOUT for all of
-    them, CHECK_TIMEOUT for a question before the run.
+    `publish` gets an `error` event for each failure after which it tries again.  Limits are in
+    seconds: READ_TIMEOUT without a byte, STREAM_TIMEOUT without data, REQUEST_TIMEOUT for one
+    attempt, RETRY_TIMEOUT for all attempts, CHECK_TIMEOUT for a check before the run.
     """
 
     READ_TIMEOUT = 120.0
@@ -3049,8 +3062,8 @@ class OpenRouter:
     MAX_TOKENS = 16_000     # always sent: without it the credit check assumes the model's maximum
     MIN_TOKENS = 1_000      # a lower limit is of no use
     MAX_THINKING_TOKENS = 64_000
-    MAX_RESPONSE_BYTES = 30_000_000     # a piece of a stream takes some 500 for a word
-    MAX_REPLY_PARTS = 4     # of a reply that is cut at its length again and again
+    MAX_RESPONSE_BYTES = 30_000_000     # in a stream, each word takes about 500
+    MAX_REPLY_PARTS = 4     # of a reply that reaches the length limit again and again
 
     def __init__(self, base_url: str, key: str, model: str, *, session_id: str = "",
                  publish: Callable[..., object] = ignore,
@@ -3063,14 +3076,17 @@ class OpenRouter:
         self.characters_per_token = 4.0     # until the server has counted
         self.has_long_pauses = False        # between calls: the five-minute cache would be lost
         self._max_malformed = 5     # responses, until it is known that a model is there
-        self._key, self._publish = key, publish
-        self._clock, self._wall_clock, self._sleep = clock, wall_clock, sleep
+        self._key = key
+        self._publish = publish
+        self._clock = clock
+        self._wall_clock = wall_clock
+        self._sleep = sleep
         address, _, query = base_url.partition("?")
         self._address = re.sub(r"/+(chat/completions/*)?$", "", address)
         self._query = f"?{query}" if query else ""
         self._features = {"max_tokens", "stream", "stream_options"}
         self._is_openrouter = self._address.startswith("https://openrouter.ai/")
-        if self._is_openrouter:     # only it knows this; it keeps a run on one provider's cache
+        if self._is_openrouter:     # no other server knows it; it keeps a run on one cache
             self._features.add("session_id")
         if self._is_openrouter and "claude" in model:
             self._features.add("cache_control")
@@ -3079,7 +3095,7 @@ class OpenRouter:
         self._output_limit = math.inf       # tokens of a reply, by the model or the credit
         self._total_limit = math.inf        # tokens of a request and its reply
         self._room = math.inf               # tokens that the current request leaves for its reply
-        self._was_tool_call = False         # what came of the attempt before
+        self._was_tool_call = False         # the previous attempt returned a tool call
         is_local = re.match(r"https?://(localhost|127\.0\.0\.1|\[::1\])[:/]", f"{self._address}/")
         self._proxy = "" if is_local else _find_proxy(self._address)
         handlers = [urllib.request.ProxyHandler({})] if is_local else []
@@ -3090,8 +3106,8 @@ class OpenRouter:
     def check_access(self) -> ModelAccess:
         """Check key, address and model with free requests; return what is known of the model.
 
-        Raises TransientError if the server can't be asked now, another ModelError for what has to
-        be changed.  Only the list of OpenRouter has every name that works.
+        Raises TransientError if the server can't be asked now, another ModelError if you have to
+        change something.  Only OpenRouter lists every name that works.
         """
         if self._is_openrouter:
             remaining = get_object(self._get_json("/key"), "data").get("limit_remaining")
@@ -3117,7 +3133,7 @@ class OpenRouter:
             for kind, price in prices.items() if price is not None)]))
 
     def _list_models(self) -> dict[str, dict[str, Any]]:
-        """Return the server's models by their names, nothing if it does not list them."""
+        """Return the server's models by their names; {} if it does not list them."""
         listed: Any = None
         try:
             listed = self._get_json("/models").get("data")
@@ -3133,8 +3149,8 @@ class OpenRouter:
                 for name in ("canonical_slug", "id") if isinstance(model, dict) and name in model}
 
     def check_completion(self) -> str:
-        """Ask for a tiny reply without waiting for anything; return what that took."""
-        self._wanted_tokens = 16        # the least that some providers take
+        """Ask for a tiny reply, without retries; return its time, tokens and cost."""
+        self._wanted_tokens = 16        # some providers accept no less
         self.RETRY_TIMEOUT = 0.0
         used: list[tuple[TokenUsage, float | None]] = [(TokenUsage(), None)]
         started_at = self._clock()
@@ -3154,11 +3170,11 @@ class OpenRouter:
                  on_text: Callable[[str], object] = ignore,
                  on_usage: Callable[[TokenUsage, float | None], object] = ignore,
                  time_left: Callable[[], float] = lambda: math.inf) -> Reply:
-        """Return the model's reply, as ChatModel says.
+        """Return the model's reply, as ChatModel describes it.
 
-        Waits out what may pass, changes what the server does not take, and has a reply continued
-        that was cut at its length.  Raises ContextWindowExceeded for a conversation that is too
-        long, another ModelError for what else will not pass.
+        Retries after errors that may pass, changes what the server does not accept, and has a
+        reply continued that reached the length limit.  Raises ContextWindowExceeded if the
+        conversation is too long, another ModelError for any other error that will not pass.
         """
         started_at = self._clock()
         conversation = list(messages)
@@ -3210,7 +3226,7 @@ class OpenRouter:
                 if error.max_attempts and bounded_failures >= error.max_attempts:
                     raise RequestRejected(f"{error}, {bounded_failures} times") from None
                 delay = min(60.0, 2.0 ** failures) * random.uniform(0.75, 1.25)
-                if error.retry_after is not None:       # the server's word wins, within reason
+                if error.retry_after is not None:       # what the server says wins, within limits
                     delay = min(max(error.retry_after, failures / 2), self.MAX_RETRY_AFTER)
                 if self._clock() + delay - started_at > self.RETRY_TIMEOUT:
                     raise ModelError(f"{error}. This does not pass: try again later, with --resume "
@@ -3231,16 +3247,16 @@ class OpenRouter:
             self._sleep(min(seconds, 30.0))
             seconds = min(end - self._clock(), wall_end - self._wall_clock())
 
-    # the request, and what servers have us change about it
+    # the request, and changes that a server makes necessary
 
     def _max_tokens(self) -> int:
-        """Return how long the reply to the current request may become."""
+        """Return how many tokens the reply to the current request may have."""
         return int(min(self._wanted_tokens, self._output_limit, self._room))
 
     def _repair(self, error: ModelError) -> str:
-        """Change the request as an error asks for; return what was changed, "" if nothing was.
+        """Change what an error complains about; return what was changed, "" if nothing was.
 
-        Changes last for the run, so that each is made, told and paid for once.
+        Changes last for the run, so that each error happens only once.
         """
         before, counts = self._max_tokens(), error.token_counts
         if error.kind == "thinking":
@@ -3296,11 +3312,11 @@ class OpenRouter:
                 reply.add(chunk, self._address)
                 on_text(reply.text)
         except TransientError:
-            if not reply.finish_reason or not reply.text:       # else it was complete
+            if not reply.finish_reason or not reply.text:       # otherwise it was complete
                 raise
         finally:
             response.close()
-            if reply.usage or reply.has_begun:      # what was cut costs something too
+            if reply.usage or reply.has_begun:      # a reply that was cut off costs, too
                 on_usage(*self._parse_usage(reply.usage, messages))
         reply.check(self._max_malformed)
         self._max_malformed = 0
@@ -3333,8 +3349,8 @@ class OpenRouter:
                      body: dict[str, Any] | None = None) -> Generator[dict[str, Any], None, None]:
         """Yield the JSON objects of a response, streamed or whole, while there is time left.
 
-        A thread reads them, so that every wait has an end: looking up a name, a body that
-        trickles and comments that go on and on have none of their own.
+        A thread reads them, so that every wait has a timeout.  The library has none for looking up
+        a name, for a body that arrives byte by byte, and for endless comments.
         """
         inbox: queue.SimpleQueue[dict[str, Any] | Exception | None] = queue.SimpleQueue()
         is_over = threading.Event()
@@ -3350,7 +3366,7 @@ class OpenRouter:
                 try:
                     found = inbox.get(timeout=min(timeout, time_left()))
                 except queue.Empty:
-                    time_left()     # raises if that was it
+                    time_left()     # raises if the run has no time left
                     break
                 if isinstance(found, Exception):
                     raise found
@@ -3366,7 +3382,7 @@ class OpenRouter:
     def _read_response(self, path: str, body: dict[str, Any] | None,
                        put: Callable[[dict[str, Any] | Exception | None], None],
                        is_over: threading.Event) -> None:
-        """Put each JSON object of a response, then None, or instead the error that came."""
+        """Put each JSON object of a response, then None, or the error that ended it."""
         has_answered = False
         try:
             data = None
@@ -3380,18 +3396,18 @@ class OpenRouter:
                 for chunk in parse_chunks(self._read_lines(response, is_over)):
                     put(chunk)
             put(None)
-        except Exception as error:      # the library has more kinds for junk than it says
+        except Exception as error:      # the library raises more kinds than it documents
             put(self._error_from_exception(error, has_answered))
 
     def _read_lines(self, response: Any, is_over: threading.Event) -> Iterator[str]:
-        """Yield the lines of a body, without the key, until nobody waits for them."""
+        """Yield the lines of a body, without the key, until `is_over` is set."""
         pieces = iter(lambda: b"" if is_over.is_set() else response.read1(16_384), b"")
         encoding = response.headers.get("Content-Encoding", "")
         for line in split_lines(pieces, encoding, self.MAX_RESPONSE_BYTES):
             yield line.replace(self._key, "[key]") if len(self._key) >= 8 else line
 
     def _error_from_exception(self, error: Exception, has_answered: bool) -> ModelError:
-        """Return what an error of the library means: a status, or a broken connection."""
+        """Return the ModelError for an error of the library: a status, or a broken connection."""
         status = getattr(error, "code", 0)
         reason = " ".join(sanitize(str(getattr(error, "reason", None) or error)).split())
         reason = reason or type(error).__name__
@@ -3431,8 +3447,8 @@ class OpenRouter:
 class Memory:
     """The facts in a JSON file (an array of strings), which several runs may share.
 
-    `facts` is the list as it was last read or written.  `warning` says so if the file was unusable
-    when it was last read, and therefore renamed.
+    `facts` is the list as it was last read or written.  `warning` is a sentence if the file was
+    unusable when it was last read, and was renamed.
 
     >>> memory = Memory(Path(tempfile.mkdtemp()) / "memory.json")
     >>> memory.add(["The tests need Python 3.13."])
@@ -3485,9 +3501,9 @@ class Memory:
     def compact(self, rewrite: Callable[[list[str]], list[str] | None]) -> tuple[int, int] | None:
         """Have `rewrite` shorten a list above `max_facts`; return the lengths before and after.
 
-        Returns None, and keeps the list, if there is no need, or if the rewritten one is not
+        Returns None, and keeps the list, if it is short enough, if the rewritten one is not
         shorter, is empty or has overlong facts, or if another run removed facts meanwhile.  Facts
-        that another run added meanwhile are kept.  The next compaction waits until the list has
+        that another run added meanwhile are kept.  The next compaction comes when the list has
         grown by a fifth of `max_facts`.
         """
         before = list(self.facts)
@@ -3528,10 +3544,10 @@ class Memory:
         return [fact for fact in facts if fact not in old]
 
     def _read_file(self) -> list[str]:
-        """Return the facts on disk; rename a file of another form.
+        """Return the facts on disk; rename a file that is not an array of strings.
 
-        Of a link, the link is renamed: the file behind it may belong to something else.  A device
-        or a pipe raises OSError.
+        If the path is a symbolic link, only the link is renamed: its target may belong to another
+        program.  Raises OSError for a device or a pipe.
         """
         self.warning = ""
         if self._path.exists() and not self._path.is_file():
@@ -3590,14 +3606,14 @@ class Memory:
                 return
             except BlockingIOError:
                 self._sleep(self._LOCK_INTERVAL_SECONDS)
-        self._lock_attempts = 1     # do not wait ten seconds for each fact
+        self._lock_attempts = 1     # from now on: do not wait ten seconds for each fact
 
 
 # -- 10. Journal --------------------------------------------------------------------------
 # Everything a run does, as one list of events.  May use: Errors, Text.
 
 Event = dict[str, Any]
-LIVE_EVENTS = ("screen", "reply_part")      # shown to viewers while they happen, and not kept
+LIVE_EVENTS = ("screen", "reply_part")      # for viewers only; not kept
 _ITERATION_EVENTS = ("reply", "iteration_end", "error", "recovery")     # get an iteration number
 _MAX_BATCH_BYTES = 1_000_000
 
@@ -3676,7 +3692,7 @@ class Journal:
         self.path = path
         self.write_error = ""
         self.unreported_error = ""
-        # Called with the outcome for more fields of `complete`.
+        # Called with the outcome; returns more fields of the `complete` event.
         self.describe_end: Callable[[str], Mapping[str, object]] = lambda outcome: {}
         self._secret = secret_pattern(secret)
         self._defer_signals = defer_signals
@@ -3762,7 +3778,7 @@ class Journal:
                 with self._defer_signals():
                     event = self._append(kind, fields)
                     self._is_complete = kind == "complete"
-            finally:                    # also if a signal was held back and is raised now
+            finally:                    # even if a deferred signal is raised now
                 if event:
                     for listener in self._subscribers:
                         listener(event)
@@ -3952,7 +3968,7 @@ class Action(NamedTuple):
 
 
 class _Line(NamedTuple):
-    """A line of a reply: text, or a command with its argument, which is None if it is unclear."""
+    """A line of a reply: text, or a command with its argument (None if that is unclear)."""
 
     text: str
     word: str = ""
@@ -4007,7 +4023,7 @@ def _parse_key(word: str) -> str:
 
 
 def _parse_keys(text: str) -> tuple[list[str], list[str]]:
-    """Return the tmux names of keys as people write them, and the words that are no keys."""
+    """Return the tmux names of the keys in a text, and the words in it that are no keys."""
     text = re.sub(r"(?<=\S),|,(?=\S)", " ", text)
     text = re.sub(r"(?i)\b(ctrl|control|alt|meta|option|shift) ?\+ ?(?=\S)", r"\1+", text)
     text = re.sub(r"(?<=\w\w)[ (]*[x×*] ?(\d{1,2})\b\)?", r" x\1 ", text)       # Down x3
@@ -4031,7 +4047,7 @@ _DURATION = re.compile(
 
 
 def _parse_duration(text: str) -> float | None:
-    """Return the seconds in a time as people write it, or None if it is no time.
+    """Return the seconds of a duration as people write it, or None if it is none.
 
     >>> [_parse_duration(text) for text in ("90", "5 minutes", "1h30m", "soon")]
     [90.0, 300.0, 5400.0, None]
@@ -4069,8 +4085,8 @@ def _parse_command(lines: Sequence[_Line]) -> Action:
     return Action("keys", text, keys=tuple(keys))
 
 
-def _read_line(text: str, plain: str) -> _Line:
-    """Return what a line is; `plain` is it in ASCII where it can be, and blank in a code block."""
+def _parse_line(text: str, plain: str) -> _Line:
+    """Return a line as text or command; `plain` is its ASCII form, blank in a code block."""
     match = _COMMAND_LINE.match(plain[:400])
     if not match:
         return _Line(text)
@@ -4121,7 +4137,7 @@ def _choose_action(lines: Sequence[_Line]) -> Action:
 
 
 def parse_reply(reply: str, agent: str = "") -> Action:
-    """Return what a reply asks for; what follows an invented `{agent} output:` does not count.
+    """Return what a reply asks for; it ends where the model invents a line `{agent} output:`.
 
     >>> parse_reply("All 12 tests pass.\\n**TASK_COMPLETE** 🎉").kind
     'complete'
@@ -4134,7 +4150,7 @@ def parse_reply(reply: str, agent: str = "") -> Action:
     invented = re.search(rf"(?im)^[ *_`#>]*{re.escape(agent)} output:", plain) if agent else None
     if invented:
         text = text[:invented.start()].rstrip()
-    lines = list(map(_read_line, text.split("\n"), plain.split("\n")))
+    lines = list(map(_parse_line, text.split("\n"), plain.split("\n")))
     facts = [line for line in lines if line.word == "MEMORY_SAVE" and line.argument is not None]
     action = _choose_action([line for line in lines if line not in facts])
     if action.kind == "message" and not action.text.strip("\u200b\u200e\u200f\ufeff \n"):
@@ -4146,10 +4162,10 @@ def parse_reply(reply: str, agent: str = "") -> Action:
 
 
 class Observation:
-    """What one message tells the model: sentences, and below them what the agent shows.
+    """What one message tells the model: sentences, and below them the agent's output.
 
-    Only what stands above the output can be a note of the user or a sentence of ours, so that
-    nothing on a screen can pass for one.
+    Notes of the user and sentences of ours stand above the output, so that no text on a screen can
+    pass for one.
     """
 
     def __init__(self, *sentences: str, output: str = "") -> None:
@@ -4162,13 +4178,13 @@ class Observation:
 
 
 class Conversation:
-    """What the model is sent: system prompt, opening, then its replies and what came of each.
+    """What is sent to the model: system prompt, opening, then its replies with their results.
 
-    It grows only at its end until a summary replaces the older exchanges, so that the model
-    server can cache its beginning.
+    It only grows at its end, so that the model server can cache its beginning, until a summary
+    replaces the older exchanges.
     """
 
-    KEPT_EXCHANGES = 3          # are not summarised, if they fit
+    KEPT_EXCHANGES = 3          # the newest ones, which are not summarised if they fit
 
     def __init__(self, system: str, *opening: str) -> None:
         self._system = system
@@ -4190,13 +4206,13 @@ class Conversation:
         return messages
 
     def messages_with_request(self, request: str) -> list[dict[str, str]]:
-        """Return the messages with a request on top of the newest one, which no cache has yet."""
+        """Return the messages with a request in the newest one, which is not cached yet."""
         messages = self.messages()
         messages[-1]["content"] = f"{request}\n\n{messages[-1]['content']}"
         return messages
 
     def add_exchange(self, reply: str, *sentences: str, output: str = "") -> None:
-        """Add a reply of the model, and what came of it."""
+        """Add a reply of the model and its result."""
         self._exchanges.append((reply, Observation(*sentences, output=output)))
 
     def tell(self, *sentences: str, output: str = "") -> None:
@@ -4212,7 +4228,7 @@ class Conversation:
     def older_exchanges(self, room: int) -> tuple[int, str]:
         """Return how many exchanges a summary would replace, and their text.
 
-        The newest ones stay, as many as fit into half of `room` characters.
+        The newest ones that fit into half of `room` characters are kept.
         """
         texts = [f"YOU: {reply}\n\nRESULT: {observation.as_text()}"
                  for reply, observation in self._exchanges]
@@ -4240,7 +4256,7 @@ class Conversation:
 # Conversation.
 
 class RunControl:
-    """What the user asks for from outside while a run goes on.  Other threads may call `handle`."""
+    """What you ask of a run from outside while it goes on.  Other threads may call `handle`."""
 
     def __init__(self, journal: Journal, stop: Callable[[], object] = ignore) -> None:
         self._journal = journal
@@ -4280,19 +4296,19 @@ class RunControl:
         return was_requested
 
     def begin_wait(self) -> None:
-        """Forget what was asked for before a wait that "continue" can end."""
+        """Forget a "continue" that came before the wait that it would end."""
         self._continue_requested = False
 
     def ends_wait(self) -> bool:
-        """Tell whether a wait must end now: for a note, or because the user says so."""
+        """Tell whether a wait must end now: after a note, or a "continue"."""
         return self._continue_requested or not self._notes.empty()
 
 
 class RunTotals:
     """What a run has used so far: iterations, tokens, US dollars, and seconds."""
 
-    CACHE_SECONDS = 300.0           # how long a model server keeps a prompt, if it costs no more
-    MIN_SHARE_OF_LONG_TURNS = 0.06  # from which on it is worth the price to keep it for an hour
+    CACHE_SECONDS = 300.0           # how long a model server caches a prompt at no extra price
+    MIN_SHARE_OF_LONG_TURNS = 0.06  # above this share, a cache of one hour is worth its price
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.iterations = 0
@@ -4300,11 +4316,14 @@ class RunTotals:
         self.cost: float | None = None      # None: no server has reported any
         self.earlier_seconds = 0.0          # of the parts of the run before this one
         self._priced_calls = 0              # calls that are in `cost`
-        self._turns = self._long_turns = 0  # of the agent; those that outlast the cache
-        self.restarts = self.errors = 0     # of the agent; of all kinds
-        self.last_words = ""        # the last line that the agent has shown
-        self.unproved: list[str] = []       # what spoke against the end when the model confirmed it
-        self._clock, self._started_at = clock, clock()
+        self._turns = 0                     # of the agent
+        self._long_turns = 0                # those that outlast the cache
+        self.restarts = 0                   # of the agent
+        self.errors = 0
+        self.last_words = ""                # the last line that the agent has shown
+        self.unproved: list[str] = []       # doubts in spite of which the model confirmed the end
+        self._clock = clock
+        self._started_at = clock()
 
     @property
     def seconds(self) -> float:
@@ -4312,7 +4331,7 @@ class RunTotals:
         return self.earlier_seconds + self._clock() - self._started_at
 
     def add_call(self, tokens: Sequence[int], cost: float | None) -> None:
-        """Count a call to the model; a cost that is not reported is taken to be the mean."""
+        """Count a call to the model; without a reported cost, the mean of the others counts."""
         self.tokens = self.tokens.plus(tokens)
         if cost is None and self.cost is not None:
             cost = self.cost / max(1, self._priced_calls)
@@ -4322,31 +4341,34 @@ class RunTotals:
 
     @property
     def has_long_pauses(self) -> bool:
-        """Whether so many turns outlast the cache that one of an hour pays off."""
+        """Whether so many turns outlast the cache that a cache of one hour is cheaper."""
         return self._long_turns > self.MIN_SHARE_OF_LONG_TURNS * self._turns
 
     def count_event(self, event: Event) -> None:
-        """Count an event that tells of a restart, an error, or a turn."""
-        if event["type"] == "iteration_end":
+        """Count an event if it is a restart, an error, or the end of a turn."""
+        if event["type"] == "recovery":
+            self.restarts += 1
+        elif event["type"] == "error":
+            self.errors += 1
+        elif event["type"] == "iteration_end":
             self._turns += 1
-            self._long_turns += get_int(event, "duration_ms") > self.CACHE_SECONDS * 1000
-        self.restarts += event["type"] == "recovery"
-        self.errors += event["type"] == "error"
+            if get_int(event, "duration_ms") > self.CACHE_SECONDS * 1000:
+                self._long_turns += 1
 
     def restore(self, past: Sequence[Event]) -> None:
         """Count what earlier parts of a run have used, without the times between them.
 
-        An iteration that had no reply yet is begun again.  Where a part ends with its duration,
-        the time that the computer slept does not count either.
+        An iteration without a reply is not counted: it begins again.  The duration of a part that
+        has ended does not include the time that the computer slept.
         """
         previous = None
         for event in past:
             self.count_event(event)
             used, cost = get_object(event, "tokens"), get_number(event, "cost")
             tokens = TokenUsage(*(get_int(used, name) for name in TokenUsage._fields))
-            if event["type"] == "complete":         # has all that was used until then
+            if event["type"] == "complete":         # its figures are totals
                 self.tokens, self.cost = tokens, cost
-            elif used and event["type"] != "iteration_end":     # its reply has told that
+            elif used and event["type"] != "iteration_end":     # it repeats those of its reply
                 self.add_call(tokens, cost)
             if event["type"] == "reply":
                 self.iterations = max(self.iterations, get_int(event, "iteration"))
@@ -4378,7 +4400,7 @@ class RunTotals:
             yield
             outcome = "complete"
         except BaseException as error:
-            outcome = getattr(error, "outcome", outcome)    # a run can go on from what has none
+            outcome = getattr(error, "outcome", outcome)
             reason = journal.redact(str(error) or repr(error))
             error.args = (reason,)
             raise
@@ -4445,7 +4467,7 @@ class Chat:
         return True
 
     def _execute(self, message: str) -> Turn:
-        """Do what a slash command of ours asks for; send any other message to the agent."""
+        """Carry out one of our slash commands, or send the message to the agent."""
         command, *arguments = message.split() or [""]
         if command == "/screen":
             return self._agent.read_screen()
@@ -4479,11 +4501,11 @@ class Chat:
 
 def run_shell_command(command: str, directory: Path, environ: Mapping[str, str],
                       limit: float, *, stdin: str = "") -> tuple[int, str]:
-    """Run a shell command; return its status (124 after `limit` seconds) and clipped output."""
+    """Run a shell command; return status (124 after `limit` seconds) and shortened output."""
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as source:
         source.write(stdin.encode("utf-8", "replace"))
         source.seek(0)
-        # Not an empty file: some programs read files that they get, in place of the directory.
+        # Not an empty file: given one, some programs search it instead of the directory.
         process = subprocess.Popen(command, shell=True, cwd=directory, env=dict(environ),
                                    stdin=source if stdin else subprocess.DEVNULL, stdout=output,
                                    stderr=subprocess.STDOUT, start_new_session=True)
@@ -4523,7 +4545,7 @@ def _list_git_files(directory: Path, environ: Mapping[str, str]) -> list[str]:
 
 def snapshot_files(directory: Path, environ: Mapping[str, str], timeout: float = 1.0
                    ) -> Files | None:
-    """Look at all files but caches and logs in a directory.  None: there was not enough time."""
+    """Return the files in a directory except caches and logs; None if that takes too long."""
     deadline = time.monotonic() + timeout
     files = {}
     pending = collections.deque(_list_git_files(directory, environ) or [""])
@@ -4558,7 +4580,7 @@ _TEST_RESULT = re.compile(
 
 
 def find_failure(output: str) -> str:
-    """Return the last line of an output if it tells of a failure, or "".
+    """Return the last test result or error in an output if it is a failure, or "".
 
     >>> find_failure("FAILED test_a\\n2 failed, 10 passed"), find_failure("0 failed, 12 passed")
     ('2 failed, 10 passed', '')
@@ -4596,8 +4618,8 @@ class NewsDetector:
     def update(self, message: str, output: str) -> bool:
         """Return whether an output has a new line besides the echo of a message.
 
-        A sentence is new if most of its words are; a line with figures, paths or code is, unless
-        only times and counters differ.
+        A sentence is new if most of its words are.  A line with figures, paths or code is new
+        unless only times and counters differ.
         """
         text = normalize_screen(_remove_echo(output, message)).lower()
         lines = {" ".join(line.split()) for line in text.split("\n")} - {""}
@@ -4628,9 +4650,9 @@ class Autopilot:
     MAX_SAME_FAILURES = 5               # of VERIFY_CMD in a row, then the run is stuck
     WARN_TURNS_WITHOUT_NEWS = 5         # then the model is told
     MAX_TURNS_WITHOUT_NEWS = 10         # then the run is stuck
-    LONG_WAIT_SECONDS = 60.0            # a WAIT that is not counted as a turn without news
-    MAX_USAGE_LIMIT_SECONDS = 86400.0   # to its end: the model may decide to wait for longer
-    USAGE_LIMIT_MARGIN_SECONDS = 120.0  # after its end
+    LONG_WAIT_SECONDS = 60.0            # a WAIT of this length is no turn without news
+    MAX_USAGE_LIMIT_SECONDS = 86400.0   # a longer limit is left to the model
+    USAGE_LIMIT_MARGIN_SECONDS = 120.0  # added to the time of its end
 
     def __init__(self, agent: Agent, model: ChatModel, *, config: Config = Config(),
                  memory: Memory | None = None, journal: Journal | None = None,
@@ -4653,7 +4675,7 @@ class Autopilot:
         self._task = ""
         self._output_label = f"{agent.name} output:\n"
         self._conversation = Conversation("")
-        self._untold = ""                   # what the journal should have of its beginning
+        self._untold = ""                   # of its opening, what the journal does not have yet
         self._totals = RunTotals(clock)
         self._is_done = False
         self._messages_sent = 0             # to the agent, by any part of the run
@@ -4663,17 +4685,17 @@ class Autopilot:
         self._news = NewsDetector()
         self._turns_without_news = 0
         self._recent_steps: list[tuple[Action, str]] = []   # with what came of them, since news
-        self._was_warned = False            # of a circle, since there was news
+        self._was_warned = False            # of a repetition, since there was news
         self._files_at_start: Files | None = None
-        self._files: Files | None = None    # when they were looked at last
-        self._last_memory_error = ""        # was told
+        self._files: Files | None = None    # the latest snapshot
+        self._last_memory_error = ""        # already reported
         self._part_published_at = 0.0
-        self._max_characters = math.inf     # less than what the model called too long
+        self._max_characters = math.inf     # of a conversation, once the model called one too long
 
     def run(self, task: str, *, history: Sequence[Event] = ()) -> None:
-        """Drive the agent until the task is done; `history` are the events of a run to go on with.
+        """Drive the agent until the task is done; `history` are the events of a run to resume.
 
-        Raises what ends the run otherwise; `complete` is published in every case.
+        Raises the error that ends the run otherwise.  `complete` is published in every case.
         """
         self._totals.restore(history)
         with self._totals.publish_outcome(self._journal, self._find_files_changed_since_start):
@@ -4697,7 +4719,7 @@ class Autopilot:
     # beginning
 
     def _begin(self, task: str, history: Sequence[Event]) -> None:
-        """Start the agent and the conversation, or go on with one."""
+        """Start the agent, and begin the conversation or rebuild that of the resumed run."""
         name = self._agent.name
         self._task = self._journal.redact(task)
         self._files_at_start = self._files = snapshot_files(self._directory, self._environ)
@@ -4752,28 +4774,29 @@ class Autopilot:
             elif "told" in event:
                 sentences, label, output = str(event["told"]).partition(self._output_label)
                 self._conversation.tell(sentences.rstrip(), output=label + output)
-                facts = ()          # were saved before
-            if kind == "iteration_start":       # they are told with the next prompt
+                facts = ()          # an earlier resumption has saved them
+            if kind == "iteration_start":       # the model gets notes with its next prompt
                 self._conversation.tell(*notes)
                 notes = []
         self._save_facts(facts)
 
     def _add_exchange(self, reply: str, event: Event) -> None:
-        """Add a reply, and what its `iteration_end` says came of it, to the conversation."""
+        """Add a reply to the conversation, with its result from its `iteration_end` event."""
         action = parse_reply(reply, self._agent.name)
         notes = event.get("notes")
         sentences = [f"[{note}]" for note in notes] if isinstance(notes, list) else []
         output = event["agent_output"] or str(event.get("error", ""))
         output = output.removeprefix("\n".join(sentences)).removeprefix("\n")
+        if action.kind in ("message", "keys"):
+            self._messages_sent += 1
         if action.kind in _AGENT_ACTIONS:
-            self._messages_sent += action.kind != "wait"
             self._note_output(output)
         if output or action.kind in _AGENT_ACTIONS:
             output = self._output_label + (output or "(nothing new)")
         self._conversation.add_exchange(reply, *sentences, output=output)
 
     def _note_output(self, output: str) -> None:
-        lines = [line.strip() for line in output.split("\n")       # no mere prompts and times
+        lines = [line.strip() for line in output.split("\n")       # no bare prompts and times
                  if re.search(r"\w", normalize_screen(line))]
         if lines:
             self._last_output = output
@@ -4782,13 +4805,13 @@ class Autopilot:
     # one iteration
 
     def _step(self) -> None:
-        """Ask the model for a reply, do what it asks for, and note what came of it."""
+        """Ask the model for a reply, carry it out, and add the result to the conversation."""
         self._begin_iteration()
         reply = self._query_model()
         self._add_exchange(self._journal.redact(reply.text), self._act_on(reply))
 
     def _act_on(self, reply: Reply) -> Event:
-        """Do what a reply asks for; return the `iteration_end` that tells what came of it."""
+        """Carry out a reply; publish and return the `iteration_end` event with the result."""
         started_at = self._clock()
         action = parse_reply(reply.text, self._agent.name)
         self._save_facts(action.facts)
@@ -4815,7 +4838,7 @@ class Autopilot:
         while self._control.is_paused:
             self._sleep(min(0.2, self._seconds_left()))
         self._check_budgets(self._totals.iterations)
-        self._control.take_interrupt()      # there is nothing now that it could interrupt
+        self._control.take_interrupt()      # there is nothing to interrupt yet
         self._conversation.tell(*self._control.take_notes())
         self._totals.iterations += 1
         told = {"told": self._untold} if self._untold else {}
@@ -4852,7 +4875,7 @@ class Autopilot:
             self._journal.publish("reply_part", text=text)
 
     def _perform(self, action: Action) -> Turn:
-        """Do what a reply asks for; return all that the model should know of it."""
+        """Carry out an action, wait for a usage limit; return all that the model should know."""
         is_confirmed = self._is_confirming and action.kind == "complete"
         self._is_confirming = False
         if not is_confirmed:
@@ -4861,7 +4884,7 @@ class Autopilot:
         return turn._replace(notes=(action.note, *turn.notes)) if action.note else turn
 
     def _execute(self, action: Action, is_confirmed: bool) -> Turn:
-        """Do what a reply asks for; return what came of it."""
+        """Carry out an action; return its result."""
         kind = action.kind
         if self._control.take_interrupt():
             return Turn("", "idle", ("The user interrupted: nothing of your reply was done.",))
@@ -4887,16 +4910,16 @@ class Autopilot:
                                "TASK_COMPLETE.",))
 
     def _wait(self, seconds: float) -> Turn:
-        """Wait for the agent or the user, or until a time by the clock on the wall.
+        """Wait for the agent or the user, or until a time by the wall clock.
 
-        While the computer sleeps, only that clock goes on.
+        Only the wall clock goes on while the computer sleeps.
         """
         end = self._wall_clock() + seconds
         return self._agent.wait(min(seconds, self._seconds_left()), until=lambda: (
             self._wall_clock() >= end or self._control.ends_wait()))
 
     def _wait_for_usage_limit(self, turn: Turn) -> Turn:
-        """Wait for the end of a usage limit that says when that is, or until the agent goes on."""
+        """Wait until a usage limit with a known end is over, or the agent continues."""
         if not 0 < turn.usage_limit_seconds <= self.MAX_USAGE_LIMIT_SECONDS:
             return turn
         seconds = turn.usage_limit_seconds + self.USAGE_LIMIT_MARGIN_SECONDS
@@ -4923,7 +4946,7 @@ class Autopilot:
     # the end
 
     def _end_run(self, action: Action, is_confirmed: bool) -> Turn:
-        """End the run if nothing speaks against it; otherwise return what does."""
+        """End the run, or return what speaks against it."""
         now = self._agent.read_state()
         obstacle = ""
         if now.menu:
@@ -4968,7 +4991,7 @@ class Autopilot:
             "printed stands below.",))
 
     def _ask_for_confirmation(self, action: Action, now: Turn) -> Turn:
-        """Return what is known of the work, and the task, for the model to go through it again."""
+        """Return the evidence and the task again, for the model to check each point."""
         evidence, doubts = self._gather_evidence(action)
         self._is_confirming = True
         self._totals.unproved = doubts
@@ -4980,7 +5003,7 @@ class Autopilot:
             "change, reply TASK_COMPLETE again. Otherwise continue."))
 
     def _gather_evidence(self, action: Action) -> tuple[list[str], list[str]]:
-        """Return sentences on the work that cost nothing to know, and those that raise doubts."""
+        """Return sentences on the work, and sentences that raise doubts about it."""
         name, evidence, doubts = self._agent.name, [], []
         if self._messages_sent:
             evidence.append(f"Messages sent to {name}: {self._messages_sent}.")
@@ -5006,12 +5029,12 @@ class Autopilot:
         self._files = snapshot_files(self._directory, self._environ)
         return find_changed_files(self._files_at_start, self._files)
 
-    # circles
+    # repetition
 
     def _check_stuck(self, action: Action, turn: Turn) -> list[str]:
-        """Return a warning if the last turns brought nothing new; raise StuckInLoop if they go on.
+        """Return a warning if the last turns brought nothing new, or raise StuckInLoop.
 
-        Waiting is no circle.  Three equal steps are noticed at once, reworded ones later.
+        A long wait is no repetition.  Three equal steps are noticed at once, reworded ones later.
         """
         if self._is_done or turn.state == "working" or action.seconds >= self.LONG_WAIT_SECONDS:
             self._recent_steps = []
@@ -5039,7 +5062,7 @@ class Autopilot:
         return [warning]
 
     def _has_news(self, action: Action, turn: Turn) -> bool:
-        """Return whether a turn showed new lines, or else changed files."""
+        """Tell whether a turn showed new lines or changed files."""
         if self._news.update(action.text, turn.output):
             return True
         earlier, self._files = self._files, snapshot_files(self._directory, self._environ)
@@ -5049,7 +5072,7 @@ class Autopilot:
 
     def _save_facts(self, facts: Sequence[str]) -> None:
         """Save facts, and have the list compacted if it has become too long."""
-        if not (facts or self._last_memory_error):      # what could not be saved is tried again
+        if not facts and not self._last_memory_error:   # an error: the last facts are not saved
             return
         used: dict[str, Any] = {}
         try:
@@ -5074,7 +5097,7 @@ class Autopilot:
         conversation = Conversation(
             _COMPACTION_PROMPT.format(limit=self._memory.max_facts // 2 + 1),
             json.dumps({"facts": facts}, ensure_ascii=False))
-        with contextlib.suppress(ModelError, BudgetExceeded):    # the next call tells of it
+        with contextlib.suppress(ModelError, BudgetExceeded):    # the next call will raise it
             reply = self._complete(conversation.messages())
             used.update(reply.usage_fields())
             text = reply.text[reply.text.find("{"):reply.text.rfind("}") + 1]
@@ -5084,7 +5107,7 @@ class Autopilot:
         return None
 
     def _conversation_limit(self) -> int:
-        """Return how many characters the conversation may have; one answer may have 16,000."""
+        """Return how many characters the conversation may have; one output may have 16,000."""
         wanted = self._config.history_max_tokens * self._model.characters_per_token
         return int(min(self._max_characters, max(16_000, wanted)))
 
@@ -5097,7 +5120,7 @@ class Autopilot:
         try:
             reply = self._request_summary(truncate_middle(older, room))
             summary, used = reply.text, reply.usage_fields()
-        except RequestRejected:     # any other error ends the run, which has then lost nothing
+        except RequestRejected:     # any other error ends the run: nothing of it is lost
             summary = "\n".join(textwrap.shorten(part, 200) for part in older.split("\n\n"))
             used = {}
         summary = truncate_middle(summary, min(16_000, room // 4))
@@ -5113,7 +5136,7 @@ class Autopilot:
             return self._complete(Conversation(_SUMMARY_PROMPT, older).messages())
 
     def _complete(self, messages: Messages, on_text: Callable[[str], object] = ignore) -> Reply:
-        """Ask the model within the budgets, which end it too, and count what that uses."""
+        """Ask the model within the budgets, and count what that uses."""
         if isinstance(self._model, OpenRouter):
             self._model.has_long_pauses = self._totals.has_long_pauses
         return self._model.complete(messages, on_text=on_text, on_usage=self._totals.add_call,
@@ -5902,20 +5925,20 @@ in the terminal, or paste that address or its token here.</p><form><label>Token
 _MAX_BODY_BYTES = 65_536
 _DIGITS = re.compile("[0-9]{1,15}")
 _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]]+))(:[0-9]*)?")
-_IP_ADDRESS = re.compile(r"[0-9.]+|.*:.*")      # no other name looks like this
+_IP_ADDRESS = re.compile(r"[0-9.]+|.*:.*")      # no host name has this form
 _CONTROL_ACTIONS = ("pause", "resume", "stop", "note", "continue", "interrupt")
 
 
 @functools.cache
 def _machine_names() -> frozenset[str]:
-    """Return the names of this machine.  May take seconds, if a name server does not answer."""
+    """Return the names of this machine; takes seconds if a name server does not answer."""
     name = socket.gethostname().lower()
     short_name = name.partition(".")[0]
     return frozenset({name, short_name, f"{short_name}.local", socket.getfqdn().lower()})
 
 
 def _is_other_user(client_port: int, server_port: int) -> bool:
-    """Tell whether a connection within this machine comes from another user, as Linux knows."""
+    """Tell whether a connection within this machine is another user's; False if unknown."""
     table = ""
     for path in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")):
         with contextlib.suppress(OSError):
@@ -5926,7 +5949,7 @@ def _is_other_user(client_port: int, server_port: int) -> bool:
 
 
 def read_dashboard_address(journal_path: Path) -> dict[str, Any]:
-    """Return what was saved of a run's dashboard: host, port, token and url; {} if nothing was."""
+    """Return the saved host, port, token and url of a run's dashboard; {} if there are none."""
     with contextlib.suppress(OSError):
         return parse_json_object(journal_path.with_suffix(".dashboard").read_bytes()) or {}
     return {}
@@ -5965,7 +5988,7 @@ class _DashboardHandler(QuietHandler):
     def _respond(self) -> None:
         """Answer a request of any method."""
         path, _, query_text = self.path.partition("?")
-        if path.startswith(f"{self.server.path_prefix}/"):      # where a proxy left it in
+        if path.startswith(f"{self.server.path_prefix}/"):      # a proxy did not remove it
             path = path[len(self.server.path_prefix):]
         query = dict(urllib.parse.parse_qsl(query_text))
         routes = {("GET", "/"): self._send_page, ("GET", "/journal"): self._send_journal,
@@ -6005,7 +6028,7 @@ class _DashboardHandler(QuietHandler):
         return False
 
     def _has_token(self, token: str) -> bool:
-        """Tell whether the query, as a token or as a whole address, or a cookie has the token."""
+        """Tell whether the query (a token or a whole address) or a cookie has the token."""
         dashboard = self.server
         cookie = re.search(rf"(?:^|; *){dashboard.cookie_name}=([\w-]+)",
                            self.headers.get("Cookie", ""))
@@ -6037,7 +6060,7 @@ class _DashboardHandler(QuietHandler):
 
     def _send_page(self) -> None:
         self.server.page_opened.set()
-        # Without a Path the browser takes that of the page, also behind a proxy.
+        # Without a Path attribute the browser uses that of the page, which is right for proxies.
         cookie = f"{self.server.cookie_name}={self.server.token}; HttpOnly; SameSite=Strict"
         self._send_html(200, DASHBOARD_PAGE, {
             "RECORDING": "no" if self.server.control else "yes",
@@ -6046,7 +6069,7 @@ class _DashboardHandler(QuietHandler):
 
     def _send_html(self, status: int, page: str, values: Mapping[str, str],
                    headers: Mapping[str, str] = {}) -> None:
-        """Send a page, with `values` in the place of their names and a new nonce."""
+        """Send a page in which the names of `values`, and NONCE, are replaced."""
         texts = {**values, "NONCE": secrets.token_urlsafe(16)}
         self._send_text(status, re.sub("|".join(texts), lambda match: texts[match[0]], page), {
             "Content-Type": "text/html; charset=utf-8", "Content-Security-Policy":
@@ -6074,7 +6097,7 @@ class _DashboardHandler(QuietHandler):
         self._send_headers(200, {"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"})
         with self.server.journal.count_reader():
             while not batch.is_closed:
-                if not (batch.events or batch.live_events):     # a sign of life, with the time
+                if not (batch.events or batch.live_events):     # keeps the connection alive
                     now = json.dumps({"type": "now", "time": utc_timestamp()}).encode()
                     self.wfile.write(b"data: %s\n\n" % now)
                 batch = self.server.journal.read_after(after, batch.last_live_id, 15.0)
@@ -6098,9 +6121,9 @@ class _DashboardHandler(QuietHandler):
 class Dashboard(http.server.ThreadingHTTPServer):
     """Serves the page, its events and its controls, in threads of its own, in a `with` block.
 
-    `control(action, text)` is called for what the user asks; without it, the journal is a
-    recording.  `url` is the address under which a proxy publishes it; `token` one to use again.
-    Raises ConfigError if it can't listen.
+    `control(action, text)` carries out what you ask for; without it, the journal is a recording.
+    `url` is the address under which a proxy publishes the dashboard, `token` an earlier token to
+    keep.  Raises ConfigError if it can't listen.
     """
 
     request_queue_size = 128
@@ -6117,7 +6140,7 @@ class Dashboard(http.server.ThreadingHTTPServer):
         self.page_opened = threading.Event()
         # Ports do not keep cookies apart, so each dashboard has a name of its own.
         self.cookie_name = f"orchestrator-{hashlib.sha256(self.token.encode()).hexdigest()[:8]}"
-        # All users can read a browser's arguments: a code in them works once, and for us only.
+        # Every user can read a browser's arguments, so the code in them works once, and for us.
         self.entry_code = secrets.token_urlsafe(24)
         self._connections: set[socket.socket] = set()
         host = host.strip("[]").lower()
@@ -6142,9 +6165,9 @@ class Dashboard(http.server.ThreadingHTTPServer):
                                f"{public.netloc.lower().removesuffix(default_port)}")
 
     def own_origins(self, host: str) -> list[str]:
-        """Return the origins of our own page under a Host; none if that is not a name of ours.
+        """Return the origins of our page for a Host header; none if it is not a name of ours.
 
-        Tunnels and published ports change the port, so any port will do.
+        Tunnels and published ports change the port, so any port is accepted.
         """
         match = _HOST.fullmatch(host.lower())
         name = (match[1] or match[2]) if match else ""
@@ -6161,12 +6184,12 @@ class Dashboard(http.server.ThreadingHTTPServer):
         address = {"host": self._host, "port": self.server_port, "token": self.token,
                    "url": self.url}
         path = journal_path.with_suffix(".dashboard")
-        with contextlib.suppress(OSError):      # the journal complains about such a disk
+        with contextlib.suppress(OSError):      # the journal reports a disk like that
             path.touch(0o600)
             path.write_text(json.dumps(address), "utf-8")
 
     def server_bind(self) -> None:
-        """Bind, `::` for IPv4 too, without the base class's slow search for our own name."""
+        """Bind (`::` also for IPv4) without the slow name lookup of the base class."""
         if self.address_family == socket.AF_INET6:
             with contextlib.suppress(OSError):
                 self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
@@ -6193,10 +6216,10 @@ class Dashboard(http.server.ThreadingHTTPServer):
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Answer every client so far: two seconds for the streams, then two for the rest."""
+        """Answer all clients that have connected; waits up to four seconds."""
         self.journal.close(wait_for_reader=self.page_opened.is_set())
         self.shutdown()
-        for _ in range(self.request_queue_size):    # those that were not accepted yet
+        for _ in range(self.request_queue_size):    # clients that were not accepted yet
             self.handle_request()
         self.server_close()
         deadline = time.monotonic() + 2.0
@@ -6247,8 +6270,8 @@ class DemoModelHandler(QuietHandler):
         self.wfile.write(b"data: [DONE]\n\n")
 
 
-# The agent is a text, because `curl ... | python3 -` leaves no file to start it from.  It does on
-# a screen what real agents do: bracketed paste, an input line, a busy title and a busy footer.
+# The agent is a string, because `curl ... | python3 -` leaves no file to start it from.  It behaves
+# like a real agent: bracketed paste, an input line, a busy title and a busy footer.
 DEMO_AGENT = r'''
 import os, re, subprocess, sys, time, tty
 from pathlib import Path
@@ -6319,7 +6342,8 @@ _EVENT_TEMPLATES = {        # event type -> head line, and the field that is sho
     "note": ("* {source}: {text}", ""),
     "state": ("* {state}{why}", "")}
 _BOLD_EVENTS = ("reply", "iteration_end", "complete")
-_FIRST_LINES, _LAST_LINES, _MAX_LINE_LENGTH = 7, 12, 1000   # of a shortened text
+_FIRST_LINES, _LAST_LINES = 7, 12       # of a shortened text
+_MAX_LINE_LENGTH = 1000
 
 
 def _format_usage(event: Event) -> str:
@@ -6368,7 +6392,7 @@ def _format_next_steps(event: Event) -> str:
     return format_rows(rows)
 
 
-def _describe_end(event: Event) -> tuple[str, str]:
+def _describe_complete(event: Event) -> tuple[str, str]:
     """Return how a run ended, and what you can do next."""
     head = "Task complete" if event["outcome"] == "complete" else f"Ended ({event['outcome']})"
     if event["outcome"] == "interrupted" and event.get("reason"):      # no other line says it
@@ -6390,7 +6414,7 @@ def describe_event(event: Event) -> tuple[str, str]:
     """Return what the terminal shows of a run's event: a head line, and the text below it."""
     kind = "compacted" if "compacted" in event else event["type"]
     if kind == "complete":
-        return _describe_end(event)
+        return _describe_complete(event)
     if "told" in event:         # only a resumed run needs it
         return "", ""
     if kind == "iteration_end" and not event["agent_output"]:
@@ -6420,12 +6444,12 @@ def describe_chat_event(event: Event) -> tuple[str, str]:
 
 
 def describe_json_event(event: Event) -> tuple[str, str]:
-    """Return an event as --json prints it; live screens are only for browsers."""
+    """Return an event as --json prints it; "" for a live event, which only a browser shows."""
     return "" if event["type"] in LIVE_EVENTS else json.dumps(event), ""
 
 
 def remove_echo(output: str, message: str) -> str:
-    """Return an agent's output without our own message, which most agents repeat first.
+    """Return an agent's output without our own message, which most agents show first.
 
     >>> remove_echo("❯ say hi\\n  and bye\\n\\n● hi", "say hi\\nand bye")
     '● hi'
@@ -6493,20 +6517,20 @@ class Display(NamedTuple):
 class TerminalReporter:
     """Prints events on standard output, and a status line below them while you wait.
 
-    The status line tells for how long, and what the agent's screen showed last.  The thread that
-    waits draws it.  It is erased before anything else is printed.
+    The status line says for how long you have waited, and shows the last line of the agent's
+    screen.  The thread that waits draws it.  It is erased before anything else is printed.
     """
 
     def __init__(self, describe: Callable[[Event], tuple[str, str]],
                  wait_labels: Mapping[str, str], display: Display, *, shortens: bool = False,
                  clock: Callable[[], float] = time.monotonic) -> None:
         self._describe = describe
-        self._wait_labels = wait_labels     # by the state or type of the event that begins it
+        self._wait_labels = wait_labels     # by the state or type of the event that begins a wait
         self._display = display
         self._shortens = shortens and display.is_terminal
         self._clock = clock
         self._lock = threading.RLock()      # notes of the user come in another thread
-        self._has_shown_check = False       # in this iteration, whose output repeats it
+        self._has_shown_check = False       # the output of this iteration would repeat it
         self._waiting_for = ""
         self._waiting_since = 0.0
         self._last_agent_line = ""
@@ -6514,7 +6538,7 @@ class TerminalReporter:
         self._status_line = ""
 
     def wants_screen(self) -> bool:
-        """Whether a screen is wanted: once a second, because each costs a call of tmux."""
+        """Whether a screen is wanted: once a second, because each needs a call of tmux."""
         return self._display.has_cursor and self._clock() - self._screen_at >= 1.0
 
     def on_event(self, event: Event) -> None:
@@ -6553,7 +6577,7 @@ class TerminalReporter:
         write_output("".join(f"{text}\n" for text in (head, below) if text))
 
     def _leave_out_repetitions(self, event: Event, head: str, body: str) -> tuple[str, str]:
-        """Return what is left of an iteration's output that has been on the terminal before."""
+        """Return head and body without what has been on the terminal before."""
         kind, message = event["type"], event.get("orchestrator", "")
         if kind == "iteration_start":
             self._has_shown_check = False
@@ -6601,7 +6625,7 @@ def wait_for_enter(stream: TextIO) -> None:
 def read_from_terminal() -> None:
     """Make the terminal our standard input, if there is one.
 
-    In `curl ... | python3 -` standard input was this program, not a task or a chat.
+    With `curl ... | python3 -`, standard input was the text of this program.
     """
     with contextlib.suppress(OSError):
         os.dup2(os.open("/dev/tty", os.O_RDWR), 0)
@@ -6624,7 +6648,7 @@ def read_line(prompt: str) -> str | None:
     if not sys.stdin.isatty():
         line = sys.stdin.readline()
         return line.rstrip("\n") if line else None
-    typed_so_far: Callable[[], str] = str
+    typed_so_far: Callable[[], str] = str       # returns ""
     with contextlib.suppress(ImportError):
         import readline     # line editing and history for input()
         readline.parse_and_bind("set enable-bracketed-paste on")
@@ -6738,7 +6762,7 @@ class Workspace(NamedTuple):
 class RunRequest(NamedTuple):
     """What the arguments ask of a run."""
 
-    read_task: Callable[[], str] = str
+    read_task: Callable[[], str]
     is_chat: bool = False
     as_json: bool = False
     resume: bool = False
@@ -6747,8 +6771,8 @@ class RunRequest(NamedTuple):
 class SignalHandler:
     """Raises SIGINT, SIGTERM and SIGHUP as Interrupted in the main thread.
 
-    They are held back inside `deferred()`, so that the journal never loses count of its lines.
-    A signal that comes while another is handled leaves GRACE_SECONDS for that.
+    Inside `deferred()` they are held back: otherwise the journal would lose count of its lines.  A
+    second signal ends the process GRACE_SECONDS later if the first is still being handled.
     """
 
     GRACE_SECONDS = 0.5
@@ -6772,7 +6796,7 @@ class SignalHandler:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Hold signals back during the block; threads other than the main one get none anyway."""
+        """Hold signals back during the block; only the main thread gets any."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -6850,7 +6874,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 # Sessions
 
 def session_name_of(directory: Path) -> str:
-    """Return the session name of a directory's own.
+    """Return the name of the session that a directory gets for itself.
 
     >>> session_name_of(Path("/home/me/my project"))
     'gt-claude-loop-my-project-9e0b'
@@ -6861,7 +6885,7 @@ def session_name_of(directory: Path) -> str:
 
 
 def find_session_holder(path: Path) -> tuple[str, str]:
-    """Return the process that holds a session's lock and the session's mark; "" for nobody."""
+    """Return the process that holds a session's lock, and the session's mark; or twice ""."""
     with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -6889,9 +6913,9 @@ def session_lock(config: Config, workspace: Workspace, mark: str = "") -> Iterat
         except BlockingIOError:
             raise ConfigError(
                 f"Another orchestrator drives the tmux session {config.claude_tmux_session}: "
-                f"process {find_session_holder(path)[0]}. Wait for its end, or set "
-                "CLAUDE_TMUX_SESSION to another name. --status tells more.") from None
-        except OSError:     # no locks on this file system, or the journal says what is wrong
+                f"process {find_session_holder(path)[0]}. Wait until it ends, or set "
+                "CLAUDE_TMUX_SESSION to another name. --status shows more.") from None
+        except OSError:     # no locks on this file system, or the journal reports the problem
             pass
         yield
 
@@ -6948,7 +6972,7 @@ def hold_session(config: Config, workspace: Workspace,
 
 def open_dashboard(config: Config, journal: Journal,
                    control: Callable[[str, str], object] | None) -> Dashboard:
-    """Return the dashboard; that of a resumed run keeps its token and, if it is free, its port."""
+    """Return the dashboard; a resumed run keeps its token and, if it is free, its port."""
     earlier = read_dashboard_address(journal.path) if control and journal.path else {}
 
     def listen(port: int) -> Dashboard:
@@ -6974,10 +6998,10 @@ def open_browser(url: str) -> None:
 def serve_dashboard(config: Config, journal: Journal,
                     control: Callable[[str, str], object] | None,
                     stream: TextIO) -> Iterator[None]:
-    """Serve the dashboard and print its address; a run goes on without, a recording does not.
+    """Serve the dashboard and print its address; if it can't listen, a run goes on without it.
 
-    At the end of a run, a browser that was just opened gets time to come; on a terminal, the
-    dashboard stays for a user who has opened it.
+    At the end of a run, a browser that was just opened gets time to connect.  On a terminal, a
+    dashboard that you have opened stays until you press Enter.
     """
     try:
         dashboard = open_dashboard(config, journal, control)
@@ -7006,13 +7030,13 @@ def serve_dashboard(config: Config, journal: Journal,
 
 # Recorded runs
 
-_REQUIRED_FIELDS = {       # what a run needs to go on from an event, besides its time
+_REQUIRED_FIELDS = {       # of an event, to resume a run from it; `time` besides
     "task_info": ("task", "model", "agent", "workdir", "attach"), "reply": ("text",),
     "iteration_end": ("agent_output",), "history": ("summary",), "note": ("text",)}
 
 
 def is_resumable_event(event: Event) -> bool:
-    """Whether a run can go on from an event: it has the texts that its type should have."""
+    """Whether an event has the texts that a run needs to resume from it."""
     required = ("time", *_REQUIRED_FIELDS.get(event["type"], ()))
     return all(isinstance(event.get(name), str) for name in required)
 
@@ -7059,8 +7083,8 @@ def read_outcome(path: Path) -> str:
 
 # A run
 
-def describe_end(config: Config, workspace: Workspace, agent: Agent, journal: Journal,
-                 is_chat: bool, outcome: str) -> dict[str, object]:
+def end_fields(config: Config, workspace: Workspace, agent: Agent, journal: Journal,
+               is_chat: bool, outcome: str) -> dict[str, object]:
     """Return the fields of `complete` that say what is left of a run, and how to continue."""
     if not workspace.is_persistent:
         return {}
@@ -7104,7 +7128,7 @@ def notify(config: Config, workspace: Workspace, path: Path, event: Event) -> No
 
 
 def make_reporter(request: RunRequest, agent_name: str) -> TerminalReporter:
-    """Return what reports a run on standard output."""
+    """Return the reporter of a run on standard output."""
     if request.as_json:
         return TerminalReporter(describe_json_event, {}, Display())
     display = Display.of_stdout(os.environ)
@@ -7117,12 +7141,10 @@ def make_reporter(request: RunRequest, agent_name: str) -> TerminalReporter:
     return TerminalReporter(describe_event, labels, display, shortens=True)
 
 
-def check_access(config: Config) -> None:
-    """Raise ModelError if the model's server, the key or the model can't be used."""
-    model = OpenRouter(config.openrouter_base_url, config.openrouter_api_key,
-                       config.openrouter_model)
-    with contextlib.suppress(TransientError):   # an outage may be over by the first call
-        print_error(model.check_access().warning)
+def make_model(config: Config, **options: Any) -> OpenRouter:
+    """Return the model that the settings name."""
+    return OpenRouter(config.openrouter_base_url, config.openrouter_api_key,
+                      config.openrouter_model, **options)
 
 
 def choose_journal(config: Config, workspace: Workspace, resume: bool) -> tuple[Path, list[Event]]:
@@ -7152,23 +7174,29 @@ def run_autopilot(config: Config, workspace: Workspace, request: RunRequest, age
     print_error(memory.load())
     if config.notify_cmd and journal.path:
         journal.subscribe(functools.partial(notify, config, workspace, journal.path))
-    model = OpenRouter(config.openrouter_base_url, config.openrouter_api_key,
-                       config.openrouter_model, publish=journal.publish,
+    model = make_model(config, publish=journal.publish,
                        session_id=journal.path.stem if journal.path else "")
     control = RunControl(journal, lambda: signal.pthread_kill(
         threading.main_thread().ident or 0, signal.SIGINT))
     autopilot = Autopilot(agent, model, config=config, memory=memory, journal=journal,
                           control=control, environ=workspace.environ)
     stream = sys.stderr if request.as_json else sys.stdout
-    with serve_dashboard(config, journal, control.handle, stream) if config.dashboard_enabled \
-            else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if config.dashboard_enabled:
+            stack.enter_context(serve_dashboard(config, journal, control.handle, stream))
         autopilot.run(task, history=history)
+
+
+def stop_completely(agent: Agent, signals: SignalHandler) -> None:
+    """End the agent's session, even if a signal comes meanwhile."""
+    with signals.deferred():
+        agent.stop()
 
 
 def run(config: Config, workspace: Workspace, request: RunRequest) -> int:
     """Let you or the model drive the agent; return 0.
 
-    Raises OrchestratorError or Interrupted if the run does not end by success.
+    Raises OrchestratorError or Interrupted if the run does not succeed.
     """
     if not request.is_chat and not config.openrouter_api_key:
         raise ConfigError("OPENROUTER_API_KEY is not set: export it, put it into .env, or use "
@@ -7182,8 +7210,11 @@ def run(config: Config, workspace: Workspace, request: RunRequest) -> int:
         agent.check_installed()
         agent.find_session()
         if not request.is_chat:
-            check_access(config)
-        task = str(history[0]["task"]) if history else request.read_task()
+            with contextlib.suppress(TransientError):   # an outage may be over by the first call
+                print_error(make_model(config).check_access().warning)
+        task = ""
+        if not request.is_chat:
+            task = str(history[0]["task"]) if history else request.read_task()
         journal = Journal(path, defer_signals=signals.deferred, secret=config.openrouter_api_key)
         stack.callback(lambda: print_error(journal.unreported_error))
         reporter = make_reporter(request, agent.name)
@@ -7192,9 +7223,9 @@ def run(config: Config, workspace: Workspace, request: RunRequest) -> int:
             config, workspace, publish=journal.publish, sleep=reporter.sleep,
             has_viewers=lambda: reporter.wants_screen() or journal.has_readers())
         journal.describe_end = functools.partial(
-            describe_end, config, workspace, agent, journal, request.is_chat)
+            end_fields, config, workspace, agent, journal, request.is_chat)
         if config.terminate_when_quit:
-            stack.callback(signals.deferred()(agent.stop))      # all of it, should one come now
+            stack.callback(stop_completely, agent, signals)
         if history and not request.as_json:
             print_line(describe_event({**history[0], "attach": agent.tmux.attach_command})[0])
         if request.is_chat:
@@ -7217,7 +7248,7 @@ def run_replay(path: Path, config: Config) -> int:
 
 
 def own_command() -> str:
-    """Return how this program was started, for commands to copy."""
+    """Return the command that started this program, for you to copy."""
     script = sys.argv[0]
     if not os.path.isfile(script):      # `curl ... | python3 -`
         return "python3 orchestrator.py"
@@ -7258,7 +7289,7 @@ def run_demo(config: Config, environ: Mapping[str, str], as_json: bool) -> int:
         server.shutdown()
         server.server_close()
         shutil.rmtree(scratch, ignore_errors=True)
-        with contextlib.suppress(OSError):      # a name for this run only, so nobody else's socket
+        with contextlib.suppress(OSError):      # the socket, whose name is for this run only
             os.unlink(f"{environ.get('TMUX_TMPDIR') or '/tmp'}/tmux-{os.getuid()}/{scratch.name}")
     if not as_json:
         profile = select_profile(Config.default_model)
@@ -7284,7 +7315,7 @@ def _format_task(info: Event) -> str:
 
 
 def _describe_driver(path: Path | None, info: Event, process: str) -> Rows:
-    """Return who drives a session, how to watch that in a browser, and how to stop it."""
+    """Return the process that drives a session, its dashboard, and how to stop it."""
     if not process:
         return [("Driver", "none; the agent waits for the next run or chat in its directory")]
     rows = [("Driver", f"process {process}, since {_format_start(info)}: {_format_task(info)}")]
@@ -7321,7 +7352,7 @@ def run_status(config: Config, workspace: Workspace) -> int:
 # Doctor
 
 class Doctor:
-    """Checks what a run needs, by trying it.  Each check returns a description or raises."""
+    """Checks what a run needs by trying it.  Each check returns a description or raises."""
 
     def __init__(self, config: Config, workspace: Workspace) -> None:
         self._config = config
@@ -7330,7 +7361,7 @@ class Doctor:
         self._profile = select_profile(config.default_model, config.claude_cmd)
 
     def run(self, errors: Sequence[str]) -> int:
-        """Print a line for each thing and each error in the settings; return 0 if all is well."""
+        """Print a line for each check and each wrong setting; return 0 if all is well."""
         print_line(f"python    ok      {platform.python_version()}")
         for error in errors:
             print_line(f"settings  FAILED  {error}")
@@ -7395,8 +7426,7 @@ class Doctor:
             return "not needed in chat mode"
         if not config.openrouter_api_key:
             raise ConfigError("OPENROUTER_API_KEY is not set: export it, or put it into .env")
-        model = OpenRouter(config.openrouter_base_url, config.openrouter_api_key,
-                           config.openrouter_model)
+        model = make_model(config)
         access = model.check_access()
         note = f"; {access.warning}" if access.warning else ""
         return f"{access.description}, {model.check_completion()} (tried with a few tokens){note}"
@@ -7434,13 +7464,12 @@ _REPEATED_SETTINGS = ("CLAUDE_TMUX_SESSION", "CLAUDE_TMUX_SOCKET", "DEFAULT_MODE
 
 def repeat_settings(environ: Mapping[str, str]) -> str:
     """Return the settings of the environment that a run needs again, for a shell."""
-    settings = [f"{name}={shlex.quote(environ[name])} " for name in _REPEATED_SETTINGS
-                if environ.get(name) and "?" not in environ[name]]      # a query may hold a key
-    return "".join(settings)
+    return "".join(f"{name}={shlex.quote(environ[name])} " for name in _REPEATED_SETTINGS
+                   if environ.get(name) and "?" not in environ[name])   # a query may hold a key
 
 
 def announce_settings(environ: Mapping[str, str], env_file: Mapping[str, str]) -> None:
-    """Tell which settings of the .env file choose what runs, and which look misspelt."""
+    """Print the settings of the .env file that choose what runs, and those that look misspelt."""
     for name in _ANNOUNCED_SETTINGS:
         if env_file.get(name) and not environ.get(name):
             value = env_file[name]
@@ -7478,7 +7507,7 @@ def find_workspace(directory: str | None, environ: Mapping[str, str],
 
 def start_replay(options: argparse.Namespace, environ: Mapping[str, str],
                  env_file: Mapping[str, str]) -> int:
-    """Serve a recorded run.  Of the settings, only those of the dashboard must be right."""
+    """Serve a recorded run.  Only the settings of the dashboard must be right for that."""
     config = Config.from_env(
         {name: value for name, value in environ.items() if name.startswith("DASHBOARD_")},
         {name: value for name, value in env_file.items() if name.startswith("DASHBOARD_")})
@@ -7515,14 +7544,13 @@ def dispatch(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     is_chat = options.chat or not (config.autonomous_mode or options.resume)
     if is_chat and options.task is not None:
         raise ConfigError("a chat takes no --task: AUTONOMOUS_MODE=false is set")
-    ask = str if is_chat else functools.partial(read_task, options.task)
     return run(config, workspace, RunRequest(
-        ask, is_chat=is_chat, as_json=options.json,
+        functools.partial(read_task, options.task), is_chat=is_chat, as_json=options.json,
         resume=options.resume))
 
 
 def repair_standard_streams() -> None:
-    """Open standard streams that were closed, and let none of them fail for what is written."""
+    """Open standard streams that were closed; make them accept any text."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         stream = getattr(sys, name)
         if stream is None:

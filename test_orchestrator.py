@@ -206,7 +206,7 @@ class Terminal:
     to.  Each start runs the next one, and the last one ever after.
     """
 
-    session, socket_name = "work", "private"
+    session, kill_command = "work", "tmux -L private kill-session -t work"
 
     def __init__(self, clock, *programs) -> None:
         self.clock, self._programs = clock, list(programs)
@@ -6079,7 +6079,7 @@ def test_only_what_can_be_resumed_is_said_to_be(
     journal = Journal(tmp_path / "run.jsonl")
     for terminate in (False, True):
         journal.describe_end = functools.partial(
-            orchestrator.describe_end, Config(terminate_when_quit=terminate), workspace, agent,
+            orchestrator.end_fields, Config(terminate_when_quit=terminate), workspace, agent,
             journal, is_chat)
         fields = journal.describe_end(outcome)
         assert fields["agent_running"] is not terminate
@@ -6088,10 +6088,10 @@ def test_only_what_can_be_resumed_is_said_to_be(
     assert event["next_command"] == f"orchestrator {options}{tmp_path}"
     assert event["can_continue"] is can_continue
     assert event["stop_command"] == "tmux -L gt-claude-loop kill-session -t gt-claude-loop"
-    assert not orchestrator.describe_end(Config(), workspace._replace(is_persistent=False), agent,
+    assert not orchestrator.end_fields(Config(), workspace._replace(is_persistent=False), agent,
                                          journal, is_chat, outcome)
     journal.write_error = "the disk is full"
-    fields = orchestrator.describe_end(Config(), workspace, agent, journal, is_chat, outcome)
+    fields = orchestrator.end_fields(Config(), workspace, agent, journal, is_chat, outcome)
     assert fields["can_continue"] is is_chat and fields["journal"] == ""
 
 
