@@ -276,7 +276,11 @@ def _setting(default: object, value_format: tuple[str, str], help: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The settings of a run.  A field's environment variable is its name in capitals."""
+    """The settings of a run.  A field's environment variable is its name in capitals.
+
+    >>> Config(max_cost=2.5).max_cost, Config.from_env({"TURN_TIMEOUT": "60"}, {}).turn_timeout
+    (2.5, 60)
+    """
 
     claude_tmux_session: str = _setting(
         "gt-claude-loop", _SESSION_NAME,
@@ -650,6 +654,9 @@ class AgentProfile:
     `optional_arguments` are added to the default command only.  They reset what your own settings
     of the agent may have changed.  Each has the name under which the agent complains about it: if
     the installed version refuses it, the agent is started without it.
+
+    >>> AgentProfile.from_command("bash --norc").start_command
+    ('bash', '--norc')
     """
 
     name: str
@@ -875,7 +882,10 @@ CLINE = AgentProfile(
     start_command=("cline",),
     install_command="npm install -g cline",
     startup_dialogs=(       # Enter would open a browser
-        StartupRule(re.compile("any other key to close"), key="Escape"),))
+        StartupRule(re.compile("any other key to close"), key="Escape"),),
+    problems=(
+        ProblemRule(re.compile("Connect a model provider to get started"),
+                    "Start cline in a terminal, choose a model provider, and try again."),))
 
 PI = AgentProfile(
     name="Pi",
@@ -955,7 +965,6 @@ def child_environment(environ: Mapping[str, str] | None = None) -> dict[str, str
 # -- 5. Screens ---------------------------------------------------------------------------
 # What an agent's screen means: pure functions.  May use: Text, Agent profiles.
 
-_PASTE_PLACEHOLDER = re.compile(r"\[Pasted (?:text|Content)\b[^\]]*\]")
 _HORIZONTAL_RULE = re.compile(r"\s*[─▔]{10}")
 _ANY_CURSOR = re.compile(r"\s*(?:[│|]\s*)?[❯›●>]\s*(\S.*)")      # of any agent
 _ENTRY_FRAME = re.compile(r"^[\s│❯›●>]*(?:\d+\.)?\s*|[\s✔│]*$")      # around a menu's entry
@@ -1171,7 +1180,7 @@ def is_message_unsent(line: str, message: str) -> bool:
     """Whether the cursor's line still shows the end of a message, or a placeholder for it."""
     shown = line.strip().rstrip("│| \u00a0")
     end = message.rstrip().rsplit("\n", 1)[-1]
-    if _PASTE_PLACEHOLDER.search(line):
+    if _ANY_PASTE_PLACEHOLDER.search(line):
         return True
     if not end or not shown:
         return False
@@ -1674,7 +1683,12 @@ class Tmux:
 # May use: Errors, Configuration, Text, Agent profiles, Screens, Tmux.
 
 class Turn(NamedTuple):
-    """The result of a message: all that is new on the screen, and how the turn ended."""
+    """The result of a message: all that is new on the screen, and how the turn ended.
+
+    >>> print(Turn("42", notes=("bash is still working.",)).as_text())
+    [bash is still working.]
+    42
+    """
 
     output: str
     state: str = "done"             # done, idle (no sign of an end), working (timeout) or exited
@@ -1852,14 +1866,14 @@ class TurnDetector:
         """Return for how long the text must not change, now that there is no sign of work."""
         if self.last_sign == "usual words":
             return self.SETTLE_SECONDS_AFTER_USUAL_WORDS
-        if self._message.startswith("/") and not self.last_sign:
+        if not self.last_sign and self.has_prompt_again(pane):
+            return self.SETTLE_SECONDS_AT_PROMPT
+        if not self.last_sign and self._message.startswith("/"):
             return self.SETTLE_SECONDS_OF_SLASH_COMMANDS
         if self._lacks_closing_line(pane):
             return self.STALE_SECONDS
         if self.last_sign or self._has_new_closing_line():
             return self.SETTLE_SECONDS
-        if self.has_prompt_again(pane):
-            return self.SETTLE_SECONDS_AT_PROMPT
         return self._settle_seconds
 
     def _has_new_closing_line(self) -> bool:
@@ -1953,9 +1967,10 @@ class Agent:
     again; more than three restarts within ten minutes without a finished turn raise AgentError.
     `publish` is called for each recovery, and with the screen twice a second while `has_viewers()`.
 
-        with Agent("claude", "~/src/project", session="docs") as agent:
-            turn = agent.ask("Run the tests", timeout=600)
-            print(turn.state, turn.output)
+    >>> bash = select_profile("claude", "bash --norc")
+    >>> with Agent(bash, session="docs", socket="docs") as agent:       # doctest: +SKIP
+    ...     print(agent.ask("expr 6 '*' 7", timeout=600).output.split()[-1])
+    42
 
     The block starts or joins the session, and ends it if it made it, unless `keep_session`.
     Raises ConfigError for a session that belongs to something else, AgentError if tmux or the
@@ -2684,7 +2699,11 @@ Messages = Sequence[Mapping[str, str]]
 
 
 class TokenUsage(NamedTuple):
-    """Tokens of model calls; `cached` and `written` (to the cache) are parts of `prompt`."""
+    """Tokens of model calls; `cached` and `written` (to the cache) are parts of `prompt`.
+
+    >>> TokenUsage(10, 2, 12).plus(TokenUsage(5, 1, 6)).total
+    18
+    """
 
     prompt: int = 0
     completion: int = 0
@@ -2698,7 +2717,11 @@ class TokenUsage(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """A complete reply of the model, and what all the attempts at it used."""
+    """A complete reply of the model, and what all the attempts at it used.
+
+    >>> Reply("Run the tests.", cost=0.01).usage_fields()["cost"]
+    0.01
+    """
 
     text: str
     tokens: TokenUsage = TokenUsage()
@@ -2713,11 +2736,11 @@ class Reply(NamedTuple):
 class ChatModel(Protocol):
     """What Autopilot needs of a model.  OpenRouter is one; you can write another.
 
-        class Echo:
-            characters_per_token = 4.0
-
-            def complete(self, messages, *, on_text, on_usage, time_left):
-                return Reply("TASK_COMPLETE")
+    >>> class Pessimist:
+    ...     characters_per_token = 4.0
+    ...     def complete(self, messages, *, on_text, on_usage, time_left):
+    ...         return Reply("TASK_FAILED: it can't be done")
+    >>> model: ChatModel = Pessimist()
 
     `messages` are dicts with "role" and "content".  `on_text` may be called with the text so far,
     `on_usage` with the tokens and the cost of each attempt.  `time_left()` returns the seconds
@@ -3051,6 +3074,10 @@ class OpenRouter:
     `publish` gets an `error` event for each failure after which it tries again.  Limits are in
     seconds: READ_TIMEOUT without a byte, STREAM_TIMEOUT without data, REQUEST_TIMEOUT for one
     attempt, RETRY_TIMEOUT for all attempts, CHECK_TIMEOUT for a check before the run.
+
+    >>> model = OpenRouter("http://localhost:8080/v1", "my-key", "my-model")
+    >>> model.build_request([{"role": "user", "content": "Hello"}])["model"]
+    'my-model'
     """
 
     READ_TIMEOUT = 120.0
@@ -3930,7 +3957,7 @@ only what you saw after the last change. Deleted, skipped or weakened tests prov
 - If {agent} has lost its memory, tell it the task, what is done and what is next.
 - Before the end, check the task requirement by requirement.
 
-Instead of a message, a reply can be one of these commands and nothing else:
+Instead of a message, a reply can be one of these commands:
 KEYS: Down Enter       press keys. Use them for menus and questions that take no text, and mind \
 the line that the cursor is on. Other keys: Up, Escape, Tab, Space, C-c, y, 2.
 WAIT: 10m              wait (s, m or h), or until the screen changes: while {agent} works, or \
@@ -3938,7 +3965,7 @@ until a usage limit ends.
 TASK_FAILED: reason    end the run: the task is impossible, or needs something only a person has.
 TASK_COMPLETE          end the run: every requirement is met and proved. {check}
 
-Any reply may also contain such lines, which are not typed:
+Beside a message or a command, any reply may contain such lines, which are not typed:
 MEMORY_SAVE: fact      a short fact that will help in later runs in this directory.
 """
 _VERIFY_HINT = "The user's check then runs; if it fails, you see its output and go on."
@@ -4256,7 +4283,13 @@ class Conversation:
 # Conversation.
 
 class RunControl:
-    """What you ask of a run from outside while it goes on.  Other threads may call `handle`."""
+    """What you ask of a run from outside while it goes on.  Other threads may call `handle`.
+
+    >>> control = RunControl(Journal())
+    >>> control.handle("note", "Mind the tests")
+    >>> control.take_notes()
+    ['A note from the user: Mind the tests']
+    """
 
     def __init__(self, journal: Journal, stop: Callable[[], object] = ignore) -> None:
         self._journal = journal
@@ -4428,6 +4461,11 @@ class Chat:
     `read(prompt)` returns a message, or None to leave.  `read_hidden` is used instead while the
     agent's terminal hides what is typed, as for a password; such a message is not recorded.
     Ctrl-C during a turn returns to the prompt if the chat is interactive; the agent keeps working.
+
+    >>> lines = iter(["expr 6 '*' 7", None])
+    >>> bash = select_profile("claude", "bash --norc")
+    >>> with Agent(bash, session="docs", socket="docs") as agent:       # doctest: +SKIP
+    ...     Chat(agent, lambda prompt: next(lines)).run()
     """
 
     def __init__(self, agent: Agent, read: Callable[[str], str | None], *,
@@ -4641,8 +4679,14 @@ class Autopilot:
     `model` is an OpenRouter or any ChatModel.  Without `memory` the facts are those of
     `memory.json` in the agent's directory; without `journal` the events stay in memory.
 
-        with Agent("claude", "~/src/project") as agent:
-            Autopilot(agent, MyModel(), config=Config(max_minutes=30)).run("Make the tests pass")
+    >>> class Script:
+    ...     characters_per_token = 4.0
+    ...     replies = ["date", "TASK_COMPLETE", "TASK_COMPLETE"]
+    ...     def complete(self, messages, **callbacks):
+    ...         return Reply(self.replies.pop(0))
+    >>> bash = select_profile("claude", "bash --norc")
+    >>> with Agent(bash, session="docs", socket="docs") as agent:       # doctest: +SKIP
+    ...     Autopilot(agent, Script(), config=Config(max_minutes=30)).run("What time is it?")
     """
 
     MAX_MESSAGES = 900                  # in a conversation: some take 1,000
@@ -6124,6 +6168,10 @@ class Dashboard(http.server.ThreadingHTTPServer):
     `control(action, text)` carries out what you ask for; without it, the journal is a recording.
     `url` is the address under which a proxy publishes the dashboard, `token` an earlier token to
     keep.  Raises ConfigError if it can't listen.
+
+    >>> with Dashboard(Journal()) as dashboard:
+    ...     dashboard.url.startswith("http://127.0.0.1:")
+    True
     """
 
     request_queue_size = 128

@@ -1754,6 +1754,14 @@ def test_a_socket_that_something_removed_is_made_again_and_the_agent_works_on(wo
     assert len(set(world.log("pid"))) == 1 and not world.events("recovery")
 
 
+def test_a_login_that_has_expired_ends_the_run_with_what_to_do(world: World) -> None:
+    model = world.model(*["echo ⎿ Not logged in · Please run /login"] * 9)
+    done = world.run("--task", "x", **as_claude(world))
+    assert done.status == 5 and len(model.requests) == 1
+    assert_one_complaint(done, "Not logged in", "log in with /login")
+    assert world.events()[-1]["outcome"] == "agent"
+
+
 def test_a_command_of_one_word_runs_where_the_shell_of_the_user_refuses_to(world: World) -> None:
     world.model("echo one", "TASK_COMPLETE")
     path = world.program("mine", f"exec {world.env['CLAUDE_CMD']}")
@@ -2773,12 +2781,12 @@ def test_the_check_has_to_pass_before_the_task_is_complete(world: World) -> None
 
 def test_a_run_is_not_complete_while_the_agent_works_or_asks(
         new_world: Callable[..., World]) -> None:
-    replies = ["sleep 3 && echo 1 failed", "TASK_COMPLETE", "WAIT: 2m",
+    replies = ["sleep 5 && echo 1 failed", "TASK_COMPLETE", "WAIT: 2m",
                "choose Overwrite?/*Yes/No", "TASK_COMPLETE", "KEYS: Down Enter", "do 1"]
     worlds = at_once(new_world, {
         "confirm": [*replies, "TASK_COMPLETE", {"CONFIRM_COMPLETE": "true"}],
         "verify": [*replies, {"VERIFY_CMD": "date >> ../checks; test -e did"}]},
-        prepare=as_claude, TURN_TIMEOUT="1")
+        prepare=as_claude, TURN_TIMEOUT="3")
     for world in worlds.values():
         shown = [world.said.last_message(number) for number in range(2, 6)]
         assert ["did nothing: Claude Code is still working" in text for text in shown] == [
@@ -3176,7 +3184,7 @@ def test_facts_of_one_run_are_told_to_the_next(world: World) -> None:
 
 
 class Archivist(ScriptedModel):
-    """A model that saves facts and nothing else, and merges them where it is asked to."""
+    """A model that saves facts with each message, and merges them where it is asked to."""
 
     def choose(self, number: int, messages: Sequence[Any]) -> Any:
         if "facts remembered" not in text_of(messages[0]["content"]):
@@ -3190,7 +3198,8 @@ def test_two_runs_that_save_a_thousand_facts_at_once_lose_none_while_one_compact
     runs = []
     with contextlib.ExitStack() as stack:
         for name, most in (("one", "60"), ("two", "9999")):
-            replies = ["\n".join(f"MEMORY_SAVE: {name}-{number}" for number in range(at, at + 20))
+            replies = ["\n".join([*(f"MEMORY_SAVE: {name}-{number}"
+                                    for number in range(at, at + 20)), f"echo {name} at {at}"])
                        for at in range(0, 500, 20)]
             model = stack.enter_context(Archivist([*replies, "TASK_COMPLETE"]))
             runs.append(world.start("--task", "x", OPENROUTER_BASE_URL=model.url,
@@ -3307,6 +3316,18 @@ def test_the_doctor_says_what_a_run_needs(world: World) -> None:
     for line in (r"tmux\s+FAILED.*install", r"agent\s+FAILED.*claude.*install",
                  r"model\s+FAILED.*OPENROUTER_API_KEY"):
         assert re.search(f"^{line}", done.stdout, re.M), done.stdout
+
+
+def test_the_examples_of_the_library_that_need_tmux_work(world: World) -> None:
+    """In the docstrings they are marked to be skipped, for the unit tests."""
+    code = ("import doctest, sys, orchestrator\n"
+            "for name in ('Agent', 'Autopilot', 'Chat'):\n"
+            "    value = getattr(orchestrator, name)\n"
+            "    value.__doc__ = value.__doc__.replace('# doctest: +SKIP', '')\n"
+            "    doctest.run_docstring_examples(value, vars(orchestrator), name=name)\n")
+    done = subprocess.run([sys.executable, "-c", code], cwd=world.work, capture_output=True,
+                          text=True, timeout=60, env={**world.env, "PYTHONPATH": str(TOOL.parent)})
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 # -- Vendoring ----------------------------------------------------------------------------------

@@ -31,12 +31,14 @@ import ssl
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.parse
 import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping, Sequence
+from typing import Any, Callable, cast
 
 import pytest
 
@@ -54,8 +56,8 @@ from orchestrator import (
     find_unfinished_run, format_duration, has_appeared, has_input_box, help_text,
     is_message_unsent, is_resumable_event, last_text_line, main, normalize_screen, parse_env,
     parse_json_object, parse_reply, parse_usage_limit, print_line, process_start_time,
-    read_env_file, read_events, read_line, run, run_shell_command, sanitize, select_profile,
-    session_lock, strip_input_box, trimmed_lines, truncate_middle, write_output)
+    read_env_file, read_events, run_shell_command, sanitize, select_profile,
+    session_lock, strip_input_box, trimmed_lines, truncate_middle)
 
 SOURCE = Path(orchestrator.__file__).read_text(encoding="utf-8")
 KEY = "sk-or-v1-0123456789abcdef"
@@ -66,16 +68,16 @@ with_our_readme = pytest.mark.skipif(
 
 
 @pytest.fixture(autouse=True, scope="session")
-def signals_as_in_a_terminal():
+def signals_as_in_a_terminal() -> None:
     """Undo that some are ignored, which nohup or a shell with us in the background hands down."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
-def signals_reach_children_only(monkeypatch):
+def signals_reach_children_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have a signal to any process that the tests have not started fail the test."""
-    def is_child(pid):
+    def is_child(pid: Any) -> bool:
         try:
             if hasattr(os, "waitid"):       # macOS has none before Python 3.13
                 os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -84,7 +86,9 @@ def signals_reach_children_only(monkeypatch):
         return True
 
     for name in ("kill", "killpg"):
-        def send(pid, number, signal_it=getattr(os, name)):
+        send_signal = getattr(os, name)
+
+        def send(pid: int, number: int, signal_it: Any = send_signal) -> None:
             assert pid > 1 and is_child(pid), f"signal {number} to {pid}"
             signal_it(pid, number)
         monkeypatch.setattr(os, name, send)
@@ -92,25 +96,32 @@ def signals_reach_children_only(monkeypatch):
 
 # -- Vocabulary ---------------------------------------------------------------------------
 
+def note_and_return(notes: list[Any], given: Any) -> Turn:
+    """Play an agent that starts: note what it was given."""
+    notes.append(given)
+    return Turn("")
+
+
 class Clock:
     """Time that passes only while somebody sleeps; `at` has things happen meanwhile."""
 
     def __init__(self) -> None:
-        self.now, self.slept = 1000.0, []
-        self._agenda = []
+        self.now = 1000.0
+        self.slept: list[float] = []
+        self._agenda: list[tuple[float, Callable[[], object]]] = []
 
     def __call__(self) -> float:
         return self.now
 
-    def at(self, delay, action) -> None:
+    def at(self, delay: Any, action: Any) -> None:
         """Have an action done when that many seconds have passed."""
         self._agenda.append((self.now + delay, action))
 
-    def sleep(self, seconds) -> None:
+    def sleep(self, seconds: Any) -> None:
         self.slept.append(seconds)
         end = self.now + seconds
         while True:
-            due = min(self._agenda, key=lambda each: each[0], default=(end + 1, None))
+            due = min(self._agenda, key=lambda each: each[0], default=(end + 1, list))
             if due[0] > end:
                 break
             self._agenda.remove(due)
@@ -119,7 +130,14 @@ class Clock:
         self.now = end
 
 
-def play(script, otherwise):
+def found(pattern: str, text: str, flags: int = 0) -> re.Match[str]:
+    """Return the first match of a pattern in a text that has one."""
+    match = re.search(pattern, text, flags)
+    assert match, f"no {pattern!r} in {text!r}"
+    return match
+
+
+def play(script: Any, otherwise: Any) -> Any:
     """Return the next step of a script, which may be a value, an exception or a function."""
     step = script.pop(0) if script else otherwise
     if isinstance(step, BaseException):
@@ -127,14 +145,14 @@ def play(script, otherwise):
     return step() if callable(step) else step
 
 
-def without_threads(monkeypatch, times):
+def without_threads(monkeypatch: pytest.MonkeyPatch, times: Any) -> None:
     """Have the machine refuse the next threads, as it does where there are too many processes."""
     start, refusals = threading.Thread.start, [RuntimeError("can't start new thread")] * times
     monkeypatch.setattr(
         threading.Thread, "start", lambda thread: play(refusals, lambda: start(thread)))
 
 
-def at_once(*actions):
+def at_once(*actions: Any) -> None:
     """Do things in threads of their own, and wait for them all."""
     threads = [threading.Thread(target=action) for action in actions]
     for thread in threads:
@@ -148,10 +166,11 @@ class ScriptedModel:
 
     characters_per_token = 4.0
 
-    def __init__(self, *replies) -> None:
-        self.calls, self._replies = [], list(replies)
+    def __init__(self, *replies: Any) -> None:
+        self.calls: list[Any] = []
+        self._replies = list(replies)
 
-    def complete(self, messages, *, on_text, on_usage, time_left):
+    def complete(self, messages: Any, *, on_text: Any, on_usage: Any, time_left: Any) -> Any:
         self.calls.append(messages)
         assert time_left() > 0
         reply = play(self._replies, AssertionError("the model was asked once too often"))
@@ -168,32 +187,35 @@ class Hands:
     name, directory, tmux = "Agent", Path("/"), Tmux("private", "work", {})
     is_hiding_input = False
 
-    def __init__(self, *turns) -> None:
-        self.told, self._turns = [], list(turns)
+    def __init__(self, *turns: Any) -> None:
+        self.told: list[Any] = []
+        self._turns = list(turns)
 
-    def start(self, resume=False):
+    def start(self, resume: Any = False) -> Any:
         return Turn("the first screen")
 
-    def read_screen(self):
+    def read_screen(self) -> Any:
         return Turn("the screen")
 
-    def read_state(self):
+    def read_state(self) -> Any:
         return Turn("the screen", "idle")
 
-    def ask(self, message, timeout=0):
+    def ask(self, message: Any, timeout: Any = 0) -> Any:
         return self._next(message)
 
-    def send_keys(self, keys, timeout=0):
+    def send_keys(self, keys: Any, timeout: Any = 0) -> Any:
         return self._next(tuple(keys))
 
-    def wait(self, seconds, until=orchestrator.never, *, idle_timeout=None):
+    def wait(
+            self, seconds: Any, until: Any = orchestrator.never, *,
+            idle_timeout: Any = None) -> Any:
         self.until = until
         return self._next(seconds)
 
-    def hides_input(self):
+    def hides_input(self) -> Any:
         return self.is_hiding_input
 
-    def _next(self, order):
+    def _next(self, order: Any) -> Any:
         self.told.append(order)
         turn = play(self._turns, f"did {order}")
         return turn if isinstance(turn, Turn) else Turn(turn)
@@ -208,33 +230,40 @@ class Terminal:
 
     session, kill_command = "work", "tmux -L private kill-session -t work"
 
-    def __init__(self, clock, *programs) -> None:
+    def __init__(self, clock: Any, *programs: Any) -> None:
         self.clock, self._programs = clock, list(programs)
-        self.lines, self.draft, self.existing = [], "", None
-        self.started, self.pasted, self.pressed, self.taken = [], [], [], []
+        self.lines: list[str] = []
+        self.draft = ""
+        self.existing: tuple[str, str] | None = None
+        self.started: list[Any] = []
+        self.pasted: list[str] = []
+        self.pressed: list[Any] = []
+        self.taken: list[str] = []
         self.in_mode = self.alternate = False
         self.refusals = self.lost_enters = 0
-        self.seen, self.failures = {}, []       # what looks have of their own, and how they fail
+        self.seen: dict[str, Any] = {}          # what looks have of their own
+        self.failures: list[Any] = []           # how they fail
         self.rows = 50
         self.resized: list[int] = []
 
-    def find_pane(self):
+    def find_pane(self) -> Any:
         return self.existing or ("", "")
 
-    def new_pane(self, command, directory, mark):
+    def new_pane(self, command: Any, directory: Any, mark: Any) -> str:
         self.existing = (mark, "%1")
         self.respawn_pane("%1", command, directory)
         return "%1"
 
-    def respawn_pane(self, pane_id, command, directory):
+    def respawn_pane(self, pane_id: Any, command: Any, directory: Any) -> None:
         self.started.append(tuple(command))
         self.title, self.command, self.status = orchestrator.INITIAL_TITLE, "claude", ""
         self.draft, self.box, self.seen = "", False, {}
-        self.take = self.typed = lambda text: None
-        self.keyed = None
+        self.take: Callable[[str], object] = orchestrator.ignore
+        self.typed: Callable[[str], object] = orchestrator.ignore
+        self.keyed: Callable[[str], object] | None = None
         (self._programs.pop(0) if len(self._programs) > 1 else self._programs[0])(self)
 
-    def snapshot(self, pane_id):
+    def snapshot(self, pane_id: Any) -> Any:
         play(self.failures, None)
         drawn = self._drawn()
         row = len(drawn) - 3 if self.box else len(drawn) - 1
@@ -248,13 +277,13 @@ class Terminal:
         self.rows = rows
         self.resized.append(rows)
 
-    def capture_history(self, pane_id):
+    def capture_history(self, pane_id: Any) -> Any:
         return "\n".join(self._drawn())
 
-    def capture_ansi(self, pane_id):
-        return "\x1b[1m" + self.capture_history(pane_id)
+    def capture_ansi(self, pane_id: Any) -> str:
+        return f"\x1b[1m{self.capture_history(pane_id)}"
 
-    def paste_text(self, pane, text):
+    def paste_text(self, pane: Any, text: Any) -> bool:
         if self.in_mode or self.refusals:
             self.refusals -= not self.in_mode
             return False
@@ -263,7 +292,7 @@ class Terminal:
         self.typed(text)
         return True
 
-    def send_keys(self, pane, *keys):
+    def send_keys(self, pane: Any, *keys: Any) -> bool:
         self._drawn()
         if self.in_mode:
             return False
@@ -282,21 +311,21 @@ class Terminal:
                 self.take(message)
         return True
 
-    def exit_copy_mode(self, pane_id):
+    def exit_copy_mode(self, pane_id: Any) -> None:
         self.in_mode = False
 
-    def die(self, *words):
+    def die(self, *words: Any) -> None:
         """End the program, as after `exit 1`."""
         self.lines += words
         self.box, self.status = False, "status 1"
 
-    def vanish(self):
+    def vanish(self) -> None:
         """End the whole server."""
         self.existing, self.lines = None, []
 
     kill_session = vanish
 
-    def _drawn(self):
+    def _drawn(self) -> Any:
         if not self.existing:
             raise TmuxSessionLost("tmux: no server running on /tmp/tmux-1000/private")
         first, *more = self.draft.split("\n")
@@ -304,17 +333,17 @@ class Terminal:
         return self.lines + box * self.box
 
 
-def claude(answer="● Done: {}", seconds=3.0):
+def claude(answer: Any = "● Done: {}", seconds: Any = 3.0) -> Any:
     """Return a program like Claude Code: an input box, and at work a spinner in the title."""
-    def program(terminal):
-        def spin(frame):
+    def program(terminal: Any) -> None:
+        def spin(frame: Any) -> None:
             terminal.title = f"{'⠂⠐'[frame % 2]} Claude Code"
 
-        def finish(message):
+        def finish(message: Any) -> None:
             terminal.lines += answer.format(message).split("\n")
             terminal.title = "✳ Claude Code"
 
-        def take(message):
+        def take(message: Any) -> None:
             terminal.lines += [f"> {message}"]
             spin(0)
             for frame in range(1, int(seconds * 2)):
@@ -326,23 +355,27 @@ def claude(answer="● Done: {}", seconds=3.0):
     return program
 
 
-def shell(answer="hello"):
+def shell(answer: Any = "hello") -> Any:
     """Return a program that gives no sign of work: a prompt, and after a second an answer."""
-    def program(terminal):
-        def take(message):
-            terminal.lines += [""]
-            terminal.clock.at(1.0, lambda: echo(answer) or terminal.lines.append("$ "))
+    def program(terminal: Any) -> None:
+        def finish() -> None:
+            echo(answer)
+            terminal.lines.append("$ ")
 
-        def echo(text):
+        def take(message: Any) -> None:
+            terminal.lines += [""]
+            terminal.clock.at(1.0, finish)
+
+        def echo(text: Any) -> None:
             terminal.lines[-1] += text
 
         terminal.title, terminal.take, terminal.typed, terminal.lines = "sh", take, echo, ["$ "]
     return program
 
 
-def doomed(event):
+def doomed(event: Any) -> Any:
     """Return Claude Code with an event, a function of the terminal, in the place of its answer."""
-    def program(terminal):
+    def program(terminal: Any) -> None:
         claude()(terminal)
         terminal.take = lambda message: event(terminal)
     return program
@@ -355,16 +388,20 @@ PROGRAM = dataclasses.replace(CLAUDE_CODE, start_command=("sh", "--start"),
 class Desk:
     """An Agent at a simulated terminal, started; `told` is what it published."""
 
-    def __init__(self, *programs, program=PROGRAM, start=True, **options) -> None:
-        self.clock, self.told = Clock(), []
-        self.terminal = Terminal(self.clock, *programs)
+    def __init__(
+            self, *programs: Any, program: Any = PROGRAM, start: Any = True,
+            **options: Any) -> None:
+        self.clock = Clock()
+        self.told: list[Any] = []
+        self.terminal: Any = Terminal(self.clock, *programs)
         self.agent = self.hire(program, **options)
-        self.first = self.agent.start() if start else None
+        self.first: Any = self.agent.start() if start else None
         self.ready_at = self.clock.now
 
-    def hire(self, program=PROGRAM, **options):
+    def hire(self, program: Any = PROGRAM, **options: Any) -> Any:
         """Return one more agent at the same terminal."""
-        return Agent(program, Path("/"), tmux=self.terminal, clock=self.clock, sleep=self.clock.sleep,
+        return Agent(program, Path("/"), tmux=cast(Any, self.terminal), clock=self.clock,
+                     sleep=self.clock.sleep,
                      publish=lambda kind, **fields: self.told.append((kind, fields)), **options)
 
 
@@ -375,14 +412,15 @@ class Api:
     """
 
     def __init__(self) -> None:
-        self.answers, self.requests = [], []
+        self.answers: list[Any] = []
+        self.requests: list[Any] = []
         api = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
-            def log_message(self, *args):
+            def log_message(self, *args: Any) -> None:
                 """Say nothing."""
 
-            def do_POST(self):
+            def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 api.requests.append((self.path, dict(self.headers), json.loads(body or "{}")))
                 answers = api.answers
@@ -408,43 +446,43 @@ class Api:
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: Any) -> None:
         self._server.shutdown()
         self._server.server_close()
 
 
 @pytest.fixture(scope="module")
-def listening():
+def listening() -> Iterator[Any]:
     with Api() as server:
         yield server
 
 
 @pytest.fixture
-def api(listening):
+def api(listening: Any) -> Any:
     listening.answers, listening.requests = [], []
     return listening
 
 
-def answer(body, status=200, **headers):
+def answer(body: Any, status: Any = 200, **headers: Any) -> Any:
     """Return an answer with a JSON body, or with a text as it is."""
     data = body if isinstance(body, str) else json.dumps(body)
     names = {name.replace("_", "-"): value for name, value in headers.items()}
     return status, {"Content-Type": "application/json", **names}, data.encode()
 
 
-def streamed(*chunks, end="data: [DONE]\n\n"):
+def streamed(*chunks: Any, end: Any = "data: [DONE]\n\n") -> Any:
     """Return an answer that is an event stream of chunks, each an object or a text as it is."""
     lines = [chunk if isinstance(chunk, str) else f"data: {json.dumps(chunk)}\n\n"
              for chunk in chunks]
     return 200, {"Content-Type": "text/event-stream"}, ("".join(lines) + end).encode()
 
 
-def said(text, finish=None):
+def said(text: Any, finish: Any = None) -> dict[str, list[dict[str, Any]]]:
     """Return one chunk of a streamed answer."""
     return {"choices": [{"delta": {"content": text}, "finish_reason": finish}]}
 
 
-def refusal(code, message="no", **more):
+def refusal(code: Any, message: Any = "no", **more: Any) -> dict[str, dict[Any, Any]]:
     """Return the body of an error."""
     return {"error": {"code": code, "message": message, **more}}
 
@@ -457,18 +495,22 @@ GOOD = streamed(said("Hel"), said("lo"), said("", "stop"), USAGE)
 class Client(OpenRouter):
     """An OpenRouter on a fake clock; `told` is what the user reads."""
 
-    def __init__(self, url, key=KEY, model="some/model", clock=None) -> None:
-        self.time, self.told, self.waits, self.used = clock or Clock(), [], [], []
+    def __init__(
+            self, url: Any, key: Any = KEY, model: Any = "some/model", clock: Any = None) -> None:
+        self.time = clock or Clock()
+        self.told: list[Any] = []
+        self.waits: list[Any] = []
+        self.used: list[Any] = []
         super().__init__(url, key, model, clock=self.time, wall_clock=self.time,
                          sleep=self.time.sleep, publish=self._hear)
 
-    def _hear(self, kind, error="", retry_in=None) -> None:
+    def _hear(self, kind: Any, error: Any = "", retry_in: Any = None) -> None:
         self.told.append(error)
         if retry_in is not None:
             self.waits.append(retry_in)
 
-    def say(self, messages=({"role": "system", "content": "You drive."},
-                            {"role": "user", "content": "Go — 漢字"}), **how):
+    def say(self, messages: Any = ({"role": "system", "content": "You drive."},
+                            {"role": "user", "content": "Go — 漢字"}), **how: Any) -> Any:
         """Return the reply to a conversation; `used` is what the tries for it took."""
         return self.complete(messages, on_usage=lambda *used: self.used.append(used), **how)
 
@@ -479,20 +521,25 @@ class Flight:
     One TASK_COMPLETE ends it, unless a test asks for `confirm_complete`.
     """
 
-    def __init__(self, directory, *replies, turns=(), secret="", **settings) -> None:
-        self.clock, self.model, self.agent = Clock(), ScriptedModel(*replies), Hands(*turns)
+    def __init__(
+            self, directory: Any, *replies: Any, turns: Any = (), secret: Any = "",
+            **settings: Any) -> None:
+        self.clock = Clock()
+        self.model: Any = ScriptedModel(*replies)
+        self.agent: Any = Hands(*turns)
         self.journal = Journal(directory / "orchestrator/runs/run.jsonl", secret=secret)
-        self.error = None
+        self.error: Any = None
         self.memory = Memory(directory / "memory.json", settings.get("memory_max_facts", 50))
         self.control = RunControl(self.journal, lambda: None)
         self.agent.directory = directory
         self.pilot = Autopilot(
-            self.agent, self.model, config=Config(**{"confirm_complete": False, **settings}),
+            cast(Any, self.agent), self.model,
+            config=Config(**{"confirm_complete": False, **settings}),
             memory=self.memory,
             journal=self.journal, control=self.control, environ=os.environ, clock=self.clock,
             wall_clock=self.clock, sleep=self.clock.sleep)
 
-    def run(self, past=()):
+    def run(self, past: Any = ()) -> Any:
         """Run to the end; return how it ended."""
         try:
             self.pilot.run("Paint the shed", history=past)
@@ -501,11 +548,11 @@ class Flight:
         assert [event["type"] for event in self.journal.events()][-1] == "complete"
         return self.journal.events()[-1]["outcome"]
 
-    def of(self, kind):
+    def of(self, kind: Any) -> Any:
         """Return the events of one type."""
         return [event for event in self.journal.events() if event["type"] == kind]
 
-    def shown(self, call):
+    def shown(self, call: Any) -> Any:
         """Return the newest message of a call to the model."""
         return self.model.calls[call][-1]["content"]
 
@@ -515,7 +562,7 @@ class Flight:
 class Definition:
     """One top-level statement: the section it stands in, what it defines and what it uses."""
 
-    def __init__(self, node, section) -> None:
+    def __init__(self, node: Any, section: Any) -> None:
         self.node, self.section, self.line = node, section, node.lineno
         targets = getattr(node, "targets", [getattr(node, "target", None)])
         self.names = {node.name} if hasattr(node, "name") else {
@@ -523,7 +570,7 @@ class Definition:
             if isinstance(each, ast.Name)}
         self.uses = self._used(node, frozenset())
 
-    def _used(self, node, local):
+    def _used(self, node: Any, local: Any) -> Any:
         if isinstance(node, ast.Name):
             return {node.id} - local
         if isinstance(node, (ast.FunctionDef, ast.Lambda)):
@@ -540,31 +587,31 @@ BANNERS = {number: (int(found[1]), found[2]) for number, line in enumerate(SOURC
            for found in [re.fullmatch(r"# -- (\d+)\. (.+?) -+", line)] if found}
 
 
-def section_of(line):
+def section_of(line: Any) -> Any:
     """Return the title of the section that a line stands in."""
     return ([title for start, (_, title) in BANNERS.items() if start <= line] or [""])[-1]
 
 
-@functools.lru_cache(maxsize=None)
-def definitions():
+@functools.cache
+def definitions() -> Any:
     """Return the top-level statements of the source."""
     return [Definition(node, section_of(node.lineno)) for node in ast.parse(SOURCE).body
             if not isinstance(node, (ast.Import, ast.ImportFrom))]
 
 
-def test_the_contents_and_the_banners_agree():
+def test_the_contents_and_the_banners_agree() -> None:
     contents = orchestrator.__doc__.split("Contents\n")[1]
     promised = re.findall(r"^ +(\d+)\. (.+?)  +\S", contents, re.M)
     assert [(int(number), title) for number, title in promised] == list(BANNERS.values())
     assert [number for number, _ in BANNERS.values()] == list(range(1, len(BANNERS) + 1))
 
 
-def test_no_section_uses_what_it_does_not_say():
+def test_no_section_uses_what_it_does_not_say() -> None:
     lines, titles = SOURCE.split("\n"), [title for _, title in BANNERS.values()]
-    allowed = {"": set()}
+    allowed: dict[str, set[str]] = {"": set()}
     for start, (number, title) in BANNERS.items():
-        head = re.match(r"(?:# .*\n)+", "\n".join(lines[start:]) + "\n")[0]
-        promise = " ".join(re.search(r"May use: ([^.]*)\.", head)[1].replace("#", " ").split())
+        head = found(r"\A(?:# .*\n)+", "\n".join(lines[start:]) + "\n")[0]
+        promise = " ".join(found(r"May use: ([^.]*)\.", head)[1].replace("#", " ").split())
         allowed[title] = {title} | set(titles[:number] if promise == "everything above" else
                                        [] if promise == "nothing" else promise.split(", "))
         assert allowed[title] <= set(titles), f"{title} may use a section that there is not"
@@ -574,8 +621,8 @@ def test_no_section_uses_what_it_does_not_say():
                 if home.get(name) and each.section and home[name] not in allowed[each.section]]
 
 
-def test_nothing_is_used_above_its_definition():
-    first = {}
+def test_nothing_is_used_above_its_definition() -> None:
+    first: dict[str, int] = {}
     for each in definitions():
         for name in each.names:
             first.setdefault(name, each.line)
@@ -583,10 +630,11 @@ def test_nothing_is_used_above_its_definition():
                 for name in each.uses if first.get(name, 0) > each.line]
 
 
-def test_each_outside_thing_has_one_door():
+def test_each_outside_thing_has_one_door() -> None:
     calls = [(section_of(node.lineno), ast.unparse(node.func), ast.unparse(node))
              for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, ast.Call)]
-    doors = {"Tmux": lambda function, text: "subprocess" in function and "'tmux'" in text,
+    doors: dict[str, Callable[[str, str], bool]] = {
+             "Tmux": lambda function, text: "subprocess" in function and "'tmux'" in text,
              "Model client": lambda function, text: "urllib.request" in text,
              "Terminal": lambda function, text: function in ("print", "input", "sys.exit")}
     for home, door in doors.items():
@@ -602,7 +650,8 @@ def test_temporary_line_budgets_of_the_sections() -> None:
     Branches at 02:10 add up to 6,700.  Each section must fit its budget: simplify mechanisms, merge near-duplicates, drop
     what nobody asked for, cut docstrings that repeat names.  Do not pack lines.
     """
-    budgets = {"Errors": 108, "Configuration": 160, "Text": 172, "Agent profiles": 290, "Screens": 240, "Tmux": 230,
+    budgets = {"Errors": 108, "Configuration": 160, "Text": 172, "Agent profiles": 290,
+               "Screens": 240, "Tmux": 230,
                "Agent": 600, "Model client": 520, "Memory": 155, "Journal": 255, "Conversation": 230, "Loops": 570,
                "Dashboard page": 640, "Dashboard": 260, "Demo": 95, "Terminal": 200, "Command line": 480}
     starts = [*BANNERS, len(SOURCE.split("\n"))]
@@ -629,12 +678,12 @@ def test_nothing_but_the_profiles_names_an_agent() -> None:
     assert found == []
 
 
-def test_the_file_reads_on_python_3_9_and_stays_narrow():
+def test_the_file_reads_on_python_3_9_and_stays_narrow() -> None:
     ast.parse(SOURCE, feature_version=(3, 9))
     assert not [line for line in SOURCE.split("\n") if len(line) > 100]
 
 
-def test_importing_it_needs_no_package_and_does_nothing(tmp_path):
+def test_importing_it_needs_no_package_and_does_nothing(tmp_path: Path) -> None:
     code = ("import sys, threading; sys.path.insert(0, sys.argv[1]); import orchestrator; "
             "assert threading.active_count() == 1")
     done = subprocess.run([sys.executable, "-I", "-S", "-B", "-c", code,
@@ -644,12 +693,20 @@ def test_importing_it_needs_no_package_and_does_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_examples_in_the_docstrings_hold():
+def test_the_examples_in_the_docstrings_hold() -> None:
     failed, attempted = doctest.testmod(orchestrator)
-    assert attempted >= 4 and not failed
+    assert attempted >= 35 and not failed
 
 
-def test_the_page_builds_nothing_from_text_and_loads_nothing():
+def test_each_public_class_shows_how_it_is_used() -> None:
+    """Errors and the type of an event's fields need no example."""
+    public = [getattr(orchestrator, name) for name in orchestrator.__all__]
+    classes = [value for value in public if isinstance(value, type)
+               and not issubclass(value, (BaseException, dict))]
+    assert [value.__name__ for value in classes if ">>> " not in str(value.__doc__)] == []
+
+
+def test_the_page_builds_nothing_from_text_and_loads_nothing() -> None:
     assert not re.findall(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(",
                           orchestrator.DASHBOARD_PAGE)
     addresses = re.findall(r"(?:https?:)?//[\w.-]+\.\w+[^\s\"'`)]*", orchestrator.DASHBOARD_PAGE)
@@ -660,12 +717,14 @@ def test_the_page_builds_nothing_from_text_and_loads_nothing():
 
 @pytest.mark.parametrize("error, status, outcome", [
     (OrchestratorError("x"), 1, "interrupted"), (ConfigError("x"), 2, "interrupted"),
-    (BudgetExceeded("x"), 3, "budget"), (TaskFailed("x"), 4, "failed"), (StuckInLoop("x"), 4, "stuck"),
+    (BudgetExceeded("x"), 3, "budget"), (TaskFailed("x"), 4, "failed"),
+    (StuckInLoop("x"), 4, "stuck"),
     (AgentError("x"), 5, "agent"), (AgentExited("x"), 5, "agent"), (TmuxError("x"), 5, "agent"),
-    (TmuxSessionLost("x"), 5, "agent"), (ModelError("x"), 6, "model"), (ContextWindowExceeded("x"), 6, "model"),
+    (TmuxSessionLost("x"), 5, "agent"), (ModelError("x"), 6, "model"),
+    (ContextWindowExceeded("x"), 6, "model"),
     (TransientError("x"), 6, "model"), (Interrupted(signal.SIGINT), 130, "interrupted"),
     (Interrupted(signal.SIGTERM), 143, "interrupted")])
-def test_each_error_knows_how_it_ends_a_run(error, status, outcome):
+def test_each_error_knows_how_it_ends_a_run(error: Any, status: int, outcome: str) -> None:
     assert (error.exit_status, error.outcome) == (status, outcome)
     assert isinstance(error, OrchestratorError) != isinstance(error, KeyboardInterrupt)
 
@@ -707,7 +766,8 @@ def test_a_setting_of_ours_that_cannot_be_read_is_named_with_its_line_and_not_sh
     assert "line 4: VERIFY_CMD" in str(caught.value) and "secret" not in str(caught.value)
 
 
-def test_an_env_file_may_be_missing_or_a_virtual_environment_but_not_unreadable(tmp_path):
+def test_an_env_file_may_be_missing_or_a_virtual_environment_but_not_unreadable(
+        tmp_path: Path) -> None:
     path = tmp_path / ".env"
     assert read_env_file(path) == read_env_file(tmp_path) == {}
     path.write_bytes(b"\xef\xbb\xbfA=b\r\nC=d\r\n")
@@ -718,13 +778,13 @@ def test_an_env_file_may_be_missing_or_a_virtual_environment_but_not_unreadable(
         read_env_file(path / ".env")
 
 
-def test_an_env_file_may_be_a_pipe_of_a_password_manager(tmp_path):
+def test_an_env_file_may_be_a_pipe_of_a_password_manager(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / ".env")
     threading.Thread(target=(tmp_path / ".env").write_text, args=("A=b\n",), daemon=True).start()
     assert read_env_file(tmp_path / ".env") == {"A": "b"}
 
 
-def test_the_environment_wins_over_the_file_and_empty_counts_as_unset():
+def test_the_environment_wins_over_the_file_and_empty_counts_as_unset() -> None:
     file = {"DEFAULT_MODEL": "gpt", "MAX_COST": "2"}
     assert Config.from_env({"DEFAULT_MODEL": "opus"}, file).default_model == "opus"
     assert Config.from_env({"DEFAULT_MODEL": ""}, file).default_model == "gpt"
@@ -743,7 +803,7 @@ def test_the_environment_wins_over_the_file_and_empty_counts_as_unset():
     ("CONFIRM_COMPLETE", "off", False), ("NOTIFY_CMD", "mail me", "mail me"),
     ("DASHBOARD_URL", "https://example.org/runs/1", "https://example.org/runs/1"),
     ("OPENROUTER_BASE_URL", "http://[::1]:8080/v1", "http://[::1]:8080/v1")])
-def test_what_a_setting_takes(name, text, value):
+def test_what_a_setting_takes(name: str, text: str, value: Any) -> None:
     assert getattr(Config.from_env({name: text}, {}), name.lower()) == value
 
 
@@ -758,7 +818,7 @@ def test_what_a_setting_takes(name, text, value):
     ("DASHBOARD_ENABLED", ["y e s"]), ("DASHBOARD_HOST", ["a b"]),
     ("DASHBOARD_PORT", ["web", "65536", "-1", "99999"]), ("DASHBOARD_OPEN", ["always"]),
     ("CONFIRM_COMPLETE", ["twice"]), ("DASHBOARD_URL", ["example.org", "/runs"])])
-def test_a_wrong_value_is_an_error_that_names_it(name, texts):
+def test_a_wrong_value_is_an_error_that_names_it(name: str, texts: list[str]) -> None:
     for text in texts:
         with pytest.raises(ConfigError) as caught:
             Config.from_env({name: text}, {})
@@ -806,7 +866,7 @@ def test_the_readme_names_only_options_and_variables_that_there_are() -> None:
     assert variables - others <= Config.fields_by_variable().keys()
 
 
-def test_children_get_neither_the_key_nor_signs_of_our_surroundings():
+def test_children_get_neither_the_key_nor_signs_of_our_surroundings() -> None:
     environ = {"OPENROUTER_API_KEY": KEY, "TMUX": "x", "TMUX_PANE": "x", "CLAUDECODE": "1",
                "PATH": "/bin"}
     assert child_environment(environ) == {
@@ -819,31 +879,32 @@ def test_children_get_neither_the_key_nor_signs_of_our_surroundings():
     ("a\tb\nc", "a\tb\nc"), ("a\r\nb\rc", "a\nb\nc"), ("\x1b[31mred", "[31mred"),
     ("a\x1b[201~b", "a[201~b"), ("\x00\x07\x08\x7f\x9b", ""), ("naïve 漢字 🙂", "naïve 漢字 🙂"),
     ("half \ud83d", "half "), ("\u2028", "\u2028")])
-def test_sanitized_text_cannot_act_on_a_terminal(text, kept):
+def test_sanitized_text_cannot_act_on_a_terminal(text: str, kept: str) -> None:
     assert sanitize(text) == kept
 
 
-def test_tidy_drops_the_blanks_that_a_screen_is_filled_with():
+def test_tidy_drops_the_blanks_that_a_screen_is_filled_with() -> None:
     assert trimmed_lines("a  \n\n  b \n\n   \n") == ["a", "", "  b"]
     assert trimmed_lines("  \n\n") == trimmed_lines("") == []
 
 
-def test_what_is_no_object_is_none():
+def test_what_is_no_object_is_none() -> None:
     for text in ("", "no", "[1]", "null", '"x"', '{"a": 1', b"\xff", '{"a":' * 100_000):
         assert parse_json_object(text) is None
     assert parse_json_object('{"a": 1}') == parse_json_object(b'{"a": 1}') == {"a": 1}
 
 
-def test_clipping_keeps_whole_lines_of_head_and_tail_and_says_what_went():
+def test_clipping_keeps_whole_lines_of_head_and_tail_and_says_what_went() -> None:
     lines = [f"line {number}" for number in range(1000)]
     short = truncate_middle("\n".join(lines), 500)
-    head, middle, tail = re.fullmatch(r"(.*)\n\[\.\.\. (.*) left out \.\.\.\]\n(.*)", short,
+    head, middle, tail = found(r"\A(.*)\n\[\.\.\. (.*) left out \.\.\.\]\n(.*)", short,
                                       re.S).groups()
     kept = head.split("\n") + tail.split("\n")
     assert lines[0] in kept and lines[-1] in kept and set(kept) <= set(lines)
     assert middle == f"{1000 - len(kept)} lines" and len(short) < 600
     assert truncate_middle("short") == "short"
-    assert truncate_middle("x" * 50_000).count("x") == 16_000 and "34,000 characters" in truncate_middle("x" * 50_000)
+    assert truncate_middle("x" * 50_000).count("x") == 16_000
+    assert "34,000 characters" in truncate_middle("x" * 50_000)
 
 
 OLD = [f"line {number}" for number in range(300)]
@@ -868,7 +929,7 @@ BOX = ["─" * 20, "❯", "─" * 20, "  ? for help"]
     (["title", "a", "b", "c"], ["title", "title", "a", "b", "c", "new"], ["new"]),
     (["title", "a", "", "c"], ["x", "title", "a", "", "c", "new", "c"], ["new", "c"]),
     (["a", "b"], ["x", "a", "b", "new"], None)])
-def test_what_is_new_on_a_screen(before, after, new):
+def test_what_is_new_on_a_screen(before: Any, after: Any, new: Any) -> None:
     assert find_new_lines(before, after) == new
 
 
@@ -894,22 +955,25 @@ RULE = "─" * 20
 ASKED = [" Do you want to proceed?", " ❯ 1. Yes", "   2. No", " Esc to cancel · Tab to amend"]
 
 
-def asks(question, cursor=""):
+def asks(question: Any, cursor: Any = "") -> str:
     """Return what is said of a question on the screen."""
     at = f", and the cursor is on {cursor!r}" * bool(cursor)
     return f"The screen asks {question!r}{at}; it takes keys, not text."
 
 
-def test_fingerprints_differ_in_more_than_times_and_tokens():
-    assert normalize_screen("failed after 12 s (09:00)") == normalize_screen("failed after 7.5s (9:01:30)")
-    assert normalize_screen("✻ Writing (3s · 1.2k tokens)") == normalize_screen("✻ Writing (12s · 90 tokens)")
+def test_fingerprints_differ_in_more_than_times_and_tokens() -> None:
+    assert normalize_screen("failed after 12 s (09:00)") == normalize_screen(
+        "failed after 7.5s (9:01:30)")
+    assert normalize_screen("✻ Writing (3s · 1.2k tokens)") == normalize_screen(
+        "✻ Writing (12s · 90 tokens)")
     assert normalize_screen("3 of 5 done") != normalize_screen("4 of 5 done")
     assert normalize_screen("failed after 12 s") != normalize_screen("passed after 12 s")
     assert normalize_screen("Attempt 3, 2026-11-22 10:15: pid 77") == normalize_screen(
         "Attempt 4, 2026-11-23 11:16: pid 8")
     assert normalize_screen("a.py:40:12: too long") != normalize_screen("a.py:55:10: too long")
     assert normalize_screen("3 failed, 17 passed") != normalize_screen("2 failed, 18 passed")
-    assert normalize_screen("done\n✻ Brewed for 4s") == normalize_screen("done\n✻ Churned for 1m 2s")
+    assert normalize_screen("done\n✻ Brewed for 4s") == normalize_screen(
+        "done\n✻ Churned for 1m 2s")
 
 
 # -- 4. Agent profiles --------------------------------------------------------------------
@@ -954,7 +1018,8 @@ def test_the_profile_follows_from_the_default_model() -> None:
     ("codex resume --last -a never", "Codex", "codex resume --last -a never"),
     ("docker exec -it claude bash", "docker", ""), ("vim codex.txt", "vim", ""),
     ("docker run --name claude ubuntu bash", "docker", ""), ("bash --norc", "bash", ""),
-    ("AGENT=claude ./mine --now", "mine", ""), ("/opt/pi/run", "run", ""), ("claudette", "claudette", "")])
+    ("AGENT=claude ./mine --now", "mine", ""), ("/opt/pi/run", "run", ""),
+    ("claudette", "claudette", "")])
 def test_an_agent_is_found_by_its_name_anywhere_in_a_command(
         command: str, name: str, resumed: str) -> None:
     profile = select_profile("claude", command)
@@ -965,13 +1030,13 @@ def test_an_agent_is_found_by_its_name_anywhere_in_a_command(
     assert bool(profile.install_command) is is_local
 
 
-def test_a_shell_is_read_by_its_stillness():
+def test_a_shell_is_read_by_its_stillness() -> None:
     desk = Desk(shell(), program=select_profile("", "sh"))
     assert desk.agent.ask("ls").output == "$ ls\nhello"
     assert desk.agent.ask("ls").output == "$ ls\nhello"
 
 
-def test_a_usage_limit_is_told_with_the_time_until_its_end():
+def test_a_usage_limit_is_told_with_the_time_until_its_end() -> None:
     desk = Desk(claude(answer="You've hit your limit, try again in 5 hours"))
     turn = desk.agent.ask("one")
     assert turn.usage_limit_seconds == 18000 and "usage limit of Claude Code" in turn.as_text()
@@ -990,15 +1055,15 @@ def test_a_usage_limit_is_known_of_each_agent_however_it_is_run(
     assert (limit.seconds if limit else 0) == seconds
 
 
-def test_a_draft_is_left_alone_in_a_program_that_we_know_nothing_of():
+def test_a_draft_is_left_alone_in_a_program_that_we_know_nothing_of() -> None:
     desk = Desk(claude(), program=select_profile("", "sh"))
     desk.terminal.draft = "half "
     assert desk.agent.ask("one").notes == () and desk.terminal.taken == ["half one"]
 
 
 @pytest.mark.parametrize("message", ["❯", "x ❯", "Yes", "> ", "one\n\n"])
-def test_a_taken_enter_is_not_doubled_by_a_message_that_looks_like_a_prompt(message):
-    def silent(terminal):
+def test_a_taken_enter_is_not_doubled_by_a_message_that_looks_like_a_prompt(message: str) -> None:
+    def silent(terminal: Any) -> None:
         claude(seconds=0)(terminal)
         terminal.take = lambda message: terminal.lines.append("● Done")
 
@@ -1008,9 +1073,9 @@ def test_a_taken_enter_is_not_doubled_by_a_message_that_looks_like_a_prompt(mess
         assert desk.terminal.taken == [message] and desk.terminal.pressed == ["Enter"]
 
 
-def test_a_program_that_is_typed_to_while_it_works_is_not_taken_for_one_that_waits():
-    def program(terminal):
-        def take(message):
+def test_a_program_that_is_typed_to_while_it_works_is_not_taken_for_one_that_waits() -> None:
+    def program(terminal: Any) -> None:
+        def take(message: Any) -> None:
             terminal.lines, terminal.command = [*terminal.lines, ""], "make"
             terminal.clock.at(100, lambda: setattr(terminal, "command", "bash"))
 
@@ -1023,7 +1088,7 @@ def test_a_program_that_is_typed_to_while_it_works_is_not_taken_for_one_that_wai
 
 # -- 5. Screens ---------------------------------------------------------------------------
 
-def profile_of(screen):
+def profile_of(screen: Any) -> Any:
     """Return the profile of the agent whose prompt mark a screen shows."""
     return CODEX if any("›" in line for line in screen) else CLAUDE_CODE
 
@@ -1034,7 +1099,7 @@ def profile_of(screen):
     (["starting"], False), ([], False), (["❯", *map(str, range(16))], False), (["a > b"], False),
     (["❯ No, exit", "  Yes, I trust this folder", "Enter to confirm · Esc to cancel"], False),
     (["› 1. Yes", "  2. No", "", "  Press enter to confirm or esc to cancel"], False)])
-def test_which_screens_show_an_input_box(screen, shows):
+def test_which_screens_show_an_input_box(screen: Any, shows: bool) -> None:
     assert has_input_box(profile_of(screen), screen) is shows
 
 
@@ -1045,7 +1110,7 @@ def test_which_screens_show_an_input_box(screen, shows):
     (["text", "╭" + "─" * 40, "│ > ", "╰" + "─" * 40, "  ? help"], "text"),
     (["$ make", "\x1b[38;5;2mcc x.c\x1b[0m", "", "", ""], "cc x.c"),
     (["❯ make", "cc x.c"], "cc x.c"), (["", "───", ""], ""), ([], "")])
-def test_the_last_words_on_a_screen(screen, words):
+def test_the_last_words_on_a_screen(screen: list[Any], words: str) -> None:
     assert last_text_line("\n".join(screen)) == words
 
 
@@ -1056,7 +1121,8 @@ def test_the_last_words_on_a_screen(screen, words):
     ("❯ [Pasted text #1 +400 lines]", "x", True), ("› [Pasted Content 30000 chars]", "x", True),
     ("❯ fix it\u00a0", "fix it\n", True), ("❯\u00a0", "fix it", False), ("", "fix it", False),
     ("❯ what next", "fix it", False), ("❯ ", "", False)])
-def test_whether_the_line_of_the_cursor_holds_the_message(line, message, holds):
+def test_whether_the_line_of_the_cursor_holds_the_message(
+        line: str, message: str, holds: bool) -> None:
     assert is_message_unsent(line, message) is holds
 
 
@@ -1068,7 +1134,7 @@ def test_whether_the_line_of_the_cursor_holds_the_message(line, message, holds):
     ([RULE, "Help", "  ←/→ to switch · Esc to close"], asks("Help")),
     ([*ASKED, RULE, "❯", RULE, "  ? for shortcuts"], ""),
     (["press esc to cancel", "› Ask Codex", "  gpt-5", "  ? for shortcuts"], ""), ([], "")])
-def test_which_screens_ask_for_keys(screen, menu):
+def test_which_screens_ask_for_keys(screen: Any, menu: Any) -> None:
     assert describe_menu(profile_of(screen), screen) == menu
 
 
@@ -1243,7 +1309,7 @@ Review your answers
  Esc to cancel · Tab to amend
 """),
     (CODEX, "Do you trust the contents of this directory?",
-     "1. Yes, continue", """
+     "1. Yes, continue", r"""
         \/||+~,           ,++"/,`
           *,_"**=^;~_+~;"-",;+'
             `*+/~_,,_,,++**"
@@ -1362,11 +1428,13 @@ PROBLEMS = [
      "billing"),
     (CLAUDE_CODE, '{"loggedIn": false, "authMethod": "none"}', "/login"),
     (CODEX, "> 1. Sign in with ChatGPT\n     Usage included", "codex login"),
-    (CODEX, "■ unexpected status 401 Unauthorized: invalid x-api-key, url: http://x", "codex login"),
+    (CODEX, "■ unexpected status 401 Unauthorized: invalid x-api-key, url: http://x",
+     "codex login"),
     (CODEX, "■ Your access token could not be refreshed. Please log out and sign in again.",
      "codex login"),
     (CODEX, "■ You’re out of credits. Your workspace is out of credits.", "billing"),
     (GEMINI, "? Get started\n How would you like to authenticate for this project?", "log in"),
+    (CLINE, "      Welcome to Cline\n   Connect a model provider to get started.", "provider"),
     (CLAUDE_CODE, "● The log says: Not logged in · Please run /login", ""),
     (CLAUDE_CODE, "  print('Not logged in · Please run /login')", ""),
     (CODEX, "• It prints `Sign in with ChatGPT` when unexpected status 401 Unauthorized comes", ""),
@@ -1410,7 +1478,7 @@ def test_each_agent_has_start_up_dialogs_of_its_own(
     (["❯ echo", "", "● done", RULE, "❯", RULE], ["❯ echo", "", "● done"]),
     (["● ❯ is a prompt", "❯ this", "● done"], ["● ❯ is a prompt", "❯ this", "● done"]),
     (ASKED, ASKED), ([RULE, "❯", RULE], []), ([], [])])
-def test_the_input_box_and_the_footer_are_left_out(lines, above):
+def test_the_input_box_and_the_footer_are_left_out(lines: Any, above: Any) -> None:
     assert strip_input_box(profile_of(lines), lines) == above
 
 
@@ -1420,7 +1488,7 @@ def test_the_input_box_and_the_footer_are_left_out(lines, above):
     (["❯ rm -rf x"], 10, "rm -rf x"), (["› über"], 6, "über"), (["❯ one", "  two"], 5, "one\ntwo"),
     (["❯ one", "", "  two"], 5, "one\n\ntwo"), (["❯", ""], 2, "\n"), (["❯ one", "● two"], 3, ""),
     (["!"], 2, "!"), (["! ls"], 4, "!ls"), (["› one", "", "  two"], 5, "one\n\ntwo")])
-def test_what_stands_in_an_input_box(box, column, draft):
+def test_what_stands_in_an_input_box(box: list[str], column: int, draft: str) -> None:
     profile = profile_of(box)
     footer = ["", "  gpt-5 default"] if profile is CODEX else [RULE, "  ? for help"]
     screen = [*([] if profile is CODEX else [RULE]), *box, *footer]
@@ -1437,7 +1505,7 @@ def test_what_stands_in_the_input_line_of_screen_reader_mode(
     assert find_draft(CLAUDE_CODE, screen, 3, column) == draft
 
 
-def test_a_draft_may_stand_below_the_cursor():
+def test_a_draft_may_stand_below_the_cursor() -> None:
     screen = [RULE, "❯", "  two", RULE, "  ? for help"]
     assert find_draft(CLAUDE_CODE, screen, 1, 2) == "\ntwo"
 
@@ -1454,7 +1522,7 @@ def test_a_draft_may_stand_below_the_cursor():
     ([" Do you want to proceed?", " ❯ 1. Yes", "   2. No"], None),
     ([*TRUST, "   No, exit", f"   {YES}"], None),
     ([*BYPASS, *BOX], None), (["● I shall trust this folder", *BOX], None), ([], None)])
-def test_which_start_up_questions_are_known(screen, question):
+def test_which_start_up_questions_are_known(screen: list[Any], question: Any) -> None:
     assert find_startup_dialog(CLAUDE_CODE, screen) == question
 
 
@@ -1475,7 +1543,7 @@ def test_which_start_up_questions_are_known(screen, question):
     ("● The banner says: usage limit reached, try again in 5 hours", None),
     ("print(\"You've hit your limit · resets 3am\")", None), ("\"You've hit your limit\"", None),
     ("You've hit your limit · resets 3am\n" + "● and then\n" * 8, None)])
-def test_a_usage_limit_is_read_at_the_end_of_an_output(output, hours):
+def test_a_usage_limit_is_read_at_the_end_of_an_output(output: str, hours: Any) -> None:
     profile = CODEX if output.startswith("■") else CLAUDE_CODE
     limit = parse_usage_limit(profile, output, datetime.datetime(2026, 11, 22, 15, 0))
     assert (limit and limit.seconds) == (None if hours is None else hours * 3600)
@@ -1494,7 +1562,7 @@ class FakeTmux:
         read status < status; exit "$status"
         """
 
-    def __init__(self, directory) -> None:
+    def __init__(self, directory: Any) -> None:
         self._directory = directory
         (directory / "tmux").write_text(self.SCRIPT)
         (directory / "tmux").chmod(0o755)
@@ -1503,25 +1571,25 @@ class FakeTmux:
         self.tmux = Tmux("private", "work", self.environ)
         self.says("")
 
-    def says(self, stdout, stderr="", status=0, then=None):
+    def says(self, stdout: Any, stderr: Any = "", status: Any = 0, then: Any = None) -> None:
         """Have the program answer so from now on, or once and `then` complain of something else."""
         said = {"stdout": stdout, "stderr": stderr, "status": f"{status}\n", "then": then}
         for name, text in said.items():
             if text is not None:
                 (self._directory / name).write_text(text, encoding="utf-8")
 
-    def given(self, name):
+    def given(self, name: Any) -> Any:
         """Return the text that the program was given as stdin or environ."""
         return (self._directory / name).read_text(encoding="utf-8")
 
-    def calls(self):
+    def calls(self) -> Any:
         """Return the arguments of each call, after those that name the server."""
         calls = (self._directory / "calls").read_text(encoding="utf-8").split("\036")[:-1]
         return [call.split("\037")[:-1][5:] for call in calls]
 
 
 @pytest.fixture
-def fake(tmp_path):
+def fake(tmp_path: Path) -> Any:
     return FakeTmux(tmp_path)
 
 
@@ -1539,7 +1607,7 @@ PANE = PaneSnapshot("%1", 10, 20, False, "", False, False, 0, 0, "claude", "", (
     ("can't find session: work", TmuxSessionLost), ("can't find window: 1", TmuxSessionLost),
     ("can't find pane: %1", TmuxSessionLost), ("unknown command: frobnicate", TmuxError),
     ("", TmuxError)])
-def test_what_is_gone_is_told_apart_from_what_went_wrong(fake, stderr, kind):
+def test_what_is_gone_is_told_apart_from_what_went_wrong(fake: Any, stderr: str, kind: Any) -> None:
     fake.says("", stderr, status=1)
     with pytest.raises(TmuxError) as caught:
         fake.tmux.capture_history("%1")
@@ -1547,15 +1615,16 @@ def test_what_is_gone_is_told_apart_from_what_went_wrong(fake, stderr, kind):
     assert (stderr or "status 1") in str(caught.value)
 
 
-def test_an_empty_answer_is_doubted(fake):
-    for ask in (fake.tmux.find_pane, lambda: fake.tmux.snapshot("%1"), lambda: fake.tmux.capture_history("%1"),
+def test_an_empty_answer_is_doubted(fake: Any) -> None:
+    for ask in (fake.tmux.find_pane, lambda: fake.tmux.snapshot("%1"),
+                lambda: fake.tmux.capture_history("%1"),
                 lambda: fake.tmux.paste_text(PANE, "x")):
         with pytest.raises(TmuxError, match="on socket private of another version") as caught:
             ask()
         assert type(caught.value) is TmuxError
 
 
-def test_a_server_that_died_is_told_apart_from_one_of_another_version(fake):
+def test_a_server_that_died_is_told_apart_from_one_of_another_version(fake: Any) -> None:
     fake.says("", "server exited unexpectedly", status=1)
     with pytest.raises(TmuxError, match="is the server on socket private of another version"):
         fake.tmux.find_pane()
@@ -1566,7 +1635,7 @@ def test_a_server_that_died_is_told_apart_from_one_of_another_version(fake):
 @pytest.mark.parametrize("text, accepted", [
     ("tmux 3.0a", True), ("tmux 3.7", True), ("tmux next-3.4", True), ("tmux 10.1", True),
     ("tmux master", True), ("tmux 2.9a", False), ("tmux 1.8", False)])
-def test_which_versions_of_tmux_will_do(fake, text, accepted):
+def test_which_versions_of_tmux_will_do(fake: Any, text: str, accepted: bool) -> None:
     fake.says(f"{text}\n")
     if accepted:
         assert fake.tmux.check_version() == text
@@ -1575,12 +1644,13 @@ def test_which_versions_of_tmux_will_do(fake, text, accepted):
             fake.tmux.check_version()
 
 
-def test_a_missing_tmux_says_how_to_get_it(tmp_path):
+def test_a_missing_tmux_says_how_to_get_it(tmp_path: Path) -> None:
     with pytest.raises(AgentError, match="not installed.*apt install tmux"):
         Tmux("private", "work", {"PATH": str(tmp_path)}).check_version()
 
 
-def test_a_command_and_its_directory_reach_the_program_as_they_are(fake, tmp_path):
+def test_a_command_and_its_directory_reach_the_program_as_they_are(
+        fake: Any, tmp_path: Path) -> None:
     directory = tmp_path / "a#[x]#{pid};"
     directory.mkdir()
     fake.says("%7\n")
@@ -1593,20 +1663,20 @@ def test_a_command_and_its_directory_reach_the_program_as_they_are(fake, tmp_pat
     assert "the mark" in arguments
 
 
-def test_a_signal_to_our_terminal_does_not_reach_tmux(tmp_path, fake):
+def test_a_signal_to_our_terminal_does_not_reach_tmux(tmp_path: Path, fake: Any) -> None:
     (tmp_path / "tmux").write_text(
         f"#!/bin/sh\nexec {sys.executable} -c 'import os; print(os.getsid(0))'\n")
     assert int(fake.tmux.capture_history("%1")) != os.getsid(0)
 
 
-def test_neither_tmux_nor_what_it_starts_sees_the_key(fake):
+def test_neither_tmux_nor_what_it_starts_sees_the_key(fake: Any) -> None:
     fake.tmux.exit_copy_mode("%1")
     assert KEY not in fake.given("environ") and "TMUX=" not in fake.given("environ")
 
 
 @pytest.mark.parametrize("text", ["hello", "-n; $(x) `y` #{pid} 'z' ;", "two\nlines\n", "漢字 🙂 é",
                                   "x" * 300_000], ids=lambda text: text[:5])
-def test_text_goes_by_standard_input_and_never_as_an_argument(fake, text):
+def test_text_goes_by_standard_input_and_never_as_an_argument(fake: Any, text: str) -> None:
     fake.says("TAKEN\n")
     assert fake.tmux.paste_text(PANE, text) is True
     assert fake.given("stdin") == text and text not in "".join(fake.calls()[0])
@@ -1614,11 +1684,12 @@ def test_text_goes_by_standard_input_and_never_as_an_argument(fake, text):
     assert fake.tmux.paste_text(PANE, text) is False and fake.tmux.send_keys(PANE, "Enter") is False
 
 
-def test_a_look_returns_the_facts_and_the_screen(fake):
+def test_a_look_returns_the_facts_and_the_screen(fake: Any) -> None:
     fake.says("%1:10:20:1:0:1:2:7:200:50:1:3::/dev/pts/1\nbash\n⠂ title: x\nfirst  \n\nthird\n\n")
     pane = fake.tmux.snapshot("%1")
     assert pane[:9] == ("%1", 10, 20, True, "status 3", False, True, 2, 7)
-    assert (pane.foreground_command, pane.title, pane.cursor_line) == ("bash", "⠂ title: x", "third")
+    assert (pane.foreground_command, pane.title) == ("bash", "⠂ title: x")
+    assert pane.cursor_line == "third"
     assert pane.text == "first\n\nthird"
     fake.says("%1:10:20:1:1:0:0:0:200:50:0::9:\nbash\n\n\n")
     assert fake.tmux.snapshot("%1")[4:7] == ("signal 9", True, False)
@@ -1629,7 +1700,7 @@ def test_a_look_returns_the_facts_and_the_screen(fake):
         fake.tmux.snapshot("%1")
 
 
-def test_a_session_is_found_by_its_name_or_is_none(fake):
+def test_a_session_is_found_by_its_name_or_is_none(fake: Any) -> None:
     fake.says("\t%0\t'mark'\n'mark'\t%1\t'mark'\n\t%12\t'mark'\n")
     assert fake.tmux.find_pane() == ("'mark'", "%1")
     fake.says("\t%3\t\n")
@@ -1702,7 +1773,8 @@ SIGNS = {
         *ECHO, "✢ Stewing…", "  ⎿  Tip: ask for a plan", footer="  x"), "own words"),
     "a draft of the user": (CLAUDE_CODE, claude_screen("● hi"), claude_screen(
         *ECHO, "· Stewing… (1m 8s · thinking)", draft="and"), "own words"),
-    "screen reader": (CLAUDE_CODE, ("claude: hi", "bypass permissions on (shift+tab to cycle)", "$"),
+    "screen reader": (CLAUDE_CODE,
+                      ("claude: hi", "bypass permissions on (shift+tab to cycle)", "$"),
                       ("you: go", "Stewing…", "bypass permissions on (shift+tab to cycle)  ·  "
                        "esc to interrupt", "effort: medium · /effort", "$"), "own words"),
     "Codex": (CODEX, codex_screen("• hi"), codex_screen(
@@ -1803,7 +1875,8 @@ def test_a_terminal_in_line_mode_is_work_for_a_program_that_waits_in_raw_mode() 
 
 
 @pytest.mark.parametrize("message, screen, seconds", [
-    ("ls", ("$ ls", "a", "$"), 0.5), ("ls", ("$ ls", "a"), 2.0), ("ls", ("a", "$"), 2.0),
+    ("ls", ("$ ls", "a", "$"), 0.5), ("ls", ("$ ls", "a"), 2.0),
+    ("/x", ("$ /x", "a", "$"), 0.5), ("ls", ("a", "$"), 2.0),
     ("ls", ("$ ls", "a", "$ x"), 2.0), ("ls", ("$ echo", "a", "$"), 2.0),
     ("ls\nsleep 9", ("$ ls", "a", "$"), 2.0), ("", ("$ ls", "a", "$"), 2.0)])
 def test_the_prompt_that_is_back_below_the_message_ends_a_turn(
@@ -1824,7 +1897,7 @@ def test_the_prompt_is_not_back_while_the_terminal_is_in_another_mode() -> None:
 def test_without_a_sign_stillness_ends_a_turn(
         profile: AgentProfile, message: str, seconds: float) -> None:
     screen = codex_screen if profile is CODEX else claude_screen
-    delay = {"settle_seconds": 5.0} if profile.is_known else {}
+    delay: dict[str, Any] = {"settle_seconds": 5.0} if profile.is_known else {}
     turns = Turns(profile, *screen(), message=message, **delay)
     assert turns.look(0.1, *screen("a")) == "wait"
     assert turns.ends(0.9, *screen("a", "b")) == seconds
@@ -1832,7 +1905,8 @@ def test_without_a_sign_stillness_ends_a_turn(
 
 @pytest.mark.parametrize("profile, before, after", [
     (CLAUDE_CODE, claude_screen("❯ go", "● old", "", "✻ Brewed for 2s"), claude_screen(
-        "❯ go", "● old", "", "✻ Brewed for 2s", *ECHO, "● new", "", "✻ Cooked for 0s · done 1:33 AM")),
+        "❯ go", "● old", "", "✻ Brewed for 2s", *ECHO, "● new", "",
+        "✻ Cooked for 0s · done 1:33 AM")),
     (CODEX, codex_screen("› go", "• old", "", "  Worked for 2s • 01:33"), codex_screen(
         "› go", "", "• new", "", "  Worked for <1s • 01:33"))])
 def test_an_instant_answer_ends_with_the_line_that_closes_a_turn(
@@ -1923,7 +1997,7 @@ def test_looks_are_close_together_at_first_and_near_the_end() -> None:
     assert turns.detector.poll_interval(10.0) == 0.05
 
 
-def test_a_turn_returns_only_what_is_new():
+def test_a_turn_returns_only_what_is_new() -> None:
     desk = Desk(claude())
     assert "Welcome" in desk.first.output
     assert desk.agent.ask("one") == Turn("> one\n● Done: one")
@@ -1931,7 +2005,7 @@ def test_a_turn_returns_only_what_is_new():
     assert desk.terminal.taken == ["one", "one"]
 
 
-def test_long_messages_and_long_answers_survive():
+def test_long_messages_and_long_answers_survive() -> None:
     desk = Desk(claude(answer="\n".join(f"row {number}" for number in range(300))))
     message = "first\n" + "x" * 100_000 + "\nlast; "
     turn = desk.agent.ask(message)
@@ -1952,7 +2026,7 @@ def test_a_full_screen_program_is_read_in_a_tall_window() -> None:
     assert "row 119" in desk.agent.ask("three").output and len(desk.terminal.resized) == 4
 
 
-def test_a_turn_that_leaves_the_screen_as_it_was_is_shown_whole():
+def test_a_turn_that_leaves_the_screen_as_it_was_is_shown_whole() -> None:
     desk = Desk(claude())
     for _ in range(2):
         desk.clock.at(3.1, lambda: setattr(desk.terminal, "lines", ["same"]))
@@ -1960,19 +2034,19 @@ def test_a_turn_that_leaves_the_screen_as_it_was_is_shown_whole():
         assert turn.output.startswith("same\n") and "visible screen" in turn.as_text()
 
 
-def test_copy_mode_is_left_before_anything_is_typed():
+def test_copy_mode_is_left_before_anything_is_typed() -> None:
     desk = Desk(claude())
     desk.terminal.in_mode = True
     assert desk.agent.ask("one").output == "> one\n● Done: one"
 
 
-def test_a_person_who_scrolls_on_and_on_keeps_no_message_out():
+def test_a_person_who_scrolls_on_and_on_keeps_no_message_out() -> None:
     desk = Desk(claude())
     desk.terminal.seen = {"in_mode": True}
     assert desk.agent.ask("one").output == "> one\n● Done: one"
 
 
-def test_a_refused_paste_is_tried_again():
+def test_a_refused_paste_is_tried_again() -> None:
     desk = Desk(claude())
     desk.terminal.refusals = 3
     assert desk.agent.ask("one").state == "done" and desk.terminal.taken == ["one"]
@@ -1981,7 +2055,7 @@ def test_a_refused_paste_is_tried_again():
         desk.agent.ask("two")
 
 
-def test_nothing_is_typed_into_a_question_and_the_model_is_told_what_it_is():
+def test_nothing_is_typed_into_a_question_and_the_model_is_told_what_it_is() -> None:
     desk = Desk(claude())
     desk.terminal.box, desk.terminal.lines = False, list(ASKED)
     turn = desk.agent.ask("one")
@@ -2096,7 +2170,7 @@ def test_the_user_can_interrupt_a_turn() -> None:
 
 
 @pytest.mark.parametrize("draft", ["rm -rf ", "one\ntwo\n\nthree", "\n"])
-def test_a_draft_that_somebody_left_is_removed_and_told(draft):
+def test_a_draft_that_somebody_left_is_removed_and_told(draft: str) -> None:
     desk = Desk(claude())
     desk.terminal.draft = draft
     turn = desk.agent.ask("one")
@@ -2106,7 +2180,7 @@ def test_a_draft_that_somebody_left_is_removed_and_told(draft):
 
 
 @pytest.mark.parametrize("dim", ["", "\x1b[2m", "\x1b[38;5;2m"])
-def test_what_stands_behind_a_cursor_at_the_start_is_a_draft_unless_it_is_dim(dim):
+def test_what_stands_behind_a_cursor_at_the_start_is_a_draft_unless_it_is_dim(dim: str) -> None:
     desk = Desk(claude())
     desk.terminal.draft, desk.terminal.seen = "words", {"cursor_column": 2}
     desk.terminal.capture_ansi = lambda pane_id: f"Welcome to Claude Code\n{'─' * 40}\n❯ {dim}words"
@@ -2115,7 +2189,7 @@ def test_what_stands_behind_a_cursor_at_the_start_is_a_draft_unless_it_is_dim(di
     assert desk.terminal.pressed.count("C-u") == 20 * (not placeholder)
 
 
-def test_a_draft_is_seen_above_the_long_list_that_it_has_opened():
+def test_a_draft_is_seen_above_the_long_list_that_it_has_opened() -> None:
     desk = Desk(claude())
     look, desk.terminal.draft = desk.terminal.snapshot, "/"
     desk.terminal.snapshot = lambda pane_id: look(pane_id)._replace(
@@ -2124,22 +2198,24 @@ def test_a_draft_is_seen_above_the_long_list_that_it_has_opened():
     assert desk.terminal.taken == ["one"]
 
 
-def test_nothing_is_typed_behind_a_draft_that_does_not_go():
+def test_nothing_is_typed_behind_a_draft_that_does_not_go() -> None:
     desk = Desk(claude())
     desk.terminal.draft = "stays"
     desk.terminal.keyed = lambda key: setattr(desk.terminal, "draft", "stays")
     turn = desk.agent.ask("one")
-    assert "Nothing was typed" in turn.as_text() and "could not be deleted: 'stays'" in turn.as_text()
+    assert "Nothing was typed" in turn.as_text()
+    assert "could not be deleted: 'stays'" in turn.as_text()
     assert "❯ stays" in turn.output and not desk.terminal.pasted
 
 
 @pytest.mark.parametrize("call", ["paste_text", "send_keys"])
 @pytest.mark.parametrize("arrives", [True, False])
-def test_a_write_that_tmux_does_not_answer_is_repeated_only_if_it_did_not_arrive(call, arrives):
+def test_a_write_that_tmux_does_not_answer_is_repeated_only_if_it_did_not_arrive(
+        call: str, arrives: bool) -> None:
     desk = Desk(claude())
     write, failures = getattr(desk.terminal, call), [TmuxError("no answer")]
 
-    def flaky(pane, *what):
+    def flaky(pane: Any, *what: Any) -> Any:
         done = write(pane, *what) if arrives or not failures else False
         if failures:
             raise failures.pop()
@@ -2150,7 +2226,7 @@ def test_a_write_that_tmux_does_not_answer_is_repeated_only_if_it_did_not_arrive
     assert desk.terminal.pasted == desk.terminal.taken == ["one"]
 
 
-def test_a_failed_look_is_no_lost_agent_but_a_tmux_that_answers_no_more_ends_it():
+def test_a_failed_look_is_no_lost_agent_but_a_tmux_that_answers_no_more_ends_it() -> None:
     desk = Desk(claude())
     desk.terminal.failures = [TmuxError("no answer")] * 100
     assert desk.agent.ask("one") == Turn("> one\n● Done: one")
@@ -2160,7 +2236,8 @@ def test_a_failed_look_is_no_lost_agent_but_a_tmux_that_answers_no_more_ends_it(
 
 
 @pytest.mark.parametrize("lost, taken", [(1, ["one"]), (3, ["one"]), (9, [])])
-def test_a_lost_enter_is_pressed_again_but_nothing_is_pasted_twice(lost, taken):
+def test_a_lost_enter_is_pressed_again_but_nothing_is_pasted_twice(
+        lost: int, taken: list[Any]) -> None:
     desk = Desk(claude())
     desk.terminal.lost_enters = lost
     desk.agent.ask("one")
@@ -2168,11 +2245,11 @@ def test_a_lost_enter_is_pressed_again_but_nothing_is_pasted_twice(lost, taken):
     assert desk.terminal.pressed == ["Enter"] * min(lost + 1, 4)
 
 
-def test_an_enter_that_became_a_new_line_is_pressed_again():
+def test_an_enter_that_became_a_new_line_is_pressed_again() -> None:
     desk = Desk(claude())
     press, lost = desk.terminal.send_keys, [1]
 
-    def deaf(pane, key):
+    def deaf(pane: Any, key: Any) -> Any:
         if lost:
             desk.terminal.draft += "\n" * lost.pop()
             return True
@@ -2183,7 +2260,7 @@ def test_an_enter_that_became_a_new_line_is_pressed_again():
     assert desk.terminal.taken == ["one\n"]
 
 
-def test_a_turn_over_its_limit_is_still_working_and_can_be_waited_for():
+def test_a_turn_over_its_limit_is_still_working_and_can_be_waited_for() -> None:
     desk = Desk(claude(seconds=100))
     turn = desk.agent.ask("one", 10)
     assert turn.state == "working" and "still working" in turn.as_text()
@@ -2191,7 +2268,7 @@ def test_a_turn_over_its_limit_is_still_working_and_can_be_waited_for():
     assert desk.agent.wait(600) == Turn("● Done: one") and 1100 < desk.clock.now < 1110
 
 
-def test_keys_and_waits_that_change_nothing_say_so():
+def test_keys_and_waits_that_change_nothing_say_so() -> None:
     desk = Desk(claude())
     said = desk.agent.send_keys(["Down", "Tab"]).as_text()
     assert said == f"[Nothing more happens on the screen.]\n{desk.first.output}"
@@ -2200,7 +2277,7 @@ def test_keys_and_waits_that_change_nothing_say_so():
     assert desk.agent.wait(60).state == "idle" and 60 <= desk.clock.now - began < 61
 
 
-def test_an_agent_that_ended_is_started_again_with_its_conversation():
+def test_an_agent_that_ended_is_started_again_with_its_conversation() -> None:
     desk = Desk(doomed(lambda terminal: terminal.die("Segmentation fault")), claude())
     turn = desk.agent.ask("one")
     assert turn.state == "exited" and "Segmentation fault" in turn.output
@@ -2211,38 +2288,39 @@ def test_an_agent_that_ended_is_started_again_with_its_conversation():
     assert desk.agent.ask("two").output == "> two\n● Done: two"
 
 
-def test_an_agent_that_cannot_go_on_with_its_conversation_starts_afresh():
+def test_an_agent_that_cannot_go_on_with_its_conversation_starts_afresh() -> None:
     desk = Desk(doomed(lambda terminal: terminal.die()),
                 lambda terminal: terminal.die("No conversation found to continue"), claude())
     assert "has no memory" in desk.agent.ask("one").as_text()
-    assert desk.terminal.started == [PROGRAM.start_command, PROGRAM.resume_command, PROGRAM.start_command]
+    assert desk.terminal.started == [PROGRAM.start_command, PROGRAM.resume_command,
+                                     PROGRAM.start_command]
     assert not desk.told[-1][1]["resumed"]
 
 
-def fragile(terminal):
+def fragile(terminal: Any) -> None:
     """Claude Code on a server that ends when something is pasted."""
     claude()(terminal)
     terminal.typed = lambda text: terminal.vanish()
 
 
-def asking_for_a_theme(terminal):
+def asking_for_a_theme(terminal: Any) -> None:
     """A start-up question that nobody has heard of."""
     terminal.lines = [" Choose a theme", " ❯ 1. Dark", "   2. Light"]
 
 
-def deaf(terminal):
+def deaf(terminal: Any) -> None:
     """A start-up question that is known, and takes no key."""
     terminal.lines, terminal.keyed = [*TRUST, f" ❯ {YES}"], lambda key: None
 
 
-def test_a_message_lost_before_its_enter_is_delivered_once():
+def test_a_message_lost_before_its_enter_is_delivered_once() -> None:
     desk = Desk(fragile, claude())
     turn = desk.agent.ask("one")
     assert turn.output == "> one\n● Done: one" and "started again" in turn.as_text()
     assert desk.terminal.taken == ["one"]
 
 
-def test_a_message_is_delivered_if_the_server_ends_between_its_text_and_its_enter():
+def test_a_message_is_delivered_if_the_server_ends_between_its_text_and_its_enter() -> None:
     desk = Desk(claude())
     desk.terminal.typed = lambda text: desk.terminal.failures.append(desk.terminal.vanish)
     assert "started again" in desk.agent.ask("one").as_text()
@@ -2251,14 +2329,14 @@ def test_a_message_is_delivered_if_the_server_ends_between_its_text_and_its_ente
 
 @pytest.mark.parametrize("asking, asked", [(asking_for_a_theme, "Choose a theme"),
                                            (deaf, TRUST[0])])
-def test_a_message_is_not_typed_into_a_question_of_the_new_agent(asking, asked):
+def test_a_message_is_not_typed_into_a_question_of_the_new_agent(asking: Any, asked: Any) -> None:
     desk = Desk(fragile, asking)
     turn = desk.agent.ask("one")
     assert turn.state == "exited" and asked in turn.output
     assert desk.terminal.pasted == ["one"] and set(desk.terminal.pressed) <= {"Enter"}
 
 
-def test_a_message_is_not_repeated_once_its_enter_was_pressed():
+def test_a_message_is_not_repeated_once_its_enter_was_pressed() -> None:
     desk = Desk(doomed(Terminal.vanish), claude())
     turn = desk.agent.ask("one")
     assert turn.state == "exited" and desk.terminal.pasted == desk.terminal.taken == ["one"]
@@ -2266,7 +2344,8 @@ def test_a_message_is_not_repeated_once_its_enter_was_pressed():
 
 
 @pytest.mark.parametrize("error", [TmuxError, TmuxServerLost])
-def test_a_message_is_not_repeated_if_its_enter_was_pressed_though_tmux_did_not_say_so(error):
+def test_a_message_is_not_repeated_if_its_enter_was_pressed_though_tmux_did_not_say_so(
+        error: Any) -> None:
     desk = Desk(doomed(lambda terminal: terminal.die("killed by it")), claude())
     press, failures = desk.terminal.send_keys, [error("no answer")]
     desk.terminal.send_keys = lambda *what: press(*what) and play(failures, True)
@@ -2275,14 +2354,14 @@ def test_a_message_is_not_repeated_if_its_enter_was_pressed_though_tmux_did_not_
     assert desk.terminal.taken == desk.terminal.pasted == ["one"]
 
 
-def test_a_text_that_tmux_never_takes_ends_it():
+def test_a_text_that_tmux_never_takes_ends_it() -> None:
     desk = Desk(claude())
     desk.terminal.paste_text = lambda *what: play([], TmuxError("no answer"))
     with pytest.raises(TmuxError, match="no answer, twice, and Claude Code got no text"):
         desk.agent.ask("one")
 
 
-def test_a_fourth_restart_without_a_finished_turn_ends_it():
+def test_a_fourth_restart_without_a_finished_turn_ends_it() -> None:
     desk = Desk(doomed(lambda terminal: terminal.die("out of memory")))
     for _ in range(3):
         assert desk.agent.ask("again").state == "exited"
@@ -2290,7 +2369,7 @@ def test_a_fourth_restart_without_a_finished_turn_ends_it():
         desk.agent.ask("again")
 
 
-def test_restarts_are_forgotten_after_a_finished_turn_or_ten_minutes():
+def test_restarts_are_forgotten_after_a_finished_turn_or_ten_minutes() -> None:
     fails = doomed(lambda terminal: terminal.die())
     desk = Desk(fails, fails, fails, claude(), fails)
     for _ in range(3):
@@ -2303,7 +2382,7 @@ def test_restarts_are_forgotten_after_a_finished_turn_or_ten_minutes():
     assert desk.agent.ask("again").state == "exited"
 
 
-def test_a_session_of_the_same_directory_and_command_is_joined():
+def test_a_session_of_the_same_directory_and_command_is_joined() -> None:
     desk = Desk(claude())
     desk.agent.ask("one")
     second = desk.hire()
@@ -2315,7 +2394,7 @@ def test_a_session_of_the_same_directory_and_command_is_joined():
     assert "remembers the conversation" in third.ask("three").as_text()
 
 
-def test_a_session_that_is_gone_is_made_again_with_the_conversation_if_there_was_one():
+def test_a_session_that_is_gone_is_made_again_with_the_conversation_if_there_was_one() -> None:
     desk = Desk(claude(), start=False)
     assert "remembers the conversation" in desk.agent.start(resume=True).as_text()
     assert desk.terminal.started == [PROGRAM.resume_command] and desk.told[0][0] == "recovery"
@@ -2324,15 +2403,16 @@ def test_a_session_that_is_gone_is_made_again_with_the_conversation_if_there_was
     assert desk.terminal.started == [PROGRAM.resume_command, PROGRAM.start_command]
 
 
-def test_a_session_that_was_made_for_something_else_is_left_alone():
+def test_a_session_that_was_made_for_something_else_is_left_alone() -> None:
     desk = Desk(claude(), start=False)
     desk.terminal.new_pane(("vim", "secret.txt"), "/home/me", "'vim secret.txt' in '/home/me'")
-    with pytest.raises(ConfigError, match="work is in use for 'vim secret.txt' in '/home/me'.*CLAUDE_TMUX"):
+    with pytest.raises(ConfigError,
+                       match="work is in use for 'vim secret.txt' in '/home/me'.*CLAUDE_TMUX"):
         desk.agent.start()
     assert not desk.terminal.pasted and not desk.terminal.pressed
 
 
-def test_a_session_that_took_the_place_of_ours_is_neither_typed_into_nor_ended():
+def test_a_session_that_took_the_place_of_ours_is_neither_typed_into_nor_ended() -> None:
     desk = Desk(claude())
     desk.terminal.existing = other = ("'vim' in '/'", "%1")
     desk.terminal.seen = {"server_pid": 2}
@@ -2346,10 +2426,11 @@ def test_a_session_that_took_the_place_of_ours_is_neither_typed_into_nor_ended()
 @pytest.mark.parametrize("born, found", [
     ("at 9", "at 9"), ("at 9", "on another day"), ("at 9", ""), ("", "")])
 def test_a_program_that_outlives_its_pane_is_ended_if_its_id_is_surely_not_another_ones(
-        born, found, monkeypatch):
+        born: str, found: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(orchestrator, "process_start_time", lambda pid: born)
     with subprocess.Popen(["bash", "-c", "trap '' HUP TERM; echo; read x"], stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE, start_new_session=True) as orphan:
+        assert orphan.stdin and orphan.stdout
         orphan.stdout.readline()
         desk = Desk(claude())
         desk.terminal.seen = {"pid": orphan.pid}
@@ -2361,9 +2442,10 @@ def test_a_program_that_outlives_its_pane_is_ended_if_its_id_is_surely_not_anoth
     assert orphan.returncode == (-signal.SIGKILL if born == found != "" else 1)
 
 
-def test_a_program_that_was_never_seen_alive_is_no_orphan_of_ours(monkeypatch):
+def test_a_program_that_was_never_seen_alive_is_no_orphan_of_ours(
+        monkeypatch: pytest.MonkeyPatch) -> None:
     """Its id may be another's since long before the session was joined."""
-    asked = []
+    asked: list[Any] = []
     monkeypatch.setattr(orchestrator, "process_start_time", asked.append)
     desk = Desk(claude())
     desk.terminal.die()
@@ -2373,7 +2455,8 @@ def test_a_program_that_was_never_seen_alive_is_no_orphan_of_ours(monkeypatch):
 
 
 @pytest.mark.parametrize("proc, path", [(True, ""), (False, "/bin:/usr/bin"), (False, "")])
-def test_when_a_process_was_started_is_known_by_proc_or_by_ps(proc, path, monkeypatch):
+def test_when_a_process_was_started_is_known_by_proc_or_by_ps(
+        proc: bool, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both are missing on some machine."""
     monkeypatch.setattr(os, "defpath", path)
     if not proc:
@@ -2388,14 +2471,16 @@ def test_when_a_process_was_started_is_known_by_proc_or_by_ps(proc, path, monkey
 
 
 @pytest.mark.parametrize("pid", [0, 1])
-def test_where_every_process_is_in_session_0_none_is_taken_for_an_orphan(pid, monkeypatch):
+def test_where_every_process_is_in_session_0_none_is_taken_for_an_orphan(
+        pid: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "getsid", lambda pid: pid)
     desk = Desk(claude())
-    desk.terminal.seen, desk.terminal.failures = {"pid": pid}, [None, TmuxSessionLost("lost server")]
+    desk.terminal.seen = {"pid": pid}
+    desk.terminal.failures = [None, TmuxSessionLost("lost server")]
     assert "has no memory" in desk.agent.ask("one").as_text()
 
 
-def test_a_server_that_dies_at_the_start_is_started_again():
+def test_a_server_that_dies_at_the_start_is_started_again() -> None:
     """It may have been the last session of another run's that ended."""
     desk = Desk(claude(), start=False)
     create, deaths = desk.terminal.new_pane, [TmuxServerLost("server exited unexpectedly")]
@@ -2405,7 +2490,7 @@ def test_a_server_that_dies_at_the_start_is_started_again():
     assert desk.agent.ask("one") == Turn("> one\n● Done: one")
 
 
-def test_a_program_that_ends_at_once_leaves_its_last_words():
+def test_a_program_that_ends_at_once_leaves_its_last_words() -> None:
     with pytest.raises(AgentError, match="status 1.*unknown option --foo"):
         Desk(lambda terminal: terminal.die("error: unknown option --foo"))
 
@@ -2470,7 +2555,7 @@ def test_an_animation_above_a_dialog_does_not_keep_it_from_being_answered() -> N
     assert Desk(program).clock.now - 1000 < 3
 
 
-def test_a_missing_program_says_how_to_get_it():
+def test_a_missing_program_says_how_to_get_it() -> None:
     with pytest.raises(AgentError, match="no-such-agent is not on your PATH. Install it: npm"):
         Desk(claude(), program=dataclasses.replace(
             PROGRAM, start_command=("no-such-agent",)))
@@ -2478,15 +2563,15 @@ def test_a_missing_program_says_how_to_get_it():
 
 @pytest.mark.parametrize("rows, at", [
     ([YES, "No, exit"], 0), ([YES, "No, exit"], 1), (["No, exit", YES], 0), (["No, exit", YES], 1)])
-def test_a_start_up_question_is_answered_by_its_label(rows, at):
-    def asking(terminal):
+def test_a_start_up_question_is_answered_by_its_label(rows: list[Any], at: int) -> None:
+    def asking(terminal: Any) -> None:
         cursor = at
 
-        def draw():
+        def draw() -> None:
             terminal.lines = TRUST + [f" {'❯' if row == cursor else ' '} {text}"
                                       for row, text in enumerate(rows)]
 
-        def keyed(key):
+        def keyed(key: Any) -> None:
             nonlocal cursor
             cursor = max(0, min(1, cursor + {"Down": 1, "Up": -1}.get(key, 0)))
             draw()
@@ -2505,9 +2590,9 @@ def test_a_start_up_question_is_answered_by_its_label(rows, at):
     assert kind == "note" and YES in fields["text"]
 
 
-def test_a_start_up_question_is_answered_though_tmux_gives_no_answer_once():
-    def asking(terminal):
-        def keyed(key):
+def test_a_start_up_question_is_answered_though_tmux_gives_no_answer_once() -> None:
+    def asking(terminal: Any) -> None:
+        def keyed(key: Any) -> None:
             terminal.lines, terminal.keyed = [], None
             claude()(terminal)
 
@@ -2519,12 +2604,12 @@ def test_a_start_up_question_is_answered_though_tmux_gives_no_answer_once():
     assert "Welcome" in desk.agent.start().output and desk.terminal.pressed == ["Enter"]
 
 
-def test_an_unknown_question_gets_no_keys():
+def test_an_unknown_question_gets_no_keys() -> None:
     desk = Desk(asking_for_a_theme)
     assert "Choose a theme" in desk.first.output and not desk.terminal.pressed
 
 
-def test_the_screen_is_published_twice_a_second_while_somebody_watches():
+def test_the_screen_is_published_twice_a_second_while_somebody_watches() -> None:
     watched = Desk(claude(seconds=4), has_viewers=lambda: True)
     unwatched = Desk(claude(seconds=4))
     for desk in (watched, unwatched):
@@ -2543,10 +2628,10 @@ CHUNKED = STREAM + b"Transfer-Encoding: chunked\r\n\r\n"
 COMMENT = ": OPENROUTER PROCESSING\n\n"
 
 
-def wire(*pieces, end="close"):
+def wire(*pieces: Any, end: Any = "close") -> Any:
     """Return an answer of bytes as they are, and how the connection ends: close, reset, silence
     until the client goes, or the last piece again and again."""
-    def send(connection):
+    def send(connection: Any) -> None:
         for piece in pieces:
             connection.sendall(piece)
         while end == "again":
@@ -2561,12 +2646,12 @@ def wire(*pieces, end="close"):
     return send
 
 
-def whole(content="Hello", finish="stop", **more):
+def whole(content: Any = "Hello", finish: Any = "stop", **more: Any) -> dict[Any, Any]:
     """Return the body of an answer in one piece."""
     return {"choices": [{"message": {"content": content}, "finish_reason": finish}], **more}
 
 
-def one(text):
+def one(text: Any) -> Any:
     """Return one line of a stream, as bytes."""
     return f"data: {json.dumps(said(text), ensure_ascii=False)}\n\n".encode()
 
@@ -2584,33 +2669,35 @@ class Case:
     quarter; `told` is in what the user reads.
     """
 
-    def __init__(self, *answers, outcome="Hello", calls=0, waits=None, told="", options=None):
+    def __init__(
+            self, *answers: Any, outcome: Any = "Hello", calls: Any = 0, waits: Any = None,
+            told: Any = "", options: Any = None) -> None:
         self.answers, self.outcome, self.told = answers, outcome, told
         self.calls, self.waits, self.options = calls, waits, options
 
 
-def fine(*answers, outcome="Hello", told=""):
+def fine(*answers: Any, outcome: Any = "Hello", told: Any = "") -> Any:
     """Return the case of an answer that is understood at once."""
     return Case(*answers, outcome=outcome, calls=1, waits=(), told=told)
 
 
-def passing(answer, told, waits=(2,)):
+def passing(answer: Any, told: Any, waits: Any = (2,)) -> Any:
     """Return the case of a failure that passes: it is waited out and said."""
     return Case(answer, GOOD, calls=2, waits=waits, told=told)
 
 
-def final(answer, told, outcome=ModelError):
+def final(answer: Any, told: Any, outcome: Any = ModelError) -> Any:
     """Return the case of a failure that will not pass: nothing is waited for."""
     return Case(answer, GOOD, outcome=outcome, calls=1, waits=(), told=told)
 
 
-def bounded(answer, times, told):
+def bounded(answer: Any, times: Any, told: Any) -> Any:
     """Return the case of a failure that is taken only so many times."""
     return Case(answer, outcome=RequestRejected, calls=times, told=f"{told}, {times} times",
                 waits=(2, 4, 8, 16)[:times - 1])
 
 
-def mended(answer, told, **options):
+def mended(answer: Any, told: Any, **options: Any) -> Any:
     """Return the case of a request that is changed: at once, and what the options are then."""
     return Case(answer, GOOD, calls=2, waits=(), told=f"asking again {told}", options=options)
 
@@ -2779,7 +2866,8 @@ CASES = {
     "502 by a moderator": bounded(answer(refusal(502, "This content was flagged for possible "
                                                  "cybersecurity risk"), 502), 3, "risk"),
     "never a finish_reason": bounded(answer({"choices": []}), 5, "broke off (no finish_reason)"),
-    "another service": bounded(answer("<p>Welcome"), 5, "Check OPENROUTER_BASE_URL=http://127.0.0.1:|/api/v1"),
+    "another service": bounded(answer("<p>Welcome"), 5,
+                               "Check OPENROUTER_BASE_URL=http://127.0.0.1:|/api/v1"),
     "LM Studio without /v1": bounded(answer({
         "error": "Unexpected endpoint or method. (POST /chat/completions)"}), 3,
         "(most servers need /v1 at its end) and OPENROUTER_MODEL"),
@@ -2846,7 +2934,8 @@ CASES = {
     "a redirect": final(answer("", 302, Location="/elsewhere"), "302"),
     "a redirect of a POST": final(answer("", 307, Location="/elsewhere"), "307"),
     # a conversation that is too long
-    "overflow": final(answer(refusal(400, "prompt is too long"), 400), "too long", ContextWindowExceeded),
+    "overflow": final(answer(refusal(400, "prompt is too long"), 400), "too long",
+                      ContextWindowExceeded),
     "overflow by type": final(answer(refusal(400, "no", metadata={
         "error_type": "context_length_exceeded"}), 400), "400: no", ContextWindowExceeded),
     "overflow by the code of others": final(answer(refusal("context_length_exceeded", "no"), 400),
@@ -2925,7 +3014,8 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_each_case_has_its_outcome_its_calls_its_waits_and_its_words(api, case, monkeypatch):
+def test_each_case_has_its_outcome_its_calls_its_waits_and_its_words(
+        api: Any, case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "time", lambda: NOW)
     api.answers, client, outcome = list(case.answers), Client(api.url), None
     if isinstance(case.outcome, str):
@@ -3000,16 +3090,16 @@ def test_a_wait_is_over_once_the_clock_on_the_wall_says_so(api: Api) -> None:
     assert client.say().text == "Hello" and client.time.slept == [30, 30]
 
 
-def test_a_key_that_no_header_takes_is_not_shown():
+def test_a_key_that_no_header_takes_is_not_shown() -> None:
     for key in ("sk-or\nX: y", "sk-or-é", "sk or"):
         with pytest.raises(ConfigError, match="OPENROUTER_API_KEY: expected one word") as it:
             Client("http://localhost/v1", key=key)
         assert key not in str(it.value) and it.value.__context__ is None
 
 
-def test_the_request_says_who_asks_for_what(api):
+def test_the_request_says_who_asks_for_what(api: Any) -> None:
     api.answers = [GOOD]
-    parts = []
+    parts: list[Any] = []
     Client(api.url + "/chat/completions/").say(on_text=parts.append)
     ((path, headers, body),) = api.requests
     assert path == "/api/v1/chat/completions" and headers["Authorization"] == f"Bearer {KEY}"
@@ -3020,27 +3110,30 @@ def test_the_request_says_who_asks_for_what(api):
     assert KEY not in json.dumps(body) and parts[:2] == ["Hel", "Hello"]
 
 
-def test_only_openrouter_is_sent_what_only_it_knows():
-    def marks(request):
+def test_only_openrouter_is_sent_what_only_it_knows() -> None:
+    def marks(request: Any) -> Any:
         return [message["role"] for message in request["messages"]
                 if "cache_control" in json.dumps(message)]
 
     messages = TASK + [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]
     home = Client("https://openrouter.ai/api/v1", model="anthropic/claude-opus-4.6")
     assert home.build_request(messages)["session_id"] == home.build_request(TASK)["session_id"]
-    assert marks(home.build_request(messages)) == ["system", "user"] and len(marks(home.build_request(TASK))) == 2
+    assert marks(home.build_request(messages)) == ["system", "user"]
+    assert len(marks(home.build_request(TASK))) == 2
     assert messages[-1]["content"] == "b" and "cache_control" not in home.build_request(messages)
     other = Client("https://openrouter.ai/api/v1", model="openai/gpt-5")
-    assert "session_id" in other.build_request(messages) and not marks(other.build_request(messages))
+    assert "session_id" in other.build_request(messages)
+    assert not marks(other.build_request(messages))
     for url in ("http://localhost:1234/v1", "https://openrouter.ai.example.org/v1"):
         foreign = Client(url, model="anthropic/claude-opus-4.6")
-        assert "session_id" not in foreign.build_request(messages) and not marks(foreign.build_request(messages))
+        assert "session_id" not in foreign.build_request(messages)
+        assert not marks(foreign.build_request(messages))
 
 
 class Home(Client):
     """A client that takes a server on loopback for openrouter.ai."""
 
-    def __init__(self, api, **options) -> None:
+    def __init__(self, api: Any, **options: Any) -> None:
         super().__init__("https://openrouter.ai/api/v1", **options)
         self._address = api.url
 
@@ -3050,7 +3143,7 @@ class Home(Client):
     (400, "A maximum of 4 blocks with cache_control may be provided.", "cache_control"),
     (400, "session_id: must be shorter", "session_id")])
 def test_what_a_provider_does_not_take_is_left_out_for_the_rest_of_the_run(
-        api, status, message, option):
+        api: Any, status: int, message: str, option: str) -> None:
     api.answers = [answer(refusal(status, message), status), GOOD]
     client = Home(api, model="anthropic/claude-opus-4.6")
     client.say()
@@ -3059,7 +3152,7 @@ def test_what_a_provider_does_not_take_is_left_out_for_the_rest_of_the_run(
     assert len(client.told) == 1 and f"asking again without {option}" in client.told[0]
 
 
-def test_a_lower_max_tokens_lasts_and_falls_until_it_is_of_no_use(api):
+def test_a_lower_max_tokens_lasts_and_falls_until_it_is_of_no_use(api: Any) -> None:
     poor = [answer(refusal(402, TOO_MUCH.format(credit)), 402) for credit in (8000, 4000, 900)]
     api.answers, client = [*poor[:2], GOOD, poor[2]], Client(api.url)
     client.say()
@@ -3068,17 +3161,18 @@ def test_a_lower_max_tokens_lasts_and_falls_until_it_is_of_no_use(api):
     assert [body["max_tokens"] for _, _, body in api.requests] == [16_000, 7600, 3800, 3800]
 
 
-def test_what_stays_refused_is_not_asked_for_ever(api):
+def test_what_stays_refused_is_not_asked_for_ever(api: Any) -> None:
     api.answers = [answer(refusal(400, "stream_options, max_tokens: no"), 400)]
     with pytest.raises(ModelError, match="400"):
         Client(api.url).say()
     assert len(api.requests) == 3
 
 
-def test_an_answer_that_was_cut_at_its_length_goes_on(api):
+def test_an_answer_that_was_cut_at_its_length_goes_on(api: Any) -> None:
     api.answers = [streamed(said("Hel", "length"), USAGE), answer(refusal(503), 503),
                    streamed(said("lo", "stop"), USAGE)]
-    client, parts = Client(api.url), []
+    client = Client(api.url)
+    parts: list[Any] = []
     reply = client.say(on_text=parts.append)
     assert reply.text == "Hello" and parts[-1] == "Hello" and reply.cost == 1.0
     assert reply.tokens == TokenUsage(14, 4, 18, 8) and len(client.used) == 2
@@ -3091,7 +3185,7 @@ def test_an_answer_that_was_cut_at_its_length_goes_on(api):
     assert client.say().text == "x"
 
 
-def test_failed_tries_are_paid_for_too(api):
+def test_failed_tries_are_paid_for_too(api: Any) -> None:
     bill = {"usage": {"prompt_tokens": 10, "completion_tokens": 0, "cost": 0.25}}
     failed = streamed(said("Hel"), {**refusal(502), **bill})
     api.answers, client = [failed, answer(whole("", **bill)), GOOD], Client(api.url)
@@ -3119,12 +3213,13 @@ def test_failed_tries_are_paid_for_too(api):
     ({"prompt_tokens": 7, "cost": float("nan")}, TokenUsage(7, 0, 7), None),
     ({"prompt_tokens": 7, "cost": 10 ** 400}, TokenUsage(7, 0, 7), None),
     ({"prompt_tokens": 7, "prompt_tokens_details": [], "cost": [1]}, TokenUsage(7, 0, 7), None)])
-def test_what_a_call_used_is_read_as_far_as_it_makes_sense(api, usage, tokens, cost):
+def test_what_a_call_used_is_read_as_far_as_it_makes_sense(
+        api: Any, usage: dict[Any, Any], tokens: Any, cost: Any) -> None:
     api.answers = [answer(whole(usage=usage))]
     assert Client(api.url).say()[1:3] == (tokens, cost)
 
 
-def test_the_length_of_a_token_is_learnt_from_what_the_server_counts(api):
+def test_the_length_of_a_token_is_learnt_from_what_the_server_counts(api: Any) -> None:
     api.answers, client = [answer(whole())], Client(api.url)
     talk = [{"role": "user", "content": "y" * 400}]
     assert client.say(talk)[1:3] == (TokenUsage(), None) and client.characters_per_token == 4.0
@@ -3134,7 +3229,7 @@ def test_the_length_of_a_token_is_learnt_from_what_the_server_counts(api):
         assert client.characters_per_token == length
 
 
-def test_an_outage_that_cuts_or_empties_answers_now_and_then_is_waited_out(api):
+def test_an_outage_that_cuts_or_empties_answers_now_and_then_is_waited_out(api: Any) -> None:
     empty, down = answer(whole("")), answer("", 503)
     for answers in ([streamed(said("Hel"), end=""), streamed(said("Hel"), end='data: {"cho'),
                      streamed(said("Hel", "error"))] * 3, [empty, empty, down] * 3):
@@ -3144,13 +3239,13 @@ def test_an_outage_that_cuts_or_empties_answers_now_and_then_is_waited_out(api):
 
 @pytest.mark.parametrize("junk", [answer("<p>Down for maintenance"), streamed(COMMENT, end="")],
                          ids=["a page", "nothing"])
-def test_a_server_that_has_answered_before_may_talk_junk_for_a_while(api, junk):
+def test_a_server_that_has_answered_before_may_talk_junk_for_a_while(api: Any, junk: Any) -> None:
     api.answers, client = [GOOD, *[junk] * 20, GOOD], Client(api.url)
     client.say()
     assert client.say().text == "Hello" and len(client.told) == 20
 
 
-def test_it_gives_up_after_an_hour(api):
+def test_it_gives_up_after_an_hour(api: Any) -> None:
     for first, longest in ((answer("", 503), 75), (answer("", 503, Retry_After="0"), 61)):
         api.answers, client = [first], Client(api.url)
         with pytest.raises(ModelError, match="503.*does not pass"):
@@ -3158,7 +3253,7 @@ def test_it_gives_up_after_an_hour(api):
         assert 3000 < sum(client.time.slept) <= 3600 and max(client.waits) <= longest
 
 
-def test_an_address_that_makes_no_sense_is_named(monkeypatch):
+def test_an_address_that_makes_no_sense_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "*")
     for url in ("http://a..b/v1", f"http://{'a' * 300}/v1", "nowhere"):
         with pytest.raises(ModelError, match="OPENROUTER_BASE_URL"):
@@ -3166,7 +3261,7 @@ def test_an_address_that_makes_no_sense_is_named(monkeypatch):
     Client("http://[1.2]/v1")       # some versions of Python can't even take that apart
 
 
-def test_a_server_that_is_not_there_is_waited_for():
+def test_a_server_that_is_not_there_is_waited_for() -> None:
     with socket.socket() as unheard:
         unheard.bind(("127.0.0.1", 0))
         client = Client(f"http://127.0.0.1:{unheard.getsockname()[1]}/v1")
@@ -3175,10 +3270,11 @@ def test_a_server_that_is_not_there_is_waited_for():
     assert len(client.told) > 50
 
 
-def test_each_try_has_to_be_within_the_budgets(api):
-    api.answers, client, spent = [streamed(said("x", "error"), USAGE)], Client(api.url), []
+def test_each_try_has_to_be_within_the_budgets(api: Any) -> None:
+    api.answers, client = [streamed(said("x", "error"), USAGE)], Client(api.url)
+    spent: list[Any] = []
 
-    def left():
+    def left() -> float:
         if len(spent) == 2:
             raise BudgetExceeded("no money")
         return 1e9
@@ -3188,11 +3284,11 @@ def test_each_try_has_to_be_within_the_budgets(api):
     assert len(api.requests) == 2 and sum(cost for _, cost in spent) == 1.0
 
 
-def test_no_wait_outlasts_the_time_that_is_left(api):
+def test_no_wait_outlasts_the_time_that_is_left(api: Any) -> None:
     api.answers, client = [answer("", 503, Retry_After="600")], Client(api.url)
     end = client.time.now + 90
 
-    def left():
+    def left() -> Any:
         if client.time.now >= end:
             raise BudgetExceeded("no time")
         return end - client.time.now
@@ -3209,7 +3305,7 @@ def test_no_wait_outlasts_the_time_that_is_left(api):
     wire(STREAM + b"\r\n", b"x", end="again"),
     wire(STREAM + b"\r\n", one("x"), end="again")],
     ids=["silence", "headers", "comments", "a silent stream", "a body", "a line", "data"])
-def test_what_trickles_or_stalls_is_given_up(api, answer):
+def test_what_trickles_or_stalls_is_given_up(api: Any, answer: Any) -> None:
     class Hasty(Client):
         READ_TIMEOUT, STREAM_TIMEOUT, REQUEST_TIMEOUT = 5.0, 0.2, 0.4
 
@@ -3218,7 +3314,7 @@ def test_what_trickles_or_stalls_is_given_up(api, answer):
     client._clock = time.monotonic
     assert client.say().text == "Hello" and "too slow: gave up after 0 s" in client.told[0]
 
-    def left():
+    def left() -> Any:
         if time.monotonic() - began > 0.1:
             raise BudgetExceeded("no time")
         return max(0.0, began + 0.11 - time.monotonic())
@@ -3230,7 +3326,7 @@ def test_what_trickles_or_stalls_is_given_up(api, answer):
 
 @pytest.mark.parametrize("piece", [COMMENT.encode(), one("x" * 1_000), b"x"],
                          ids=["comments", "data", "a line"])
-def test_an_answer_without_end_is_given_up(api, piece):
+def test_an_answer_without_end_is_given_up(api: Any, piece: Any) -> None:
     class Thrifty(Client):
         MAX_RESPONSE_BYTES = 100_000
 
@@ -3239,7 +3335,7 @@ def test_an_answer_without_end_is_given_up(api, piece):
     assert client.say().text == "Hello" and len(client.told) == 1
 
 
-def test_a_connection_without_a_byte_is_given_up(api):
+def test_a_connection_without_a_byte_is_given_up(api: Any) -> None:
     class Hasty(Client):
         READ_TIMEOUT = 0.2
 
@@ -3249,7 +3345,8 @@ def test_a_connection_without_a_byte_is_given_up(api):
     assert "broke off: timed out" in client.told[0] and "can't be reached" in client.told[1]
 
 
-def test_a_machine_without_threads_for_the_moment_is_waited_for(api, monkeypatch):
+def test_a_machine_without_threads_for_the_moment_is_waited_for(
+        api: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     api.answers = [GOOD]
     without_threads(monkeypatch, 2)
     client = Client(api.url)
@@ -3257,7 +3354,8 @@ def test_a_machine_without_threads_for_the_moment_is_waited_for(api, monkeypatch
     assert client.say().text == "Hello" and client.told == [told] * 2
 
 
-def test_a_proxy_is_used_and_not_for_this_machine_and_sees_no_key_of_others(api, monkeypatch):
+def test_a_proxy_is_used_and_not_for_this_machine_and_sees_no_key_of_others(
+        api: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{api.port}")
     api.answers = [GOOD]
     assert Client("http://models.test/v1").say().text == "Hello"
@@ -3270,7 +3368,8 @@ def test_a_proxy_is_used_and_not_for_this_machine_and_sees_no_key_of_others(api,
     (407, "the proxy 127.0.0.1:.*user and password"), (403, "the proxy 127.0.0.1:.*"),
     (401, "the proxy 127.0.0.1:.*user and password"),
     (503, "through the proxy 127.0.0.1:.*does not pass")])
-def test_a_proxy_that_refuses_is_told_from_one_that_is_busy(api, monkeypatch, status, told):
+def test_a_proxy_that_refuses_is_told_from_one_that_is_busy(
+        api: Any, monkeypatch: pytest.MonkeyPatch, status: int, told: str) -> None:
     monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{api.port}")
     monkeypatch.setattr(Client, "RETRY_TIMEOUT", 100.0)
     api.answers = [answer("", status)]
@@ -3279,7 +3378,7 @@ def test_a_proxy_that_refuses_is_told_from_one_that_is_busy(api, monkeypatch, st
     assert str(status) in str(caught.value)
 
 
-def test_the_key_does_not_follow_a_redirect(api):
+def test_the_key_does_not_follow_a_redirect(api: Any) -> None:
     with Api() as elsewhere:
         for status in (301, 302, 303, 307, 308):
             api.answers = [answer("", status, Location=f"{elsewhere.url}/x")]
@@ -3288,7 +3387,7 @@ def test_the_key_does_not_follow_a_redirect(api):
     assert not elsewhere.requests
 
 
-def test_a_certificate_that_is_not_trusted_says_what_to_do(tmp_path):
+def test_a_certificate_that_is_not_trusted_says_what_to_do(tmp_path: Path) -> None:
     certificate = tmp_path / "server.pem"
     made = subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1",
                            "-subj", "/CN=localhost", "-keyout", certificate, "-out",
@@ -3316,7 +3415,7 @@ MODELS = {"data": [{"id": "some/model", "canonical_slug": "some/model-4.6", "pri
     ("~some/model-latest", MODELS, "~some"), ("@preset/mine", MODELS, "@preset/mine"),
     ("any", {"data": [{"id": "openai/*"}]}, "any"), ("any", {"data": []}, "not checked"),
     ("any", {"models": 7}, "not checked"), ("any", {"data": {"id": 1}}, "not checked")])
-def test_the_model_is_known_by_all_its_names(api, model, listed, told):
+def test_the_model_is_known_by_all_its_names(api: Any, model: str, listed: Any, told: str) -> None:
     api.answers = [answer(listed)]
     access = Client(api.url, model=model).check_access()
     assert told in access.description and not access.warning
@@ -3327,14 +3426,15 @@ def test_the_model_is_known_by_all_its_names(api, model, listed, told):
     ([answer(refusal(401, "User not found."), 401)], ModelError, "Check OPENROUTER_API_KEY"),
     ([answer("", 500)], TransientError, "500"), ([wire()], TransientError, "can't be reached"),
     ([answer("<p>hi")], TransientError, "OPENROUTER_BASE_URL")])
-def test_before_a_run_what_is_wrong_is_found_by_one_free_call(api, answers, kind, told):
+def test_before_a_run_what_is_wrong_is_found_by_one_free_call(
+        api: Any, answers: list[Any], kind: Any, told: str) -> None:
     api.answers, client = answers, Client(api.url, model="other/lagre")
     with pytest.raises(ModelError, match=told) as caught:
         client.check_access()
     assert type(caught.value) is kind and len(api.requests) == 1 and not client.time.slept
 
 
-def test_openrouter_is_asked_for_the_credit_of_the_key(api):
+def test_openrouter_is_asked_for_the_credit_of_the_key(api: Any) -> None:
     for data, told in (({"limit_remaining": -0.01}, "no credit left"),
                        ({"limit_remaining": 0}, "no credit left"), ({"limit_remaining": 3}, ""),
                        ({"limit_remaining": None}, ""), (None, "")):
@@ -3401,7 +3501,7 @@ def test_a_tiny_completion_shows_that_server_key_and_model_work(
     assert not client.time.slept
 
 
-def test_a_server_that_does_not_list_its_models_is_no_obstacle(api):
+def test_a_server_that_does_not_list_its_models_is_no_obstacle(api: Any) -> None:
     for status in (404, 405, 501):
         api.answers = [answer("", status)]
         assert "not checked" in Client(api.url).check_access().description
@@ -3409,16 +3509,17 @@ def test_a_server_that_does_not_list_its_models_is_no_obstacle(api):
 
 # -- 9. Memory ----------------------------------------------------------------------------
 
-def stored(directory):
+def stored(directory: Any) -> Any:
     return json.loads((directory / "memory.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture
-def memory(tmp_path):
+def memory(tmp_path: Path) -> Any:
     return Memory(tmp_path / "memory.json", 3)
 
 
-def test_facts_are_on_disk_at_once_in_their_order_and_without_doubles(memory, tmp_path):
+def test_facts_are_on_disk_at_once_in_their_order_and_without_doubles(
+        memory: Any, tmp_path: Path) -> None:
     assert memory.add(["Tests run with tox", "the  port is\n80"]) == [
         "Tests run with tox", "the port is 80"]
     assert memory.add(["TESTS run with  tox", "ä", "", "  "]) == ["ä"]
@@ -3428,12 +3529,12 @@ def test_facts_are_on_disk_at_once_in_their_order_and_without_doubles(memory, tm
     assert memory.add(["By hand", "c"]) == ["c"] and stored(tmp_path) == ["by  hand", "b", "c"]
 
 
-def test_no_file_is_made_while_there_are_no_facts(memory, tmp_path):
+def test_no_file_is_made_while_there_are_no_facts(memory: Any, tmp_path: Path) -> None:
     assert memory.load() == "" and memory.add([]) == [] and memory.facts == []
     assert not list(tmp_path.iterdir())
 
 
-def test_an_overlong_fact_is_clipped(memory):
+def test_an_overlong_fact_is_clipped(memory: Any) -> None:
     memory.add(["x" * 5000])
     assert memory.facts == ["x" * 2000]
 
@@ -3441,7 +3542,8 @@ def test_an_overlong_fact_is_clipped(memory):
 @pytest.mark.parametrize("content", [
     b'{"facts": []}', b'"fact"', b"[1]", b'["a", null]', b"null", b"not json", b"", b"\xff\xfe[]",
     b'["half', b"[" * 100_000], ids=lambda content: content[:9].decode("latin-1"))
-def test_a_file_of_another_shape_is_set_aside_unchanged(memory, tmp_path, content):
+def test_a_file_of_another_shape_is_set_aside_unchanged(
+        memory: Any, tmp_path: Path, content: Any) -> None:
     (tmp_path / "memory.json").write_bytes(content)
     complaint = memory.load()
     (aside,) = tmp_path.glob("memory.json.bad-*")
@@ -3450,7 +3552,8 @@ def test_a_file_of_another_shape_is_set_aside_unchanged(memory, tmp_path, conten
     assert stored(tmp_path) == ["a"]
 
 
-def test_a_file_that_is_broken_meanwhile_is_set_aside_and_no_fact_is_lost(memory, tmp_path):
+def test_a_file_that_is_broken_meanwhile_is_set_aside_and_no_fact_is_lost(
+        memory: Any, tmp_path: Path) -> None:
     memory.add(["a"])
     (tmp_path / "memory.json").write_text("by hand, not yet done")
     memory.add(["b"])
@@ -3461,7 +3564,8 @@ def test_a_file_that_is_broken_meanwhile_is_set_aside_and_no_fact_is_lost(memory
     assert memory.warning == "" and stored(tmp_path) == ["a", "b", "c"]
 
 
-def test_a_file_that_was_set_aside_is_written_anew_even_if_nothing_is_new(memory, tmp_path):
+def test_a_file_that_was_set_aside_is_written_anew_even_if_nothing_is_new(
+        memory: Any, tmp_path: Path) -> None:
     memory.add(["a"])
     (tmp_path / "memory.json").write_text("broken")
     assert memory.add(["A"]) == [] and stored(tmp_path) == ["a"]
@@ -3469,7 +3573,7 @@ def test_a_file_that_was_set_aside_is_written_anew_even_if_nothing_is_new(memory
 
 @pytest.mark.parametrize("known", [[], ["a"]])
 def test_facts_that_cannot_be_written_are_with_the_next_that_can(
-        memory, tmp_path, monkeypatch, known):
+        memory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: list[Any]) -> None:
     memory.add(known)
     with monkeypatch.context() as broken:
         broken.setattr(os, "fsync", lambda handle: os.write(-1, b"no space"))
@@ -3483,7 +3587,8 @@ def test_facts_that_cannot_be_written_are_with_the_next_that_can(
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["fifo", "directory"])
-def test_what_is_no_file_is_neither_set_aside_nor_waited_for(make, memory, tmp_path):
+def test_what_is_no_file_is_neither_set_aside_nor_waited_for(
+        make: Any, memory: Any, tmp_path: Path) -> None:
     make(tmp_path / "else")
     (tmp_path / "memory.json").symlink_to(tmp_path / "else")
     with pytest.raises(ConfigError, match="memory.json: can't be read: not a regular file"):
@@ -3493,22 +3598,24 @@ def test_what_is_no_file_is_neither_set_aside_nor_waited_for(make, memory, tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["else", "memory.json"]
 
 
-def test_a_directory_that_stays_locked_is_waited_for_once(tmp_path, monkeypatch):
+def test_a_directory_that_stays_locked_is_waited_for_once(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     memory = Memory(tmp_path / "memory.json", 3, sleep=lambda seconds: None)
     tries, free = [], [False] * 100 + [True] + [False] * 2000
 
-    def flock(handle, how):
+    def flock(handle: Any, how: Any) -> None:
         tries.append(how)
         if not free[len(tries) - 1]:
             raise BlockingIOError
 
-    monkeypatch.setattr(orchestrator.fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", flock)
     for fact, count in (("a", 101), ("b", 1101), ("c", 1102)):
         assert memory.add([fact]) == [fact] and len(tries) == count
     assert set(tries) == {fcntl.LOCK_EX | fcntl.LOCK_NB} and stored(tmp_path) == ["a", "b", "c"]
 
 
-def test_a_draft_that_a_killed_run_left_is_overwritten_whatever_it_is(memory, tmp_path):
+def test_a_draft_that_a_killed_run_left_is_overwritten_whatever_it_is(
+        memory: Any, tmp_path: Path) -> None:
     (tmp_path / "other").write_text("mine")
     (tmp_path / ".memory.json.new").symlink_to(tmp_path / "other")
     memory.add(["a"])
@@ -3516,7 +3623,7 @@ def test_a_draft_that_a_killed_run_left_is_overwritten_whatever_it_is(memory, tm
     assert not os.path.lexists(tmp_path / ".memory.json.new")
 
 
-def test_two_runs_in_one_directory_lose_no_facts_of_each_other(memory, tmp_path):
+def test_two_runs_in_one_directory_lose_no_facts_of_each_other(memory: Any, tmp_path: Path) -> None:
     other = Memory(tmp_path / "memory.json", 3)
     memory.add(["a"])
     other.add(["b"])
@@ -3527,7 +3634,7 @@ def test_two_runs_in_one_directory_lose_no_facts_of_each_other(memory, tmp_path)
     assert len(stored(tmp_path)) == 11
 
 
-def test_the_file_keeps_its_mode_and_a_link_stays_a_link(memory, tmp_path):
+def test_the_file_keeps_its_mode_and_a_link_stays_a_link(memory: Any, tmp_path: Path) -> None:
     target = tmp_path / "elsewhere.json"
     target.write_text("[]")
     target.chmod(0o640)
@@ -3539,7 +3646,8 @@ def test_the_file_keeps_its_mode_and_a_link_stays_a_link(memory, tmp_path):
 
 
 @pytest.mark.parametrize("known", [[], ["a"]])
-def test_what_a_link_leads_to_is_left_as_it_is_if_it_has_no_facts(memory, tmp_path, known):
+def test_what_a_link_leads_to_is_left_as_it_is_if_it_has_no_facts(
+        memory: Any, tmp_path: Path, known: list[Any]) -> None:
     (tmp_path / "home").mkdir()
     target = tmp_path / "home" / "authorized_keys"
     target.write_text(json.dumps(known))
@@ -3554,7 +3662,8 @@ def test_what_a_link_leads_to_is_left_as_it_is_if_it_has_no_facts(memory, tmp_pa
     assert memory.warning == "" and target.read_text() == "ssh-rsa AAAA"
 
 
-def test_the_lock_is_where_the_file_is_and_a_missing_one_stops_nothing(tmp_path, monkeypatch):
+def test_the_lock_is_where_the_file_is_and_a_missing_one_stops_nothing(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "memory.json").symlink_to(tmp_path / "shared.json")
@@ -3562,12 +3671,13 @@ def test_the_lock_is_where_the_file_is_and_a_missing_one_stops_nothing(tmp_path,
     at_once(*[functools.partial(run.add, [f"{number}"]) for run, numbers in
               zip(runs, (range(20), range(20, 40))) for number in numbers])
     assert len(json.loads((tmp_path / "shared.json").read_text())) == 40
-    handle, waits = os.open(tmp_path, os.O_RDONLY), []
-    orchestrator.fcntl.flock(handle, orchestrator.fcntl.LOCK_EX)        # a script around the run's
+    handle = os.open(tmp_path, os.O_RDONLY)
+    waits: list[float] = []
+    fcntl.flock(handle, fcntl.LOCK_EX)        # a script around the run's
     Memory(tmp_path / "memory.json", 3, sleep=waits.append).add(["a"])
     assert stored(tmp_path) == ["a"] and sum(waits) == pytest.approx(10)
     os.close(handle)
-    monkeypatch.setattr(orchestrator.fcntl, "flock", lambda *_: os.write(-1, b"NFS can't"))
+    monkeypatch.setattr(fcntl, "flock", lambda *_: os.write(-1, b"NFS can't"))
     assert runs[0].load() == "" and runs[0].add(["x"]) == ["x"]
 
 
@@ -3575,19 +3685,21 @@ def test_the_lock_is_where_the_file_is_and_a_missing_one_stops_nothing(tmp_path,
     (["ab", "cd"], ["ab", "cd"]), (["a", "d"], ["a", "d"]), (None, list("abcd")),
     ([], list("abcd")), (["  "], list("abcd")),
     (list("abcd"), list("abcd")), (list("abcde"), list("abcd")), (["x" * 2001], list("abcd"))])
-def test_a_compaction_only_ever_shortens(memory, tmp_path, rewritten, kept):
+def test_a_compaction_only_ever_shortens(
+        memory: Any, tmp_path: Path, rewritten: Any, kept: Any) -> None:
     memory.add("abcd")
     lengths = memory.compact(lambda facts: rewritten)
     assert memory.facts == stored(tmp_path) == kept
     assert lengths == ((4, 2) if len(kept) == 2 else None)
 
 
-def test_a_short_memory_is_not_compacted_and_facts_of_another_run_survive(memory, tmp_path):
+def test_a_short_memory_is_not_compacted_and_facts_of_another_run_survive(
+        memory: Any, tmp_path: Path) -> None:
     memory.add("abc")
     assert memory.compact(lambda facts: ["x"]) is None
     memory.add("d")
 
-    def rewrite(facts):
+    def rewrite(facts: Any) -> list[str]:
         Memory(tmp_path / "memory.json", 3).add(["meanwhile"])
         return ["x"]
 
@@ -3595,12 +3707,13 @@ def test_a_short_memory_is_not_compacted_and_facts_of_another_run_survive(memory
     assert stored(tmp_path) == ["x", "meanwhile"]
 
 
-def test_a_compaction_that_another_run_has_overtaken_is_given_up(memory, tmp_path):
+def test_a_compaction_that_another_run_has_overtaken_is_given_up(
+        memory: Any, tmp_path: Path) -> None:
     memory.add("abcd")
     other = Memory(tmp_path / "memory.json", 3)
     other.load()
 
-    def rewrite(facts):
+    def rewrite(facts: Any) -> list[str]:
         assert other.compact(lambda facts: ["ab", "cd"]) == (4, 2)
         return ["abcd"]
 
@@ -3610,17 +3723,18 @@ def test_a_compaction_that_another_run_has_overtaken_is_given_up(memory, tmp_pat
 # -- 10. Journal --------------------------------------------------------------------------
 
 @pytest.fixture
-def fly(tmp_path):
+def fly(tmp_path: Path) -> Any:
     """Return a function that makes a Flight."""
     return lambda *replies, **options: Flight(tmp_path, *replies, **options)
 
 
-def ids(journal):
+def ids(journal: Any) -> Any:
     return [event["id"] for event in journal.events()]
 
 
-def test_events_have_ids_and_times_and_are_in_the_file_at_once(tmp_path):
-    path, heard = tmp_path / "runs" / "run.jsonl", []
+def test_events_have_ids_and_times_and_are_in_the_file_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "runs" / "run.jsonl"
+    heard: list[Any] = []
     journal = Journal(path)
     journal.subscribe(heard.append)
     journal.publish("iteration_start", iteration=3, max_iter=0)
@@ -3633,8 +3747,9 @@ def test_events_have_ids_and_times_and_are_in_the_file_at_once(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o600
 
 
-def test_a_secret_never_enters_an_event(tmp_path):
-    path, heard = tmp_path / "run.jsonl", []
+def test_a_secret_never_enters_an_event(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    heard: list[Any] = []
     journal = Journal(path, secret=KEY)
     journal.subscribe(heard.append)
     journal.publish("note", text=f"the key is {KEY}.", more=[{"deep": KEY}])
@@ -3644,7 +3759,7 @@ def test_a_secret_never_enters_an_event(tmp_path):
 
 
 @pytest.mark.parametrize("secret", ["12345678", "iteration", "orchestrator", "duration_ms"])
-def test_a_secret_that_looks_like_a_number_or_a_name_of_ours_breaks_no_event(secret):
+def test_a_secret_that_looks_like_a_number_or_a_name_of_ours_breaks_no_event(secret: str) -> None:
     journal = Journal(secret=secret)
     fields = {"orchestrator": "say", "duration_ms": 112345678, "iteration": 1}
     journal.publish("iteration_end", **fields, agent_output=secret, tokens={"total": 12345678})
@@ -3668,7 +3783,8 @@ LONG_KEY = "sk-or-v1-" + "0123456789abcdef" * 4
     ("sk-or-v1-0123 is how they begin", "sk-or-v1-0123 is how they begin"),
     ("a long text\n\n" * 2000 + "s" * 9000, "a long text\n\n" * 2000 + "s" * 9000)],
     ids=lambda text: text and text[:20])
-def test_a_long_secret_is_masked_wherever_it_is_wrapped_cut_or_coloured(tmp_path, text, masked):
+def test_a_long_secret_is_masked_wherever_it_is_wrapped_cut_or_coloured(
+        tmp_path: Path, text: Any, masked: str | None) -> None:
     journal = Journal(tmp_path / "run.jsonl", secret=LONG_KEY)
     journal.publish("note", text=text)
     kept = journal.events()[0]["text"]
@@ -3680,7 +3796,7 @@ def test_a_long_secret_is_masked_wherever_it_is_wrapped_cut_or_coloured(tmp_path
 @pytest.mark.parametrize("end", [b'{"id": 3, "type": "no', b"\xff\xfe\n", b"[]\nnull\n\n", b"{}\n",
                                  b'{"type": 7}\n{"x', b"[" * 100_000 + b"\n"],
                          ids=lambda end: end[:12].decode("latin-1"))
-def test_a_torn_or_broken_line_is_passed_over_and_written_after(tmp_path, end):
+def test_a_torn_or_broken_line_is_passed_over_and_written_after(tmp_path: Path, end: Any) -> None:
     path = tmp_path / "run.jsonl"
     first = Journal(path)
     first.publish("note", text="a")
@@ -3693,19 +3809,20 @@ def test_a_torn_or_broken_line_is_passed_over_and_written_after(tmp_path, end):
         assert ids(journal) == [1, 2, 3]
 
 
-def test_a_late_reader_gets_old_events_first_and_all_before_the_end(tmp_path):
+def test_a_late_reader_gets_old_events_first_and_all_before_the_end(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "run.jsonl")
     for number in range(250):
         journal.publish("note", text=str(number))
     journal.close()
-    seen, closed = [], False
+    seen: list[Any] = []
+    closed = False
     while not closed:
         kept, _, _, closed = journal.read_after(len(seen), 0, 0)
         seen += [json.loads(line)["text"] for _, line in kept]
     assert seen == [str(number) for number in range(250)]
 
 
-def test_live_events_are_seen_but_not_kept(tmp_path):
+def test_live_events_are_seen_but_not_kept(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "run.jsonl")
     journal.publish("screen", text="old")
     journal.publish("screen", text="new")
@@ -3715,7 +3832,8 @@ def test_live_events_are_seen_but_not_kept(tmp_path):
     assert journal.events() == [] and (tmp_path / "run.jsonl").read_bytes() == b""
 
 
-def test_a_journal_that_cannot_be_written_goes_on_in_memory_and_says_so_once(tmp_path):
+def test_a_journal_that_cannot_be_written_goes_on_in_memory_and_says_so_once(
+        tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     journal = Journal(tmp_path / "file" / "runs" / "run.jsonl")
     assert "run.jsonl" in journal.write_error and "\n" not in journal.write_error
@@ -3727,7 +3845,7 @@ def test_a_journal_that_cannot_be_written_goes_on_in_memory_and_says_so_once(tmp
 
 
 @contextlib.contextmanager
-def room_for(size):
+def room_for(size: Any) -> Iterator[None]:
     """Let no file grow beyond a number of bytes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
@@ -3737,7 +3855,7 @@ def room_for(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_disk_that_is_full_is_said_once_and_what_came_before_is_kept(tmp_path):
+def test_a_disk_that_is_full_is_said_once_and_what_came_before_is_kept(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "run.jsonl")
     journal.publish("note", text="a")
     with room_for((tmp_path / "run.jsonl").stat().st_size + 20):     # a line is cut in two here
@@ -3751,7 +3869,7 @@ def test_a_disk_that_is_full_is_said_once_and_what_came_before_is_kept(tmp_path)
     assert journal.unreported_error == ""
 
 
-def test_a_disk_that_is_full_in_the_end_is_said_by_whoever_has_the_journal(tmp_path):
+def test_a_disk_that_is_full_in_the_end_is_said_by_whoever_has_the_journal(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "run.jsonl")
     with room_for(20):
         journal.publish("complete", outcome="complete")
@@ -3759,13 +3877,14 @@ def test_a_disk_that_is_full_in_the_end_is_said_by_whoever_has_the_journal(tmp_p
     assert "File too large" in journal.unreported_error
 
 
-def test_a_run_whose_journal_can_only_be_read_goes_on_from_it(tmp_path, monkeypatch):
+def test_a_run_whose_journal_can_only_be_read_goes_on_from_it(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "run.jsonl"
     Journal(path).publish("note", text="a")
     path.write_bytes(path.read_bytes() + b'{"torn')
     before = path.read_bytes()
 
-    def refuse(*how):
+    def refuse(*how: Any) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
     with monkeypatch.context() as read_only:
@@ -3776,7 +3895,7 @@ def test_a_run_whose_journal_can_only_be_read_goes_on_from_it(tmp_path, monkeypa
     assert "Read-only" in journal.write_error and path.read_bytes() == before
 
 
-def test_nothing_is_taken_after_the_last_event(tmp_path):
+def test_nothing_is_taken_after_the_last_event(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "run.jsonl")
     journal.publish("complete", outcome="complete")
     RunControl(journal, lambda: None).handle("note", "too late")
@@ -3788,20 +3907,26 @@ def test_nothing_is_taken_after_the_last_event(tmp_path):
     assert ids(again) == [1, 2]
 
 
-def test_listeners_hear_of_events_in_their_order_one_by_one(tmp_path):
+def test_listeners_hear_of_events_in_their_order_one_by_one(tmp_path: Path) -> None:
     journal, heard, inside = Journal(tmp_path / "run.jsonl"), [], []
 
-    def listener(event):
+    def listener(event: Any) -> None:
         inside.append(event)
         heard.append((event["id"], len(inside)))
         inside.pop()
 
     journal.subscribe(listener)
-    at_once(*[lambda: [journal.publish("note", text="x") for _ in range(50)]] * 4)
+
+    def publish_fifty_notes() -> None:
+        for _ in range(50):
+            journal.publish("note", text="x")
+
+    at_once(*[publish_fifty_notes] * 4)
     assert heard == [(number, 1) for number in range(1, 201)]
 
 
-def test_a_journal_cut_anywhere_at_its_end_is_read_resumed_and_replayed(fly, tmp_path):
+def test_a_journal_cut_anywhere_at_its_end_is_read_resumed_and_replayed(
+        fly: Any, tmp_path: Path) -> None:
     """At every byte of its last 2 KB with BENCHMARK=1, else at every seventh."""
     first = fly("one", "two", "TASK_COMPLETE", Reply("ä\nMEMORY_SAVE: a", TokenUsage(5000), 0.0, 1),
                 "in short", "five", verify_cmd="exit 1", history_max_tokens=1000,
@@ -3827,7 +3952,7 @@ def test_a_journal_cut_anywhere_at_its_end_is_read_resumed_and_replayed(fly, tmp
     assert len(resumed) > 10
 
 
-def test_a_recorded_run_is_followed_while_it_is_written(tmp_path):
+def test_a_recorded_run_is_followed_while_it_is_written(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     writer = Journal(path)
     writer.publish("note", text="a")
@@ -3840,10 +3965,10 @@ def test_a_recorded_run_is_followed_while_it_is_written(tmp_path):
         Journal(tmp_path / "nothing", read_only=True)
 
 
-def test_listeners_hear_of_an_event_that_a_signal_came_upon(tmp_path):
-    heard = []
+def test_listeners_hear_of_an_event_that_a_signal_came_upon(tmp_path: Path) -> None:
+    heard: list[Any] = []
     with SignalHandler() as signals:
-        journal = Journal(tmp_path / "run.jsonl", defer_signals=signals.deferred)
+        journal: Any = Journal(tmp_path / "run.jsonl", defer_signals=signals.deferred)
         journal._flush = lambda: signal.raise_signal(signal.SIGINT)
         journal.subscribe(heard.append)
         with pytest.raises(Interrupted):
@@ -3851,9 +3976,14 @@ def test_listeners_hear_of_an_event_that_a_signal_came_upon(tmp_path):
     assert [event["type"] for event in heard] == ["complete"]
 
 
-def test_threads_may_publish_at_once(tmp_path):
+def test_threads_may_publish_at_once(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "run.jsonl")
-    at_once(*[lambda: [journal.publish("note", text="x" * 50) for _ in range(50)]] * 4)
+
+    def publish_fifty_notes() -> None:
+        for _ in range(50):
+            journal.publish("note", text="x" * 50)
+
+    at_once(*[publish_fifty_notes] * 4)
     assert ids(journal) == ids(Journal(tmp_path / "run.jsonl")) == list(range(1, 201))
 
 
@@ -4020,7 +4150,7 @@ def test_a_part_of_a_reply_that_is_not_used_is_told(reply: str, kind: str, hint:
 
 
 @pytest.mark.parametrize("filling", [".", "3", "1.", "\n", "─", " x", "and ", "</think", "KEYS: "])
-def test_no_output_makes_understanding_it_take_long(filling):
+def test_no_output_makes_understanding_it_take_long(filling: str) -> None:
     text, began = filling * (16_000 // len(filling)), time.process_time()
     for line in (f"You've hit your limit · try again in 3m{text}", f"{' ' * 16_000}x", text):
         parse_usage_limit(CLAUDE_CODE, line, datetime.datetime(2026, 11, 22, 15, 0))
@@ -4083,7 +4213,7 @@ def test_a_summary_keeps_the_notes_of_the_user_word_for_word() -> None:
                        "A note from the user: keep\n  0\n\nA note from the user: keep\n  1")
 
 
-def test_a_run_tells_the_agent_what_the_model_says_until_the_task_is_complete(fly):
+def test_a_run_tells_the_agent_what_the_model_says_until_the_task_is_complete(fly: Any) -> None:
     flight = fly("Take the red paint", "Well done.\nTASK_COMPLETE", turns=["It is red."])
     assert flight.run() == "complete"
     assert flight.agent.told == ["Take the red paint"]
@@ -4098,14 +4228,14 @@ def test_a_run_tells_the_agent_what_the_model_says_until_the_task_is_complete(fl
     assert (end["iterations"], end["cost"], end["tokens"]["total"]) == (2, 0.5, 220)
 
 
-def test_each_call_repeats_the_one_before_and_adds_what_is_new(fly):
+def test_each_call_repeats_the_one_before_and_adds_what_is_new(fly: Any) -> None:
     flight = fly("one", "two", "three", "TASK_COMPLETE")
     flight.run()
     for earlier, later in zip(flight.model.calls, flight.model.calls[1:]):
         assert later[:len(earlier)] == earlier and len(later) == len(earlier) + 2
 
 
-def test_a_model_that_gives_up_ends_the_run(fly):
+def test_a_model_that_gives_up_ends_the_run(fly: Any) -> None:
     flight = fly("TASK_FAILED: there is no paint")
     assert flight.run() == "failed" and flight.error.exit_status == 4
     assert "there is no paint" in flight.of("complete")[0]["reason"] and not flight.agent.told
@@ -4114,20 +4244,26 @@ def test_a_model_that_gives_up_ends_the_run(fly):
 @pytest.mark.parametrize("settings, turn, done, reason", [
     ({"max_iterations": 2}, 0, 2, "MAX_ITERATIONS=2"), ({"max_cost": 0.6}, 0, 3, "MAX_COST=0.6"),
     ({"max_cost": 0.25}, 0, 1, "MAX_COST=0.25"), ({"max_minutes": 1.5}, 50, 2, "MAX_MINUTES=1.5")])
-def test_a_budget_ends_the_run(fly, settings, turn, done, reason):
+def test_a_budget_ends_the_run(
+        fly: Any, settings: dict[Any, Any], turn: int, done: int, reason: str) -> None:
     flight = fly("one", "two", "three", "four", **settings)
     flight.agent.ask = lambda message, limit=0: flight.clock.sleep(turn) or Turn(f"did {message}")
     assert flight.run() == "budget" and flight.error.exit_status == 3
     assert reason in str(flight.error) and flight.of("complete")[0]["iterations"] == done
 
 
-def test_what_a_call_used_that_failed_counts_in_the_end_and_after_a_resume(fly):
-    def failing(messages, on_usage, **how):
+def test_what_a_call_used_that_failed_counts_in_the_end_and_after_a_resume(fly: Any) -> None:
+    def failing(messages: Any, on_usage: Any, **how: Any) -> None:
         on_usage(TokenUsage(10, 0, 10), 0.5)
         raise ModelError("no more")
 
     flight = fly("one")
-    flight.agent.ask = lambda message, limit: setattr(flight.model, "complete", failing) or Turn("")
+
+    def ask(message: str, limit: float) -> Turn:
+        flight.model.complete = failing
+        return Turn("")
+
+    flight.agent.ask = ask
     assert flight.run() == "model" and flight.of("complete")[0]["cost"] == 0.75
     second = fly("TASK_COMPLETE")
     second.run(flight.journal.events())
@@ -4135,11 +4271,11 @@ def test_what_a_call_used_that_failed_counts_in_the_end_and_after_a_resume(fly):
     assert second.of("complete")[-1]["tokens"]["total"] == 230
 
 
-def test_a_try_whose_cost_is_not_told_counts_as_the_mean(fly):
+def test_a_try_whose_cost_is_not_told_counts_as_the_mean(fly: Any) -> None:
     flight = fly("one", "two", "three", "four", max_cost=1.0)
     complete = flight.model.complete
 
-    def cut_once(messages, on_usage, **how):
+    def cut_once(messages: Any, on_usage: Any, **how: Any) -> Any:
         on_usage(TokenUsage(), None)
         return complete(messages, on_usage=on_usage, **how)
 
@@ -4155,7 +4291,8 @@ def test_a_try_whose_cost_is_not_told_counts_as_the_mean(fly):
     assert third.of("complete")[-1]["cost"] == 1.0
 
 
-def test_no_summary_and_no_compaction_is_paid_for_beyond_the_budget(fly, tmp_path):
+def test_no_summary_and_no_compaction_is_paid_for_beyond_the_budget(
+        fly: Any, tmp_path: Path) -> None:
     flight = fly("one", "two", "three", "four", turns=LONG, history_max_tokens=5_000, max_cost=1.0)
     assert flight.run() == "budget" and len(flight.model.calls) == 4
     assert not flight.of("history")
@@ -4163,7 +4300,7 @@ def test_no_summary_and_no_compaction_is_paid_for_beyond_the_budget(fly, tmp_pat
     assert flight.run() == "complete" and stored(tmp_path) == ["a", "b"]
 
 
-def test_the_time_of_a_run_ends_a_pause_and_a_call_too(fly):
+def test_the_time_of_a_run_ends_a_pause_and_a_call_too(fly: Any) -> None:
     flight = fly("one", max_minutes=1)
     flight.control.handle("pause")
     assert flight.run() == "budget" and flight.clock.now == pytest.approx(1060)
@@ -4174,7 +4311,7 @@ def test_the_time_of_a_run_ends_a_pause_and_a_call_too(fly):
     assert "MAX_MINUTES=1" in str(flight.error)
 
 
-def test_a_cost_limit_needs_a_server_that_says_what_it_costs(fly):
+def test_a_cost_limit_needs_a_server_that_says_what_it_costs(fly: Any) -> None:
     flight = fly(Reply("one", TokenUsage(), None, 1), max_cost=1.0)
     assert flight.run() == "budget" and "MAX_COST" in str(flight.error)
     assert not flight.agent.told
@@ -4185,19 +4322,20 @@ def test_a_cost_limit_needs_a_server_that_says_what_it_costs(fly):
 @pytest.mark.parametrize("reply, hint", [
     ("", "empty"), ("MEMORY_SAVE: paint is wet", "The fact was saved"), ("KEYS: Dwon", "Dwon"),
     ("WAIT: soon", "90s")])
-def test_what_asks_for_nothing_is_never_typed_and_the_model_is_told(fly, reply, hint):
+def test_what_asks_for_nothing_is_never_typed_and_the_model_is_told(
+        fly: Any, reply: str, hint: str) -> None:
     flight = fly(Reply(reply, TokenUsage(), 0.0, 1), "TASK_COMPLETE")
     assert flight.run() == "complete" and flight.agent.told == []
     assert hint in flight.shown(1) and "Agent output" not in flight.shown(1)
 
 
-def test_keys_are_pressed_and_times_waited(fly):
+def test_keys_are_pressed_and_times_waited(fly: Any) -> None:
     flight = fly("KEYS: Down Enter", "WAIT: 10m", "TASK_COMPLETE", turns=["menu", "finished"])
     assert flight.run() == "complete" and flight.agent.told == [("Down", "Enter"), 600.0]
     assert flight.shown(1) == "Agent output:\nmenu" and flight.of("state")[0]["state"] == "waiting"
 
 
-def test_facts_are_remembered_at_once_and_told_to_the_next_run(fly, tmp_path):
+def test_facts_are_remembered_at_once_and_told_to_the_next_run(fly: Any, tmp_path: Path) -> None:
     first = fly("MEMORY_SAVE: paint is wet\ngo on", turns=[lambda: stored(tmp_path)[0]],
                 max_iterations=1)
     first.run()
@@ -4210,7 +4348,7 @@ def test_facts_are_remembered_at_once_and_told_to_the_next_run(fly, tmp_path):
     assert "## Memory from previous sessions\n- paint is wet" in second.model.calls[0][0]["content"]
 
 
-def test_facts_of_a_megabyte_are_kept_but_only_told_in_part(fly, tmp_path):
+def test_facts_of_a_megabyte_are_kept_but_only_told_in_part(fly: Any, tmp_path: Path) -> None:
     big, said = "x " * 500_000, "y" * 1_000_000
     (tmp_path / "memory.json").write_text(json.dumps([big, "the last fact"]))
     flight = fly(f"MEMORY_SAVE: {said}\none", "TASK_COMPLETE")
@@ -4221,11 +4359,11 @@ def test_facts_of_a_megabyte_are_kept_but_only_told_in_part(fly, tmp_path):
 
 
 def test_a_trouble_with_the_memory_is_told_once_and_again_if_it_is_another(
-        fly, monkeypatch, tmp_path):
-    def fail(number):
+        fly: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(number: Any) -> Any:
         monkeypatch.setattr(os, "fsync", mend if number is None else lambda _: fails(number))
 
-    def fails(number):
+    def fails(number: Any) -> None:
         raise OSError(number, os.strerror(number))
 
     mend, weather = os.fsync, [errno.ENOSPC, errno.ENOSPC, errno.EIO, None, errno.EIO]
@@ -4238,7 +4376,7 @@ def test_a_trouble_with_the_memory_is_told_once_and_again_if_it_is_another(
     assert [event["error"] for event in flight.of("error")] == said
 
 
-def test_a_long_memory_is_compacted_by_the_model(fly, tmp_path):
+def test_a_long_memory_is_compacted_by_the_model(fly: Any, tmp_path: Path) -> None:
     flight = fly("MEMORY_SAVE: a\nMEMORY_SAVE: b\nMEMORY_SAVE: c\ngo", 'Sure: {"facts": ["abc"]}',
                  "TASK_COMPLETE", memory_max_facts=2)
     assert flight.run() == "complete" and stored(tmp_path) == ["abc"]
@@ -4248,12 +4386,12 @@ def test_a_long_memory_is_compacted_by_the_model(fly, tmp_path):
 
 @pytest.mark.parametrize("answer", ["nonsense", '{"facts": [1]}', '{"facts": "a"}', "[]",
                                     ModelError("refused")])
-def test_a_failed_compaction_changes_nothing(fly, tmp_path, answer):
+def test_a_failed_compaction_changes_nothing(fly: Any, tmp_path: Path, answer: Any) -> None:
     flight = fly("MEMORY_SAVE: a\nMEMORY_SAVE: b\ngo", answer, "TASK_COMPLETE", memory_max_facts=1)
     assert flight.run() == "complete" and stored(tmp_path) == ["a", "b"]
 
 
-def test_a_memory_that_is_broken_while_it_is_compacted_is_told(fly, tmp_path):
+def test_a_memory_that_is_broken_while_it_is_compacted_is_told(fly: Any, tmp_path: Path) -> None:
     path = tmp_path / "memory.json"
     flight = fly("MEMORY_SAVE: a\nMEMORY_SAVE: b\ngo",
                  lambda: path.write_text("by hand") and '{"facts": ["ab"]}',
@@ -4263,12 +4401,12 @@ def test_a_memory_that_is_broken_while_it_is_compacted_is_told(fly, tmp_path):
     assert "was not a JSON array of strings" in trouble["error"]
 
 
-def test_a_failed_compaction_is_not_paid_for_again_at_every_fact(fly):
+def test_a_failed_compaction_is_not_paid_for_again_at_every_fact(fly: Any) -> None:
     replies = [f"MEMORY_SAVE: fact {number}\n{number}" for number in range(20)]
     asked, flight = [], fly(*replies, "TASK_COMPLETE", memory_max_facts=10)
     complete = flight.model.complete
 
-    def none(messages, **how):
+    def none(messages: Any, **how: Any) -> Any:
         if "facts remembered" not in messages[0]["content"]:
             return complete(messages, **how)
         asked.append(len(flight.memory.facts))
@@ -4278,7 +4416,7 @@ def test_a_failed_compaction_is_not_paid_for_again_at_every_fact(fly):
     assert flight.run() == "complete" and asked == [11, 14, 17, 20]
 
 
-def test_the_task_is_complete_only_once_its_check_passes(fly, tmp_path):
+def test_the_task_is_complete_only_once_its_check_passes(fly: Any, tmp_path: Path) -> None:
     flight = fly("TASK_COMPLETE", "make it", "TASK_COMPLETE",
                  turns=[lambda: (tmp_path / "done").write_text("x") and "made"],
                  verify_cmd="test -f done && echo there || { echo missing; exit 3; }")
@@ -4288,7 +4426,7 @@ def test_the_task_is_complete_only_once_its_check_passes(fly, tmp_path):
     assert "status 3" in flight.shown(1) and "missing" in flight.shown(1)
 
 
-def test_a_check_that_fails_five_times_alike_is_stuck(fly):
+def test_a_check_that_fails_five_times_alike_is_stuck(fly: Any) -> None:
     replies = [reply for number in range(5) for reply in ("TASK_COMPLETE", f"try {number}")]
     flight = fly(*replies, verify_cmd="echo bad in 0.$$ s; exit 3")
     assert flight.run() == "stuck" and "VERIFY_CMD failed 5 times" in str(flight.error)
@@ -4300,7 +4438,7 @@ def test_a_check_that_fails_five_times_alike_is_stuck(fly):
 LIMITED = Turn("You've hit your limit", usage_limit_seconds=7200.0)
 
 
-def test_a_usage_limit_is_waited_out(fly):
+def test_a_usage_limit_is_waited_out(fly: Any) -> None:
     flight = fly("go on", "TASK_COMPLETE")
     flight.agent._turns = [
         LIMITED, *[lambda: flight.clock.sleep(4000) or Turn("the screen", "idle")] * 2]
@@ -4311,27 +4449,29 @@ def test_a_usage_limit_is_waited_out(fly):
     assert waiting["state"] == "waiting" and "usage limit" in waiting["reason"]
 
 
-def test_an_agent_that_goes_on_or_ends_before_its_usage_limit_does_is_not_waited_for(fly):
+def test_an_agent_that_goes_on_or_ends_before_its_usage_limit_does_is_not_waited_for(
+        fly: Any) -> None:
     for turn, told in (("somebody typed", "somebody typed"),
                        (Turn("", "exited", ("It was restarted.",)), "It was restarted.")):
         flight = fly("go on", "TASK_COMPLETE", turns=[LIMITED, turn])
         assert flight.run() == "complete" and told in flight.shown(1)
 
 
-def test_a_usage_limit_that_outlasts_the_time_of_the_run_ends_it(fly):
+def test_a_usage_limit_that_outlasts_the_time_of_the_run_ends_it(fly: Any) -> None:
     flight = fly("go on", max_minutes=10.0)
     flight.agent._turns = [LIMITED, lambda: flight.clock.sleep(600) or Turn("")]
     assert flight.run() == "budget" and flight.agent.told == ["go on", 600.0]
 
 
-def test_a_check_that_cannot_be_run_has_not_passed(fly, monkeypatch, tmp_path):
+def test_a_check_that_cannot_be_run_has_not_passed(
+        fly: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     flight = fly("TASK_COMPLETE", "TASK_FAILED: so be it", verify_cmd="true")
-    monkeypatch.setattr(orchestrator.tempfile, "tempdir", str(tmp_path / "missing"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
     assert flight.run() == "failed" and flight.of("verify")[0]["status"] == 126
     assert "can't be run" in flight.shown(1) and "No such file" in flight.shown(1)
 
 
-def test_a_run_in_circles_is_warned_once_and_then_ended(fly):
+def test_a_run_in_circles_is_warned_once_and_then_ended(fly: Any) -> None:
     flight = fly(*["try again"] * 6, turns=[f"failed after {number} s" for number in range(6)])
     assert flight.run() == "stuck" and flight.error.exit_status == 4
     assert len(flight.agent.told) == 6 and len(flight.of("note")) == 1
@@ -4339,25 +4479,25 @@ def test_a_run_in_circles_is_warned_once_and_then_ended(fly):
     assert "repeating" not in flight.shown(2) + flight.shown(4)
 
 
-def test_a_circle_that_was_left_is_forgotten(fly):
+def test_a_circle_that_was_left_is_forgotten(fly: Any) -> None:
     replies = [*["try again"] * 3, *"abcdef", *["once more"] * 3, "TASK_COMPLETE"]
     others = [f"{number}: no" for number in range(6)]
     flight = fly(*replies, turns=[*["no"] * 3, *others, *["no"] * 3])
     assert flight.run() == "complete" and len(flight.of("note")) == 2
 
 
-def test_two_replies_in_turns_are_a_circle_too(fly):
+def test_two_replies_in_turns_are_a_circle_too(fly: Any) -> None:
     flight = fly(*["left", "right"] * 6)
     assert flight.run() == "stuck" and len(flight.agent.told) == 11
     assert "no new output" in flight.shown(6)
 
 
-def test_the_same_reply_with_another_result_is_no_circle(fly):
+def test_the_same_reply_with_another_result_is_no_circle(fly: Any) -> None:
     flight = fly(*["try again"] * 8, "TASK_COMPLETE", turns=list("abcdefgh"))
     assert flight.run() == "complete" and not flight.of("note")
 
 
-def test_waiting_for_a_usage_limit_or_a_long_turn_is_no_circle(fly):
+def test_waiting_for_a_usage_limit_or_a_long_turn_is_no_circle(fly: Any) -> None:
     assert fly(*["WAIT: 30m"] * 9, "TASK_COMPLETE", turns=["limit"] * 9).run() == "complete"
     asking = ["WAIT: 10m", "is it built?"] * 9
     assert fly(*asking, "TASK_COMPLETE", turns=["", "not yet"] * 9).run() == "complete"
@@ -4366,7 +4506,7 @@ def test_waiting_for_a_usage_limit_or_a_long_turn_is_no_circle(fly):
     assert fly(*["WAIT: 5s"] * 9, "TASK_COMPLETE", turns=working).run() == "complete"
 
 
-def test_thoughts_of_ever_new_words_do_not_hide_a_circle(fly):
+def test_thoughts_of_ever_new_words_do_not_hide_a_circle(fly: Any) -> None:
     thinking = [f"<think>{number}</think>again" for number in range(9)]
     assert fly(*thinking, turns=["no"] * 9).run() == "stuck"
 
@@ -4557,12 +4697,12 @@ def test_the_system_prompt_is_short_and_says_whether_there_is_a_check(
 
 
 def test_files_that_changed_appeared_or_went_are_found_with_git_and_without(tmp_path: Path) -> None:
-    def changed() -> list[str] | None:
-        nonlocal before
-        before, earlier = orchestrator.snapshot_files(tmp_path, os.environ), before
-        return orchestrator.find_changed_files(earlier, before)
+    snapshots: list[Any] = [{}]
 
-    before: Any = {}
+    def changed() -> list[str] | None:
+        snapshots.append(orchestrator.snapshot_files(tmp_path, os.environ))
+        return orchestrator.find_changed_files(*snapshots[-2:])
+
     (tmp_path / "src").mkdir()
     (tmp_path / ".gitignore").write_text("*.o\n")
     (tmp_path / "src/a.py").write_text("a")
@@ -4581,7 +4721,7 @@ def test_files_that_changed_appeared_or_went_are_found_with_git_and_without(tmp_
     (tmp_path / "src/a.py").unlink()
     assert changed() == ["src/a.py"]
     assert orchestrator.snapshot_files(tmp_path, os.environ, timeout=-1) is None
-    assert orchestrator.find_changed_files(before, None) is None
+    assert orchestrator.find_changed_files(snapshots[-1], None) is None
 
 
 @pytest.mark.parametrize("output, failure", [
@@ -4596,7 +4736,7 @@ def test_failure_words_at_the_end_of_an_output(output: str, failure: bool) -> No
     assert bool(orchestrator.find_failure(output)) == failure
 
 
-def test_a_growing_reply_is_shown_while_somebody_watches(fly):
+def test_a_growing_reply_is_shown_while_somebody_watches(fly: Any) -> None:
     flight = fly("TASK_COMPLETE")
     with flight.journal.count_reader():
         flight.run()
@@ -4605,8 +4745,8 @@ def test_a_growing_reply_is_shown_while_somebody_watches(fly):
     assert not flight.of("reply_part")
 
 
-def test_a_note_of_a_person_reaches_the_next_prompt(fly):
-    flight = fly("one", "two", "TASK_COMPLETE",
+def test_a_note_of_a_person_reaches_the_next_prompt(fly: Any) -> None:
+    flight: Any = fly("one", "two", "TASK_COMPLETE",
                  turns=[lambda: flight.control.handle("note", "use \x1b[1mblue") or "did one"])
     flight.run()
     assert "use [1mblue" in flight.shown(1) and "blue" not in flight.shown(2)
@@ -4614,7 +4754,7 @@ def test_a_note_of_a_person_reaches_the_next_prompt(fly):
     assert flight.of("note")[0]["text"] == "use [1mblue"        # as a resumed run tells it
 
 
-def test_a_paused_run_waits_for_its_person(fly):
+def test_a_paused_run_waits_for_its_person(fly: Any) -> None:
     flight = fly("one", "TASK_COMPLETE")
     flight.control.handle("pause")
     flight.control.handle("pause")
@@ -4623,7 +4763,7 @@ def test_a_paused_run_waits_for_its_person(fly):
     assert [event["state"] for event in flight.of("state")] == ["paused", "resumed"]
 
 
-def test_a_pause_in_a_wait_is_told_at_once_and_holds_after_it(fly):
+def test_a_pause_in_a_wait_is_told_at_once_and_holds_after_it(fly: Any) -> None:
     def wait() -> Turn:
         flight.control.handle("pause")
         assert not flight.agent.until()
@@ -4641,7 +4781,8 @@ STEPS = [("note", "mind\nthe gap"), ("continue", ""), ("interrupt", "mind\nthe g
 @pytest.mark.parametrize("action, text", STEPS)
 @pytest.mark.parametrize("kind, turns", [
     ("wait", []), ("usage_limit", [Turn("limit", usage_limit_seconds=3600.0)])])
-def test_the_user_ends_a_wait(action, text, kind, turns, fly):
+def test_the_user_ends_a_wait(
+        action: Any, text: Any, kind: str, turns: list[Any], fly: Any) -> None:
     def wait() -> Turn:
         assert not flight.agent.until()
         flight.control.handle(action, text)
@@ -4661,17 +4802,18 @@ def test_the_user_ends_a_wait(action, text, kind, turns, fly):
     assert ("mind\nthe gap" in flight.shown(1)) == bool(text)
 
 
-def test_a_note_before_a_wait_that_the_model_has_not_seen_ends_it(fly):
+def test_a_note_before_a_wait_that_the_model_has_not_seen_ends_it(fly: Any) -> None:
     def reply() -> str:
         flight.control.handle("note", "hurry")
         return "WAIT: 2h"
 
-    flight = fly(reply, "TASK_COMPLETE", turns=[lambda: Turn(str(flight.agent.until()), "idle")])
+    flight: Any = fly(reply, "TASK_COMPLETE",
+                      turns=[lambda: Turn(str(flight.agent.until()), "idle")])
     flight.run()
     assert "True" in flight.shown(1) and "hurry" in flight.shown(1)
 
 
-def test_an_interrupt_while_the_model_thinks_keeps_its_reply_from_being_done(fly):
+def test_an_interrupt_while_the_model_thinks_keeps_its_reply_from_being_done(fly: Any) -> None:
     def reply() -> str:
         flight.control.handle("interrupt", "not that")
         return "rm -r everything"
@@ -4682,7 +4824,7 @@ def test_an_interrupt_while_the_model_thinks_keeps_its_reply_from_being_done(fly
     assert [event["state"] for event in flight.of("state")] == ["interrupted"]
 
 
-def test_an_interrupt_between_two_turns_has_nothing_to_interrupt(fly):
+def test_an_interrupt_between_two_turns_has_nothing_to_interrupt(fly: Any) -> None:
     flight = fly("one", "TASK_COMPLETE")
     flight.control.handle("pause")
     flight.control.handle("interrupt", "mind the gap")
@@ -4691,7 +4833,7 @@ def test_an_interrupt_between_two_turns_has_nothing_to_interrupt(fly):
     assert "mind the gap" in flight.shown(0)
 
 
-def test_an_agent_asks_whether_its_turn_is_to_be_interrupted(fly):
+def test_an_agent_asks_whether_its_turn_is_to_be_interrupted(fly: Any) -> None:
     def turn() -> str:
         asked = [flight.agent.take_interrupt()]
         flight.control.handle("interrupt")
@@ -4703,11 +4845,11 @@ def test_an_agent_asks_whether_its_turn_is_to_be_interrupted(fly):
     assert "[False, True, False]" in flight.shown(1)
 
 
-def test_a_stop_from_the_dashboard_is_told_as_such(fly):
+def test_a_stop_from_the_dashboard_is_told_as_such(fly: Any) -> None:
     def stop() -> None:
         raise Interrupted(signal.SIGINT)
 
-    flight = fly("one", turns=[lambda: flight.control.handle("stop")])
+    flight: Any = fly("one", turns=[lambda: flight.control.handle("stop")])
     flight.control._stop = stop
     with pytest.raises(Interrupted):
         flight.run()
@@ -4718,7 +4860,7 @@ def test_a_stop_from_the_dashboard_is_told_as_such(fly):
 LONG = [f"{letter} {'x' * 4_900}" for letter in "abcd"]     # fills a conversation of 5,000 tokens
 
 
-def test_a_long_conversation_is_summarised_by_the_model(fly):
+def test_a_long_conversation_is_summarised_by_the_model(fly: Any) -> None:
     flight = fly("one", "two", "three", "four", "what happened so far", "TASK_COMPLETE",
                  turns=LONG, history_max_tokens=5_000)
     assert flight.run() == "complete" and flight.agent.told == ["one", "two", "three", "four"]
@@ -4732,8 +4874,9 @@ def test_a_long_conversation_is_summarised_by_the_model(fly):
     assert flight.of("complete")[0]["cost"] == 1.5
 
 
-def test_where_no_summary_can_be_had_first_lines_will_do(fly):
-    flight = fly("one", "two", "three", "four", RequestRejected("refused"), "TASK_COMPLETE", turns=LONG,
+def test_where_no_summary_can_be_had_first_lines_will_do(fly: Any) -> None:
+    flight = fly("one", "two", "three", "four", RequestRejected("refused"), "TASK_COMPLETE",
+                 turns=LONG,
                  history_max_tokens=5_000)
     assert flight.run() == "complete" and "YOU: one" in flight.model.calls[5][1]["content"]
     second = fly("TASK_COMPLETE")
@@ -4741,7 +4884,7 @@ def test_where_no_summary_can_be_had_first_lines_will_do(fly):
     assert flight.of("complete")[0]["cost"] == 1.25 and second.of("complete")[-1]["cost"] == 1.5
 
 
-def test_a_run_that_ends_where_a_summary_is_due_has_lost_nothing(fly):
+def test_a_run_that_ends_where_a_summary_is_due_has_lost_nothing(fly: Any) -> None:
     first = fly("one", "two", "three", "four", ModelError("no credit"), turns=LONG,
                 history_max_tokens=5_000)
     assert first.run() == "model" and not first.of("history")
@@ -4750,7 +4893,7 @@ def test_a_run_that_ends_where_a_summary_is_due_has_lost_nothing(fly):
     assert LONG[3] in second.shown(0) and "in short" in second.model.calls[1][1]["content"]
 
 
-def test_no_conversation_has_more_messages_than_a_model_takes(fly):
+def test_no_conversation_has_more_messages_than_a_model_takes(fly: Any) -> None:
     flight = fly(*map(str, range(1_000)), "TASK_COMPLETE",
                  turns=[f"result {number}" for number in range(1_000)])
     flight.model.complete = summarising(flight.model.complete)
@@ -4758,13 +4901,14 @@ def test_no_conversation_has_more_messages_than_a_model_takes(fly):
     assert max(map(len, flight.model.calls)) <= 902
 
 
-def summarising(complete):
+def summarising(complete: Any) -> Any:
     """Return a model's complete that gives summaries besides its script."""
     return lambda messages, **how: complete(messages, **how) \
-        if "Summarise the session" not in messages[-1]["content"] else Reply("in short", TokenUsage(), 0.0, 1)
+        if "Summarise the session" not in messages[-1]["content"] else Reply(
+            "in short", TokenUsage(), 0.0, 1)
 
 
-def test_the_prompt_stays_within_its_bound_in_steps_that_keep_its_beginning(fly):
+def test_the_prompt_stays_within_its_bound_in_steps_that_keep_its_beginning(fly: Any) -> None:
     sizes = [10, 16_000, 3_000, 16_000, 16_000, 200, 9_000] * 20
     flight = fly(*[f"step {number}" for number in range(len(sizes))], "TASK_COMPLETE",
                  turns=[f"{number}: {'x' * size}" for number, size in enumerate(sizes)],
@@ -4829,6 +4973,11 @@ def test_the_cache_lasts_an_hour_where_the_turns_of_the_run_are_long(
     assert asked(flight) == [ttl]
 
 
+def clock_put_forward(clock: Clock) -> float:
+    """Return a wall clock that jumps nine hours ahead after two minutes."""
+    return clock.now + (32_400 if clock.now > 1120 else 0)
+
+
 def test_a_computer_that_slept_goes_on_once_the_clock_on_the_wall_says_so(fly: Any) -> None:
     """From 23:02 to 8:02 only the clock on the wall goes on; the usage limit ends at 3:00."""
     def wait(seconds: float, until: Any) -> Turn:
@@ -4836,21 +4985,22 @@ def test_a_computer_that_slept_goes_on_once_the_clock_on_the_wall_says_so(fly: A
             flight.clock.sleep(0.5)
         return Turn("", "idle")
 
-    for reply, turns in (("WAIT: 2h", []), ("go on", [Turn("limit", usage_limit_seconds=14_400.0)])):
+    for reply, turns in (("WAIT: 2h", []),
+                         ("go on", [Turn("limit", usage_limit_seconds=14_400.0)])):
         flight = fly(reply, "TASK_COMPLETE", turns=turns)
-        flight.pilot._wall_clock = lambda: flight.clock.now + 32_400 * (flight.clock.now > 1120)
+        flight.pilot._wall_clock = functools.partial(clock_put_forward, flight.clock)
         flight.agent.wait = wait
         assert flight.run() == "complete" and flight.clock.now < 1121
 
 
-def test_a_setting_that_is_too_small_does_not_cost_a_summary_each_turn(fly):
+def test_a_setting_that_is_too_small_does_not_cost_a_summary_each_turn(fly: Any) -> None:
     flight = fly(*[f"step {number}" for number in range(40)], "TASK_COMPLETE",
                  turns=[f"{number}: {'x' * 500}" for number in range(40)], history_max_tokens=1)
     flight.model.complete = summarising(flight.model.complete)
     assert flight.run() == "complete" and len(flight.of("history")) <= 4
 
 
-def test_a_context_overflow_is_answered_by_a_summary_once(fly):
+def test_a_context_overflow_is_answered_by_a_summary_once(fly: Any) -> None:
     replies = ["one", "two", "three", "four", ContextWindowExceeded("too long"), "in short"]
     flight = fly(*replies, "TASK_COMPLETE")
     assert flight.run() == "complete" and len(flight.of("history")) == 1
@@ -4861,13 +5011,14 @@ def test_a_context_overflow_is_answered_by_a_summary_once(fly):
 
 @pytest.mark.parametrize("trouble, outcome, status", [
     (AgentError("gone"), "agent", 5), (ModelError("refused"), "model", 6)])
-def test_trouble_that_ends_a_run_is_its_outcome(fly, trouble, outcome, status):
+def test_trouble_that_ends_a_run_is_its_outcome(
+        fly: Any, trouble: Any, outcome: str, status: int) -> None:
     flight = fly(trouble) if outcome == "model" else fly("one", turns=[trouble])
     assert flight.run() == outcome and flight.error.exit_status == status
     assert flight.of("complete")[0]["reason"] == str(trouble)
 
 
-def test_even_a_bug_a_signal_and_the_world_leave_a_last_event_and_a_run_to_resume(fly):
+def test_even_a_bug_a_signal_and_the_world_leave_a_last_event_and_a_run_to_resume(fly: Any) -> None:
     for error, reason in ((ZeroDivisionError("bug"), "bug"),
                           (Interrupted(signal.SIGTERM), "SIGTERM"),
                           (OSError(errno.ENOSPC, "No space left"), "[Errno 28] No space left")):
@@ -4878,7 +5029,7 @@ def test_even_a_bug_a_signal_and_the_world_leave_a_last_event_and_a_run_to_resum
         assert (end["type"], end["outcome"], end["reason"]) == ("complete", "interrupted", reason)
 
 
-def test_a_resumed_run_goes_on_with_conversation_and_totals(fly):
+def test_a_resumed_run_goes_on_with_conversation_and_totals(fly: Any) -> None:
     first = fly("one", "two", turns=["did it", "did more"], max_iterations=2)
     assert first.run() == "budget"
     past = first.journal.events()
@@ -4893,9 +5044,9 @@ def test_a_resumed_run_goes_on_with_conversation_and_totals(fly):
     assert len(second.of("task_info")) == 1
 
 
-def test_a_run_that_is_stopped_twice_knows_what_it_was_told_in_between(fly):
+def test_a_run_that_is_stopped_twice_knows_what_it_was_told_in_between(fly: Any) -> None:
     """What the model was told when it went on, and notes, stand where they stood for it."""
-    def noting(text, *rest):
+    def noting(text: Any, *rest: Any) -> Any:
         return lambda: first.control.handle("note", text) or (rest[0] if rest else "did it")
 
     first = fly("one", "two", turns=[noting("mind the gap"), Interrupted(signal.SIGINT)])
@@ -4917,7 +5068,8 @@ def test_a_run_that_is_stopped_twice_knows_what_it_was_told_in_between(fly):
     assert third.of("complete")[-1]["iterations"] == 4      # the fourth had no reply: begun again
 
 
-def test_facts_of_a_reply_that_was_broken_off_are_saved_and_only_then(fly, tmp_path):
+def test_facts_of_a_reply_that_was_broken_off_are_saved_and_only_then(
+        fly: Any, tmp_path: Path) -> None:
     past = [{"type": "task_info", "time": "2026-01-31T09:00:00.000Z"},
             {"type": "reply", "time": "2026-01-31T09:00:01.000Z", "text": "MEMORY_SAVE: a\none"}]
     going_on = {"type": "state", "time": "2026-01-31T09:00:02.000Z", "reason": "the run goes on"}
@@ -4928,14 +5080,16 @@ def test_facts_of_a_reply_that_was_broken_off_are_saved_and_only_then(fly, tmp_p
         assert fly("TASK_COMPLETE").run([*past, *more]) == "complete" and stored(tmp_path) == facts
 
 
-def test_odd_events_of_an_earlier_part_are_passed_over(fly):
-    odd = [{"type": "reply"}, {"type": "reply", "text": 7}, {"type": "history"}, {"type": "note"},
+def test_odd_events_of_an_earlier_part_are_passed_over(fly: Any) -> None:
+    odd: list[dict[str, Any]] = [{"type": "reply"}, {"type": "reply", "text": 7},
+                                 {"type": "history"}, {"type": "note"},
            {"type": "iteration_end", "agent_output": None}, {"type": "of the future", "text": []},
            {"type": "reply", "text": "x", "tokens": 7, "cost": "much", "iteration": "one"},
            {"type": "history", "summary": "s", "summarised": [], "tokens": {"prompt": "x"}},
            {"type": "state", "told": 7}, {"type": "complete", "outcome": [], "iteration": 9},
            {"type": "state", "reason": "the run goes on", "text": 7}]
-    events = [{"type": "task_info", "task": "x", "model": "M", "agent": "A", "attach": "attach",
+    events: list[dict[str, Any]] = [
+              {"type": "task_info", "task": "x", "model": "M", "agent": "A", "attach": "attach",
                "workdir": "/"}, *odd]
     events = [{"time": "2026-01-31" if number % 2 else "2026-01-31T09:00:00.000Z", **event}
               for number, event in enumerate(events)] + odd
@@ -4945,17 +5099,18 @@ def test_odd_events_of_an_earlier_part_are_passed_over(fly):
     assert flight.run(intact) == "complete" and flight.of("complete")[0]["iterations"] == 1
 
 
-def test_the_agent_is_told_whether_it_was_talked_to(fly):
+def test_the_agent_is_told_whether_it_was_talked_to(fly: Any) -> None:
     for past, talked in (([], False), ([{"type": "task_info", "time": ""}], False),
                          ([{"type": "reply", "time": "", "text": "x"}], True)):
         flight = fly("TASK_COMPLETE")
-        flight.agent.start = lambda given: asked.append(given) or Turn("")
-        asked = []
+        asked: list[Any] = []
+        flight.agent.start = functools.partial(note_and_return, asked)
         flight.run(past)
         assert asked == [talked]
 
 
-def test_what_the_model_is_shown_and_what_is_remembered_has_no_secret(fly, tmp_path):
+def test_what_the_model_is_shown_and_what_is_remembered_has_no_secret(
+        fly: Any, tmp_path: Path) -> None:
     flight = fly(f"MEMORY_SAVE: it is {KEY}\none", "TASK_COMPLETE", turns=[f"the key is {KEY}"],
                  secret=KEY)
     flight.control.handle("note", f"mind {KEY}")
@@ -4963,7 +5118,7 @@ def test_what_the_model_is_shown_and_what_is_remembered_has_no_secret(fly, tmp_p
     assert "the key is [key]" in flight.shown(1) and "mind [key]" in flight.shown(0)
 
 
-def test_the_time_between_two_parts_of_a_run_does_not_count(fly):
+def test_the_time_between_two_parts_of_a_run_does_not_count(fly: Any) -> None:
     times = [("task_info", "09:00:00", ""), ("complete", "09:01:00", ""),
              ("state", "11:00:00", "the run goes on"), ("complete", "11:00:30", "")]
     past = [{"id": number, "time": f"2026-01-31T{time}.000Z", "type": kind, "reason": reason}
@@ -4977,7 +5132,7 @@ def test_the_time_between_two_parts_of_a_run_does_not_count(fly):
     assert flight.run(past) == "complete" and flight.of("complete")[-1]["duration_ms"] == 50_000
 
 
-def test_a_resumed_run_knows_of_its_summary_and_of_a_broken_off_turn(fly):
+def test_a_resumed_run_knows_of_its_summary_and_of_a_broken_off_turn(fly: Any) -> None:
     first = fly("one", "two", "three", "four", "in short", "five",
                 turns=[*LONG, Interrupted(signal.SIGINT)], history_max_tokens=5_000)
     with pytest.raises(Interrupted):
@@ -4992,23 +5147,24 @@ def test_a_resumed_run_knows_of_its_summary_and_of_a_broken_off_turn(fly):
 class Talk:
     """A chat of a person who types these lines; `journal` has what came of it."""
 
-    def __init__(self, *lines, agent=None, **options) -> None:
-        self.left, self.prompts, self.journal = list(lines), [], Journal()
+    def __init__(self, *lines: Any, agent: Any = None, **options: Any) -> None:
+        self.left, self.journal = list(lines), Journal()
+        self.prompts: list[str] = []
         self.agent = agent or Hands()
-        self.chat = Chat(self.agent, self._read, journal=self.journal, **options)
+        self.chat = Chat(cast(Any, self.agent), self._read, journal=self.journal, **options)
 
-    def _read(self, prompt):
+    def _read(self, prompt: Any) -> Any:
         self.prompts.append(prompt)
         return self.left.pop(0) if self.left else None
 
-    def run(self):
+    def run(self) -> Any:
         """Chat to the end; return what the agent answered, its first screen left out."""
         self.chat.run()
         return [event["agent_output"] for event in self.journal.events()
                 if event["type"] == "iteration_end"][1:]
 
 
-def test_a_chat_passes_lines_on_until_quit():
+def test_a_chat_passes_lines_on_until_quit() -> None:
     for end in ("/quit", " /quit ", "/exit", None):
         talk = Talk("hello", "", " \t", "/status", "\x1b", "  a\n\nblock", end, "never")
         assert talk.run() == ["did hello", "did /status", "did   a\n\nblock"]
@@ -5017,14 +5173,14 @@ def test_a_chat_passes_lines_on_until_quit():
         assert talk.journal.events()[-1]["outcome"] == "complete"
 
 
-def test_a_person_presses_keys_and_looks_at_the_screen():
+def test_a_person_presses_keys_and_looks_at_the_screen() -> None:
     talk = Talk("/keys Down  C-c", "/keys Foo Down", "/keys", " /screen", "/keyboard")
     pressed, foo, none, screen, other = talk.run()
     assert talk.agent.told == [("Down", "C-c"), "/keyboard"] and screen == "the screen"
     assert "'Foo' is no key" in foo and "0 keys" in none
 
 
-def test_an_interrupted_turn_gives_the_prompt_back():
+def test_an_interrupted_turn_gives_the_prompt_back() -> None:
     talk = Talk("hello", "again", "/wait", agent=Hands(Interrupted(signal.SIGINT)))
     output = talk.run()[0]
     assert "keeps working" in output and "/wait" in output and "/keys Escape" in output
@@ -5058,14 +5214,14 @@ def test_what_a_hidden_prompt_is_answered_is_sent_and_not_recorded() -> None:
 
 @pytest.mark.parametrize("error, outcome", [
     (Interrupted(signal.SIGTERM), "interrupted"), (AgentError("gone"), "agent")])
-def test_what_ends_a_chat_is_its_outcome(error, outcome):
+def test_what_ends_a_chat_is_its_outcome(error: Any, outcome: str) -> None:
     talk = Talk("hello", agent=Hands(error))
     with pytest.raises(type(error)):
         talk.run()
     assert talk.journal.events()[-1]["outcome"] == outcome
 
 
-def test_a_check_returns_its_status_and_its_output(tmp_path):
+def test_a_check_returns_its_status_and_its_output(tmp_path: Path) -> None:
     environ = child_environment({**os.environ, "OPENROUTER_API_KEY": KEY})
     assert run_shell_command("pwd; echo \x1b[1m >&2; exit 7", tmp_path, environ, 30) == (
         7, f"{tmp_path.resolve()}\n[1m")
@@ -5074,7 +5230,7 @@ def test_a_check_returns_its_status_and_its_output(tmp_path):
     assert len(run_shell_command("yes | head -100000", tmp_path, environ, 30)[1]) < 17_000
 
 
-def test_a_check_that_takes_too_long_is_ended_with_all_it_started(tmp_path):
+def test_a_check_that_takes_too_long_is_ended_with_all_it_started(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "alive")
     reader = os.open(tmp_path / "alive", os.O_RDONLY | os.O_NONBLOCK)
     writer = os.open(tmp_path / "alive", os.O_WRONLY)
@@ -5158,7 +5314,8 @@ def events_of(response: http.client.HTTPResponse, count: int) -> list[tuple[int 
     return found
 
 
-def test_visitors_for_whom_there_is_no_thread_are_turned_away(monkeypatch, capfd):
+def test_visitors_for_whom_there_is_no_thread_are_turned_away(
+        monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(Dashboard, "MAX_CONNECTIONS", 1)
     with Visitor(Journal()) as visitor:
         without_threads(monkeypatch, 2)
@@ -5174,7 +5331,7 @@ def test_the_printed_address_opens_the_page_and_gives_a_cookie(visitor: Visitor)
     assert (address.netloc, address.query) == (visitor.host, f"token={visitor.token}")
     response = visitor.ask("GET", "/?token=TOKEN", {})
     cookie, policy = response.headers["Set-Cookie"], response.headers["Content-Security-Policy"]
-    nonce = re.search(r"script-src 'nonce-([\w-]+)'", policy)[1]
+    nonce = found(r"script-src 'nonce-([\w-]+)'", policy)[1]
     page = response.read().decode()
     assert response.status == 200 and f'nonce="{nonce}"' in page
     assert not re.findall("NONCE|RECORDING|JOURNAL_PATH", page)
@@ -5280,7 +5437,7 @@ def test_a_published_address_is_printed_and_accepted_with_or_without_its_path() 
 def test_who_has_no_token_can_type_it_in(visitor: Visitor) -> None:
     response = visitor.ask("GET", "/?token=wrong", {})
     form, policy = response.read().decode(), response.headers["Content-Security-Policy"]
-    nonce = re.search(r'<style nonce="([\w-]+)">', form)[1]
+    nonce = found(r'<style nonce="([\w-]+)">', form)[1]
     assert f"style-src 'nonce-{nonce}'" in policy and "form-action 'self'" in policy
     assert re.search('<form>.*<input name="token"', form, re.S) and "<script" not in form
     assert "wrong" not in form.replace("Missing or wrong", "") and visitor.token not in form
@@ -5349,7 +5506,7 @@ def test_the_address_is_kept_beside_the_journal_for_its_user_only(tmp_path: Path
             assert len(dashboard.token) == 32
 
 
-def test_which_orders_are_taken(visitor):
+def test_which_orders_are_taken(visitor: Visitor) -> None:
     host = f"http://{visitor.host}"
     ours = {**visitor.cookie, "Origin": host}
     for method, path, headers, body, status in (
@@ -5378,7 +5535,7 @@ def test_which_orders_are_taken(visitor):
     assert visitor.orders == orders
 
 
-def test_an_order_comes_from_our_own_page_or_is_refused(visitor):
+def test_an_order_comes_from_our_own_page_or_is_refused(visitor: Visitor) -> None:
     headers = {**visitor.cookie, "Content-Type": "application/json"}
     assert visitor.ask("POST", "/control", headers, '{"action": "stop"}').status == 403
     assert visitor.post('{"action": "stop"}') == 204
@@ -5387,14 +5544,14 @@ def test_an_order_comes_from_our_own_page_or_is_refused(visitor):
     assert visitor.orders == [("stop", "")]
 
 
-def test_a_recording_takes_no_orders():
+def test_a_recording_takes_no_orders() -> None:
     with Visitor(Journal(), recording=True) as visitor:
         for action in ("stop", "continue", "interrupt"):
             assert visitor.post(json.dumps({"action": action})) == 409
         assert b'data-recording="yes"' in visitor.ask("GET", "/", visitor.cookie).read()
 
 
-def test_a_new_client_gets_the_whole_run_and_then_what_comes(visitor):
+def test_a_new_client_gets_the_whole_run_and_then_what_comes(visitor: Visitor) -> None:
     visitor.journal.publish("note", text="one")
     visitor.journal.publish("note", text="two\nlines")
     stream = visitor.ask("GET", "/events", visitor.cookie)
@@ -5460,17 +5617,17 @@ def test_who_knocks_before_the_end_is_still_answered() -> None:
         socket.create_connection((host, int(port)), timeout=10)
 
 
-def test_who_leaves_in_the_middle_of_an_answer_is_no_trouble():
+def test_who_leaves_in_the_middle_of_an_answer_is_no_trouble() -> None:
     body = '{"messages": []}'
     for handler in (orchestrator.QuietHandler, orchestrator.DemoModelHandler):
         ours, theirs = socket.socketpair()
         theirs.sendall(f"POST / HTTP/1.0\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
         theirs.close()
         with ours:
-            handler(ours, None, None)
+            handler(ours, None, cast(Any, None))
 
 
-def test_an_address_that_cannot_be_listened_on_is_named():
+def test_an_address_that_cannot_be_listened_on_is_named() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -5484,22 +5641,23 @@ def test_an_address_that_cannot_be_listened_on_is_named():
 @pytest.mark.parametrize("seconds, words", [
     (0, "0 s"), (1.5, "1.5 s"), (12, "12 s"), (48.2, "48.2 s"), (59.9, "59.9 s"),
     (60, "1 min 0 s"), (119.9, "1 min 59 s"), (552, "9 min 12 s")])
-def test_how_a_time_is_said(seconds, words):
+def test_how_a_time_is_said(seconds: float, words: str) -> None:
     assert format_duration(seconds) == words
 
 
 class Stage:
     """A narrator of a chat on a terminal of 40 columns, or on none."""
 
-    def __init__(self, monkeypatch, capsys, live=True, describe=describe_chat_event,
-                 **how) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: Any, live: Any = True,
+                 describe: Any = describe_chat_event,
+                 **how: Any) -> None:
         monkeypatch.setenv("COLUMNS", "40")
         self.clock, self._capsys = Clock(), capsys
         self.narrator = TerminalReporter(
             describe, {"iteration_start": "Agent", "iteration_end": ""},
             orchestrator.Display(live, live, live), clock=self.clock, **how)
 
-    def drawn(self, kind="", **fields):
+    def drawn(self, kind: Any = "", **fields: Any) -> Any:
         """Hear an event, or look again; return what was printed."""
         if kind:
             self.narrator.on_event({"type": kind, **fields})
@@ -5545,7 +5703,8 @@ TOKENS = {"prompt": 1000, "completion": 200, "total": 1200, "cached": 0, "writte
     ({"type": "complete", "outcome": "stuck", "reason": "circles", "iterations": 3,
       "tokens": TOKENS, "cost": 0.5, "duration_ms": 1}, ["stuck"])],
     ids=lambda case: case and case["type"] if isinstance(case, dict) else "")
-def test_the_terminal_says_what_happens_and_obeys_nobody(event, words, capsys):
+def test_the_terminal_says_what_happens_and_obeys_nobody(
+        event: dict[Any, Any], words: list[str] | None, capsys: pytest.CaptureFixture[str]) -> None:
     event = {"id": 1, "time": "2026-01-31T09:00:00.123Z", **event}
     TerminalReporter(describe_event, {}, orchestrator.Display()).on_event(event)
     text = capsys.readouterr().out
@@ -5555,7 +5714,8 @@ def test_the_terminal_says_what_happens_and_obeys_nobody(event, words, capsys):
 
 
 @pytest.mark.parametrize("outcome, fields, words, others", [
-    ("complete", {}, ["Task complete: 3 iterations, ", "Next task: orchestrator /w", "still running",
+    ("complete", {},
+     ["Task complete: 3 iterations, ", "Next task: orchestrator /w", "still running",
                       "tmux attach", "tmux kill", "/j.jsonl"], ["raise"]),
     ("budget", {"can_continue": True, "next_command": "orchestrator --resume /w"},
      ["Ended (budget)", "Continue:  raise the budget, then: orchestrator --resume /w"], []),
@@ -5683,7 +5843,7 @@ def test_ctrl_c_at_a_prompt_clears_the_line_and_leaves_only_the_second_time(
     assert capsys.readouterr().out.count("/quit to leave") == hints
 
 
-def test_a_closed_pipe_ends_the_narration_and_not_the_run():
+def test_a_closed_pipe_ends_the_narration_and_not_the_run() -> None:
     reader, writer = os.pipe()
     with open(writer, "w") as stream:
         print_line("heard", stream)
@@ -5696,7 +5856,8 @@ def test_a_closed_pipe_ends_the_narration_and_not_the_run():
 # -- 17. Command line ---------------------------------------------------------------------
 
 @pytest.fixture
-def scene(tmp_path, monkeypatch, capsys):
+def scene(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     """Return a function that runs main in an empty directory: arguments in, status and words."""
     home = tmp_path / "home"
     home.mkdir()
@@ -5710,7 +5871,7 @@ def scene(tmp_path, monkeypatch, capsys):
                                    'echo no server running >&2; exit 1\n')
     monkeypatch.setenv("OPENROUTER_BASE_URL", "http://127.0.0.1:9/v1")
 
-    def play_scene(*arguments, **environ):
+    def play_scene(*arguments: Any, **environ: Any) -> Any:
         monkeypatch.setattr(sys, "stdin", io.StringIO())
         for name, value in {"FAKE": str(tmp_path), **environ}.items():
             monkeypatch.setenv(name, value)
@@ -5733,10 +5894,12 @@ def scene(tmp_path, monkeypatch, capsys):
     (["--replay", "nothing.jsonl"], {}, 2, "nothing.jsonl: can't be read"),
     (["--resume"], {"OPENROUTER_API_KEY": KEY}, 2, "There is no run to resume"),
     (["--chat"], {"PATH": "/nowhere"}, 5, "tmux is not installed"),
-    (["--chat"], {"CLAUDE_CMD": "", "DEFAULT_MODEL": "gpt"}, 5, "codex is not on your PATH. Install it: npm"),
+    (["--chat"], {"CLAUDE_CMD": "", "DEFAULT_MODEL": "gpt"}, 5,
+     "codex is not on your PATH. Install it: npm"),
     (["--task", " "], {"OPENROUTER_API_KEY": KEY, "CLAUDE_CMD": "cat"}, 2, "There is no task"),
     ([], {"OPENROUTER_API_KEY": KEY, "CLAUDE_CMD": "cat"}, 2, "There is no task")])
-def test_wrong_use_is_one_line_that_says_what_to_change(scene, arguments, environ, status, words):
+def test_wrong_use_is_one_line_that_says_what_to_change(
+        scene: Any, arguments: list[Any], environ: dict[Any, Any], status: int, words: str) -> None:
     ended, out, err = scene(*arguments, **environ)
     assert (ended, out) == (status, "")
     assert err.startswith("orchestrator: ") and words in err and KEY not in err
@@ -5745,22 +5908,23 @@ def test_wrong_use_is_one_line_that_says_what_to_change(scene, arguments, enviro
 
 @pytest.mark.parametrize("error", [
     OSError(24, "Too many open files"), RuntimeError("can't start new thread")])
-def test_what_the_world_does_unexpectedly_is_one_line_and_status_1(error, scene, monkeypatch):
+def test_what_the_world_does_unexpectedly_is_one_line_and_status_1(
+        error: Any, scene: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(orchestrator, "run_demo", lambda *_: play([error], None))
     assert scene("--demo") == (1, "", f"orchestrator: {error}\n")
 
 
-def test_the_manual_lists_the_arguments_and_the_settings(scene):
+def test_the_manual_lists_the_arguments_and_the_settings(scene: Any) -> None:
     for option in ("--help", "-h"):
         status, out, err = scene(option, "--json")
         manual = orchestrator.__doc__.partition("\nContents\n")[0]
         assert (status, err) == (0, "") and out.startswith(manual)
-        for name, field in Config.fields_by_variable().items():
+        for name in Config.fields_by_variable():
             assert re.search(rf"^ +{name} +\S", out, re.M)
     assert scene("--version") == (0, f"orchestrator {orchestrator.__version__}\n", "")
 
 
-def test_settings_that_run_something_are_announced_when_they_come_from_a_file(scene):
+def test_settings_that_run_something_are_announced_when_they_come_from_a_file(scene: Any) -> None:
     Path(".env").write_text("CLAUDE_CMD=cat\nMAX_COST=1\nOPENROUTER_API_KEY='sk-from-the-file'\n")
     status, out, err = scene("--task", "")
     assert status == 2 and ".env sets CLAUDE_CMD=cat" in err and "MAX_COST" not in err
@@ -5795,9 +5959,9 @@ esac
 
 
 @pytest.fixture
-def run_doctor(scene, tmp_path):
+def run_doctor(scene: Any, tmp_path: Path) -> Any:
     """Return a function that calls the doctor: settings in, status and the line of each thing."""
-    def call(**environ):
+    def call(**environ: Any) -> Any:
         status, out, err = scene("--doctor", **environ)
         assert not err or err.startswith("orchestrator: .env sets ")
         return status, {line.split()[0]: line.split(None, 1)[1] for line in out.splitlines()}
@@ -5809,7 +5973,7 @@ def run_doctor(scene, tmp_path):
     return call
 
 
-def test_the_doctor_has_a_line_for_each_thing_and_says_what_is_wrong(run_doctor):
+def test_the_doctor_has_a_line_for_each_thing_and_says_what_is_wrong(run_doctor: Any) -> None:
     status, lines = run_doctor(CLAUDE_CMD="cat", PATH="/nowhere")
     assert status == 1 and list(lines) == [
         "python", "tmux", "agent", "login", "model", "session", "state", "dashboard"]
@@ -5820,13 +5984,14 @@ def test_the_doctor_has_a_line_for_each_thing_and_says_what_is_wrong(run_doctor)
         assert lines[name].startswith(words)
 
 
-def test_the_doctor_is_content_where_a_chat_could_start(run_doctor):
+def test_the_doctor_is_content_where_a_chat_could_start(run_doctor: Any) -> None:
     status, lines = run_doctor(AUTONOMOUS_MODE="no", CLAUDE_CMD="cat", DASHBOARD_ENABLED="no")
     assert status == 0, lines
     assert lines["session"] == "ok      gt-claude-loop is free" and "chat" in lines["model"]
 
 
-def test_the_doctor_asks_known_agents_for_their_version_without_the_key(run_doctor, tmp_path):
+def test_the_doctor_asks_known_agents_for_their_version_without_the_key(
+        run_doctor: Any, tmp_path: Path) -> None:
     ask = {"DEFAULT_MODEL": "gpt", "AUTONOMOUS_MODE": "no", "OPENROUTER_API_KEY": KEY}
     assert run_doctor(**ask)[1]["agent"] == f"ok      Codex: {tmp_path}/codex, codex 0.1 --version"
     (tmp_path / "codex").write_text("#!/bin/sh\necho no licence; exit 3\n")
@@ -5863,7 +6028,8 @@ def test_the_doctor_knows_that_claude_code_refuses_to_run_as_root(
     assert run_doctor(AUTONOMOUS_MODE="no", IS_SANDBOX="1")[1]["agent"].startswith("ok")
 
 
-def test_the_doctor_says_who_has_the_session_the_port_and_the_state_directory(run_doctor, tmp_path):
+def test_the_doctor_says_who_has_the_session_the_port_and_the_state_directory(
+        run_doctor: Any, tmp_path: Path) -> None:
     place = Workspace(tmp_path, tmp_path / "state" / "orchestrator", {})
     ask = {"AUTONOMOUS_MODE": "no", "CLAUDE_CMD": "cat"}
     with socket.socket() as taken:
@@ -5880,7 +6046,8 @@ def test_the_doctor_says_who_has_the_session_the_port_and_the_state_directory(ru
     assert "XDG_STATE_HOME" in lines["state"]
 
 
-def test_the_doctor_names_all_wrong_settings_and_checks_the_rest(run_doctor, tmp_path):
+def test_the_doctor_names_all_wrong_settings_and_checks_the_rest(
+        run_doctor: Any, tmp_path: Path) -> None:
     for content, words in ((b"MAX_COST $5", ".env line 1: MAX_COST can't be read"),
                            (b"MAX_COST=$5\nDEFAULT_MODEL=gpt", "MAX_COST='$5': expected a number")):
         Path(".env").write_bytes(content)
@@ -5889,9 +6056,15 @@ def test_the_doctor_names_all_wrong_settings_and_checks_the_rest(run_doctor, tmp
     assert lines["agent"].startswith(f"ok      Codex: {tmp_path}/codex")
 
 
-def test_a_replay_needs_no_settings_but_those_of_the_dashboard(scene, monkeypatch):
-    replayed = []
-    monkeypatch.setattr(orchestrator, "run_replay", lambda path, config: replayed.append(config) or 0)
+def test_a_replay_needs_no_settings_but_those_of_the_dashboard(
+        scene: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    replayed: list[Any] = []
+
+    def run_replay(path: Path, config: Config) -> int:
+        replayed.append(config)
+        return 0
+
+    monkeypatch.setattr(orchestrator, "run_replay", run_replay)
     Path(".env").write_text("MAX_COST=lots\nno assignment\nDASHBOARD_PORT=80\n")
     assert scene("--replay", "x", MAX_MINUTES="soon") == (0, "", "")
     assert replayed == [Config(dashboard_port=80)]
@@ -5900,7 +6073,7 @@ def test_a_replay_needs_no_settings_but_those_of_the_dashboard(scene, monkeypatc
 
 
 def test_a_line_shows_what_is_waited_for_and_goes_before_anything_else_is_printed(
-        monkeypatch, capsys):
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     stage = Stage(monkeypatch, capsys)
     line = "\r\x1b[K\x1b[?7l{}\x1b[?7h".format
     assert stage.drawn("note", source="A", text="hi") == "* A: hi\n" and stage.drawn() == ""
@@ -5922,11 +6095,11 @@ def test_a_line_shows_what_is_waited_for_and_goes_before_anything_else_is_printe
 
 
 def test_the_line_is_not_drawn_between_its_erasure_and_what_is_said_in_another_thread(
-        monkeypatch, capsys):
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     stage, shown = Stage(monkeypatch, capsys), []
     draws = threading.Thread(target=stage.narrator.sleep, args=(0,))
 
-    def write_output(text, stream=None):
+    def write_output(text: Any, stream: Any = None) -> None:
         shown.append(text)
         if text == "\r\x1b[K":
             stage.clock.sleep(5)
@@ -5940,7 +6113,8 @@ def test_the_line_is_not_drawn_between_its_erasure_and_what_is_said_in_another_t
     assert shown == ["\r\x1b[K", "* A: hi\n", "\r\x1b[K\x1b[?7lwaiting for Agent, 5 s\x1b[?7h"]
 
 
-def test_no_line_is_drawn_where_there_is_no_terminal(monkeypatch, capsys):
+def test_no_line_is_drawn_where_there_is_no_terminal(
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     stage = Stage(monkeypatch, capsys, live=False)
     assert not stage.narrator.wants_screen()
     assert stage.drawn("iteration_start", iteration=1) == ""
@@ -5949,7 +6123,7 @@ def test_no_line_is_drawn_where_there_is_no_terminal(monkeypatch, capsys):
     assert stage.drawn("iteration_end", agent_output="done\x1b[2J") == "done[2J\n"
 
 
-def test_a_reader_that_is_late_loses_nothing():
+def test_a_reader_that_is_late_loses_nothing() -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     subprocess.run([sys.executable, orchestrator.__file__, "--version"], stdout=writer, check=True)
@@ -5958,23 +6132,24 @@ def test_a_reader_that_is_late_loses_nothing():
     os.close(writer)
 
 
-def test_one_orchestrator_drives_a_session_at_a_time(tmp_path):
+def test_one_orchestrator_drives_a_session_at_a_time(tmp_path: Path) -> None:
     place = Workspace(tmp_path, tmp_path / "state", {})
     with session_lock(Config(), place):
-        with pytest.raises(ConfigError, match=f"gt-claude-loop: process {os.getpid()}. Wait"):
-            with session_lock(Config(), place):
-                pass
+        with pytest.raises(ConfigError, match=f"gt-claude-loop: process {os.getpid()}. Wait"), \
+                session_lock(Config(), place):
+            pass
         with session_lock(Config(claude_tmux_session="other"), place):
             pass
-    with session_lock(Config(claude_tmux_socket="a-b", claude_tmux_session="c"), place):
-        with session_lock(Config(claude_tmux_socket="a", claude_tmux_session="b-c"), place):
-            pass
+    with session_lock(Config(claude_tmux_socket="a-b", claude_tmux_session="c"), place), \
+            session_lock(Config(claude_tmux_socket="a", claude_tmux_session="b-c"), place):
+        pass
     with session_lock(Config(), place):
         pass
 
 
-def test_a_file_system_without_locks_stops_nobody(tmp_path, monkeypatch):
-    monkeypatch.setattr(orchestrator.fcntl, "flock", lambda *_: os.write(-1, b"no locks"))
+def test_a_file_system_without_locks_stops_nobody(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fcntl, "flock", lambda *_: os.write(-1, b"no locks"))
     with session_lock(Config(), Workspace(tmp_path, tmp_path / "state", {})):
         pass
 
@@ -6098,7 +6273,12 @@ def test_only_what_can_be_resumed_is_said_to_be(
 def test_a_replay_without_a_file_is_of_the_latest_run_here(scene: Any, tmp_path: Path,
                                                            monkeypatch: Any) -> None:
     replayed: list[Path] = []
-    monkeypatch.setattr(orchestrator, "run_replay", lambda path, config: replayed.append(path) or 0)
+
+    def run_replay(path: Path, config: Config) -> int:
+        replayed.append(path)
+        return 0
+
+    monkeypatch.setattr(orchestrator, "run_replay", run_replay)
     assert scene("--replay")[0] == 2 and "no recorded run" in scene("--replay")[2]
     runs = tmp_path / "state" / "orchestrator" / "runs"
     runs.mkdir(parents=True)
@@ -6112,13 +6292,13 @@ def test_a_replay_without_a_file_is_of_the_latest_run_here(scene: Any, tmp_path:
     assert replayed == [runs / "1.jsonl", runs / "2.jsonl", Path("x.jsonl"), runs / "2.jsonl"]
 
 
-def test_the_run_to_resume_is_the_last_of_the_directory_with_this_session(tmp_path):
+def test_the_run_to_resume_is_the_last_of_the_directory_with_this_session(tmp_path: Path) -> None:
     place, runs = Workspace(tmp_path, tmp_path / "state", {}), tmp_path / "state" / "runs"
     first = {"type": "task_info", "task": "x", "model": "M", "agent": "A", "attach": "attach a",
              "workdir": str(tmp_path)}
     ended = {"type": "complete", "outcome": "complete"}
 
-    def write(name, *events):
+    def write(name: Any, *events: Any) -> None:
         (runs / f"{name}.jsonl").write_text(
             "".join(json.dumps({"time": "", **event}) + "\n" for event in events) + '{"torn')
 
@@ -6144,16 +6324,16 @@ def test_the_run_to_resume_is_the_last_of_the_directory_with_this_session(tmp_pa
         find_unfinished_run(place, ["attach a"])
 
 
-def test_a_run_in_a_directory_whose_name_is_no_text_is_found_again(tmp_path):
+def test_a_run_in_a_directory_whose_name_is_no_text_is_found_again(tmp_path: Path) -> None:
     work = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xe4"))
     place = Workspace(work, tmp_path / "state", {})
     journal = Journal(place.state_directory / "runs" / "run.jsonl")
     journal.publish("task_info", task="x", model="M", agent="A", attach="attach", workdir=str(work))
     assert find_unfinished_run(place, ["attach"]) == (journal.path, journal.events())
-    assert journal.path.read_bytes().decode("utf-8")
+    assert journal.path and journal.path.read_bytes().decode("utf-8")
 
 
-def test_the_run_to_resume_is_found_among_more_runs_than_may_be_open(tmp_path):
+def test_the_run_to_resume_is_found_among_more_runs_than_may_be_open(tmp_path: Path) -> None:
     place, runs = Workspace(tmp_path, tmp_path / "state", {}), tmp_path / "state" / "runs"
     runs.mkdir(parents=True)
     for number in range(100):
@@ -6171,13 +6351,12 @@ def test_the_run_to_resume_is_found_among_more_runs_than_may_be_open(tmp_path):
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_signals_are_held_back_where_nothing_may_be_cut_in_two():
+def test_signals_are_held_back_where_nothing_may_be_cut_in_two() -> None:
     done, before = [], signal.getsignal(signal.SIGTERM)
     with SignalHandler() as signals:
-        with pytest.raises(Interrupted) as caught:
-            with signals.deferred():
-                signal.raise_signal(signal.SIGTERM)
-                done.append("the rest of the line")
+        with pytest.raises(Interrupted) as caught, signals.deferred():
+            signal.raise_signal(signal.SIGTERM)
+            done.append("the rest of the line")
         assert done and caught.value.exit_status == 143
         for number, status in ((signal.SIGINT, 130), (signal.SIGHUP, 129)):
             with pytest.raises(Interrupted) as caught:
@@ -6186,7 +6365,8 @@ def test_signals_are_held_back_where_nothing_may_be_cut_in_two():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_signal_right_before_the_last_event_does_not_keep_it_back(monkeypatch):
+def test_a_signal_right_before_the_last_event_does_not_keep_it_back(
+        monkeypatch: pytest.MonkeyPatch) -> None:
     journal, signals = Journal(), [Interrupted(signal.SIGHUP)]
     publish = journal.publish
     monkeypatch.setattr(journal, "publish", lambda kind, **fields: play(
@@ -6196,7 +6376,7 @@ def test_a_signal_right_before_the_last_event_does_not_keep_it_back(monkeypatch)
     assert [event["type"] for event in journal.events()] == ["complete"]
 
 
-def test_a_second_signal_hurries_what_the_first_has_begun(monkeypatch):
+def test_a_second_signal_hurries_what_the_first_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
     timers = []
     monkeypatch.setattr(signal, "setitimer", lambda which, seconds: timers.append(seconds))
     monkeypatch.setattr(os, "_exit", timers.append)
@@ -6229,7 +6409,7 @@ def test_a_second_signal_ends_nothing_once_the_first_has_been_dealt_with(monkeyp
     assert not ends
 
 
-def test_a_hangup_that_was_to_be_ignored_is_ignored():
+def test_a_hangup_that_was_to_be_ignored_is_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with SignalHandler():
