@@ -586,7 +586,17 @@ def normalize_screen(screen: str) -> str:
 
 _SGR_SEQUENCE = re.compile(r"\x1b\[[\d;:]*m")
 SGR_DIM = re.compile(r"\x1b\[(?:\d;)*2[;m]")
-SECONDS_PER_UNIT = {"s": 1, "m": 60, "h": 3600}
+_SECONDS_PER_UNIT = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def add_durations(text: str) -> float:
+    """Return the sum of the durations in a text, in seconds, which are the default unit.
+
+    >>> add_durations("1 hour, 30 min"), add_durations("90")
+    (5400.0, 90.0)
+    """
+    return float(sum(float(number.replace(",", ".")) * _SECONDS_PER_UNIT[unit or "s"]
+                     for number, unit in re.findall(r"(\d+(?:[.,]\d+)?) ?([dhms]?)", text.lower())))
 
 
 def format_duration(seconds: float) -> str:
@@ -791,7 +801,7 @@ CODEX = AgentProfile(
                    "--sandbox", "workspace-write"),
     resume_arguments=("resume", "--last"),
     approval_arguments=("--ask-for-approval", "never", "--sandbox", "workspace-write"),
-    # Without --no-daemon the turn goes on in a background server after the pane is gone.
+    # Without --no-daemon the turn continues in a background server after the pane is gone.
     optional_arguments=(
         ("--no-daemon", ("--no-daemon",)),
         ("tui.animations", ("-c", "tui.animations=true")),
@@ -802,7 +812,7 @@ CODEX = AgentProfile(
     status_line=re.compile(r"(?:[•◦] )?\w[^(]{0,80}\((?:\d+[hms] ?)+ • esc to interrupt\).*"),
     hides_status_line=True,
     closing_line=re.compile(r"\s+Worked for <?\d.*"),
-    queued_message=re.compile(r"\s*Waiting for startup\b"),
+    queued_message=re.compile(r"^\s*Waiting for startup\b"),
     needs_blank=re.compile(r"[@$]\S*\Z"),       # else a completion takes the Enter
     menu_cursor=re.compile(r"[›>] *(\d+\. .*|\[.\] .*)"),
     menu_hint=re.compile(r"\benter (?:to )?(?:confirm|select|save|continue|resume|submit)\b|"
@@ -985,9 +995,8 @@ class _InputBox(NamedTuple):
     end: int        # what follows the box
 
 
-def _has_menu_hint(profile: AgentProfile, screen: Sequence[str]) -> bool:
-    """Whether the last lines of a screen list the keys of a menu."""
-    pattern = profile.menu_hint
+def ends_with(screen: Iterable[str], pattern: re.Pattern[str] | None) -> bool:
+    """Whether one of the last three text lines of a screen has a pattern."""
     return pattern is not None and any(map(pattern.search, text_lines(screen)[-3:]))
 
 
@@ -1004,7 +1013,7 @@ def _parse_input_box(
     if not profile.box_border:      # a footer follows after a blank line, as below a menu
         ends = [end for end in range(row + 1, len(screen))
                 if not screen[end].strip() and any(screen[end:])]
-        if not ends or _has_menu_hint(profile, screen[ends[-1]:]):
+        if not ends or ends_with(screen[ends[-1]:], profile.menu_hint):
             return None
         return _InputBox(row, row, ends[-1], ends[-1])
     for end in range(row, len(screen)):
@@ -1071,12 +1080,6 @@ def find_draft(profile: AgentProfile, screen: Sequence[str], row: int, column: i
     return "\n".join([mode + first, *rest])
 
 
-def is_message_queued(profile: AgentProfile, screen: Iterable[str]) -> bool:
-    """Whether a screen says that the agent will take a message only once it has started."""
-    pattern = profile.queued_message
-    return pattern is not None and any(map(pattern.match, text_lines(screen)[-3:]))
-
-
 def _is_unindented(line: str) -> bool:
     return line[:1] not in ("", " ", "─", "↑", "↓")      # arrows: a list that scrolls
 
@@ -1123,7 +1126,7 @@ def describe_menu(profile: AgentProfile, screen: Sequence[str]) -> str:
     if not profile.is_known or has_input_box(profile, screen):
         return ""
     lines = trimmed_lines("\n".join(screen))[-60:]
-    is_hinted = _has_menu_hint(profile, lines)
+    is_hinted = ends_with(lines, profile.menu_hint)
     first, row = _find_menu(profile, lines, _ANY_CURSOR if is_hinted else profile.menu_cursor)
     if row is None:
         title = "".join(text_lines(lines[first:])[:1]).strip()
@@ -1238,12 +1241,6 @@ _RESET_TIME = re.compile(
     r"(?: at)? )?(\d+)(?::(\d\d))? ?([ap]m)?\b", re.I)
 
 
-def _parse_delay(text: str) -> float:
-    seconds = {**SECONDS_PER_UNIT, "d": 86400}
-    return float(sum(int(count) * seconds[unit.lower()]
-                     for count, unit in re.findall(r"(\d+) ?([a-z])", text, re.I)))
-
-
 def _seconds_until(now: datetime.datetime, month: str | None, day: str | None, year: str | None,
                    hour: str, minute: str | None, half: str | None) -> float:
     hours = int(hour)
@@ -1275,7 +1272,7 @@ def parse_usage_limit(
     delay = _RESET_DELAY.search(notice)
     moment = _RESET_TIME.search(notice)
     if delay:
-        return UsageLimit(notice, _parse_delay(delay[1]))
+        return UsageLimit(notice, add_durations(delay[1]))
     if moment:
         with contextlib.suppress(ValueError):       # there may be no such time
             return UsageLimit(notice, _seconds_until(now, *moment.groups()))
@@ -1291,7 +1288,11 @@ _NO_CONNECTION = re.compile(r"error connecting to .*\((No such file|Connection r
 _SESSION_LOST = re.compile(rf"no server running|{_NO_CONNECTION.pattern}|no sessions|"
                            r"no current target|can't find (session|window|pane)")
 _WIDTH, _HEIGHT = 200, 50
-_HISTORY_LIMIT = 50_000         # lines
+_SERVER_SETTINGS = (            # of a server of ours
+    "start-server", ";", "set-option", "-s", "@started_by", "orchestrator", ";",
+    "set-option", "-g", "history-limit", "50000", ";",
+    "set-option", "-g", "remain-on-exit", "on", ";", "set-option", "-s", "focus-events", "on", ";",
+    "set-option", "-g", "update-environment", "", ";")
 INITIAL_TITLE = "starting"      # the title of a window whose program has not given it one
 _CALL_TIMEOUT = 5.0             # seconds; a server of another version may never answer
 
@@ -1481,8 +1482,8 @@ class Tmux:
         prefix = self._foreign_server_prefix()
         new: tuple[str, ...] = ("new-window", "-t", target)
         if not self._session_exists:
-            new = (*(() if prefix else self._server_settings()), "new-session", "-d", "-s",
-                   self.session, "-x", str(_WIDTH), "-y", str(_HEIGHT))
+            new = (*(() if prefix else _SERVER_SETTINGS), "new-session", "-d", "-s", self.session,
+                    "-x", str(_WIDTH), "-y", str(_HEIGHT))
         return self._query(
             *new, "-P", "-F", "#{pane_id}", "--", *prefix, *self._without_shell(command), ";",
             "set-option", "-w", "-t", target, "remain-on-exit", "on", ";",
@@ -1491,15 +1492,6 @@ class Tmux:
             "select-pane", "-t", target, "-T", INITIAL_TITLE, ";",
             "set-option", "-t", target, "@orchestrator_session", mark, ";",
             "set-option", "-p", "-t", target, "@orchestrator", mark, cwd=directory).strip()
-
-    @staticmethod
-    def _server_settings() -> tuple[str, ...]:
-        """Return the commands that set up a server of ours."""
-        return ("start-server", ";", "set-option", "-s", "@started_by", "orchestrator", ";",
-                "set-option", "-g", "history-limit", str(_HISTORY_LIMIT), ";",
-                "set-option", "-g", "remain-on-exit", "on", ";",
-                "set-option", "-s", "focus-events", "on", ";",
-                "set-option", "-g", "update-environment", "", ";")
 
     @staticmethod
     def _without_shell(command: Sequence[str]) -> tuple[str, ...]:
@@ -1785,7 +1777,7 @@ class TurnDetector:
             self.last_sign = sign
             is_endless = sign in ("program", "line mode") and self._is_stale
             return "idle" if is_endless else "wait"
-        if is_message_queued(self._profile, pane.screen) and not self._is_stale:
+        if ends_with(pane.screen, self._profile.queued_message) and not self._is_stale:
             return "wait"
         if not self.last_sign and self.is_unsent(pane):
             return self._retry_enter(now)
@@ -1906,7 +1898,7 @@ class TurnDetector:
         return self._tool_was_running
 
     def _retry_enter(self, now: float) -> str:
-        """Return "enter" when it is time to press it again: the message still stands in the box."""
+        """Return "enter" when it is time to press it again: the message is still in the box."""
         if self._still_seconds >= self._idle_timeout:
             return "idle"
         if self._enter_retries == len(self.ENTER_RETRY_SECONDS):
@@ -2225,7 +2217,7 @@ class Agent:
                           rows=pane.rows, cursor=cursor)
 
     def _exit_error(self, pane: PaneSnapshot) -> AgentExited:
-        """Return the error that tells how the program in the pane ended, and its last output."""
+        """Return the error for a program that has ended, with how it ended and its last output."""
         if not pane.exit_description:   # some builds of tmux lose the signal that a child has ended
             with contextlib.suppress(OSError):
                 os.kill(pane.server_pid, signal.SIGCHLD)
@@ -2414,7 +2406,7 @@ class Agent:
 
     def _unsent_test(self, before: PaneSnapshot, pasted: PaneSnapshot,
                      text: str) -> Callable[[PaneSnapshot], bool]:
-        """Return a test for whether a message still stands in the input line.
+        """Return a test for whether a message is still in the input line.
 
         It looks for a draft in the input box, for the line that the cursor was on after the paste,
         or for the end of the text.
@@ -2492,7 +2484,7 @@ class Agent:
         return turn._replace(notes=(*notes, *turn.notes))
 
     def _press_enter_if(self, is_unsent: Callable[[PaneSnapshot], bool]) -> None:
-        """Press Enter again, if the message still stands in the input line."""
+        """Press Enter again, if the message is still in the input line."""
         def press(pane: PaneSnapshot) -> bool:
             return not is_unsent(pane) or self._tmux.send_keys(pane, "Enter")
 
@@ -3913,7 +3905,7 @@ class Journal:
                 self._reader_count -= 1
 
     def has_readers(self) -> bool:
-        """Whether somebody reads the journal right now."""
+        """Whether the journal has readers right now."""
         return self._reader_count > 0
 
     def close(self, wait_for_reader: bool = False) -> None:
@@ -4080,12 +4072,7 @@ def _parse_duration(text: str) -> float | None:
     [90.0, 300.0, 5400.0, None]
     """
     match = _DURATION.fullmatch(text)
-    if not match:
-        return None
-    seconds = 0.0
-    for number, unit in re.findall(r"([\d.,]*\d) ?([smh]?)", match[1].lower()):
-        seconds += float(number.replace(",", ".")) * SECONDS_PER_UNIT[unit or "s"]
-    return seconds
+    return add_durations(match[1]) if match else None
 
 
 def _not_understood(line: _Line, problem: str) -> Action:
@@ -4477,7 +4464,6 @@ class Chat:
         self._read_hidden = read_hidden or read
         self._journal = journal or Journal()
         self._is_interactive = is_interactive
-        self._timeout = config.turn_timeout
         self._config = config
         self._totals = RunTotals(time.monotonic)
 
@@ -4490,7 +4476,7 @@ class Chat:
                 pass
 
     def _exchange(self) -> bool:
-        """Read a message and show what comes of it; return False once you leave."""
+        """Read a message and show its result; return False if you leave."""
         try:
             is_hidden = self._agent.hides_input()
             message = self._read_hidden("hidden> ") if is_hidden else self._read("> ")
@@ -4507,16 +4493,17 @@ class Chat:
     def _execute(self, message: str) -> Turn:
         """Carry out one of our slash commands, or send the message to the agent."""
         command, *arguments = message.split() or [""]
+        timeout = self._config.turn_timeout
         if command == "/screen":
             return self._agent.read_screen()
         if command == "/wait":
-            return self._agent.wait(self._timeout, idle_timeout=2.0)
+            return self._agent.wait(timeout, idle_timeout=2.0)
         if command == "/keys":
             action = parse_reply(f"KEYS: {' '.join(arguments)}")
             if not action.keys:
                 return Turn(action.text)
-            return self._agent.send_keys(action.keys, self._timeout)
-        return self._agent.ask(message, self._timeout)
+            return self._agent.send_keys(action.keys, timeout)
+        return self._agent.ask(message, timeout)
 
     def _run_turn(self, message: str, execute: Callable[[], Turn], *,
                   is_hidden: bool = False) -> None:
@@ -4633,7 +4620,7 @@ _TECHNICAL_TEXT = re.compile(r"[\d/\\=<>{}\[\]|_`]|\w[.:(]\w")
 _SHELL_PROMPT = re.compile(r"\A.{0,100}?[>❯›$%#│]\s")
 
 
-def _remove_echo(output: str, message: str) -> str:
+def _remove_message_lines(output: str, message: str) -> str:
     """Return an output without the lines that show nothing but a message as it was typed."""
     kept = []
     expected = " ".join(message.split())
@@ -4659,7 +4646,7 @@ class NewsDetector:
         A sentence is new if most of its words are.  A line with figures, paths or code is new
         unless only times and counters differ.
         """
-        text = normalize_screen(_remove_echo(output, message)).lower()
+        text = normalize_screen(_remove_message_lines(output, message)).lower()
         lines = {" ".join(line.split()) for line in text.split("\n")} - {""}
         known_lines, known_words = set().union(*self._lines), set().union(*self._words)
         if lines:
@@ -4728,7 +4715,7 @@ class Autopilot:
         self._recent_failures: list[str] = []   # of VERIFY_CMD, in a row
         self._news = NewsDetector()
         self._turns_without_news = 0
-        self._recent_steps: list[tuple[Action, str]] = []   # with what came of them, since news
+        self._recent_steps: list[tuple[Action, str]] = []   # and their results, since news
         self._was_warned = False            # of a repetition, since there was news
         self._files_at_start: Files | None = None
         self._files: Files | None = None    # the latest snapshot
@@ -5495,10 +5482,10 @@ DASHBOARD_PAGE = r"""<!doctype html>
       const more = {level: "warn", thinking: true, until: timeOf(event) + 1000 * event.retry_in};
       run.errors += 1;
       addEntry(event, "error", event.error, "warn");
-      if (more.until) setActivity(event, "Trouble, tries again", firstLine(event.error), more);
+      if (more.until) setActivity(event, "Error, trying again", firstLine(event.error), more);
     },
     recovery(event) {
-      const kept = event.resumed ? "It knows its conversation." : "It begins a new conversation.";
+      const kept = event.resumed ? "It remembers what was said." : "It begins a new conversation.";
       run.restarts += 1;
       addEntry(event, "restarted", `${text(event.what)}\n${kept}`, "warn");
     },
@@ -5550,7 +5537,7 @@ DASHBOARD_PAGE = r"""<!doctype html>
     drawSoon();
   }
 
-  // The page: what is shown of it.
+  // The page: draws what the run has.
   function setText(id, words) {           // what has not changed is not announced again
     if (byId(id).textContent !== words) byId(id).textContent = words;
   }
@@ -5559,7 +5546,7 @@ DASHBOARD_PAGE = r"""<!doctype html>
     const [level, headline] = OUTCOMES[run.outcome?.outcome] ?? ["warn", "Ended"];
     const {latest, activity} = run, last = latest && clockTime(latest);
     if (run.outcome) return {level, headline, advice: `at ${last}, after ${duration(run.spent)}`};
-    const advice = `The last event is of ${last}: ${activity.headline}`;
+    const advice = `The last event was at ${last}: ${activity.headline}`;
     if (IS_RECORDING && latest) return {level: "quiet", headline: "Unfinished", advice};
     if (run.lost) return {level: "bad", headline: "Connection lost", advice: run.lost};
     if (run.paused == null) return activity;
@@ -5647,7 +5634,7 @@ DASHBOARD_PAGE = r"""<!doctype html>
       journalPath && ["journal", code(journalPath)],
     ];
     setText("end-words", outcome ? text(outcome.reason) || run.lastReply
-      : "The journal has no last event: the run was killed, or still goes on.");
+      : "The journal has no last event: the run was killed, or it is still running.");
     byId("end-facts").replaceChildren(...rows.filter(Boolean).map(([name, ...parts]) =>
       createElement("div", "", createElement("dt", "", name), createElement("dd", "", ...parts))));
   }
@@ -5841,7 +5828,7 @@ DASHBOARD_PAGE = r"""<!doctype html>
     lastScreen = event;
     byId("terminal").hidden = !screen;
     if (!screen || !byId("terminal").open) return;
-    setText("held", isSelecting() ? "Held while you select text; Escape lets it go on." : "");
+    setText("held", isSelecting() ? "Stopped while you select text. Escape continues." : "");
     if (isSelecting()) return;
     let style = {}, from = 0;
     for (const {0: escape, 1: codes, index} of screen.matchAll(ESCAPE)) {
@@ -5876,17 +5863,17 @@ DASHBOARD_PAGE = r"""<!doctype html>
     source.onerror = ({target}) => {
       const isRefused = target.readyState === EventSource.CLOSED;
       setLost(isRefused ? "The server refuses this page: open the address that the run printed."
-        : "It is tried again; what you see is how it was last.");
+        : "Trying again. You see the last known state.");
       if (isRefused) setTimeout(connect, 3000);
     };
   }
 
-  function look() {                       // a hidden tab lets go: all tabs share six connections
+  function refresh() {            // a hidden tab disconnects: all tabs share six connections
     connect();
     setTimeout(() => document.hidden && source.close(), 2000);
   }
 
-  // Steering, and what else a person does.
+  // Controls, and other things that you do.
   async function postControl(action, message, words = "") {
     const headers = {"Content-Type": "application/json"};
     const request = {method: "POST", headers, body: JSON.stringify({action, text: words})};
@@ -5904,8 +5891,9 @@ DASHBOARD_PAGE = r"""<!doctype html>
   }
 
   byId("pause").onclick = () => run.paused == null
-    ? postControl("pause", "It pauses after this turn.") : postControl("resume", "It goes on.");
-  byId("continue").onclick = () => postControl("continue", "It goes on.");
+    ? postControl("pause", "It pauses after this turn.")
+    : postControl("resume", "The run continues.");
+  byId("continue").onclick = () => postControl("continue", "The run continues.");
   byId("stop-now").onclick = () => postControl("stop", "It is being stopped.");
   byId("interrupt").onclick = () => sendNote("interrupt", "The agent is interrupted.");
   byId("note-form").onsubmit = event => {
@@ -5943,9 +5931,9 @@ DASHBOARD_PAGE = r"""<!doctype html>
   byId("terminal").ontoggle = () => drawScreen();
   window.onhashchange = openLinked;
   setInterval(drawStatus, 1000);
-  setInterval(() => document.hidden && look(), 30000);      // its title and icon stay true
+  setInterval(() => document.hidden && refresh(), 30000);   // its title and icon stay right
   draw();
-  look();
+  refresh();
 </script>
 """
 
@@ -6000,7 +5988,7 @@ def read_dashboard_address(journal_path: Path) -> dict[str, Any]:
 
 
 def find_live_dashboard(journal_path: Path) -> str:
-    """Return the address of a run's dashboard, with its token, or "" if nobody listens there."""
+    """Return the address of a run's dashboard, with its token; "" if it is not running."""
     address = read_dashboard_address(journal_path)
     place = get_text(address, "host"), get_int(address, "port")
     with contextlib.suppress(OSError, OverflowError), socket.create_connection(place, 0.5):
@@ -7425,7 +7413,7 @@ class Doctor:
             except (OrchestratorError, OSError, ValueError) as error:
                 verdict = "warning" if name == "dashboard" else "FAILED"
                 print_line(f"{name:<9} {verdict:<7} {error}")
-                if verdict == "FAILED":     # a run goes on without a dashboard
+                if verdict == "FAILED":     # a run does not need the dashboard
                     failures += 1
         return 1 if failures else 0
 
