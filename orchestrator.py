@@ -27,7 +27,7 @@ In autonomous mode (the default) a model on OpenRouter takes your place.  You gi
 orchestrator types each of its replies into the agent, except these commands:
 
     KEYS: Down Enter         press keys
-    WAIT: 10m                wait, or until the screen changes
+    WAIT: 10m                wait this long, or until the screen changes
     MEMORY_SAVE: a fact      keep the fact in DIR/memory.json for later runs
     TASK_COMPLETE            end the run, once VERIFY_CMD has passed or the model has confirmed it
     TASK_FAILED: a reason    give up
@@ -495,8 +495,10 @@ def truncate_middle(text: str, limit: int = 16_000) -> str:
     return f"{head.rstrip()}\n[... {left_out} left out ...]\n{tail}"
 
 
-def _common_prefix_length(one: list[str], other: list[str]) -> int:
-    return len(os.path.commonprefix([one, other]))
+def _common_ends(one: list[str], other: list[str]) -> tuple[int, int]:
+    """Return how many lines are equal at the beginning of two lists, and at the end of the rest."""
+    start = len(os.path.commonprefix([one, other]))
+    return start, len(os.path.commonprefix([one[start:][::-1], other[start:][::-1]]))
 
 
 def _find_overlap(before: list[str], after: list[str]) -> int:
@@ -535,8 +537,7 @@ def find_new_lines(before: list[str], after: list[str]) -> list[str] | None:
     ['$ ls', 'a']
     """
     old = before[_find_overlap(before, after):]
-    start = _common_prefix_length(old, after)
-    end = _common_prefix_length(old[start:][::-1], after[start:][::-1])
+    start, end = _common_ends(old, after)
     redrawn_end = _find_redrawn(old, after) if start + end < len(old) else 0
     if redrawn_end:
         return after[redrawn_end:]
@@ -554,8 +555,7 @@ def find_new_blocks(before: list[str], after: list[str]) -> list[str] | None:
     >>> find_new_blocks(['title', 'a', 'b', 'c', 'box'], ['title', 'a', 'b', 'c', 'd', 'box'])
     ['d']
     """
-    start = _common_prefix_length(before, after)
-    end = _common_prefix_length(before[start:][::-1], after[start:][::-1])
+    start, end = _common_ends(before, after)
     middle = after[start:len(after) - end]
     matcher = difflib.SequenceMatcher(
         None, before[start:len(before) - end], middle, autojunk=False)
@@ -1464,6 +1464,7 @@ class Tmux:
             self._session_exists = False
             return "", ""
         self._session_exists = True
+        # The greatest row is that of the pane with a mark, if there is one.
         pane_mark, pane_id, session_mark = max(row.split("\t") for row in rows.splitlines())
         if pane_mark:
             return pane_mark, pane_id
@@ -1546,7 +1547,7 @@ class Tmux:
     def hides_input(self, pane_id: str) -> bool:
         """Whether the pane's terminal reads a line without showing it, as for a password."""
         terminal = self._query("display-message", "-p", "-t", pane_id, "#{pane_tty}").strip()
-        modes = read_terminal_modes(terminal) or termios.ECHO
+        modes = read_terminal_modes(terminal) or termios.ECHO       # if unknown: it shows it
         return bool(modes & termios.ICANON) and not modes & termios.ECHO
 
     def list_sessions(self) -> list[TmuxSession]:
@@ -2530,8 +2531,8 @@ class Agent:
         if detector.reads_lines(pane):
             return [f"{still} {self.name} is not at its prompt: it works, or waits for a line."]
         if detector.is_unsent(pane):
-            return ["The message still stands in the input line: Enter was pressed, but "
-                    f"{self.name} did not take it."]
+            return ["The message is still in the input line: Enter was pressed, but "
+                    f"{self.name} did not accept it."]
         return ["Nothing more happens on the screen."]
 
     # starting and restarting
@@ -2578,23 +2579,24 @@ class Agent:
         Presses one key at a time, and only on a settled screen: an agent may draw a dialog twice,
         which moves the cursor back.
         """
-        started = self._clock()
-        changed, last_state, answer = 0.0, None, ""
+        started_at = changed_at = self._clock()
+        last_state = None
+        answer = ""
         while True:
             pane, now = self._snapshot(), self._clock()
             dialog = find_startup_dialog(self._profile, pane.screen)
             state = dialog or find_problem(self._profile, pane.text) or pane.screen
             if state != last_state:     # not the screen: there may be an animation above a dialog
-                last_state, changed = state, now
-            is_late = now - started >= self.READY_TIMEOUT
-            if now - changed >= self._required_settle_seconds(pane) or is_late:
+                last_state, changed_at = state, now
+            is_late = now - started_at >= self.READY_TIMEOUT
+            if now - changed_at >= self._required_settle_seconds(pane) or is_late:
                 if answer and (not dialog or dialog.answer != answer):
                     self._publish("note", source="orchestrator",
                                   text=f"answered a question of {self.name}: {answer}")
                 if not dialog or is_late:
                     self._accept_first_screen(pane)
                     return
-                answer, changed = dialog.answer, now
+                answer, changed_at = dialog.answer, now
                 self._press(dialog.next_key)
             self._sleep(0.05)
 
@@ -3170,7 +3172,7 @@ class OpenRouter:
     def check_completion(self) -> str:
         """Ask for a tiny reply, without retries; return its time, tokens and cost."""
         self._wanted_tokens = 16        # some providers accept no less
-        self.RETRY_TIMEOUT = 0.0
+        self.RETRY_TIMEOUT = 0.0        # of this client, which is for the check only
         used: list[tuple[TokenUsage, float | None]] = [(TokenUsage(), None)]
         started_at = self._clock()
         try:
@@ -4085,11 +4087,11 @@ def _parse_command(lines: Sequence[_Line]) -> Action:
     """Return what one or more KEYS lines, or one WAIT line, ask for."""
     text = "\n".join(line.text for line in lines)
     if len(lines) > 1 and any(line.word == "WAIT" for line in lines):
-        return Action("invalid", "Nothing was done: WAIT stands alone in a reply.")
+        return Action("invalid", "Nothing was done: WAIT can't be combined with another command.")
     if lines[0].word == "WAIT":
         seconds = _parse_duration(lines[0].argument or "")
         if seconds is None:
-            return _not_understood(lines[0], "there is no time that I understand")
+            return _not_understood(lines[0], "I can't read the time")
         return Action("wait", text, seconds=seconds)
     keys, unknown = _parse_keys(" ".join(line.argument or "" for line in lines))
     if unknown:
@@ -4764,9 +4766,9 @@ class Autopilot:
         if history:
             self._rebuild_conversation(history)
             sentences.insert(0, (
-                f"[You were stopped at {history[-1]['time']} and go on now, at {utc_timestamp()}. "
-                "The screen as it is now stands last. Your last message may or may not have "
-                "arrived. If the screen does not show it, check before you send it again.]"))
+                f"[You were stopped at {history[-1]['time']}, and continue now, at "
+                f"{utc_timestamp()}. The current screen comes last. Your last message may or may "
+                "not have arrived. If the screen does not show it, check before you send it again.]"))
         self._untold = "\n\n".join([*sentences, output])
         self._conversation.tell(*sentences, output=output)
 
@@ -4879,7 +4881,8 @@ class Autopilot:
 
     def _query_model(self) -> Reply:
         """Return the model's next reply; shorten the conversation if it has become too long."""
-        overflows, reply = 0, None
+        overflows = 0
+        reply = None
         while not reply:
             if len(self._conversation.messages()) > self.MAX_MESSAGES:
                 self._summarise()
@@ -4962,7 +4965,7 @@ class Autopilot:
         while (later.state in ("idle", "working") and self._wall_clock() < end
                and not self._control.ends_wait()):
             later = self._wait(end - self._wall_clock())
-        note = "The usage limit was waited for and should be over now."
+        note = "The orchestrator waited for the usage limit, which should be over now."
         if self._control.ends_wait():
             note = "The user ended the wait for the usage limit, which may not be over yet."
         return turn._replace(output=f"{turn.output}\n{later.output}".rstrip(),
@@ -5018,8 +5021,8 @@ class Autopilot:
         if len(last) == self.MAX_SAME_FAILURES and len(set(last)) == 1:
             raise StuckInLoop(f"VERIFY_CMD failed {len(last)} times with the same output")
         return Turn(f"{now.output}\n{output}".strip("\n"), notes=(
-            f"The task is not complete: the check `{command}` failed with status {status}. What it "
-            "printed stands below.",))
+            f"The task is not complete: the check `{command}` failed with status {status}. Its "
+            "output is below.",))
 
     def _ask_for_confirmation(self, action: Action, now: Turn) -> Turn:
         """Return the evidence and the task again, for the model to check each point."""
@@ -5111,9 +5114,9 @@ class Autopilot:
             problem = self._memory.warning
             if saved:
                 self._journal.publish("memory", saved=saved, total=len(self._memory.facts))
-            before, after = self._memory.compact(
-                lambda known: self._compact_facts(known, used)) or (0, 0)
-            if before:
+            sizes = self._memory.compact(lambda known: self._compact_facts(known, used))
+            if sizes:
+                before, after = sizes
                 self._journal.publish("memory", total=after, **used,
                                       compacted={"before": before, "after": after})
             problem = self._memory.warning or problem
@@ -7515,8 +7518,9 @@ def announce_settings(environ: Mapping[str, str], env_file: Mapping[str, str]) -
                 value += f", which starts {select_profile(value).name}"
             print_error(f".env sets {name}={value}")
     for name in sorted(env_file.keys() - Config.fields_by_variable().keys()):
-        for match in difflib.get_close_matches(name, Config.fields_by_variable(), 1, 0.85):
-            print_error(f".env: unknown setting {name}. Did you mean {match}?")
+        matches = difflib.get_close_matches(name, Config.fields_by_variable(), 1, 0.85)
+        if matches:
+            print_error(f".env: unknown setting {name}. Did you mean {matches[0]}?")
 
 
 def find_workspace(directory: str | None, environ: Mapping[str, str],

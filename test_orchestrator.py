@@ -2132,7 +2132,7 @@ def test_a_message_that_no_enter_submits_is_told_as_that() -> None:
     desk = Desk(claude())
     desk.terminal.lost_enters = 9
     turn = desk.agent.ask("one")
-    assert "still stands in the input line" in turn.as_text() and "❯ one" in turn.output
+    assert "still in the input line" in turn.as_text() and "❯ one" in turn.output
 
 
 @pytest.mark.parametrize("text, before, after, appeared", [
@@ -4121,7 +4121,7 @@ def test_facts_are_taken_out_of_any_reply(reply: str, kind: str, facts: list[str
     ("KEYS are in the vault", "begin with KEYS"), ("KEYS: yes", "'yes' is no key"),
     ("WAIT: soon", "90s"), ("WAIT: -5s", "90s"), ("WAIT: 5d", "90s"), ("WAIT", "90s"),
     ("WAIT for the tests", "begin with WAIT"), ("WAIT: 10m then run it", "90s"),
-    ("WAIT: 5s\nKEYS: Up", "stands alone"), ("KEYS: Up\nWAIT: 5s", "stands alone"),
+    ("WAIT: 5s\nKEYS: Up", "can't be combined"), ("KEYS: Up\nWAIT: 5s", "can't be combined"),
     ("Now:\nWAIT for it\nok", "begin with WAIT"), ("KEYS: Up\n\nTASK_COMPLETE", "another command"),
     ("TASK_COMPLETE\nTASK_FAILED: no", "another command"), ("TASK_COMPLETE?", "alone on its line"),
     ("TASK_COMPLETE when the tests pass", "alone on its line"),
@@ -5037,7 +5037,7 @@ def test_a_resumed_run_goes_on_with_conversation_and_totals(fly: Any) -> None:
     assert second.run(past) == "complete"
     texts = [message["content"] for message in second.model.calls[0]]
     assert texts[2:5] == ["one", "Agent output:\ndid it", "two"]
-    assert "Paint the shed" in texts[1] and "did more" in texts[5] and "go on now" in texts[5]
+    assert "Paint the shed" in texts[1] and "did more" in texts[5] and "continue now" in texts[5]
     assert "the first screen" in texts[5]
     end = second.of("complete")[-1]
     assert (end["iterations"], end["cost"], end["tokens"]["total"]) == (4, 1.0, 440)
