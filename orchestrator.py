@@ -4768,7 +4768,8 @@ class Autopilot:
             sentences.insert(0, (
                 f"[You were stopped at {history[-1]['time']}, and continue now, at "
                 f"{utc_timestamp()}. The current screen comes last. Your last message may or may "
-                "not have arrived. If the screen does not show it, check before you send it again.]"))
+                "not have arrived. If the screen does not show it, check before you send it "
+                "again.]"))
         self._untold = "\n\n".join([*sentences, output])
         self._conversation.tell(*sentences, output=output)
 
