@@ -507,7 +507,7 @@ def _find_overlap(before: list[str], after: list[str]) -> int:
     All rows must be equal except those of the last screen.  Returns len(before) if no row fits,
     or more than one.
     """
-    old = before[:-60]
+    old = before[:-60]      # the last screen has 50 lines
     if after[:len(old)] == old:
         return 0
     candidates = (row for row in range(len(old) - 20) if old[row:row + 20] == after[:20])
@@ -1125,7 +1125,7 @@ def describe_menu(profile: AgentProfile, screen: Sequence[str]) -> str:
     """Return what the menu at the bottom of a screen asks and where its cursor is, or ""."""
     if not profile.is_known or has_input_box(profile, screen):
         return ""
-    lines = trimmed_lines("\n".join(screen))[-60:]
+    lines = trimmed_lines("\n".join(screen))[-60:]     # more than a screen of ours has
     is_hinted = ends_with(lines, profile.menu_hint)
     first, row = _find_menu(profile, lines, _ANY_CURSOR if is_hinted else profile.menu_cursor)
     if row is None:
@@ -1385,7 +1385,7 @@ class PaneSnapshot(NamedTuple):
 
 
 class TmuxSession(NamedTuple):
-    """A session of ours on a tmux server."""
+    """A session that the orchestrator has made."""
 
     name: str
     mark: str           # what it was made for
@@ -1471,7 +1471,7 @@ class Tmux:
         return (session_mark, "") if session_mark else ("", pane_id)
 
     def new_pane(self, command: Sequence[str], directory: str, mark: str) -> str:
-        """Start a command in a new session, or in a new window of ours; return the pane's id.
+        """Start a command in a new session, or a new window of it; return the pane's id.
 
         - One call does it all: once the program runs, history-limit can't be changed, and
           remain-on-exit may be too late.
@@ -1685,7 +1685,7 @@ class Turn(NamedTuple):
 
     output: str
     state: str = "done"             # done, idle (no sign of an end), working (timeout) or exited
-    notes: tuple[str, ...] = ()     # what else there is to know, in sentences
+    notes: tuple[str, ...] = ()     # further facts, as sentences
     usage_limit_seconds: float = 0.0    # until a usage limit of the agent ends
     menu: str = ""                  # the note on a question that waits for keys
 
@@ -1721,13 +1721,13 @@ class TurnDetector:
     it may never stop.
     """
 
-    STALE_SECONDS = 15.0                    # on a still screen, a doubtful sign counts so long
+    STALE_SECONDS = 15.0                    # how long a doubtful sign counts on a still screen
     SETTLE_SECONDS = 0.1                    # after a sign of rules 1 to 4, or a closing line
     SETTLE_SECONDS_AFTER_USUAL_WORDS = 1.0
     SETTLE_SECONDS_AT_PROMPT = 0.5
     SETTLE_SECONDS_OF_SLASH_COMMANDS = 1.0
     SETTLE_SECONDS_WITHOUT_INDICATOR = 2.0
-    TOOL_SECONDS = 45.0                     # on a still screen, a new process counts so long
+    TOOL_SECONDS = 45.0                     # how long a new process counts on a still screen
     ENTER_RETRY_SECONDS = (0.5, 1.0, 2.0)   # after the last Enter
 
     def __init__(self, before: PaneSnapshot, now: float, habits: ProgramHabits, *,
@@ -2661,7 +2661,7 @@ class Agent:
         pid, start_time = self._process
         pids = set(processes_of_pane(self._server_pid, self._pane_id))
         with contextlib.suppress(OSError):
-            # The agent leads a session of its own; pids 0 and 1 never are an agent.
+            # The agent leads a session of its own.  To signal 0 or 1 would hit other programs.
             if pid > 1 and start_time and os.getsid(pid) == pid and (
                     process_start_time(pid) == start_time):
                 pids.update((pid, *child_processes(pid)))
@@ -4478,7 +4478,7 @@ class Chat:
                 pass
 
     def _exchange(self) -> bool:
-        """Read a message and show its result; return False if you leave."""
+        """Read a message and show its result; return False when you leave."""
         try:
             is_hidden = self._agent.hides_input()
             message = self._read_hidden("hidden> ") if is_hidden else self._read("> ")
@@ -4683,7 +4683,7 @@ class Autopilot:
     MAX_SAME_FAILURES = 5               # of VERIFY_CMD in a row, then the run is stuck
     WARN_TURNS_WITHOUT_NEWS = 5         # then the model is told
     MAX_TURNS_WITHOUT_NEWS = 10         # then the run is stuck
-    LONG_WAIT_SECONDS = 60.0            # a WAIT of this length is no turn without news
+    LONG_WAIT_SECONDS = 60.0            # a WAIT this long does not count as a turn without news
     MAX_USAGE_LIMIT_SECONDS = 86400.0   # a longer limit is left to the model
     USAGE_LIMIT_MARGIN_SECONDS = 120.0  # added to the time of its end
 
@@ -5069,7 +5069,7 @@ class Autopilot:
     def _check_stuck(self, action: Action, turn: Turn) -> list[str]:
         """Return a warning if the last turns brought nothing new, or raise StuckInLoop.
 
-        A long wait is no repetition.  Three equal steps are noticed at once, reworded ones later.
+        A long wait is not a repetition.  Equal steps are noticed after three, reworded ones later.
         """
         if self._is_done or turn.state == "working" or action.seconds >= self.LONG_WAIT_SECONDS:
             self._recent_steps = []
@@ -5556,7 +5556,7 @@ DASHBOARD_PAGE = r"""<!doctype html>
     if (run.paused == null) return activity;
     if (run.busy && !activity.waits) return {...activity, advice: "It pauses after this turn."};
     return {level: "warn", headline: "Paused", since: run.paused,
-            advice: "It waits for you: resume it, leave a note, or stop it."};
+            advice: "It waits for you: resume or stop it. A note is read after that."};
   }
 
   function drawStatus() {
@@ -6582,7 +6582,7 @@ class TerminalReporter:
         return self._display.has_cursor and self._clock() - self._screen_at >= 1.0
 
     def on_event(self, event: Event) -> None:
-        """Print what there is to say about an event, and show what you wait for now."""
+        """Print an event, and update the status line."""
         kind: str = event.get("state") or event["type"]
         with self._lock:
             self._print_event(event)
@@ -6652,10 +6652,10 @@ def wait_for_enter(stream: TextIO) -> None:
     """Wait for Enter or Ctrl-C if you are at the terminal and the run is in the foreground."""
     try:
         if sys.stdin.isatty() and stream.isatty() and os.tcgetpgrp(0) == os.getpgrp():
-            termios.tcflush(0, termios.TCIFLUSH)        # what was typed before is no answer
+            termios.tcflush(0, termios.TCIFLUSH)        # discard what was typed before
             print_line("The dashboard stays open until you press Enter or Ctrl-C.", stream)
             sys.stdin.readline()
-    except (OSError, termios.error):        # it is not our terminal, or not any more
+    except (OSError, termios.error):        # it is not, or no longer, our terminal
         return
     except Interrupted as interrupt:
         if interrupt.signum != signal.SIGINT:
