@@ -3477,7 +3477,6 @@ class Memory:
     """
 
     MAX_FACT_LENGTH = 2_000         # characters
-    _LOCK_INTERVAL_SECONDS = 0.01
 
     def __init__(self, path: Path, max_facts: int = 50, *,
                  sleep: Callable[[float], None] = time.sleep) -> None:
@@ -3626,7 +3625,7 @@ class Memory:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return
             except BlockingIOError:
-                self._sleep(self._LOCK_INTERVAL_SECONDS)
+                self._sleep(0.01)
         self._lock_attempts = 1     # from now on: do not wait ten seconds for each fact
 
 
@@ -3731,24 +3730,22 @@ class Journal:
         self._had_reader = False
         self._is_complete = False
         self._closed = False
-        if path and not read_only:
-            self._open_for_append(path)
         if path:
-            self._open_for_reading(path, read_only)
+            self._open(path, read_only)
 
-    def _open_for_append(self, path: Path) -> None:
+    def _open(self, path: Path, read_only: bool) -> None:
+        """Open the file, for reading if it can't be written, and take in what it holds."""
         try:
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            file = open(  # noqa: SIM115  (closed by a finalizer)
-                path, "ab+", 0, opener=lambda name, flags: os.open(name, flags, 0o600))
-            size = file.tell()
-            if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
-                file.write(b"\n")       # ends a line that a crash cut off
-            self._file = file
+            if not read_only:
+                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                file = os.fdopen(
+                    os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "ab+", 0)
+                size = file.seek(0, os.SEEK_END)
+                if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
+                    file.write(b"\n")       # ends a line that a crash cut off
+                self._file = file
         except OSError as error:
             self._record_write_error(error)
-
-    def _open_for_reading(self, path: Path, read_only: bool) -> None:
         try:
             if not self._file:
                 self._file = open(path, "rb", 0)  # noqa: SIM115  (closed by a finalizer)
