@@ -1384,15 +1384,6 @@ class PaneSnapshot(NamedTuple):
         return "\n".join(self.screen).rstrip()
 
 
-class TmuxSession(NamedTuple):
-    """A session that the orchestrator has made."""
-
-    name: str
-    mark: str           # what it was made for
-    created_at: float   # Unix time
-    is_running: bool    # False: its program has ended
-
-
 def read_terminal_modes(terminal: str) -> int | None:
     """Return the local modes of a terminal (ICANON, ECHO, ...); None if they are unknown."""
     try:
@@ -1405,12 +1396,6 @@ def read_terminal_modes(terminal: str) -> int | None:
         return None
     finally:
         os.close(descriptor)
-
-
-def is_in_raw_mode(terminal: str) -> bool | None:
-    """Tell whether the program on a terminal reads keys (raw mode), not lines; None: unknown."""
-    modes = read_terminal_modes(terminal)
-    return None if modes is None else not modes & termios.ICANON
 
 
 class Tmux:
@@ -1537,12 +1522,13 @@ class Tmux:
         exit_description = f"status {exit_status}" if exit_status else ""
         if exit_signal:
             exit_description = f"signal {exit_signal}"
+        modes = None if dead == "1" else read_terminal_modes(terminal)
+        reads_keys = None if modes is None else not modes & termios.ICANON
         return PaneSnapshot(
             pane_id, int(server), int(pid or 0), dead == "1", exit_description,
             mode not in ("", "0"), alternate == "1", int(row or 0), int(column or 0),
             command, title, tuple(line.rstrip() for line in screen.split("\n")),
-            None if dead == "1" else is_in_raw_mode(terminal), int(columns or 0), int(rows or 0),
-            cursor_flag != "0")
+            reads_keys, int(columns or 0), int(rows or 0), cursor_flag != "0")
 
     def hides_input(self, pane_id: str) -> bool:
         """Whether the pane's terminal reads a line without showing it, as for a password."""
@@ -1550,15 +1536,15 @@ class Tmux:
         modes = read_terminal_modes(terminal) or termios.ECHO       # if unknown: it shows it
         return bool(modes & termios.ICANON) and not modes & termios.ECHO
 
-    def list_sessions(self) -> list[TmuxSession]:
-        """Return the sessions of this server that have a mark."""
+    def list_sessions(self) -> list[tuple[str, str, float, bool]]:
+        """Return our sessions: name, mark, Unix time of creation, whether the program runs."""
         try:
             lines = self._query("list-panes", "-a", "-F", "#{session_name}\t#{@orchestrator}\t"
                                 "#{session_created}\t#{pane_dead}").splitlines()
         except TmuxSessionLost:
             return []
         panes = [line.split("\t") for line in lines if line.count("\t") == 3]
-        return [TmuxSession(name, mark, float(created), dead != "1")
+        return [(name, mark, float(created), dead != "1")
                 for name, mark, created, dead in panes if mark]
 
     def capture_history(self, pane_id: str) -> str:
