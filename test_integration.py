@@ -276,7 +276,7 @@ class Overseer(ScriptedModel):
         shown = "\n".join(texts[index] for index in range(len(texts)) if index % 2)
         for did, recalled in re.findall(r"(?m)^did (\d+)$|^recalled:(.*)$", shown):
             done = done | {did} if did else set(recalled.split())
-        if "Summarise it" in texts[0]:
+        if "Summarise the session" in texts[-1]:
             return f"Much was done.\nrecalled: {' '.join(sorted(done))}"
         if "facts remembered" in texts[0]:
             return "no"
@@ -2881,10 +2881,10 @@ class RoughModel(ScriptedModel):
         if self._row:
             self.wrong += 1
             WRONG[self.wrong % len(WRONG)](exchange)
-        elif "Summarise it" in texts[0]:
+        elif "Summarise the session" in texts[-1]:
             self.summaries += 1
             self._complete(exchange, 1, "All went well so far.")
-        elif "Go on exactly where it stopped" in texts[-1]:
+        elif "Continue exactly where it stopped" in texts[-1]:
             self._complete(exchange, 1, self.rest)
         elif self._chance.random() < 0.1 and len(self.replies[0]) > 20:
             reply, (self.rest, self.replies[:1]) = self.replies[0], (self.replies[0][9:], [])
