@@ -5815,7 +5815,7 @@ DASHBOARD_PAGE = r"""<!doctype html>
     lastScreen = event;
     byId("terminal").hidden = !screen;
     if (!screen || !byId("terminal").open) return;
-    setText("held", isSelecting() ? "Stopped while you select text. Escape continues." : "");
+    setText("held", isSelecting() ? "Held while you select text. Escape continues." : "");
     if (isSelecting()) return;
     let style = {}, from = 0;
     for (const {0: escape, 1: codes, index} of screen.matchAll(ESCAPE)) {
