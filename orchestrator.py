@@ -27,7 +27,7 @@ In autonomous mode (the default) a model on OpenRouter takes your place.  You gi
 orchestrator types each of its replies into the agent, except these commands:
 
     KEYS: Down Enter         press keys
-    WAIT: 10m                wait, or until the screen changes
+    WAIT: 10m                wait this long, or until the screen changes
     MEMORY_SAVE: a fact      keep the fact in DIR/memory.json for later runs
     TASK_COMPLETE            end the run, once VERIFY_CMD has passed or the model has confirmed it
     TASK_FAILED: a reason    give up
@@ -137,9 +137,9 @@ __all__ = [
 # What can go wrong, by what the caller can do about it.  May use: nothing.
 
 class OrchestratorError(Exception):
-    """A failure, told in one line.
+    """A failure, described in one line.
 
-    `exit_status` is the status with which the program ends, `outcome` is the one of the run.
+    It ends the program with `exit_status`, and the run with `outcome`.
     """
 
     exit_status = 1
@@ -199,8 +199,8 @@ class AgentExited(AgentError):
 class ModelError(OrchestratorError):
     """The model server refused a request or can't be reached; sending it again does not help.
 
-    `kind` says what is wrong, `token_counts` which limits the server named, by what they count,
-    and `refused_features` what it does not take of the request.
+    `kind` is the name of an _ErrorKind, `token_counts` are the limits that the server named, and
+    `refused_features` the fields of the request that it does not accept.
     """
 
     exit_status = 6
@@ -218,11 +218,11 @@ class RequestRejected(ModelError):
 
 
 class ContextWindowExceeded(RequestRejected):
-    """The conversation is longer than the model takes: shorten it."""
+    """The conversation is longer than the model's context window: shorten it."""
 
 
 class TransientError(ModelError):
-    """A request failed in a way that may pass: wait, then send it again."""
+    """A request failed for a reason that may pass: wait, then send it again."""
 
     def __init__(self, message: str, *, kind: str = "", retry_after: float | None = None,
                  max_attempts: int = 0) -> None:
@@ -371,8 +371,8 @@ def parse_env(
         text: str, on_error: Callable[[str], object] = _raise_config_error) -> dict[str, str]:
     r"""Return the NAME=value pairs of a .env file.  A value in quotes may span lines.
 
-    The file may belong to another program, so a line of any other form sets its first word to
-    nothing.  Only if that word is a setting of ours, this is a ConfigError, or `on_error` is told.
+    The file may belong to another program, so a line of any other form sets its first word to "".
+    If that word is a setting of ours, `on_error` is called, which by default raises ConfigError.
 
     >>> parse_env('# a comment\nexport KEY="a b"\nPORT=80 # web')
     {'KEY': 'a b', 'PORT': '80'}
@@ -393,7 +393,7 @@ def parse_env(
 
 def read_env_file(
         path: Path, on_error: Callable[[str], object] = _raise_config_error) -> dict[str, str]:
-    """Return what a .env file sets.  Without a file, and for a directory, that is nothing."""
+    """Return what a .env file sets; {} if there is no file."""
     try:
         text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
     except (FileNotFoundError, IsADirectoryError):      # .env may be a virtual environment
@@ -421,9 +421,9 @@ _CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def sanitize(text: str) -> str:
-    r"""Return text that can't act on a terminal: no control characters but LF and TAB.
+    r"""Return text that can't act on a terminal: no control characters except LF and TAB.
 
-    An ESC[201~ left inside would end a paste before tmux 3.7, and press what follows as keys.
+    With tmux before 3.7, an ESC[201~ in a text would end the paste, and the rest would be keys.
 
     >>> sanitize('a\r\nb\x1b[201~c')
     'a\nb[201~c'
@@ -498,16 +498,19 @@ def truncate_middle(text: str, limit: int = 16_000) -> str:
     return f"{head.rstrip()}\n[... {left_out} left out ...]\n{tail}"
 
 
-def _common_prefix_length(one: list[str], other: list[str]) -> int:
-    return len(os.path.commonprefix([one, other]))
+def _common_ends(one: list[str], other: list[str]) -> tuple[int, int]:
+    """Return how many lines are equal at the beginning of two lists, and at the end of the rest."""
+    start = len(os.path.commonprefix([one, other]))
+    return start, len(os.path.commonprefix([one[start:][::-1], other[start:][::-1]]))
 
 
 def _find_overlap(before: list[str], after: list[str]) -> int:
-    """Return where `after` begins in `before`, whose oldest lines may have left a full history.
+    """Return the row of `before` at which `after` begins: a full history drops its oldest lines.
 
-    All but the last screen has to agree; len(before) if it does so nowhere, or in two places.
+    All rows must be equal except those of the last screen.  Returns len(before) if no row fits,
+    or more than one.
     """
-    old = before[:-60]
+    old = before[:-60]      # the last screen has 50 lines
     if after[:len(old)] == old:
         return 0
     candidates = (row for row in range(len(old) - 20) if old[row:row + 20] == after[:20])
@@ -518,9 +521,9 @@ def _find_overlap(before: list[str], after: list[str]) -> int:
 def _find_redrawn(old: list[str], after: list[str]) -> int:
     """Return where the new lines begin if the old ones were all drawn again further down, else 0.
 
-    Fewer than three lines of text may stand there by chance.
+    Fewer than three equal lines of text may be a coincidence.
     """
-    if sum(map(bool, old)) < 3:
+    if len(list(filter(None, old))) < 3:
         return 0
     for start in range(len(after) - len(old), 0, -1):
         if after[start:start + len(old)] == old:
@@ -531,19 +534,18 @@ def _find_redrawn(old: list[str], after: list[str]) -> int:
 def find_new_lines(before: list[str], after: list[str]) -> list[str] | None:
     """Return the lines of one capture that an earlier one lacks; None if they share nothing.
 
-    What both begin with is the old transcript, what both end with is the input box and footer.
+    The common beginning is the old transcript, the common end is the input box and its footer.
 
     >>> find_new_lines(['$ ls', 'a', '$'], ['$ ls', 'a', '$ ls', 'a', '$'])
     ['$ ls', 'a']
     """
     old = before[_find_overlap(before, after):]
-    start = _common_prefix_length(old, after)
-    end = _common_prefix_length(old[start:][::-1], after[start:][::-1])
+    start, end = _common_ends(old, after)
     redrawn_end = _find_redrawn(old, after) if start + end < len(old) else 0
     if redrawn_end:
         return after[redrawn_end:]
     grown = len(before) == 1 and after[:1] and after[0].startswith(before[0])    # a prompt
-    if before and not any(old[:start]) and not grown:       # blank lines are alike by chance
+    if before and not any(old[:start]) and not grown:       # equal blank lines mean nothing
         return None
     return after[start:len(after) - end]
 
@@ -556,8 +558,7 @@ def find_new_blocks(before: list[str], after: list[str]) -> list[str] | None:
     >>> find_new_blocks(['title', 'a', 'b', 'c', 'box'], ['title', 'a', 'b', 'c', 'd', 'box'])
     ['d']
     """
-    start = _common_prefix_length(before, after)
-    end = _common_prefix_length(before[start:][::-1], after[start:][::-1])
+    start, end = _common_ends(before, after)
     middle = after[start:len(after) - end]
     matcher = difflib.SequenceMatcher(
         None, before[start:len(before) - end], middle, autojunk=False)
@@ -581,7 +582,7 @@ _VOLATILE_TEXT = re.compile(      # all repetitions are bounded: 16,000 digits m
 def normalize_screen(screen: str) -> str:
     """Return a screen's text in a form that is the same where only times and counters differ.
 
-    An agent may end each turn with a line like `✻ Brewed for 4s`, in ever new words.
+    An agent may end each turn with a line like `✻ Brewed for 4s`, each time in other words.
     """
     return _VOLATILE_TEXT.sub("#", screen)
 
@@ -617,7 +618,17 @@ def remove_echo(output: str, message: str) -> str:
 
 _SGR_SEQUENCE = re.compile(r"\x1b\[[\d;:]*m")
 SGR_DIM = re.compile(r"\x1b\[(?:\d;)*2[;m]")
-SECONDS_PER_UNIT = {"s": 1, "m": 60, "h": 3600}
+_SECONDS_PER_UNIT = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def add_durations(text: str) -> float:
+    """Return the sum of the durations in a text, in seconds, which are the default unit.
+
+    >>> add_durations("1 hour, 30 min"), add_durations("90")
+    (5400.0, 90.0)
+    """
+    return float(sum(float(number.replace(",", ".")) * _SECONDS_PER_UNIT[unit or "s"]
+                     for number, unit in re.findall(r"(\d+(?:[.,]\d+)?) ?([dhms]?)", text.lower())))
 
 
 def format_duration(seconds: float) -> str:
@@ -633,10 +644,10 @@ def format_duration(seconds: float) -> str:
 
 
 def secret_pattern(secret: str) -> re.Pattern[str]:
-    """Return a pattern that finds a secret, also where a terminal has wrapped or coloured it.
+    """Return a pattern that finds a secret, even where a terminal has wrapped or coloured it.
 
-    Of a long secret each half is found, too.  One of fewer than 8 characters is never found: it
-    would match ordinary text.
+    It also finds each half of a long secret.  It finds nothing for a secret of fewer than 8
+    characters, which would match ordinary text.
     """
     if len(secret) < 8:
         return re.compile("(?!)")
@@ -647,8 +658,8 @@ def secret_pattern(secret: str) -> re.Pattern[str]:
 
 
 # -- 4. Agent profiles ----------------------------------------------------------------------
-# All that is known of single agents, as data.  To add one, add a record here and recorded screens
-# to its test.  May use: nothing.
+# All that is known of each agent, as data.  To add one, add a record here and in PROFILES, and
+# recorded screens to its test.  May use: nothing.
 
 SPINNER = re.compile("[\u2801-\u28ff\u25d0-\u25d3]")      # Braille, or a turning half-moon
 
@@ -682,9 +693,9 @@ def _split_command(command: str) -> tuple[str, ...]:
 class AgentProfile:
     """How one agent is run, and what its screen means.  The defaults suit an unknown program.
 
-    `optional_arguments` are for the default command only.  They set what a user's own settings may
-    have changed.  Each has the name that error messages give it: if the installed version refuses
-    it, the agent is started without it.
+    `optional_arguments` are added to the default command only.  They reset what your own settings
+    of the agent may have changed.  Each has the name under which the agent complains about it: if
+    the installed version refuses it, the agent is started without it.
 
     >>> AgentProfile.from_command("bash --norc").start_command
     ('bash', '--norc')
@@ -695,15 +706,15 @@ class AgentProfile:
     resume_command: tuple[str, ...] = ()        # empty: it can't continue a conversation
     program_names: tuple[str, ...] = ()
     model_names: tuple[str, ...] = ()           # values of DEFAULT_MODEL that mean this agent
-    model_prefix: str = ""                      # more exact ones, which are passed on, begin so
+    model_prefix: str = ""                      # so do names that begin with it
     optional_arguments: tuple[tuple[str, tuple[str, ...]], ...] = ()
     resume_arguments: tuple[str, ...] = ()      # they follow the name of the program
-    approval_arguments: tuple[str, ...] = ()    # so it asks no permission: for you to choose
+    approval_arguments: tuple[str, ...] = ()    # for --help: with these it asks no permission
     install_command: str = ""
-    environment: tuple[tuple[str, str], ...] = ()       # what it needs to run in a pane
-    variables_not_inherited: tuple[str, ...] = ()       # what makes it refuse to run in one
+    environment: tuple[tuple[str, str], ...] = ()       # variables that it needs in a pane
+    variables_not_inherited: tuple[str, ...] = ()       # with these it refuses to run in one
     login_status_command: tuple[str, ...] = ()
-    root_check: tuple[str, str] = ("", "")      # refused option for root, variable that allows it
+    root_check: tuple[str, str] = ("", "")      # option refused for root, variable that allows it
 
     # The screen.  `prompt_line` is the first row of the input box, `box_border` the row above it.
     prompt_line: re.Pattern[str] | None = None
@@ -716,16 +727,16 @@ class AgentProfile:
     hides_status_line: bool = False                     # while its answer streams
     closing_line: re.Pattern[str] | None = None         # the last line of a turn that is over
     queued_message: re.Pattern[str] | None = None       # typed before the agent had started
-    needs_blank: re.Pattern[str] | None = None          # a message that a blank must follow
+    needs_blank: re.Pattern[str] | None = None          # a message that needs a blank at its end
     menu_cursor: re.Pattern[str] | None = None          # a row of a menu, never of the input box
     menu_hint: re.Pattern[str] | None = None            # the line below a menu that lists its keys
     startup_dialogs: tuple[StartupRule, ...] = ()
-    usage_limit: re.Pattern[str] | None = None          # a line that says that one was reached
+    usage_limit: re.Pattern[str] | None = None          # the notice that one was reached
     problems: tuple[ProblemRule, ...] = ()
 
     @property
     def is_known(self) -> bool:
-        """Whether its input box is described, and with it what else its screen shows."""
+        """Whether this profile describes the agent's input box and the rest of its screen."""
         return self.prompt_line is not None
 
     @classmethod
@@ -738,7 +749,7 @@ class AgentProfile:
         """Return this profile with a shell command, in which the program's name ends at `end`."""
         resume_command: tuple[str, ...] = ()
         if self.resume_arguments[:1] and self.resume_arguments[0] in command.split():
-            resume_command = _split_command(command)        # it does so already
+            resume_command = _split_command(command)        # the command resumes already
         elif self.resume_arguments:
             inserted = " ".join(self.resume_arguments)
             resume_command = _split_command(f"{command[:end]} {inserted}{command[end:]}")
@@ -749,7 +760,7 @@ class AgentProfile:
             login_status_command=self.login_status_command if is_local else ())
 
     def with_model(self, model: str) -> AgentProfile:
-        """Return this profile with a model, of DEFAULT_MODEL, in its commands."""
+        """Return this profile with the model that DEFAULT_MODEL names in its commands."""
         program, *arguments = self.start_command
         if model.lower() not in self.model_names:
             arguments = ["--model", model, *arguments]
@@ -770,7 +781,7 @@ CLAUDE_CODE = AgentProfile(
         ("--settings", ("--settings", '{"prefersReducedMotion": false, "editorMode": "normal", '
                         '"statusLine": {"type": "command", "command": "true"}}')),),
     install_command="npm install -g @anthropic-ai/claude-code",
-    # Where it may use the alternate screen, it leaves no scrollback.
+    # On the alternate screen there would be no scrollback.
     environment=(("CLAUDE_CODE_DISABLE_ALTERNATE_SCREEN", "1"),),
     variables_not_inherited=("CLAUDECODE", "CLAUDE_CODE_ENTRYPOINT"),
     login_status_command=("claude", "auth", "status"),
@@ -822,7 +833,7 @@ CODEX = AgentProfile(
                    "--sandbox", "workspace-write"),
     resume_arguments=("resume", "--last"),
     approval_arguments=("--ask-for-approval", "never", "--sandbox", "workspace-write"),
-    # Without --no-daemon the turn goes on in a background server after the pane is gone.
+    # Without --no-daemon the turn continues in a background server after the pane is gone.
     optional_arguments=(
         ("--no-daemon", ("--no-daemon",)),
         ("tui.animations", ("-c", "tui.animations=true")),
@@ -833,7 +844,7 @@ CODEX = AgentProfile(
     status_line=re.compile(r"(?:[•◦] )?\w[^(]{0,80}\((?:\d+[hms] ?)+ • esc to interrupt\).*"),
     hides_status_line=True,
     closing_line=re.compile(r"\s+Worked for <?\d.*"),
-    queued_message=re.compile(r"\s*Waiting for startup\b"),
+    queued_message=re.compile(r"^\s*Waiting for startup\b"),
     needs_blank=re.compile(r"[@$]\S*\Z"),       # else a completion takes the Enter
     menu_cursor=re.compile(r"[›>] *(\d+\. .*|\[.\] .*)"),
     menu_hint=re.compile(r"\benter (?:to )?(?:confirm|select|save|continue|resume|submit)\b|"
@@ -932,7 +943,7 @@ PROFILES = (CLAUDE_CODE, CODEX, GEMINI, OPENCODE, QWEN_CODE, COPILOT, AIDER, CLI
 _COMMAND_WORD = re.compile(r"[^\s'\"`;|&()]+")
 _VERSION_SUFFIX = (r"(?:[@:](?:latest|next|beta|nightly|stable|[~^]?v?\d[\w.+-]*)|[-_]v?\d[\w.+-]*|"
                    r"-(?:x86_64|aarch64|arm64|linux|darwin)[\w.-]*|\.(?:exe|cmd|js|mjs))*")
-# A host or a container may have an agent's name, as may the value of an option.
+# A host, a container or the value of an option may have the name of an agent.
 _PLACE = re.compile(
     r"\bssh\s+(?:-[bcDEeFIiJLlmOopQRSWw]\s+\S+\s+|-\S+\s+)*\S+|"
     r"\b(?:docker|podman|nerdctl|kubectl|lxc)\b[^|;&]*?\bexec\s+"
@@ -981,8 +992,8 @@ def select_profile(default_model: str, command: str = "") -> AgentProfile:
 def child_environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return the environment for programs that we start (`environ` or our own, with changes).
 
-    It lacks the API key and the variables that tell a program that it runs inside another agent
-    or tmux, and has what the agents need.
+    The API key is removed, and the variables that tell a program that it runs inside tmux or
+    another agent.  The variables that the agents need are added.
     """
     source = os.environ if environ is None else environ
     removed = {"OPENROUTER_API_KEY", "TMUX", "TMUX_PANE"}
@@ -1016,15 +1027,14 @@ class _InputBox(NamedTuple):
     end: int        # what follows the box
 
 
-def _has_menu_hint(profile: AgentProfile, screen: Sequence[str]) -> bool:
-    """Whether the last lines of a screen list the keys of a menu."""
-    pattern = profile.menu_hint
+def ends_with(screen: Iterable[str], pattern: re.Pattern[str] | None) -> bool:
+    """Whether one of the last three text lines of a screen has a pattern."""
     return pattern is not None and any(map(pattern.search, text_lines(screen)[-3:]))
 
 
 def _parse_input_box(
         profile: AgentProfile, screen: Sequence[str], row: int) -> _InputBox | None:
-    """Return the input box whose prompt is in this row, None if there is none."""
+    """Return the input box whose prompt is in this row, or None."""
     if profile.reader_footer and profile.reader_prompt_line:
         for start in range(max(0, row - 2), row):
             if (profile.reader_prompt_line.match(screen[row])
@@ -1035,7 +1045,7 @@ def _parse_input_box(
     if not profile.box_border:      # a footer follows after a blank line, as below a menu
         ends = [end for end in range(row + 1, len(screen))
                 if not screen[end].strip() and any(screen[end:])]
-        if not ends or _has_menu_hint(profile, screen[ends[-1]:]):
+        if not ends or ends_with(screen[ends[-1]:], profile.menu_hint):
             return None
         return _InputBox(row, row, ends[-1], ends[-1])
     for end in range(row, len(screen)):
@@ -1085,8 +1095,8 @@ def strip_input_box(profile: AgentProfile, lines: Sequence[str]) -> list[str]:
 def find_draft(profile: AgentProfile, screen: Sequence[str], row: int, column: int) -> str:
     """Return the text in the input box, "" if the cursor, at `row` and `column`, is not in it.
 
-    Behind the cursor in an empty box there may be a placeholder.  Another mark than the usual
-    one, as `!` for a shell command, belongs to the draft.
+    In an empty box, text after the cursor may be a placeholder.  A `!` in place of the usual mark,
+    which begins a shell command, belongs to the draft.
     """
     box = _find_input_box(profile, screen)
     if not box or not box.text <= row < box.text_end:
@@ -1102,12 +1112,6 @@ def find_draft(profile: AgentProfile, screen: Sequence[str], row: int, column: i
     return "\n".join([mode + first, *rest])
 
 
-def is_message_queued(profile: AgentProfile, screen: Iterable[str]) -> bool:
-    """Whether a screen says that the agent will take a message only once it has started."""
-    pattern = profile.queued_message
-    return pattern is not None and any(map(pattern.match, text_lines(screen)[-3:]))
-
-
 def _is_unindented(line: str) -> bool:
     return line[:1] not in ("", " ", "─", "↑", "↓")      # arrows: a list that scrolls
 
@@ -1116,8 +1120,8 @@ def _find_menu(profile: AgentProfile, lines: list[str],
                cursor_pattern: re.Pattern[str] | None) -> tuple[int, int | None]:
     """Return the first row of a menu and the row of its cursor.
 
-    It begins below a rule, which may also stand between its entries, or where the agent draws no
-    rules, below the last line that is not indented.
+    The menu begins below a horizontal rule; there may be others between its entries.  If the agent
+    draws no rules, it begins below the last line that is not indented.
     """
     rules = [row for row, line in enumerate(lines[:-1]) if _HORIZONTAL_RULE.match(line)
              and not _NUMBERED_ENTRY.match(lines[row + 1])]
@@ -1135,7 +1139,7 @@ def _find_menu(profile: AgentProfile, lines: list[str],
 
 
 def _find_question(profile: AgentProfile, lines: list[str]) -> str:
-    """Return the question, or else the title, in the lines of a menu above its cursor."""
+    """Return the question in the lines of a menu above its cursor, otherwise its title."""
     text = [line.strip() for line in text_lines(lines) if not _NUMBERED_ENTRY.match(line)]
     questions = [found[0] for line in text if (found := re.match(r"(?!●).*?\?(?=\s|$)", line))]
     if questions:
@@ -1152,12 +1156,14 @@ def _find_question(profile: AgentProfile, lines: list[str]) -> str:
 def describe_menu(profile: AgentProfile, screen: Sequence[str]) -> str:
     """Return what the menu at the bottom of a screen asks and where its cursor is, or ""."""
     above, box, _ = split_at_input_box(profile, screen)
-    if not profile.is_known or (box and not (      # a panel, opened while the agent worked
-            profile.box_border and any(map(profile.box_border.match, above))
-            and _has_menu_hint(profile, text_lines(above)[-1:]))):
+    if not profile.is_known:
         return ""
-    lines = trimmed_lines("\n".join(above))[-60:]
-    is_hinted = _has_menu_hint(profile, lines)
+    if box:     # with a panel above it, if one was opened while the agent worked
+        has_border = profile.box_border and any(map(profile.box_border.match, above))
+        if not has_border or not ends_with(text_lines(above)[-1:], profile.menu_hint):
+            return ""
+    lines = trimmed_lines("\n".join(above))[-60:]      # more than a screen of ours has
+    is_hinted = ends_with(lines, profile.menu_hint)
     first, row = _find_menu(profile, lines, _ANY_CURSOR if is_hinted else profile.menu_cursor)
     if row is None:
         title = "".join(text_lines(lines[first:])[:1]).strip()
@@ -1184,7 +1190,7 @@ _USUAL_MENU_HINT = re.compile(r"\benter (?:to )?(?:\w+)\b", re.I)
 
 
 def count_usual_busy_lines(screen: Sequence[str]) -> int:
-    """Count the last lines of any program that say, or show by a spinner, that it is working."""
+    """Count the last lines that say, or show by a spinner, that any program is working."""
     return sum(1 for line in text_lines(screen)[-12:]
                if _USUAL_BUSY_WORDS.search(line) and not _USUAL_MENU_HINT.search(line))
 
@@ -1206,7 +1212,7 @@ def has_appeared(text: str, before: Sequence[str], after: Sequence[str]) -> bool
     if not end or _ANY_PASTE_PLACEHOLDER.search(lines):
         return True
     shown = "".join(filter(str.isalnum, lines))
-    parts = (end[-8:], end[-16:-8])     # between which another column may stand
+    parts = (end[-8:], end[-16:-8])     # text of another column may stand between them
     return any(part and part in shown for part in parts)
 
 
@@ -1242,8 +1248,9 @@ def find_startup_dialog(profile: AgentProfile, screen: Sequence[str]) -> Startup
         labels = [_ENTRY_FRAME.sub("", line) for line in screen]
         rows = [row for row, label in enumerate(labels) if label.startswith(rule.entry)]
         if rows and cursors:
-            distance = rows[0] - cursors[-1]
-            key = "Down" if distance > 0 else "Up" if distance < 0 else "Enter"
+            key = "Enter"
+            if rows[0] != cursors[-1]:
+                key = "Down" if rows[0] > cursors[-1] else "Up"
             return StartupDialog(labels[rows[0]], key)
     return None
 
@@ -1259,7 +1266,7 @@ def find_problem(profile: AgentProfile, text: str) -> str:
 
 
 class UsageLimit(NamedTuple):
-    """A usage limit of the agent, and the seconds until its reset: 0 if not given or just over."""
+    """A usage limit, and the seconds until its reset: 0 if no time is given or it has passed."""
 
     notice: str
     seconds: float
@@ -1271,12 +1278,6 @@ _RESET_TIME = re.compile(
     r"(?: at)? )?(\d+)(?::(\d\d))? ?([ap]m)?\b", re.I)
 
 
-def _parse_delay(text: str) -> float:
-    seconds = {**SECONDS_PER_UNIT, "d": 86400}
-    return float(sum(int(count) * seconds[unit.lower()]
-                     for count, unit in re.findall(r"(\d+) ?([a-z])", text, re.I)))
-
-
 def _seconds_until(now: datetime.datetime, month: str | None, day: str | None, year: str | None,
                    hour: str, minute: str | None, half: str | None) -> float:
     hours = int(hour)
@@ -1285,11 +1286,11 @@ def _seconds_until(now: datetime.datetime, month: str | None, day: str | None, y
     at = now.replace(hour=hours, minute=int(minute or 0), second=0, microsecond=0)
     if month and day:
         number = time.strptime(month, "%b").tm_mon
-        is_next_year = now.month - number > 6
-        at = at.replace(month=number, day=int(day), year=int(year or now.year + is_next_year))
-    elif at < now - datetime.timedelta(hours=1):    # else it is just over, not a day away
+        next_year = now.year + 1 if now.month - number > 6 else now.year
+        at = at.replace(month=number, day=int(day), year=int(year or next_year))
+    elif at < now - datetime.timedelta(hours=1):    # otherwise it has just passed
         at += datetime.timedelta(days=1)
-    return max(0.0, at.timestamp() - now.timestamp())       # also where the clocks are changed
+    return max(0.0, at.timestamp() - now.timestamp())       # right across a change of the clocks
 
 
 def parse_usage_limit(
@@ -1308,7 +1309,7 @@ def parse_usage_limit(
     delay = _RESET_DELAY.search(notice)
     moment = _RESET_TIME.search(notice)
     if delay:
-        return UsageLimit(notice, _parse_delay(delay[1]))
+        return UsageLimit(notice, add_durations(delay[1]))
     if moment:
         with contextlib.suppress(ValueError):       # there may be no such time
             return UsageLimit(notice, _seconds_until(now, *moment.groups()))
@@ -1321,16 +1322,20 @@ def parse_usage_limit(
 
 _SERVER_LOST = re.compile("server exited|lost server")
 _NO_CONNECTION = re.compile(r"error connecting to .*\((No such file|Connection refused)")
-_SESSION_LOST = re.compile(r"no server running|error connecting to .*\((No such file|"
-                           r"Connection refused)|no sessions|no current target|"
-                           r"can't find (session|window|pane)")
-_WIDTH, _HEIGHT, _HISTORY_LIMIT = 200, 50, 50_000
+_SESSION_LOST = re.compile(rf"no server running|{_NO_CONNECTION.pattern}|no sessions|"
+                           r"no current target|can't find (session|window|pane)")
+_WIDTH, _HEIGHT = 200, 50
+_SERVER_SETTINGS = (            # of a server of ours
+    "start-server", ";", "set-option", "-s", "@started_by", "orchestrator", ";",
+    "set-option", "-g", "history-limit", "50000", ";",
+    "set-option", "-g", "remain-on-exit", "on", ";", "set-option", "-s", "focus-events", "on", ";",
+    "set-option", "-g", "update-environment", "", ";")
 INITIAL_TITLE = "starting"      # the title of a window whose program has not given it one
 _CALL_TIMEOUT = 5.0             # seconds; a server of another version may never answer
 
 
 def process_start_time(pid: int) -> str:
-    """Return when a process began, "" if it is gone or a zombie, or if nothing tells.
+    """Return when a process began, "" if it has ended or the system does not say.
 
     Slim containers have no ps, and macOS has no /proc.
     """
@@ -1344,7 +1349,7 @@ def process_start_time(pid: int) -> str:
 
 
 def child_processes(pid: int) -> dict[int, int]:
-    """Return the ids of all descendants of a process, each with that of its session."""
+    """Return the ids of all descendants of a process, each with its session id."""
     parents: dict[int, int] = {}
     try:
         for path in Path("/proc").glob("[0-9]*/stat"):
@@ -1371,8 +1376,8 @@ def child_processes(pid: int) -> dict[int, int]:
 def processes_of_pane(server_pid: int, pane_id: str) -> list[int]:
     """Return the processes that have a pane in their environment, wherever they are now.
 
-    A daemon has left its parent and its session, but its environment still tells where it was
-    started.  Where that can't be read, as on macOS, the list is empty.
+    A daemon has left its parent and its session, but its environment still says where it was
+    started.  On macOS that can't be read, and the list is empty.
     """
     found = []
     pane, server = f"\0TMUX_PANE={pane_id}\0".encode(), f",{server_pid},".encode()
@@ -1386,21 +1391,21 @@ def processes_of_pane(server_pid: int, pane_id: str) -> list[int]:
 
 
 class PaneSnapshot(NamedTuple):
-    """One look at a pane: what tmux knows of it, and its visible lines."""
+    """The state of a pane at one moment, and its visible lines."""
 
     id: str
     server_pid: int
     pid: int
     dead: bool
-    exit_description: str             # of a dead pane: how the program ended, where tmux knows
-    in_mode: bool           # a person scrolls: keys would go to tmux
-    is_alternate_screen: bool         # full-screen program: there is no history
+    exit_description: str       # how the program of a dead pane ended, if tmux knows
+    in_mode: bool               # you scroll in it: keys would go to tmux
+    is_alternate_screen: bool   # full-screen program: there is no history
     cursor_row: int
     cursor_column: int
-    foreground_command: str            # the program in the foreground
+    foreground_command: str     # name of the program
     title: str
     screen: tuple[str, ...]
-    reads_keys: bool | None = None      # raw mode, not line mode; None: unknown
+    reads_keys: bool | None = None      # raw mode (False: line mode); None: unknown
     columns: int = 0
     rows: int = 0
     cursor_is_visible: bool = True
@@ -1416,15 +1421,6 @@ class PaneSnapshot(NamedTuple):
         return "\n".join(self.screen).rstrip()
 
 
-class TmuxSession(NamedTuple):
-    """A session of ours on a tmux server."""
-
-    name: str
-    mark: str           # what it was made for
-    created_at: float   # Unix time
-    is_running: bool    # False: its program has ended
-
-
 def read_terminal_modes(terminal: str) -> int | None:
     """Return the local modes of a terminal (ICANON, ECHO, ...); None if they are unknown."""
     try:
@@ -1437,12 +1433,6 @@ def read_terminal_modes(terminal: str) -> int | None:
         return None
     finally:
         os.close(descriptor)
-
-
-def is_in_raw_mode(terminal: str) -> bool | None:
-    """Tell whether the program on a terminal reads keys (raw mode), not lines; None: unknown."""
-    modes = read_terminal_modes(terminal)
-    return None if modes is None else not modes & termios.ICANON
 
 
 class Tmux:
@@ -1468,12 +1458,12 @@ class Tmux:
 
     @property
     def attach_command(self) -> str:
-        """The command for a person who wants to watch."""
+        """The command with which you watch the session."""
         return f"tmux -L {self.socket_name} attach -t {self.session}"
 
     @property
     def kill_command(self) -> str:
-        """The command that ends the session, and what runs in it."""
+        """The command with which you end the session, and what runs in it."""
         return f"tmux -L {self.socket_name} kill-session -t {self.session}"
 
     def check_version(self) -> str:
@@ -1486,8 +1476,8 @@ class Tmux:
     def find_pane(self) -> tuple[str, str]:
         """Return the mark of our session and the id of the agent's pane.
 
-        Without a session both are "".  The session of another program has no mark; ours has no
-        pane of the agent if that was closed, while panes that a person made are left.
+        Without a session both are "".  A session of another program has no mark.  Ours has no pane
+        id if the agent's pane was closed and you have made other panes in it.
         """
         try:
             rows = self._query("list-panes", "-s", "-t", f"={self.session}:", "-F",
@@ -1496,25 +1486,27 @@ class Tmux:
             self._session_exists = False
             return "", ""
         self._session_exists = True
+        # The greatest row is that of the pane with a mark, if there is one.
         pane_mark, pane_id, session_mark = max(row.split("\t") for row in rows.splitlines())
         if pane_mark:
             return pane_mark, pane_id
         return (session_mark, "") if session_mark else ("", pane_id)
 
     def new_pane(self, command: Sequence[str], directory: str, mark: str) -> str:
-        """Start a command in a new session, or in a new window of ours; return the pane's id.
+        """Start a command in a new session, or a new window of it; return the pane's id.
 
-        All in one call: history-limit and remain-on-exit are fixed, or too late, once the program
-        runs.  A global window-size manual, for resize-window, kills the server on tmux 3.3a to
-        3.6; -c can't name each directory: since 3.2 not a#[b]; without a pipe tmux up to 3.3a may
-        note the end of a program before it has read its last words.
+        - One call does it all: once the program runs, history-limit can't be changed, and
+          remain-on-exit may be too late.
+        - resize-window is used because a global window-size manual kills tmux 3.3a to 3.6.
+        - The directory is that of the call: since tmux 3.2, -c can't name one such as a#[b].
+        - Without a pipe, tmux up to 3.3a may miss the last output of a program that ends.
         """
         target = f"={self.session}:"
         prefix = self._foreign_server_prefix()
         new: tuple[str, ...] = ("new-window", "-t", target)
         if not self._session_exists:
-            new = (*(() if prefix else self._server_settings()), "new-session", "-d", "-s",
-                   self.session, "-x", str(_WIDTH), "-y", str(_HEIGHT))
+            new = (*(() if prefix else _SERVER_SETTINGS), "new-session", "-d", "-s", self.session,
+                    "-x", str(_WIDTH), "-y", str(_HEIGHT))
         return self._query(
             *new, "-P", "-F", "#{pane_id}", "--", *prefix, *self._without_shell(command), ";",
             "set-option", "-w", "-t", target, "remain-on-exit", "on", ";",
@@ -1525,19 +1517,10 @@ class Tmux:
             "set-option", "-p", "-t", target, "@orchestrator", mark, cwd=directory).strip()
 
     @staticmethod
-    def _server_settings() -> tuple[str, ...]:
-        """Return the commands that set up a server of ours."""
-        return ("start-server", ";", "set-option", "-s", "@started_by", "orchestrator", ";",
-                "set-option", "-g", "history-limit", str(_HISTORY_LIMIT), ";",
-                "set-option", "-g", "remain-on-exit", "on", ";",
-                "set-option", "-s", "focus-events", "on", ";",
-                "set-option", "-g", "update-environment", "", ";")
-
-    @staticmethod
     def _without_shell(command: Sequence[str]) -> tuple[str, ...]:
         """Return a command in the form that tmux runs itself.
 
-        It gives a single word to the user's shell, which may be one that refuses, as nologin.
+        tmux gives a single word to the user's shell, which may refuse it, as nologin does.
         """
         return ("env", *command) if len(command) == 1 else tuple(command)
 
@@ -1548,9 +1531,9 @@ class Tmux:
                   *self._without_shell(command), cwd=directory)
 
     def _foreign_server_prefix(self) -> tuple[str, ...]:
-        """Return what goes before a command on a server of others, whose options stay theirs.
+        """Return an `env -u` prefix that hides the environment of a server that is not ours.
 
-        Of its environment the command gets nothing that is not in ours: the key may be there.
+        It may have the API key.  The prefix is empty on a server that we have started.
         """
         with contextlib.suppress(TmuxSessionLost):
             if self._run("list-sessions", "-F", "#{@started_by}").isspace():
@@ -1576,32 +1559,33 @@ class Tmux:
         exit_description = f"status {exit_status}" if exit_status else ""
         if exit_signal:
             exit_description = f"signal {exit_signal}"
+        modes = None if dead == "1" else read_terminal_modes(terminal)
+        reads_keys = None if modes is None else not modes & termios.ICANON
         return PaneSnapshot(
             pane_id, int(server), int(pid or 0), dead == "1", exit_description,
             mode not in ("", "0"), alternate == "1", int(row or 0), int(column or 0),
             command, title, tuple(line.rstrip() for line in screen.split("\n")),
-            None if dead == "1" else is_in_raw_mode(terminal), int(columns or 0), int(rows or 0),
-            cursor_flag != "0")
+            reads_keys, int(columns or 0), int(rows or 0), cursor_flag != "0")
 
     def hides_input(self, pane_id: str) -> bool:
-        """Whether the pane's terminal takes lines and does not show them, as for a password."""
+        """Whether the pane's terminal reads a line without showing it, as for a password."""
         terminal = self._query("display-message", "-p", "-t", pane_id, "#{pane_tty}").strip()
-        modes = read_terminal_modes(terminal) or termios.ECHO
+        modes = read_terminal_modes(terminal) or termios.ECHO       # if unknown: it shows it
         return bool(modes & termios.ICANON) and not modes & termios.ECHO
 
-    def list_sessions(self) -> list[TmuxSession]:
-        """Return the sessions of this server that have a mark."""
+    def list_sessions(self) -> list[tuple[str, str, float, bool]]:
+        """Return our sessions: name, mark, Unix time of creation, whether the program runs."""
         try:
             lines = self._query("list-panes", "-a", "-F", "#{session_name}\t#{@orchestrator}\t"
                                 "#{session_created}\t#{pane_dead}").splitlines()
         except TmuxSessionLost:
             return []
         panes = [line.split("\t") for line in lines if line.count("\t") == 3]
-        return [TmuxSession(name, mark, float(created), dead != "1")
+        return [(name, mark, float(created), dead != "1")
                 for name, mark, created, dead in panes if mark]
 
     def capture_history(self, pane_id: str) -> str:
-        """Return all lines of a pane, wrapped ones joined, those that scrolled off included."""
+        """Return all lines of a pane with its scrollback; wrapped lines are joined."""
         return self._query("capture-pane", "-p", "-J", "-S", "-", "-t", pane_id)
 
     def capture_ansi(self, pane_id: str) -> str:
@@ -1614,9 +1598,10 @@ class Tmux:
         Never send-keys for text: it loses a trailing `;` and fails above 16 KB.
         """
         buffer = f"orchestrator-{secrets.token_hex(16)}"
-        return self._run_if_unchanged(pane, f"paste-buffer -p -r -d -b {buffer} -t {pane.id}",
-                             f"delete-buffer -b {buffer} ; ", text=text,
-                             before=("load-buffer", "-b", buffer, "-", ";"))
+        return self._run_if_unchanged(
+            pane, f"paste-buffer -p -r -d -b {buffer} -t {pane.id}",
+            f"delete-buffer -b {buffer} ; ", text=text,
+            before=("load-buffer", "-b", buffer, "-", ";"))
 
     def send_keys(self, pane: PaneSnapshot, *keys: str) -> bool:
         """Press keys by their tmux names; False if the pane would not take them now."""
@@ -1634,21 +1619,21 @@ class Tmux:
             self._run("send-keys", "-X", "-t", pane_id, "cancel")
 
     def kill_session(self) -> None:
-        """End the session, and with the last one the server, whose socket is left for the next."""
+        """End the session.  The server ends with its last session; its socket file stays."""
         self._run("kill-session", "-t", f"={self.session}")
 
     def _run_if_unchanged(self, pane: PaneSnapshot, command: str, otherwise: str = "", *,
-                 before: Sequence[str] = (), text: str = "") -> bool:
-        """Run a command in the server only if the pane still is as it was seen, and takes input.
+                          before: Sequence[str] = (), text: str = "") -> bool:
+        """Run a command in the server only if the pane is still the same, and takes input.
 
-        The guard runs inside the server, so nothing can change in between.  Pasting into a dead
-        pane kills the whole server before tmux 3.4; a pane in copy mode loses paste brackets.
+        The server itself checks that, so nothing can change in between.  A paste into a dead pane
+        kills tmux before 3.4; a pane in copy mode loses the paste brackets.
         """
         state = (f"#{{==:#{{pid}}/#{{pane_id}}/#{{pane_pid}}/#{{pane_dead}}/#{{pane_in_mode}}/"
                  f"#{{pane_input_off}},{pane.server_pid}/{pane.id}/{pane.pid}/0/0/0}}")
         answer = self._query(*before, "if-shell", "-F", "-t", pane.id, state,
-                            f"{command} ; display-message -p TAKEN",
-                            f"{otherwise}display-message -p REFUSED", text=text)
+                             f"{command} ; display-message -p TAKEN",
+                             f"{otherwise}display-message -p REFUSED", text=text)
         return answer.strip() == "TAKEN"
 
     def _query(self, *args: str, text: str = "", cwd: str | None = None) -> str:
@@ -1698,7 +1683,7 @@ class Tmux:
             raise TmuxError(f"tmux can't be run: {error.strerror}") from None
 
     def _restore_socket(self) -> bool:
-        """Ask our server to make its socket again, which something that cleans /tmp removed."""
+        """Ask our server to make its socket again, which a cleaner of /tmp has removed."""
         pid, start_time = self._server
         if not start_time or process_start_time(pid) != start_time:
             return False
@@ -1714,7 +1699,7 @@ class Tmux:
 # May use: Errors, Configuration, Text, Agent profiles, Screens, Tmux.
 
 class Turn(NamedTuple):
-    """What came of a message: all that is new on the screen, and how the turn ended.
+    """The result of a message: all that is new on the screen, and how the turn ended.
 
     >>> print(Turn("42", notes=("bash is still working.",)).as_text())
     [bash is still working.]
@@ -1722,10 +1707,10 @@ class Turn(NamedTuple):
     """
 
     output: str
-    state: str = "done"             # done, working (a limit came first), quiet or exited
-    notes: tuple[str, ...] = ()     # what else there is to know, in sentences
-    usage_limit_seconds: float = 0.0            # seconds until a usage limit of the agent is over
-    menu: str = ""                  # what there is to know of a question that waits for keys
+    state: str = "done"             # done, idle (no sign of an end), working (timeout) or exited
+    notes: tuple[str, ...] = ()     # further facts, as sentences
+    usage_limit_seconds: float = 0.0    # until a usage limit of the agent ends
+    menu: str = ""                  # the note on a question that waits for keys
 
     def as_text(self) -> str:
         """Return the notes and the output as one text."""
@@ -1733,13 +1718,13 @@ class Turn(NamedTuple):
 
 
 class ProgramHabits:
-    """What the program in the pane has shown of itself, kept from turn to turn."""
+    """What is known of the program in the pane from its earlier turns."""
 
     def __init__(self, profile: AgentProfile) -> None:
         self.profile = profile
         self.prompt_commands: set[str] = set()  # programs in the foreground that waited for input
         self.reads_keys: bool | None = None     # whether it reads in raw mode while it waits
-        self.idle_busy_lines = 0                # lines below its box that say "busy" all the time
+        self.idle_busy_lines = 0                # lines below its box that always say "busy"
         self.has_title_spinner = False
         self.has_closing_line = False
 
@@ -1752,19 +1737,20 @@ class ProgramHabits:
 class TurnDetector:
     """Detect the end of the agent's turn from successive pane snapshots.
 
-    Each rule is one method.  Rules 1 to 5 find a sign of work, in the order of trust.  The turn is
-    over when the sign has gone and the screen has settled.  Without a sign, a closing line, the
-    prompt (rule 6) or stillness alone (rule 7) ends it.  For stillness only the text above and in
-    the input box counts: status lines below it may tick for ever.
+    Rules 1 to 6 are one method each.  Rules 1 to 5 find a sign of work, the most reliable first.
+    The turn is over when the sign has gone and the screen has settled.  Without a sign, it is over
+    after a closing line, at the prompt (rule 6), or when the screen has not changed for some
+    seconds.  Only the text above and in the input box counts as a change: the status lines below
+    it may never stop.
     """
 
-    STALE_SECONDS = 15.0                    # a doubtful sign counts so long on a still screen
-    SETTLE_SECONDS = 0.1                    # after a sign of the program's own
+    STALE_SECONDS = 15.0                    # how long a doubtful sign counts on a still screen
+    SETTLE_SECONDS = 0.1                    # after a sign of rules 1 to 4, or a closing line
     SETTLE_SECONDS_AFTER_USUAL_WORDS = 1.0
     SETTLE_SECONDS_AT_PROMPT = 0.5
     SETTLE_SECONDS_OF_SLASH_COMMANDS = 1.0
     SETTLE_SECONDS_WITHOUT_INDICATOR = 2.0
-    TOOL_SECONDS = 45.0                     # a new process counts so long on a still screen
+    TOOL_SECONDS = 45.0                     # how long a new process counts on a still screen
     ENTER_RETRY_SECONDS = (0.5, 1.0, 2.0)   # after the last Enter
 
     def __init__(self, before: PaneSnapshot, now: float, habits: ProgramHabits, *,
@@ -1797,7 +1783,7 @@ class TurnDetector:
         self._state_changed_at = now
         self._has_changed = False
         self._title_has_changed = is_in_progress    # otherwise a dead program may have left it
-        self._quiet_since = now                 # no sign of work has been seen since
+        self._quiet_since = now                 # when the last sign of work disappeared
         self._still_seconds = 0.0               # since any change: text, title or program
         self._last_enter_at = now
         self._enter_retries = 0
@@ -1805,7 +1791,7 @@ class TurnDetector:
         self._tool_was_running = False
 
     def update(self, pane: PaneSnapshot, now: float) -> str:
-        """Return what to do: "wait", "enter" (it was not taken), or how the turn has ended."""
+        """Return "wait", "enter" (to press it again), or the state of a turn that is over."""
         self._note_changes(pane, now)
         sign = next((name for name, is_shown in self._signs if is_shown(pane)), "")
         if self.is_busy and not sign:
@@ -1815,7 +1801,7 @@ class TurnDetector:
             self.last_sign = sign
             is_endless = sign in ("program", "line mode") and self._is_stale
             return "idle" if is_endless else "wait"
-        if is_message_queued(self._profile, pane.screen) and not self._is_stale:
+        if ends_with(pane.screen, self._profile.queued_message) and not self._is_stale:
             return "wait"
         if not self.last_sign and self.is_unsent(pane):
             return self._retry_enter(now)
@@ -1835,21 +1821,20 @@ class TurnDetector:
             return 0.05
         return min(0.5, max(0.1, 0.02 * age))
 
-    # the rules
+    # rules
 
     def has_title_spinner(self, pane: PaneSnapshot) -> bool:
         """Apply rule 1: a spinner begins the title, and was not left there by a dead program."""
-        spinner = self._profile.busy_title or SPINNER
-        if not self._title_has_changed or not spinner.match(pane.title):
+        if not self._title_has_changed or not self._profile.busy_title.match(pane.title):
             return False
         self._habits.has_title_spinner = True
         return not self._is_stale
 
     def has_own_words(self, pane: PaneSnapshot) -> bool:
-        """Apply rule 2: the known agent's own words stand in their place.
+        """Apply rule 2: the known agent's own busy words stand in their place.
 
-        They are below its input box (the last lines, if it shows no box), or are the last line
-        above that which is not indented.  Quotations in an answer stand nowhere there.
+        That is below its input box (the last lines, if it shows no box), or the last unindented
+        line above it.  A quotation in an answer stands at neither place.
         """
         if not self._profile.is_known or self._shows_closing_line:
             return False
@@ -1857,8 +1842,8 @@ class TurnDetector:
             return True
         if self._habits.has_title_spinner or not self._profile.status_line:
             return False
-        outdented = next((line for line in reversed(self._above) if line and line[0] != " "), "")
-        return bool(self._profile.status_line.match(outdented))
+        unindented = (line for line in reversed(self._above) if line and line[0] != " ")
+        return bool(self._profile.status_line.match(next(unindented, "")))
 
     def runs_another_program(self, pane: PaneSnapshot) -> bool:
         """Apply rule 3: the program in the foreground has never waited for us."""
@@ -1886,15 +1871,15 @@ class TurnDetector:
         return bool(beginning) and any(line.startswith(prompt) and beginning in line
                                        for line in pane.screen[:pane.cursor_row])
 
-    # how they play together
+    # how the rules are combined
 
     @property
     def _is_stale(self) -> bool:
-        """Whether nothing has changed for so long that a doubtful sign counts no more."""
+        """Whether nothing has changed for so long that a doubtful sign no longer counts."""
         return self._still_seconds >= self.STALE_SECONDS
 
     def _seconds_to_settle(self, pane: PaneSnapshot) -> float:
-        """Return how long the text has to stand still now that no sign of work is seen."""
+        """Return for how long the text must not change, now that there is no sign of work."""
         if self.last_sign == "usual words":
             return self.SETTLE_SECONDS_AFTER_USUAL_WORDS
         if not self.last_sign and self.has_prompt_again(pane):
@@ -1908,14 +1893,14 @@ class TurnDetector:
         return self._settle_seconds
 
     def _has_new_closing_line(self) -> bool:
-        """Tell whether a closing line has come since the message: its answer was an instant one."""
+        """Tell whether a closing line has appeared since the message, without a sign of work."""
         return (self._shows_closing_line and bool(self._message)
                 and text_lines(self._above)[-3:] != self._last_lines_before)
 
     def _lacks_closing_line(self, pane: PaneSnapshot) -> bool:
         """Tell whether an answer may still be going on although its status line has gone.
 
-        An agent may show nothing else while its answer streams, if its user changed its title.
+        An agent whose title you have changed may show no other sign while its answer streams.
         """
         is_expected = self._profile.hides_status_line and self._habits.has_closing_line
         has_started = bool(self._message or self.last_sign)
@@ -1926,7 +1911,7 @@ class TurnDetector:
     def _runs_tool(self, pane: PaneSnapshot, now: float) -> bool:
         """Tell whether an unknown program runs a tool that it began since the message.
 
-        A tool may be silent, and so may its agent.  It is looked for once a second.
+        Neither the tool nor its agent may print anything meanwhile.  Looks once a second.
         """
         is_over = self.last_sign not in ("", "usual words") or self.has_prompt_again(pane)
         if self._profile.is_known or is_over or self._still_seconds >= self.TOOL_SECONDS:
@@ -1937,11 +1922,13 @@ class TurnDetector:
         return self._tool_was_running
 
     def _retry_enter(self, now: float) -> str:
-        """Return "enter" when it is time to press it again: the message still stands in the box."""
+        """Return "enter" when it is time to press it again: the message is still in the box."""
         if self._still_seconds >= self._idle_timeout:
             return "idle"
-        waits = self.ENTER_RETRY_SECONDS[self._enter_retries:self._enter_retries + 1]
-        if not waits or now - max(self._last_enter_at, self._state_changed_at) < waits[0]:
+        if self._enter_retries == len(self.ENTER_RETRY_SECONDS):
+            return "wait"
+        waited = now - max(self._last_enter_at, self._state_changed_at)
+        if waited < self.ENTER_RETRY_SECONDS[self._enter_retries]:
             return "wait"
         self._enter_retries += 1
         self._last_enter_at = now
@@ -1962,7 +1949,7 @@ class TurnDetector:
         self._still_seconds = now - self._state_changed_at
 
     def _read_parts(self, pane: PaneSnapshot) -> None:
-        """Take the screen apart, and learn what it looks like under a closing line."""
+        """Split the screen at the input box, and note whether it ends with a closing line."""
         self._above, self._box, self._below = split_at_input_box(self._profile, pane.screen)
         last = text_lines(self._above)[-1:]
         self._shows_closing_line = bool(
@@ -1985,7 +1972,7 @@ class _Submission:
 
     def __init__(self, text: str) -> None:
         self.text = text
-        self.enter_sent = False     # tmux may have sent Enter: it must not be sent again
+        self.enter_sent = False     # True: tmux may have sent Enter, so don't repeat the message
 
 
 class Agent:
@@ -2006,18 +1993,23 @@ class Agent:
     program is missing or the program ends at once.
     """
 
-    # Seconds that a first screen stands still: a ready one, unknown words, a box without a title.
-    READY_SETTLE_SECONDS, UNKNOWN_SETTLE_SECONDS, UNTITLED_SETTLE_SECONDS = 0.4, 10.0, 30.0
-    MENU_SETTLE_SECONDS, READY_TIMEOUT = 2.0, 60.0
-    INDICATOR_DELAY_SECONDS = 5.0   # a known agent shows that it works; a busy machine is slow
+    # How long the first screen must not change before the agent is taken to be ready:
+    READY_SETTLE_SECONDS = 0.4      # with an input box
+    MENU_SETTLE_SECONDS = 2.0       # with a menu
+    UNKNOWN_SETTLE_SECONDS = 10.0   # with unknown words
+    UNTITLED_SETTLE_SECONDS = 30.0  # with an input box, but no title of the window yet
+    READY_TIMEOUT = 60.0            # seconds; after that any screen will do
+
+    INDICATOR_DELAY_SECONDS = 5.0   # until a known agent shows that it works: machines are slow
     KEY_SETTLE_SECONDS = 1.0        # a known agent's screen after a key that starts no work
     SHOW_SECONDS = 2.0              # on a still screen, for a pasted text to show
-    ENTER_DELAY_SECONDS = 0.2       # some take an Enter right after a paste for a line break
-    TALL_ROWS = 500                 # the window in which a full-screen program is read
+    ENTER_DELAY_SECONDS = 0.2       # some programs take Enter right after a paste as a line break
+    TALL_ROWS = 500                 # height of the window in which a full-screen program is read
     INTERRUPT_SECONDS = 5.0         # for the agent to stop its turn
-    MAX_RESTARTS, RESTART_WINDOW_SECONDS = 3, 600.0
-    STATE_SECONDS = 0.3
-    TMUX_TIMEOUT = 25.0   # seconds: how long a tmux that does not answer is asked again
+    MAX_RESTARTS = 3                # in RESTART_WINDOW_SECONDS, without a finished turn
+    RESTART_WINDOW_SECONDS = 600.0
+    STATE_SECONDS = 0.3             # how long `read_state` looks
+    TMUX_TIMEOUT = 25.0             # seconds; until then a call that fails is repeated
 
     def __init__(self, profile: AgentProfile | str = "claude", directory: Path | str = ".", *,
                  session: str = Config.claude_tmux_session, socket: str = Config.claude_tmux_socket,
@@ -2033,7 +2025,7 @@ class Agent:
         self.directory = Path(directory).expanduser().resolve()
         self._keep_session = keep_session
         self._made_session = False
-        self.take_interrupt: Callable[[], bool] = never     # the user asks to interrupt a turn
+        self.take_interrupt: Callable[[], bool] = never     # whether you ask to interrupt a turn
         self._profile = profile
         self._tmux = self.tmux
         self._directory = str(self.directory)
@@ -2045,14 +2037,14 @@ class Agent:
         self._pane_id = ""
         self._server_pid = 0                        # a new server counts its panes from %0 again
         self._process = 0, ""                       # the agent when last seen: id, start time
-        self._last_capture: list[str] = []          # what was last reported of the transcript,
-        self._last_full_screen: list[str] = []      # and of a full-screen program
+        self._last_capture: list[str] = []          # the transcript, when last reported
+        self._last_full_screen: list[str] = []      # the same of a full-screen program
         self._habits = ProgramHabits(profile)
         self._has_conversation = False
         self._turn_in_progress = False
-        self._blocked_by_dialog = False             # it shows no input box, but something unknown
+        self._blocked_by_dialog = False             # it shows an unknown screen, no input box
         self._restart_times: list[float] = []
-        self._refused_options: set[str] = set()     # optional ones that the installed version lacks
+        self._refused_options: set[str] = set()     # names of optional_arguments
         self._last_published: tuple[float, tuple[str, ...]] = (0.0, ())
 
     def __enter__(self) -> Agent:
@@ -2084,13 +2076,13 @@ class Agent:
                 f"the tmux session {self._tmux.session} is in use for {mark or 'something else'}. "
                 "Use the same command (CLAUDE_CMD, DEFAULT_MODEL) and directory, choose another "
                 "name (CLAUDE_TMUX_SESSION, or session= in Python), or close it: "
-                f"tmux -L {self._tmux.socket_name} kill-session -t {self._tmux.session}")
+                f"{self._tmux.kill_command}")
         return pane_id
 
     def start(self, resume: bool = False) -> Turn:
         """Join the session or make it, wait until the agent is ready, and return its screen.
 
-        If it was `resume` to before, and the session is gone, it is started with its conversation.
+        With `resume`, an agent whose session is gone is started with its earlier conversation.
         Raises ConfigError for a session that was made for something else, AgentError if the
         program is missing or ends at once, or says that you have to do something first.
         """
@@ -2106,12 +2098,13 @@ class Agent:
                 self._launch(resume=False)
         except (TmuxSessionLost, AgentExited) as error:
             if isinstance(error, AgentExited) and not self._has_conversation:
-                self.stop()     # its words are told; a dead session is in the way
+                self.stop()     # the error has its last words; a dead session is in the way
                 raise
             notes = (self._restart(error),)
         self._forget_output()
         pane = self._snapshot()
-        return Turn(pane.text, notes=notes + self._menu_notes(pane))
+        menu = describe_menu(self._profile, pane.screen)
+        return Turn(pane.text, notes=(*notes, menu) if menu else notes)
 
     def ask(self, message: str, timeout: float = 1800) -> Turn:
         """Type a message, wait until the agent is done, and return what is new on its screen.
@@ -2128,9 +2121,9 @@ class Agent:
         return turn
 
     def send_keys(self, keys: Sequence[str], timeout: float = 1800) -> Turn:
-        """Press keys by their tmux names, and return what is new once the screen stands still."""
+        """Send keys (tmux names) and return the new output once the screen has settled."""
         def press(before: PaneSnapshot) -> Turn:
-            self._retry_write(lambda pane: self._tmux.send_keys(pane, *keys))
+            self._press(*keys)
             detector = self._new_detector(before, idle_timeout=2.0)
             return self._wait_for_turn_end(detector, timeout)
 
@@ -2140,7 +2133,7 @@ class Agent:
              idle_timeout: float | None = None) -> Turn:
         """Wait until the screen changes and the agent is done, `until()`, or the time is over.
 
-        With `idle_timeout`, a screen that does not change for so many seconds ends the wait, too.
+        A screen that does not change for `idle_timeout` seconds ends the wait, too.
         """
         def watch(before: PaneSnapshot) -> Turn:
             detector = self._new_detector(
@@ -2150,7 +2143,7 @@ class Agent:
         return self._with_recovery(watch)
 
     def read_state(self) -> Turn:
-        """Look for a moment; the turn's state is "working" while the agent works."""
+        """Watch the screen for a moment; the state is "working" if the agent works."""
         return self.wait(self.STATE_SECONDS)
 
     def read_screen(self) -> Turn:
@@ -2179,7 +2172,7 @@ class Agent:
                 self._server_pid = pane.server_pid
                 self._process = pane.pid, process_start_time(pane.pid)
                 if self._profile.busy_title.match(pane.title):
-                    self._tmux.send_keys(pane, "Escape")    # a server may be at work on the turn
+                    self._tmux.send_keys(pane, "Escape")    # a background server may work on it
                     self._sleep(0.5)
             processes = self._find_processes()
             self._tmux.kill_session()
@@ -2237,7 +2230,7 @@ class Agent:
                 self._sleep(0.2)
 
     def _publish_screen(self, pane: PaneSnapshot, pause: float) -> None:
-        """Publish a new screen for the viewers, `pause` seconds after the last one."""
+        """Publish a screen that has changed, at least `pause` seconds after the last one."""
         now = self._clock()
         last_time, last_screen = self._last_published
         if now - last_time < pause or pane.screen == last_screen or not self._has_viewers():
@@ -2249,7 +2242,7 @@ class Agent:
                           rows=pane.rows, cursor=cursor)
 
     def _exit_error(self, pane: PaneSnapshot) -> AgentExited:
-        """Return the error that tells how the program in the pane ended, and its last output."""
+        """Return the error for a program that has ended, with how it ended and its last output."""
         if not pane.exit_description:   # some builds of tmux lose the signal that a child has ended
             with contextlib.suppress(OSError):
                 os.kill(pane.server_pid, signal.SIGCHLD)
@@ -2268,16 +2261,16 @@ class Agent:
         return error
 
     def _forget_output(self) -> None:
-        """Take all that is on the screen now for known."""
+        """Treat all that is on the screen now as reported."""
         self._last_capture = self._capture_transcript()
         pane = self._snapshot()
         if pane.is_alternate_screen:
             self._last_full_screen = self._capture_full_screen(pane)
 
     def _take_new_output(self, pane: PaneSnapshot) -> tuple[list[str], bool]:
-        """Return what is new since the last report, and whether that could be told apart."""
+        """Return the output since the last report; False with it: the new part is not known."""
         lines: list[str] | None
-        if pane.is_alternate_screen:        # what is below it will be there again
+        if pane.is_alternate_screen:        # the transcript will be there again after it
             before, self._last_full_screen = self._last_full_screen, self._capture_full_screen(pane)
             lines = find_new_blocks(before, self._last_full_screen)
         else:
@@ -2288,8 +2281,7 @@ class Agent:
     def _capture_full_screen(self, pane: PaneSnapshot) -> list[str]:
         """Return what a full-screen program shows in a tall window, without blank lines.
 
-        Such a program has no scrollback.  On the normal screen, programs would print everything
-        again.
+        It has no scrollback.  Other programs are not resized: they would print everything again.
         """
         if pane.dead or not pane.rows:
             return []
@@ -2318,10 +2310,9 @@ class Agent:
 
     def _submit(self, before: PaneSnapshot, submission: _Submission, timeout: float) -> Turn:
         """Type a message into an empty input box, and wait for the end of its turn."""
-        menu_notes = self._menu_notes(before)
-        if menu_notes:
-            return Turn(before.text, "idle", ("Nothing was typed.", *menu_notes),
-                        menu="".join(menu_notes))
+        menu = describe_menu(self._profile, before.screen)
+        if menu:
+            return Turn(before.text, "idle", ("Nothing was typed.", menu), menu=menu)
         notes, is_empty = self._clear_draft(before)
         if not is_empty:
             return Turn(before.text, "idle", ("Nothing was typed.", *notes))
@@ -2334,8 +2325,9 @@ class Agent:
                     "Enter was not pressed. Is a question on the screen, or a hidden input?")
             return Turn(pasted.text, "idle", (*notes, "Nothing was sent.", note))
         is_unsent = self._unsent_test(before, pasted, submission.text)
-        self._retry_write(lambda pane: self._tmux.send_keys(pane, "Enter"))
-        submission.enter_sent = self._has_conversation = True   # or nobody knows
+        self._press("Enter")
+        submission.enter_sent = True        # perhaps: tmux may not have answered
+        self._has_conversation = True
         detector = self._new_detector(
             before, message=submission.text, is_unsent=is_unsent,
             has_new_process=lambda: bool(set(self._tool_processes(before)) - old_processes),
@@ -2357,10 +2349,10 @@ class Agent:
             return ""
         return find_draft(self._profile, pane.screen, pane.cursor_row, column or pane.cursor_column)
 
-    def _find_left_draft(self, pane: PaneSnapshot) -> str:
-        """Return the draft that somebody left in the input box.
+    def _find_abandoned_draft(self, pane: PaneSnapshot) -> str:
+        """Return the draft that was left in the input box.
 
-        What stands behind a cursor at its start is one too, if it is not dim like a placeholder.
+        Text after a cursor at the start of the box counts, too, unless it is dim: a placeholder.
         """
         draft = self._find_draft(pane)
         text_at_cursor = self._find_draft(pane, pane.cursor_column + 1)
@@ -2371,17 +2363,17 @@ class Agent:
         return "" if is_placeholder else text_at_cursor
 
     def _clear_draft(self, pane: PaneSnapshot) -> tuple[tuple[str, ...], bool]:
-        """Empty the input box: a message would be glued to a draft in it.
+        """Delete a draft from the input box: a message would be appended to it.
 
-        Return what is to be said of that, and whether the box is empty.
+        Return notes about that, and whether the box is empty now.
         """
-        draft = rest = self._find_left_draft(pane)
+        draft = rest = self._find_abandoned_draft(pane)
         if not draft:
             return (), True
         keys = ("C-e", *["C-u"] * 20, *["C-k"] * 20, "BSpace")      # BSpace: out of shell mode
         for _ in range(10):
             old_screen = self._snapshot().screen
-            self._retry_write(lambda pane: self._tmux.send_keys(pane, *keys))
+            self._press(*keys)
             rest = self._find_draft(self._poll_until_changed(old_screen))
             if not rest:
                 break
@@ -2390,7 +2382,7 @@ class Agent:
         return (f"The input box held a draft, which {result}: {shown!r}",), not rest
 
     def _paste_message(self, before: PaneSnapshot, text: str) -> PaneSnapshot:
-        """Paste a text once, and return the pane when it shows, or has not shown for long."""
+        """Paste a text once, and return the pane when it shows the text, or after a timeout."""
         needs_blank = self._profile.needs_blank
         if needs_blank and needs_blank.search(text):
             text += " "
@@ -2402,7 +2394,7 @@ class Agent:
         raise TmuxError(f"tmux gave no answer, twice, and {self.name} got no text")
 
     def _wait_for_text(self, before: PaneSnapshot, text: str) -> PaneSnapshot:
-        """Wait for a pasted text to show; a long one may take its time, while something moves."""
+        """Wait for a pasted text to show; a long one gets more time while the screen changes."""
         last_screen, changed_at = before.screen, self._clock()
         until = changed_at + 5 * self.SHOW_SECONDS
         while True:
@@ -2427,8 +2419,8 @@ class Agent:
     def _is_ready_for_enter(self, before: PaneSnapshot, pasted: PaneSnapshot, text: str) -> bool:
         """Tell whether Enter will submit a text that was pasted, and not answer a question.
 
-        In line mode the terminal itself keeps the text, shown or not.  A program that works, or
-        is slow on a busy machine and has an input box, may show it later.
+        In line mode the terminal itself keeps the text, even if it does not show it.  A program
+        that is working, or has an input box on a slow machine, may show it later.
         """
         if not pasted.reads_keys or has_input_box(self._profile, pasted.screen):
             return True
@@ -2439,9 +2431,10 @@ class Agent:
 
     def _unsent_test(self, before: PaneSnapshot, pasted: PaneSnapshot,
                      text: str) -> Callable[[PaneSnapshot], bool]:
-        """Return what tells whether a message still stands in the input line.
+        """Return a test for whether a message is still in the input line.
 
-        That is known by the box, by the line that the cursor is on with it, or by the text.
+        It looks for a draft in the input box, for the line that the cursor was on after the paste,
+        or for the end of the text.
         """
         if self._profile.is_known and has_input_box(self._profile, before.screen):
             return lambda pane: bool(self._find_draft(pane))
@@ -2450,16 +2443,17 @@ class Agent:
         return lambda pane: is_message_unsent(pane.cursor_line, text)
 
     def _poll_until_changed(self, old_screen: tuple[str, ...]) -> PaneSnapshot:
-        """Look until the screen has changed, half a second at most; return the last look."""
+        """Wait until the screen has changed, half a second at most; return the last snapshot."""
         until = self._clock() + 0.5
         while (pane := self._snapshot()).screen == old_screen and self._clock() < until:
             self._sleep(0.02)
         return pane
 
     def _retry_write(self, write: Callable[[PaneSnapshot], bool]) -> bool:
-        """Write to the pane, after leaving copy mode if somebody scrolls there.
+        """Write to the pane, after leaving copy mode, in which keys would go to tmux.
 
-        False: tmux did not answer, so the text may have been written.  If this raises, it was not.
+        Returns False if tmux did not answer: then it may have written or not.  If this raises, it
+        has written nothing.
         """
         for _ in range(20):
             pane = self._snapshot()
@@ -2475,6 +2469,9 @@ class Agent:
             self._sleep(0.1)
         raise AgentError(f"{self.name} takes no input: leave copy mode in the attached tmux client "
                          "(q), or turn its input on: select-pane -e")
+
+    def _press(self, *keys: str) -> None:
+        self._retry_write(lambda pane: self._tmux.send_keys(pane, *keys))
 
     # waiting
 
@@ -2493,7 +2490,7 @@ class Agent:
             pane, now = self._snapshot(), self._clock()
             verdict = detector.update(pane, now)
             if self.take_interrupt():
-                self._retry_write(lambda pane: self._tmux.send_keys(pane, "Escape"))
+                self._press("Escape")
                 timeout = min(timeout, now - started_at + self.INTERRUPT_SECONDS)
                 notes = (f"The user interrupted {self.name} (Escape was pressed).",)
             if verdict == "enter":
@@ -2512,7 +2509,7 @@ class Agent:
         return turn._replace(notes=(*notes, *turn.notes))
 
     def _press_enter_if(self, is_unsent: Callable[[PaneSnapshot], bool]) -> None:
-        """Press Enter again, if the message still stands in the input line."""
+        """Press Enter again, if the message is still in the input line."""
         def press(pane: PaneSnapshot) -> bool:
             return not is_unsent(pane) or self._tmux.send_keys(pane, "Enter")
 
@@ -2530,7 +2527,7 @@ class Agent:
         limit = parse_usage_limit(self._profile, output, datetime.datetime.now())
         if state != "working":
             self._raise_problem("\n".join(text_lines(lines)[-3:]))
-        if not output and state != "working":       # no answer; or cleared, and the same again
+        if not output and state != "working":       # no answer, or the same screen drawn again
             output = pane.text
             is_exact = state == "idle"
             state = "idle"
@@ -2540,12 +2537,14 @@ class Agent:
             end = f", over in {limit.seconds / 60:.0f} minutes" if limit.seconds else ""
             notes.append(f"This is a usage limit of {self.name}{end}. "
                          "Never choose to pay for more.")
-        menu = self._menu_notes(pane)
-        return Turn(truncate_middle(output), state, (*notes, *menu),
-                    limit.seconds if limit else 0.0, "".join(menu))
+        menu = describe_menu(self._profile, pane.screen)
+        if menu:
+            notes.append(menu)
+        return Turn(truncate_middle(output), state, tuple(notes),
+                    limit.seconds if limit else 0.0, menu)
 
     def _state_notes(self, pane: PaneSnapshot, state: str, detector: TurnDetector) -> list[str]:
-        """Return what is to be said of the end of a turn, unless it is simply done."""
+        """Return a note on how a turn ended, unless it is simply done."""
         still = f"Nothing has changed for {detector.STALE_SECONDS:g} seconds, but"
         if state == "done":
             return []
@@ -2556,15 +2555,11 @@ class Agent:
         if detector.reads_lines(pane):
             return [f"{still} {self.name} is not at its prompt: it works, or waits for a line."]
         if detector.is_unsent(pane):
-            return ["The message still stands in the input line: Enter was pressed, but "
-                    f"{self.name} did not take it."]
+            return ["The message is still in the input line: Enter was pressed, but "
+                    f"{self.name} did not accept it."]
         return ["Nothing more happens on the screen."]
 
-    def _menu_notes(self, pane: PaneSnapshot) -> tuple[str, ...]:
-        menu = describe_menu(self._profile, pane.screen)
-        return (menu,) if menu else ()
-
-    # starting and reviving
+    # starting and restarting
 
     def _launch(self, resume: bool) -> None:
         """Run the agent in the pane, or in a new session, and wait until it is ready.
@@ -2595,7 +2590,7 @@ class Agent:
                 self._refused_options |= refused
 
     def _raise_problem(self, text: str) -> None:
-        """Raise AgentError if the agent says that there is a problem which only you can fix."""
+        """Raise AgentError if the agent's text names a problem that only you can fix."""
         problem = find_problem(self._profile, text)
         if problem:
             error = AgentError(f"{self.name}: {problem}")
@@ -2605,34 +2600,32 @@ class Agent:
     def _wait_until_ready(self) -> None:
         """Wait until the screen has settled and the agent can be typed to; answer its dialogs.
 
-        One key at a time, and only on a settled screen: an agent may draw a dialog twice, and then
-        its cursor jumps back.
+        Presses one key at a time, and only on a settled screen: an agent may draw a dialog twice,
+        which moves the cursor back.
         """
-        started = self._clock()
-        changed, last_state, answer = 0.0, None, ""
+        started_at = changed_at = self._clock()
+        last_state = None
+        answer = ""
         while True:
             pane, now = self._snapshot(), self._clock()
             dialog = find_startup_dialog(self._profile, pane.screen)
             state = dialog or find_problem(self._profile, pane.text) or pane.screen
             if state != last_state:     # not the screen: there may be an animation above a dialog
-                last_state, changed = state, now
-            is_late = now - started >= self.READY_TIMEOUT
-            if now - changed >= self._required_settle_seconds(pane) or is_late:
+                last_state, changed_at = state, now
+            is_late = now - started_at >= self.READY_TIMEOUT
+            if now - changed_at >= self._required_settle_seconds(pane) or is_late:
                 if answer and (not dialog or dialog.answer != answer):
                     self._publish("note", source="orchestrator",
                                   text=f"answered a question of {self.name}: {answer}")
                 if not dialog or is_late:
                     self._accept_first_screen(pane)
                     return
-                answer, changed = dialog.answer, now
-                self._press_key(dialog.next_key)
+                answer, changed_at = dialog.answer, now
+                self._press(dialog.next_key)
             self._sleep(0.05)
 
-    def _press_key(self, key: str) -> None:
-        self._retry_write(lambda pane: self._tmux.send_keys(pane, key))
-
     def _accept_first_screen(self, pane: PaneSnapshot) -> None:
-        """Note that the agent waits for input, or for what only you can do: then AgentError."""
+        """Note that the agent waits for input; raise AgentError if it waits for you."""
         has_box = has_input_box(self._profile, pane.screen)
         if not has_box:
             self._raise_problem(pane.text)
@@ -2642,7 +2635,7 @@ class Agent:
         self._blocked_by_dialog = self._profile.is_known and (not has_box or is_untitled)
 
     def _required_settle_seconds(self, pane: PaneSnapshot) -> float:
-        """Return how long a first screen has to stand still before it is taken as the last."""
+        """Return for how long a first screen must not change to be taken as the last one."""
         if not pane.text:
             return self.READY_TIMEOUT if self._profile.is_known else self.UNKNOWN_SETTLE_SECONDS
         if has_input_box(self._profile, pane.screen):
@@ -2668,7 +2661,7 @@ class Agent:
                 self._launch(resumes)
                 break
             except (TmuxSessionLost, AgentExited) as latest:
-                if not resumes:     # the other way to start it is no restart more
+                if not resumes:     # a start without the conversation is part of the same restart
                     self._count_restart(latest)
                 resumes = False
         self._forget_output()
@@ -2681,7 +2674,8 @@ class Agent:
         """Note a restart; raise AgentError if there were too many of them lately."""
         now = self._clock()
         self._restart_times = [at for at in self._restart_times
-                               if now - at < self.RESTART_WINDOW_SECONDS] + [now]
+                               if now - at < self.RESTART_WINDOW_SECONDS]
+        self._restart_times.append(now)
         if len(self._restart_times) > self.MAX_RESTARTS:
             raise AgentError(f"{self.name} was restarted {self.MAX_RESTARTS} times in ten minutes "
                              f"without finishing a turn; the last time: {error}")
@@ -2691,17 +2685,17 @@ class Agent:
         pid, start_time = self._process
         pids = set(processes_of_pane(self._server_pid, self._pane_id))
         with contextlib.suppress(OSError):
-            # It leads a session of its own.  0 and 1 would be our own group, or every process.
+            # The agent leads a session of its own.  To signal 0 or 1 would hit other programs.
             if pid > 1 and start_time and os.getsid(pid) == pid and (
                     process_start_time(pid) == start_time):
                 pids.update((pid, *child_processes(pid)))
         return {pid: process_start_time(pid) for pid in pids if pid > 1 and pid != os.getpid()}
 
     def _end_processes(self, processes: dict[int, str]) -> None:
-        """End what outlives its pane: its tools would work on, and beside a new agent.
+        """End the processes that outlive their pane: otherwise two agents would edit your files.
 
-        By then they were told by SIGHUP that the pane is gone, except those that have left its
-        session.  What they start meanwhile ends too.
+        They got SIGHUP when the pane closed, except those that have left its session.  Processes
+        that they start meanwhile are ended, too.
         """
         for attempt in range(25):
             processes.update(self._find_processes())
@@ -2723,7 +2717,7 @@ Messages = Sequence[Mapping[str, str]]
 
 
 class TokenUsage(NamedTuple):
-    """Tokens of model calls; of `prompt`, how many the cache had, and how many it took in.
+    """Tokens of model calls; `cached` and `written` (to the cache) are parts of `prompt`.
 
     >>> TokenUsage(10, 2, 12).plus(TokenUsage(5, 1, 6)).total
     18
@@ -2758,7 +2752,7 @@ class Reply(NamedTuple):
 
 
 class ChatModel(Protocol):
-    """What Autopilot needs of a model: OpenRouter is one, your own class can be another.
+    """What Autopilot needs of a model.  OpenRouter is one; you can write another.
 
     >>> class Pessimist:
     ...     characters_per_token = 4.0
@@ -2781,7 +2775,7 @@ class ChatModel(Protocol):
 
 
 class ModelAccess(NamedTuple):
-    """What is known of the model before its first call; `warning` is a sentence or nothing."""
+    """What is known of the model before its first call; `warning` is a sentence or ""."""
 
     description: str
     warning: str = ""
@@ -2796,7 +2790,7 @@ class _ErrorKind(NamedTuple):
     advice: str = ""
 
 
-# The first row that fits counts.  What is said comes before the status, which is often wrong.
+# The first row that fits counts.  Rows that match words come first: the status is often wrong.
 _ERROR_KINDS = (
     _ErrorKind("tool call", (), "tool_use_failed|model called a tool"),
     _ErrorKind("credit", (402,), r"insufficient[\w ]*(balance|credit|fund|quota)|credit balance|"
@@ -2967,7 +2961,7 @@ def _error_message(error: Mapping[str, Any]) -> str:
 
 def _make_error(kind: _ErrorKind, text: str, can_pass: bool, retry_after: float | None,
                 address: str) -> ModelError:
-    """Return the error of a kind: whether it passes, is the model's, or needs the user."""
+    """Return the exception for an error: one that may pass, is the model's, or needs you."""
     if kind.name == "overflow":
         return ContextWindowExceeded(text)
     if kind.name in ("content", "tool call"):
@@ -2985,10 +2979,10 @@ def _make_error(kind: _ErrorKind, text: str, can_pass: bool, retry_after: float 
 
 def error_from_response(status: int, body: object, headers: Mapping[str, str],
                         address: str) -> ModelError:
-    """Return the error that a response reports, wherever and however it does.
+    """Return the error that a response reports, in whatever form.
 
-    It may come with status 200, in a list, or without the word "error"; its code may be a number,
-    a word or missing; and the provider's own words may stand deep inside.
+    It may come with status 200, in a list, or without the word "error".  Its code may be a number,
+    a word or missing.  The message of the provider may be nested in it.
     """
     holder = get_object({"body": body}, "body")
     error = get_object(holder, "error") or holder or {"message": body}
@@ -3059,7 +3053,7 @@ class _Completion:
         if reason in ("", "error"):
             raise TransientError(f"the model's answer broke off ({reason or 'no finish_reason'})",
                                  max_attempts=0 if text else max_malformed)
-        if not text or reason == "content_filter":      # half a command is none
+        if not text or reason == "content_filter":      # the text may be cut off
             said = " ".join(self.refusal.split())[:300] or reason
             raise TransientError(f"the model's answer is empty or refused ({said})", max_attempts=3)
 
@@ -3067,9 +3061,9 @@ class _Completion:
 class OpenRouter:
     """A client of the chat completions API of OpenRouter, or of another server that has it.
 
-    `publish` is told of each failure that is survived.  Times are in seconds: READ_TIMEOUT without
-    a byte, STREAM_TIMEOUT without data, REQUEST_TIMEOUT for one attempt, RETRY_TIMEOUT for all of
-    them, CHECK_TIMEOUT for a question before the run.
+    `publish` gets an `error` event for each failure after which it tries again.  Limits are in
+    seconds: READ_TIMEOUT without a byte, STREAM_TIMEOUT without data, REQUEST_TIMEOUT for one
+    attempt, RETRY_TIMEOUT for all attempts, CHECK_TIMEOUT for a check before the run.
 
     >>> model = OpenRouter("http://localhost:8080/v1", "my-key", "my-model")
     >>> model.build_request([{"role": "user", "content": "Hello"}])["model"]
@@ -3085,8 +3079,8 @@ class OpenRouter:
     MAX_TOKENS = 16_000     # always sent: without it the credit check assumes the model's maximum
     MIN_TOKENS = 1_000      # a lower limit is of no use
     MAX_THINKING_TOKENS = 64_000
-    MAX_RESPONSE_BYTES = 30_000_000     # a piece of a stream takes some 500 for a word
-    MAX_REPLY_PARTS = 4     # of a reply that is cut at its length again and again
+    MAX_RESPONSE_BYTES = 30_000_000     # in a stream, each word takes about 500
+    MAX_REPLY_PARTS = 4     # of a reply that reaches the length limit again and again
 
     def __init__(self, base_url: str, key: str, model: str, *, session_id: str = "",
                  publish: Callable[..., object] = ignore,
@@ -3099,8 +3093,11 @@ class OpenRouter:
         self.characters_per_token = 4.0     # until the server has counted
         self.has_long_pauses = False        # between calls: the five-minute cache would be lost
         self._max_malformed = 5     # responses, until it is known that a model is there
-        self._key, self._publish = key, publish
-        self._clock, self._wall_clock, self._sleep = clock, wall_clock, sleep
+        self._key = key
+        self._publish = publish
+        self._clock = clock
+        self._wall_clock = wall_clock
+        self._sleep = sleep
         address, _, query = base_url.partition("?")
         self._address = re.sub(r"/+(chat/completions/*)?$", "", address)
         self._query = f"?{query}" if query else ""
@@ -3116,7 +3113,7 @@ class OpenRouter:
         self._output_limit = math.inf       # tokens of a reply, by the model or the credit
         self._total_limit = math.inf        # tokens of a request and its reply
         self._room = math.inf               # tokens that the current request leaves for its reply
-        self._was_tool_call = False         # what came of the attempt before
+        self._was_tool_call = False         # the previous attempt returned a tool call
         is_local = re.match(r"https?://(localhost|127\.0\.0\.1|\[::1\])[:/]", f"{self._address}/")
         proxies = {} if is_local else urllib.request.getproxies()
         self._proxy = _find_proxy(self._address, proxies)
@@ -3128,8 +3125,8 @@ class OpenRouter:
     def check_access(self) -> ModelAccess:
         """Check key, address and model with free requests; return what is known of the model.
 
-        Raises TransientError if the server can't be asked now, another ModelError for what has to
-        be changed.  Only the list of OpenRouter has every name that works.
+        Raises TransientError if the server can't be asked now, another ModelError if you have to
+        change something.  Only OpenRouter lists every name that works.
         """
         if self._is_openrouter:
             remaining = get_object(self._get_json("/key"), "data").get("limit_remaining")
@@ -3154,7 +3151,7 @@ class OpenRouter:
         return ModelAccess(f"{self.model}, ${price * 1e6:g} per million prompt tokens")
 
     def _list_models(self) -> dict[str, dict[str, Any]]:
-        """Return the server's models by their names, nothing if it does not list them."""
+        """Return the server's models by their names; {} if it does not list them."""
         listed: Any = None
         try:
             listed = self._get_json("/models").get("data")
@@ -3190,7 +3187,7 @@ class OpenRouter:
                  on_text: Callable[[str], object] = ignore,
                  on_usage: Callable[[TokenUsage, float | None], object] = ignore,
                  time_left: Callable[[], float] = lambda: math.inf) -> Reply:
-        """Return the model's reply, as ChatModel says.
+        """Return the model's reply, as ChatModel describes it.
 
         Raises ContextWindowExceeded for a conversation that is too long, another ModelError for
         what else will not pass.
@@ -3245,7 +3242,7 @@ class OpenRouter:
                 if error.max_attempts and bounded_failures >= error.max_attempts:
                     raise RequestRejected(f"{error}, {bounded_failures} times") from None
                 delay = min(60.0, 2.0 ** failures) * random.uniform(0.75, 1.25)
-                if error.retry_after is not None:       # the server's word wins, within reason
+                if error.retry_after is not None:       # what the server says wins, within limits
                     delay = min(max(error.retry_after, failures / 2), self.MAX_RETRY_AFTER)
                 if self._clock() + delay - started_at > self.RETRY_TIMEOUT:
                     raise ModelError(f"{error}. This does not pass: try again later, with --resume "
@@ -3266,16 +3263,16 @@ class OpenRouter:
             self._sleep(min(seconds, 30.0))
             seconds = min(end - self._clock(), wall_end - self._wall_clock())
 
-    # the request, and what servers have us change about it
+    # the request, and changes that a server makes necessary
 
     def _max_tokens(self) -> int:
-        """Return how long the reply to the current request may become."""
+        """Return how many tokens the reply to the current request may have."""
         return int(min(self._wanted_tokens, self._output_limit, self._room))
 
     def _repair(self, error: ModelError) -> str:
-        """Change the request as an error asks for; return what was changed, "" if nothing was.
+        """Change what an error complains about; return what was changed, "" if nothing was.
 
-        Changes last for the run, so that each is made, told and paid for once.
+        Changes last for the run, so that each error happens only once.
         """
         before, counts = self._max_tokens(), error.token_counts
         if error.kind == "thinking":
@@ -3326,7 +3323,7 @@ class OpenRouter:
                     reply.add(chunk, self._address)
                     on_text(reply.text)
         except TransientError:
-            if not reply.finish_reason or not reply.text:       # else it was complete
+            if not reply.finish_reason or not reply.text:       # otherwise it was complete
                 raise
         finally:
             if reply.usage or reply.has_begun:      # what was cut costs something too
@@ -3362,8 +3359,8 @@ class OpenRouter:
                      body: dict[str, Any] | None = None) -> Generator[dict[str, Any], None, None]:
         """Yield the JSON objects of a response, streamed or whole, while there is time left.
 
-        A thread reads them, so that every wait has an end: looking up a name, a body that
-        trickles and comments that go on and on have none of their own.
+        A thread reads them, so that every wait has a timeout.  The library has none for looking up
+        a name, for a body that arrives byte by byte, and for endless comments.
         """
         inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         is_over = threading.Event()
@@ -3411,7 +3408,7 @@ class OpenRouter:
             inbox.put(self._error_from_exception(error, has_answered))
 
     def _read_lines(self, response: Any, is_over: threading.Event) -> Iterator[str]:
-        """Yield the lines of a body, without the key, until nobody waits for them."""
+        """Yield the lines of a body, without the key, until `is_over` is set."""
         pieces = iter(lambda: b"" if is_over.is_set() else response.read1(16_384), b"")
         for line in split_lines(pieces, self.MAX_RESPONSE_BYTES):
             yield line.replace(self._key, "[key]") if len(self._key) >= 8 else line
@@ -3456,8 +3453,8 @@ class OpenRouter:
 class Memory:
     """The facts in a JSON file (an array of strings), which several runs may share.
 
-    `facts` is the list as it was last read or written.  `warning` says so if the file was unusable
-    when it was last read, and therefore renamed.
+    `facts` is the list as it was last read or written.  `warning` is a sentence if the file was
+    unusable when it was last read, and was renamed.
 
     >>> memory = Memory(Path(tempfile.mkdtemp()) / "memory.json")
     >>> memory.add(["The tests need Python 3.13."])
@@ -3509,9 +3506,9 @@ class Memory:
     def compact(self, rewrite: Callable[[list[str]], list[str] | None]) -> tuple[int, int] | None:
         """Have `rewrite` shorten a list above `max_facts`; return the lengths before and after.
 
-        Returns None, and keeps the list, if there is no need, or if the rewritten one is not
+        Returns None, and keeps the list, if it is short enough, if the rewritten one is not
         shorter, is empty or has overlong facts, or if another run removed facts meanwhile.  Facts
-        that another run added meanwhile are kept.  The next compaction waits until the list has
+        that another run added meanwhile are kept.  The next compaction comes when the list has
         grown by a fifth of `max_facts`.
         """
         before = list(self.facts)
@@ -3552,10 +3549,10 @@ class Memory:
         return [fact for fact in facts if fact not in old]
 
     def _read_file(self) -> list[str]:
-        """Return the facts on disk; rename a file of another form.
+        """Return the facts on disk; rename a file that is not an array of strings.
 
-        Of a link, the link is renamed: the file behind it may belong to something else.  A device
-        or a pipe raises OSError.
+        If the path is a symbolic link, only the link is renamed: its target may belong to another
+        program.  Raises OSError for a device or a pipe.
         """
         self.warning = ""
         if self._path.exists() and not self._path.is_file():
@@ -3614,14 +3611,14 @@ class Memory:
                 return
             except BlockingIOError:
                 self._sleep(0.01)
-        self._lock_attempts = 1     # do not wait ten seconds for each fact
+        self._lock_attempts = 1     # from now on: do not wait ten seconds for each fact
 
 
 # -- 10. Journal --------------------------------------------------------------------------
 # Everything a run does, as one list of events.  May use: Errors, Text.
 
 Event = dict[str, Any]
-LIVE_EVENTS = ("screen", "reply_part")      # shown to viewers while they happen, and not kept
+LIVE_EVENTS = ("screen", "reply_part")      # for viewers only; not kept
 _ITERATION_EVENTS = ("reply", "iteration_end", "error", "recovery")     # get an iteration number
 _MAX_BATCH_BYTES = 1_000_000
 
@@ -3700,7 +3697,7 @@ class Journal:
         self.path = path
         self.write_error = ""
         self.unreported_error = ""
-        # Called with the outcome for more fields of `complete`.
+        # Called with the outcome; returns more fields of the `complete` event.
         self.describe_end: Callable[[str], Mapping[str, object]] = lambda outcome: {}
         self._secret = secret_pattern(secret)
         self._defer_signals = defer_signals
@@ -3784,7 +3781,7 @@ class Journal:
                 with self._defer_signals():
                     event = self._append(kind, fields)
                     self._is_complete = kind == "complete"
-            finally:                    # also if a signal was held back and is raised now
+            finally:                    # even if a deferred signal is raised now
                 if event:
                     for listener in self._subscribers:
                         listener(event)
@@ -3892,7 +3889,7 @@ class Journal:
                 self._reader_count -= 1
 
     def has_readers(self) -> bool:
-        """Whether somebody reads the journal right now."""
+        """Whether the journal has readers right now."""
         return self._reader_count > 0
 
     def close(self, wait_for_reader: bool = False) -> None:
@@ -3974,7 +3971,7 @@ class Action(NamedTuple):
 
 
 class _Line(NamedTuple):
-    """A line of a reply: text, or a command with its argument, which is None if it is unclear."""
+    """A line of a reply: text, or a command with its argument (None if that is unclear)."""
 
     text: str
     word: str = ""
@@ -4022,7 +4019,7 @@ def _parse_key(word: str) -> str:
 
 
 def _parse_keys(text: str) -> tuple[list[str], list[str]]:
-    """Return the tmux names of keys as people write them, and the words that are no keys."""
+    """Return the tmux names of the keys in a text, and the words in it that are no keys."""
     text = re.sub(r"(?<=\S),|,(?=\S)", " ", text)
     text = re.sub(r"(?i)\b(ctrl|control|alt|meta|option|shift) ?\+ ?(?=\S)", r"\1+", text)
     text = re.sub(r"(?<=\w\w)[ (]*[x×*] ?(\d{1,2})\b\)?", r" x\1 ", text)       # Down x3
@@ -4048,12 +4045,7 @@ _DURATION = re.compile(
 def _parse_duration(text: str) -> float | None:
     """Return the seconds in a time as people write it, such as 1h30m, or None."""
     match = _DURATION.fullmatch(text)
-    if not match:
-        return None
-    seconds = 0.0
-    for number, unit in re.findall(r"([\d.,]*\d) ?([smh]?)", match[1].lower()):
-        seconds += float(number.replace(",", ".")) * SECONDS_PER_UNIT[unit or "s"]
-    return seconds
+    return add_durations(match[1]) if match else None
 
 
 def _not_understood(line: _Line, problem: str) -> Action:
@@ -4066,11 +4058,11 @@ def _parse_command(lines: Sequence[_Line]) -> Action:
     """Return what one or more KEYS lines, or one WAIT line, ask for."""
     text = "\n".join(line.text for line in lines)
     if len(lines) > 1 and any(line.word == "WAIT" for line in lines):
-        return Action("invalid", "Nothing was done: WAIT stands alone in a reply.")
+        return Action("invalid", "Nothing was done: WAIT can't be combined with another command.")
     if lines[0].word == "WAIT":
         seconds = _parse_duration(lines[0].argument or "")
         if seconds is None:
-            return _not_understood(lines[0], "there is no time that I understand")
+            return _not_understood(lines[0], "I can't read the time")
         return Action("wait", text, seconds=seconds)
     keys, unknown = _parse_keys(" ".join(line.argument or "" for line in lines))
     if unknown:
@@ -4080,8 +4072,8 @@ def _parse_command(lines: Sequence[_Line]) -> Action:
     return Action("keys", text, keys=tuple(keys))
 
 
-def _read_line(text: str, plain: str) -> _Line:
-    """Return what a line is; `plain` is it in ASCII where it can be, and blank in a code block."""
+def _parse_line(text: str, plain: str) -> _Line:
+    """Return a line as text or command; `plain` is its ASCII form, blank in a code block."""
     match = _COMMAND_LINE.match(plain[:400])
     if not match:
         return _Line(text)
@@ -4132,7 +4124,7 @@ def _choose_action(lines: Sequence[_Line]) -> Action:
 
 
 def parse_reply(reply: str, agent: str = "") -> Action:
-    """Return what a reply asks for; what follows an invented `{agent} output:` does not count.
+    """Return what a reply asks for; it ends where the model invents a line `{agent} output:`.
 
     >>> parse_reply("All 12 tests pass.\\n**TASK_COMPLETE** 🎉").kind
     'complete'
@@ -4145,7 +4137,7 @@ def parse_reply(reply: str, agent: str = "") -> Action:
     invented = re.search(rf"(?im)^[ *_`#>]*{re.escape(agent)} output:", plain) if agent else None
     if invented:
         text = text[:invented.start()].rstrip()
-    lines = list(map(_read_line, text.split("\n"), plain.split("\n")))
+    lines = list(map(_parse_line, text.split("\n"), plain.split("\n")))
     facts = [line for line in lines if line.word == "MEMORY_SAVE" and line.argument is not None]
     action = _choose_action([line for line in lines if line not in facts])
     if action.kind == "message" and not action.text.strip("\u200b\u200e\u200f\ufeff \n"):
@@ -4171,13 +4163,13 @@ class Observation(NamedTuple):
 
 
 class Conversation:
-    """What the model is sent: system prompt, opening, then its replies and what came of each.
+    """What is sent to the model: system prompt, opening, then its replies with their results.
 
-    It grows only at its end until a summary replaces the older exchanges, so that the model
-    server can cache its beginning.
+    It only grows at its end, so that the model server can cache its beginning, until a summary
+    replaces the older exchanges.
     """
 
-    KEPT_EXCHANGES = 3          # are not summarised, if they fit
+    KEPT_EXCHANGES = 3          # the newest ones, which are not summarised if they fit
 
     def __init__(self, system: str, *opening: str) -> None:
         self._system = system
@@ -4215,7 +4207,7 @@ class Conversation:
     def older_exchanges(self, room: int) -> tuple[int, str]:
         """Return how many exchanges a summary would replace, and their text.
 
-        The newest ones stay, as many as fit into half of `room` characters.
+        The newest ones that fit into half of `room` characters are kept.
         """
         texts = [f"YOU: {reply}\n\nRESULT: {observation.as_text()}"
                  for reply, observation in self._exchanges]
@@ -4243,7 +4235,7 @@ class Conversation:
 # Conversation.
 
 class RunControl:
-    """What the user asks for from outside while a run goes on.  Other threads may call `handle`.
+    """What you ask of a run from outside while it goes on.  Other threads may call `handle`.
 
     >>> control = RunControl(Journal())
     >>> control.handle("note", "Mind the tests")
@@ -4296,8 +4288,8 @@ class RunControl:
 class RunTotals:
     """What a run has used so far: iterations, tokens, US dollars, and seconds."""
 
-    CACHE_SECONDS = 300.0           # how long a model server keeps a prompt, if it costs no more
-    MIN_SHARE_OF_LONG_TURNS = 0.06  # from which on it is worth the price to keep it for an hour
+    CACHE_SECONDS = 300.0           # how long a model server caches a prompt at no extra price
+    MIN_SHARE_OF_LONG_TURNS = 0.06  # above this share, a cache of one hour is worth its price
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.iterations = 0
@@ -4305,11 +4297,14 @@ class RunTotals:
         self.cost: float | None = None      # None: no server has reported any
         self.earlier_seconds = 0.0          # of the parts of the run before this one
         self._priced_calls = 0              # calls that are in `cost`
-        self._turns = self._long_turns = 0  # of the agent; those that outlast the cache
-        self.restarts = self.errors = 0     # of the agent; of all kinds
-        self.last_words = ""        # the last line that the agent has shown
-        self.unproved: list[str] = []       # what spoke against the end when the model confirmed it
-        self._clock, self._started_at = clock, clock()
+        self._turns = 0                     # of the agent
+        self._long_turns = 0                # those that outlast the cache
+        self.restarts = 0                   # of the agent
+        self.errors = 0
+        self.last_words = ""                # the last line that the agent has shown
+        self.unproved: list[str] = []       # doubts in spite of which the model confirmed the end
+        self._clock = clock
+        self._started_at = clock()
 
     @property
     def seconds(self) -> float:
@@ -4317,7 +4312,7 @@ class RunTotals:
         return self.earlier_seconds + self._clock() - self._started_at
 
     def add_call(self, tokens: Sequence[int], cost: float | None) -> None:
-        """Count a call to the model; a cost that is not reported is taken to be the mean."""
+        """Count a call to the model; without a reported cost, the mean of the others counts."""
         self.tokens = self.tokens.plus(tokens)
         if cost is None and self.cost is not None:
             cost = self.cost / max(1, self._priced_calls)
@@ -4327,22 +4322,25 @@ class RunTotals:
 
     @property
     def has_long_pauses(self) -> bool:
-        """Whether so many turns outlast the cache that one of an hour pays off."""
+        """Whether so many turns outlast the cache that a cache of one hour is cheaper."""
         return self._long_turns > self.MIN_SHARE_OF_LONG_TURNS * self._turns
 
     def count_event(self, event: Event) -> None:
-        """Count an event that tells of a restart, an error, or a turn."""
-        if event["type"] == "iteration_end":
+        """Count an event if it is a restart, an error, or the end of a turn."""
+        if event["type"] == "recovery":
+            self.restarts += 1
+        elif event["type"] == "error":
+            self.errors += 1
+        elif event["type"] == "iteration_end":
             self._turns += 1
-            self._long_turns += get_int(event, "duration_ms") > self.CACHE_SECONDS * 1000
-        self.restarts += event["type"] == "recovery"
-        self.errors += event["type"] == "error"
+            if get_int(event, "duration_ms") > self.CACHE_SECONDS * 1000:
+                self._long_turns += 1
 
     def restore(self, past: Sequence[Event]) -> None:
         """Count what earlier parts of a run have used, without the times between them.
 
-        An iteration that had no reply yet is begun again.  Where a part ends with its duration,
-        the time that the computer slept does not count either.
+        An iteration without a reply is not counted: it begins again.  The duration of a part that
+        has ended does not include the time that the computer slept.
         """
         previous = None
         for event in past:
@@ -4383,7 +4381,7 @@ class RunTotals:
             yield
             outcome = "complete"
         except BaseException as error:
-            outcome = getattr(error, "outcome", outcome)    # a run can go on from what has none
+            outcome = getattr(error, "outcome", outcome)
             reason = journal.redact(str(error) or repr(error))
             error.args = (reason,)
             raise
@@ -4455,18 +4453,19 @@ class Chat:
         return False
 
     def _execute(self, message: str) -> Turn:
-        """Do what a slash command of ours asks for; send any other message to the agent."""
+        """Carry out one of our slash commands, or send the message to the agent."""
         command, *arguments = message.split() or [""]
+        timeout = self._config.turn_timeout
         if command == "/screen":
             return self._agent.read_screen()
         if command == "/wait":
-            return self._agent.wait(self._config.turn_timeout, idle_timeout=2.0)
+            return self._agent.wait(timeout, idle_timeout=2.0)
         if command == "/keys":
             action = parse_reply(f"KEYS: {' '.join(arguments)}")
             if not action.keys:
                 return Turn(action.text.partition(" No line")[0].replace("KEYS:", "/keys"))
-            return self._agent.send_keys(action.keys, self._config.turn_timeout)
-        return self._agent.ask(message, self._config.turn_timeout)
+            return self._agent.send_keys(action.keys, timeout)
+        return self._agent.ask(message, timeout)
 
     def _run_turn(self, message: str, execute: Callable[[], Turn], *,
                   is_hidden: bool = False) -> None:
@@ -4489,11 +4488,11 @@ class Chat:
 
 def run_shell_command(command: str, directory: Path, environ: Mapping[str, str],
                       limit: float, *, stdin: str = "") -> tuple[int, str]:
-    """Run a shell command; return its status (124 after `limit` seconds) and clipped output."""
+    """Run a shell command; return status (124 after `limit` seconds) and shortened output."""
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as source:
         source.write(stdin.encode("utf-8", "replace"))
         source.seek(0)
-        # Not an empty file: some programs read files that they get, in place of the directory.
+        # Not an empty file: given one, some programs search it instead of the directory.
         process = subprocess.Popen(command, shell=True, cwd=directory, env=dict(environ),
                                    stdin=source if stdin else subprocess.DEVNULL, stdout=output,
                                    stderr=subprocess.STDOUT, start_new_session=True)
@@ -4533,7 +4532,7 @@ def _list_git_files(directory: Path, environ: Mapping[str, str]) -> list[str]:
 
 def snapshot_files(directory: Path, environ: Mapping[str, str], timeout: float = 1.0
                    ) -> Files | None:
-    """Look at all files but caches and logs in a directory.  None: there was not enough time."""
+    """Return the files in a directory except caches and logs; None if that takes too long."""
     deadline = time.monotonic() + timeout
     files = {}
     pending = collections.deque(_list_git_files(directory, environ) or [""])
@@ -4587,8 +4586,8 @@ class NewsDetector:
     def update(self, message: str, output: str) -> bool:
         """Return whether an output has a new line besides the echo of a message.
 
-        A sentence is new if most of its words are; a line with figures, paths or code is, unless
-        only times and counters differ.
+        A sentence is new if most of its words are.  A line with figures, paths or code is new
+        unless only times and counters differ.
         """
         text = normalize_screen(remove_echo(output, message)).lower()
         lines = {" ".join(line.split()) for line in text.split("\n")} - {""}
@@ -4646,7 +4645,7 @@ class Autopilot:
         self._task = ""
         self._output_label = f"{agent.name} output:\n"
         self._conversation = Conversation("")
-        self._untold = ""                   # what the journal should have of its beginning
+        self._untold = ""                   # of its opening, what the journal does not have yet
         self._totals = RunTotals(clock)
         self._is_done = False
         self._messages_sent = 0             # to the agent, by any part of the run
@@ -4658,15 +4657,15 @@ class Autopilot:
         self._last_step: tuple[Action, str] | None = None   # with what came of it
         self._equal_steps = 0               # the last one and those before it
         self._files_at_start: Files | None = None
-        self._files: Files | None = None    # when they were looked at last
-        self._last_memory_error = ""        # was told
+        self._files: Files | None = None    # the latest snapshot
+        self._last_memory_error = ""        # already reported
         self._part_published_at = 0.0
-        self._max_characters = math.inf     # less than what the model called too long
+        self._max_characters = math.inf     # of a conversation, once the model called one too long
 
     def run(self, task: str, *, history: Sequence[Event] = ()) -> None:
-        """Drive the agent until the task is done; `history` are the events of a run to go on with.
+        """Drive the agent until the task is done; `history` are the events of a run to resume.
 
-        Raises what ends the run otherwise; `complete` is published in every case.
+        Raises the error that ends the run otherwise.  `complete` is published in every case.
         """
         self._totals.restore(history)
         with self._totals.publish_outcome(self._journal, self._find_changed_files):
@@ -4692,7 +4691,7 @@ class Autopilot:
     # beginning
 
     def _begin(self, task: str, history: Sequence[Event]) -> None:
-        """Start the agent and the conversation, or go on with one."""
+        """Start the agent, and begin the conversation or rebuild that of the resumed run."""
         name = self._agent.name
         self._task = self._journal.redact(task)
         self._files_at_start = self._files = self._snapshot_files()
@@ -4706,9 +4705,10 @@ class Autopilot:
         if history:
             self._rebuild_conversation(history)
             sentences.insert(0, (
-                f"[You were stopped at {history[-1]['time']} and go on now, at {utc_timestamp()}. "
-                "The screen as it is now stands last. Your last message may or may not have "
-                "arrived. If the screen does not show it, check before you send it again.]"))
+                f"[You were stopped at {history[-1]['time']}, and continue now, at "
+                f"{utc_timestamp()}. The current screen comes last. Your last message may or may "
+                "not have arrived. If the screen does not show it, check before you send it "
+                "again.]"))
         self._untold = "\n\n".join([*sentences, output])
         self._conversation.tell(*sentences, output=output)
 
@@ -4749,28 +4749,29 @@ class Autopilot:
             elif "told" in event:
                 sentences, label, output = str(event["told"]).partition(self._output_label)
                 self._conversation.tell(sentences.rstrip(), output=label + output)
-                facts = ()          # were saved before
-            if kind == "iteration_start":       # they are told with the next prompt
+                facts = ()          # an earlier resumption has saved them
+            if kind == "iteration_start":       # the model gets notes with its next prompt
                 self._conversation.tell(*notes)
                 notes = []
         self._save_facts(facts)
 
     def _add_exchange(self, reply: str, event: Event) -> None:
-        """Add a reply, and what its `iteration_end` says came of it, to the conversation."""
+        """Add a reply to the conversation, with its result from its `iteration_end` event."""
         action = parse_reply(reply, self._agent.name)
         notes = event.get("notes")
         sentences = [f"[{note}]" for note in notes] if isinstance(notes, list) else []
         output = event["agent_output"] or str(event.get("error", ""))
         output = output.removeprefix("\n".join(sentences)).removeprefix("\n")
+        if action.kind in ("message", "keys"):
+            self._messages_sent += 1
         if action.kind in _AGENT_ACTIONS:
-            self._messages_sent += action.kind != "wait"
             self._note_output(output)
         if output or action.kind in _AGENT_ACTIONS:
             output = self._output_label + (output or "(nothing new)")
         self._conversation.add_exchange(reply, *sentences, output=output)
 
     def _note_output(self, output: str) -> None:
-        lines = [line.strip() for line in output.split("\n")       # no mere prompts and times
+        lines = [line.strip() for line in output.split("\n")       # no bare prompts and times
                  if re.search(r"\w", normalize_screen(line))]
         if lines:
             self._last_output = output
@@ -4779,7 +4780,7 @@ class Autopilot:
     # one iteration
 
     def _act_on(self, reply: Reply) -> Event:
-        """Do what a reply asks for; return the `iteration_end` that tells what came of it."""
+        """Carry out a reply; publish and return the `iteration_end` event with the result."""
         started_at = self._clock()
         action = parse_reply(reply.text, self._agent.name)
         self._save_facts(action.facts)
@@ -4807,7 +4808,7 @@ class Autopilot:
         while self._control.is_paused:
             self._sleep(min(0.2, self._seconds_left()))
         self._check_budgets(self._totals.iterations)
-        self._control.take_interrupt()      # there is nothing now that it could interrupt
+        self._control.take_interrupt()      # there is nothing to interrupt yet
         self._conversation.tell(*self._control.take_notes())
         self._totals.iterations += 1
         told = {"told": self._untold} if self._untold else {}
@@ -4873,16 +4874,16 @@ class Autopilot:
                                "TASK_COMPLETE.",))
 
     def _wait(self, seconds: float) -> Turn:
-        """Wait for the agent or the user, or until a time by the clock on the wall.
+        """Wait for the agent or the user, or until a time by the wall clock.
 
-        While the computer sleeps, only that clock goes on.
+        Only the wall clock goes on while the computer sleeps.
         """
         end = self._wall_clock() + seconds
         return self._agent.wait(min(seconds, self._seconds_left()), until=lambda: (
             self._wall_clock() >= end or self._control.ends_wait()))
 
     def _wait_for_usage_limit(self, turn: Turn) -> Turn:
-        """Wait for the end of a usage limit that says when that is, or until the agent goes on."""
+        """Wait until a usage limit with a known end is over, or the agent continues."""
         if not 0 < turn.usage_limit_seconds <= self.MAX_USAGE_LIMIT_SECONDS:
             return turn
         seconds = turn.usage_limit_seconds + self.USAGE_LIMIT_MARGIN_SECONDS
@@ -4894,7 +4895,7 @@ class Autopilot:
         while (later.state in ("idle", "working") and self._wall_clock() < end
                and not self._control.ends_wait()):
             later = self._wait(end - self._wall_clock())
-        note = "The usage limit was waited for and should be over now."
+        note = "The orchestrator waited for the usage limit, which should be over now."
         if self._control.ends_wait():
             note = "The user ended the wait for the usage limit, which may not be over yet."
         return turn._replace(output=f"{turn.output}\n{later.output}".rstrip(),
@@ -4909,7 +4910,7 @@ class Autopilot:
     # the end
 
     def _end_run(self, action: Action, is_confirmed: bool) -> Turn:
-        """End the run if nothing speaks against it; otherwise return what does."""
+        """End the run, or return what speaks against it."""
         now = self._agent.read_state()
         name = self._agent.name
         obstacles = {"working": f"{name} is still working", "exited": f"{name} had ended"}
@@ -4947,8 +4948,8 @@ class Autopilot:
             raise StuckInLoop(
                 f"VERIFY_CMD failed {self.MAX_SAME_FAILURES} times with the same output")
         return Turn(f"{now.output}\n{output}".strip("\n"), notes=(
-            f"The task is not complete: the check `{command}` failed with status {status}. What it "
-            "printed stands below.",))
+            f"The task is not complete: the check `{command}` failed with status {status}. Its "
+            "output is below.",))
 
     def _ask_for_confirmation(self, action: Action, now: Turn) -> Turn:
         """Return what is known of the work at no cost, for the model to go through the task."""
@@ -4988,10 +4989,10 @@ class Autopilot:
         """Return the paths that have changed since the start of the run, as far as known."""
         return find_changed_files(self._files_at_start, self._snapshot_files())
 
-    # circles
+    # repetition
 
     def _check_stuck(self, action: Action, turn: Turn) -> list[str]:
-        """Return a warning if the last turns brought nothing new; raise StuckInLoop if they go on.
+        """Return a warning if the last turns brought nothing new, or raise StuckInLoop.
 
         New lines and changed files are news.  Waiting is no circle.
         """
@@ -5021,7 +5022,7 @@ class Autopilot:
 
     def _save_facts(self, facts: Sequence[str]) -> None:
         """Save facts, and have the list compacted if it has become too long."""
-        if not (facts or self._last_memory_error):      # what could not be saved is tried again
+        if not facts and not self._last_memory_error:   # an error: the last facts are not saved
             return
         used: dict[str, Any] = {}
         try:
@@ -5029,9 +5030,9 @@ class Autopilot:
             problem = self._memory.warning
             if saved:
                 self._journal.publish("memory", saved=saved, total=len(self._memory.facts))
-            before, after = self._memory.compact(
-                lambda known: self._compact_facts(known, used)) or (0, 0)
-            if before:
+            sizes = self._memory.compact(lambda known: self._compact_facts(known, used))
+            if sizes:
+                before, after = sizes
                 self._journal.publish("memory", total=after, **used,
                                       compacted={"before": before, "after": after})
             problem = self._memory.warning or problem
@@ -5046,7 +5047,7 @@ class Autopilot:
         conversation = Conversation(
             _COMPACTION_PROMPT.format(limit=self._memory.max_facts // 2 + 1),
             json.dumps({"facts": facts}, ensure_ascii=False))
-        with contextlib.suppress(ModelError, BudgetExceeded):    # the next call tells of it
+        with contextlib.suppress(ModelError, BudgetExceeded):    # the next call will raise it
             reply = self._complete(conversation.messages())
             used.update(reply.usage_fields())
             text = reply.text[reply.text.find("{"):reply.text.rfind("}") + 1]
@@ -5056,7 +5057,7 @@ class Autopilot:
         return None
 
     def _conversation_limit(self) -> int:
-        """Return how many characters the conversation may have; one answer may have 16,000."""
+        """Return how many characters the conversation may have; one output may have 16,000."""
         wanted = self._config.history_max_tokens * self._model.characters_per_token
         return int(min(self._max_characters, max(16_000, wanted)))
 
@@ -5069,7 +5070,7 @@ class Autopilot:
         try:
             reply = self._request_summary(truncate_middle(older, room))
             summary, used = reply.text, reply.usage_fields()
-        except RequestRejected:     # any other error ends the run, which has then lost nothing
+        except RequestRejected:     # any other error ends the run: nothing of it is lost
             summary = "\n".join(textwrap.shorten(part, 200) for part in older.split("\n\n"))
             used = {}
         summary = truncate_middle(summary, min(16_000, room // 4))
@@ -5087,7 +5088,7 @@ class Autopilot:
             return self._complete(Conversation(_SUMMARY_PROMPT, older).messages())
 
     def _complete(self, messages: Messages, on_text: Callable[[str], object] = ignore) -> Reply:
-        """Ask the model within the budgets, which end it too, and count what that uses."""
+        """Ask the model within the budgets, and count what that uses."""
         if isinstance(self._model, OpenRouter):
             self._model.has_long_pauses = self._totals.has_long_pauses
         return self._model.complete(messages, on_text=on_text, on_usage=self._totals.add_call,
@@ -5402,10 +5403,10 @@ DASHBOARD_PAGE = r"""<!doctype html>
       const more = {level: "warn", thinking: true, until: timeOf(event) + 1000 * event.retry_in};
       run.errors += 1;
       addEntry(event, "error", event.error, "warn");
-      if (more.until) setActivity(event, "Trouble, tries again", firstLine(event.error), more);
+      if (more.until) setActivity(event, "Error, trying again", firstLine(event.error), more);
     },
     recovery(event) {
-      const kept = event.resumed ? "It knows its conversation." : "It begins a new conversation.";
+      const kept = event.resumed ? "It remembers what was said." : "It begins a new conversation.";
       run.restarts += 1;
       addEntry(event, "restarted", `${text(event.what)}\n${kept}`, "warn");
     },
@@ -5457,7 +5458,7 @@ DASHBOARD_PAGE = r"""<!doctype html>
     drawSoon();
   }
 
-  // The page: what is shown of it.
+  // The page: draws what the run has.
   function setText(id, words) {           // what has not changed is not announced again
     if (byId(id).textContent !== words) byId(id).textContent = words;
   }
@@ -5466,13 +5467,13 @@ DASHBOARD_PAGE = r"""<!doctype html>
     const [level, headline] = OUTCOMES[run.outcome?.outcome] ?? ["warn", "Ended"];
     const {latest, activity} = run, last = latest && clockTime(latest);
     if (run.outcome) return {level, headline, advice: `at ${last}, after ${duration(run.spent)}`};
-    const advice = `The last event is of ${last}: ${activity.headline}`;
+    const advice = `The last event was at ${last}: ${activity.headline}`;
     if (IS_RECORDING && latest) return {level: "quiet", headline: "Unfinished", advice};
     if (run.lost) return {level: "bad", headline: "Connection lost", advice: run.lost};
     if (run.paused == null) return activity;
     if (run.busy && !activity.waits) return {...activity, advice: "It pauses after this turn."};
     return {level: "warn", headline: "Paused", since: run.paused,
-            advice: "It waits for you: resume it, leave a note, or stop it."};
+            advice: "It waits for you: resume or stop it. A note is read after that."};
   }
 
   function drawStatus() {
@@ -5554,7 +5555,7 @@ DASHBOARD_PAGE = r"""<!doctype html>
       journalPath && ["journal", code(journalPath)],
     ];
     setText("end-words", outcome ? text(outcome.reason) || run.lastReply
-      : "The journal has no last event: the run was killed, or still goes on.");
+      : "The journal has no last event: the run was killed, or it is still running.");
     byId("end-facts").replaceChildren(...rows.filter(Boolean).map(([name, ...parts]) =>
       createElement("div", "", createElement("dt", "", name), createElement("dd", "", ...parts))));
   }
@@ -5748,7 +5749,7 @@ DASHBOARD_PAGE = r"""<!doctype html>
     lastScreen = event;
     byId("terminal").hidden = !screen;
     if (!screen || !byId("terminal").open) return;
-    setText("held", isSelecting() ? "Held while you select text; Escape lets it go on." : "");
+    setText("held", isSelecting() ? "Held while you select text. Escape continues." : "");
     if (isSelecting()) return;
     let style = {}, from = 0;
     for (const {0: escape, 1: codes, index} of screen.matchAll(ESCAPE)) {
@@ -5783,17 +5784,17 @@ DASHBOARD_PAGE = r"""<!doctype html>
     source.onerror = ({target}) => {
       const isRefused = target.readyState === EventSource.CLOSED;
       setLost(isRefused ? "The server refuses this page: open the address that the run printed."
-        : "It is tried again; what you see is how it was last.");
+        : "Trying again. You see the last known state.");
       if (isRefused) setTimeout(connect, 3000);
     };
   }
 
-  function look() {                       // a hidden tab lets go: all tabs share six connections
+  function refresh() {            // a hidden tab disconnects: all tabs share six connections
     connect();
     setTimeout(() => document.hidden && source.close(), 2000);
   }
 
-  // Steering, and what else a person does.
+  // Controls, and other things that you do.
   async function postControl(action, message, words = "") {
     const headers = {"Content-Type": "application/json"};
     const request = {method: "POST", headers, body: JSON.stringify({action, text: words})};
@@ -5811,8 +5812,9 @@ DASHBOARD_PAGE = r"""<!doctype html>
   }
 
   byId("pause").onclick = () => run.paused == null
-    ? postControl("pause", "It pauses after this turn.") : postControl("resume", "It goes on.");
-  byId("continue").onclick = () => postControl("continue", "It goes on.");
+    ? postControl("pause", "It pauses after this turn.")
+    : postControl("resume", "The run continues.");
+  byId("continue").onclick = () => postControl("continue", "The run continues.");
   byId("stop-now").onclick = () => postControl("stop", "It is being stopped.");
   byId("interrupt").onclick = () => sendNote("interrupt", "The agent is interrupted.");
   byId("note-form").onsubmit = event => {
@@ -5850,9 +5852,9 @@ DASHBOARD_PAGE = r"""<!doctype html>
   byId("terminal").ontoggle = () => drawScreen();
   window.onhashchange = openLinked;
   setInterval(drawStatus, 1000);
-  setInterval(() => document.hidden && look(), 30000);      // its title and icon stay true
+  setInterval(() => document.hidden && refresh(), 30000);   // its title and icon stay right
   draw();
-  look();
+  refresh();
 </script>
 """
 
@@ -5876,20 +5878,20 @@ in the terminal, or paste that address or its token here.</p><form><label>Token
 _MAX_BODY_BYTES = 65_536
 _DIGITS = re.compile("[0-9]{1,15}")
 _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]]+))(:[0-9]*)?")
-_IP_ADDRESS = re.compile(r"[0-9.]+|.*:.*")      # no other name looks like this
+_IP_ADDRESS = re.compile(r"[0-9.]+|.*:.*")      # no host name has this form
 _CONTROL_ACTIONS = ("pause", "resume", "stop", "note", "continue", "interrupt")
 
 
 @functools.cache
 def _machine_names() -> frozenset[str]:
-    """Return the names of this machine.  May take seconds, if a name server does not answer."""
+    """Return the names of this machine; takes seconds if a name server does not answer."""
     name = socket.gethostname().lower()
     short_name = name.partition(".")[0]
     return frozenset({name, short_name, f"{short_name}.local", socket.getfqdn().lower()})
 
 
 def _is_other_user(client_port: int, server_port: int) -> bool:
-    """Tell whether a connection within this machine comes from another user, as Linux knows."""
+    """Tell whether a connection within this machine is another user's; False if unknown."""
     table = ""
     for path in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")):
         with contextlib.suppress(OSError):
@@ -5900,14 +5902,14 @@ def _is_other_user(client_port: int, server_port: int) -> bool:
 
 
 def read_dashboard_address(journal_path: Path) -> dict[str, Any]:
-    """Return what was saved of a run's dashboard: host, port, token and url; {} if nothing was."""
+    """Return the saved host, port, token and url of a run's dashboard; {} if there are none."""
     with contextlib.suppress(OSError):
         return parse_json_object(journal_path.with_suffix(".dashboard").read_bytes()) or {}
     return {}
 
 
 def find_live_dashboard(journal_path: Path) -> str:
-    """Return the address of a run's dashboard, with its token, or "" if nobody listens there."""
+    """Return the address of a run's dashboard, with its token; "" if it is not running."""
     address = read_dashboard_address(journal_path)
     place = get_text(address, "host"), get_int(address, "port")
     with contextlib.suppress(OSError, OverflowError), socket.create_connection(place, 0.5):
@@ -5939,7 +5941,7 @@ class _DashboardHandler(QuietHandler):
     def _respond(self) -> None:
         """Answer a request of any method."""
         path, _, query_text = self.path.partition("?")
-        if path.startswith(f"{self.server.path_prefix}/"):      # where a proxy left it in
+        if path.startswith(f"{self.server.path_prefix}/"):      # a proxy did not remove it
             path = path[len(self.server.path_prefix):]
         query = dict(urllib.parse.parse_qsl(query_text))
         routes = {("GET", "/"): self._send_page, ("GET", "/journal"): self._send_journal,
@@ -5979,7 +5981,7 @@ class _DashboardHandler(QuietHandler):
         return False
 
     def _has_token(self, token: str) -> bool:
-        """Tell whether the query, as a token or as a whole address, or a cookie has the token."""
+        """Tell whether the query (a token or a whole address) or a cookie has the token."""
         dashboard = self.server
         cookie = re.search(rf"(?:^|; *){dashboard.cookie_name}=([\w-]+)",
                            self.headers.get("Cookie", ""))
@@ -6011,7 +6013,7 @@ class _DashboardHandler(QuietHandler):
 
     def _send_page(self) -> None:
         self.server.page_opened.set()
-        # Without a Path the browser takes that of the page, also behind a proxy.
+        # Without a Path attribute the browser uses that of the page, which is right for proxies.
         cookie = f"{self.server.cookie_name}={self.server.token}; HttpOnly; SameSite=Strict"
         self._send_html(200, DASHBOARD_PAGE, {
             "RECORDING": "no" if self.server.control else "yes",
@@ -6020,7 +6022,7 @@ class _DashboardHandler(QuietHandler):
 
     def _send_html(self, status: int, page: str, values: Mapping[str, str],
                    headers: Mapping[str, str] = {}) -> None:
-        """Send a page, with `values` in the place of their names and a new nonce."""
+        """Send a page in which the names of `values`, and NONCE, are replaced."""
         texts = {**values, "NONCE": secrets.token_urlsafe(16)}
         self._send_text(status, re.sub("|".join(texts), lambda match: texts[match[0]], page), {
             "Content-Type": "text/html; charset=utf-8", "Content-Security-Policy":
@@ -6048,7 +6050,7 @@ class _DashboardHandler(QuietHandler):
         self._send_headers(200, {"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"})
         with self.server.journal.count_reader():
             while not batch.is_closed:
-                if not (batch.events or batch.live_events):     # a sign of life, with the time
+                if not (batch.events or batch.live_events):     # keeps the connection alive
                     now = json.dumps({"type": "now", "time": utc_timestamp()}).encode()
                     self.wfile.write(b"data: %s\n\n" % now)
                 batch = self.server.journal.read_after(after, batch.last_live_id, 15.0)
@@ -6072,9 +6074,9 @@ class _DashboardHandler(QuietHandler):
 class Dashboard(http.server.ThreadingHTTPServer):
     """Serves the page, its events and its controls, in threads of its own, in a `with` block.
 
-    `control(action, text)` is called for what the user asks; without it, the journal is a
-    recording.  `url` is the address under which a proxy publishes it; `token` one to use again.
-    Raises ConfigError if it can't listen.
+    `control(action, text)` carries out what you ask for; without it, the journal is a recording.
+    `url` is the address under which a proxy publishes the dashboard, `token` an earlier token to
+    keep.  Raises ConfigError if it can't listen.
 
     >>> with Dashboard(Journal()) as dashboard:
     ...     dashboard.url.startswith("http://127.0.0.1:")
@@ -6095,7 +6097,7 @@ class Dashboard(http.server.ThreadingHTTPServer):
         self.page_opened = threading.Event()
         # Ports do not keep cookies apart, so each dashboard has a name of its own.
         self.cookie_name = f"orchestrator-{hashlib.sha256(self.token.encode()).hexdigest()[:8]}"
-        # All users can read a browser's arguments: a code in them works once, and for us only.
+        # Every user can read a browser's arguments, so the code in them works once, and for us.
         self.entry_code = secrets.token_urlsafe(24)
         self._connections: set[socket.socket] = set()
         host = host.strip("[]").lower()
@@ -6120,9 +6122,9 @@ class Dashboard(http.server.ThreadingHTTPServer):
                                f"{public.netloc.lower().removesuffix(default_port)}")
 
     def own_origins(self, host: str) -> list[str]:
-        """Return the origins of our own page under a Host; none if that is not a name of ours.
+        """Return the origins of our page for a Host header; none if it is not a name of ours.
 
-        Tunnels and published ports change the port, so any port will do.
+        Tunnels and published ports change the port, so any port is accepted.
         """
         match = _HOST.fullmatch(host.lower())
         name = (match[1] or match[2]) if match else ""
@@ -6139,12 +6141,12 @@ class Dashboard(http.server.ThreadingHTTPServer):
         address = {"host": self._host, "port": self.server_port, "token": self.token,
                    "url": self.url}
         path = journal_path.with_suffix(".dashboard")
-        with contextlib.suppress(OSError):      # the journal complains about such a disk
+        with contextlib.suppress(OSError):      # the journal reports a disk like that
             path.touch(0o600)
             path.write_text(json.dumps(address), "utf-8")
 
     def server_bind(self) -> None:
-        """Bind, `::` for IPv4 too, without the base class's slow search for our own name."""
+        """Bind (`::` also for IPv4) without the slow name lookup of the base class."""
         if self.address_family == socket.AF_INET6:
             with contextlib.suppress(OSError):
                 self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
@@ -6171,10 +6173,10 @@ class Dashboard(http.server.ThreadingHTTPServer):
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Answer every client so far: two seconds for the streams, then two for the rest."""
+        """Answer all clients that have connected; waits up to four seconds."""
         self.journal.close(wait_for_reader=self.page_opened.is_set())
         self.shutdown()
-        for _ in range(self.request_queue_size):    # those that were not accepted yet
+        for _ in range(self.request_queue_size):    # clients that were not accepted yet
             self.handle_request()
         self.server_close()
         deadline = time.monotonic() + 2.0
@@ -6225,8 +6227,8 @@ class DemoModelHandler(QuietHandler):
         self.wfile.write(b"data: [DONE]\n\n")
 
 
-# The agent is a text, because `curl ... | python3 -` leaves no file to start it from.  It does on
-# a screen what real agents do: bracketed paste, an input line, a busy title and a busy footer.
+# The agent is a string, because `curl ... | python3 -` leaves no file to start it from.  It behaves
+# like a real agent: bracketed paste, an input line, a busy title and a busy footer.
 DEMO_AGENT = r'''
 import os, re, subprocess, sys, time, tty
 from pathlib import Path
@@ -6296,7 +6298,8 @@ _EVENT_TEMPLATES = {        # event type -> head line, and the field that is sho
     "note": ("* {source}: {text}", ""),
     "state": ("* {state}{why}", "")}
 _BOLD_EVENTS = ("reply", "iteration_end", "complete")
-_FIRST_LINES, _LAST_LINES, _MAX_LINE_LENGTH = 7, 12, 1000   # of a shortened text
+_FIRST_LINES, _LAST_LINES = 7, 12       # of a shortened text
+_MAX_LINE_LENGTH = 1000
 
 
 def _format_usage(event: Event) -> str:
@@ -6343,7 +6346,7 @@ def _format_next_steps(event: Event) -> str:
     return format_rows(rows)
 
 
-def _describe_end(event: Event) -> tuple[str, str]:
+def _describe_complete(event: Event) -> tuple[str, str]:
     """Return how a run ended, and what you can do next."""
     head = "Task complete" if event["outcome"] == "complete" else f"Ended ({event['outcome']})"
     if event["outcome"] == "interrupted" and event.get("reason"):      # no other line says it
@@ -6365,7 +6368,7 @@ def describe_event(event: Event) -> tuple[str, str]:
     """Return what the terminal shows of a run's event: a head line, and the text below it."""
     kind = "compacted" if "compacted" in event else event["type"]
     if kind == "complete":
-        return _describe_end(event)
+        return _describe_complete(event)
     if "told" in event:         # only a resumed run needs it
         return "", ""
     if kind == "iteration_end" and not event["agent_output"]:
@@ -6395,7 +6398,7 @@ def describe_chat_event(event: Event) -> tuple[str, str]:
 
 
 def describe_json_event(event: Event) -> tuple[str, str]:
-    """Return an event as --json prints it; live screens are only for browsers."""
+    """Return an event as --json prints it; "" for a live event, which only a browser shows."""
     return "" if event["type"] in LIVE_EVENTS else json.dumps(event), ""
 
 
@@ -6454,11 +6457,11 @@ class TerminalReporter:
                  wait_labels: Mapping[str, str], display: Display, *,
                  clock: Callable[[], float] = time.monotonic) -> None:
         self._describe = describe
-        self._wait_labels = wait_labels     # by the state or type of the event that begins it
+        self._wait_labels = wait_labels     # by the state or type of the event that begins a wait
         self._display = display
         self._clock = clock
         self._lock = threading.RLock()      # notes of the user come in another thread
-        self._has_shown_check = False       # in this iteration, whose output repeats it
+        self._has_shown_check = False       # the output of this iteration would repeat it
         self._waiting_for = ""
         self._waiting_since = 0.0
         self._last_agent_line = ""
@@ -6466,11 +6469,11 @@ class TerminalReporter:
         self._status_line = ""
 
     def wants_screen(self) -> bool:
-        """Whether a screen is wanted: once a second, because each costs a call of tmux."""
+        """Whether a screen is wanted: once a second, because each needs a call of tmux."""
         return self._display.has_cursor and self._clock() - self._screen_at >= 1.0
 
     def on_event(self, event: Event) -> None:
-        """Print what there is to say about an event, and show what you wait for now."""
+        """Print an event, and update the status line."""
         kind: str = event.get("state") or event["type"]
         with self._lock:
             self._print_event(event)
@@ -6536,10 +6539,10 @@ def wait_for_enter(stream: TextIO) -> None:
     """Wait for Enter or Ctrl-C if you are at the terminal and the run is in the foreground."""
     try:
         if sys.stdin.isatty() and stream.isatty() and os.tcgetpgrp(0) == os.getpgrp():
-            termios.tcflush(0, termios.TCIFLUSH)        # what was typed before is no answer
+            termios.tcflush(0, termios.TCIFLUSH)        # discard what was typed before
             print_line("The dashboard stays open until you press Enter or Ctrl-C.", stream)
             sys.stdin.readline()
-    except (OSError, termios.error):        # it is not our terminal, or not any more
+    except (OSError, termios.error):        # it is not, or no longer, our terminal
         return
     except Interrupted as interrupt:
         if interrupt.signum != signal.SIGINT:
@@ -6562,7 +6565,7 @@ def read_line(prompt: str) -> str | None:
     if not sys.stdin.isatty():
         line = sys.stdin.readline()
         return line.rstrip("\n") if line else None
-    typed_so_far: Callable[[], str] = str
+    typed_so_far: Callable[[], str] = str       # returns ""
     with contextlib.suppress(ImportError):
         import readline     # line editing and history for input()
         readline.parse_and_bind("set enable-bracketed-paste on")
@@ -6687,7 +6690,7 @@ class SignalHandler:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Hold signals back during the block; threads other than the main one get none anyway."""
+        """Hold signals back during the block; only the main thread gets any."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -6765,7 +6768,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 # Sessions
 
 def session_name_of(directory: Path) -> str:
-    """Return the session name of a directory's own.
+    """Return the name of the session that a directory gets for itself.
 
     >>> session_name_of(Path("/home/me/my project"))
     'gt-claude-loop-my-project-9e0b'
@@ -6776,7 +6779,7 @@ def session_name_of(directory: Path) -> str:
 
 
 def find_session_holder(path: Path) -> tuple[str, str]:
-    """Return the process that holds a session's lock and the session's mark; "" for nobody."""
+    """Return the process that holds a session's lock, and the session's mark; or twice ""."""
     with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -6864,7 +6867,7 @@ def hold_session(config: Config, workspace: Workspace, resume: bool = False) -> 
 
 def open_dashboard(config: Config, journal: Journal,
                    control: Callable[[str, str], object] | None) -> Dashboard:
-    """Return the dashboard; that of a resumed run keeps its token and, if it is free, its port."""
+    """Return the dashboard; a resumed run keeps its token and, if it is free, its port."""
     earlier = read_dashboard_address(journal.path) if control and journal.path else {}
     listen = functools.partial(Dashboard, journal, host=config.dashboard_host, control=control,
                                url=config.dashboard_url, token=get_text(earlier, "token"))
@@ -6878,7 +6881,7 @@ def open_dashboard(config: Config, journal: Journal,
 def serve_dashboard(config: Config, journal: Journal,
                     control: Callable[[str, str], object] | None,
                     stream: TextIO) -> Iterator[None]:
-    """Serve the dashboard and print its address; a run goes on without, a recording does not.
+    """Serve the dashboard and print its address; if it can't listen, a run goes on without it.
 
     At the end, a browser that was opened gets time to come, and the user to look at the page.
     """
@@ -6913,13 +6916,13 @@ def serve_dashboard(config: Config, journal: Journal,
 
 # Recorded runs
 
-_REQUIRED_FIELDS = {       # what a run needs to go on from an event, besides its time
+_REQUIRED_FIELDS = {       # of an event, to resume a run from it; `time` besides
     "task_info": ("task", "model", "agent", "workdir", "attach"), "reply": ("text",),
     "iteration_end": ("agent_output",), "history": ("summary",), "note": ("text",)}
 
 
 def is_resumable_event(event: Event) -> bool:
-    """Whether a run can go on from an event: it has the texts that its type should have."""
+    """Whether an event has the texts that a run needs to resume from it."""
     required = ("time", *_REQUIRED_FIELDS.get(event["type"], ()))
     return all(isinstance(event.get(name), str) for name in required)
 
@@ -6964,7 +6967,7 @@ def check_key(config: Config) -> None:
                           "--chat")
 
 
-def describe_end(config: Config, workspace: Workspace, agent: Agent, journal: Journal,
+def end_fields(config: Config, workspace: Workspace, agent: Agent, journal: Journal,
                  is_chat: bool, outcome: str) -> dict[str, object]:
     """Return the fields of `complete` that say what is left of a run, and how to continue."""
     if not workspace.command:
@@ -7049,7 +7052,7 @@ def run(config: Config, workspace: Workspace, get_task: Callable[[], str] | None
         as_json: bool = False, resume: bool = False) -> int:
     """Let the model drive the agent, or you, if there is no `get_task`; return 0.
 
-    Raises OrchestratorError or Interrupted if the run does not end by success.
+    Raises OrchestratorError or Interrupted if the run does not succeed.
     """
     is_chat = get_task is None
     if not is_chat:
@@ -7075,7 +7078,7 @@ def run(config: Config, workspace: Workspace, get_task: Callable[[], str] | None
             config, workspace, publish=journal.publish, sleep=reporter.sleep,
             has_viewers=lambda: reporter.wants_screen() or journal.has_readers())
         journal.describe_end = functools.partial(
-            describe_end, config, workspace, agent, journal, is_chat)
+            end_fields, config, workspace, agent, journal, is_chat)
         if config.terminate_when_quit:
             stack.callback(signals.deferred()(agent.stop))      # all of it, should one come now
         if history and not as_json:
@@ -7105,7 +7108,7 @@ def run_replay(path: Path, config: Config) -> int:
 
 
 def own_command() -> str:
-    """Return how this program was started, for commands to copy."""
+    """Return the command that started this program, for you to copy."""
     script = sys.argv[0]
     if not os.path.isfile(script):      # `curl ... | python3 -`
         return "python3 orchestrator.py"
@@ -7143,7 +7146,7 @@ def run_demo(config: Config, environ: Mapping[str, str], as_json: bool) -> int:
         server.shutdown()
         server.server_close()
         shutil.rmtree(scratch, ignore_errors=True)
-        with contextlib.suppress(OSError):      # a name for this run only, so nobody else's socket
+        with contextlib.suppress(OSError):      # the socket, whose name is for this run only
             os.unlink(f"{environ.get('TMUX_TMPDIR') or '/tmp'}/tmux-{os.getuid()}/{scratch.name}")
     if not as_json:
         profile = select_profile(Config.default_model)
@@ -7307,7 +7310,7 @@ _REPEATED_SETTINGS = ("CLAUDE_TMUX_SESSION", "CLAUDE_TMUX_SOCKET", "DEFAULT_MODE
 
 
 def announce_settings(environ: Mapping[str, str], env_file: Mapping[str, str]) -> None:
-    """Tell which settings of the .env file choose what runs, and which look misspelt."""
+    """Print the settings of the .env file that choose what runs, and those that look misspelt."""
     for name in _ANNOUNCED_SETTINGS:
         if env_file.get(name) and not environ.get(name):
             value = env_file[name]
@@ -7317,8 +7320,9 @@ def announce_settings(environ: Mapping[str, str], env_file: Mapping[str, str]) -
                 value += f", which starts {select_profile(value).name}"
             print_error(f".env sets {name}={value}")
     for name in sorted(env_file.keys() - Config.fields_by_variable().keys()):
-        for match in difflib.get_close_matches(name, Config.fields_by_variable(), 1, 0.85):
-            print_error(f".env: unknown setting {name}. Did you mean {match}?")
+        matches = difflib.get_close_matches(name, Config.fields_by_variable(), 1, 0.85)
+        if matches:
+            print_error(f".env: unknown setting {name}. Did you mean {matches[0]}?")
 
 
 def find_workspace(directory: str | None, environ: Mapping[str, str],
@@ -7388,7 +7392,7 @@ def dispatch(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 
 def repair_standard_streams() -> None:
-    """Open standard streams that were closed, and let none of them fail for what is written."""
+    """Open standard streams that were closed; make them accept any text."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         stream = getattr(sys, name)
         if stream is None:
