@@ -7281,10 +7281,12 @@ def check_dashboard(config: Config, workspace: Workspace) -> str:
     return f"can listen on {host}, port {port or 'any'}"
 
 
-def run_doctor(config: Config, workspace: Workspace) -> int:
-    """Print a line for each check; return 0 if all is well."""
+def run_doctor(config: Config, workspace: Workspace, errors: Sequence[str] = ()) -> int:
+    """Print a line for each invalid setting and each check; return 0 if all is well."""
     print_line(f"python    ok      {platform.python_version()}")
-    status = 0
+    status = 1 if errors else 0
+    for error in errors:
+        print_line(f"settings  FAILED  {error}")
     checks = {"tmux": lambda *_: make_agent(config, workspace).tmux.check_version(),
               "agent": check_agent, "login": check_login, "model": check_model,
               "session": check_session, "state": check_state}
@@ -7372,7 +7374,7 @@ def dispatch(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     config = Config.from_env(environ, env_file, errors.append)
     if options.replay is not None:      # needs no settings but those of the dashboard
         errors = [error for error in errors if "DASHBOARD_" in error]
-    if errors:
+    if errors and not options.doctor:
         raise ConfigError(errors[0])
     if options.replay is not None:
         return run_replay(find_recorded_run(options, environ, env_file), config)
@@ -7383,7 +7385,7 @@ def dispatch(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         return run_status(config, workspace)
     announce_settings(environ, env_file)
     if options.doctor:
-        return run_doctor(config, workspace)
+        return run_doctor(config, workspace, errors)
     is_chat = options.chat or not (config.autonomous_mode or options.resume)
     if is_chat and options.task is not None:
         raise ConfigError("a chat takes no --task: AUTONOMOUS_MODE=false is set")

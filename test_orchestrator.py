@@ -5991,6 +5991,16 @@ def test_the_doctor_is_content_where_a_chat_could_start(run_doctor: Any) -> None
     assert lines["session"] == "ok      gt-claude-loop is free" and "chat" in lines["model"]
 
 
+def test_the_doctor_names_all_wrong_settings_and_checks_the_rest(
+        run_doctor: Any, tmp_path: Path) -> None:
+    for content, words in ((b"MAX_COST $5", ".env line 1: MAX_COST can't be read"),
+                           (b"MAX_COST=$5\nDEFAULT_MODEL=gpt", "MAX_COST='$5': expected a number")):
+        Path(".env").write_bytes(content)
+        status, lines = run_doctor(AUTONOMOUS_MODE="no")
+        assert status == 1 and lines["settings"].startswith(f"FAILED  {words}")
+    assert lines["agent"].startswith(f"ok      Codex: {tmp_path}/codex")
+
+
 def test_the_doctor_asks_known_agents_for_their_version_without_the_key(
         run_doctor: Any, tmp_path: Path) -> None:
     ask = {"DEFAULT_MODEL": "gpt", "AUTONOMOUS_MODE": "no", "OPENROUTER_API_KEY": KEY}
