@@ -119,7 +119,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Protocol, TextIO, TypedDict, TypeVar
 
-if sys.version_info < (3, 9):
+if sys.version_info < (3, 9):  # noqa: UP036
     raise SystemExit("orchestrator: Python 3.9 or later is needed; this is " + sys.version)
 
 __version__ = "1.0.0"

@@ -55,8 +55,8 @@ from orchestrator import (
     find_unfinished_run, format_duration, has_appeared, has_input_box, help_text,
     is_message_unsent, is_resumable_event, last_text_line, main, normalize_screen, parse_env,
     parse_json_object, parse_reply, parse_usage_limit, print_line, process_start_time,
-    read_env_file, read_events, read_line, run, run_replay, run_shell_command, sanitize,
-    select_profile, session_lock, strip_input_box, trimmed_lines, truncate_middle, write_output)
+    read_env_file, read_events, run_shell_command, sanitize,
+    select_profile, session_lock, strip_input_box, trimmed_lines, truncate_middle)
 
 SOURCE = Path(orchestrator.__file__).read_text(encoding="utf-8")
 KEY = "sk-or-v1-0123456789abcdef"
