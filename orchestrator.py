@@ -4609,9 +4609,14 @@ class Autopilot:
     `model` is an OpenRouter or any ChatModel.  Without `memory` the facts are those of
     `memory.json` in the agent's directory; without `journal` the events stay in memory.
 
-    >>> model = OpenRouter("https://openrouter.ai/api/v1", "key", "anthropic/claude-opus-4.6")
-    >>> with Agent(select_profile("claude"), "~/src/project") as agent:     # doctest: +SKIP
-    ...     Autopilot(agent, model, config=Config(max_minutes=30)).run("Make the tests pass.")
+    >>> class Script:
+    ...     characters_per_token = 4.0
+    ...     replies = ["date", "TASK_COMPLETE", "TASK_COMPLETE"]
+    ...     def complete(self, messages, **callbacks):
+    ...         return Reply(self.replies.pop(0))
+    >>> bash = select_profile("claude", "bash --norc")
+    >>> with Agent(bash, session="docs", socket="docs") as agent:       # doctest: +SKIP
+    ...     Autopilot(agent, Script(), config=Config(max_minutes=30)).run("What time is it?")
     """
 
     MAX_MESSAGES = 900                  # in a conversation: some take 1,000
