@@ -2027,13 +2027,11 @@ class Agent:
         self._made_session = False
         self.take_interrupt: Callable[[], bool] = never     # whether you ask to interrupt a turn
         self._profile = profile
-        self._tmux = self.tmux
-        self._directory = str(self.directory)
         self._publish = publish
         self._has_viewers = has_viewers
         self._clock = clock
         self._sleep = sleep
-        self.session_mark = f"{shlex.join(profile.start_command)!r} in {self._directory!r}"
+        self.session_mark = f"{shlex.join(profile.start_command)!r} in {str(self.directory)!r}"
         self._pane_id = ""
         self._server_pid = 0                        # a new server counts its panes from %0 again
         self._process = 0, ""                       # the agent when last seen: id, start time
@@ -2070,13 +2068,13 @@ class Agent:
 
     def find_session(self) -> str:
         """Return the pane to join, if there is one; raise ConfigError if the session isn't ours."""
-        mark, pane_id = self._tmux.find_pane()
+        mark, pane_id = self.tmux.find_pane()
         if mark != self.session_mark and (mark or pane_id):
             raise ConfigError(
-                f"the tmux session {self._tmux.session} is in use for {mark or 'something else'}. "
+                f"the tmux session {self.tmux.session} is in use for {mark or 'something else'}. "
                 "Use the same command (CLAUDE_CMD, DEFAULT_MODEL) and directory, choose another "
                 "name (CLAUDE_TMUX_SESSION, or session= in Python), or close it: "
-                f"{self._tmux.kill_command}")
+                f"{self.tmux.kill_command}")
         return pane_id
 
     def start(self, resume: bool = False) -> Turn:
@@ -2093,7 +2091,7 @@ class Agent:
             if self._pane_id:
                 self._wait_until_ready()
             elif resume:
-                raise TmuxSessionLost(f"there is no {self._tmux.session}")
+                raise TmuxSessionLost(f"there is no {self.tmux.session}")
             else:
                 self._launch(resume=False)
         except (TmuxSessionLost, AgentExited) as error:
@@ -2153,14 +2151,14 @@ class Agent:
     def hides_input(self) -> bool:
         """Whether the agent's terminal hides what is typed, as for a password."""
         with contextlib.suppress(OrchestratorError):
-            return self._tmux.hides_input(self._pane_id)
+            return self.tmux.hides_input(self._pane_id)
         return False
 
     def is_running(self) -> bool:
         """Whether the session is there, and the agent's program runs in it."""
         with contextlib.suppress(OrchestratorError):
             pane_id = self.find_session()
-            return bool(pane_id) and not self._tmux.snapshot(pane_id).dead
+            return bool(pane_id) and not self.tmux.snapshot(pane_id).dead
         return False
 
     def stop(self) -> None:
@@ -2168,14 +2166,14 @@ class Agent:
         with contextlib.suppress(OrchestratorError):
             self._pane_id = self.find_session() or self._pane_id
             with contextlib.suppress(OrchestratorError):
-                pane = self._tmux.snapshot(self._pane_id)
+                pane = self.tmux.snapshot(self._pane_id)
                 self._server_pid = pane.server_pid
                 self._process = pane.pid, process_start_time(pane.pid)
                 if self._profile.busy_title.match(pane.title):
-                    self._tmux.send_keys(pane, "Escape")    # a background server may work on it
+                    self.tmux.send_keys(pane, "Escape")    # a background server may work on it
                     self._sleep(0.5)
             processes = self._find_processes()
-            self._tmux.kill_session()
+            self.tmux.kill_session()
             self._end_processes(processes)
 
     def _with_recovery(self, operation: Callable[[PaneSnapshot], Turn],
@@ -2202,7 +2200,7 @@ class Agent:
 
     def _snapshot(self) -> PaneSnapshot:
         """Look at the pane; raise AgentExited if its program has ended."""
-        pane: PaneSnapshot = self._retry_read(self._tmux.snapshot)
+        pane: PaneSnapshot = self._retry_read(self.tmux.snapshot)
         self._server_pid = self._server_pid or pane.server_pid
         if pane.server_pid != self._server_pid:
             raise TmuxSessionLost("there is another tmux server now")
@@ -2215,7 +2213,7 @@ class Agent:
 
     def _capture_transcript(self) -> list[str]:
         """Return the whole transcript, without the input box of a known agent."""
-        lines = trimmed_lines(self._retry_read(self._tmux.capture_history))
+        lines = trimmed_lines(self._retry_read(self.tmux.capture_history))
         return strip_input_box(self._profile, lines)
 
     def _retry_read(self, read: Callable[[str], _Read]) -> _Read:
@@ -2238,7 +2236,7 @@ class Agent:
         self._last_published = (now, pane.screen)
         cursor = [pane.cursor_row, pane.cursor_column] if pane.cursor_is_visible else None
         with contextlib.suppress(TmuxError):
-            self._publish("screen", text=self._tmux.capture_ansi(pane.id), columns=pane.columns,
+            self._publish("screen", text=self.tmux.capture_ansi(pane.id), columns=pane.columns,
                           rows=pane.rows, cursor=cursor)
 
     def _exit_error(self, pane: PaneSnapshot) -> AgentExited:
@@ -2247,7 +2245,7 @@ class Agent:
             with contextlib.suppress(OSError):
                 os.kill(pane.server_pid, signal.SIGCHLD)
             self._sleep(0.05)
-            pane = self._tmux.snapshot(self._pane_id)
+            pane = self.tmux.snapshot(self._pane_id)
         lines = [line for line in self._take_new_output(pane)[0]
                  if not line.startswith("Pane is dead (")]
         last_lines = " / ".join([" ".join(line.split()) for line in text_lines(lines)][-3:])
@@ -2286,10 +2284,10 @@ class Agent:
         if pane.dead or not pane.rows:
             return []
         try:
-            self._tmux.resize(pane, self.TALL_ROWS)
+            self.tmux.resize(pane, self.TALL_ROWS)
             tall = self._wait_for_redraw(pane)
         finally:
-            self._tmux.resize(pane, pane.rows)
+            self.tmux.resize(pane, pane.rows)
         self._wait_for_redraw(tall)
         return text_lines(tall.screen)
 
@@ -2299,7 +2297,7 @@ class Agent:
         until = since + 1.0
         while self._clock() < until:
             self._sleep(0.03)
-            new = self._retry_read(self._tmux.snapshot)
+            new = self._retry_read(self.tmux.snapshot)
             if new.screen != pane.screen:
                 pane, since = new, self._clock()
             elif pane is not before and self._clock() - since >= 0.1:
@@ -2358,7 +2356,7 @@ class Agent:
         text_at_cursor = self._find_draft(pane, pane.cursor_column + 1)
         if draft or not text_at_cursor:
             return draft
-        rows = self._retry_read(self._tmux.capture_ansi).split("\n")
+        rows = self._retry_read(self.tmux.capture_ansi).split("\n")
         is_placeholder = SGR_DIM.search("".join(rows[pane.cursor_row:pane.cursor_row + 1]))
         return "" if is_placeholder else text_at_cursor
 
@@ -2387,7 +2385,7 @@ class Agent:
         if needs_blank and needs_blank.search(text):
             text += " "
         for _ in range(2):
-            was_answered = self._retry_write(lambda pane: self._tmux.paste_text(pane, text))
+            was_answered = self._retry_write(lambda pane: self.tmux.paste_text(pane, text))
             pasted = self._wait_for_text(before, text)
             if was_answered or self._is_shown(before, pasted, text):
                 return pasted
@@ -2459,7 +2457,7 @@ class Agent:
             pane = self._snapshot()
             try:
                 if pane.in_mode:
-                    self._tmux.exit_copy_mode(pane.id)
+                    self.tmux.exit_copy_mode(pane.id)
                 if write(pane):
                     return True
             except TmuxError as error:
@@ -2471,7 +2469,7 @@ class Agent:
                          "(q), or turn its input on: select-pane -e")
 
     def _press(self, *keys: str) -> None:
-        self._retry_write(lambda pane: self._tmux.send_keys(pane, *keys))
+        self._retry_write(lambda pane: self.tmux.send_keys(pane, *keys))
 
     # waiting
 
@@ -2511,7 +2509,7 @@ class Agent:
     def _press_enter_if(self, is_unsent: Callable[[PaneSnapshot], bool]) -> None:
         """Press Enter again, if the message is still in the input line."""
         def press(pane: PaneSnapshot) -> bool:
-            return not is_unsent(pane) or self._tmux.send_keys(pane, "Enter")
+            return not is_unsent(pane) or self.tmux.send_keys(pane, "Enter")
 
         self._retry_write(press)
 
@@ -2574,9 +2572,9 @@ class Agent:
                     command = (*command, *words)
             self._pane_id, self._server_pid = self.find_session(), 0
             if self._pane_id:
-                self._tmux.respawn_pane(self._pane_id, command, self._directory)
+                self.tmux.respawn_pane(self._pane_id, command, str(self.directory))
             else:
-                self._pane_id = self._tmux.new_pane(command, self._directory, self.session_mark)
+                self._pane_id = self.tmux.new_pane(command, str(self.directory), self.session_mark)
                 self._made_session = True
             try:
                 self._wait_until_ready()
@@ -4362,11 +4360,11 @@ class RunTotals:
                 self.earlier_seconds = seconds or self.earlier_seconds
 
     @contextlib.contextmanager
-    def publish_outcome(self, journal: Journal, find_changed_files: Callable[
+    def publish_outcome(self, journal: Journal, list_changed_files: Callable[
             [], list[str] | None] = lambda: None) -> Iterator[None]:
         """Publish `complete` at the end of the block, however it ends."""
         def conclude() -> None:
-            changed = find_changed_files()
+            changed = list_changed_files()
             files_changed = None if changed is None else len(changed)
             journal.publish("complete", outcome=outcome, reason=reason, iterations=self.iterations,
                             tokens=self.tokens._asdict(),
