@@ -1755,7 +1755,7 @@ class TurnDetector:
                  message: str = "", is_unsent: Callable[[PaneSnapshot], bool] = never,
                  has_new_process: Callable[[], bool] = never, idle_timeout: float = STALE_SECONDS,
                  settle_seconds: float = SETTLE_SECONDS_WITHOUT_INDICATOR,
-                 is_in_progress: bool = False) -> None:
+                 is_in_progress: bool = False, has_changed: bool = False) -> None:
         self.last_sign = ""                     # the last sign of work in this turn
         self.is_busy = False                    # a sign is shown now
         self.is_unsent = is_unsent
@@ -1779,7 +1779,7 @@ class TurnDetector:
         self._state = (before.title, before.foreground_command, self._text)
         self._text_changed_at = now
         self._state_changed_at = now
-        self._has_changed = False
+        self._has_changed = has_changed         # since `before`: it may be the same again now
         self._title_has_changed = is_in_progress    # otherwise a dead program may have left it
         self._quiet_since = now                 # when the last sign of work disappeared
         self._still_seconds = 0.0               # since any change: text, title or program
@@ -2335,6 +2335,7 @@ class Agent:
         self._has_conversation = True
         detector = self._new_detector(
             before, message=submission.text, is_unsent=is_unsent,
+            has_changed=pasted.screen != before.screen,
             has_new_process=lambda: bool(set(self._tool_processes(before)) - old_processes),
             settle_seconds=(self.INDICATOR_DELAY_SECONDS if self._profile.is_known
                             else TurnDetector.SETTLE_SECONDS_WITHOUT_INDICATOR))

@@ -324,8 +324,10 @@ class AgentApi(Loopback):
         self.messages: list[str] = []       # as they left the agents, one for each turn
         self.conversation = ""              # all that the latest turn began with
         self.calls = 0
+        self.times: list[tuple[float, float]] = []      # when each turn was asked and answered
 
     def answer(self, exchange: Exchange) -> None:
+        asked = time.time()
         path = exchange.path.split("?")[0]
         speak = {"/v1/messages": self._as_anthropic, "/v1/responses": self._as_openai}.get(path)
         if not speak:
@@ -341,6 +343,8 @@ class AgentApi(Loopback):
         exchange.start_stream()
         speak(exchange, shell, next_step(message, results) if shell else Step("", "a title"))
         exchange.stream("")
+        if shell:
+            self.times.append((asked, time.time()))
 
     def _heard(self, body: dict[str, Any]) -> tuple[str, int]:
         """Return the latest message, and how many commands were run since."""
@@ -4419,7 +4423,7 @@ def processor_seconds(pid: int) -> float:
     return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
-@pytest.mark.parametrize("agent", ["with a busy sign", "bash"])
+@pytest.mark.parametrize("agent", ["with a busy sign", "as Claude Code", "bash"])
 def test_benchmark_of_the_tools_own_time_and_of_the_prompt(
         agent: str, world: World, asked_for: None) -> None:
     orders = [f"echo turn-{number}; seq 1 30" for number in range(25)]
@@ -4430,6 +4434,8 @@ def test_benchmark_of_the_tools_own_time_and_of_the_prompt(
             "trap '[ $idle ] && { idle=; echo $EPOCHREALTIME >> taken; }' DEBUG\n"
             "PROMPT_COMMAND='echo $EPOCHREALTIME >> finished; idle=1'\n")
         settings["CLAUDE_CMD"] = "bash"
+    elif agent == "as Claude Code":
+        settings = as_claude(world)
     with TimedModel([*orders, "TASK_COMPLETE"]) as model:
         world.env["OPENROUTER_BASE_URL"] = model.url
         assert world.start("--task", "x", **settings).end(200).status == 0
@@ -4448,6 +4454,24 @@ def test_benchmark_of_the_tools_own_time_and_of_the_prompt(
     print(f"\n{agent}: own time of {len(own)} turns: median {statistics.median(own):.2f} s, "
           f"worst {max(own):.2f} s; prompts: {sum(characters):,} characters (451,436 in the Go "
           f"tool), the last {characters[-1]:,}")
+
+
+@REAL_AGENTS
+def test_benchmark_of_answers_and_slash_commands_of_the_real(
+        name: str, agent: str, world: World, agent_api: AgentApi, with_real_agents: None,
+        asked_for: None) -> None:
+    count, slash = 10, {"claude": "/context", "gpt": "/status"}[name]
+    orders = [f"SAY[answer {number}]" for number in range(count)] + [slash] * count
+    with TimedModel([*orders, "TASK_COMPLETE"]) as model:
+        world.env["OPENROUTER_BASE_URL"] = model.url
+        assert world.start("--task", "x", DEFAULT_MODEL=name).end(200).status == 0
+    turns = list(zip(model.answered, model.asked[1:]))
+    own = [asked - begun + ended - answered for (begun, ended), (asked, answered)
+           in zip(turns, agent_api.times)]
+    whole = [ended - begun for begun, ended in turns[count:2 * count]]
+    for what, seconds in (("own time and the agent's", own), (slash, whole)):
+        print(f"\n{agent}, {what}: {len(seconds)} turns, median {statistics.median(seconds):.2f} s, "
+              f"worst {max(seconds):.2f} s")
 
 
 @pytest.mark.parametrize("where", ["where there is no terminal", "in a terminal"])

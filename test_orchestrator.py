@@ -2393,6 +2393,18 @@ def test_a_session_that_is_gone_is_made_again_with_the_conversation_if_there_was
     assert desk.terminal.started == [PROGRAM.resume_command, PROGRAM.start_command]
 
 
+def test_an_answer_that_fills_the_screen_exactly_as_before_ends_its_turn() -> None:
+    """As the same slash command does again, if its answer is there before the next look."""
+    def status(terminal: Any) -> None:
+        terminal.title, terminal.box, terminal.lines = "agent", True, ["old"] * 50
+        terminal.take = lambda message: terminal.lines.extend(["old"] * 50)
+
+    desk = Desk(status)
+    began = desk.clock.now
+    assert desk.agent.ask("/status").state == "done"
+    assert desk.clock.now - began < 1.5
+
+
 def test_a_session_that_was_made_for_something_else_is_left_alone() -> None:
     desk = Desk(claude(), start=False)
     desk.terminal.new_pane(("vim", "secret.txt"), "/home/me", "'vim secret.txt' in '/home/me'")
