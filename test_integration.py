@@ -4470,8 +4470,8 @@ def test_benchmark_of_answers_and_slash_commands_of_the_real(
            in zip(turns, agent_api.times)]
     whole = [ended - begun for begun, ended in turns[count:2 * count]]
     for what, seconds in (("own time and the agent's", own), (slash, whole)):
-        print(f"\n{agent}, {what}: {len(seconds)} turns, median {statistics.median(seconds):.2f} s, "
-              f"worst {max(seconds):.2f} s")
+        print(f"\n{agent}, {what}: {len(seconds)} turns, "
+              f"median {statistics.median(seconds):.2f} s, worst {max(seconds):.2f} s")
 
 
 @pytest.mark.parametrize("where", ["where there is no terminal", "in a terminal"])
