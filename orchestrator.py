@@ -793,6 +793,7 @@ CLAUDE_CODE = AgentProfile(
     busy_words=re.compile(r"\b(?:esc|ctrl\+c) to interrupt\b", re.I),
     status_line=re.compile(r"[·✢✳✶✻✽*●] [^…]{1,200}…(?: \(.*\))?"),
     closing_line=re.compile(r"[✢✳✶✻✽] \w+ for \d.*"),
+    needs_blank=re.compile(r"\\\Z"),      # else Enter becomes a line break
     menu_cursor=re.compile(r"\s+❯ *(\S.*)|❯ *(\d+\. .*)"),
     menu_hint=re.compile(r"\benter to (?:confirm|select|save|continue)\b|"
                          r"\besc to (?:cancel|close|exit|clear|go back)\b", re.I),

@@ -2110,10 +2110,13 @@ def test_an_unknown_program_gets_the_enter_a_moment_after_the_text_shows(
     assert wait <= pressed_at[0] <= wait + 0.1
 
 
-@pytest.mark.parametrize("message, pasted", [
-    ("see @RE", "see @RE "), ("pay $5", "pay $5 "), ("a@b c", "a@b c"), ("@x\n", "@x\n")])
-def test_a_blank_follows_what_a_completion_would_change(message: str, pasted: str) -> None:
-    desk = Desk(claude(), program=dataclasses.replace(PROGRAM, needs_blank=CODEX.needs_blank))
+@pytest.mark.parametrize("profile, message, pasted", [
+    (CODEX, "see @RE", "see @RE "), (CODEX, "pay $5", "pay $5 "), (CODEX, "a@b c", "a@b c"),
+    (CODEX, "@x\n", "@x\n"), (CODEX, "C:\\", "C:\\"), (CLAUDE_CODE, "C:\\", "C:\\ "),
+    (CLAUDE_CODE, "see @RE", "see @RE")])
+def test_a_blank_follows_an_end_that_would_change_what_enter_does(
+        profile: AgentProfile, message: str, pasted: str) -> None:
+    desk = Desk(claude(), program=dataclasses.replace(PROGRAM, needs_blank=profile.needs_blank))
     desk.agent.ask(message)
     assert desk.terminal.pasted == [pasted]
 
