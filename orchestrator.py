@@ -531,6 +531,18 @@ def _find_redrawn(old: list[str], after: list[str]) -> int:
     return 0
 
 
+def _find_end_after_loss(old: list[str], after: list[str], start: int) -> int:
+    """Return where the new lines begin if old ones from the row `start` on have vanished, else 0.
+
+    A program that draws its screen again may lose lines at the edge of the scrollback.
+    """
+    for first in range(start + 1, min(start + 60, len(old))):
+        rest = old[first:]
+        if after[start:start + len(rest)] == rest and len(list(filter(None, rest))) >= 3:
+            return start + len(rest)
+    return 0
+
+
 def find_new_lines(before: list[str], after: list[str]) -> list[str] | None:
     """Return the lines of one capture that an earlier one lacks; None if they share nothing.
 
@@ -541,9 +553,13 @@ def find_new_lines(before: list[str], after: list[str]) -> list[str] | None:
     """
     old = before[_find_overlap(before, after):]
     start, end = _common_ends(old, after)
-    redrawn_end = _find_redrawn(old, after) if start + end < len(old) else 0
-    if redrawn_end:
-        return after[redrawn_end:]
+    if start + end < len(old):
+        old_end = _find_redrawn(old, after) or _find_end_after_loss(old, after, start)
+        if old_end:
+            return after[old_end:]
+        old_end = _find_end_after_loss(old[:len(old) - end], after, start)
+        if old_end:
+            return after[old_end:len(after) - end]
     grown = len(before) == 1 and after[:1] and after[0].startswith(before[0])    # a prompt
     if before and not any(old[:start]) and not grown:       # equal blank lines mean nothing
         return None

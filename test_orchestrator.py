@@ -911,7 +911,12 @@ BOX = ["─" * 20, "❯", "─" * 20, "  ? for help"]
     (["banner", *OLD], ["banner", "cleared"], None),
     (["title", "a", "b", "c"], ["title", "title", "a", "b", "c", "new"], ["new"]),
     (["title", "a", "", "c"], ["x", "title", "a", "", "c", "new", "c"], ["new", "c"]),
-    (["a", "b"], ["x", "a", "b", "new"], None)])
+    (["a", "b"], ["x", "a", "b", "new"], None),
+    (OLD, [*OLD[:250], *OLD[252:], "new"], ["new"]),       # two old lines have vanished
+    ([*OLD, "", "end"], [*OLD[:250], *OLD[251:], "", "end", "new", "", "end"], ["new", "", "end"]),
+    ([*OLD, *BOX], [*OLD[:250], *OLD[252:], "new", *BOX], ["new"]),
+    ([*OLD, *BOX], [*OLD[:250], "other", *OLD[251:], "new", *BOX],
+     ["other", *OLD[251:], "new"])])
 def test_what_is_new_on_a_screen(before: Any, after: Any, new: Any) -> None:
     assert find_new_lines(before, after) == new
 
