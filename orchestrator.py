@@ -727,6 +727,7 @@ class AgentProfile:
     hides_status_line: bool = False                     # while its answer streams
     closing_line: re.Pattern[str] | None = None         # the last line of a turn that is over
     queued_message: re.Pattern[str] | None = None       # typed before the agent had started
+    open_question: re.Pattern[str] | None = None        # it waits for you, below its spinner
     needs_blank: re.Pattern[str] | None = None          # a message that needs a blank at its end
     menu_cursor: re.Pattern[str] | None = None          # a row of a menu, never of the input box
     menu_hint: re.Pattern[str] | None = None            # the line below a menu that lists its keys
@@ -924,6 +925,9 @@ CLINE = AgentProfile(
     program_names=("cline",),
     start_command=("cline",),
     install_command="npm install -g cline",
+    open_question=re.compile(       # in place of the input box
+        r"(?m)^ Cline (?:is asking a question|needs permission)$(?![^\0]*^❯)"),
+    needs_blank=re.compile(r"\s/\S*\Z|(?<!\S)@\S+\Z"),       # else a completion takes the Enter
     startup_dialogs=(       # Enter would open a browser
         StartupRule(re.compile("any other key to close"), key="Escape"),),
     problems=(
@@ -1196,7 +1200,8 @@ def count_usual_busy_lines(screen: Sequence[str]) -> int:
                if _USUAL_BUSY_WORDS.search(line) and not _USUAL_MENU_HINT.search(line))
 
 
-_ANY_PASTE_PLACEHOLDER = re.compile(r"\[[^\[\]]{0,20}\bpasted?\b[^\[\]]{0,40}\]", re.I)
+_ANY_PASTE_PLACEHOLDER = re.compile(       # it may begin with the text
+    r"\[[^\[\]]{0,20}\bpasted?\b[^\[\]]{0,40}\]|\.\.\. Pasted \+\d+ lines\]", re.I)
 
 
 def has_appeared(text: str, before: Sequence[str], after: Sequence[str]) -> bool:
@@ -1854,7 +1859,7 @@ class TurnDetector:
 
     def has_usual_words(self, pane: PaneSnapshot) -> bool:
         """Apply rule 5: an unknown program shows words or a spinner that it did not show before."""
-        if self._profile.is_known or self._is_stale:
+        if self._profile.is_known or self._has_open_question or self._is_stale:
             return False
         return (count_usual_busy_lines(pane.screen)
                 > count_usual_busy_lines(self._before.screen))
@@ -1948,8 +1953,12 @@ class TurnDetector:
         self._still_seconds = now - self._state_changed_at
 
     def _read_parts(self, pane: PaneSnapshot) -> None:
-        """Split the screen at the input box, and note whether it ends with a closing line."""
+        """Split the screen at the input box; note a closing line at its end, or a question."""
         self._above, self._box, self._below = split_at_input_box(self._profile, pane.screen)
+        question = self._profile.open_question
+        self._has_open_question = bool(question and question.search(pane.text))
+        if self._has_open_question:     # the spinner above it goes on
+            self._above = [SPINNER.sub("", line) for line in self._above]
         last = text_lines(self._above)[-1:]
         self._shows_closing_line = bool(
             last and self._profile.closing_line and self._profile.closing_line.match(last[0]))
@@ -2290,6 +2299,8 @@ class Agent:
         else:
             before, self._last_capture = self._last_capture, self._capture_transcript()
             lines = find_new_lines(before, self._last_capture)
+        if lines is None and pane.is_alternate_screen and self._last_full_screen:
+            return self._last_full_screen, False        # it may have more lines than the window
         return (pane.text.split("\n"), False) if lines is None else (lines, True)
 
     def _capture_full_screen(self, pane: PaneSnapshot) -> list[str]:
@@ -2316,6 +2327,9 @@ class Agent:
 
     def _submit(self, before: PaneSnapshot, submission: _Submission, timeout: float) -> Turn:
         """Type a message into an empty input box, and wait for the end of its turn."""
+        if not self._has_conversation and find_startup_dialog(self._profile, before.screen):
+            self._wait_until_ready()        # it came after the first screen
+            before = self._snapshot()
         menu = describe_menu(self._profile, before.screen)
         if menu:
             return Turn(before.text, "idle", ("Nothing was typed.", menu), menu=menu)
