@@ -2249,8 +2249,11 @@ class Agent:
             self._sleep(0.02)
 
     def _wait_for_change(self, before: PaneSnapshot, timeout: float) -> PaneSnapshot:
-        """Wait until the screen has changed, or the time is over; return the last snapshot."""
-        return self._poll_until(lambda pane: pane.screen != before.screen, timeout)
+        """Wait until the text has changed, or the time is over; return the last snapshot.
+
+        Blank rows at the end do not count: in a taller window, tmux itself adds them.
+        """
+        return self._poll_until(lambda pane: pane.text != before.text, timeout)
 
     def _publish_screen(self, pane: PaneSnapshot, pause: float) -> None:
         """Publish a screen that has changed, at least `pause` seconds after the last one."""

@@ -2035,6 +2035,21 @@ def test_a_full_screen_program_is_read_in_a_tall_window() -> None:
     assert "row 119" in desk.agent.ask("three").output and len(desk.terminal.resized) == 4
 
 
+def test_blank_rows_that_tmux_adds_are_not_the_drawing_of_a_tall_window() -> None:
+    desk = Desk(claude(answer="\n".join(f"row {number}" for number in range(120))))
+    terminal, resize = desk.terminal, desk.terminal.resize
+    terminal.alternate = True
+
+    def slow_resize(pane: PaneSnapshot, rows: int) -> None:
+        if rows > pane.rows:
+            terminal.seen = {"screen": (*terminal.snapshot("").screen, *[""] * (rows - pane.rows))}
+            desk.clock.at(0.3, lambda: setattr(terminal, "seen", {}))
+        resize(pane, rows)
+
+    terminal.resize = slow_resize       # type: ignore[method-assign]
+    assert "row 0\n" in desk.agent.ask("one").output
+
+
 def test_a_turn_that_leaves_the_screen_as_it_was_is_shown_whole() -> None:
     desk = Desk(claude())
     for _ in range(2):
