@@ -2046,7 +2046,7 @@ def test_blank_rows_that_tmux_adds_are_not_the_drawing_of_a_tall_window() -> Non
             desk.clock.at(0.3, lambda: setattr(terminal, "seen", {}))
         resize(pane, rows)
 
-    terminal.resize = slow_resize       # type: ignore[method-assign]
+    terminal.resize = slow_resize
     assert "row 0\n" in desk.agent.ask("one").output
 
 
