@@ -2315,16 +2315,13 @@ class Agent:
             return []
         try:
             self.tmux.resize(pane, self.TALL_ROWS)
-            tall = self._wait_for_redraw(pane)
+            self._wait_for_change(pane, 1.0)
+            tall = self._poll_until(never, 1.0, settle_seconds=0.1)
         finally:
             self.tmux.resize(pane, pane.rows)
-        self._wait_for_redraw(tall)
+        # The next look would take a late drawing for work.
+        self._poll_until(lambda new: new.screen == pane.screen, 1.0, settle_seconds=0.3)
         return text_lines(tall.screen)
-
-    def _wait_for_redraw(self, before: PaneSnapshot) -> PaneSnapshot:
-        """Wait until a program has drawn its screen in a window of another size; return that."""
-        self._wait_for_change(before, 1.0)
-        return self._poll_until(never, 1.0, settle_seconds=0.1)
 
     # writing
 

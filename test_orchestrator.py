@@ -2050,6 +2050,22 @@ def test_blank_rows_that_tmux_adds_are_not_the_drawing_of_a_tall_window() -> Non
     assert "row 0\n" in desk.agent.ask("one").output
 
 
+def test_a_late_drawing_after_the_tall_window_is_not_taken_for_work() -> None:
+    desk = Desk(claude())
+    terminal, resize = desk.terminal, desk.terminal.resize
+    terminal.alternate = True
+
+    def slow_resize(pane: PaneSnapshot, rows: int) -> None:
+        if rows == 50:
+            terminal.seen = {"screen": ("cut off by tmux",)}
+            desk.clock.at(0.25, lambda: setattr(terminal, "seen", {}))
+        resize(pane, rows)
+
+    terminal.resize = slow_resize
+    desk.agent.ask("one")
+    assert not terminal.seen
+
+
 def test_a_turn_that_leaves_the_screen_as_it_was_is_shown_whole() -> None:
     desk = Desk(claude())
     for _ in range(2):
