@@ -743,6 +743,7 @@ class AgentProfile:
     hides_status_line: bool = False                     # while its answer streams
     closing_line: re.Pattern[str] | None = None         # the last line of a turn that is over
     queued_message: re.Pattern[str] | None = None       # typed before the agent had started
+    open_question: re.Pattern[str] | None = None        # it waits for you, below its spinner
     needs_blank: re.Pattern[str] | None = None          # a message that needs a blank at its end
     menu_cursor: re.Pattern[str] | None = None          # a row of a menu, never of the input box
     menu_hint: re.Pattern[str] | None = None            # the line below a menu that lists its keys
@@ -940,6 +941,9 @@ CLINE = AgentProfile(
     program_names=("cline",),
     start_command=("cline",),
     install_command="npm install -g cline",
+    open_question=re.compile(       # in place of the input box
+        r"(?m)^ Cline (?:is asking a question|needs permission)$(?![^\0]*^❯)"),
+    needs_blank=re.compile(r"\s/\S*\Z|(?<!\S)@\S+\Z"),       # else a completion takes the Enter
     startup_dialogs=(       # Enter would open a browser
         StartupRule(re.compile("any other key to close"), key="Escape"),),
     problems=(
@@ -1212,7 +1216,8 @@ def count_usual_busy_lines(screen: Sequence[str]) -> int:
                if _USUAL_BUSY_WORDS.search(line) and not _USUAL_MENU_HINT.search(line))
 
 
-_ANY_PASTE_PLACEHOLDER = re.compile(r"\[[^\[\]]{0,20}\bpasted?\b[^\[\]]{0,40}\]", re.I)
+_ANY_PASTE_PLACEHOLDER = re.compile(       # it may begin with the text
+    r"\[[^\[\]]{0,20}\bpasted?\b[^\[\]]{0,40}\]|\.\.\. Pasted \+\d+ lines\]", re.I)
 
 
 def has_appeared(text: str, before: Sequence[str], after: Sequence[str]) -> bool:
@@ -1870,7 +1875,7 @@ class TurnDetector:
 
     def has_usual_words(self, pane: PaneSnapshot) -> bool:
         """Apply rule 5: an unknown program shows words or a spinner that it did not show before."""
-        if self._profile.is_known or self._is_stale:
+        if self._profile.is_known or self._has_open_question or self._is_stale:
             return False
         return (count_usual_busy_lines(pane.screen)
                 > count_usual_busy_lines(self._before.screen))
@@ -1964,8 +1969,12 @@ class TurnDetector:
         self._still_seconds = now - self._state_changed_at
 
     def _read_parts(self, pane: PaneSnapshot) -> None:
-        """Split the screen at the input box, and note whether it ends with a closing line."""
+        """Split the screen at the input box; note a closing line at its end, or a question."""
         self._above, self._box, self._below = split_at_input_box(self._profile, pane.screen)
+        question = self._profile.open_question
+        self._has_open_question = bool(question and question.search(pane.text))
+        if self._has_open_question:     # the spinner above it goes on
+            self._above = [SPINNER.sub("", line) for line in self._above]
         last = text_lines(self._above)[-1:]
         self._shows_closing_line = bool(
             last and self._profile.closing_line and self._profile.closing_line.match(last[0]))
@@ -2256,8 +2265,11 @@ class Agent:
             self._sleep(0.02)
 
     def _wait_for_change(self, before: PaneSnapshot, timeout: float) -> PaneSnapshot:
-        """Wait until the screen has changed, or the time is over; return the last snapshot."""
-        return self._poll_until(lambda pane: pane.screen != before.screen, timeout)
+        """Wait until the text has changed, or the time is over; return the last snapshot.
+
+        Blank rows at the end do not count: in a taller window, tmux itself adds them.
+        """
+        return self._poll_until(lambda pane: pane.text != before.text, timeout)
 
     def _publish_screen(self, pane: PaneSnapshot, pause: float) -> None:
         """Publish a screen that has changed, at least `pause` seconds after the last one."""
@@ -2306,6 +2318,8 @@ class Agent:
         else:
             before, self._last_capture = self._last_capture, self._capture_transcript()
             lines = find_new_lines(before, self._last_capture)
+        if lines is None and pane.is_alternate_screen and self._last_full_screen:
+            return self._last_full_screen, False        # it may have more lines than the window
         return (pane.text.split("\n"), False) if lines is None else (lines, True)
 
     def _capture_full_screen(self, pane: PaneSnapshot) -> list[str]:
@@ -2317,21 +2331,21 @@ class Agent:
             return []
         try:
             self.tmux.resize(pane, self.TALL_ROWS)
-            tall = self._wait_for_redraw(pane)
+            self._wait_for_change(pane, 1.0)
+            tall = self._poll_until(never, 1.0, settle_seconds=0.1)
         finally:
             self.tmux.resize(pane, pane.rows)
-        self._wait_for_redraw(tall)
+        # The next look would take a late drawing for work.
+        self._poll_until(lambda new: new.screen == pane.screen, 1.0, settle_seconds=0.3)
         return text_lines(tall.screen)
-
-    def _wait_for_redraw(self, before: PaneSnapshot) -> PaneSnapshot:
-        """Wait until a program has drawn its screen in a window of another size; return that."""
-        self._wait_for_change(before, 1.0)
-        return self._poll_until(never, 1.0, settle_seconds=0.1)
 
     # writing
 
     def _submit(self, before: PaneSnapshot, submission: _Submission, timeout: float) -> Turn:
         """Type a message into an empty input box, and wait for the end of its turn."""
+        if not self._has_conversation and find_startup_dialog(self._profile, before.screen):
+            self._wait_until_ready()        # it came after the first screen
+            before = self._snapshot()
         menu = describe_menu(self._profile, before.screen)
         if menu:
             return Turn(before.text, "idle", ("Nothing was typed.", menu), menu=menu)

@@ -1825,6 +1825,24 @@ def test_words_that_an_unknown_program_showed_before_are_no_sign_of_work() -> No
     assert Turns(UNKNOWN, "> ", hint).ends(0.1, "> (1s, esc to cancel)", hint) == 16.0
 
 
+@pytest.mark.parametrize("question", [
+    (" Cline is asking a question", "", " Which colour?", "", "  > red", "    green"),
+    (" Cline needs permission", "", " Approve tool call?", "", "  [y] Approve   [n] Deny")])
+def test_a_spinner_above_an_open_question_does_not_keep_the_turn_open(
+        question: tuple[str, ...]) -> None:
+    footer = ("", " mock-1 (100) $0.00", " ⏵⏵ Auto-approve all enabled (Shift+Tab)")
+    box = (LINE, "❯ Ask anything...", LINE, *footer)
+
+    def last_verdict(turns: Turns, *below: str) -> str:
+        return [turns.look(step / 10, " ❯ go", f" {chr(0x2801 + step % 9)} Thinking...", *below)
+                for step in range(200)][-1]
+
+    turns = Turns(CLINE, *box)
+    assert last_verdict(turns, *box) == "wait" and turns.detector.last_sign == "usual words"
+    assert last_verdict(Turns(CLINE, *box), *question, *footer) == "done"
+    assert last_verdict(Turns(CLINE, *box), *question, *box) == "wait"      # a quotation
+
+
 def test_a_spinner_in_the_title_is_a_sign_of_work_until_it_goes() -> None:
     for spinner in ("⠂ Claude Code", "◐ Claude Code", "⠧ src"):
         turns = Turns(CLAUDE_CODE, *claude_screen())
@@ -2015,10 +2033,42 @@ def test_a_full_screen_program_is_read_in_a_tall_window() -> None:
     assert "row 119" in first.output and "visible screen" in first.as_text()
     turn = desk.agent.ask("two")
     assert turn.notes == ()
+    assert first.output.split("\n").count("row 0") == 1
     assert turn.output.split("\n") == ["> two", *(f"row {number}" for number in range(120))]
     assert desk.terminal.resized == [500, 50] * 2
     desk.terminal.alternate = False
     assert "row 119" in desk.agent.ask("three").output and len(desk.terminal.resized) == 4
+
+
+def test_blank_rows_that_tmux_adds_are_not_the_drawing_of_a_tall_window() -> None:
+    desk = Desk(claude(answer="\n".join(f"row {number}" for number in range(120))))
+    terminal, resize = desk.terminal, desk.terminal.resize
+    terminal.alternate = True
+
+    def slow_resize(pane: PaneSnapshot, rows: int) -> None:
+        if rows > pane.rows:
+            terminal.seen = {"screen": (*terminal.snapshot("").screen, *[""] * (rows - pane.rows))}
+            desk.clock.at(0.3, lambda: setattr(terminal, "seen", {}))
+        resize(pane, rows)
+
+    terminal.resize = slow_resize
+    assert "row 0\n" in desk.agent.ask("one").output
+
+
+def test_a_late_drawing_after_the_tall_window_is_not_taken_for_work() -> None:
+    desk = Desk(claude())
+    terminal, resize = desk.terminal, desk.terminal.resize
+    terminal.alternate = True
+
+    def slow_resize(pane: PaneSnapshot, rows: int) -> None:
+        if rows == 50:
+            terminal.seen = {"screen": ("cut off by tmux",)}
+            desk.clock.at(0.25, lambda: setattr(terminal, "seen", {}))
+        resize(pane, rows)
+
+    terminal.resize = slow_resize
+    desk.agent.ask("one")
+    assert not terminal.seen
 
 
 def test_a_turn_that_leaves_the_screen_as_it_was_is_shown_whole() -> None:
@@ -2118,7 +2168,8 @@ def test_an_unknown_program_gets_the_enter_a_moment_after_the_text_shows(
 @pytest.mark.parametrize("profile, message, pasted", [
     (CODEX, "see @RE", "see @RE "), (CODEX, "pay $5", "pay $5 "), (CODEX, "a@b c", "a@b c"),
     (CODEX, "@x\n", "@x\n"), (CODEX, "C:\\", "C:\\"), (CLAUDE_CODE, "C:\\", "C:\\ "),
-    (CLAUDE_CODE, "see @RE", "see @RE")])
+    (CLAUDE_CODE, "see @RE", "see @RE"), (CLINE, "see @RE", "see @RE "), (CLINE, "a@b", "a@b"),
+    (CLINE, "ends with /", "ends with / "), (CLINE, "/help", "/help"), (CLINE, "src/", "src/")])
 def test_a_blank_follows_an_end_that_would_change_what_enter_does(
         profile: AgentProfile, message: str, pasted: str) -> None:
     desk = Desk(claude(), program=dataclasses.replace(PROGRAM, needs_blank=profile.needs_blank))
@@ -2140,6 +2191,7 @@ def test_a_message_that_no_enter_submits_is_told_as_that() -> None:
     ("first\nthe last line", [">"], ["> first", "  the last line"], True),
     ("a long line, wrapped", [">"], ["│ a long line, wr │ tokens: 5", "│ apped │"], True),
     ("word " * 999, [">"], ["> [Pasted text #1 +400 lines]"], True),
+    ("word " * 999, [">"], ["> [first a[0] row 0 of a... Pasted +122 lines]"], True),
     ("word " * 999, [">"], ["> [Pasted ~9 lines]"], True), ("?!", [">"], ["> ?!"], True),
     ("漢字", [">"], ["> 漢字"], True), ("ab" * 9, [">"], ["> ab"], False)])
 def test_whether_a_pasted_text_shows(
@@ -2563,6 +2615,20 @@ def test_an_animation_above_a_dialog_does_not_keep_it_from_being_answered() -> N
         draw()
 
     assert Desk(program).clock.now - 1000 < 3
+
+
+def test_a_dialog_that_comes_late_is_answered_before_the_first_message() -> None:
+    desk = Desk(claude(), program=dataclasses.replace(
+        AgentProfile.from_command("sh"), startup_dialogs=CLINE.startup_dialogs))
+
+    def close(key: str) -> None:
+        desk.terminal.keyed = None
+        desk.terminal.lines, desk.terminal.box = ["Welcome"], True
+
+    desk.terminal.keyed = close
+    desk.terminal.lines, desk.terminal.box = ["Press Enter, any other key to close"], False
+    desk.agent.ask("one")
+    assert desk.terminal.taken == ["one"] and desk.terminal.pressed == ["Escape", "Enter"]
 
 
 def test_a_missing_program_says_how_to_get_it() -> None:
