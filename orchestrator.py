@@ -721,6 +721,7 @@ class AgentProfile:
     box_border: re.Pattern[str] | None = None
     reader_prompt_line: re.Pattern[str] | None = None   # in screen reader mode, without borders
     reader_footer: re.Pattern[str] | None = None        # at most two rows above that
+    reader_menu_hint: re.Pattern[str] | None = None     # there, a menu ends with it, or nearly so
     busy_title: re.Pattern[str] = SPINNER
     busy_words: re.Pattern[str] | None = None           # below the input box
     status_line: re.Pattern[str] | None = None          # the last unindented line above the box
@@ -790,6 +791,7 @@ CLAUDE_CODE = AgentProfile(
     box_border=re.compile(r"[─╭╰]─{9}"),
     reader_prompt_line=re.compile(r"\$(?:\s|$)"),
     reader_footer=re.compile(r"\S.*\(shift\+tab to cycle\)"),
+    reader_menu_hint=re.compile(r"(?:Select with numbers \[|Enter y/n:).*"),
     busy_words=re.compile(r"\b(?:esc|ctrl\+c) to interrupt\b", re.I),
     status_line=re.compile(r"[·✢✳✶✻✽*●] [^…]{1,200}…(?: \(.*\))?"),
     closing_line=re.compile(r"[✢✳✶✻✽] \w+ for \d.*"),
@@ -1153,6 +1155,18 @@ def _find_question(profile: AgentProfile, lines: list[str]) -> str:
     return titles[0] if titles else ""
 
 
+def _describe_reader_menu(profile: AgentProfile, lines: list[str]) -> str:
+    """Return what a menu of screen reader mode asks and how it says that it is answered, or ""."""
+    for row in range(len(lines) - 1, max(-1, len(lines) - 5), -1):
+        if profile.reader_menu_hint and profile.reader_menu_hint.match(lines[row]):
+            entries = [first for first in range(row) if re.match(r"[1y]\. ", lines[first])]
+            first = entries[-1] if entries else row
+            question = _find_question(profile, lines[max(0, first - 3):first])
+            return (f"The screen asks {question!r} and says {lines[row]!r}; "
+                    "it takes keys, not text.")
+    return ""
+
+
 def describe_menu(profile: AgentProfile, screen: Sequence[str]) -> str:
     """Return what the menu at the bottom of a screen asks and where its cursor is, or ""."""
     above, box, _ = split_at_input_box(profile, screen)
@@ -1163,6 +1177,9 @@ def describe_menu(profile: AgentProfile, screen: Sequence[str]) -> str:
         if not has_border or not ends_with(text_lines(above)[-1:], profile.menu_hint):
             return ""
     lines = trimmed_lines("\n".join(above))[-60:]      # more than a screen of ours has
+    reader_menu = _describe_reader_menu(profile, lines)
+    if reader_menu:
+        return reader_menu
     is_hinted = ends_with(lines, profile.menu_hint)
     first, row = _find_menu(profile, lines, _ANY_CURSOR if is_hinted else profile.menu_cursor)
     if row is None:
@@ -1748,7 +1765,7 @@ class TurnDetector:
     SETTLE_SECONDS = 0.1                    # after a sign of rules 1 to 4, or a closing line
     SETTLE_SECONDS_AFTER_USUAL_WORDS = 1.0
     SETTLE_SECONDS_AT_PROMPT = 0.5
-    SETTLE_SECONDS_OF_SLASH_COMMANDS = 1.0
+    SETTLE_SECONDS_OF_COMMANDS = 1.0        # a slash command, or an answer that is only a menu
     SETTLE_SECONDS_WITHOUT_INDICATOR = 2.0
     TOOL_SECONDS = 45.0                     # how long a new process counts on a still screen
     ENTER_RETRY_SECONDS = (0.5, 1.0, 2.0)   # after the last Enter
@@ -1884,8 +1901,9 @@ class TurnDetector:
             return self.SETTLE_SECONDS_AFTER_USUAL_WORDS
         if not self.last_sign and self.has_prompt_again(pane):
             return self.SETTLE_SECONDS_AT_PROMPT
-        if not self.last_sign and self._message.startswith("/"):
-            return self.SETTLE_SECONDS_OF_SLASH_COMMANDS
+        if not self.last_sign and (self._message.startswith("/")
+                                   or describe_menu(self._profile, pane.screen)):
+            return self.SETTLE_SECONDS_OF_COMMANDS
         if self._lacks_closing_line(pane):
             return self.STALE_SECONDS
         if self.last_sign or self._has_new_closing_line():
@@ -1997,7 +2015,7 @@ class Agent:
     READY_SETTLE_SECONDS = 0.4      # with an input box
     MENU_SETTLE_SECONDS = 2.0       # with a menu
     UNKNOWN_SETTLE_SECONDS = 10.0   # with unknown words
-    UNTITLED_SETTLE_SECONDS = 30.0  # with an input box, but no title of the window yet
+    UNTITLED_SETTLE_SECONDS = 3.0   # with an input box, but no title of the window yet
     READY_TIMEOUT = 60.0            # seconds; after that any screen will do
 
     INDICATOR_DELAY_SECONDS = 5.0   # until a known agent shows that it works: machines are slow
@@ -2527,7 +2545,10 @@ class Agent:
             self._raise_problem("\n".join(text_lines(lines)[-3:]))
         if not output and state != "working":       # no answer, or the same screen drawn again
             output = pane.text
-            is_exact = state == "idle"
+            is_unsent = detector.is_unsent(pane)
+            if is_unsent and state == "done":
+                notes.append("The message is back in the input box: it was not answered.")
+            is_exact = is_unsent or state == "idle"
             state = "idle"
         if not is_exact:
             notes.append("This is the whole visible screen. The new part could not be identified.")
@@ -2629,15 +2650,14 @@ class Agent:
             self._raise_problem(pane.text)
         self._turn_in_progress = False
         self._habits.learn_idle(pane)
-        is_untitled = pane.title == INITIAL_TITLE
-        self._blocked_by_dialog = self._profile.is_known and (not has_box or is_untitled)
+        self._blocked_by_dialog = self._profile.is_known and not has_box
 
     def _required_settle_seconds(self, pane: PaneSnapshot) -> float:
         """Return for how long a first screen must not change to be taken as the last one."""
         if not pane.text:
             return self.READY_TIMEOUT if self._profile.is_known else self.UNKNOWN_SETTLE_SECONDS
         if has_input_box(self._profile, pane.screen):
-            # A box may be there before the agent takes text, but then it has not set the title.
+            # A box may be there before the agent has started, but then it has not set the title.
             is_untitled = pane.title == INITIAL_TITLE
             return self.UNTITLED_SETTLE_SECONDS if is_untitled else self.READY_SETTLE_SECONDS
         if not self._profile.is_known or find_startup_dialog(self._profile, pane.screen):

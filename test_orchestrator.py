@@ -1385,6 +1385,30 @@ def test_a_real_menu_is_told_with_its_question_and_its_cursor_also_without_a_lin
         assert describe_menu(profile, above) == asks(question, cursor)
 
 
+@pytest.mark.parametrize("question, last, screen", [
+    ("> Which features do you want?", "Select with numbers [1-3]. Then Enter to submit or Escape",
+     ["Question: Features", "> Which features do you want?", "1. Auth — Log in", "2. Search",
+      "3. Other", "Select with numbers [1-3]. Then Enter to submit or Escape"]),
+    ("Do you want to create plan.md?", "Select with numbers [1-2]. Then Enter to submit:",
+     ["plan.md", " 1 # The plan", "Do you want to create plan.md?", "1. Yes", "2. No",
+      "Select with numbers [1-2]. Then Enter to submit:", "Esc to cancel"]),
+    ("Permission Required: Make auto mode your default permission mode?",
+     "Select with numbers [1-2]. Then Enter to submit:",
+     ["~/proj", "Permission Required: Make auto mode your default permission mode?",
+      "Auto mode lets Claude handle permission prompts automatically.", "1. Yes, set auto mode",
+      "2. No, keep manual mode", "Select with numbers [1-2]. Then Enter to submit:"]),
+    ("Is this a project you trust?", "Enter y/n:",
+     ["Is this a project you trust?", "Security guide", "y. Yes, I trust this folder",
+      "n. No, exit", "Enter y/n:", "Enter to confirm · Esc to cancel"])])
+def test_a_menu_of_screen_reader_mode_is_told_with_the_keys_that_it_takes(
+        question: str, last: str, screen: list[str]) -> None:
+    lines = ["claude: hello", "Brewed for 2s", "you: go", *screen]
+    assert describe_menu(CLAUDE_CODE, lines) == (
+        f"The screen asks {question!r} and says {last!r}; it takes keys, not text.")
+    box = ["bypass permissions on (shift+tab to cycle)", "$"]
+    assert describe_menu(CLAUDE_CODE, [*lines, *box]) == ""
+
+
 def test_a_panel_that_a_person_opens_while_the_agent_works_takes_no_text() -> None:
     panel = ["● a", "✽ Tempering…", RULE, "  Settings  Status", "  Version: 2.1",
              "  ←/→ to switch · Esc to close", *BOX]
@@ -1906,6 +1930,11 @@ def test_an_instant_answer_ends_with_the_line_that_closes_a_turn(
     assert scrolled.ends(0.1, "a", *before) == 5.0
 
 
+def test_a_menu_that_opens_before_any_sign_of_work_ends_a_turn() -> None:
+    turns = Turns(CLAUDE_CODE, *claude_screen(), settle_seconds=5.0)
+    assert turns.ends(0.1, *ECHO, *ASKED) == 1.0
+
+
 def test_codex_without_a_title_is_at_work_until_the_line_that_closes_a_turn() -> None:
     working = codex_screen("› go", "", "• Working (0s • esc to interrupt)")
     pausing = codex_screen("› go", "", "• Delta one two")
@@ -2022,6 +2051,19 @@ def test_a_turn_that_leaves_the_screen_as_it_was_is_shown_whole() -> None:
         desk.clock.at(3.1, lambda: setattr(desk.terminal, "lines", ["same"]))
         turn = desk.agent.ask("/clear")
         assert turn.output.startswith("same\n") and "visible screen" in turn.as_text()
+
+
+def test_a_message_that_the_agent_puts_back_into_its_box_is_told_as_that() -> None:
+    desk = Desk(claude())
+    desk.terminal.take = lambda message: setattr(desk.terminal, "title", "⠂ Claude Code")
+
+    def put_back() -> None:
+        desk.terminal.title, desk.terminal.draft = "✳ Claude Code", "one"
+
+    desk.clock.at(3.1, put_back)
+    turn = desk.agent.ask("one")
+    assert turn.state == "idle" and turn.notes == (
+        "The message is back in the input box: it was not answered.",)
 
 
 def test_copy_mode_is_left_before_anything_is_typed() -> None:
