@@ -1013,6 +1013,7 @@ _HORIZONTAL_RULE = re.compile(r"\s*[─▔]{10}")
 _ANY_CURSOR = re.compile(r"\s*(?:[│|]\s*)?[❯›●>]\s*(\S.*)")      # of any agent
 _ENTRY_FRAME = re.compile(r"^[\s│❯›●>]*(?:\d+\.)?\s*|[\s✔│]*$")      # around a menu's entry
 _NUMBERED_ENTRY = re.compile(r"[\s│❯›●>]*\d+\.\s")
+_UNINDENTED = re.compile(r"[^ ─↑↓]")       # arrows: a list that scrolls
 
 
 def text_lines(lines: Iterable[str]) -> list[str]:
@@ -1114,10 +1115,6 @@ def find_draft(profile: AgentProfile, screen: Sequence[str], row: int, column: i
     return "\n".join([mode + first, *rest])
 
 
-def _is_unindented(line: str) -> bool:
-    return line[:1] not in ("", " ", "─", "↑", "↓")      # arrows: a list that scrolls
-
-
 def _find_menu(profile: AgentProfile, lines: list[str],
                cursor_pattern: re.Pattern[str] | None) -> tuple[int, int | None]:
     """Return the first row of a menu and the row of its cursor.
@@ -1125,19 +1122,15 @@ def _find_menu(profile: AgentProfile, lines: list[str],
     The menu begins below a horizontal rule; there may be others between its entries.  If the agent
     draws no rules, it begins below the last line that is not indented.
     """
-    rules = [row for row, line in enumerate(lines[:-1]) if _HORIZONTAL_RULE.match(line)
-             and not _NUMBERED_ENTRY.match(lines[row + 1])]
-    first = rules[-1] + 1 if rules and profile.box_border else 0
-    for row in range(len(lines) - 1, first - 1, -1):
-        if cursor_pattern and cursor_pattern.match(lines[row]):
-            if not first:
-                first = row
-                while first > 0 and not _is_unindented(lines[first - 1]):
-                    first -= 1
-            return first, row
-        if not first and _is_unindented(lines[row]):
-            break
-    return first, None
+    cursors = [row for row, line in enumerate(lines)
+               if cursor_pattern and cursor_pattern.match(line)]
+    tops = [row for row, line in enumerate(lines[:-1]) if _HORIZONTAL_RULE.match(line)
+            and not _NUMBERED_ENTRY.match(lines[row + 1])]
+    if not profile.box_border or not tops:
+        tops = [row for row, line in enumerate(lines)
+                if _UNINDENTED.match(line) and row not in cursors[-1:]]
+    first = tops[-1] + 1 if tops else 0
+    return first, cursors[-1] if cursors and cursors[-1] >= first else None
 
 
 def _find_question(profile: AgentProfile, lines: list[str]) -> str:
@@ -1231,17 +1224,6 @@ def has_appeared(text: str, before: Sequence[str], after: Sequence[str]) -> bool
     shown = "".join(filter(str.isalnum, lines))
     parts = (end[-8:], end[-16:-8])     # text of another column may stand between them
     return any(part and part in shown for part in parts)
-
-
-def is_message_unsent(line: str, message: str) -> bool:
-    """Whether the cursor's line still shows the end of a message, or a placeholder for it."""
-    shown = line.strip().rstrip("│| \u00a0")
-    end = message.rstrip().rsplit("\n", 1)[-1]
-    if _ANY_PASTE_PLACEHOLDER.search(line):
-        return True
-    if not end or not shown:
-        return False
-    return shown.endswith(end[-20:].strip()) or end.endswith(shown)
 
 
 class StartupDialog(NamedTuple):
@@ -2340,7 +2322,7 @@ class Agent:
             note = (f"{self.name} did not show the text within {self.SHOW_SECONDS:g} seconds, so "
                     "Enter was not pressed. Is a question on the screen, or a hidden input?")
             return Turn(pasted.text, "idle", (*notes, "Nothing was sent.", note))
-        is_unsent = self._unsent_test(before, pasted, submission.text)
+        is_unsent = self._unsent_test(before, pasted)
         self._press("Enter")
         submission.enter_sent = True        # perhaps: tmux may not have answered
         self._has_conversation = True
@@ -2445,18 +2427,17 @@ class Agent:
         was_working = self._turn_in_progress or bool(SPINNER.match(before.title))
         return was_working or self._is_shown(before, pasted, text)
 
-    def _unsent_test(self, before: PaneSnapshot, pasted: PaneSnapshot,
-                     text: str) -> Callable[[PaneSnapshot], bool]:
+    def _unsent_test(self, before: PaneSnapshot,
+                     pasted: PaneSnapshot) -> Callable[[PaneSnapshot], bool]:
         """Return a test for whether a message is still in the input line.
 
-        It looks for a draft in the input box, for the line that the cursor was on after the paste,
-        or for the end of the text.
+        It looks for a draft in the input box, or for what the paste made of the cursor's line.
         """
         if self._profile.is_known and has_input_box(self._profile, before.screen):
             return lambda pane: bool(self._find_draft(pane))
-        if pasted.screen != before.screen and is_message_unsent(pasted.cursor_line, text):
-            return lambda pane: pane.cursor_line.startswith(pasted.cursor_line)
-        return lambda pane: is_message_unsent(pane.cursor_line, text)
+        if not pasted.cursor_line or pasted.cursor_line == before.cursor_line:
+            return never
+        return lambda pane: pane.cursor_line.startswith(pasted.cursor_line)
 
     def _poll_until_changed(self, old_screen: tuple[str, ...]) -> PaneSnapshot:
         """Wait until the screen has changed, half a second at most; return the last snapshot."""
