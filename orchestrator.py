@@ -737,6 +737,7 @@ class AgentProfile:
     box_border: re.Pattern[str] | None = None
     reader_prompt_line: re.Pattern[str] | None = None   # in screen reader mode, without borders
     reader_footer: re.Pattern[str] | None = None        # at most two rows above that
+    reader_menu_hint: re.Pattern[str] | None = None     # there, a menu ends with it, or nearly so
     busy_title: re.Pattern[str] = SPINNER
     busy_words: re.Pattern[str] | None = None           # below the input box
     status_line: re.Pattern[str] | None = None          # the last unindented line above the box
@@ -807,6 +808,7 @@ CLAUDE_CODE = AgentProfile(
     box_border=re.compile(r"[─╭╰]─{9}"),
     reader_prompt_line=re.compile(r"\$(?:\s|$)"),
     reader_footer=re.compile(r"\S.*\(shift\+tab to cycle\)"),
+    reader_menu_hint=re.compile(r"(?:Select with numbers \[|Enter y/n:).*"),
     busy_words=re.compile(r"\b(?:esc|ctrl\+c) to interrupt\b", re.I),
     status_line=re.compile(r"[·✢✳✶✻✽*●] [^…]{1,200}…(?: \(.*\))?"),
     closing_line=re.compile(r"[✢✳✶✻✽] \w+ for \d.*"),
@@ -1032,6 +1034,7 @@ _HORIZONTAL_RULE = re.compile(r"\s*[─▔]{10}")
 _ANY_CURSOR = re.compile(r"\s*(?:[│|]\s*)?[❯›●>]\s*(\S.*)")      # of any agent
 _ENTRY_FRAME = re.compile(r"^[\s│❯›●>]*(?:\d+\.)?\s*|[\s✔│]*$")      # around a menu's entry
 _NUMBERED_ENTRY = re.compile(r"[\s│❯›●>]*\d+\.\s")
+_UNINDENTED = re.compile(r"[^ ─↑↓]")       # arrows: a list that scrolls
 
 
 def text_lines(lines: Iterable[str]) -> list[str]:
@@ -1133,10 +1136,6 @@ def find_draft(profile: AgentProfile, screen: Sequence[str], row: int, column: i
     return "\n".join([mode + first, *rest])
 
 
-def _is_unindented(line: str) -> bool:
-    return line[:1] not in ("", " ", "─", "↑", "↓")      # arrows: a list that scrolls
-
-
 def _find_menu(profile: AgentProfile, lines: list[str],
                cursor_pattern: re.Pattern[str] | None) -> tuple[int, int | None]:
     """Return the first row of a menu and the row of its cursor.
@@ -1144,19 +1143,15 @@ def _find_menu(profile: AgentProfile, lines: list[str],
     The menu begins below a horizontal rule; there may be others between its entries.  If the agent
     draws no rules, it begins below the last line that is not indented.
     """
-    rules = [row for row, line in enumerate(lines[:-1]) if _HORIZONTAL_RULE.match(line)
-             and not _NUMBERED_ENTRY.match(lines[row + 1])]
-    first = rules[-1] + 1 if rules and profile.box_border else 0
-    for row in range(len(lines) - 1, first - 1, -1):
-        if cursor_pattern and cursor_pattern.match(lines[row]):
-            if not first:
-                first = row
-                while first > 0 and not _is_unindented(lines[first - 1]):
-                    first -= 1
-            return first, row
-        if not first and _is_unindented(lines[row]):
-            break
-    return first, None
+    cursors = [row for row, line in enumerate(lines)
+               if cursor_pattern and cursor_pattern.match(line)]
+    tops = [row for row, line in enumerate(lines[:-1]) if _HORIZONTAL_RULE.match(line)
+            and not _NUMBERED_ENTRY.match(lines[row + 1])]
+    if not profile.box_border or not tops:
+        tops = [row for row, line in enumerate(lines)
+                if _UNINDENTED.match(line) and row not in cursors[-1:]]
+    first = tops[-1] + 1 if tops else 0
+    return first, cursors[-1] if cursors and cursors[-1] >= first else None
 
 
 def _find_question(profile: AgentProfile, lines: list[str]) -> str:
@@ -1174,6 +1169,18 @@ def _find_question(profile: AgentProfile, lines: list[str]) -> str:
     return titles[0] if titles else ""
 
 
+def _describe_reader_menu(profile: AgentProfile, lines: list[str]) -> str:
+    """Return what a menu of screen reader mode asks and how it says that it is answered, or ""."""
+    for row in range(len(lines) - 1, max(-1, len(lines) - 5), -1):
+        if profile.reader_menu_hint and profile.reader_menu_hint.match(lines[row]):
+            entries = [first for first in range(row) if re.match(r"[1y]\. ", lines[first])]
+            first = entries[-1] if entries else row
+            question = _find_question(profile, lines[max(0, first - 3):first])
+            return (f"The screen asks {question!r} and says {lines[row]!r}; "
+                    "it takes keys, not text.")
+    return ""
+
+
 def describe_menu(profile: AgentProfile, screen: Sequence[str]) -> str:
     """Return what the menu at the bottom of a screen asks and where its cursor is, or ""."""
     above, box, _ = split_at_input_box(profile, screen)
@@ -1184,6 +1191,9 @@ def describe_menu(profile: AgentProfile, screen: Sequence[str]) -> str:
         if not has_border or not ends_with(text_lines(above)[-1:], profile.menu_hint):
             return ""
     lines = trimmed_lines("\n".join(above))[-60:]      # more than a screen of ours has
+    reader_menu = _describe_reader_menu(profile, lines)
+    if reader_menu:
+        return reader_menu
     is_hinted = ends_with(lines, profile.menu_hint)
     first, row = _find_menu(profile, lines, _ANY_CURSOR if is_hinted else profile.menu_cursor)
     if row is None:
@@ -1236,17 +1246,6 @@ def has_appeared(text: str, before: Sequence[str], after: Sequence[str]) -> bool
     shown = "".join(filter(str.isalnum, lines))
     parts = (end[-8:], end[-16:-8])     # text of another column may stand between them
     return any(part and part in shown for part in parts)
-
-
-def is_message_unsent(line: str, message: str) -> bool:
-    """Whether the cursor's line still shows the end of a message, or a placeholder for it."""
-    shown = line.strip().rstrip("│| \u00a0")
-    end = message.rstrip().rsplit("\n", 1)[-1]
-    if _ANY_PASTE_PLACEHOLDER.search(line):
-        return True
-    if not end or not shown:
-        return False
-    return shown.endswith(end[-20:].strip()) or end.endswith(shown)
 
 
 class StartupDialog(NamedTuple):
@@ -1768,7 +1767,7 @@ class TurnDetector:
     SETTLE_SECONDS = 0.1                    # after a sign of rules 1 to 4, or a closing line
     SETTLE_SECONDS_AFTER_USUAL_WORDS = 1.0
     SETTLE_SECONDS_AT_PROMPT = 0.5
-    SETTLE_SECONDS_OF_SLASH_COMMANDS = 1.0
+    SETTLE_SECONDS_OF_COMMANDS = 1.0        # a slash command, or an answer that is only a menu
     SETTLE_SECONDS_WITHOUT_INDICATOR = 2.0
     TOOL_SECONDS = 45.0                     # how long a new process counts on a still screen
     ENTER_RETRY_SECONDS = (0.5, 1.0, 2.0)   # after the last Enter
@@ -1904,8 +1903,9 @@ class TurnDetector:
             return self.SETTLE_SECONDS_AFTER_USUAL_WORDS
         if not self.last_sign and self.has_prompt_again(pane):
             return self.SETTLE_SECONDS_AT_PROMPT
-        if not self.last_sign and self._message.startswith("/"):
-            return self.SETTLE_SECONDS_OF_SLASH_COMMANDS
+        if not self.last_sign and (self._message.startswith("/")
+                                   or describe_menu(self._profile, pane.screen)):
+            return self.SETTLE_SECONDS_OF_COMMANDS
         if self._lacks_closing_line(pane):
             return self.STALE_SECONDS
         if self.last_sign or self._has_new_closing_line():
@@ -2021,7 +2021,7 @@ class Agent:
     READY_SETTLE_SECONDS = 0.4      # with an input box
     MENU_SETTLE_SECONDS = 2.0       # with a menu
     UNKNOWN_SETTLE_SECONDS = 10.0   # with unknown words
-    UNTITLED_SETTLE_SECONDS = 30.0  # with an input box, but no title of the window yet
+    UNTITLED_SETTLE_SECONDS = 3.0   # with an input box, but no title of the window yet
     READY_TIMEOUT = 60.0            # seconds; after that any screen will do
 
     INDICATOR_DELAY_SECONDS = 5.0   # until a known agent shows that it works: machines are slow
@@ -2360,7 +2360,7 @@ class Agent:
             note = (f"{self.name} did not show the text within {self.SHOW_SECONDS:g} seconds, so "
                     "Enter was not pressed. Is a question on the screen, or a hidden input?")
             return Turn(pasted.text, "idle", (*notes, "Nothing was sent.", note))
-        is_unsent = self._unsent_test(before, pasted, submission.text)
+        is_unsent = self._unsent_test(before, pasted)
         self._press("Enter")
         submission.enter_sent = True        # perhaps: tmux may not have answered
         self._has_conversation = True
@@ -2461,18 +2461,17 @@ class Agent:
         was_working = self._turn_in_progress or bool(SPINNER.match(before.title))
         return was_working or self._is_shown(before, pasted, text)
 
-    def _unsent_test(self, before: PaneSnapshot, pasted: PaneSnapshot,
-                     text: str) -> Callable[[PaneSnapshot], bool]:
+    def _unsent_test(self, before: PaneSnapshot,
+                     pasted: PaneSnapshot) -> Callable[[PaneSnapshot], bool]:
         """Return a test for whether a message is still in the input line.
 
-        It looks for a draft in the input box, for the line that the cursor was on after the paste,
-        or for the end of the text.
+        It looks for a draft in the input box, or for what the paste made of the cursor's line.
         """
         if self._profile.is_known and has_input_box(self._profile, before.screen):
             return lambda pane: bool(self._find_draft(pane))
-        if pasted.screen != before.screen and is_message_unsent(pasted.cursor_line, text):
-            return lambda pane: pane.cursor_line.startswith(pasted.cursor_line)
-        return lambda pane: is_message_unsent(pane.cursor_line, text)
+        if not pasted.cursor_line or pasted.cursor_line == before.cursor_line:
+            return never
+        return lambda pane: pane.cursor_line.startswith(pasted.cursor_line)
 
     def _retry_write(self, write: Callable[[PaneSnapshot], bool]) -> bool:
         """Write to the pane, after leaving copy mode, in which keys would go to tmux.
@@ -2555,7 +2554,10 @@ class Agent:
             self._raise_problem("\n".join(text_lines(lines)[-3:]))
         if not output and state != "working":       # no answer, or the same screen drawn again
             output = pane.text
-            is_exact = state == "idle"
+            is_unsent = detector.is_unsent(pane)
+            if is_unsent and state == "done":
+                notes.append("The message is back in the input box: it was not answered.")
+            is_exact = is_unsent or state == "idle"
             state = "idle"
         if not is_exact:
             notes.append("This is the whole visible screen. The new part could not be identified.")
@@ -2658,15 +2660,14 @@ class Agent:
             self._raise_problem(pane.text)
         self._turn_in_progress = False
         self._habits.learn_idle(pane)
-        is_untitled = pane.title == INITIAL_TITLE
-        self._blocked_by_dialog = self._profile.is_known and (not has_box or is_untitled)
+        self._blocked_by_dialog = self._profile.is_known and not has_box
 
     def _required_settle_seconds(self, pane: PaneSnapshot) -> float:
         """Return for how long a first screen must not change to be taken as the last one."""
         if not pane.text:
             return self.READY_TIMEOUT if self._profile.is_known else self.UNKNOWN_SETTLE_SECONDS
         if has_input_box(self._profile, pane.screen):
-            # A box may be there before the agent takes text, but then it has not set the title.
+            # A box may be there before the agent has started, but then it has not set the title.
             is_untitled = pane.title == INITIAL_TITLE
             return self.UNTITLED_SETTLE_SECONDS if is_untitled else self.READY_SETTLE_SECONDS
         if not self._profile.is_known or find_startup_dialog(self._profile, pane.screen):

@@ -53,7 +53,7 @@ from orchestrator import (
     Workspace, child_environment, describe_chat_event, describe_event, describe_menu,
     find_draft, find_new_blocks, find_new_lines, find_problem, find_startup_dialog,
     find_unfinished_run, format_duration, has_appeared, has_input_box, help_text,
-    is_message_unsent, is_resumable_event, last_text_line, main, normalize_screen, parse_env,
+    is_resumable_event, last_text_line, main, normalize_screen, parse_env,
     parse_json_object, parse_reply, parse_usage_limit, print_line, process_start_time,
     read_env_file, read_events, run_shell_command, sanitize,
     select_profile, session_lock, strip_input_box, trimmed_lines, truncate_middle)
@@ -1102,18 +1102,6 @@ def test_the_last_words_on_a_screen(screen: list[Any], words: str) -> None:
     assert last_text_line("\n".join(screen)) == words
 
 
-@pytest.mark.parametrize("line, message, holds", [
-    ("❯ fix it", "fix it", True), ("│ > fix it        │", "fix it", True),
-    ("  the last line", "the first line\nthe last line", True), ("  of a line", "start of a line",
-                                                                 True),
-    ("❯ [Pasted text #1 +400 lines]", "x", True), ("› [Pasted Content 30000 chars]", "x", True),
-    ("❯ fix it\u00a0", "fix it\n", True), ("❯\u00a0", "fix it", False), ("", "fix it", False),
-    ("❯ what next", "fix it", False), ("❯ ", "", False)])
-def test_whether_the_line_of_the_cursor_holds_the_message(
-        line: str, message: str, holds: bool) -> None:
-    assert is_message_unsent(line, message) is holds
-
-
 @pytest.mark.parametrize("screen, menu", [
     (ASKED, asks("Do you want to proceed?", "1. Yes")),
     ([*ASKED[:1], "   1. Yes", " ❯ 2. No", "", ASKED[3]], asks("Do you want to proceed?", "2. No")),
@@ -1388,6 +1376,30 @@ def test_a_real_menu_is_told_with_its_question_and_its_cursor_also_without_a_lin
     above = ["● Earlier?", "❯ 1. a message", *lines, *[""] * 3]
     if profile is CLAUDE_CODE:
         assert describe_menu(profile, above) == asks(question, cursor)
+
+
+@pytest.mark.parametrize("question, last, screen", [
+    ("> Which features do you want?", "Select with numbers [1-3]. Then Enter to submit or Escape",
+     ["Question: Features", "> Which features do you want?", "1. Auth — Log in", "2. Search",
+      "3. Other", "Select with numbers [1-3]. Then Enter to submit or Escape"]),
+    ("Do you want to create plan.md?", "Select with numbers [1-2]. Then Enter to submit:",
+     ["plan.md", " 1 # The plan", "Do you want to create plan.md?", "1. Yes", "2. No",
+      "Select with numbers [1-2]. Then Enter to submit:", "Esc to cancel"]),
+    ("Permission Required: Make auto mode your default permission mode?",
+     "Select with numbers [1-2]. Then Enter to submit:",
+     ["~/proj", "Permission Required: Make auto mode your default permission mode?",
+      "Auto mode lets Claude handle permission prompts automatically.", "1. Yes, set auto mode",
+      "2. No, keep manual mode", "Select with numbers [1-2]. Then Enter to submit:"]),
+    ("Is this a project you trust?", "Enter y/n:",
+     ["Is this a project you trust?", "Security guide", "y. Yes, I trust this folder",
+      "n. No, exit", "Enter y/n:", "Enter to confirm · Esc to cancel"])])
+def test_a_menu_of_screen_reader_mode_is_told_with_the_keys_that_it_takes(
+        question: str, last: str, screen: list[str]) -> None:
+    lines = ["claude: hello", "Brewed for 2s", "you: go", *screen]
+    assert describe_menu(CLAUDE_CODE, lines) == (
+        f"The screen asks {question!r} and says {last!r}; it takes keys, not text.")
+    box = ["bypass permissions on (shift+tab to cycle)", "$"]
+    assert describe_menu(CLAUDE_CODE, [*lines, *box]) == ""
 
 
 def test_a_panel_that_a_person_opens_while_the_agent_works_takes_no_text() -> None:
@@ -1733,7 +1745,7 @@ class Turns:
         self.habits.learn_idle(self.pane)
         self.habits.has_title_spinner = has_title_spinner
         if draft:
-            options["is_unsent"] = lambda pane: is_message_unsent(pane.cursor_line, draft)
+            options["is_unsent"] = lambda pane: draft in pane.cursor_line
         self.detector = TurnDetector(self.pane, 0.0, self.habits, message=message, **options)
 
     def look(self, now: float, *screen: str, **changes: Any) -> str:
@@ -1929,6 +1941,11 @@ def test_an_instant_answer_ends_with_the_line_that_closes_a_turn(
     assert scrolled.ends(0.1, "a", *before) == 5.0
 
 
+def test_a_menu_that_opens_before_any_sign_of_work_ends_a_turn() -> None:
+    turns = Turns(CLAUDE_CODE, *claude_screen(), settle_seconds=5.0)
+    assert turns.ends(0.1, *ECHO, *ASKED) == 1.0
+
+
 def test_codex_without_a_title_is_at_work_until_the_line_that_closes_a_turn() -> None:
     working = codex_screen("› go", "", "• Working (0s • esc to interrupt)")
     pausing = codex_screen("› go", "", "• Delta one two")
@@ -2077,6 +2094,19 @@ def test_a_turn_that_leaves_the_screen_as_it_was_is_shown_whole() -> None:
         desk.clock.at(3.1, lambda: setattr(desk.terminal, "lines", ["same"]))
         turn = desk.agent.ask("/clear")
         assert turn.output.startswith("same\n") and "visible screen" in turn.as_text()
+
+
+def test_a_message_that_the_agent_puts_back_into_its_box_is_told_as_that() -> None:
+    desk = Desk(claude())
+    desk.terminal.take = lambda message: setattr(desk.terminal, "title", "⠂ Claude Code")
+
+    def put_back() -> None:
+        desk.terminal.title, desk.terminal.draft = "✳ Claude Code", "one"
+
+    desk.clock.at(3.1, put_back)
+    turn = desk.agent.ask("one")
+    assert turn.state == "idle" and turn.notes == (
+        "The message is back in the input box: it was not answered.",)
 
 
 def test_copy_mode_is_left_before_anything_is_typed() -> None:
