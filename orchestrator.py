@@ -743,6 +743,7 @@ class AgentProfile:
     status_line: re.Pattern[str] | None = None          # the last unindented line above the box
     hides_status_line: bool = False                     # while its answer streams
     closing_line: re.Pattern[str] | None = None         # the last line of a turn that is over
+    failure: re.Pattern[str] | None = None              # the last paragraph of one that failed
     queued_message: re.Pattern[str] | None = None       # typed before the agent had started
     open_question: re.Pattern[str] | None = None        # it waits for you, below its spinner
     needs_blank: re.Pattern[str] | None = None          # a message that needs a blank at its end
@@ -810,8 +811,10 @@ CLAUDE_CODE = AgentProfile(
     reader_footer=re.compile(r"\S.*\(shift\+tab to cycle\)"),
     reader_menu_hint=re.compile(r"(?:Select with numbers \[|Enter y/n:).*"),
     busy_words=re.compile(r"\b(?:esc|ctrl\+c) to interrupt\b", re.I),
-    status_line=re.compile(r"[·✢✳✶✻✽*●] [^…]{1,200}…(?: \(.*\))?"),
-    closing_line=re.compile(r"[✢✳✶✻✽] \w+ for \d.*"),
+    # Screen reader mode has no symbols before either line.
+    status_line=re.compile(r"[·✢✳✶✻✽*●] [^…]{1,200}…(?: \(.*\))?|[A-Z][\w'’-]{2,30}…\Z"),
+    closing_line=re.compile(
+        r"[✢✳✶✻✽] \w+ for \d.*|[A-Z]\w+ for \d+[hms](?: \d+[ms])*(?: · .*)?\Z"),
     needs_blank=re.compile(r"\\\Z"),      # else Enter becomes a line break
     menu_cursor=re.compile(r"\s+❯ *(\S.*)|❯ *(\d+\. .*)"),
     menu_hint=re.compile(r"\benter to (?:confirm|select|save|continue)\b|"
@@ -864,6 +867,7 @@ CODEX = AgentProfile(
     status_line=re.compile(r"(?:[•◦] )?\w[^(]{0,80}\((?:\d+[hms] ?)+ • esc to interrupt\).*"),
     hides_status_line=True,
     closing_line=re.compile(r"\s+Worked for <?\d.*"),
+    failure=re.compile("■ "),
     queued_message=re.compile(r"^\s*Waiting for startup\b"),
     needs_blank=re.compile(r"[@$]\S*\Z"),       # else a completion takes the Enter
     menu_cursor=re.compile(r"[›>] *(\d+\. .*|\[.\] .*)"),
@@ -1976,10 +1980,13 @@ class TurnDetector:
         if self._has_open_question:     # the spinner above it goes on
             self._above = [SPINNER.sub("", line) for line in self._above]
         last = text_lines(self._above)[-1:]
-        self._shows_closing_line = bool(
-            last and self._profile.closing_line and self._profile.closing_line.match(last[0]))
+        closing_line, failure = self._profile.closing_line, self._profile.failure
+        self._shows_closing_line = bool(last and closing_line and closing_line.match(last[0]))
         if self._shows_closing_line:
             self._habits.has_closing_line = True
+        paragraphs = re.split(r"\n\s*\n", "\n".join(self._above).rstrip())
+        if failure and failure.match(paragraphs[-1]):
+            self._shows_closing_line = True
 
     def _count_busy_lines_below(self) -> int:
         """Count the lines with the agent's busy words below its box, or at the bottom."""
@@ -2030,6 +2037,7 @@ class Agent:
     ENTER_DELAY_SECONDS = 0.2       # some programs take Enter right after a paste as a line break
     TALL_ROWS = 500                 # height of the window in which a full-screen program is read
     INTERRUPT_SECONDS = 5.0         # for the agent to stop its turn
+    SECOND_ESCAPE_SECONDS = 1.0     # after the first, which in vim mode only leaves INSERT
     MAX_RESTARTS = 3                # in RESTART_WINDOW_SECONDS, without a finished turn
     RESTART_WINDOW_SECONDS = 600.0
     STATE_SECONDS = 0.3             # how long `read_state` looks
@@ -2323,7 +2331,7 @@ class Agent:
         return (pane.text.split("\n"), False) if lines is None else (lines, True)
 
     def _capture_full_screen(self, pane: PaneSnapshot) -> list[str]:
-        """Return what a full-screen program shows in a tall window, without blank lines.
+        """Return what a full-screen program shows in a tall window, without blank lines and box.
 
         It has no scrollback.  Other programs are not resized: they would print everything again.
         """
@@ -2332,12 +2340,12 @@ class Agent:
         try:
             self.tmux.resize(pane, self.TALL_ROWS)
             self._wait_for_change(pane, 1.0)
-            tall = self._poll_until(never, 1.0, settle_seconds=0.1)
+            tall = self._poll_until(never, 1.0, settle_seconds=0.1).screen
         finally:
             self.tmux.resize(pane, pane.rows)
         # The next look would take a late drawing for work.
         self._poll_until(lambda new: new.screen == pane.screen, 1.0, settle_seconds=0.3)
-        return text_lines(tall.screen)
+        return text_lines(strip_input_box(self._profile, tall))
 
     # writing
 
@@ -2509,13 +2517,18 @@ class Agent:
                            until: Callable[[], bool] = never) -> Turn:
         """Look at the pane until the turn is over; return what is new."""
         started_at = self._clock()
+        second_escape_at = math.inf
         notes: tuple[str, ...] = ()
         while True:
             pane, now = self._snapshot(), self._clock()
             self._publish_screen(pane, 0.5)
             verdict = detector.update(pane, now)
+            if detector.is_busy and now >= second_escape_at:
+                self._press("Escape")
+                second_escape_at = math.inf
             if self.take_interrupt():
                 self._press("Escape")
+                second_escape_at = now + self.SECOND_ESCAPE_SECONDS
                 timeout = min(timeout, now - started_at + self.INTERRUPT_SECONDS)
                 notes = (f"The user interrupted {self.name} (Escape was pressed).",)
             if verdict == "enter":

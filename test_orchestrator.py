@@ -1784,6 +1784,10 @@ SIGNS = {
                       ("claude: hi", "bypass permissions on (shift+tab to cycle)", "$"),
                       ("you: go", "Stewing…", "bypass permissions on (shift+tab to cycle)  ·  "
                        "esc to interrupt", "effort: medium · /effort", "$"), "own words"),
+    "screen reader, vim, reduced motion": (
+        CLAUDE_CODE, ("claude: hi", "-- INSERT -- bypass permissions on (shift+tab to cycle)", "$"),
+        ("you: go", "Flummoxing…", "-- INSERT -- bypass permissions on (shift+tab to cycle)",
+         "effort: medium · /effort", "$"), "own words"),
     "Codex": (CODEX, codex_screen("• hi"), codex_screen(
         "› go", "", "• Working (3s • esc to interrupt)"), "own words"),
     "Codex, minutes": (CODEX, codex_screen("• hi"), codex_screen(
@@ -1823,6 +1827,8 @@ def test_the_agents_own_words_in_their_place_count_on_a_screen_that_stands_still
     (CLAUDE_CODE, claude_screen("● Thinking…", "", "✻ Cooked for 4s · done 1:33 AM")),
     (CLAUDE_CODE, claude_screen("● press esc to interrupt", "", "✻ Churned for 1m 2s")),
     (CODEX, codex_screen("• Working (3s • esc to interrupt)", "", "  Worked for 7s • 01:35")),
+    (CLAUDE_CODE, ("you: go", "claude: It says:", "Thinking… (as it does)", "Now I wait…",
+                   "plan mode on (shift+tab to cycle)", "$")),
     (UNKNOWN, ("press enter to confirm or esc to cancel",)), (UNKNOWN, ("press esc to cancels",)),
     (UNKNOWN, ("(3s · esc to cancel)", *map(str, range(12)))), (UNKNOWN, ("a ⠦ sleep",))])
 def test_quotations_are_no_signs_of_work(profile: AgentProfile, screen: tuple[str, ...]) -> None:
@@ -1933,7 +1939,12 @@ def test_without_a_sign_stillness_ends_a_turn(
         "❯ go", "● old", "", "✻ Brewed for 2s", *ECHO, "● new", "",
         "✻ Cooked for 0s · done 1:33 AM")),
     (CODEX, codex_screen("› go", "• old", "", "  Worked for 2s • 01:33"), codex_screen(
-        "› go", "", "• new", "", "  Worked for <1s • 01:33"))])
+        "› go", "", "• new", "", "  Worked for <1s • 01:33")),
+    (CODEX, codex_screen("■ That failed."), codex_screen(
+        "› go", "", '■ {"type": "error", "error": {"message": "too', 'large"}}')),
+    (CLAUDE_CODE, ("you: hi", "claude: hi", "Brewed for 2s", "plan mode (shift+tab to cycle)", "$"),
+     ("you: go", "claude: new", "Cooked for 1m 0s · done 1:33 AM",
+      "plan mode (shift+tab to cycle)", "$"))])
 def test_an_instant_answer_ends_with_the_line_that_closes_a_turn(
         profile: AgentProfile, before: tuple[str, ...], after: tuple[str, ...]) -> None:
     assert Turns(profile, *before, settle_seconds=5.0).ends(0.1, *after) == 0.1
@@ -1959,6 +1970,11 @@ def test_codex_without_a_title_is_at_work_until_the_line_that_closes_a_turn() ->
     turns = Turns(CODEX, *codex_screen(), settle_seconds=5.0)
     turns.habits.has_closing_line = True        # the sign was too short to be seen
     assert turns.ends(0.3, *pausing) == 15.0
+    failed = codex_screen("› go", "", "• Delta", "", "■ Conversation interrupted - use /feedback")
+    turns = Turns(CODEX, *codex_screen())
+    turns.habits.has_closing_line = True
+    turns.look(0.1, *working)
+    assert turns.ends(0.3, *failed) == 0.1
     turns = Turns(CODEX, *codex_screen(), has_title_spinner=True)
     turns.habits.has_closing_line = True
     turns.look(0.1, *pausing, title="⠧ src")
@@ -2048,6 +2064,7 @@ def test_a_full_screen_program_is_read_in_a_tall_window() -> None:
     desk.terminal.alternate = True
     first = desk.agent.ask("one")
     assert "row 119" in first.output and "visible screen" in first.as_text()
+    assert LINE not in first.output     # the input box
     turn = desk.agent.ask("two")
     assert turn.notes == ()
     assert first.output.split("\n").count("row 0") == 1
@@ -2244,7 +2261,8 @@ def test_the_user_can_interrupt_a_turn() -> None:
     asked = iter([False, True])
     desk.agent.take_interrupt = lambda: next(asked, False)
     turn = desk.agent.ask("one")
-    assert desk.terminal.pressed == ["Enter", "Escape"] and turn.state == "working"
+    # In vim mode the first one only leaves INSERT.
+    assert desk.terminal.pressed == ["Enter", "Escape", "Escape"] and turn.state == "working"
     assert "The user interrupted Claude Code" in turn.as_text()
     assert desk.clock.now - desk.ready_at < 7
 
