@@ -152,6 +152,11 @@ class ConfigError(OrchestratorError):
     exit_status = 2
 
 
+def unreadable(path: object, error: OSError) -> ConfigError:
+    """Return the error for a file that can't be read."""
+    return ConfigError(f"{path}: can't be read: {error.strerror}")
+
+
 class BudgetExceeded(OrchestratorError):
     """The run has used up its iterations, its money or its time."""
 
@@ -225,10 +230,10 @@ class TransientError(ModelError):
     """A request failed for a reason that may pass: wait, then send it again."""
 
     def __init__(self, message: str, *, kind: str = "", retry_after: float | None = None,
-                 max_attempts: int = 0) -> None:
+                 is_lasting: bool = False) -> None:
         super().__init__(message, kind=kind)
         self.retry_after = retry_after      # seconds, if the server said so
-        self.max_attempts = max_attempts    # in a row; 0: until RETRY_TIMEOUT
+        self.is_lasting = is_lasting        # probably: a few attempts are enough
 
 
 class Interrupted(KeyboardInterrupt):
@@ -399,7 +404,7 @@ def read_env_file(
     except (FileNotFoundError, IsADirectoryError):      # .env may be a virtual environment
         return {}
     except OSError as error:
-        on_error(f"{path}: can't be read: {error.strerror}")
+        on_error(str(unreadable(path, error)))
         return {}
     return parse_env(text, on_error)
 
@@ -2499,7 +2504,7 @@ class Agent:
                 verdict = "working"
                 break
             elif until():
-                verdict = "working" if detector.is_busy else "idle"
+                verdict = "working" if detector.is_busy else "ended"
                 break
             self._sleep(min(detector.poll_interval(now),
                             max(0.0, started_at + timeout - now)))
@@ -2520,6 +2525,8 @@ class Agent:
         if state == "done":
             self._restart_times.clear()
         notes = self._state_notes(pane, state, detector)
+        if state == "ended":
+            state = "idle"
         lines, is_exact = self._take_new_output(pane)
         output = "\n".join(lines).strip("\n")
         limit = parse_usage_limit(self._profile, output, datetime.datetime.now())
@@ -2542,9 +2549,9 @@ class Agent:
                     limit.seconds if limit else 0.0, menu)
 
     def _state_notes(self, pane: PaneSnapshot, state: str, detector: TurnDetector) -> list[str]:
-        """Return a note on how a turn ended, unless it is simply done."""
+        """Return a note on how a turn ended, unless it is done or the caller ended it."""
         still = f"Nothing has changed for {detector.STALE_SECONDS:g} seconds, but"
-        if state == "done":
+        if state in ("done", "ended"):
             return []
         if state == "working":
             return [f"{self.name} is still working."]
@@ -2963,7 +2970,7 @@ def _make_error(kind: _ErrorKind, text: str, can_pass: bool, retry_after: float 
     if kind.name == "overflow":
         return ContextWindowExceeded(text)
     if kind.name in ("content", "tool call"):
-        return TransientError(text, max_attempts=3)
+        return TransientError(text, is_lasting=True)
     is_long = re.search("per.day|daily", text) or (retry_after or 0) > 3600
     if can_pass and not (kind.name == "rate limit" and is_long):
         return TransientError(text, retry_after=retry_after)
@@ -2971,7 +2978,7 @@ def _make_error(kind: _ErrorKind, text: str, can_pass: bool, retry_after: float 
     if "azure.com" in address and kind.name in ("key", "model", "address"):
         advice = _AZURE_ADVICE
     if "unexpected endpoint" in text.lower():       # often with status 200
-        return TransientError(f"{text}. {advice}", max_attempts=3)
+        return TransientError(f"{text}. {advice}", is_lasting=True)
     return ModelError(f"{text}. {advice}")
 
 
@@ -3038,7 +3045,7 @@ class _Completion:
         self.has_begun |= bool(part)
         self._has_tool_call |= bool(part.get("tool_calls")) or self.finish_reason == "tool_calls"
 
-    def check(self, max_malformed: int) -> None:
+    def check(self, has_model_answered: bool) -> None:
         """Raise an error for a reply that is cut, empty, refused, or no text."""
         text = self.text.strip()
         reason = self.finish_reason
@@ -3047,13 +3054,14 @@ class _Completion:
                                   "an OPENROUTER_MODEL that thinks less", kind="thinking")
         if self._has_tool_call and not text:
             raise TransientError("the model called a tool, but it has none", kind="tool call",
-                                 max_attempts=3)
+                                 is_lasting=True)
         if reason in ("", "error"):
             raise TransientError(f"the model's answer broke off ({reason or 'no finish_reason'})",
-                                 max_attempts=0 if text else max_malformed)
+                                 is_lasting=not (text or has_model_answered))
         if not text or reason == "content_filter":      # the text may be cut off
             said = " ".join(self.refusal.split())[:300] or reason
-            raise TransientError(f"the model's answer is empty or refused ({said})", max_attempts=3)
+            raise TransientError(f"the model's answer is empty or refused ({said})",
+                                 is_lasting=True)
 
 
 class OpenRouter:
@@ -3061,7 +3069,8 @@ class OpenRouter:
 
     `publish` gets an `error` event for each failure after which it tries again.  Limits are in
     seconds: READ_TIMEOUT without a byte, STREAM_TIMEOUT without data, REQUEST_TIMEOUT for one
-    attempt, RETRY_TIMEOUT for all attempts, CHECK_TIMEOUT for a check before the run.
+    attempt, RETRY_TIMEOUT for all attempts, CHECK_TIMEOUT for a check before the run.  An error
+    that will probably last is taken MAX_ATTEMPTS times in a row.
 
     >>> model = OpenRouter("http://localhost:8080/v1", "my-key", "my-model")
     >>> model.build_request([{"role": "user", "content": "Hello"}])["model"]
@@ -3072,7 +3081,10 @@ class OpenRouter:
     STREAM_TIMEOUT = 300.0
     REQUEST_TIMEOUT = 1200.0
     RETRY_TIMEOUT = 3600.0
+    MAX_ATTEMPTS = 3
     CHECK_TIMEOUT = 5.0
+    CACHE_SECONDS = 300.0               # the server caches a prompt so long at no extra price
+    MIN_SHARE_OF_LATE_CALLS = 0.06      # above it, a cache of one hour is worth its price
     MAX_RETRY_AFTER = 900.0
     MAX_TOKENS = 16_000     # always sent: without it the credit check assumes the model's maximum
     MIN_TOKENS = 1_000      # a lower limit is of no use
@@ -3089,8 +3101,10 @@ class OpenRouter:
             raise ConfigError("OPENROUTER_API_KEY: expected one word of ASCII characters")
         self.model = model
         self.characters_per_token = 4.0     # until the server has counted
-        self.has_long_pauses = False        # between calls: the five-minute cache would be lost
-        self._max_malformed = 5     # responses, until it is known that a model is there
+        self._has_answered = False          # a model is there
+        self._call_count = 0
+        self._late_calls = 0                # those that the cache did not outlast
+        self._last_call_at = math.inf
         self._key = key
         self._publish = publish
         self._clock = clock
@@ -3166,15 +3180,8 @@ class OpenRouter:
 
     def check_completion(self) -> str:
         """Ask for a tiny reply without waiting for anything; return what that took."""
-        self._wanted_tokens = 16        # the least that some providers take
         self.RETRY_TIMEOUT = 0.0
-        self.MAX_REPLY_PARTS = 1
-        try:
-            reply = self.complete([{"role": "user", "content": "Answer with the word OK."}])
-        except ModelError as error:
-            if error.kind != "thinking":
-                raise
-            return "answered in thoughts, which took all the tokens it was given"
+        reply = self.complete([{"role": "user", "content": "Answer with the word OK."}])
         seconds = reply.duration_ms / 1000
         price = "cost not reported" if reply.cost is None else f"${reply.cost:.4f}"
         return f"answered in {seconds:.1f} s, {reply.tokens.total:,} tokens, {price}"
@@ -3191,6 +3198,9 @@ class OpenRouter:
         what else will not pass.
         """
         started_at = self._clock()
+        self._call_count += 1
+        if started_at - self._last_call_at > self.CACHE_SECONDS:
+            self._late_calls += 1
         conversation = list(messages)
         whole = ""
         total = Reply("")
@@ -3217,7 +3227,8 @@ class OpenRouter:
         except ModelError:
             if not whole:
                 raise
-        duration_ms = round((self._clock() - started_at) * 1000)
+        self._last_call_at = self._clock()
+        duration_ms = round((self._last_call_at - started_at) * 1000)
         return total._replace(text=whole, duration_ms=duration_ms)
 
     def _call_with_retries(self, messages: Messages, on_text: Callable[[str], object],
@@ -3225,7 +3236,7 @@ class OpenRouter:
                            time_left: Callable[[], float]) -> tuple[str, str]:
         """Make a request, again and again until it succeeds; return text and finish reason."""
         started_at = self._clock()
-        failures = bounded_failures = 0     # in a row
+        failures = lasting_failures = 0     # in a row
         size = sum(len(message["content"]) for message in messages)
         room = 0.95 * (self._total_limit - size / self.characters_per_token)
         self._room = max(room, self.MIN_TOKENS)
@@ -3236,9 +3247,9 @@ class OpenRouter:
                 return self._request_completion(messages, on_text, on_usage, time_left)
             except TransientError as error:
                 failures += 1
-                bounded_failures = bounded_failures + 1 if error.max_attempts else 0
-                if error.max_attempts and bounded_failures >= error.max_attempts:
-                    raise RequestRejected(f"{error}, {bounded_failures} times") from None
+                lasting_failures = lasting_failures + 1 if error.is_lasting else 0
+                if lasting_failures == self.MAX_ATTEMPTS:
+                    raise RequestRejected(f"{error}, {lasting_failures} times") from None
                 delay = min(60.0, 2.0 ** failures) * random.uniform(0.75, 1.25)
                 if error.retry_after is not None:       # what the server says wins, within limits
                     delay = min(max(error.retry_after, failures / 2), self.MAX_RETRY_AFTER)
@@ -3302,7 +3313,7 @@ class OpenRouter:
             sent[-1]["content"] += f"\n\n{_NO_TOOLS_PROMPT}"
         mark = request.pop("cache_control", None)
         if mark:
-            if self.has_long_pauses:
+            if self._late_calls > self.MIN_SHARE_OF_LATE_CALLS * self._call_count:
                 mark = {**mark, "ttl": "1h"}
             for index in {0, len(sent) - 1}:
                 text = sent[index]["content"]
@@ -3326,8 +3337,8 @@ class OpenRouter:
         finally:
             if reply.usage or reply.has_begun:      # what was cut costs something too
                 on_usage(*self._parse_usage(reply.usage, messages))
-        reply.check(self._max_malformed)
-        self._max_malformed = 0
+        reply.check(self._has_answered)
+        self._has_answered = True
         return reply.text, reply.finish_reason
 
     def _parse_usage(self, usage: Mapping[str, Any],
@@ -3432,7 +3443,7 @@ class OpenRouter:
         if has_answered and isinstance(error, ValueError):
             return TransientError(f"the model server sent no JSON object, but {reason!r}. Check "
                                   f"OPENROUTER_BASE_URL={self._address}",
-                                  max_attempts=self._max_malformed)
+                                  is_lasting=not self._has_answered)
         if has_answered:
             return TransientError(f"the model's answer broke off: {reason}")
         if isinstance(error, (http.client.InvalidURL, ValueError)):
@@ -3478,7 +3489,7 @@ class Memory:
             with self._file_lock():
                 self.facts = self._read_file()
         except OSError as error:
-            raise ConfigError(f"{self._path}: can't be read: {error.strerror}") from None
+            raise unreadable(self._path, error) from None
         return self.warning
 
     def add(self, facts: Iterable[str]) -> list[str]:
@@ -3644,6 +3655,13 @@ def utc_timestamp(seconds_from_now: float = 0.0) -> str:
     return time.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
+def parse_timestamp(text: object) -> float:
+    """Return a time in this form in seconds since 1970, or 0 for anything else."""
+    with contextlib.suppress(ValueError, OverflowError):
+        return datetime.datetime.fromisoformat(str(text).replace("Z", "+00:00")).timestamp()
+    return 0.0
+
+
 def parse_event(line: bytes) -> Event | None:
     """Return the event in a line of a journal, or None if the line holds none."""
     event = parse_json_object(line)
@@ -3659,7 +3677,7 @@ def read_events(path: Path, limit: int = sys.maxsize) -> list[Event]:
             events = (event for event in map(parse_event, file) if event)
             return list(itertools.islice(events, limit))
     except OSError as error:
-        raise ConfigError(f"{path}: can't be read: {error.strerror}") from None
+        raise unreadable(path, error) from None
 
 
 class Batch(NamedTuple):
@@ -3736,7 +3754,7 @@ class Journal:
             self.read_appended()
         except OSError as error:
             if read_only:
-                raise ConfigError(f"{path}: can't be read: {error.strerror}") from None
+                raise unreadable(path, error) from None
 
     def read_appended(self) -> None:
         """Take in events that another process has appended, except for an unfinished last line."""
@@ -4286,17 +4304,12 @@ class RunControl:
 class RunTotals:
     """What a run has used so far: iterations, tokens, US dollars, and seconds."""
 
-    CACHE_SECONDS = 300.0           # how long a model server caches a prompt at no extra price
-    MIN_SHARE_OF_LONG_TURNS = 0.06  # above this share, a cache of one hour is worth its price
-
     def __init__(self, clock: Callable[[], float]) -> None:
         self.iterations = 0
         self.tokens = TokenUsage()
         self.cost: float | None = None      # None: no server has reported any
         self.earlier_seconds = 0.0          # of the parts of the run before this one
         self._priced_calls = 0              # calls that are in `cost`
-        self._turns = 0                     # of the agent
-        self._long_turns = 0                # those that outlast the cache
         self.restarts = 0                   # of the agent
         self.errors = 0
         self.last_words = ""                # the last line that the agent has shown
@@ -4318,21 +4331,10 @@ class RunTotals:
             self.cost = (self.cost or 0.0) + cost
             self._priced_calls += 1
 
-    @property
-    def has_long_pauses(self) -> bool:
-        """Whether so many turns outlast the cache that a cache of one hour is cheaper."""
-        return self._long_turns > self.MIN_SHARE_OF_LONG_TURNS * self._turns
-
     def count_event(self, event: Event) -> None:
-        """Count an event if it is a restart, an error, or the end of a turn."""
-        if event["type"] == "recovery":
-            self.restarts += 1
-        elif event["type"] == "error":
-            self.errors += 1
-        elif event["type"] == "iteration_end":
-            self._turns += 1
-            if get_int(event, "duration_ms") > self.CACHE_SECONDS * 1000:
-                self._long_turns += 1
+        """Count an event if it is a restart or an error."""
+        self.restarts += event["type"] == "recovery"
+        self.errors += event["type"] == "error"
 
     def restore(self, past: Sequence[Event]) -> None:
         """Count what earlier parts of a run have used, without the times between them.
@@ -4340,7 +4342,7 @@ class RunTotals:
         An iteration without a reply is not counted: it begins again.  The duration of a part that
         has ended does not include the time that the computer slept.
         """
-        previous = None
+        previous = 0.0
         for event in past:
             self.count_event(event)
             used, cost = get_object(event, "tokens"), get_number(event, "cost")
@@ -4349,11 +4351,10 @@ class RunTotals:
                 self.add_call(tokens, cost)
             if event["type"] == "reply":
                 self.iterations = max(self.iterations, get_int(event, "iteration"))
-            with contextlib.suppress(TypeError, ValueError):        # no time, or of another form
-                at = datetime.datetime.fromisoformat(event["time"].replace("Z", "+00:00"))
-                if previous and event.get("reason") != _RESUMED_REASON:
-                    self.earlier_seconds += max(0.0, (at - previous).total_seconds())
-                previous = at
+            at = parse_timestamp(event.get("time")) or previous
+            if previous and event.get("reason") != _RESUMED_REASON:
+                self.earlier_seconds += max(0.0, at - previous)
+            previous = at
             if event["type"] == "complete":         # has all that was used until then
                 self.tokens, self.cost = tokens, cost
                 seconds = get_int(event, "duration_ms") / 1000
@@ -5092,8 +5093,6 @@ class Autopilot:
 
     def _complete(self, messages: Messages, on_text: Callable[[str], object] = ignore) -> Reply:
         """Ask the model within the budgets, and count what that uses."""
-        if isinstance(self._model, OpenRouter):
-            self._model.has_long_pauses = self._totals.has_long_pauses
         return self._model.complete(messages, on_text=on_text, on_usage=self._totals.add_call,
                                     time_left=self._check_budgets)
 
@@ -7162,11 +7161,10 @@ def run_demo(config: Config, environ: Mapping[str, str], as_json: bool) -> int:
 
 def _format_start(info: Event) -> str:
     """Return when a run began, in local time."""
-    try:
-        started = datetime.datetime.fromisoformat(info["time"].replace("Z", "+00:00"))
-        return f"{started.astimezone():%Y-%m-%d %H:%M}"
-    except (KeyError, ValueError):
+    started_at = parse_timestamp(info.get("time"))
+    if not started_at:
         return "an unknown time"
+    return f"{datetime.datetime.fromtimestamp(started_at):%Y-%m-%d %H:%M}"
 
 
 def _format_task(info: Event) -> str:
