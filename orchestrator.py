@@ -3471,6 +3471,7 @@ class Memory:
     """
 
     MAX_FACT_LENGTH = 2_000         # characters
+    LOCK_TIMEOUT = 5.0              # seconds
 
     def __init__(self, path: Path, max_facts: int = 50, *,
                  sleep: Callable[[float], None] = time.sleep) -> None:
@@ -3481,7 +3482,6 @@ class Memory:
         self._sleep = sleep
         self._size_after_compaction = 0
         self._pending_facts: list[str] = []     # not written yet, because the last write failed
-        self._lock_attempts = 1000
 
     def load(self) -> str:
         """Read the file and return the warning, if any; raise ConfigError if it can't be read."""
@@ -3526,9 +3526,8 @@ class Memory:
         self._size_after_compaction = len(before)
         rewritten = rewrite(before) or []
         shorter = [fact for fact in map(self._normalize, rewritten) if fact]
-        if not 0 < len(shorter) < len(before):
-            return None
-        if max(map(len, rewritten)) > self.MAX_FACT_LENGTH:
+        is_overlong = any(len(fact) > self.MAX_FACT_LENGTH for fact in rewritten)
+        if is_overlong or not 0 < len(shorter) < len(before):
             return None
 
         def replace(known: list[str]) -> list[str]:
@@ -3538,9 +3537,7 @@ class Memory:
 
         self._update_file(replace)
         self._size_after_compaction = len(self.facts)
-        if self.facts[:len(shorter)] != shorter:
-            return None
-        return len(before), len(self.facts)
+        return (len(before), len(self.facts)) if self.facts[:len(shorter)] == shorter else None
 
     def _normalize(self, fact: str) -> str:
         return " ".join(fact.split())[:self.MAX_FACT_LENGTH]
@@ -3602,25 +3599,22 @@ class Memory:
         """Keep other runs from changing the file at the same time.
 
         The directory is what gets locked, so no lock file is left behind.  Where that is impossible
-        (NFS), or something else holds the lock for ten seconds (`flock . python orchestrator.py`),
+        (NFS), or something else holds the lock for five seconds (`flock . python orchestrator.py`),
         the block runs without the lock.
         """
         handle = os.open(os.path.dirname(os.path.realpath(self._path)), os.O_RDONLY)
         try:
-            with contextlib.suppress(OSError):
-                self._acquire_lock(handle)
+            for _ in range(round(self.LOCK_TIMEOUT / 0.01)):
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    self._sleep(0.01)
+                except OSError:
+                    break
             yield
         finally:
             os.close(handle)
-
-    def _acquire_lock(self, handle: int) -> None:
-        for _ in range(self._lock_attempts):
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                self._sleep(0.01)
-        self._lock_attempts = 1     # from now on: do not wait ten seconds for each fact
 
 
 # -- 10. Journal --------------------------------------------------------------------------
@@ -3722,8 +3716,8 @@ class Journal:
         self._subscribers: list[Callable[[Event], object]] = []
         self._file: Any = None
         self._file_size = 0
-        self._index: list[tuple[int, int] | bytes] = []     # offset and length in the file, or
-        self._written_count = 0                             # the line, if it is not written yet
+        self._unwritten = bytearray()               # what comes after it, until it can be written
+        self._index: list[tuple[int, int]] = []     # offset and length of each line in both
         self._live: dict[str, tuple[int, bytes]] = {}       # the latest live event of each type
         self._live_count = 0
         self._iteration = 0
@@ -3768,7 +3762,6 @@ class Journal:
                 elif not line.endswith(b"\n"):
                     break
                 self._file_size += len(line)
-            self._written_count = len(self._index)
             self._condition.notify_all()
 
     def subscribe(self, listener: Callable[[Event], object]) -> None:
@@ -3823,42 +3816,34 @@ class Journal:
                 self._live_count += 1
                 self._live[kind] = (self._live_count, line)
             else:
-                self._index.append(line)
+                self._index.append((self._file_size + len(self._unwritten), len(line)))
+                self._unwritten += line
                 self._flush()
             self._condition.notify_all()
         return event
 
     def _flush(self) -> None:
-        """Write the lines that are not in the file yet, and remember where they are."""
-        if not self._file:
-            return
-        for number in range(self._written_count, len(self._index)):
-            line = self._index[number]
-            assert isinstance(line, bytes)
-            try:
-                rest = line
-                while rest:
-                    rest = rest[self._file.write(rest):]
-            except OSError as error:
-                with contextlib.suppress(OSError):
-                    self._file.truncate(self._file_size)        # leave no half line
-                if not self.write_error:
-                    self._record_write_error(error)
-                return
-            self._index[number] = (self._file_size, len(line))
-            self._file_size += len(line)
-            self._written_count = number + 1
+        """Write what is not in the file yet; a line that is cut off is completed by a later call."""
+        try:
+            while self._file and self._unwritten:
+                count = self._file.write(self._unwritten)
+                del self._unwritten[:count]
+                self._file_size += count
+        except OSError as error:
+            if not self.write_error:
+                self._record_write_error(error)
 
     def _record_write_error(self, error: OSError) -> None:
         self.write_error = f"the journal can't be written: {self.path}: {error.strerror}"
         self.unreported_error = self.write_error
 
     def _read_line(self, number: int) -> bytes:
-        entry = self._index[number]
-        if isinstance(entry, bytes):
-            return entry
-        offset, length = entry
-        return os.pread(self._file.fileno(), length, offset)
+        with self._condition:
+            offset, length = self._index[number]
+            in_file = min(length, max(0, self._file_size - offset))
+            line = os.pread(self._file.fileno(), in_file, offset) if in_file else b""
+            start = max(0, offset - self._file_size)
+            return line + self._unwritten[start:start + length - in_file]
 
     def events(self) -> list[Event]:
         """Return all events so far."""
