@@ -3823,7 +3823,7 @@ class Journal:
         return event
 
     def _flush(self) -> None:
-        """Write what is not in the file yet; a line that is cut off is completed by a later call."""
+        """Write what is not in the file yet; a later call completes a line that is cut off."""
         try:
             while self._file and self._unwritten:
                 count = self._file.write(self._unwritten)
@@ -4038,15 +4038,9 @@ def _parse_keys(text: str) -> tuple[list[str], list[str]]:
     return keys, unknown
 
 
-_DURATION = re.compile(
+_DURATION = re.compile(     # as people write it, such as 1h30m
     r"(?i)(?:(?:for|about|up to|~) ?)*((?:\d{1,6}(?:[.,]\d{1,3})? ?(?:s|secs?|seconds?|m|mins?|"
     r"minutes?|h|hrs?|hours?)(?![a-z])[\s,]*(?:and )?)+|\d{1,6})\.?(?:\s*[(–—-].*)?")
-
-
-def _parse_duration(text: str) -> float | None:
-    """Return the seconds in a time as people write it, such as 1h30m, or None."""
-    match = _DURATION.fullmatch(text)
-    return add_durations(match[1]) if match else None
 
 
 def _not_understood(line: _Line, problem: str) -> Action:
@@ -4061,10 +4055,10 @@ def _parse_command(lines: Sequence[_Line]) -> Action:
     if len(lines) > 1 and any(line.word == "WAIT" for line in lines):
         return Action("invalid", "Nothing was done: WAIT can't be combined with another command.")
     if lines[0].word == "WAIT":
-        seconds = _parse_duration(lines[0].argument or "")
-        if seconds is None:
+        duration = _DURATION.fullmatch(lines[0].argument or "")
+        if not duration:
             return _not_understood(lines[0], "I can't read the time")
-        return Action("wait", text, seconds=seconds)
+        return Action("wait", text, seconds=add_durations(duration[1]))
     keys, unknown = _parse_keys(" ".join(line.argument or "" for line in lines))
     if unknown:
         return _not_understood(lines[0], f"{truncate_middle(' '.join(unknown), 200)!r} is no key")
@@ -4473,15 +4467,14 @@ class Chat:
 def run_shell_command(command: str, directory: Path, environ: Mapping[str, str],
                       limit: float, *, stdin: str = "") -> tuple[int, str]:
     """Run a shell command; return status (124 after `limit` seconds) and shortened output."""
-    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as source:
-        source.write(stdin.encode("utf-8", "replace"))
-        source.seek(0)
-        # Not an empty file: given one, some programs search it instead of the directory.
+    with tempfile.TemporaryFile() as output:
+        # Not an empty pipe: given one, some programs search it instead of the directory.
         process = subprocess.Popen(command, shell=True, cwd=directory, env=dict(environ),
-                                   stdin=source if stdin else subprocess.DEVNULL, stdout=output,
-                                   stderr=subprocess.STDOUT, start_new_session=True)
+                                   stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
+                                   stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
         try:
-            status = process.wait(limit)
+            process.communicate(stdin.encode("utf-8", "replace") if stdin else None, limit)
+            status = process.returncode
         except subprocess.TimeoutExpired:
             status = 124
         finally:
@@ -4498,7 +4491,7 @@ _UNCOUNTED_PATH = re.compile(       # caches, logs, and files of the agents and 
     rf"(?:\A|/)(?:\.(?:git|hg|svn|venv|tox|cache|\w+_cache|(?:{_AGENT_NAMES})[^/]*|coverage)|"
     r"venv|node_modules|__pycache__|memory\.json[^/]*|orchestrator/runs)(?:/|\Z)|"
     r"\.(?:log|pyc|swp)\Z")
-Files = Mapping[str, tuple[int, int]]       # modification times and sizes by path
+Files = Mapping[str, tuple[float, int]]     # modification times and sizes by path
 
 
 def _list_git_files(directory: Path, environ: Mapping[str, str]) -> list[str]:
@@ -4531,7 +4524,7 @@ def snapshot_files(directory: Path, environ: Mapping[str, str], timeout: float =
             if stat.S_ISDIR(status.st_mode):
                 pending.extend(os.path.join(path, name) for name in os.listdir(directory / path))
             else:
-                files[path] = (status.st_mtime_ns, status.st_size)
+                files[path] = (status.st_mtime, status.st_size)
     return files
 
 
@@ -4645,7 +4638,7 @@ class Autopilot:
         self._turns_without_news = 0
         self._last_step: tuple[Action, str] | None = None   # with what came of it
         self._equal_steps = 0               # the last one and those before it
-        self._files_at_start: Files | None = None
+        self._files_at_start: Files | None = None       # of the run, as far as it can be known
         self._files: Files | None = None    # the latest snapshot
         self._last_memory_error = ""        # already reported
         self._part_published_at = 0.0
@@ -4683,7 +4676,11 @@ class Autopilot:
         """Start the agent, and begin the conversation or rebuild that of the resumed run."""
         name = self._agent.name
         self._task = self._journal.redact(task)
-        self._files_at_start = self._files = self._snapshot_files()
+        self._files = self._snapshot_files()
+        started_at = parse_timestamp(history[0]["time"]) if history else math.inf
+        if self._files is not None:     # without what earlier parts of the run have changed
+            self._files_at_start = {path: (modified_at, size) for path, (modified_at, size)
+                                    in self._files.items() if modified_at < started_at}
         turn = self._agent.start(any(event["type"] == "reply" for event in history))
         self._news.update("", turn.output)
         facts = history[0].get("memories") if history else self._memory.facts   # as it began

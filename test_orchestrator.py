@@ -4713,6 +4713,24 @@ def test_files_that_changed_appeared_or_went_are_found_with_git_and_without(tmp_
     assert orchestrator.find_changed_files(snapshots[-1], None) is None
 
 
+def test_changed_files_are_those_since_the_start_of_the_run_also_after_a_resume(
+        fly: Callable[..., Flight], tmp_path: Path) -> None:
+    def write() -> None:
+        (tmp_path / "new.py").write_text("y")
+        os.utime(tmp_path / "new.py", (time.time() + 1, time.time() + 1))
+        raise Interrupted(signal.SIGINT)
+
+    (tmp_path / "old.py").write_text("x")
+    os.utime(tmp_path / "old.py", (1, 1))
+    first = fly("Write it", turns=[write])
+    with pytest.raises(Interrupted):
+        first.run()
+    second = fly("TASK_COMPLETE", "TASK_COMPLETE", confirm_complete=True)
+    assert second.run(first.journal.events()) == "complete"
+    assert "Files changed since the start: 1 (new.py)." in second.of("confirm")[0]["evidence"]
+    assert [end["files_changed"] for end in second.of("complete")] == [1, 1]
+
+
 @pytest.mark.parametrize("output, failure", [
     ("2 failed, 10 passed in 0.4s", True), ("FAILED (errors=1)", True),
     ("AssertionError: no", True),
