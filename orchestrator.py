@@ -2977,8 +2977,6 @@ def _make_error(kind: _ErrorKind, text: str, can_pass: bool, retry_after: float 
     advice = kind.advice.format(address=address)
     if "azure.com" in address and kind.name in ("key", "model", "address"):
         advice = _AZURE_ADVICE
-    if "unexpected endpoint" in text.lower():       # often with status 200
-        return TransientError(f"{text}. {advice}", is_lasting=True)
     return ModelError(f"{text}. {advice}")
 
 
@@ -3125,7 +3123,6 @@ class OpenRouter:
         self._output_limit = math.inf       # tokens of a reply, by the model or the credit
         self._total_limit = math.inf        # tokens of a request and its reply
         self._room = math.inf               # tokens that the current request leaves for its reply
-        self._was_tool_call = False         # the previous attempt returned a tool call
         is_local = re.match(r"https?://(localhost|127\.0\.0\.1|\[::1\])[:/]", f"{self._address}/")
         proxies = {} if is_local else urllib.request.getproxies()
         self._proxy = _find_proxy(self._address, proxies)
@@ -3240,7 +3237,7 @@ class OpenRouter:
         size = sum(len(message["content"]) for message in messages)
         room = 0.95 * (self._total_limit - size / self.characters_per_token)
         self._room = max(room, self.MIN_TOKENS)
-        self._was_tool_call = False
+        newest = messages[-1]
         while True:
             time_left()
             try:
@@ -3256,7 +3253,9 @@ class OpenRouter:
                 if self._clock() + delay - started_at > self.RETRY_TIMEOUT:
                     raise ModelError(f"{error}. This does not pass: try again later, with --resume "
                                      "if a run was under way") from None
-                self._was_tool_call = error.kind == "tool call"
+                if error.kind == "tool call":
+                    told = {**newest, "content": f"{newest['content']}\n\n{_NO_TOOLS_PROMPT}"}
+                    messages = [*messages[:-1], told]
                 self._publish("error", error=str(error), retry_in=round(delay, 1))
                 self._wait(min(delay, time_left()))
             except ModelError as error:
@@ -3309,8 +3308,6 @@ class OpenRouter:
         request = {"model": self.model, "messages": sent, **self._options}
         for name in _LIMIT_NAMES & request.keys():
             request[name] = self._max_tokens()
-        if self._was_tool_call:
-            sent[-1]["content"] += f"\n\n{_NO_TOOLS_PROMPT}"
         mark = request.pop("cache_control", None)
         if mark:
             if self._late_calls > self.MIN_SHARE_OF_LATE_CALLS * self._call_count:
@@ -4627,7 +4624,6 @@ class Autopilot:
         self._task = ""
         self._output_label = f"{agent.name} output:\n"
         self._conversation = Conversation("")
-        self._untold = ""                   # of its opening, what the journal does not have yet
         self._totals = RunTotals(clock)
         self._is_done = False
         self._messages_sent = 0             # to the agent, by any part of the run
@@ -4660,9 +4656,10 @@ class Autopilot:
                     self._agent, self._config, task=task, memories=self._memory.facts,
                     model=getattr(self._model, "model", type(self._model).__name__)))
             try:
-                self._begin(task, history)
+                told = {"told": self._begin(task, history)}
                 while not self._is_done:
-                    self._begin_iteration()
+                    self._begin_iteration(told)
+                    told = {}
                     reply = self._query_model()
                     self._add_exchange(self._journal.redact(reply.text), self._act_on(reply))
             except Interrupted as interrupt:
@@ -4672,8 +4669,11 @@ class Autopilot:
 
     # beginning
 
-    def _begin(self, task: str, history: Sequence[Event]) -> None:
-        """Start the agent, and begin the conversation or rebuild that of the resumed run."""
+    def _begin(self, task: str, history: Sequence[Event]) -> str:
+        """Start the agent, and begin the conversation or rebuild that of the resumed run.
+
+        Returns what the model is told of the start.
+        """
         name = self._agent.name
         self._task = self._journal.redact(task)
         self._files = self._snapshot_files()
@@ -4695,8 +4695,8 @@ class Autopilot:
                 f"{utc_timestamp()}. The current screen comes last. Your last message may or may "
                 "not have arrived. If the screen does not show it, check before you send it "
                 "again.]"))
-        self._untold = "\n\n".join([*sentences, output])
         self._conversation.tell(*sentences, output=output)
+        return "\n\n".join([*sentences, output])
 
     def _system_prompt(self, memories: object) -> str:
         check = ""
@@ -4713,7 +4713,6 @@ class Autopilot:
         """Rebuild the conversation from the events of the earlier parts."""
         reply: str | None = None
         notes: list[str] = []
-        facts: tuple[str, ...] = ()
         for event in [*history, {"type": "iteration_start", "reason": _RESUMED_REASON}]:
             kind = event["type"]
             if kind == "history":
@@ -4730,16 +4729,14 @@ class Autopilot:
                         reply, "[You were stopped before this was done.]")
                     action = parse_reply(reply, self._agent.name)
                     self._messages_sent += action.kind in ("message", "keys")  # perhaps
-                    facts += action.facts
+                    self._save_facts(action.facts)
                 reply = event["text"] if kind == "reply" else None
             elif "told" in event:
                 sentences, label, output = str(event["told"]).partition(self._output_label)
                 self._conversation.tell(sentences.rstrip(), output=label + output)
-                facts = ()          # an earlier resumption has saved them
             if kind == "iteration_start":       # the model gets notes with its next prompt
                 self._conversation.tell(*notes)
                 notes = []
-        self._save_facts(facts)
 
     def _add_exchange(self, reply: str, event: Event) -> None:
         """Add a reply to the conversation, with its result from its `iteration_end` event."""
@@ -4790,15 +4787,13 @@ class Autopilot:
             raise failure
         return event
 
-    def _begin_iteration(self) -> None:
+    def _begin_iteration(self, told: Mapping[str, str]) -> None:
         while self._control.is_paused:
             self._sleep(min(0.2, self._seconds_left()))
         self._check_budgets(self._totals.iterations)
         self._control.take_interrupt()      # there is nothing to interrupt yet
         self._conversation.tell(*self._control.take_notes())
         self._totals.iterations += 1
-        told = {"told": self._untold} if self._untold else {}
-        self._untold = ""
         self._journal.publish("iteration_start", iteration=self._totals.iterations,
                               max_iter=self._config.max_iterations, **told)
 
