@@ -3082,7 +3082,7 @@ class OpenRouter:
     MAX_ATTEMPTS = 3
     CHECK_TIMEOUT = 5.0
     CACHE_SECONDS = 300.0               # the server caches a prompt so long at no extra price
-    MIN_SHARE_OF_LATE_CALLS = 0.06      # above it, a cache of one hour is worth its price
+    MIN_SHARE_OF_LATE_REQUESTS = 0.06   # above it, a cache of one hour is worth its price
     MAX_RETRY_AFTER = 900.0
     MAX_TOKENS = 16_000     # always sent: without it the credit check assumes the model's maximum
     MIN_TOKENS = 1_000      # a lower limit is of no use
@@ -3100,9 +3100,9 @@ class OpenRouter:
         self.model = model
         self.characters_per_token = 4.0     # until the server has counted
         self._has_answered = False          # a model is there
-        self._call_count = 0
-        self._late_calls = 0                # those that the cache did not outlast
-        self._last_call_at = math.inf
+        self._request_count = 0
+        self._late_requests = 0             # those that the cache did not outlast
+        self._last_request_at = math.inf
         self._key = key
         self._publish = publish
         self._clock = clock
@@ -3195,9 +3195,6 @@ class OpenRouter:
         what else will not pass.
         """
         started_at = self._clock()
-        self._call_count += 1
-        if started_at - self._last_call_at > self.CACHE_SECONDS:
-            self._late_calls += 1
         conversation = list(messages)
         whole = ""
         total = Reply("")
@@ -3224,8 +3221,7 @@ class OpenRouter:
         except ModelError:
             if not whole:
                 raise
-        self._last_call_at = self._clock()
-        duration_ms = round((self._last_call_at - started_at) * 1000)
+        duration_ms = round((self._clock() - started_at) * 1000)
         return total._replace(text=whole, duration_ms=duration_ms)
 
     def _call_with_retries(self, messages: Messages, on_text: Callable[[str], object],
@@ -3310,7 +3306,7 @@ class OpenRouter:
             request[name] = self._max_tokens()
         mark = request.pop("cache_control", None)
         if mark:
-            if self._late_calls > self.MIN_SHARE_OF_LATE_CALLS * self._call_count:
+            if self._late_requests > self.MIN_SHARE_OF_LATE_REQUESTS * self._request_count:
                 mark = {**mark, "ttl": "1h"}
             for index in {0, len(sent) - 1}:
                 text = sent[index]["content"]
@@ -3321,6 +3317,10 @@ class OpenRouter:
                             on_usage: Callable[..., object],
                             time_left: Callable[[], float]) -> tuple[str, str]:
         """Return text and finish reason of one attempt."""
+        self._request_count += 1
+        if self._clock() - self._last_request_at > self.CACHE_SECONDS:
+            self._late_requests += 1
+        self._last_request_at = self._clock()
         reply = _Completion()
         try:
             with contextlib.closing(self._stream_json(
@@ -4309,8 +4309,10 @@ class RunTotals:
 
     def count_event(self, event: Event) -> None:
         """Count an event if it is a restart or an error."""
-        self.restarts += event["type"] == "recovery"
-        self.errors += event["type"] == "error"
+        if event["type"] == "recovery":
+            self.restarts += 1
+        elif event["type"] == "error":
+            self.errors += 1
 
     def restore(self, past: Sequence[Event]) -> None:
         """Count what earlier parts of a run have used, without the times between them.
