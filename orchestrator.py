@@ -152,6 +152,11 @@ class ConfigError(OrchestratorError):
     exit_status = 2
 
 
+def unreadable(path: object, error: OSError) -> ConfigError:
+    """Return the error for a file that can't be read."""
+    return ConfigError(f"{path}: can't be read: {error.strerror}")
+
+
 class BudgetExceeded(OrchestratorError):
     """The run has used up its iterations, its money or its time."""
 
@@ -225,10 +230,10 @@ class TransientError(ModelError):
     """A request failed for a reason that may pass: wait, then send it again."""
 
     def __init__(self, message: str, *, kind: str = "", retry_after: float | None = None,
-                 max_attempts: int = 0) -> None:
+                 is_lasting: bool = False) -> None:
         super().__init__(message, kind=kind)
         self.retry_after = retry_after      # seconds, if the server said so
-        self.max_attempts = max_attempts    # in a row; 0: until RETRY_TIMEOUT
+        self.is_lasting = is_lasting        # probably: a few attempts are enough
 
 
 class Interrupted(KeyboardInterrupt):
@@ -399,7 +404,7 @@ def read_env_file(
     except (FileNotFoundError, IsADirectoryError):      # .env may be a virtual environment
         return {}
     except OSError as error:
-        on_error(f"{path}: can't be read: {error.strerror}")
+        on_error(str(unreadable(path, error)))
         return {}
     return parse_env(text, on_error)
 
@@ -2539,7 +2544,7 @@ class Agent:
                 verdict = "working"
                 break
             elif until():
-                verdict = "working" if detector.is_busy else "idle"
+                verdict = "working" if detector.is_busy else "ended"
                 break
             self._sleep(min(detector.poll_interval(now),
                             max(0.0, started_at + timeout - now)))
@@ -2560,6 +2565,8 @@ class Agent:
         if state == "done":
             self._restart_times.clear()
         notes = self._state_notes(pane, state, detector)
+        if state == "ended":
+            state = "idle"
         lines, is_exact = self._take_new_output(pane)
         output = "\n".join(lines).strip("\n")
         limit = parse_usage_limit(self._profile, output, datetime.datetime.now())
@@ -2585,9 +2592,9 @@ class Agent:
                     limit.seconds if limit else 0.0, menu)
 
     def _state_notes(self, pane: PaneSnapshot, state: str, detector: TurnDetector) -> list[str]:
-        """Return a note on how a turn ended, unless it is simply done."""
+        """Return a note on how a turn ended, unless it is done or the caller ended it."""
         still = f"Nothing has changed for {detector.STALE_SECONDS:g} seconds, but"
-        if state == "done":
+        if state in ("done", "ended"):
             return []
         if state == "working":
             return [f"{self.name} is still working."]
@@ -3006,15 +3013,13 @@ def _make_error(kind: _ErrorKind, text: str, can_pass: bool, retry_after: float 
     if kind.name == "overflow":
         return ContextWindowExceeded(text)
     if kind.name in ("content", "tool call"):
-        return TransientError(text, max_attempts=3)
+        return TransientError(text, is_lasting=True)
     is_long = re.search("per.day|daily", text) or (retry_after or 0) > 3600
     if can_pass and not (kind.name == "rate limit" and is_long):
         return TransientError(text, retry_after=retry_after)
     advice = kind.advice.format(address=address)
     if "azure.com" in address and kind.name in ("key", "model", "address"):
         advice = _AZURE_ADVICE
-    if "unexpected endpoint" in text.lower():       # often with status 200
-        return TransientError(f"{text}. {advice}", max_attempts=3)
     return ModelError(f"{text}. {advice}")
 
 
@@ -3081,7 +3086,7 @@ class _Completion:
         self.has_begun |= bool(part)
         self._has_tool_call |= bool(part.get("tool_calls")) or self.finish_reason == "tool_calls"
 
-    def check(self, max_malformed: int) -> None:
+    def check(self, has_model_answered: bool) -> None:
         """Raise an error for a reply that is cut, empty, refused, or no text."""
         text = self.text.strip()
         reason = self.finish_reason
@@ -3090,13 +3095,14 @@ class _Completion:
                                   "an OPENROUTER_MODEL that thinks less", kind="thinking")
         if self._has_tool_call and not text:
             raise TransientError("the model called a tool, but it has none", kind="tool call",
-                                 max_attempts=3)
+                                 is_lasting=True)
         if reason in ("", "error"):
             raise TransientError(f"the model's answer broke off ({reason or 'no finish_reason'})",
-                                 max_attempts=0 if text else max_malformed)
+                                 is_lasting=not (text or has_model_answered))
         if not text or reason == "content_filter":      # the text may be cut off
             said = " ".join(self.refusal.split())[:300] or reason
-            raise TransientError(f"the model's answer is empty or refused ({said})", max_attempts=3)
+            raise TransientError(f"the model's answer is empty or refused ({said})",
+                                 is_lasting=True)
 
 
 class OpenRouter:
@@ -3104,7 +3110,8 @@ class OpenRouter:
 
     `publish` gets an `error` event for each failure after which it tries again.  Limits are in
     seconds: READ_TIMEOUT without a byte, STREAM_TIMEOUT without data, REQUEST_TIMEOUT for one
-    attempt, RETRY_TIMEOUT for all attempts, CHECK_TIMEOUT for a check before the run.
+    attempt, RETRY_TIMEOUT for all attempts, CHECK_TIMEOUT for a check before the run.  An error
+    that will probably last is taken MAX_ATTEMPTS times in a row.
 
     >>> model = OpenRouter("http://localhost:8080/v1", "my-key", "my-model")
     >>> model.build_request([{"role": "user", "content": "Hello"}])["model"]
@@ -3115,7 +3122,10 @@ class OpenRouter:
     STREAM_TIMEOUT = 300.0
     REQUEST_TIMEOUT = 1200.0
     RETRY_TIMEOUT = 3600.0
+    MAX_ATTEMPTS = 3
     CHECK_TIMEOUT = 5.0
+    CACHE_SECONDS = 300.0               # the server caches a prompt so long at no extra price
+    MIN_SHARE_OF_LATE_REQUESTS = 0.06   # above it, a cache of one hour is worth its price
     MAX_RETRY_AFTER = 900.0
     MAX_TOKENS = 16_000     # always sent: without it the credit check assumes the model's maximum
     MIN_TOKENS = 1_000      # a lower limit is of no use
@@ -3132,8 +3142,10 @@ class OpenRouter:
             raise ConfigError("OPENROUTER_API_KEY: expected one word of ASCII characters")
         self.model = model
         self.characters_per_token = 4.0     # until the server has counted
-        self.has_long_pauses = False        # between calls: the five-minute cache would be lost
-        self._max_malformed = 5     # responses, until it is known that a model is there
+        self._has_answered = False          # a model is there
+        self._request_count = 0
+        self._late_requests = 0             # those that the cache did not outlast
+        self._last_request_at = math.inf
         self._key = key
         self._publish = publish
         self._clock = clock
@@ -3154,7 +3166,6 @@ class OpenRouter:
         self._output_limit = math.inf       # tokens of a reply, by the model or the credit
         self._total_limit = math.inf        # tokens of a request and its reply
         self._room = math.inf               # tokens that the current request leaves for its reply
-        self._was_tool_call = False         # the previous attempt returned a tool call
         is_local = re.match(r"https?://(localhost|127\.0\.0\.1|\[::1\])[:/]", f"{self._address}/")
         proxies = {} if is_local else urllib.request.getproxies()
         self._proxy = _find_proxy(self._address, proxies)
@@ -3209,15 +3220,8 @@ class OpenRouter:
 
     def check_completion(self) -> str:
         """Ask for a tiny reply without waiting for anything; return what that took."""
-        self._wanted_tokens = 16        # the least that some providers take
         self.RETRY_TIMEOUT = 0.0
-        self.MAX_REPLY_PARTS = 1
-        try:
-            reply = self.complete([{"role": "user", "content": "Answer with the word OK."}])
-        except ModelError as error:
-            if error.kind != "thinking":
-                raise
-            return "answered in thoughts, which took all the tokens it was given"
+        reply = self.complete([{"role": "user", "content": "Answer with the word OK."}])
         seconds = reply.duration_ms / 1000
         price = "cost not reported" if reply.cost is None else f"${reply.cost:.4f}"
         return f"answered in {seconds:.1f} s, {reply.tokens.total:,} tokens, {price}"
@@ -3268,27 +3272,29 @@ class OpenRouter:
                            time_left: Callable[[], float]) -> tuple[str, str]:
         """Make a request, again and again until it succeeds; return text and finish reason."""
         started_at = self._clock()
-        failures = bounded_failures = 0     # in a row
+        failures = lasting_failures = 0     # in a row
         size = sum(len(message["content"]) for message in messages)
         room = 0.95 * (self._total_limit - size / self.characters_per_token)
         self._room = max(room, self.MIN_TOKENS)
-        self._was_tool_call = False
+        newest = messages[-1]
         while True:
             time_left()
             try:
                 return self._request_completion(messages, on_text, on_usage, time_left)
             except TransientError as error:
                 failures += 1
-                bounded_failures = bounded_failures + 1 if error.max_attempts else 0
-                if error.max_attempts and bounded_failures >= error.max_attempts:
-                    raise RequestRejected(f"{error}, {bounded_failures} times") from None
+                lasting_failures = lasting_failures + 1 if error.is_lasting else 0
+                if lasting_failures == self.MAX_ATTEMPTS:
+                    raise RequestRejected(f"{error}, {lasting_failures} times") from None
                 delay = min(60.0, 2.0 ** failures) * random.uniform(0.75, 1.25)
                 if error.retry_after is not None:       # what the server says wins, within limits
                     delay = min(max(error.retry_after, failures / 2), self.MAX_RETRY_AFTER)
                 if self._clock() + delay - started_at > self.RETRY_TIMEOUT:
                     raise ModelError(f"{error}. This does not pass: try again later, with --resume "
                                      "if a run was under way") from None
-                self._was_tool_call = error.kind == "tool call"
+                if error.kind == "tool call":
+                    told = {**newest, "content": f"{newest['content']}\n\n{_NO_TOOLS_PROMPT}"}
+                    messages = [*messages[:-1], told]
                 self._publish("error", error=str(error), retry_in=round(delay, 1))
                 self._wait(min(delay, time_left()))
             except ModelError as error:
@@ -3341,11 +3347,9 @@ class OpenRouter:
         request = {"model": self.model, "messages": sent, **self._options}
         for name in _LIMIT_NAMES & request.keys():
             request[name] = self._max_tokens()
-        if self._was_tool_call:
-            sent[-1]["content"] += f"\n\n{_NO_TOOLS_PROMPT}"
         mark = request.pop("cache_control", None)
         if mark:
-            if self.has_long_pauses:
+            if self._late_requests > self.MIN_SHARE_OF_LATE_REQUESTS * self._request_count:
                 mark = {**mark, "ttl": "1h"}
             for index in {0, len(sent) - 1}:
                 text = sent[index]["content"]
@@ -3356,6 +3360,10 @@ class OpenRouter:
                             on_usage: Callable[..., object],
                             time_left: Callable[[], float]) -> tuple[str, str]:
         """Return text and finish reason of one attempt."""
+        self._request_count += 1
+        if self._clock() - self._last_request_at > self.CACHE_SECONDS:
+            self._late_requests += 1
+        self._last_request_at = self._clock()
         reply = _Completion()
         try:
             with contextlib.closing(self._stream_json(
@@ -3369,8 +3377,8 @@ class OpenRouter:
         finally:
             if reply.usage or reply.has_begun:      # what was cut costs something too
                 on_usage(*self._parse_usage(reply.usage, messages))
-        reply.check(self._max_malformed)
-        self._max_malformed = 0
+        reply.check(self._has_answered)
+        self._has_answered = True
         return reply.text, reply.finish_reason
 
     def _parse_usage(self, usage: Mapping[str, Any],
@@ -3475,7 +3483,7 @@ class OpenRouter:
         if has_answered and isinstance(error, ValueError):
             return TransientError(f"the model server sent no JSON object, but {reason!r}. Check "
                                   f"OPENROUTER_BASE_URL={self._address}",
-                                  max_attempts=self._max_malformed)
+                                  is_lasting=not self._has_answered)
         if has_answered:
             return TransientError(f"the model's answer broke off: {reason}")
         if isinstance(error, (http.client.InvalidURL, ValueError)):
@@ -3503,6 +3511,7 @@ class Memory:
     """
 
     MAX_FACT_LENGTH = 2_000         # characters
+    LOCK_TIMEOUT = 5.0              # seconds
 
     def __init__(self, path: Path, max_facts: int = 50, *,
                  sleep: Callable[[float], None] = time.sleep) -> None:
@@ -3513,7 +3522,6 @@ class Memory:
         self._sleep = sleep
         self._size_after_compaction = 0
         self._pending_facts: list[str] = []     # not written yet, because the last write failed
-        self._lock_attempts = 1000
 
     def load(self) -> str:
         """Read the file and return the warning, if any; raise ConfigError if it can't be read."""
@@ -3521,7 +3529,7 @@ class Memory:
             with self._file_lock():
                 self.facts = self._read_file()
         except OSError as error:
-            raise ConfigError(f"{self._path}: can't be read: {error.strerror}") from None
+            raise unreadable(self._path, error) from None
         return self.warning
 
     def add(self, facts: Iterable[str]) -> list[str]:
@@ -3558,9 +3566,8 @@ class Memory:
         self._size_after_compaction = len(before)
         rewritten = rewrite(before) or []
         shorter = [fact for fact in map(self._normalize, rewritten) if fact]
-        if not 0 < len(shorter) < len(before):
-            return None
-        if max(map(len, rewritten)) > self.MAX_FACT_LENGTH:
+        is_overlong = any(len(fact) > self.MAX_FACT_LENGTH for fact in rewritten)
+        if is_overlong or not 0 < len(shorter) < len(before):
             return None
 
         def replace(known: list[str]) -> list[str]:
@@ -3570,9 +3577,7 @@ class Memory:
 
         self._update_file(replace)
         self._size_after_compaction = len(self.facts)
-        if self.facts[:len(shorter)] != shorter:
-            return None
-        return len(before), len(self.facts)
+        return (len(before), len(self.facts)) if self.facts[:len(shorter)] == shorter else None
 
     def _normalize(self, fact: str) -> str:
         return " ".join(fact.split())[:self.MAX_FACT_LENGTH]
@@ -3634,25 +3639,22 @@ class Memory:
         """Keep other runs from changing the file at the same time.
 
         The directory is what gets locked, so no lock file is left behind.  Where that is impossible
-        (NFS), or something else holds the lock for ten seconds (`flock . python orchestrator.py`),
+        (NFS), or something else holds the lock for five seconds (`flock . python orchestrator.py`),
         the block runs without the lock.
         """
         handle = os.open(os.path.dirname(os.path.realpath(self._path)), os.O_RDONLY)
         try:
-            with contextlib.suppress(OSError):
-                self._acquire_lock(handle)
+            for _ in range(round(self.LOCK_TIMEOUT / 0.01)):
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    self._sleep(0.01)
+                except OSError:
+                    break
             yield
         finally:
             os.close(handle)
-
-    def _acquire_lock(self, handle: int) -> None:
-        for _ in range(self._lock_attempts):
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                self._sleep(0.01)
-        self._lock_attempts = 1     # from now on: do not wait ten seconds for each fact
 
 
 # -- 10. Journal --------------------------------------------------------------------------
@@ -3687,6 +3689,13 @@ def utc_timestamp(seconds_from_now: float = 0.0) -> str:
     return time.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
+def parse_timestamp(text: object) -> float:
+    """Return a time in this form in seconds since 1970, or 0 for anything else."""
+    with contextlib.suppress(ValueError, OverflowError):
+        return datetime.datetime.fromisoformat(str(text).replace("Z", "+00:00")).timestamp()
+    return 0.0
+
+
 def parse_event(line: bytes) -> Event | None:
     """Return the event in a line of a journal, or None if the line holds none."""
     event = parse_json_object(line)
@@ -3702,7 +3711,7 @@ def read_events(path: Path, limit: int = sys.maxsize) -> list[Event]:
             events = (event for event in map(parse_event, file) if event)
             return list(itertools.islice(events, limit))
     except OSError as error:
-        raise ConfigError(f"{path}: can't be read: {error.strerror}") from None
+        raise unreadable(path, error) from None
 
 
 class Batch(NamedTuple):
@@ -3747,8 +3756,8 @@ class Journal:
         self._subscribers: list[Callable[[Event], object]] = []
         self._file: Any = None
         self._file_size = 0
-        self._index: list[tuple[int, int] | bytes] = []     # offset and length in the file, or
-        self._written_count = 0                             # the line, if it is not written yet
+        self._unwritten = bytearray()               # what comes after it, until it can be written
+        self._index: list[tuple[int, int]] = []     # offset and length of each line in both
         self._live: dict[str, tuple[int, bytes]] = {}       # the latest live event of each type
         self._live_count = 0
         self._iteration = 0
@@ -3779,7 +3788,7 @@ class Journal:
             self.read_appended()
         except OSError as error:
             if read_only:
-                raise ConfigError(f"{path}: can't be read: {error.strerror}") from None
+                raise unreadable(path, error) from None
 
     def read_appended(self) -> None:
         """Take in events that another process has appended, except for an unfinished last line."""
@@ -3793,7 +3802,6 @@ class Journal:
                 elif not line.endswith(b"\n"):
                     break
                 self._file_size += len(line)
-            self._written_count = len(self._index)
             self._condition.notify_all()
 
     def subscribe(self, listener: Callable[[Event], object]) -> None:
@@ -3848,42 +3856,34 @@ class Journal:
                 self._live_count += 1
                 self._live[kind] = (self._live_count, line)
             else:
-                self._index.append(line)
+                self._index.append((self._file_size + len(self._unwritten), len(line)))
+                self._unwritten += line
                 self._flush()
             self._condition.notify_all()
         return event
 
     def _flush(self) -> None:
-        """Write the lines that are not in the file yet, and remember where they are."""
-        if not self._file:
-            return
-        for number in range(self._written_count, len(self._index)):
-            line = self._index[number]
-            assert isinstance(line, bytes)
-            try:
-                rest = line
-                while rest:
-                    rest = rest[self._file.write(rest):]
-            except OSError as error:
-                with contextlib.suppress(OSError):
-                    self._file.truncate(self._file_size)        # leave no half line
-                if not self.write_error:
-                    self._record_write_error(error)
-                return
-            self._index[number] = (self._file_size, len(line))
-            self._file_size += len(line)
-            self._written_count = number + 1
+        """Write what is not in the file yet; a later call completes a line that is cut off."""
+        try:
+            while self._file and self._unwritten:
+                count = self._file.write(self._unwritten)
+                del self._unwritten[:count]
+                self._file_size += count
+        except OSError as error:
+            if not self.write_error:
+                self._record_write_error(error)
 
     def _record_write_error(self, error: OSError) -> None:
         self.write_error = f"the journal can't be written: {self.path}: {error.strerror}"
         self.unreported_error = self.write_error
 
     def _read_line(self, number: int) -> bytes:
-        entry = self._index[number]
-        if isinstance(entry, bytes):
-            return entry
-        offset, length = entry
-        return os.pread(self._file.fileno(), length, offset)
+        with self._condition:
+            offset, length = self._index[number]
+            in_file = min(length, max(0, self._file_size - offset))
+            line = os.pread(self._file.fileno(), in_file, offset) if in_file else b""
+            start = max(0, offset - self._file_size)
+            return line + self._unwritten[start:start + length - in_file]
 
     def events(self) -> list[Event]:
         """Return all events so far."""
@@ -4078,15 +4078,9 @@ def _parse_keys(text: str) -> tuple[list[str], list[str]]:
     return keys, unknown
 
 
-_DURATION = re.compile(
+_DURATION = re.compile(     # as people write it, such as 1h30m
     r"(?i)(?:(?:for|about|up to|~) ?)*((?:\d{1,6}(?:[.,]\d{1,3})? ?(?:s|secs?|seconds?|m|mins?|"
     r"minutes?|h|hrs?|hours?)(?![a-z])[\s,]*(?:and )?)+|\d{1,6})\.?(?:\s*[(–—-].*)?")
-
-
-def _parse_duration(text: str) -> float | None:
-    """Return the seconds in a time as people write it, such as 1h30m, or None."""
-    match = _DURATION.fullmatch(text)
-    return add_durations(match[1]) if match else None
 
 
 def _not_understood(line: _Line, problem: str) -> Action:
@@ -4101,10 +4095,10 @@ def _parse_command(lines: Sequence[_Line]) -> Action:
     if len(lines) > 1 and any(line.word == "WAIT" for line in lines):
         return Action("invalid", "Nothing was done: WAIT can't be combined with another command.")
     if lines[0].word == "WAIT":
-        seconds = _parse_duration(lines[0].argument or "")
-        if seconds is None:
+        duration = _DURATION.fullmatch(lines[0].argument or "")
+        if not duration:
             return _not_understood(lines[0], "I can't read the time")
-        return Action("wait", text, seconds=seconds)
+        return Action("wait", text, seconds=add_durations(duration[1]))
     keys, unknown = _parse_keys(" ".join(line.argument or "" for line in lines))
     if unknown:
         return _not_understood(lines[0], f"{truncate_middle(' '.join(unknown), 200)!r} is no key")
@@ -4329,17 +4323,12 @@ class RunControl:
 class RunTotals:
     """What a run has used so far: iterations, tokens, US dollars, and seconds."""
 
-    CACHE_SECONDS = 300.0           # how long a model server caches a prompt at no extra price
-    MIN_SHARE_OF_LONG_TURNS = 0.06  # above this share, a cache of one hour is worth its price
-
     def __init__(self, clock: Callable[[], float]) -> None:
         self.iterations = 0
         self.tokens = TokenUsage()
         self.cost: float | None = None      # None: no server has reported any
         self.earlier_seconds = 0.0          # of the parts of the run before this one
         self._priced_calls = 0              # calls that are in `cost`
-        self._turns = 0                     # of the agent
-        self._long_turns = 0                # those that outlast the cache
         self.restarts = 0                   # of the agent
         self.errors = 0
         self.last_words = ""                # the last line that the agent has shown
@@ -4361,21 +4350,12 @@ class RunTotals:
             self.cost = (self.cost or 0.0) + cost
             self._priced_calls += 1
 
-    @property
-    def has_long_pauses(self) -> bool:
-        """Whether so many turns outlast the cache that a cache of one hour is cheaper."""
-        return self._long_turns > self.MIN_SHARE_OF_LONG_TURNS * self._turns
-
     def count_event(self, event: Event) -> None:
-        """Count an event if it is a restart, an error, or the end of a turn."""
+        """Count an event if it is a restart or an error."""
         if event["type"] == "recovery":
             self.restarts += 1
         elif event["type"] == "error":
             self.errors += 1
-        elif event["type"] == "iteration_end":
-            self._turns += 1
-            if get_int(event, "duration_ms") > self.CACHE_SECONDS * 1000:
-                self._long_turns += 1
 
     def restore(self, past: Sequence[Event]) -> None:
         """Count what earlier parts of a run have used, without the times between them.
@@ -4383,7 +4363,7 @@ class RunTotals:
         An iteration without a reply is not counted: it begins again.  The duration of a part that
         has ended does not include the time that the computer slept.
         """
-        previous = None
+        previous = 0.0
         for event in past:
             self.count_event(event)
             used, cost = get_object(event, "tokens"), get_number(event, "cost")
@@ -4392,11 +4372,10 @@ class RunTotals:
                 self.add_call(tokens, cost)
             if event["type"] == "reply":
                 self.iterations = max(self.iterations, get_int(event, "iteration"))
-            with contextlib.suppress(TypeError, ValueError):        # no time, or of another form
-                at = datetime.datetime.fromisoformat(event["time"].replace("Z", "+00:00"))
-                if previous and event.get("reason") != _RESUMED_REASON:
-                    self.earlier_seconds += max(0.0, (at - previous).total_seconds())
-                previous = at
+            at = parse_timestamp(event.get("time")) or previous
+            if previous and event.get("reason") != _RESUMED_REASON:
+                self.earlier_seconds += max(0.0, at - previous)
+            previous = at
             if event["type"] == "complete":         # has all that was used until then
                 self.tokens, self.cost = tokens, cost
                 seconds = get_int(event, "duration_ms") / 1000
@@ -4530,15 +4509,14 @@ class Chat:
 def run_shell_command(command: str, directory: Path, environ: Mapping[str, str],
                       limit: float, *, stdin: str = "") -> tuple[int, str]:
     """Run a shell command; return status (124 after `limit` seconds) and shortened output."""
-    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as source:
-        source.write(stdin.encode("utf-8", "replace"))
-        source.seek(0)
-        # Not an empty file: given one, some programs search it instead of the directory.
+    with tempfile.TemporaryFile() as output:
+        # Not an empty pipe: given one, some programs search it instead of the directory.
         process = subprocess.Popen(command, shell=True, cwd=directory, env=dict(environ),
-                                   stdin=source if stdin else subprocess.DEVNULL, stdout=output,
-                                   stderr=subprocess.STDOUT, start_new_session=True)
+                                   stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
+                                   stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
         try:
-            status = process.wait(limit)
+            process.communicate(stdin.encode("utf-8", "replace") if stdin else None, limit)
+            status = process.returncode
         except subprocess.TimeoutExpired:
             status = 124
         finally:
@@ -4555,7 +4533,7 @@ _UNCOUNTED_PATH = re.compile(       # caches, logs, and files of the agents and 
     rf"(?:\A|/)(?:\.(?:git|hg|svn|venv|tox|cache|\w+_cache|(?:{_AGENT_NAMES})[^/]*|coverage)|"
     r"venv|node_modules|__pycache__|memory\.json[^/]*|orchestrator/runs)(?:/|\Z)|"
     r"\.(?:log|pyc|swp)\Z")
-Files = Mapping[str, tuple[int, int]]       # modification times and sizes by path
+Files = Mapping[str, tuple[float, int]]     # modification times and sizes by path
 
 
 def _list_git_files(directory: Path, environ: Mapping[str, str]) -> list[str]:
@@ -4588,7 +4566,7 @@ def snapshot_files(directory: Path, environ: Mapping[str, str], timeout: float =
             if stat.S_ISDIR(status.st_mode):
                 pending.extend(os.path.join(path, name) for name in os.listdir(directory / path))
             else:
-                files[path] = (status.st_mtime_ns, status.st_size)
+                files[path] = (status.st_mtime, status.st_size)
     return files
 
 
@@ -4691,7 +4669,6 @@ class Autopilot:
         self._task = ""
         self._output_label = f"{agent.name} output:\n"
         self._conversation = Conversation("")
-        self._untold = ""                   # of its opening, what the journal does not have yet
         self._totals = RunTotals(clock)
         self._is_done = False
         self._messages_sent = 0             # to the agent, by any part of the run
@@ -4702,7 +4679,7 @@ class Autopilot:
         self._turns_without_news = 0
         self._last_step: tuple[Action, str] | None = None   # with what came of it
         self._equal_steps = 0               # the last one and those before it
-        self._files_at_start: Files | None = None
+        self._files_at_start: Files | None = None       # of the run, as far as it can be known
         self._files: Files | None = None    # the latest snapshot
         self._last_memory_error = ""        # already reported
         self._part_published_at = 0.0
@@ -4724,9 +4701,10 @@ class Autopilot:
                     self._agent, self._config, task=task, memories=self._memory.facts,
                     model=getattr(self._model, "model", type(self._model).__name__)))
             try:
-                self._begin(task, history)
+                told = {"told": self._begin(task, history)}
                 while not self._is_done:
-                    self._begin_iteration()
+                    self._begin_iteration(told)
+                    told = {}
                     reply = self._query_model()
                     self._add_exchange(self._journal.redact(reply.text), self._act_on(reply))
             except Interrupted as interrupt:
@@ -4736,11 +4714,18 @@ class Autopilot:
 
     # beginning
 
-    def _begin(self, task: str, history: Sequence[Event]) -> None:
-        """Start the agent, and begin the conversation or rebuild that of the resumed run."""
+    def _begin(self, task: str, history: Sequence[Event]) -> str:
+        """Start the agent, and begin the conversation or rebuild that of the resumed run.
+
+        Returns what the model is told of the start.
+        """
         name = self._agent.name
         self._task = self._journal.redact(task)
-        self._files_at_start = self._files = self._snapshot_files()
+        self._files = self._snapshot_files()
+        started_at = parse_timestamp(history[0]["time"]) if history else math.inf
+        if self._files is not None:     # without what earlier parts of the run have changed
+            self._files_at_start = {path: (modified_at, size) for path, (modified_at, size)
+                                    in self._files.items() if modified_at < started_at}
         turn = self._agent.start(any(event["type"] == "reply" for event in history))
         self._news.update("", turn.output)
         facts = history[0].get("memories") if history else self._memory.facts   # as it began
@@ -4755,8 +4740,8 @@ class Autopilot:
                 f"{utc_timestamp()}. The current screen comes last. Your last message may or may "
                 "not have arrived. If the screen does not show it, check before you send it "
                 "again.]"))
-        self._untold = "\n\n".join([*sentences, output])
         self._conversation.tell(*sentences, output=output)
+        return "\n\n".join([*sentences, output])
 
     def _system_prompt(self, memories: object) -> str:
         check = ""
@@ -4773,7 +4758,6 @@ class Autopilot:
         """Rebuild the conversation from the events of the earlier parts."""
         reply: str | None = None
         notes: list[str] = []
-        facts: tuple[str, ...] = ()
         for event in [*history, {"type": "iteration_start", "reason": _RESUMED_REASON}]:
             kind = event["type"]
             if kind == "history":
@@ -4790,16 +4774,14 @@ class Autopilot:
                         reply, "[You were stopped before this was done.]")
                     action = parse_reply(reply, self._agent.name)
                     self._messages_sent += action.kind in ("message", "keys")  # perhaps
-                    facts += action.facts
+                    self._save_facts(action.facts)
                 reply = event["text"] if kind == "reply" else None
             elif "told" in event:
                 sentences, label, output = str(event["told"]).partition(self._output_label)
                 self._conversation.tell(sentences.rstrip(), output=label + output)
-                facts = ()          # an earlier resumption has saved them
             if kind == "iteration_start":       # the model gets notes with its next prompt
                 self._conversation.tell(*notes)
                 notes = []
-        self._save_facts(facts)
 
     def _add_exchange(self, reply: str, event: Event) -> None:
         """Add a reply to the conversation, with its result from its `iteration_end` event."""
@@ -4850,15 +4832,13 @@ class Autopilot:
             raise failure
         return event
 
-    def _begin_iteration(self) -> None:
+    def _begin_iteration(self, told: Mapping[str, str]) -> None:
         while self._control.is_paused:
             self._sleep(min(0.2, self._seconds_left()))
         self._check_budgets(self._totals.iterations)
         self._control.take_interrupt()      # there is nothing to interrupt yet
         self._conversation.tell(*self._control.take_notes())
         self._totals.iterations += 1
-        told = {"told": self._untold} if self._untold else {}
-        self._untold = ""
         self._journal.publish("iteration_start", iteration=self._totals.iterations,
                               max_iter=self._config.max_iterations, **told)
 
@@ -5135,8 +5115,6 @@ class Autopilot:
 
     def _complete(self, messages: Messages, on_text: Callable[[str], object] = ignore) -> Reply:
         """Ask the model within the budgets, and count what that uses."""
-        if isinstance(self._model, OpenRouter):
-            self._model.has_long_pauses = self._totals.has_long_pauses
         return self._model.complete(messages, on_text=on_text, on_usage=self._totals.add_call,
                                     time_left=self._check_budgets)
 
@@ -7205,11 +7183,10 @@ def run_demo(config: Config, environ: Mapping[str, str], as_json: bool) -> int:
 
 def _format_start(info: Event) -> str:
     """Return when a run began, in local time."""
-    try:
-        started = datetime.datetime.fromisoformat(info["time"].replace("Z", "+00:00"))
-        return f"{started.astimezone():%Y-%m-%d %H:%M}"
-    except (KeyError, ValueError):
+    started_at = parse_timestamp(info.get("time"))
+    if not started_at:
         return "an unknown time"
+    return f"{datetime.datetime.fromtimestamp(started_at):%Y-%m-%d %H:%M}"
 
 
 def _format_task(info: Event) -> str:
