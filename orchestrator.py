@@ -230,10 +230,10 @@ class TransientError(ModelError):
     """A request failed for a reason that may pass: wait, then send it again."""
 
     def __init__(self, message: str, *, kind: str = "", retry_after: float | None = None,
-                 is_lasting: bool = False) -> None:
+                 max_attempts: int = 0) -> None:
         super().__init__(message, kind=kind)
         self.retry_after = retry_after      # seconds, if the server said so
-        self.is_lasting = is_lasting        # probably: a few attempts are enough
+        self.max_attempts = max_attempts    # in a row; 0: until RETRY_TIMEOUT
 
 
 class Interrupted(KeyboardInterrupt):
@@ -3013,7 +3013,7 @@ def _make_error(kind: _ErrorKind, text: str, can_pass: bool, retry_after: float 
     if kind.name == "overflow":
         return ContextWindowExceeded(text)
     if kind.name in ("content", "tool call"):
-        return TransientError(text, is_lasting=True)
+        return TransientError(text, max_attempts=3)
     is_long = re.search("per.day|daily", text) or (retry_after or 0) > 3600
     if can_pass and not (kind.name == "rate limit" and is_long):
         return TransientError(text, retry_after=retry_after)
@@ -3086,7 +3086,7 @@ class _Completion:
         self.has_begun |= bool(part)
         self._has_tool_call |= bool(part.get("tool_calls")) or self.finish_reason == "tool_calls"
 
-    def check(self, has_model_answered: bool) -> None:
+    def check(self, max_malformed: int) -> None:
         """Raise an error for a reply that is cut, empty, refused, or no text."""
         text = self.text.strip()
         reason = self.finish_reason
@@ -3095,14 +3095,13 @@ class _Completion:
                                   "an OPENROUTER_MODEL that thinks less", kind="thinking")
         if self._has_tool_call and not text:
             raise TransientError("the model called a tool, but it has none", kind="tool call",
-                                 is_lasting=True)
+                                 max_attempts=3)
         if reason in ("", "error"):
             raise TransientError(f"the model's answer broke off ({reason or 'no finish_reason'})",
-                                 is_lasting=not (text or has_model_answered))
+                                 max_attempts=0 if text else max_malformed)
         if not text or reason == "content_filter":      # the text may be cut off
             said = " ".join(self.refusal.split())[:300] or reason
-            raise TransientError(f"the model's answer is empty or refused ({said})",
-                                 is_lasting=True)
+            raise TransientError(f"the model's answer is empty or refused ({said})", max_attempts=3)
 
 
 class OpenRouter:
@@ -3110,8 +3109,7 @@ class OpenRouter:
 
     `publish` gets an `error` event for each failure after which it tries again.  Limits are in
     seconds: READ_TIMEOUT without a byte, STREAM_TIMEOUT without data, REQUEST_TIMEOUT for one
-    attempt, RETRY_TIMEOUT for all attempts, CHECK_TIMEOUT for a check before the run.  An error
-    that will probably last is taken MAX_ATTEMPTS times in a row.
+    attempt, RETRY_TIMEOUT for all attempts, CHECK_TIMEOUT for a check before the run.
 
     >>> model = OpenRouter("http://localhost:8080/v1", "my-key", "my-model")
     >>> model.build_request([{"role": "user", "content": "Hello"}])["model"]
@@ -3122,10 +3120,7 @@ class OpenRouter:
     STREAM_TIMEOUT = 300.0
     REQUEST_TIMEOUT = 1200.0
     RETRY_TIMEOUT = 3600.0
-    MAX_ATTEMPTS = 3
     CHECK_TIMEOUT = 5.0
-    CACHE_SECONDS = 300.0               # the server caches a prompt so long at no extra price
-    MIN_SHARE_OF_LATE_REQUESTS = 0.06   # above it, a cache of one hour is worth its price
     MAX_RETRY_AFTER = 900.0
     MAX_TOKENS = 16_000     # always sent: without it the credit check assumes the model's maximum
     MIN_TOKENS = 1_000      # a lower limit is of no use
@@ -3142,10 +3137,8 @@ class OpenRouter:
             raise ConfigError("OPENROUTER_API_KEY: expected one word of ASCII characters")
         self.model = model
         self.characters_per_token = 4.0     # until the server has counted
-        self._has_answered = False          # a model is there
-        self._request_count = 0
-        self._late_requests = 0             # those that the cache did not outlast
-        self._last_request_at = math.inf
+        self.has_long_pauses = False        # between calls: the five-minute cache would be lost
+        self._max_malformed = 5     # responses, until it is known that a model is there
         self._key = key
         self._publish = publish
         self._clock = clock
@@ -3220,8 +3213,15 @@ class OpenRouter:
 
     def check_completion(self) -> str:
         """Ask for a tiny reply without waiting for anything; return what that took."""
+        self._wanted_tokens = 16        # the least that some providers take
         self.RETRY_TIMEOUT = 0.0
-        reply = self.complete([{"role": "user", "content": "Answer with the word OK."}])
+        self.MAX_REPLY_PARTS = 1
+        try:
+            reply = self.complete([{"role": "user", "content": "Answer with the word OK."}])
+        except ModelError as error:
+            if error.kind != "thinking":
+                raise
+            return "answered in thoughts, which took all the tokens it was given"
         seconds = reply.duration_ms / 1000
         price = "cost not reported" if reply.cost is None else f"${reply.cost:.4f}"
         return f"answered in {seconds:.1f} s, {reply.tokens.total:,} tokens, {price}"
@@ -3272,7 +3272,7 @@ class OpenRouter:
                            time_left: Callable[[], float]) -> tuple[str, str]:
         """Make a request, again and again until it succeeds; return text and finish reason."""
         started_at = self._clock()
-        failures = lasting_failures = 0     # in a row
+        failures = bounded_failures = 0     # in a row
         size = sum(len(message["content"]) for message in messages)
         room = 0.95 * (self._total_limit - size / self.characters_per_token)
         self._room = max(room, self.MIN_TOKENS)
@@ -3283,9 +3283,9 @@ class OpenRouter:
                 return self._request_completion(messages, on_text, on_usage, time_left)
             except TransientError as error:
                 failures += 1
-                lasting_failures = lasting_failures + 1 if error.is_lasting else 0
-                if lasting_failures == self.MAX_ATTEMPTS:
-                    raise RequestRejected(f"{error}, {lasting_failures} times") from None
+                bounded_failures = bounded_failures + 1 if error.max_attempts else 0
+                if error.max_attempts and bounded_failures >= error.max_attempts:
+                    raise RequestRejected(f"{error}, {bounded_failures} times") from None
                 delay = min(60.0, 2.0 ** failures) * random.uniform(0.75, 1.25)
                 if error.retry_after is not None:       # what the server says wins, within limits
                     delay = min(max(error.retry_after, failures / 2), self.MAX_RETRY_AFTER)
@@ -3349,7 +3349,7 @@ class OpenRouter:
             request[name] = self._max_tokens()
         mark = request.pop("cache_control", None)
         if mark:
-            if self._late_requests > self.MIN_SHARE_OF_LATE_REQUESTS * self._request_count:
+            if self.has_long_pauses:
                 mark = {**mark, "ttl": "1h"}
             for index in {0, len(sent) - 1}:
                 text = sent[index]["content"]
@@ -3360,10 +3360,6 @@ class OpenRouter:
                             on_usage: Callable[..., object],
                             time_left: Callable[[], float]) -> tuple[str, str]:
         """Return text and finish reason of one attempt."""
-        self._request_count += 1
-        if self._clock() - self._last_request_at > self.CACHE_SECONDS:
-            self._late_requests += 1
-        self._last_request_at = self._clock()
         reply = _Completion()
         try:
             with contextlib.closing(self._stream_json(
@@ -3377,8 +3373,8 @@ class OpenRouter:
         finally:
             if reply.usage or reply.has_begun:      # what was cut costs something too
                 on_usage(*self._parse_usage(reply.usage, messages))
-        reply.check(self._has_answered)
-        self._has_answered = True
+        reply.check(self._max_malformed)
+        self._max_malformed = 0
         return reply.text, reply.finish_reason
 
     def _parse_usage(self, usage: Mapping[str, Any],
@@ -3483,7 +3479,7 @@ class OpenRouter:
         if has_answered and isinstance(error, ValueError):
             return TransientError(f"the model server sent no JSON object, but {reason!r}. Check "
                                   f"OPENROUTER_BASE_URL={self._address}",
-                                  is_lasting=not self._has_answered)
+                                  max_attempts=self._max_malformed)
         if has_answered:
             return TransientError(f"the model's answer broke off: {reason}")
         if isinstance(error, (http.client.InvalidURL, ValueError)):
@@ -4323,12 +4319,17 @@ class RunControl:
 class RunTotals:
     """What a run has used so far: iterations, tokens, US dollars, and seconds."""
 
+    CACHE_SECONDS = 300.0           # how long a model server caches a prompt at no extra price
+    MIN_SHARE_OF_LONG_TURNS = 0.06  # above this share, a cache of one hour is worth its price
+
     def __init__(self, clock: Callable[[], float]) -> None:
         self.iterations = 0
         self.tokens = TokenUsage()
         self.cost: float | None = None      # None: no server has reported any
         self.earlier_seconds = 0.0          # of the parts of the run before this one
         self._priced_calls = 0              # calls that are in `cost`
+        self._turns = 0                     # of the agent
+        self._long_turns = 0                # those that outlast the cache
         self.restarts = 0                   # of the agent
         self.errors = 0
         self.last_words = ""                # the last line that the agent has shown
@@ -4350,12 +4351,21 @@ class RunTotals:
             self.cost = (self.cost or 0.0) + cost
             self._priced_calls += 1
 
+    @property
+    def has_long_pauses(self) -> bool:
+        """Whether so many turns outlast the cache that a cache of one hour is cheaper."""
+        return self._long_turns > self.MIN_SHARE_OF_LONG_TURNS * self._turns
+
     def count_event(self, event: Event) -> None:
-        """Count an event if it is a restart or an error."""
+        """Count an event if it is a restart, an error, or the end of a turn."""
         if event["type"] == "recovery":
             self.restarts += 1
         elif event["type"] == "error":
             self.errors += 1
+        elif event["type"] == "iteration_end":
+            self._turns += 1
+            if get_int(event, "duration_ms") > self.CACHE_SECONDS * 1000:
+                self._long_turns += 1
 
     def restore(self, past: Sequence[Event]) -> None:
         """Count what earlier parts of a run have used, without the times between them.
@@ -5115,6 +5125,8 @@ class Autopilot:
 
     def _complete(self, messages: Messages, on_text: Callable[[str], object] = ignore) -> Reply:
         """Ask the model within the budgets, and count what that uses."""
+        if isinstance(self._model, OpenRouter):
+            self._model.has_long_pauses = self._totals.has_long_pauses
         return self._model.complete(messages, on_text=on_text, on_usage=self._totals.add_call,
                                     time_left=self._check_budgets)
 

@@ -2817,9 +2817,10 @@ def final(answer: Any, told: Any, outcome: Any = ModelError) -> Any:
     return Case(answer, GOOD, outcome=outcome, calls=1, waits=(), told=told)
 
 
-def bounded(answer: Any, told: Any) -> Any:
-    """Return the case of a failure that is taken only three times."""
-    return Case(answer, outcome=RequestRejected, calls=3, told=f"{told}, 3 times", waits=(2, 4))
+def bounded(answer: Any, times: Any, told: Any) -> Any:
+    """Return the case of a failure that is taken only so many times."""
+    return Case(answer, outcome=RequestRejected, calls=times, told=f"{told}, {times} times",
+                waits=(2, 4, 8, 16)[:times - 1])
 
 
 def mended(answer: Any, told: Any, **options: Any) -> Any:
@@ -2975,26 +2976,26 @@ CASES = {
     "a reset before the answer": passing(wire(end="reset"), "can't be reached"),
     "no answer": passing(wire(), "can't be reached"),
     "no HTTP": passing(wire(b"SSH-2.0-OpenSSH_9.2\r\n"), "can't be reached"),
-    # what is taken three times
-    "empty": bounded(streamed(said(" ", "stop")), "refused (stop)"),
-    "null": bounded(answer(whole(None)), "refused (stop)"),
-    "content_filter": bounded(answer(whole("", "content_filter")), "refused (content_filter)"),
+    # what is taken three times, or five
+    "empty": bounded(streamed(said(" ", "stop")), 3, "refused (stop)"),
+    "null": bounded(answer(whole(None)), 3, "refused (stop)"),
+    "content_filter": bounded(answer(whole("", "content_filter")), 3, "refused (content_filter)"),
     "content_filter in the middle": bounded(
-        streamed(said("Delete all"), said("", "content_filter")), "refused (content_filter)"),
+        streamed(said("Delete all"), said("", "content_filter")), 3, "refused (content_filter)"),
     "a refusal": bounded(streamed({"choices": [{"delta": {"refusal": "I can't"}}]},
-                                  said("", "stop")), "refused (I can't)"),
+                                  said("", "stop")), 3, "refused (I can't)"),
     "403 by a moderator": bounded(answer(refusal(403, "flagged", metadata={
-        "reasons": ["violence"]}), 403), "403: flagged"),
+        "reasons": ["violence"]}), 403), 3, "403: flagged"),
     "content_policy_violation": bounded(answer(refusal(400, "no", metadata={
-        "error_type": "content_policy_violation"}), 400), "400: no"),
+        "error_type": "content_policy_violation"}), 400), 3, "400: no"),
     "502 by a moderator": bounded(answer(refusal(502, "This content was flagged for possible "
-                                                 "cybersecurity risk"), 502), "risk"),
-    "never a finish_reason": bounded(answer({"choices": []}), "broke off (no finish_reason)"),
-    "another service": bounded(answer("<p>Welcome"),
+                                                 "cybersecurity risk"), 502), 3, "risk"),
+    "never a finish_reason": bounded(answer({"choices": []}), 5, "broke off (no finish_reason)"),
+    "another service": bounded(answer("<p>Welcome"), 5,
                                "Check OPENROUTER_BASE_URL=http://127.0.0.1:|/api/v1"),
     "Azure's content filter": bounded(answer(refusal(
         "content_filter", "The response was filtered due to the prompt triggering our content "
-        "management policy"), 400), "content management policy"),
+        "management policy"), 400), 3, "content management policy"),
     # what will not pass
     "credit, Anthropic": final(answer({"type": "error", "error": {
         "type": "invalid_request_error", "message": "Your credit balance is too low to access the "
@@ -3613,11 +3614,12 @@ def test_no_password_of_a_proxy_is_shown(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("answers, told", [
     ([GOOD], "answered in 0.0 s, 9 tokens, $0.5000"), ([answer(whole())], "cost not reported"),
-    ([answer(refusal(400, "stream_options: no"), 400), GOOD], "9 tokens")])
+    ([answer(refusal(400, "stream_options: no"), 400), GOOD], "9 tokens"),
+    ([answer(whole(None, "length"))], "answered in")])
 def test_a_tiny_completion_shows_that_server_key_and_model_work(
         api: Api, answers: list[Any], told: str) -> None:
     api.answers, client = answers, Client(api.url)
-    assert told in client.check_completion()
+    assert told in client.check_completion() and api.requests[0][2]["max_tokens"] == 16
     api.answers = [answer("", 503)]
     with pytest.raises(ModelError, match="503.*try again later"):
         Client(api.url).check_completion()
@@ -5103,15 +5105,15 @@ def test_the_cache_lasts_an_hour_where_the_turns_of_the_run_are_long(
 
     api.answers = [streamed(said("go on", "stop"))]
     flight = fly(max_iterations=30, turns=[turn(400)] * long_turns + [turn(10)] * 28)
-    flight.pilot._model = Home(api, model="anthropic/claude-opus-4.6", clock=flight.clock)
+    flight.pilot._model = Home(api, model="anthropic/claude-opus-4.6")
     flight.pilot._news.update = lambda *_: True
     flight.run()
     assert asked(flight) == [None] + [ttl] * 29      # 2 of 30 are more than 6 %
     api.requests.clear()
-    flight = fly(max_iterations=33, turns=[turn(400 if long_turns else 10), turn(10)])
-    flight.pilot._model = Home(api, model="anthropic/claude-opus-4.6", clock=flight.clock)
+    flight = fly(max_iterations=31, turns=["done"])
+    flight.pilot._model = Home(api, model="anthropic/claude-opus-4.6")
     flight.run(flight.journal.events())
-    assert asked(flight) == [None, ttl, ttl]        # a resumed run learns it again at once
+    assert asked(flight) == [ttl]
 
 
 def clock_put_forward(clock: Clock) -> float:
