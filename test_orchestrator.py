@@ -5264,7 +5264,7 @@ class Visitor:
     def __exit__(self, *error: object) -> None:
         for each in self._open:
             each.close()
-        self.dashboard.page_opened.clear()      # it is not waited for
+        self.dashboard.is_page_sent = False         # it is not waited for
         self.dashboard.__exit__(*error)
 
     def _order(self, action: str, text: str) -> None:
@@ -5341,7 +5341,7 @@ def test_the_printed_address_opens_the_page_and_gives_a_cookie(visitor: Visitor)
     assert "Access-Control-Allow-Origin" not in response.headers
     again = visitor.ask("GET", "/", {"Cookie": f"other=1; {cookie.split(';')[0]}"})
     assert again.status == 200 and nonce not in again.read().decode()
-    assert visitor.dashboard.page_opened.is_set()
+    assert visitor.dashboard.is_page_sent and not visitor.dashboard.viewer_came.is_set()
 
 
 def test_who_is_let_in(visitor: Visitor) -> None:
@@ -5655,7 +5655,7 @@ class Stage:
         self.clock, self._capsys = Clock(), capsys
         self.narrator = TerminalReporter(
             describe, {"iteration_start": "Agent", "iteration_end": ""},
-            orchestrator.Display(live, live, live), clock=self.clock, **how)
+            is_terminal=live, environ={"TERM": "xterm"}, clock=self.clock, **how)
 
     def drawn(self, kind: Any = "", **fields: Any) -> Any:
         """Hear an event, or look again; return what was printed."""
@@ -5690,7 +5690,7 @@ TOKENS = {"prompt": 1000, "completion": 200, "total": 1200, "cached": 0, "writte
     ({"type": "recovery", "iteration": 1, "what": "it ended", "resumed": True}, ["it ended"]),
     ({"type": "memory", "saved": ["a", "b"], "total": 2}, ["a", "b"]),
     ({"type": "memory", "total": 1, "compacted": {"before": 60, "after": 20}}, ["60", "20"]),
-    ({"type": "verify", "command": "make", "status": 2, "output": "no\x9b"}, ["make", "2", "no"]),
+    ({"type": "verify", "command": "make", "status": 2, "output": "no\x9b"}, ["make", "2"]),
     ({"type": "history", "summarised": 9, "summary": "s"}, ["9"]),
     ({"type": "note", "text": "hi\x1b]0;x\x07", "source": "dashboard"}, ["dashboard", "hi"]),
     ({"type": "state", "state": "paused"}, ["paused"]),
@@ -5706,10 +5706,10 @@ TOKENS = {"prompt": 1000, "completion": 200, "total": 1200, "cached": 0, "writte
 def test_the_terminal_says_what_happens_and_obeys_nobody(
         event: dict[Any, Any], words: list[str] | None, capsys: pytest.CaptureFixture[str]) -> None:
     event = {"id": 1, "time": "2026-01-31T09:00:00.123Z", **event}
-    TerminalReporter(describe_event, {}, orchestrator.Display()).on_event(event)
+    TerminalReporter(describe_event).on_event(event)
     text = capsys.readouterr().out
     assert bool(text) is bool(words) and all(word in text for word in words or ())
-    TerminalReporter(describe_chat_event, {}, orchestrator.Display()).on_event(event)
+    TerminalReporter(describe_chat_event).on_event(event)
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", text + capsys.readouterr().out)
 
 
@@ -5771,17 +5771,22 @@ def test_heads_are_bold_on_a_terminal_and_a_failed_check_is_shown_once(
     text = shown_on(Stage(monkeypatch, capsys, describe=describe_event), *events)
     assert text.count("it broke") == 2 and "\x1b[1m\n[2] model" in text
     text = shown_on(Stage(monkeypatch, capsys, live=False, describe=describe_event), *events)
-    assert text.count("it broke") == 3 and "\x1b" not in text
+    assert text.count("it broke") == 2 and "\x1b" not in text
 
 
-@pytest.mark.parametrize("environ, display", [
-    ({"TERM": "xterm"}, (True, True, True)), ({"TERM": "dumb"}, (True, False, False)),
-    ({}, (True, False, False)), ({"TERM": "xterm", "NO_COLOR": "1"}, (True, True, False))])
-def test_what_a_terminal_can_show(environ: dict[str, str], display: tuple[bool, ...],
-                                  monkeypatch: Any) -> None:
-    assert orchestrator.Display.of_stdout(environ) == (False, False, False)
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    assert orchestrator.Display.of_stdout(environ) == display
+@pytest.mark.parametrize("environ, has_line, has_bold", [
+    ({"TERM": "xterm"}, True, True), ({"TERM": "dumb"}, False, False), ({}, False, False),
+    ({"TERM": "xterm", "NO_COLOR": "1"}, True, False)])
+def test_what_a_terminal_can_show(environ: dict[str, str], has_line: bool, has_bold: bool,
+                                  capsys: Any) -> None:
+    turn = {"type": "iteration_end", "iteration": 1, "agent_output": "done"}
+    for is_terminal in (True, False):
+        reporter = TerminalReporter(describe_event, {"iteration_end": "you"},
+                                    is_terminal=is_terminal, environ=environ)
+        reporter.on_event(turn)
+        text = capsys.readouterr().out
+        assert ("waiting for you" in text) is (is_terminal and has_line)
+        assert ("\x1b[1m" in text) is (is_terminal and has_bold)
 
 
 @pytest.mark.parametrize("output, shown", [
@@ -5885,9 +5890,11 @@ def scene(
 @pytest.mark.parametrize("arguments, environ, status, words", [
     (["--nonsense"], {}, 2, "--nonsense"), (["a", "b"], {}, 2, "see --help"),
     (["--task"], {}, 2, "--task"), (["--ta", "x"], {}, 2, "--ta"),
+    (["--status", "--json"], {}, 2, "take no --json"),
+    (["--doctor", "--json"], {}, 2, "take no --json"),
     (["--chat", "--demo"], {}, 2, "not allowed with argument --chat"),
     (["--resume", "--task", "x"], {}, 2, "not allowed with"),
-    (["nowhere"], {}, 2, "there is no such directory"), (["/dev/null"], {}, 2, "not a directory"),
+    (["nowhere"], {}, 2, "nowhere: No such file"), (["/dev/null"], {}, 2, "not a directory"),
     ([], {}, 2, "OPENROUTER_API_KEY is not set"),
     ([], {"MAX_COST": "much"}, 2, "MAX_COST='much': expected"),
     (["--chat"], {"TURN_TIMEOUT": "0"}, 2, "TURN_TIMEOUT='0': expected"),
@@ -5938,6 +5945,8 @@ def test_settings_that_run_something_are_announced_when_they_come_from_a_file(sc
                   "OPENROUTER_BASE_URL=http://127.0.0.1:9/v1\n"):
         assert f".env sets {words}" in err
     assert "secret" not in err
+    Path(".env").write_text("VERIFY_CMD='make\n  test'\n")
+    assert "orchestrator: .env sets VERIFY_CMD=make test\n" in scene("--task", "")[2]
     Path(".env").write_text("CLAUDE_CMD=cat\nMAX_ITERATION=3\nPORT=80\n")
     err = scene("--task", "")[2]
     assert ".env: unknown setting MAX_ITERATION. Did you mean MAX_ITERATIONS?" in err
@@ -5977,7 +5986,7 @@ def run_doctor(scene: Any, tmp_path: Path) -> Any:
 def test_the_doctor_has_a_line_for_each_thing_and_says_what_is_wrong(run_doctor: Any) -> None:
     status, lines = run_doctor(CLAUDE_CMD="cat", PATH="/nowhere")
     assert status == 1 and list(lines) == [
-        "python", "tmux", "agent", "login", "model", "session", "state", "dashboard"]
+        "python", "settings", "tmux", "agent", "login", "model", "session", "state", "dashboard"]
     for name, words in {"python": "ok", "tmux": "FAILED  tmux is not installed: apt",
                         "agent": "FAILED  cat: cat is not on your PATH. Check CLAUDE_CMD.",
                         "model": "FAILED  OPENROUTER_API_KEY is not set: export it",
@@ -5991,14 +6000,28 @@ def test_the_doctor_is_content_where_a_chat_could_start(run_doctor: Any) -> None
     assert lines["session"] == "ok      gt-claude-loop is free" and "chat" in lines["model"]
 
 
-def test_the_doctor_names_all_wrong_settings_and_checks_the_rest(
-        run_doctor: Any, tmp_path: Path) -> None:
-    for content, words in ((b"MAX_COST $5", ".env line 1: MAX_COST can't be read"),
-                           (b"MAX_COST=$5\nDEFAULT_MODEL=gpt", "MAX_COST='$5': expected a number")):
-        Path(".env").write_bytes(content)
-        status, lines = run_doctor(AUTONOMOUS_MODE="no")
-        assert status == 1 and lines["settings"].startswith(f"FAILED  {words}")
-    assert lines["agent"].startswith(f"ok      Codex: {tmp_path}/codex")
+def test_the_doctor_names_a_command_that_the_shell_cannot_read(run_doctor: Any) -> None:
+    ask = {"AUTONOMOUS_MODE": "no", "CLAUDE_CMD": "cat"}
+    assert run_doctor(**ask, VERIFY_CMD="make test && (echo ok)")[1]["settings"] == "ok      valid"
+    status, lines = run_doctor(**ask, VERIFY_CMD="make 'test")
+    assert status == 1 and lines["settings"].startswith("FAILED  VERIFY_CMD=\"make 'test\": ")
+
+
+@pytest.mark.parametrize("setting, verdict", [
+    ("model_provider = \"mine\"\n[model_providers.mine]\n", "warning"),
+    ("model = \"model_provider\"\n", "FAILED"), (None, "FAILED")])
+def test_the_doctor_knows_that_an_own_model_provider_may_need_no_login(
+        setting: str | None, verdict: str, run_doctor: Any, tmp_path: Path,
+        monkeypatch: Any) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "codex").write_text(
+        f"#!/bin/sh\n[ $1 = login ] && {{ echo Not logged in; exit 1; }}\n{FAKE_CODEX}")
+    if setting:
+        (tmp_path / ".codex").mkdir()
+        (tmp_path / ".codex" / "config.toml").write_text(setting)
+    status, lines = run_doctor(DEFAULT_MODEL="gpt", AUTONOMOUS_MODE="no")
+    assert lines["login"].startswith(verdict) and "'Not logged in'" in lines["login"]
+    assert status == (verdict == "FAILED")
 
 
 def test_the_doctor_asks_known_agents_for_their_version_without_the_key(
@@ -6019,7 +6042,7 @@ def test_the_doctor_asks_known_agents_for_their_version_without_the_key(
     (f"[ $1 = login ] && {{ echo Not logged in; exit 1; }}\n{FAKE_CODEX}", "login",
      "FAILED  Codex: it says 'Not logged in'. Run `codex login`"),
     (f"[ $1 = login ] && {{ echo no such command; exit 2; }}\n{FAKE_CODEX}", "login",
-     "ok      unknown: `codex login status` failed")])
+     "warning unknown: `codex login status` failed")])
 def test_the_doctor_finds_agents_that_would_not_work(
         program: str, name: str, words: str, run_doctor: Any, tmp_path: Path) -> None:
     (tmp_path / "codex").write_text(f"#!/bin/sh\n{program}\n")
@@ -6055,22 +6078,6 @@ def test_the_doctor_says_who_has_the_session_the_port_and_the_state_directory(
     status, lines = run_doctor(XDG_STATE_HOME=str(tmp_path / "file"))
     assert status == 1 and lines["state"].startswith(f"FAILED  {tmp_path}/file/orchestrator: ")
     assert "XDG_STATE_HOME" in lines["state"]
-
-
-def test_a_replay_needs_no_settings_but_those_of_the_dashboard(
-        scene: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    replayed: list[Any] = []
-
-    def run_replay(path: Path, config: Config) -> int:
-        replayed.append(config)
-        return 0
-
-    monkeypatch.setattr(orchestrator, "run_replay", run_replay)
-    Path(".env").write_text("MAX_COST=lots\nno assignment\nDASHBOARD_PORT=80\n")
-    assert scene("--replay", "x", MAX_MINUTES="soon") == (0, "", "")
-    assert [config.dashboard_port for config in replayed] == [80]
-    assert scene("--replay", "x", DASHBOARD_PORT="web")[0] == 2
-    assert scene("--task", "x")[0] == 2
 
 
 def test_a_line_shows_what_is_waited_for_and_goes_before_anything_else_is_printed(
@@ -6235,8 +6242,10 @@ def test_how_to_continue_is_told_as_a_command_that_can_be_copied(
     workspace = orchestrator.find_workspace(str(tmp_path), {
         "DEFAULT_MODEL": "gpt", "CLAUDE_CMD": "a b", "OPENROUTER_API_KEY": KEY, "MAX_COST": "2",
         "HOME": "/x", "NOTIFY_CMD": "curl https://hooks.example/secret",
+        "TERMINATE_WHEN_QUIT": "true", "CONFIRM_COMPLETE": "no", "HISTORY_MAX_TOKENS": "",
         "OPENROUTER_BASE_URL": "http://x/v1?key=1"}, {"CLAUDE_TMUX_SESSION": "s"})
-    assert workspace.command.startswith("DEFAULT_MODEL=gpt CLAUDE_CMD='a b' MAX_COST=2 python")
+    assert workspace.command.startswith("DEFAULT_MODEL=gpt CLAUDE_CMD='a b' TERMINATE_WHEN_QUIT="
+                                        "true MAX_COST=2 CONFIRM_COMPLETE=no python")
     assert workspace.command.endswith(f" '{script}'") and workspace.has_session_name
     monkeypatch.setattr(sys, "argv", ["-"])
     assert orchestrator.own_command() == "python3 orchestrator.py"
