@@ -5911,8 +5911,14 @@ def find_live_dashboard(journal_path: Path) -> str:
     return ""
 
 
-class QuietHandler(http.server.BaseHTTPRequestHandler):
-    """Handles a connection without logging: the terminal belongs to the run's events."""
+class _DashboardHandler(http.server.BaseHTTPRequestHandler):
+    """Handles one request of a browser, without logging: the terminal is for the run's events."""
+
+    server: Any                 # the Dashboard
+    timeout = 5                 # seconds for a read or write
+    STREAM_TIMEOUT = 20         # for a write to a stream: a client that can't keep up is dropped
+    server_version = "orchestrator"
+    sys_version = ""
 
     def handle(self) -> None:
         """Answer, unless the client goes away."""
@@ -5921,16 +5927,6 @@ class QuietHandler(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *args: object) -> None:
         """Log nothing."""
-
-
-class _DashboardHandler(QuietHandler):
-    """Handles one request of a browser."""
-
-    server: Any                 # the Dashboard
-    timeout = 5                 # seconds for a read or write
-    STREAM_TIMEOUT = 20         # for a write to a stream: a client that can't keep up is dropped
-    server_version = "orchestrator"
-    sys_version = ""
 
     def _respond(self) -> None:
         """Answer a request of any method."""
@@ -6170,7 +6166,7 @@ class Dashboard(socketserver.ThreadingTCPServer):
 
 
 # -- 15. Demo -----------------------------------------------------------------------------
-# The built-in model and agent.  May use: Dashboard.
+# The built-in model and agent.  May use: Model client.
 
 DEMO_TASK = "Write primes.py with a function primes(n) that returns the primes below n; prove it."
 DEMO_VERIFY_CMD = f"{shlex.quote(sys.executable)} check.py"
@@ -6189,27 +6185,27 @@ _DEMO_REPLIES = (
     "MEMORY_SAVE: check.py proves primes.py: run it after each change\n\nTASK_COMPLETE")
 
 
-class DemoModelHandler(QuietHandler):
-    """Answers chat completions as OpenRouter does: streamed, with the next reply."""
+class DemoModel:
+    """A ChatModel that gives the replies of a script, word by word, for nothing."""
 
-    def do_POST(self) -> None:
-        """Answer with the reply that follows the conversation."""
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        turn = sum(message["role"] == "assistant" for message in request["messages"])
-        reply = _DEMO_REPLIES[min(turn, len(_DEMO_REPLIES) - 1)]
-        chunks: list[dict[str, Any]] = [{"choices": [{"delta": {"content": word}}]}
-                                        for word in re.findall(r"\s*\S+", reply)]
-        usage = {"prompt_tokens": len(json.dumps(request)) // 4,
-                 "completion_tokens": len(reply) // 4, "cost": 0}
-        chunks.append({"choices": [{"finish_reason": "stop"}]})
-        chunks.append({"choices": [], "usage": usage})
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream")
-        self.end_headers()
-        for chunk in chunks:
-            self.wfile.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
-            time.sleep(0.6 / len(chunks))
-        self.wfile.write(b"data: [DONE]\n\n")
+    model = "built-in demo"
+    characters_per_token = 4.0
+
+    def complete(self, messages: Messages, *, on_text: Callable[[str], object],
+                 on_usage: Callable[[TokenUsage, float | None], object],
+                 time_left: Callable[[], float]) -> Reply:
+        """Return the reply that follows the conversation."""
+        turn = sum(message["role"] == "assistant" for message in messages)
+        text = ""
+        words = re.findall(r"\s*\S+", _DEMO_REPLIES[min(turn, len(_DEMO_REPLIES) - 1)])
+        for word in words:
+            text += word
+            on_text(text)
+            time.sleep(0.6 / len(words))
+        prompt, completion = len(json.dumps(messages)) // 4, len(text) // 4
+        tokens = TokenUsage(prompt, completion, prompt + completion)
+        on_usage(tokens, 0.0)
+        return Reply(text, tokens, 0.0, 600)
 
 
 # The agent is a string, because `curl ... | python3 -` leaves no file to start it from.  It behaves
@@ -6752,13 +6748,16 @@ def find_session_holder(path: Path) -> tuple[str, str]:
 
 def make_agent(config: Config, workspace: Workspace, **callbacks: Any) -> Agent:
     """Return the agent that the settings name, in their session."""
-    profile = select_profile(config.default_model, config.claude_cmd)
     tmux = Tmux(config.claude_tmux_socket, config.claude_tmux_session, workspace.environ)
-    return Agent(profile, workspace.directory, tmux=tmux, **callbacks)
+    return Agent(select_profile(config.default_model, config.claude_cmd), workspace.directory,
+                 tmux=tmux, **callbacks)
 
 
 def make_model(config: Config, **options: Any) -> OpenRouter:
-    """Return the model that the settings name."""
+    """Return the model that the settings name; raise ConfigError if there is no key."""
+    if not config.openrouter_api_key:
+        raise ConfigError("OPENROUTER_API_KEY is not set: export it, put it into .env, or use "
+                          "--chat")
     return OpenRouter(config.openrouter_base_url, config.openrouter_api_key,
                       config.openrouter_model, **options)
 
@@ -6919,13 +6918,6 @@ def find_unfinished_run(workspace: Workspace, attach_commands: Sequence[str],
 
 # A run
 
-def check_key(config: Config) -> None:
-    """Raise ConfigError if there is no key."""
-    if not config.openrouter_api_key:
-        raise ConfigError("OPENROUTER_API_KEY is not set: export it, put it into .env, or use "
-                          "--chat")
-
-
 def end_fields(config: Config, workspace: Workspace, agent: Agent, journal: Journal,
                  is_chat: bool, outcome: str) -> dict[str, object]:
     """Return the fields of `complete` that say what is left of a run, and how to continue."""
@@ -6991,13 +6983,11 @@ def choose_journal(config: Config, workspace: Workspace, resume: bool) -> tuple[
     return workspace.journal_directory / name, []
 
 
-def run_autopilot(config: Config, workspace: Workspace, agent: Agent, journal: Journal, task: str,
-                  history: Sequence[Event], stream: TextIO) -> None:
+def run_autopilot(config: Config, workspace: Workspace, agent: Agent, model: ChatModel,
+                  journal: Journal, task: str, history: Sequence[Event], stream: TextIO) -> None:
     """Let the model drive the agent, with the dashboard, whose address goes to `stream`."""
     memory = Memory(workspace.directory / "memory.json", config.memory_max_facts)
     print_error(memory.load())
-    model = make_model(config, publish=journal.publish,
-                       session_id=journal.path.stem if journal.path else "")
     control = RunControl(journal, lambda: signal.pthread_kill(
         threading.main_thread().ident or 0, signal.SIGINT))
     autopilot = Autopilot(agent, model, config=config, memory=memory, journal=journal,
@@ -7008,14 +6998,13 @@ def run_autopilot(config: Config, workspace: Workspace, agent: Agent, journal: J
 
 
 def run(config: Config, workspace: Workspace, get_task: Callable[[], str] | None, *,
-        as_json: bool = False, resume: bool = False) -> int:
+        demo_model: ChatModel | None = None, as_json: bool = False, resume: bool = False) -> int:
     """Let the model drive the agent, or you, if there is no `get_task`; return 0.
 
     Raises OrchestratorError or Interrupted if the run does not succeed.
     """
     is_chat = get_task is None
-    if not is_chat:
-        check_key(config)
+    model = None if is_chat or demo_model else make_model(config)
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(SignalHandler())
         config = stack.enter_context(hold_session(config, workspace, resume))
@@ -7024,10 +7013,11 @@ def run(config: Config, workspace: Workspace, get_task: Callable[[], str] | None
         agent.tmux.check_version()
         agent.check_installed()
         agent.find_session()
+        if model:
+            with contextlib.suppress(TransientError):   # an outage may be over by the first call
+                print_error(model.check_access().warning)
         task = ""
         if get_task:
-            with contextlib.suppress(TransientError):   # an outage may be over by the first call
-                print_error(make_model(config).check_access().warning)
             task = str(history[0]["task"]) if history else get_task()
         journal = Journal(path, defer_signals=signals.deferred, secret=config.openrouter_api_key)
         stack.callback(lambda: print_error(journal.unreported_error))
@@ -7049,8 +7039,9 @@ def run(config: Config, workspace: Workspace, get_task: Callable[[], str] | None
         else:
             if config.notify_cmd:
                 journal.subscribe(functools.partial(notify, config, workspace, path))
-            run_autopilot(config, workspace, agent, journal, task, history,
-                          sys.stderr if as_json else sys.stdout)
+            run_autopilot(config, workspace, agent, demo_model or make_model(
+                config, publish=journal.publish, session_id=path.stem), journal, task, history,
+                sys.stderr if as_json else sys.stdout)
     return 0
 
 
@@ -7066,13 +7057,18 @@ def run_replay(path: Path, config: Config) -> int:
             journal.read_appended()
 
 
-def own_command() -> str:
-    """Return the command that started this program, for you to copy."""
-    script = sys.argv[0]
-    if not os.path.isfile(script):      # `curl ... | python3 -`
-        return "python3 orchestrator.py"
-    python = Path(sys.executable).name
-    return shlex.join([python if shutil.which(python) else sys.executable, script])
+_SECRET_SETTINGS = ("OPENROUTER_API_KEY", "NOTIFY_CMD")     # and a query of a URL
+
+
+def own_command(environ: Mapping[str, str]) -> str:
+    """Return the command that started this program, with its settings, for you to copy."""
+    settings = [f"{name}={shlex.quote(environ[name])}" for name in Config.fields_by_variable()
+                if environ.get(name) and name not in _SECRET_SETTINGS and "?" not in environ[name]]
+    command = "python3 orchestrator.py"
+    if os.path.isfile(sys.argv[0]):     # not `curl ... | python3 -`
+        python = Path(sys.executable).name
+        command = shlex.join([python if shutil.which(python) else sys.executable, sys.argv[0]])
+    return " ".join([*settings, command])
 
 
 _AFTER_DEMO = """
@@ -7091,25 +7087,19 @@ def run_demo(config: Config, environ: Mapping[str, str], as_json: bool) -> int:
     workspace.directory.mkdir()
     agent = scratch / "demo_agent.py"
     agent.write_text(DEMO_AGENT, encoding="utf-8")
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), DemoModelHandler)
-    threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
     shown = {name: value for name, value in vars(config).items() if name.startswith("dashboard")}
     config = Config(
         claude_tmux_socket=scratch.name, claude_cmd=shlex.join([sys.executable, str(agent)]),
-        openrouter_base_url=f"http://127.0.0.1:{server.server_port}/api/v1",
-        openrouter_api_key="the-key-of-the-demo", openrouter_model="built-in demo",
         verify_cmd=DEMO_VERIFY_CMD, terminate_when_quit=True, **shown)
     try:
-        run(config, workspace, lambda: DEMO_TASK, as_json=as_json)
+        run(config, workspace, lambda: DEMO_TASK, demo_model=DemoModel(), as_json=as_json)
     finally:
-        server.shutdown()
-        server.server_close()
         shutil.rmtree(scratch, ignore_errors=True)
         with contextlib.suppress(OSError):      # the socket, whose name is for this run only
             os.unlink(f"{environ.get('TMUX_TMPDIR') or '/tmp'}/tmux-{os.getuid()}/{scratch.name}")
     if not as_json:
         profile = select_profile(Config.default_model)
-        print_line(_AFTER_DEMO.format(install=profile.install_command, command=own_command(),
+        print_line(_AFTER_DEMO.format(install=profile.install_command, command=own_command({}),
                                       program=profile.start_command[0]))
     return 0
 
@@ -7118,11 +7108,10 @@ def run_demo(config: Config, environ: Mapping[str, str], as_json: bool) -> int:
 
 def _format_start(info: Event) -> str:
     """Return when a run began, in local time."""
-    try:
+    with contextlib.suppress(KeyError, ValueError):
         started = datetime.datetime.fromisoformat(info["time"].replace("Z", "+00:00"))
         return f"{started.astimezone():%Y-%m-%d %H:%M}"
-    except (KeyError, ValueError):
-        return "an unknown time"
+    return "an unknown time"
 
 
 def _format_task(info: Event) -> str:
@@ -7228,7 +7217,6 @@ def check_model(config: Config, workspace: Workspace) -> tuple[str, str]:
     """Say what a tiny completion shows of server, key and model."""
     if not config.autonomous_mode:
         return "ok", "not needed in chat mode"
-    check_key(config)
     model = make_model(config)
     access = model.check_access()
     note = f"; {access.warning}" if access.warning else ""
@@ -7306,13 +7294,6 @@ def announce_settings(environ: Mapping[str, str], env_file: Mapping[str, str]) -
             print_error(f".env: unknown setting {name}. Did you mean {matches[0]}?")
 
 
-def repeated_settings(environ: Mapping[str, str]) -> list[str]:
-    """Return our variables as assignments for a shell, except those that may hold a secret."""
-    secret = ("OPENROUTER_API_KEY", "NOTIFY_CMD")
-    return [f"{name}={shlex.quote(environ[name])}" for name in Config.fields_by_variable()
-            if environ.get(name) and name not in secret and "?" not in environ[name]]
-
-
 def find_workspace(directory: str | None, environ: Mapping[str, str],
                    env_file: Mapping[str, str]) -> Workspace:
     """Return where a run works; raise ConfigError if there is no such directory."""
@@ -7329,8 +7310,7 @@ def find_workspace(directory: str | None, environ: Mapping[str, str],
         raise ConfigError(f"{path}: not a directory")
     name = "CLAUDE_TMUX_SESSION"
     return Workspace(path, state_home / "orchestrator", child_environment(environ),
-                     " ".join([*repeated_settings(environ), own_command()]),
-                     has_session_name=bool(environ.get(name) or env_file.get(name)))
+                     own_command(environ), bool(environ.get(name) or env_file.get(name)))
 
 
 def find_recorded_run(options: argparse.Namespace, environ: Mapping[str, str],
