@@ -784,6 +784,7 @@ CLAUDE_CODE = AgentProfile(
     busy_words=re.compile(r"\b(?:esc|ctrl\+c) to interrupt\b", re.I),
     status_line=re.compile(r"[·✢✳✶✻✽*●] [^…]{1,200}…(?: \(.*\))?"),
     closing_line=re.compile(r"[✢✳✶✻✽] \w+ for \d.*"),
+    needs_blank=re.compile(r"\\\Z"),      # else Enter becomes a line break
     menu_cursor=re.compile(r"\s+❯ *(\S.*)|❯ *(\d+\. .*)"),
     menu_hint=re.compile(r"\benter to (?:confirm|select|save|continue)\b|"
                          r"\besc to (?:cancel|close|exit|clear|go back)\b", re.I),
@@ -1401,6 +1402,7 @@ class PaneSnapshot(NamedTuple):
     columns: int = 0
     rows: int = 0
     cursor_is_visible: bool = True
+    hides_input: bool = False           # it reads a line without showing it, as for a password
 
     @property
     def cursor_line(self) -> str:
@@ -1444,7 +1446,7 @@ class Tmux:
         self.socket_name = socket_name
         self.session = session
         self._environ = child_environment(environ)
-        self._session_exists = False    # when last asked for
+        self._session_exists = False    # when `find_pane` last looked
         self._server = 0, ""            # id and start time of the server, once it was seen
         self._server_hint = f"is the server on socket {socket_name} of another version, or stopped?"
 
@@ -1552,18 +1554,15 @@ class Tmux:
         if exit_signal:
             exit_description = f"signal {exit_signal}"
         modes = None if dead == "1" else read_terminal_modes(terminal)
-        reads_keys = None if modes is None else not modes & termios.ICANON
+        reads_keys, hides_input = None, False
+        if modes is not None:
+            reads_keys = not modes & termios.ICANON
+            hides_input = not reads_keys and not modes & termios.ECHO
         return PaneSnapshot(
             pane_id, int(server), int(pid or 0), dead == "1", exit_description,
             mode not in ("", "0"), alternate == "1", int(row or 0), int(column or 0),
             command, title, tuple(line.rstrip() for line in screen.split("\n")),
-            reads_keys, int(columns or 0), int(rows or 0), cursor_flag != "0")
-
-    def hides_input(self, pane_id: str) -> bool:
-        """Whether the pane's terminal reads a line without showing it, as for a password."""
-        terminal = self._query("display-message", "-p", "-t", pane_id, "#{pane_tty}").strip()
-        modes = read_terminal_modes(terminal) or termios.ECHO       # if unknown: it shows it
-        return bool(modes & termios.ICANON) and not modes & termios.ECHO
+            reads_keys, int(columns or 0), int(rows or 0), cursor_flag != "0", hides_input)
 
     def list_sessions(self) -> list[tuple[str, str, float, bool]]:
         """Return our sessions: name, mark, Unix time of creation, whether the program runs."""
@@ -1749,7 +1748,7 @@ class TurnDetector:
                  message: str = "", is_unsent: Callable[[PaneSnapshot], bool] = never,
                  has_new_process: Callable[[], bool] = never, idle_timeout: float = STALE_SECONDS,
                  settle_seconds: float = SETTLE_SECONDS_WITHOUT_INDICATOR,
-                 is_in_progress: bool = False) -> None:
+                 is_in_progress: bool = False, has_changed: bool = False) -> None:
         self.last_sign = ""                     # the last sign of work in this turn
         self.is_busy = False                    # a sign is shown now
         self.is_unsent = is_unsent
@@ -1773,7 +1772,7 @@ class TurnDetector:
         self._state = (before.title, before.foreground_command, self._text)
         self._text_changed_at = now
         self._state_changed_at = now
-        self._has_changed = False
+        self._has_changed = has_changed         # since `before`: it may be the same again now
         self._title_has_changed = is_in_progress    # otherwise a dead program may have left it
         self._quiet_since = now                 # when the last sign of work disappeared
         self._still_seconds = 0.0               # since any change: text, title or program
@@ -2143,7 +2142,7 @@ class Agent:
     def hides_input(self) -> bool:
         """Whether the agent's terminal hides what is typed, as for a password."""
         with contextlib.suppress(OrchestratorError):
-            return self.tmux.hides_input(self._pane_id)
+            return self.tmux.snapshot(self._pane_id).hides_input
         return False
 
     def is_running(self) -> bool:
@@ -2200,7 +2199,6 @@ class Agent:
             raise self._exit_error(pane)
         if pane.pid != self._process[0]:
             self._process = pane.pid, process_start_time(pane.pid)
-        self._publish_screen(pane, 0.5)
         return pane
 
     def _capture_transcript(self) -> list[str]:
@@ -2218,6 +2216,24 @@ class Agent:
                 if isinstance(error, TmuxSessionLost) or self._clock() >= until:
                     raise
                 self._sleep(0.2)
+
+    def _poll_until(self, is_over: Callable[[PaneSnapshot], bool], timeout: float,
+                    settle_seconds: float = math.inf) -> PaneSnapshot:
+        """Look until a condition holds, the screen has settled, or the time is over."""
+        started_at = changed_at = self._clock()
+        screen: tuple[str, ...] | None = None
+        while True:
+            pane, now = self._snapshot(), self._clock()
+            if pane.screen != screen:
+                screen, changed_at = pane.screen, now
+            has_settled = now - changed_at >= settle_seconds
+            if is_over(pane) or has_settled or now - started_at >= timeout:
+                return pane
+            self._sleep(0.02)
+
+    def _wait_for_change(self, before: PaneSnapshot, timeout: float) -> PaneSnapshot:
+        """Wait until the screen has changed, or the time is over; return the last snapshot."""
+        return self._poll_until(lambda pane: pane.screen != before.screen, timeout)
 
     def _publish_screen(self, pane: PaneSnapshot, pause: float) -> None:
         """Publish a screen that has changed, at least `pause` seconds after the last one."""
@@ -2285,16 +2301,8 @@ class Agent:
 
     def _wait_for_redraw(self, before: PaneSnapshot) -> PaneSnapshot:
         """Wait until a program has drawn its screen in a window of another size; return that."""
-        pane, since = before, self._clock()
-        until = since + 1.0
-        while self._clock() < until:
-            self._sleep(0.03)
-            new = self._retry_read(self.tmux.snapshot)
-            if new.screen != pane.screen:
-                pane, since = new, self._clock()
-            elif pane is not before and self._clock() - since >= 0.1:
-                break
-        return pane
+        self._wait_for_change(before, 1.0)
+        return self._poll_until(never, 1.0, settle_seconds=0.1)
 
     # writing
 
@@ -2320,6 +2328,7 @@ class Agent:
         self._has_conversation = True
         detector = self._new_detector(
             before, message=submission.text, is_unsent=is_unsent,
+            has_changed=pasted.screen != before.screen,
             has_new_process=lambda: bool(set(self._tool_processes(before)) - old_processes),
             settle_seconds=(self.INDICATOR_DELAY_SECONDS if self._profile.is_known
                             else TurnDetector.SETTLE_SECONDS_WITHOUT_INDICATOR))
@@ -2362,9 +2371,9 @@ class Agent:
             return (), True
         keys = ("C-e", *["C-u"] * 20, *["C-k"] * 20, "BSpace")      # BSpace: out of shell mode
         for _ in range(10):
-            old_screen = self._snapshot().screen
+            old = self._snapshot()
             self._press(*keys)
-            rest = self._find_draft(self._poll_until_changed(old_screen))
+            rest = self._find_draft(self._wait_for_change(old, 0.5))
             if not rest:
                 break
         result = "could not be deleted" if rest else "was deleted"
@@ -2385,18 +2394,15 @@ class Agent:
 
     def _wait_for_text(self, before: PaneSnapshot, text: str) -> PaneSnapshot:
         """Wait for a pasted text to show; a long one gets more time while the screen changes."""
-        last_screen, changed_at = before.screen, self._clock()
-        until = changed_at + 5 * self.SHOW_SECONDS
-        while True:
-            pane, now = self._snapshot(), self._clock()
-            if pane.screen != last_screen:
-                last_screen, changed_at = pane.screen, now
-            patience = 0.5
-            if pane.reads_keys:
-                patience = self.SHOW_SECONDS + len(text) / 100_000
-            if self._is_shown(before, pane, text) or now - changed_at >= patience or now >= until:
-                return pane
-            self._sleep(0.02)
+        earliest = self._clock()
+        patience = 0.5
+        if before.reads_keys:
+            patience = self.SHOW_SECONDS + len(text) / 100_000
+            if not self._profile.is_known:
+                earliest += self.ENTER_DELAY_SECONDS
+        return self._poll_until(
+            lambda pane: self._clock() >= earliest and self._is_shown(before, pane, text),
+            5 * self.SHOW_SECONDS, patience)
 
     def _is_shown(self, before: PaneSnapshot, pane: PaneSnapshot, text: str) -> bool:
         """Tell whether a pasted text is on the screen, in the input box if that is known."""
@@ -2414,8 +2420,6 @@ class Agent:
         """
         if not pasted.reads_keys or has_input_box(self._profile, pasted.screen):
             return True
-        if not self._profile.is_known:
-            self._sleep(self.ENTER_DELAY_SECONDS)
         was_working = self._turn_in_progress or bool(SPINNER.match(before.title))
         return was_working or self._is_shown(before, pasted, text)
 
@@ -2431,13 +2435,6 @@ class Agent:
         if pasted.screen != before.screen and is_message_unsent(pasted.cursor_line, text):
             return lambda pane: pane.cursor_line.startswith(pasted.cursor_line)
         return lambda pane: is_message_unsent(pane.cursor_line, text)
-
-    def _poll_until_changed(self, old_screen: tuple[str, ...]) -> PaneSnapshot:
-        """Wait until the screen has changed, half a second at most; return the last snapshot."""
-        until = self._clock() + 0.5
-        while (pane := self._snapshot()).screen == old_screen and self._clock() < until:
-            self._sleep(0.02)
-        return pane
 
     def _retry_write(self, write: Callable[[PaneSnapshot], bool]) -> bool:
         """Write to the pane, after leaving copy mode, in which keys would go to tmux.
@@ -2478,6 +2475,7 @@ class Agent:
         notes: tuple[str, ...] = ()
         while True:
             pane, now = self._snapshot(), self._clock()
+            self._publish_screen(pane, 0.5)
             verdict = detector.update(pane, now)
             if self.take_interrupt():
                 self._press("Escape")
@@ -2598,6 +2596,7 @@ class Agent:
         answer = ""
         while True:
             pane, now = self._snapshot(), self._clock()
+            self._publish_screen(pane, 0.5)
             dialog = find_startup_dialog(self._profile, pane.screen)
             state = dialog or find_problem(self._profile, pane.text) or pane.screen
             if state != last_state:     # not the screen: there may be an animation above a dialog

@@ -324,8 +324,10 @@ class AgentApi(Loopback):
         self.messages: list[str] = []       # as they left the agents, one for each turn
         self.conversation = ""              # all that the latest turn began with
         self.calls = 0
+        self.times: list[tuple[float, float]] = []      # when each turn was asked and answered
 
     def answer(self, exchange: Exchange) -> None:
+        asked = time.time()
         path = exchange.path.split("?")[0]
         speak = {"/v1/messages": self._as_anthropic, "/v1/responses": self._as_openai}.get(path)
         if not speak:
@@ -341,6 +343,8 @@ class AgentApi(Loopback):
         exchange.start_stream()
         speak(exchange, shell, next_step(message, results) if shell else Step("", "a title"))
         exchange.stream("")
+        if shell:
+            self.times.append((asked, time.time()))
 
     def _heard(self, body: dict[str, Any]) -> tuple[str, int]:
         """Return the latest message, and how many commands were run since."""
@@ -2945,12 +2949,17 @@ ADDRESS = "https://example.com/"        # stands for the place where the file is
 
 
 def readme_blocks() -> list[str]:
-    """Return the commands, manifests and programs that the README shows; none if it isn't ours."""
+    """Return the commands, manifests and programs that the README shows; none if it isn't ours.
+
+    Among them are the commands with arguments within its sentences.
+    """
     text = README.read_text(encoding="utf-8") if README.exists() else ""
     if not text.startswith("# orchestrator\n"):
         return []
-    blocks = re.findall(r"(?ms)^( *)```(?:sh|yaml|python)\n(.*?)^ *```$", text)
-    return [re.sub(f"(?m)^{indent}", "", block) for indent, block in blocks]
+    blocks = re.findall(r"(?ms)^```(?:sh|yaml|python)\n(.*?)^```$", text)
+    prose = re.sub(r"(?ms)^```.*?^```$|^\|.*?$", "", text)
+    programs = r"curl|find|parallel|python3 orchestrator\.py|ssh"
+    return blocks + re.findall(f"`((?:{programs}) [^`]+)`", prose)
 
 
 def readme_block(fragment: str) -> str:
@@ -3007,11 +3016,10 @@ def reader(world: World) -> Reader:
 
 FOLLOWED = {        # what is in each block of the README, and what the test of it is about
     "install -y python3 tmux": "demo", "| python3 - --demo": "demo",
-    "npm install -g": "setup", "curl -fsSLO": "setup", "--doctor": "setup", "MAX_COST=2": "run",
-    "--chat": "chat", "nohup": "unattended", "ssh -L": "tunnel", "OPENROUTER_BASE_URL=": "server",
-    "find ~": "journals", "xargs": "many", "parallel -j": "many", "#SBATCH": "many",
-    "kind: Job": "kubernetes", "class MyModel": "library", "python3-pytest": "development",
-    "AgentProfile(": "development"}
+    "npm install -g": "setup", "curl -fsSLO": "setup", "MAX_COST=2": "run", "--chat": "chat",
+    "nohup": "unattended", "ssh -L": "tunnel", "find ~": "journals", "xargs": "many",
+    "parallel -j": "many", "#SBATCH": "many", "kind: Job": "kubernetes", "import Agent": "library",
+    "python3-pytest": "development"}
 
 
 def test_each_block_of_the_readme_is_followed_by_a_test() -> None:
@@ -3035,15 +3043,14 @@ def test_the_setup_of_the_readme_gets_an_agent_the_file_and_the_key(reader: Read
     assert reader.follow("npm install -g").status == 0
     assert list(map(str.strip, reader.called())) == [
         "npm install -g @anthropic-ai/claude-code", "claude"]
-    done = reader.follow("curl -fsSLO", OPENROUTER_API_KEY="")
-    assert (done.status, done.stderr) == (0, ""), done
+    model = reader.world.model()
+    done = reader.follow("curl -fsSLO", CLAUDE_CMD="", OPENROUTER_API_KEY="", IS_SANDBOX="1",
+                         OPENROUTER_BASE_URL=model.url)
+    assert "FAILED" not in done.stdout and (done.status, done.stderr) == (0, ""), done
+    assert re.search(r"^model\s+ok", done.stdout, re.M)
     reader.files = reader.home / "orchestrator"
     assert (reader.files / "orchestrator.py").read_bytes() == TOOL.read_bytes()
     assert (reader.files / ".env").stat().st_mode & 0o777 == 0o600
-    model = reader.world.model()
-    done = reader.follow("--doctor", CLAUDE_CMD="", OPENROUTER_API_KEY="", IS_SANDBOX="1",
-                         OPENROUTER_BASE_URL=model.url)
-    assert "FAILED" not in done.stdout and (done.status, done.stderr) == (0, ""), done
 
 
 def test_the_run_of_the_readme_works_in_the_project_and_is_checked(reader: Reader) -> None:
@@ -3074,10 +3081,14 @@ def test_the_tunnel_and_the_server_of_the_readme_are_as_their_programs_take_them
     assert reader.follow("ssh -L").status == 0
     forward, = re.findall(r"-L (\S+)", reader.called()[0])
     assert re.fullmatch(r"\d+:127\.0\.0\.1:\d+", forward)
+    names = "OPENROUTER_BASE_URL", "OPENROUTER_MODEL", "OPENROUTER_API_KEY"
+    text = README.read_text(encoding="utf-8")
+    settings = {name: found(f"`{name}=([^`]+)`", text)[1] for name in names}
     code = ("import orchestrator, os; config = orchestrator.Config.from_env(os.environ, {}); "
             "print(config.openrouter_base_url, config.openrouter_model)")
-    done = reader.follow("OPENROUTER_BASE_URL=", more=f"python3 -B -c '{code}'")
-    assert done.status == 0 and done.stdout.startswith("http://127.0.0.1:11434/v1 "), done
+    done = subprocess.run([sys.executable, "-B", "-c", code], cwd=reader.files, text=True,
+                          env={**reader.env, **settings}, capture_output=True, timeout=60)
+    assert done.stdout == "http://127.0.0.1:11434/v1 qwen3:32b\n", done
 
 
 def test_the_readme_deletes_old_journals_only(reader: Reader) -> None:
@@ -3106,7 +3117,7 @@ def test_four_runs_at_once_each_complete_in_their_own_directory_and_session(
         (place / "TASK").write_text(f"Be a {place.name}.\n")
     model = ModelOfMany(["MEMORY_SAVE: a fact\necho one", "echo two", *["TASK_COMPLETE"] * 2])
     with model:
-        settings = {"OPENROUTER_BASE_URL": model.url}
+        settings = {"OPENROUTER_BASE_URL": model.url, "TERMINATE_WHEN_QUIT": "true"}
         if fragment == "#SBATCH":       # as Slurm does, which runs the script once for each task
             numbers = [{"SLURM_ARRAY_TASK_ID": str(each), "SLURM_JOB_ID": f"7{each}"}
                        for each in range(1, 5)]
@@ -3150,21 +3161,17 @@ def test_the_kubernetes_job_of_the_readme_is_one_and_its_command_completes(reade
 
 
 def test_the_library_example_of_the_readme_completes(reader: Reader) -> None:
+    """With another agent, and a model of ours."""
+    model = reader.world.model("echo $((6 * 7))", "TASK_COMPLETE", "TASK_COMPLETE")
+    example = readme_block("import Agent").replace("https://openrouter.ai/api/v1", model.url)
     program = reader.files / "example.py"
-    program.write_text(readme_block("class MyModel"))
+    program.write_text("from orchestrator import AgentProfile\n" + example.replace(
+        '"claude"', 'AgentProfile.from_command("bash --norc")'))
     done = subprocess.run([sys.executable, "-B", program], cwd=reader.files, env=reader.env,
                           capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, ""), done
     assert done.stdout.splitlines()[-1] == "complete" and "iteration_end" in done.stdout
-
-
-def test_the_agent_that_the_readme_adds_is_a_whole_record(reader: Reader) -> None:
-    program = reader.files / "example.py"
-    program.write_text(f"from orchestrator import *\nfrom orchestrator import StartupRule, re\n"
-                       f"{readme_block('AgentProfile(')}print(GOOSE.name, GOOSE.start_command)\n")
-    done = subprocess.run([sys.executable, "-B", program], cwd=reader.files, text=True,
-                          capture_output=True, timeout=60)
-    assert (done.stdout, done.stderr) == ("Goose ('goose',)\n", "")
+    assert "\n42" in model.last_message(1)
 
 
 def test_the_test_command_of_the_readme_is_that_of_the_ci(reader: Reader) -> None:
@@ -4428,7 +4435,7 @@ def processor_seconds(pid: int) -> float:
     return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
-@pytest.mark.parametrize("agent", ["with a busy sign", "bash"])
+@pytest.mark.parametrize("agent", ["with a busy sign", "as Claude Code", "bash"])
 def test_benchmark_of_the_tools_own_time_and_of_the_prompt(
         agent: str, world: World, asked_for: None) -> None:
     orders = [f"echo turn-{number}; seq 1 30" for number in range(25)]
@@ -4439,6 +4446,8 @@ def test_benchmark_of_the_tools_own_time_and_of_the_prompt(
             "trap '[ $idle ] && { idle=; echo $EPOCHREALTIME >> taken; }' DEBUG\n"
             "PROMPT_COMMAND='echo $EPOCHREALTIME >> finished; idle=1'\n")
         settings["CLAUDE_CMD"] = "bash"
+    elif agent == "as Claude Code":
+        settings = as_claude(world)
     with TimedModel([*orders, "TASK_COMPLETE"]) as model:
         world.env["OPENROUTER_BASE_URL"] = model.url
         assert world.start("--task", "x", **settings).end(200).status == 0
@@ -4457,6 +4466,24 @@ def test_benchmark_of_the_tools_own_time_and_of_the_prompt(
     print(f"\n{agent}: own time of {len(own)} turns: median {statistics.median(own):.2f} s, "
           f"worst {max(own):.2f} s; prompts: {sum(characters):,} characters (451,436 in the Go "
           f"tool), the last {characters[-1]:,}")
+
+
+@REAL_AGENTS
+def test_benchmark_of_answers_and_slash_commands_of_the_real(
+        name: str, agent: str, world: World, agent_api: AgentApi, with_real_agents: None,
+        asked_for: None) -> None:
+    count, slash = 10, {"claude": "/context", "gpt": "/status"}[name]
+    orders = [f"SAY[answer {number}]" for number in range(count)] + [slash] * count
+    with TimedModel([*orders, "TASK_COMPLETE"]) as model:
+        world.env["OPENROUTER_BASE_URL"] = model.url
+        assert world.start("--task", "x", DEFAULT_MODEL=name).end(200).status == 0
+    turns = list(zip(model.answered, model.asked[1:]))
+    own = [asked - begun + ended - answered for (begun, ended), (asked, answered)
+           in zip(turns, agent_api.times)]
+    whole = [ended - begun for begun, ended in turns[count:2 * count]]
+    for what, seconds in (("own time and the agent's", own), (slash, whole)):
+        print(f"\n{agent}, {what}: {len(seconds)} turns, "
+              f"median {statistics.median(seconds):.2f} s, worst {max(seconds):.2f} s")
 
 
 @pytest.mark.parametrize("where", ["where there is no terminal", "in a terminal"])

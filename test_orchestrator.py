@@ -2110,10 +2110,13 @@ def test_an_unknown_program_gets_the_enter_a_moment_after_the_text_shows(
     assert wait <= pressed_at[0] <= wait + 0.1
 
 
-@pytest.mark.parametrize("message, pasted", [
-    ("see @RE", "see @RE "), ("pay $5", "pay $5 "), ("a@b c", "a@b c"), ("@x\n", "@x\n")])
-def test_a_blank_follows_what_a_completion_would_change(message: str, pasted: str) -> None:
-    desk = Desk(claude(), program=dataclasses.replace(PROGRAM, needs_blank=CODEX.needs_blank))
+@pytest.mark.parametrize("profile, message, pasted", [
+    (CODEX, "see @RE", "see @RE "), (CODEX, "pay $5", "pay $5 "), (CODEX, "a@b c", "a@b c"),
+    (CODEX, "@x\n", "@x\n"), (CODEX, "C:\\", "C:\\"), (CLAUDE_CODE, "C:\\", "C:\\ "),
+    (CLAUDE_CODE, "see @RE", "see @RE")])
+def test_a_blank_follows_an_end_that_would_change_what_enter_does(
+        profile: AgentProfile, message: str, pasted: str) -> None:
+    desk = Desk(claude(), program=dataclasses.replace(PROGRAM, needs_blank=profile.needs_blank))
     desk.agent.ask(message)
     assert desk.terminal.pasted == [pasted]
 
@@ -2391,6 +2394,18 @@ def test_a_session_that_is_gone_is_made_again_with_the_conversation_if_there_was
     desk = Desk(lambda terminal: terminal.die("No conversation found"), claude(), start=False)
     assert "has no memory" in desk.agent.start(resume=True).as_text()
     assert desk.terminal.started == [PROGRAM.resume_command, PROGRAM.start_command]
+
+
+def test_an_answer_that_fills_the_screen_exactly_as_before_ends_its_turn() -> None:
+    """As the same slash command does again, if its answer is there before the next look."""
+    def status(terminal: Any) -> None:
+        terminal.title, terminal.box, terminal.lines = "agent", True, ["old"] * 50
+        terminal.take = lambda message: terminal.lines.extend(["old"] * 50)
+
+    desk = Desk(status)
+    began = desk.clock.now
+    assert desk.agent.ask("/status").state == "done"
+    assert desk.clock.now - began < 1.5
 
 
 def test_a_session_that_was_made_for_something_else_is_left_alone() -> None:
