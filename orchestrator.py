@@ -735,6 +735,7 @@ class AgentProfile:
     environment: tuple[tuple[str, str], ...] = ()       # variables that it needs in a pane
     variables_not_inherited: tuple[str, ...] = ()       # with these it refuses to run in one
     login_status_command: tuple[str, ...] = ()
+    provider_setting: tuple[str, str] = ("", "")    # file in the home, and what may need no login
     root_check: tuple[str, str] = ("", "")      # option refused for root, variable that allows it
 
     # The screen.  `prompt_line` is the first row of the input box, `box_border` the row above it.
@@ -868,6 +869,7 @@ CODEX = AgentProfile(
         ("tui.terminal_title", ("-c", 'tui.terminal_title=["spinner","project"]'))),
     install_command="npm install -g @openai/codex",
     login_status_command=("codex", "login", "status"),
+    provider_setting=(".codex/config.toml", "model_provider"),
     prompt_line=re.compile(r"[›!](?:\s|$)"),
     status_line=re.compile(r"(?:[•◦] )?\w[^(]{0,80}\((?:\d+[hms] ?)+ • esc to interrupt\).*"),
     hides_status_line=True,
@@ -4506,8 +4508,8 @@ class Chat:
         except Interrupted as interrupt:
             if not message or not self._returns_to_prompt(interrupt):
                 raise
-            output = (f"[{self._agent.name} keeps working. /wait waits for it, /keys Escape "
-                      "interrupts it.]")
+            output = (f"[{self._agent.name} keeps working. /wait waits for it, /keys Escape or "
+                      "/keys C-c interrupts it.]")
         self._journal.publish(
             "iteration_end", orchestrator="(hidden input)" if is_hidden else message,
             agent_output=output, duration_ms=round((time.monotonic() - started) * 1000))
@@ -5904,8 +5906,7 @@ _CONTENT_SECURITY_POLICY = (
 _TOKEN_FORM = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>orchestrator</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<style nonce="NONCE">:root { color-scheme: light dark; font: 20px/1.6 sans-serif; }
-  main { max-width: 30rem; margin: 12vh auto; } input, button { font: inherit; }</style>
+<style nonce="NONCE">:root { color-scheme: light dark; font: 20px/1.6 sans-serif; }</style>
 <main><h1>Dashboard</h1><p>Missing or wrong token. Open the address that the orchestrator printed
 in the terminal, or paste that address or its token here.</p><form><label>Token
 <input name="token" autocomplete="off" required autofocus></label> <button>Open</button></form>
@@ -5953,8 +5954,14 @@ def find_live_dashboard(journal_path: Path) -> str:
     return ""
 
 
-class QuietHandler(http.server.BaseHTTPRequestHandler):
-    """Handles a connection without logging: the terminal belongs to the run's events."""
+class _DashboardHandler(http.server.BaseHTTPRequestHandler):
+    """Handles one request of a browser, without logging: the terminal is for the run's events."""
+
+    server: Any                 # the Dashboard
+    timeout = 5                 # seconds for a read or write
+    STREAM_TIMEOUT = 20         # for a write to a stream: a client that can't keep up is dropped
+    server_version = "orchestrator"
+    sys_version = ""
 
     def handle(self) -> None:
         """Answer, unless the client goes away."""
@@ -5964,32 +5971,20 @@ class QuietHandler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *args: object) -> None:
         """Log nothing."""
 
-
-class _DashboardHandler(QuietHandler):
-    """Handles one request of a browser."""
-
-    server: Any                 # the Dashboard
-    timeout = 5                 # seconds for a read or write
-    STREAM_TIMEOUT = 20         # for a write to a stream: a client that can't keep up is dropped
-    server_version = "orchestrator"
-    sys_version = ""
-
     def _respond(self) -> None:
         """Answer a request of any method."""
         path, _, query_text = self.path.partition("?")
         if path.startswith(f"{self.server.path_prefix}/"):      # a proxy did not remove it
             path = path[len(self.server.path_prefix):]
         query = dict(urllib.parse.parse_qsl(query_text))
-        routes = {("GET", "/"): self._send_page, ("GET", "/journal"): self._send_journal,
-                  ("GET", "/events"): lambda: self._stream_events(query),
-                  ("POST", "/control"): self._take_action}
+        routes = {"/": self._send_page, "/journal": self._send_journal,
+                  "/events": lambda: self._stream_events(query), "/control": self._take_action}
         if not self._is_authorized(query.get("token", "")):
             return
-        if (self.command, path) in routes:
-            routes[self.command, path]()
+        if path in routes and self.command == ("POST" if path == "/control" else "GET"):
+            routes[path]()
         else:
-            is_known = path in [known for _, known in routes]
-            self._send_text(405 if is_known else 404,
+            self._send_text(405 if path in routes else 404,
                             "GET serves /, /events and /journal; POST goes to /control.")
 
     do_GET = do_POST = do_HEAD = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _respond
@@ -6010,7 +6005,7 @@ class _DashboardHandler(QuietHandler):
         elif self._has_token(token):
             return True
         elif self.command == "GET":
-            self._send_html(403, _TOKEN_FORM, {})
+            self._send_html(403, _TOKEN_FORM)
         else:
             self._send_text(403, "Missing or wrong token. Open the address that the orchestrator "
                             "printed in the terminal.")
@@ -6022,12 +6017,12 @@ class _DashboardHandler(QuietHandler):
         cookie = re.search(rf"(?:^|; *){dashboard.cookie_name}=([\w-]+)",
                            self.headers.get("Cookie", ""))
         given = token.rpartition("token=")[2].strip() or (cookie[1] if cookie else "")
-        if secrets.compare_digest(given.encode("utf-8", "replace"), dashboard.token.encode()):
-            return True
-        if given != dashboard.entry_code or _is_other_user(
-                self.client_address[1], dashboard.server_port):
+        if given != dashboard.entry_code:
+            return secrets.compare_digest(
+                given.encode("utf-8", "replace"), dashboard.token.encode())
+        if _is_other_user(self.client_address[1], dashboard.server_port):
             return False
-        dashboard.entry_code = secrets.token_urlsafe(24)        # this one is used up
+        dashboard.entry_code = None     # it is used up
         return True
 
     def _take_action(self) -> None:
@@ -6051,18 +6046,16 @@ class _DashboardHandler(QuietHandler):
         self.server.page_opened.set()
         # Without a Path attribute the browser uses that of the page, which is right for proxies.
         cookie = f"{self.server.cookie_name}={self.server.token}; HttpOnly; SameSite=Strict"
-        self._send_html(200, DASHBOARD_PAGE, {
-            "RECORDING": "no" if self.server.control else "yes",
-            "JOURNAL_PATH": html.escape(str(self.server.journal.path or ""))},
-            {"Set-Cookie": cookie})
+        self._send_html(200, DASHBOARD_PAGE, {"Set-Cookie": cookie})
 
-    def _send_html(self, status: int, page: str, values: Mapping[str, str],
-                   headers: Mapping[str, str] = {}) -> None:
-        """Send a page in which the names of `values`, and NONCE, are replaced."""
-        texts = {**values, "NONCE": secrets.token_urlsafe(16)}
-        self._send_text(status, re.sub("|".join(texts), lambda match: texts[match[0]], page), {
-            "Content-Type": "text/html; charset=utf-8", "Content-Security-Policy":
-            _CONTENT_SECURITY_POLICY.replace("NONCE", texts["NONCE"]), **headers})
+    def _send_html(self, status: int, page: str, headers: Mapping[str, str] = {}) -> None:
+        nonce = secrets.token_urlsafe(16)
+        page = page.replace("NONCE", nonce)
+        page = page.replace("RECORDING", "no" if self.server.control else "yes")
+        page = page.replace("JOURNAL_PATH", html.escape(str(self.server.journal.path or "")))
+        policy = _CONTENT_SECURITY_POLICY.replace("NONCE", nonce)
+        self._send_text(status, page, {"Content-Type": "text/html; charset=utf-8",
+                                       "Content-Security-Policy": policy, **headers})
 
     def _send_text(self, status: int, text: str, headers: Mapping[str, str] = {}) -> None:
         body = text.encode("utf-8", "replace")
@@ -6084,6 +6077,7 @@ class _DashboardHandler(QuietHandler):
         after = int(last_id) if _DIGITS.fullmatch(last_id) else 0
         batch = Batch([], [], 0, False)
         self._send_headers(200, {"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"})
+        self.server.viewer_came.set()
         with self.server.journal.count_reader():
             while not batch.is_closed:
                 if not (batch.events or batch.live_events):     # keeps the connection alive
@@ -6107,7 +6101,7 @@ class _DashboardHandler(QuietHandler):
             after = events[-1][0]
 
 
-class Dashboard(http.server.ThreadingHTTPServer):
+class Dashboard(socketserver.ThreadingTCPServer):
     """Serves the page, its events and its controls, in threads of its own, in a `with` block.
 
     `control(action, text)` carries out what you ask for; without it, the journal is a recording.
@@ -6121,7 +6115,8 @@ class Dashboard(http.server.ThreadingHTTPServer):
 
     request_queue_size = 128
     timeout = 0
-    allow_reuse_port = False
+    allow_reuse_address = True
+    daemon_threads = True
     MAX_CONNECTIONS = 160       # a flood must leave the run its files: macOS allows 256
 
     def __init__(self, journal: Journal, *, host: str = "127.0.0.1", port: int = 0,
@@ -6131,10 +6126,11 @@ class Dashboard(http.server.ThreadingHTTPServer):
         self.control = control
         self.token = token or secrets.token_urlsafe(24)
         self.page_opened = threading.Event()
+        self.viewer_came = threading.Event()    # a page that reads the events; no other program
         # Ports do not keep cookies apart, so each dashboard has a name of its own.
         self.cookie_name = f"orchestrator-{hashlib.sha256(self.token.encode()).hexdigest()[:8]}"
         # Every user can read a browser's arguments, so the code in them works once, and for us.
-        self.entry_code = secrets.token_urlsafe(24)
+        self.entry_code: str | None = secrets.token_urlsafe(24)
         self._connections: set[socket.socket] = set()
         host = host.strip("[]").lower()
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -6143,6 +6139,7 @@ class Dashboard(http.server.ThreadingHTTPServer):
         except (OSError, OverflowError, UnicodeError) as error:
             raise ConfigError(f"DASHBOARD_HOST={host!r}, DASHBOARD_PORT={port}: can't listen: "
                               f"{getattr(error, 'strerror', None) or error}") from None
+        self.server_port: int = self.server_address[1]
         self._has_all_addresses = self.server_address[0] in ("0.0.0.0", "::")
         self._host = "127.0.0.1" if self._has_all_addresses else host
         local_host = f"[{self._host}]" if ":" in self._host else self._host
@@ -6182,13 +6179,11 @@ class Dashboard(http.server.ThreadingHTTPServer):
             path.write_text(json.dumps(address), "utf-8")
 
     def server_bind(self) -> None:
-        """Bind (`::` also for IPv4) without the slow name lookup of the base class."""
+        """Bind; `::` takes IPv4, too, whatever the system's default is."""
         if self.address_family == socket.AF_INET6:
             with contextlib.suppress(OSError):
                 self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        socketserver.TCPServer.server_bind(self)
-        host, self.server_port = self.server_address[:2]
-        self.server_name = str(host)
+        super().server_bind()
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Tell whether there is room for one more connection."""
@@ -6221,7 +6216,7 @@ class Dashboard(http.server.ThreadingHTTPServer):
 
 
 # -- 15. Demo -----------------------------------------------------------------------------
-# The built-in model and agent.  May use: Dashboard.
+# The built-in model and agent.  May use: Model client.
 
 DEMO_TASK = "Write primes.py with a function primes(n) that returns the primes below n; prove it."
 DEMO_VERIFY_CMD = f"{shlex.quote(sys.executable)} check.py"
@@ -6240,27 +6235,27 @@ _DEMO_REPLIES = (
     "MEMORY_SAVE: check.py proves primes.py: run it after each change\n\nTASK_COMPLETE")
 
 
-class DemoModelHandler(QuietHandler):
-    """Answers chat completions as OpenRouter does: streamed, with the next reply."""
+class DemoModel:
+    """A ChatModel that gives the replies of a script, word by word, for nothing."""
 
-    def do_POST(self) -> None:
-        """Answer with the reply that follows the conversation."""
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        turn = sum(message["role"] == "assistant" for message in request["messages"])
-        reply = _DEMO_REPLIES[min(turn, len(_DEMO_REPLIES) - 1)]
-        chunks: list[dict[str, Any]] = [{"choices": [{"delta": {"content": word}}]}
-                                        for word in re.findall(r"\s*\S+", reply)]
-        usage = {"prompt_tokens": len(json.dumps(request)) // 4,
-                 "completion_tokens": len(reply) // 4, "cost": 0}
-        chunks.append({"choices": [{"finish_reason": "stop"}]})
-        chunks.append({"choices": [], "usage": usage})
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream")
-        self.end_headers()
-        for chunk in chunks:
-            self.wfile.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
-            time.sleep(0.6 / len(chunks))
-        self.wfile.write(b"data: [DONE]\n\n")
+    model = "built-in demo"
+    characters_per_token = 4.0
+
+    def complete(self, messages: Messages, *, on_text: Callable[[str], object],
+                 on_usage: Callable[[TokenUsage, float | None], object],
+                 time_left: Callable[[], float]) -> Reply:
+        """Return the reply that follows the conversation."""
+        turn = sum(message["role"] == "assistant" for message in messages)
+        text = ""
+        words = re.findall(r"\s*\S+", _DEMO_REPLIES[min(turn, len(_DEMO_REPLIES) - 1)])
+        for word in words:
+            text += word
+            on_text(text)
+            time.sleep(0.6 / len(words))
+        prompt, completion = len(json.dumps(messages)) // 4, len(text) // 4
+        tokens = TokenUsage(prompt, completion, prompt + completion)
+        on_usage(tokens, 0.0)
+        return Reply(text, tokens, 0.0, 600)
 
 
 # The agent is a string, because `curl ... | python3 -` leaves no file to start it from.  It behaves
@@ -6319,7 +6314,7 @@ while True:
 # The only code that prints or reads the terminal.  May use: Errors, Text, Screens, Journal.
 
 FINAL_OUTCOMES = ("complete", "failed", "stuck")      # nothing is left to resume
-_EVENT_TEMPLATES = {        # event type -> head line, and the field that is shown below it
+_RUN_TEMPLATES = {      # event type -> head line, and the field that is shown below it
     "task_info": ("Task:  {task}\nModel: {model}\nAgent: {agent} in {workdir}\n"
                   "Watch: {attach}", ""),
     "reply": ("\n[{iteration}] model, {time}, {usage}", "text"),
@@ -6328,11 +6323,18 @@ _EVENT_TEMPLATES = {        # event type -> head line, and the field that is sho
     "recovery": ("! {what}{conversation}", ""),
     "memory": ("* saved to memory:", "saved"),
     "compacted": ("* memory: compacted {compacted[before]} facts to {compacted[after]}", ""),
-    "verify": ("* {command}: exit status {status}", "output"),
-    "confirm": ("* asked the model to confirm that the task is complete", "evidence"),
+    "verify": ("* {command}: exit status {status}", ""),    # `iteration_end` has its output
+    "confirm": ("* asked the model to confirm that the task is complete", ""),
     "history": ("* summarised the {summarised} oldest exchanges", ""),
     "note": ("* {source}: {text}", ""),
-    "state": ("* {state}{why}", "")}
+    "state": ("* {state}{why}", ""),
+    "complete": ("\n{ending}: {figures}{doubts}", "next_steps")}
+_CHAT_TEMPLATES = {
+    "task_info": ("{agent} in {workdir}\nWatch: {attach}\n/quit leaves, /screen shows its screen, "
+                  "/keys Down Enter presses keys, /wait waits for it", ""),
+    "iteration_end": ("{agent_output}", ""),
+    "complete": ("\nChat ended: {messages}, {time}", "next_steps"),
+    **{kind: _RUN_TEMPLATES[kind] for kind in ("error", "recovery", "note")}}
 _BOLD_EVENTS = ("reply", "iteration_end", "complete")
 _FIRST_LINES, _LAST_LINES = 7, 12       # of a shortened text
 _MAX_LINE_LENGTH = 1000
@@ -6349,10 +6351,6 @@ def _format_usage(event: Event) -> str:
     if cost is not None:
         usage += f", ${cost:.4f}" if cost else ", free"
     return usage
-
-
-def _format_time_taken(event: Event) -> str:
-    return format_duration(round(event.get("duration_ms", 0) / 1000, 1))
 
 
 def _format_count(number: int, noun: str) -> str:
@@ -6382,55 +6380,48 @@ def _format_next_steps(event: Event) -> str:
     return format_rows(rows)
 
 
-def _describe_complete(event: Event) -> tuple[str, str]:
-    """Return how a run ended, and what you can do next."""
-    head = "Task complete" if event["outcome"] == "complete" else f"Ended ({event['outcome']})"
+def _describe_end(event: Event, time_taken: str) -> dict[str, str]:
+    """Return the parts of what is shown at the end of a run or chat."""
+    ending = "Task complete" if event["outcome"] == "complete" else f"Ended ({event['outcome']})"
     if event["outcome"] == "interrupted" and event.get("reason"):      # no other line says it
-        head = f"Ended (interrupted: {event['reason']})"
+        ending = f"Ended (interrupted: {event['reason']})"
     figures = [_format_count(event["iterations"], "iteration"), _format_usage(event)]
     if event.get("cost") is None and event["tokens"]["total"]:
         figures.append("cost not reported")
-    figures.append(_format_time_taken(event))
+    figures.append(time_taken)
     for field, noun in (("restarts", "restart of the agent"), ("files_changed", "changed file")):
         if event.get(field):
             figures.append(_format_count(event[field], noun))
-    end = f"\n{head}: {', '.join(figures)}"
-    if event.get("unproved"):
-        end += f"\nThe model confirmed the end, but: {' '.join(event['unproved'])}"
-    return end, _format_next_steps(event)
+    unproved = " ".join(event.get("unproved", ()))
+    return {"ending": ending, "figures": ", ".join(figures),
+            "doubts": f"\nThe model confirmed the end, but: {unproved}" if unproved else "",
+            "messages": _format_count(event["iterations"], "message"),
+            "next_steps": _format_next_steps(event)}
 
 
-def describe_event(event: Event) -> tuple[str, str]:
-    """Return what the terminal shows of a run's event: a head line, and the text below it."""
+def describe_event(event: Event, templates: Mapping[str, tuple[str, str]] = _RUN_TEMPLATES,
+                   ) -> tuple[str, str]:
+    """Return what the terminal shows of an event: a head line, and the text below it."""
     kind = "compacted" if "compacted" in event else event["type"]
-    if kind == "complete":
-        return _describe_complete(event)
-    if "told" in event:         # only a resumed run needs it
+    has_no_output = kind == "iteration_end" and not event["agent_output"]   # `complete` says why
+    is_for_resume = "told" in event
+    if kind not in templates or has_no_output or is_for_resume:
         return "", ""
-    if kind == "iteration_end" and not event["agent_output"]:
-        return "", ""           # the run ended, and `complete` says why
-    values = {**event, "time": _format_time_taken(event), "usage": _format_usage(event)}
+    time_taken = format_duration(round(event.get("duration_ms", 0) / 1000, 1))
+    values = {**event, "time": time_taken, "usage": _format_usage(event)}
     values["retry"] = f"; retrying in {event['retry_in']:g} s" if "retry_in" in event else ""
     values["conversation"] = ", with its conversation" if event.get("resumed") else ""
     values["why"] = f": {event['reason']}" if event.get("reason") else ""
-    head, field = _EVENT_TEMPLATES.get(kind, ("", ""))
-    body = event.get(field) or ""
+    if kind == "complete":
+        values.update(_describe_end(event, time_taken))
+    head, field = templates[kind]
+    body = values.get(field) or ""
     return head.format(**values), body if isinstance(body, str) else "\n".join(body)
 
 
 def describe_chat_event(event: Event) -> tuple[str, str]:
     """Return what the terminal shows of a chat's event: answers, problems and the end."""
-    kind = event["type"]
-    if kind == "task_info":
-        return (f"{event['agent']} in {event['workdir']}\nWatch: {event['attach']}\n"
-                "/quit leaves, /screen shows its screen, /keys Down Enter presses keys, "
-                "/wait waits for it"), ""
-    if kind == "complete":
-        messages = _format_count(event["iterations"], "message")
-        return f"\nChat ended: {messages}, {_format_time_taken(event)}", _format_next_steps(event)
-    if kind == "iteration_end":
-        return event["agent_output"], ""
-    return describe_event(event) if kind in ("error", "recovery", "note") else ("", "")
+    return describe_event(event, _CHAT_TEMPLATES)
 
 
 def describe_json_event(event: Event) -> tuple[str, str]:
@@ -6468,36 +6459,25 @@ def print_error(text: object) -> None:
     print_line(f"orchestrator: {text}" if text else "", sys.stderr)
 
 
-class Display(NamedTuple):
-    """What standard output can show."""
-
-    is_terminal: bool = False       # you read it: long texts are shortened
-    has_cursor: bool = False        # it can show a status line
-    has_bold: bool = False
-
-    @classmethod
-    def of_stdout(cls, environ: Mapping[str, str]) -> Display:
-        """Return what standard output can show."""
-        is_terminal = sys.stdout.isatty()
-        has_cursor = is_terminal and environ.get("TERM", "dumb") != "dumb"
-        return cls(is_terminal, has_cursor, has_cursor and not environ.get("NO_COLOR"))
-
-
 class TerminalReporter:
     """Prints events on standard output, and a status line below them while you wait.
 
-    The thread that waits draws the status line: for how long, and what the agent showed last.
+    `describe` returns what is printed of an event.  On a terminal long texts are shortened, and
+    `environ` says what it can show.  The thread that waits draws the status line: what for, by
+    the type or state of the event that began the wait, how long, and what the agent showed last.
     """
 
     def __init__(self, describe: Callable[[Event], tuple[str, str]],
-                 wait_labels: Mapping[str, str], display: Display, *,
+                 wait_labels: Mapping[str, str] = {}, *, is_terminal: bool = False,
+                 environ: Mapping[str, str] = {},
                  clock: Callable[[], float] = time.monotonic) -> None:
         self._describe = describe
-        self._wait_labels = wait_labels     # by the state or type of the event that begins a wait
-        self._display = display
+        self._wait_labels = wait_labels
+        self._is_terminal = is_terminal
+        self._has_cursor = is_terminal and environ.get("TERM", "dumb") != "dumb"
+        self._has_bold = self._has_cursor and not environ.get("NO_COLOR")
         self._clock = clock
         self._lock = threading.RLock()      # notes of the user come in another thread
-        self._has_shown_check = False       # the output of this iteration would repeat it
         self._waiting_for = ""
         self._waiting_since = 0.0
         self._last_agent_line = ""
@@ -6506,7 +6486,7 @@ class TerminalReporter:
 
     def wants_screen(self) -> bool:
         """Whether a screen is wanted: once a second, because each needs a call of tmux."""
-        return self._display.has_cursor and self._clock() - self._screen_at >= 1.0
+        return self._has_cursor and self._clock() - self._screen_at >= 1.0
 
     def on_event(self, event: Event) -> None:
         """Print an event, and update the status line."""
@@ -6530,29 +6510,18 @@ class TerminalReporter:
 
     def _print_event(self, event: Event) -> None:
         head, body = self._describe(event)
-        if self._display.is_terminal and event["type"] != "complete":
-            head, body = self._leave_out_repetitions(event, head, body)
+        if self._is_terminal and event["type"] == "iteration_end":
+            message = event.get("orchestrator", "")
+            head = remove_echo(head, message)       # in a chat, it is the output
+            body = remove_echo(body, message)
+        if self._is_terminal and event["type"] != "complete":
             body = shorten_output(body)
-        if not (head or body):
-            return
-        self._replace_status_line("")
-        head = sanitize(head)
-        if self._display.has_bold and event["type"] in _BOLD_EVENTS and body:
+        head, body = sanitize(head), textwrap.indent(sanitize(body), "    ")
+        if self._has_bold and event["type"] in _BOLD_EVENTS and body:
             head = f"\x1b[1m{head}\x1b[0m"
-        below = textwrap.indent(sanitize(body), "    ")
-        write_output("".join(f"{text}\n" for text in (head, below) if text))
-
-    def _leave_out_repetitions(self, event: Event, head: str, body: str) -> tuple[str, str]:
-        """Return what is left of an iteration's output that has been on the terminal before."""
-        if event["type"] in ("verify", "confirm"):
-            self._has_shown_check = True
-        if event["type"] != "iteration_end":
-            return head, body
-        if self._has_shown_check:
-            self._has_shown_check = False
-            return "", ""
-        message = event.get("orchestrator", "")
-        return remove_echo(head, message), remove_echo(body, message)
+        if head or body:
+            self._replace_status_line("")
+            write_output("".join(f"{text}\n" for text in (head, body) if text))
 
     def _draw_status(self) -> None:
         seconds = int(self._clock() - self._waiting_since)
@@ -6565,7 +6534,7 @@ class TerminalReporter:
 
     def _replace_status_line(self, line: str) -> None:
         line = line[:shutil.get_terminal_size().columns - 3]      # room for ^C
-        if self._display.has_cursor and line != self._status_line:
+        if self._has_cursor and line != self._status_line:
             self._status_line = line
             # Without autowrap, the terminal also cuts lines of wide characters.
             write_output(f"\r\x1b[K\x1b[?7l{line}\x1b[?7h" if line else "\r\x1b[K")
@@ -6798,6 +6767,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.directory and (options.demo or options.status or options.replay):
         refuse("--demo, --status and --replay FILE take no directory")
+    if options.json and (options.status or options.doctor or options.replay is not None):
+        refuse("--status, --doctor and --replay take no --json")
     return options
 
 
@@ -6827,13 +6798,16 @@ def find_session_holder(path: Path) -> tuple[str, str]:
 
 def make_agent(config: Config, workspace: Workspace, **callbacks: Any) -> Agent:
     """Return the agent that the settings name, in their session."""
-    profile = select_profile(config.default_model, config.claude_cmd)
     tmux = Tmux(config.claude_tmux_socket, config.claude_tmux_session, workspace.environ)
-    return Agent(profile, workspace.directory, tmux=tmux, **callbacks)
+    return Agent(select_profile(config.default_model, config.claude_cmd), workspace.directory,
+                 tmux=tmux, **callbacks)
 
 
 def make_model(config: Config, **options: Any) -> OpenRouter:
-    """Return the model that the settings name."""
+    """Return the model that the settings name; raise ConfigError if there is no key."""
+    if not config.openrouter_api_key:
+        raise ConfigError("OPENROUTER_API_KEY is not set: export it, put it into .env, or use "
+                          "--chat")
     return OpenRouter(config.openrouter_base_url, config.openrouter_api_key,
                       config.openrouter_model, **options)
 
@@ -6879,11 +6853,10 @@ def choose_session(config: Config, workspace: Workspace, resume: bool = False) -
     own = dataclasses.replace(config, claude_tmux_session=session_name_of(workspace.directory))
     mark = make_agent(config, workspace).session_mark
     our_end = f" in {str(workspace.directory)!r}" if resume else mark
-    owner = find_session_owner(config, workspace)
-    if owner.endswith(our_end):
-        return config
-    is_own_ours = find_session_owner(own, workspace).endswith(our_end)
-    return own if owner or is_own_ours else config
+    for candidate in (config, own):
+        if find_session_owner(candidate, workspace).endswith(our_end):
+            return candidate
+    return own if find_session_owner(config, workspace) else config
 
 
 @contextlib.contextmanager
@@ -6944,10 +6917,9 @@ def serve_dashboard(config: Config, journal: Journal,
         try:
             yield
         finally:
-            if not isinstance(sys.exc_info()[1], KeyboardInterrupt):
-                dashboard.page_opened.wait(5.0 if is_opened else 0)
-                if dashboard.page_opened.is_set():
-                    wait_for_enter(stream)
+            is_interrupted = isinstance(sys.exc_info()[1], KeyboardInterrupt)
+            if not is_interrupted and dashboard.viewer_came.wait(5.0 if is_opened else 0):
+                wait_for_enter(stream)
 
 
 # Recorded runs
@@ -6996,13 +6968,6 @@ def find_unfinished_run(workspace: Workspace, attach_commands: Sequence[str],
 
 # A run
 
-def check_key(config: Config) -> None:
-    """Raise ConfigError if there is no key."""
-    if not config.openrouter_api_key:
-        raise ConfigError("OPENROUTER_API_KEY is not set: export it, put it into .env, or use "
-                          "--chat")
-
-
 def end_fields(config: Config, workspace: Workspace, agent: Agent, journal: Journal,
                  is_chat: bool, outcome: str) -> dict[str, object]:
     """Return the fields of `complete` that say what is left of a run, and how to continue."""
@@ -7047,12 +7012,12 @@ def notify(config: Config, workspace: Workspace, path: Path, event: Event) -> No
 def make_reporter(agent_name: str, is_chat: bool, as_json: bool) -> TerminalReporter:
     """Return what reports a run on standard output."""
     if as_json:
-        return TerminalReporter(describe_json_event, {}, Display())
+        return TerminalReporter(describe_json_event)
     labels = {"task_info": agent_name, "reply": agent_name, "waiting": agent_name,
               "iteration_start": agent_name if is_chat else "the model", "working": "the check",
               "iteration_end": "", "complete": ""}
     return TerminalReporter(describe_chat_event if is_chat else describe_event, labels,
-                            Display.of_stdout(os.environ))
+                            is_terminal=sys.stdout.isatty(), environ=os.environ)
 
 
 def choose_journal(config: Config, workspace: Workspace, resume: bool) -> tuple[Path, list[Event]]:
@@ -7068,13 +7033,11 @@ def choose_journal(config: Config, workspace: Workspace, resume: bool) -> tuple[
     return workspace.journal_directory / name, []
 
 
-def run_autopilot(config: Config, workspace: Workspace, agent: Agent, journal: Journal, task: str,
-                  history: Sequence[Event], stream: TextIO) -> None:
+def run_autopilot(config: Config, workspace: Workspace, agent: Agent, model: ChatModel,
+                  journal: Journal, task: str, history: Sequence[Event], stream: TextIO) -> None:
     """Let the model drive the agent, with the dashboard, whose address goes to `stream`."""
     memory = Memory(workspace.directory / "memory.json", config.memory_max_facts)
     print_error(memory.load())
-    model = make_model(config, publish=journal.publish,
-                       session_id=journal.path.stem if journal.path else "")
     control = RunControl(journal, lambda: signal.pthread_kill(
         threading.main_thread().ident or 0, signal.SIGINT))
     autopilot = Autopilot(agent, model, config=config, memory=memory, journal=journal,
@@ -7085,14 +7048,13 @@ def run_autopilot(config: Config, workspace: Workspace, agent: Agent, journal: J
 
 
 def run(config: Config, workspace: Workspace, get_task: Callable[[], str] | None, *,
-        as_json: bool = False, resume: bool = False) -> int:
+        demo_model: ChatModel | None = None, as_json: bool = False, resume: bool = False) -> int:
     """Let the model drive the agent, or you, if there is no `get_task`; return 0.
 
     Raises OrchestratorError or Interrupted if the run does not succeed.
     """
     is_chat = get_task is None
-    if not is_chat:
-        check_key(config)
+    model = None if is_chat or demo_model else make_model(config)
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(SignalHandler())
         config = stack.enter_context(hold_session(config, workspace, resume))
@@ -7101,10 +7063,11 @@ def run(config: Config, workspace: Workspace, get_task: Callable[[], str] | None
         agent.tmux.check_version()
         agent.check_installed()
         agent.find_session()
+        if model:
+            with contextlib.suppress(TransientError):   # an outage may be over by the first call
+                print_error(model.check_access().warning)
         task = ""
         if get_task:
-            with contextlib.suppress(TransientError):   # an outage may be over by the first call
-                print_error(make_model(config).check_access().warning)
             task = str(history[0]["task"]) if history else get_task()
         journal = Journal(path, defer_signals=signals.deferred, secret=config.openrouter_api_key)
         stack.callback(lambda: print_error(journal.unreported_error))
@@ -7126,8 +7089,9 @@ def run(config: Config, workspace: Workspace, get_task: Callable[[], str] | None
         else:
             if config.notify_cmd:
                 journal.subscribe(functools.partial(notify, config, workspace, path))
-            run_autopilot(config, workspace, agent, journal, task, history,
-                          sys.stderr if as_json else sys.stdout)
+            run_autopilot(config, workspace, agent, demo_model or make_model(
+                config, publish=journal.publish, session_id=path.stem), journal, task, history,
+                sys.stderr if as_json else sys.stdout)
     return 0
 
 
@@ -7143,13 +7107,18 @@ def run_replay(path: Path, config: Config) -> int:
             journal.read_appended()
 
 
-def own_command() -> str:
-    """Return the command that started this program, for you to copy."""
-    script = sys.argv[0]
-    if not os.path.isfile(script):      # `curl ... | python3 -`
-        return "python3 orchestrator.py"
-    python = Path(sys.executable).name
-    return shlex.join([python if shutil.which(python) else sys.executable, script])
+_SECRET_SETTINGS = ("OPENROUTER_API_KEY", "NOTIFY_CMD")     # and a query of a URL
+
+
+def own_command(environ: Mapping[str, str]) -> str:
+    """Return the command that started this program, with its settings, for you to copy."""
+    settings = [f"{name}={shlex.quote(environ[name])}" for name in Config.fields_by_variable()
+                if environ.get(name) and name not in _SECRET_SETTINGS and "?" not in environ[name]]
+    command = "python3 orchestrator.py"
+    if os.path.isfile(sys.argv[0]):     # not `curl ... | python3 -`
+        python = Path(sys.executable).name
+        command = shlex.join([python if shutil.which(python) else sys.executable, sys.argv[0]])
+    return " ".join([*settings, command])
 
 
 _AFTER_DEMO = """
@@ -7168,25 +7137,19 @@ def run_demo(config: Config, environ: Mapping[str, str], as_json: bool) -> int:
     workspace.directory.mkdir()
     agent = scratch / "demo_agent.py"
     agent.write_text(DEMO_AGENT, encoding="utf-8")
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), DemoModelHandler)
-    threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
     shown = {name: value for name, value in vars(config).items() if name.startswith("dashboard")}
     config = Config(
         claude_tmux_socket=scratch.name, claude_cmd=shlex.join([sys.executable, str(agent)]),
-        openrouter_base_url=f"http://127.0.0.1:{server.server_port}/api/v1",
-        openrouter_api_key="the-key-of-the-demo", openrouter_model="built-in demo",
         verify_cmd=DEMO_VERIFY_CMD, terminate_when_quit=True, **shown)
     try:
-        run(config, workspace, lambda: DEMO_TASK, as_json=as_json)
+        run(config, workspace, lambda: DEMO_TASK, demo_model=DemoModel(), as_json=as_json)
     finally:
-        server.shutdown()
-        server.server_close()
         shutil.rmtree(scratch, ignore_errors=True)
         with contextlib.suppress(OSError):      # the socket, whose name is for this run only
             os.unlink(f"{environ.get('TMUX_TMPDIR') or '/tmp'}/tmux-{os.getuid()}/{scratch.name}")
     if not as_json:
         profile = select_profile(Config.default_model)
-        print_line(_AFTER_DEMO.format(install=profile.install_command, command=own_command(),
+        print_line(_AFTER_DEMO.format(install=profile.install_command, command=own_command({}),
                                       program=profile.start_command[0]))
     return 0
 
@@ -7213,20 +7176,21 @@ def run_status(config: Config, workspace: Workspace) -> int:
     server = make_agent(config, workspace).tmux
     for name, mark, created_at, is_running in server.list_sessions():
         tmux = Tmux(config.claude_tmux_socket, name, workspace.environ)
-        path, info = next((run for run in runs if run[1]["attach"] == tmux.attach_command),
-                          (None, {}))
-        process = find_session_holder(workspace.lock_path(tmux))[0]
+        command = mark.rpartition(" in ")[0].strip("'\"")
+        agent = select_profile(Config.default_model, command).name
         since = datetime.datetime.fromtimestamp(created_at)
-        agent = f"{info.get('agent', 'a program')}, {'running' if is_running else 'ended'}"
-        rows = {"Agent": f"{agent}; the session is there since {since:%Y-%m-%d %H:%M}",
+        rows = {"Agent": f"{agent}, {'running' if is_running else 'ended'}; the session is there "
+                         f"since {since:%Y-%m-%d %H:%M}",
                 "Made for": mark, "Watch it": tmux.attach_command, "End it": tmux.kill_command,
                 "Driver": "none; the agent waits for the next run or chat in its directory"}
+        process = find_session_holder(workspace.lock_path(tmux))[0]
         if process:
+            path, info = next((run for run in runs if run[1]["attach"] == tmux.attach_command),
+                              (Path(), {}))
             driven.append(path)
             rows["Driver"] = f"process {process}, since {_format_start(info)}: {_format_task(info)}"
             rows["Stop it"] = f"kill {process}"
-            if path and info.get("mode") != "chat":
-                rows["Dashboard"] = find_live_dashboard(path) or "none"
+            rows["Dashboard"] = find_live_dashboard(path) or "none"
         print_line(f"Session {name}\n{textwrap.indent(format_rows(rows), '    ')}\n")
     print_line(f"Latest runs, with their journals in {workspace.journal_directory}")
     for path, info in runs[:10]:
@@ -7239,8 +7203,22 @@ def run_status(config: Config, workspace: Workspace) -> int:
 
 # Doctor
 
-def check_agent(config: Config, workspace: Workspace) -> str:
-    """Return where the agent is, and its version; raise AgentError if it would not work."""
+def run_briefly(words: Sequence[str], workspace: Workspace) -> tuple[int, str]:
+    """Run a command of the doctor; return its exit status and output."""
+    return run_shell_command(shlex.join(words), workspace.directory, workspace.environ, 20.0)
+
+
+def find_command_errors(config: Config, workspace: Workspace) -> Iterator[str]:
+    """Yield what the shell says about commands of the settings that it can't read."""
+    for name in ("CLAUDE_CMD", "VERIFY_CMD", "NOTIFY_CMD"):
+        command = getattr(config, name.lower())
+        status, output = run_briefly(["/bin/sh", "-n", "-c", command], workspace)
+        if status:
+            yield f"{name}={command!r}: {output}"
+
+
+def check_agent(config: Config, workspace: Workspace) -> tuple[str, str]:
+    """Say where the agent is, and its version; raise AgentError if it would not work."""
     profile = select_profile(config.default_model, config.claude_cmd)
     found = make_agent(config, workspace).check_installed()
     option, variable = profile.root_check
@@ -7249,108 +7227,114 @@ def check_agent(config: Config, workspace: Workspace) -> str:
         raise AgentError(f"{profile.name} refuses {option} as root. Run as another user, or "
                          f"set {variable}=1 where nothing can be damaged.")
     if not profile.install_command:     # another program may take --version for a task
-        return found
-    command = shlex.join([profile.start_command[0], "--version"])
-    status, output = run_shell_command(command, workspace.directory, workspace.environ, 20)
+        return "ok", found
+    program = profile.start_command[0]
+    status, output = run_briefly([program, "--version"], workspace)
     if status:
-        raise AgentError(f"{command} ended with exit status {status}: {output[-200:]}. "
+        raise AgentError(f"{program} --version ended with exit status {status}: {output[-200:]}. "
                          f"Install it again: {profile.install_command}")
     version = output.rpartition("\n")[2]
-    command = shlex.join([profile.start_command[0], "--help"])
-    options = run_shell_command(command, workspace.directory, workspace.environ, 20)[1]
+    options = run_briefly([program, "--help"], workspace)[1]
     unknown = [word for word in profile.start_command
                if word.startswith("--") and word not in options]
     if unknown and not config.claude_cmd:
         raise AgentError(f"{version} does not list {unknown[0]} in its --help. Update it: "
                          f"{profile.install_command}")
-    return f"{found}, {version}"
+    return "ok", f"{found}, {version}"
 
 
-def check_login(config: Config, workspace: Workspace) -> str:
-    """Return whether the agent is logged in, as far as it tells; raise AgentError if not."""
+def check_login(config: Config, workspace: Workspace) -> tuple[str, str]:
+    """Say whether the agent is logged in, as far as it tells; raise AgentError if not."""
     profile = select_profile(config.default_model, config.claude_cmd)
-    if not profile.login_status_command:
-        return f"not known for {profile.name}"
-    command = shlex.join(profile.login_status_command)
-    status, output = run_shell_command(command, workspace.directory, workspace.environ, 20)
-    advice = find_problem(profile, output)
-    if advice:
-        raise AgentError(f"{profile.name}: {advice}")
-    return "logged in" if status == 0 else f"unknown: `{command}` failed"
+    command = profile.login_status_command
+    if not command:
+        return "ok", f"not known for {profile.name}"
+    status, output = run_briefly(command, workspace)
+    problem = find_problem(profile, output)
+    file, setting = profile.provider_setting
+    with contextlib.suppress(OSError):
+        path = Path(workspace.environ.get("HOME", "/"), file)
+        if problem and file and re.search(rf"(?m)^{setting}\b", path.read_text("utf-8", "replace")):
+            return "warning", f"{problem} That is not needed if {setting} in {path} needs no login."
+    if problem:
+        raise AgentError(f"{profile.name}: {problem}")
+    return ("warning", f"unknown: `{shlex.join(command)}` failed") if status else (
+        "ok", "logged in")
 
 
-def check_model(config: Config, workspace: Workspace) -> str:
-    """Return what a tiny completion shows of server, key and model."""
+def check_model(config: Config, workspace: Workspace) -> tuple[str, str]:
+    """Say what a tiny completion shows of server, key and model."""
     if not config.autonomous_mode:
-        return "not needed in chat mode"
-    check_key(config)
+        return "ok", "not needed in chat mode"
     model = make_model(config)
     access = model.check_access()
     note = f"; {access.warning}" if access.warning else ""
-    return f"{access.description}, {model.check_completion()} (tried with a few tokens){note}"
+    return "ok", f"{access.description}, {model.check_completion()} (tried with a few tokens){note}"
 
 
-def check_session(config: Config, workspace: Workspace) -> str:
-    """Return which session a run would use; raise ConfigError if another process drives it."""
+def check_session(config: Config, workspace: Workspace) -> tuple[str, str]:
+    """Say which session a run would use; raise ConfigError if another process drives it."""
     with hold_session(config, workspace) as chosen:
         found = make_agent(chosen, workspace).find_session()
         state = "is running already and will be joined" if found else "is free"
-        return f"{chosen.claude_tmux_session} {state}"
+        return "ok", f"{chosen.claude_tmux_session} {state}"
 
 
-def check_state(config: Config, workspace: Workspace) -> str:
-    """Return the state directory; raise ConfigError if it can't be written."""
+def check_state(config: Config, workspace: Workspace) -> tuple[str, str]:
+    """Name the state directory; raise ConfigError if it can't be written."""
     try:
         workspace.journal_directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=workspace.journal_directory).close()
     except OSError as error:
         raise ConfigError(f"{workspace.state_directory}: {error.strerror}. Set XDG_STATE_HOME to "
                           "a directory that can be written.") from None
-    return f"{workspace.state_directory} can be written"
+    return "ok", f"{workspace.state_directory} can be written"
 
 
-def check_dashboard(config: Config, workspace: Workspace) -> str:
-    """Return where the dashboard can listen; raise ConfigError if it can't."""
+def check_dashboard(config: Config, workspace: Workspace) -> tuple[str, str]:
+    """Say where the dashboard can listen; a run goes on without it."""
     host, port = config.dashboard_host, config.dashboard_port
-    Dashboard(Journal(), host=host, port=port).server_close()
-    return f"can listen on {host}, port {port or 'any'}"
+    if not config.dashboard_enabled:
+        return "ok", "not wanted"
+    try:
+        Dashboard(Journal(), host=host, port=port).server_close()
+    except ConfigError as error:
+        return "warning", str(error)
+    return "ok", f"can listen on {host}, port {port or 'any'}"
 
 
 def run_doctor(config: Config, workspace: Workspace, errors: Sequence[str] = ()) -> int:
-    """Print a line for each invalid setting and each check; return 0 if all is well."""
-    print_line(f"python    ok      {platform.python_version()}")
-    status = 1 if errors else 0
-    for error in errors:
+    """Print a line for each invalid setting and each check; return 0 if a run could start."""
+    checks: dict[str, Callable[[Config, Workspace], tuple[str, str]]] = {
+        "python": lambda *_: ("ok", platform.python_version()),
+        "tmux": lambda *_: ("ok", make_agent(config, workspace).tmux.check_version()),
+        "agent": check_agent, "login": check_login, "model": check_model,
+        "session": check_session, "state": check_state, "dashboard": check_dashboard}
+    exit_status = 0
+    for error in (*errors, *find_command_errors(config, workspace)):
         print_line(f"settings  FAILED  {error}")
-    checks = {"tmux": lambda *_: make_agent(config, workspace).tmux.check_version(),
-              "agent": check_agent, "login": check_login, "model": check_model,
-              "session": check_session, "state": check_state}
-    if config.dashboard_enabled:
-        checks["dashboard"] = check_dashboard
+        exit_status = 1
     for name, check in checks.items():
         try:
-            print_line(f"{name:<9} ok      {check(config, workspace)}")
+            verdict, text = check(config, workspace)
         except (OrchestratorError, OSError, ValueError) as problem:
-            verdict = "warning" if name == "dashboard" else "FAILED"   # a run goes on without
-            status = 1 if verdict == "FAILED" else status
-            print_line(f"{name:<9} {verdict:<7} {problem}")
-    return status
+            verdict, text = "FAILED", str(problem)
+            exit_status = 1
+        print_line(f"{name:<9} {verdict:<7} {text}")
+    return exit_status
 
 
 # Dispatch
 
 _ANNOUNCED_SETTINGS = ("CLAUDE_CMD", "VERIFY_CMD", "NOTIFY_CMD", "OPENROUTER_BASE_URL",
                        "DEFAULT_MODEL")
-_REPEATED_SETTINGS = ("CLAUDE_TMUX_SESSION", "CLAUDE_TMUX_SOCKET", "DEFAULT_MODEL", "CLAUDE_CMD",
-                      "OPENROUTER_MODEL", "OPENROUTER_BASE_URL", "VERIFY_CMD", "MAX_ITERATIONS",
-                      "MAX_COST", "MAX_MINUTES")
 
 
 def announce_settings(environ: Mapping[str, str], env_file: Mapping[str, str]) -> None:
     """Print the settings of the .env file that choose what runs, and those that look misspelt."""
     for name in _ANNOUNCED_SETTINGS:
         if env_file.get(name) and not environ.get(name):
-            value = env_file[name]
+            value = " ".join(env_file[name].split())
             if name == "OPENROUTER_BASE_URL":
                 value = value.partition("?")[0]     # a query may hold a key
             elif name == "DEFAULT_MODEL":
@@ -7365,25 +7349,21 @@ def announce_settings(environ: Mapping[str, str], env_file: Mapping[str, str]) -
 def find_workspace(directory: str | None, environ: Mapping[str, str],
                    env_file: Mapping[str, str]) -> Workspace:
     """Return where a run works; raise ConfigError if there is no such directory."""
-    shown = directory or "."
     try:
-        path = Path(shown).expanduser().resolve()
-        state_home = environ.get("XDG_STATE_HOME", "")
-        if not os.path.isabs(state_home):
-            state_home = str(Path.home() / ".local/state")
-        if not path.is_dir():
-            problem = "not a directory" if path.exists() else "there is no such directory"
-            raise ConfigError(f"{path}: {problem}")
-    except OSError as error:            # it was deleted while we were in it
-        raise ConfigError(f"{shown}: {error}") from None
+        path = Path(directory or ".").expanduser().resolve()
+        state_home = Path(environ.get("XDG_STATE_HOME", ""))
+        if not state_home.is_absolute():
+            state_home = Path.home() / ".local/state"
+    except OSError as error:
+        raise ConfigError(f"{directory or 'This directory'}: {error.strerror}") from None
     except RuntimeError as error:       # no home
-        raise ConfigError(f"{shown}: {error} Set HOME and XDG_STATE_HOME") from None
-    settings = [f"{name}={shlex.quote(environ[name])}" for name in _REPEATED_SETTINGS
-                if environ.get(name) and "?" not in environ[name]]      # a query may hold a key
+        raise ConfigError(f"{error} Set HOME and XDG_STATE_HOME") from None
+    if not path.is_dir():
+        problem = "not a directory" if path.exists() else "there is no such directory"
+        raise ConfigError(f"{path}: {problem}")
     name = "CLAUDE_TMUX_SESSION"
-    return Workspace(path, Path(state_home, "orchestrator"), child_environment(environ),
-                     " ".join([*settings, own_command()]),
-                     has_session_name=bool(environ.get(name) or env_file.get(name)))
+    return Workspace(path, state_home / "orchestrator", child_environment(environ),
+                     own_command(environ), bool(environ.get(name) or env_file.get(name)))
 
 
 def find_recorded_run(options: argparse.Namespace, environ: Mapping[str, str],

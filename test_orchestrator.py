@@ -5494,6 +5494,7 @@ def test_the_printed_address_opens_the_page_and_gives_a_cookie(visitor: Visitor)
     again = visitor.ask("GET", "/", {"Cookie": f"other=1; {cookie.split(';')[0]}"})
     assert again.status == 200 and nonce not in again.read().decode()
     assert visitor.dashboard.page_opened.is_set()
+    assert not visitor.dashboard.viewer_came.is_set()
 
 
 def test_who_is_let_in(visitor: Visitor) -> None:
@@ -5769,14 +5770,12 @@ def test_who_knocks_before_the_end_is_still_answered() -> None:
         socket.create_connection((host, int(port)), timeout=10)
 
 
-def test_who_leaves_in_the_middle_of_an_answer_is_no_trouble() -> None:
-    body = '{"messages": []}'
-    for handler in (orchestrator.QuietHandler, orchestrator.DemoModelHandler):
-        ours, theirs = socket.socketpair()
-        theirs.sendall(f"POST / HTTP/1.0\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
-        theirs.close()
-        with ours:
-            handler(ours, None, cast(Any, None))
+def test_who_leaves_in_the_middle_of_an_answer_is_no_trouble(visitor: Visitor) -> None:
+    ours, theirs = socket.socketpair()
+    theirs.sendall(b"POST / HTTP/1.0\r\n\r\n")
+    theirs.close()
+    with ours:
+        orchestrator._DashboardHandler(ours, None, visitor.dashboard)
 
 
 def test_an_address_that_cannot_be_listened_on_is_named() -> None:
@@ -5807,7 +5806,7 @@ class Stage:
         self.clock, self._capsys = Clock(), capsys
         self.narrator = TerminalReporter(
             describe, {"iteration_start": "Agent", "iteration_end": ""},
-            orchestrator.Display(live, live, live), clock=self.clock, **how)
+            is_terminal=live, environ={"TERM": "xterm"}, clock=self.clock, **how)
 
     def drawn(self, kind: Any = "", **fields: Any) -> Any:
         """Hear an event, or look again; return what was printed."""
@@ -5842,7 +5841,7 @@ TOKENS = {"prompt": 1000, "completion": 200, "total": 1200, "cached": 0, "writte
     ({"type": "recovery", "iteration": 1, "what": "it ended", "resumed": True}, ["it ended"]),
     ({"type": "memory", "saved": ["a", "b"], "total": 2}, ["a", "b"]),
     ({"type": "memory", "total": 1, "compacted": {"before": 60, "after": 20}}, ["60", "20"]),
-    ({"type": "verify", "command": "make", "status": 2, "output": "no\x9b"}, ["make", "2", "no"]),
+    ({"type": "verify", "command": "make", "status": 2, "output": "no\x9b"}, ["make", "2"]),
     ({"type": "history", "summarised": 9, "summary": "s"}, ["9"]),
     ({"type": "note", "text": "hi\x1b]0;x\x07", "source": "dashboard"}, ["dashboard", "hi"]),
     ({"type": "state", "state": "paused"}, ["paused"]),
@@ -5858,10 +5857,10 @@ TOKENS = {"prompt": 1000, "completion": 200, "total": 1200, "cached": 0, "writte
 def test_the_terminal_says_what_happens_and_obeys_nobody(
         event: dict[Any, Any], words: list[str] | None, capsys: pytest.CaptureFixture[str]) -> None:
     event = {"id": 1, "time": "2026-01-31T09:00:00.123Z", **event}
-    TerminalReporter(describe_event, {}, orchestrator.Display()).on_event(event)
+    TerminalReporter(describe_event).on_event(event)
     text = capsys.readouterr().out
     assert bool(text) is bool(words) and all(word in text for word in words or ())
-    TerminalReporter(describe_chat_event, {}, orchestrator.Display()).on_event(event)
+    TerminalReporter(describe_chat_event).on_event(event)
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", text + capsys.readouterr().out)
 
 
@@ -5923,17 +5922,22 @@ def test_heads_are_bold_on_a_terminal_and_a_failed_check_is_shown_once(
     text = shown_on(Stage(monkeypatch, capsys, describe=describe_event), *events)
     assert text.count("it broke") == 2 and "\x1b[1m\n[2] model" in text
     text = shown_on(Stage(monkeypatch, capsys, live=False, describe=describe_event), *events)
-    assert text.count("it broke") == 3 and "\x1b" not in text
+    assert text.count("it broke") == 2 and "\x1b" not in text
 
 
-@pytest.mark.parametrize("environ, display", [
-    ({"TERM": "xterm"}, (True, True, True)), ({"TERM": "dumb"}, (True, False, False)),
-    ({}, (True, False, False)), ({"TERM": "xterm", "NO_COLOR": "1"}, (True, True, False))])
-def test_what_a_terminal_can_show(environ: dict[str, str], display: tuple[bool, ...],
-                                  monkeypatch: Any) -> None:
-    assert orchestrator.Display.of_stdout(environ) == (False, False, False)
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    assert orchestrator.Display.of_stdout(environ) == display
+@pytest.mark.parametrize("environ, has_line, has_bold", [
+    ({"TERM": "xterm"}, True, True), ({"TERM": "dumb"}, False, False), ({}, False, False),
+    ({"TERM": "xterm", "NO_COLOR": "1"}, True, False)])
+def test_what_a_terminal_can_show(environ: dict[str, str], has_line: bool, has_bold: bool,
+                                  capsys: Any) -> None:
+    turn = {"type": "iteration_end", "iteration": 1, "agent_output": "done"}
+    for is_terminal in (True, False):
+        reporter = TerminalReporter(describe_event, {"iteration_end": "you"},
+                                    is_terminal=is_terminal, environ=environ)
+        reporter.on_event(turn)
+        text = capsys.readouterr().out
+        assert ("waiting for you" in text) is (is_terminal and has_line)
+        assert ("\x1b[1m" in text) is (is_terminal and has_bold)
 
 
 @pytest.mark.parametrize("output, shown", [
@@ -6037,6 +6041,8 @@ def scene(
 @pytest.mark.parametrize("arguments, environ, status, words", [
     (["--nonsense"], {}, 2, "--nonsense"), (["a", "b"], {}, 2, "see --help"),
     (["--task"], {}, 2, "--task"), (["--ta", "x"], {}, 2, "--ta"),
+    (["--status", "--json"], {}, 2, "take no --json"),
+    (["--doctor", "--json"], {}, 2, "take no --json"),
     (["--chat", "--demo"], {}, 2, "not allowed with argument --chat"),
     (["--resume", "--task", "x"], {}, 2, "not allowed with"),
     (["nowhere"], {}, 2, "there is no such directory"), (["/dev/null"], {}, 2, "not a directory"),
@@ -6090,6 +6096,8 @@ def test_settings_that_run_something_are_announced_when_they_come_from_a_file(sc
                   "OPENROUTER_BASE_URL=http://127.0.0.1:9/v1\n"):
         assert f".env sets {words}" in err
     assert "secret" not in err
+    Path(".env").write_text("VERIFY_CMD='make\n  test'\n")
+    assert "orchestrator: .env sets VERIFY_CMD=make test\n" in scene("--task", "")[2]
     Path(".env").write_text("CLAUDE_CMD=cat\nMAX_ITERATION=3\nPORT=80\n")
     err = scene("--task", "")[2]
     assert ".env: unknown setting MAX_ITERATION. Did you mean MAX_ITERATIONS?" in err
@@ -6153,6 +6161,30 @@ def test_the_doctor_names_all_wrong_settings_and_checks_the_rest(
     assert lines["agent"].startswith(f"ok      Codex: {tmp_path}/codex")
 
 
+def test_the_doctor_names_a_command_that_the_shell_cannot_read(run_doctor: Any) -> None:
+    ask = {"AUTONOMOUS_MODE": "no", "CLAUDE_CMD": "cat"}
+    assert "settings" not in run_doctor(**ask, VERIFY_CMD="make test && (echo ok)")[1]
+    status, lines = run_doctor(**ask, VERIFY_CMD="make 'test")
+    assert status == 1 and lines["settings"].startswith("FAILED  VERIFY_CMD=\"make 'test\": ")
+
+
+@pytest.mark.parametrize("setting, verdict", [
+    ("model_provider = \"mine\"\n[model_providers.mine]\n", "warning"),
+    ("model = \"model_provider\"\n", "FAILED"), (None, "FAILED")])
+def test_the_doctor_knows_that_an_own_model_provider_may_need_no_login(
+        setting: str | None, verdict: str, run_doctor: Any, tmp_path: Path,
+        monkeypatch: Any) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "codex").write_text(
+        f"#!/bin/sh\n[ $1 = login ] && {{ echo Not logged in; exit 1; }}\n{FAKE_CODEX}")
+    if setting:
+        (tmp_path / ".codex").mkdir()
+        (tmp_path / ".codex" / "config.toml").write_text(setting)
+    status, lines = run_doctor(DEFAULT_MODEL="gpt", AUTONOMOUS_MODE="no")
+    assert lines["login"].startswith(verdict) and "'Not logged in'" in lines["login"]
+    assert status == (verdict == "FAILED")
+
+
 def test_the_doctor_asks_known_agents_for_their_version_without_the_key(
         run_doctor: Any, tmp_path: Path) -> None:
     ask = {"DEFAULT_MODEL": "gpt", "AUTONOMOUS_MODE": "no", "OPENROUTER_API_KEY": KEY}
@@ -6171,7 +6203,7 @@ def test_the_doctor_asks_known_agents_for_their_version_without_the_key(
     (f"[ $1 = login ] && {{ echo Not logged in; exit 1; }}\n{FAKE_CODEX}", "login",
      "FAILED  Codex: it says 'Not logged in'. Run `codex login`"),
     (f"[ $1 = login ] && {{ echo no such command; exit 2; }}\n{FAKE_CODEX}", "login",
-     "ok      unknown: `codex login status` failed")])
+     "warning unknown: `codex login status` failed")])
 def test_the_doctor_finds_agents_that_would_not_work(
         program: str, name: str, words: str, run_doctor: Any, tmp_path: Path) -> None:
     (tmp_path / "codex").write_text(f"#!/bin/sh\n{program}\n")
@@ -6387,11 +6419,13 @@ def test_how_to_continue_is_told_as_a_command_that_can_be_copied(
     workspace = orchestrator.find_workspace(str(tmp_path), {
         "DEFAULT_MODEL": "gpt", "CLAUDE_CMD": "a b", "OPENROUTER_API_KEY": KEY, "MAX_COST": "2",
         "HOME": "/x", "NOTIFY_CMD": "curl https://hooks.example/secret",
+        "TERMINATE_WHEN_QUIT": "true", "CONFIRM_COMPLETE": "no", "HISTORY_MAX_TOKENS": "",
         "OPENROUTER_BASE_URL": "http://x/v1?key=1"}, {"CLAUDE_TMUX_SESSION": "s"})
-    assert workspace.command.startswith("DEFAULT_MODEL=gpt CLAUDE_CMD='a b' MAX_COST=2 python")
+    assert workspace.command.startswith("DEFAULT_MODEL=gpt CLAUDE_CMD='a b' TERMINATE_WHEN_QUIT="
+                                        "true MAX_COST=2 CONFIRM_COMPLETE=no python")
     assert workspace.command.endswith(f" '{script}'") and workspace.has_session_name
     monkeypatch.setattr(sys, "argv", ["-"])
-    assert orchestrator.own_command() == "python3 orchestrator.py"
+    assert orchestrator.own_command({}) == "python3 orchestrator.py"
 
 
 @pytest.mark.parametrize("outcome, is_chat, options, can_continue", [
