@@ -3019,7 +3019,7 @@ FOLLOWED = {        # what is in each block of the README, and what the test of 
     "npm install -g": "setup", "curl -fsSLO": "setup", "MAX_COST=2": "run", "--chat": "chat",
     "nohup": "unattended", "ssh -L": "tunnel", "find ~": "journals", "xargs": "many",
     "parallel -j": "many", "#SBATCH": "many", "kind: Job": "kubernetes", "import Agent": "library",
-    "python3-pytest": "development"}
+    "python3-pytest": "development", "GOOSE": "development (a unit test)"}
 
 
 def test_each_block_of_the_readme_is_followed_by_a_test() -> None:

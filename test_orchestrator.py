@@ -1815,6 +1815,18 @@ def test_recorded_screens_of_agents_at_work_are_signs_of_work(case: str) -> None
     assert turns.ends(5.0, *before) == expected
 
 
+@with_our_readme
+def test_the_agent_that_the_readme_adds_is_seen_at_work() -> None:
+    example = re.search(r"(?ms)^```python\n(GOOSE = .*?)^```$", README.read_text("utf-8"))
+    assert example
+    signs: dict[str, Any] = {}
+    exec(example[1], {**vars(orchestrator), "SIGNS": signs})
+    profile, before, working, sign = signs["Goose"]
+    turns = Turns(profile, *before)
+    assert turns.look(0.1, *working) == "wait" and turns.detector.last_sign == sign
+    assert profile.with_command("goose", 5).resume_command == ("goose", "session", "--resume")
+
+
 @pytest.mark.parametrize("case", [name for name, case in SIGNS.items() if case[3] == "own words"])
 def test_the_agents_own_words_in_their_place_count_on_a_screen_that_stands_still(case: str) -> None:
     profile, before, working, _ = SIGNS[case]
