@@ -539,12 +539,18 @@ def _find_redrawn(old: list[str], after: list[str]) -> int:
 def _find_end_after_loss(old: list[str], after: list[str], start: int) -> int:
     """Return where the new lines begin if old ones from the row `start` on have vanished, else 0.
 
-    A program that draws its screen again may lose lines at the edge of the scrollback.
+    A program that draws its transcript again may lose lines at the edge of the scrollback, and
+    what stood above its first line.
     """
+    places = range(start, start + 1) if start else range(60)
+    enough_lines = 3 if start else 8        # of text: fewer may be equal by coincidence
     for first in range(start + 1, min(start + 60, len(old))):
         rest = old[first:]
-        if after[start:start + len(rest)] == rest and len(list(filter(None, rest))) >= 3:
-            return start + len(rest)
+        if len(list(filter(None, rest))) < enough_lines:
+            return 0
+        for place in places:
+            if after[place:place + len(rest)] == rest:
+                return place + len(rest)
     return 0
 
 
@@ -556,7 +562,9 @@ def find_new_lines(before: list[str], after: list[str]) -> list[str] | None:
     >>> find_new_lines(['$ ls', 'a', '$'], ['$ ls', 'a', '$ ls', 'a', '$'])
     ['$ ls', 'a']
     """
-    old = before[_find_overlap(before, after):]
+    overlap = _find_overlap(before, after)
+    has_overlap = overlap < len(before)
+    old = before[overlap:] if has_overlap else before
     start, end = _common_ends(old, after)
     if start + end < len(old):
         old_end = _find_redrawn(old, after) or _find_end_after_loss(old, after, start)
@@ -566,7 +574,8 @@ def find_new_lines(before: list[str], after: list[str]) -> list[str] | None:
         if old_end:
             return after[old_end:len(after) - end]
     grown = len(before) == 1 and after[:1] and after[0].startswith(before[0])    # a prompt
-    if before and not any(old[:start]) and not grown:       # equal blank lines mean nothing
+    is_same = has_overlap and any(old[:start])      # equal blank lines mean nothing
+    if before and not is_same and not grown:
         return None
     return after[start:len(after) - end]
 
@@ -2335,7 +2344,9 @@ class Agent:
             lines = find_new_lines(before, self._last_capture)
         if lines is None and pane.is_alternate_screen and self._last_full_screen:
             return self._last_full_screen, False        # it may have more lines than the window
-        return (pane.text.split("\n"), False) if lines is None else (lines, True)
+        if lines is None:
+            return strip_input_box(self._profile, pane.screen), False
+        return lines, True
 
     def _capture_full_screen(self, pane: PaneSnapshot) -> list[str]:
         """Return what a full-screen program shows in a tall window, without blank lines and box.
@@ -2530,7 +2541,7 @@ class Agent:
             pane, now = self._snapshot(), self._clock()
             self._publish_screen(pane, 0.5)
             verdict = detector.update(pane, now)
-            if detector.is_busy and now >= second_escape_at:
+            if verdict == "wait" and now >= second_escape_at:
                 self._press("Escape")
                 second_escape_at = math.inf
             if self.take_interrupt():

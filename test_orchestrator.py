@@ -915,6 +915,10 @@ BOX = ["─" * 20, "❯", "─" * 20, "  ? for help"]
     (OLD, [*OLD[:250], *OLD[252:], "new"], ["new"]),       # two old lines have vanished
     ([*OLD, "", "end"], [*OLD[:250], *OLD[251:], "", "end", "new", "", "end"], ["new", "", "end"]),
     ([*OLD, *BOX], [*OLD[:250], *OLD[252:], "new", *BOX], ["new"]),
+    (["a warning", *OLD], ["", *OLD, "new"], ["new"]),     # what stood above the transcript is gone
+    (["a warning", "", *OLD[:30]], ["", "", *OLD[:30], "new"], ["new"]),
+    (["a", "b", *OLD[:9], "end"], [*OLD[:9], "end", "new", "end"], ["new", "end"]),
+    (["a", "1", "2", "3"], ["b", "1", "2", "3"], None),
     ([*OLD, *BOX], [*OLD[:250], "other", *OLD[251:], "new", *BOX],
      ["other", *OLD[251:], "new"])])
 def test_what_is_new_on_a_screen(before: Any, after: Any, new: Any) -> None:
