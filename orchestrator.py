@@ -1863,8 +1863,15 @@ class TurnDetector:
     # rules
 
     def has_title_spinner(self, pane: PaneSnapshot) -> bool:
-        """Apply rule 1: a spinner begins the title, and was not left there by a dead program."""
-        if not self._title_has_changed or not self._profile.busy_title.match(pane.title):
+        """Apply rule 1: a spinner begins the title, and was not left there by a dead program.
+
+        One that was there before the message may be for something else, such as a server that the
+        agent starts: it does not outlast the line that closes the turn.
+        """
+        is_spinner = self._profile.busy_title.match
+        if not self._title_has_changed or not is_spinner(pane.title):
+            return False
+        if is_spinner(self._before.title) and self._has_new_closing_line():
             return False
         self._habits.has_title_spinner = True
         return not self._is_stale

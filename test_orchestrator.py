@@ -1742,9 +1742,10 @@ class Turns:
     """A detector of the end of turns, and the pane that it looks at."""
 
     def __init__(self, profile: AgentProfile, *screen: str, message: str = "go", draft: str = "",
-                 has_title_spinner: bool = False, **options: Any) -> None:
+                 title: str = "", has_title_spinner: bool = False, **options: Any) -> None:
         self.profile = profile
-        self.pane = PANE._replace(screen=screen, reads_keys=True, cursor_row=len(screen) - 1)
+        self.pane = PANE._replace(screen=screen, reads_keys=True, cursor_row=len(screen) - 1,
+                                  title=title or PANE.title)
         self.habits = ProgramHabits(profile)
         self.habits.learn_idle(self.pane)
         self.habits.has_title_spinner = has_title_spinner
@@ -1966,6 +1967,17 @@ def test_an_instant_answer_ends_with_the_line_that_closes_a_turn(
     assert Turns(profile, *before, settle_seconds=5.0).ends(0.1, *after) == 0.1
     scrolled = Turns(profile, *before, settle_seconds=5.0)      # by a list that opened
     assert scrolled.ends(0.1, "a", *before) == 5.0
+
+
+def test_a_title_that_spun_before_the_message_does_not_outlast_the_closing_line() -> None:
+    old = codex_screen("› hi", "• old", "", "  Worked for 2s • 01:33")
+    asked = codex_screen("› go", "", "• new")
+    answered = codex_screen("› go", "", "• new", "", "  Worked for 3s • 01:34")
+    for title, seconds in (("⠋ src", 0.1), ("src", None)):
+        turns = Turns(CODEX, *old, title=title)
+        for screen in (old, asked):
+            assert turns.look(0.1, *screen, title="⠙ src") == "wait"
+        assert turns.ends(0.3, *answered, title="⠹ src", limit=10) == seconds
 
 
 def test_a_menu_that_opens_before_any_sign_of_work_ends_a_turn() -> None:
