@@ -1789,6 +1789,7 @@ class TurnDetector:
     SETTLE_SECONDS_AT_PROMPT = 0.5
     SETTLE_SECONDS_OF_COMMANDS = 1.0        # a slash command, or an answer that is only a menu
     SETTLE_SECONDS_WITHOUT_INDICATOR = 2.0
+    PAUSE_SECONDS = 45.0                    # of an answer whose closing line has not come yet
     TOOL_SECONDS = 45.0                     # how long a new process counts on a still screen
     ENTER_RETRY_SECONDS = (0.5, 1.0, 2.0)   # after the last Enter
 
@@ -1934,7 +1935,7 @@ class TurnDetector:
                                    or describe_menu(self._profile, pane.screen)):
             return self.SETTLE_SECONDS_OF_COMMANDS
         if self._lacks_closing_line(pane):
-            return self.STALE_SECONDS
+            return self.STALE_SECONDS if self._message.startswith("/") else self.PAUSE_SECONDS
         if self.last_sign or self._has_new_closing_line():
             return self.SETTLE_SECONDS
         return self._settle_seconds

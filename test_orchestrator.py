@@ -1990,14 +1990,15 @@ def test_codex_without_a_title_is_at_work_until_the_line_that_closes_a_turn() ->
     pausing = codex_screen("› go", "", "• Delta one two")
     done = codex_screen("› go", "", "• Delta one two three", "", "  Worked for 7s • 01:36")
     menu = ("Would you like to run it?", "› 1. Yes", "  2. No", "", "  Press enter to confirm")
-    for screen, seconds in ((pausing, 15.0), (menu, 0.1), (done, 0.1)):
-        turns = Turns(CODEX, *codex_screen())
+    for screen, message, seconds in ((pausing, "go", 45.0), (pausing, "/compact", 15.0),
+                                     (menu, "go", 0.1), (done, "go", 0.1)):
+        turns = Turns(CODEX, *codex_screen(), message=message)
         turns.habits.has_closing_line = True
         turns.look(0.1, *working)
         assert turns.ends(0.3, *screen) == seconds
     turns = Turns(CODEX, *codex_screen(), settle_seconds=5.0)
     turns.habits.has_closing_line = True        # the sign was too short to be seen
-    assert turns.ends(0.3, *pausing) == 15.0
+    assert turns.ends(0.3, *pausing) == 45.0
     failed = codex_screen("› go", "", "• Delta", "", "■ Conversation interrupted - use /feedback")
     turns = Turns(CODEX, *codex_screen())
     turns.habits.has_closing_line = True
