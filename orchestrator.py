@@ -523,35 +523,24 @@ def _find_overlap(before: list[str], after: list[str]) -> int:
     return rows[0] if len(rows) == 1 else len(before)
 
 
-def _find_redrawn(old: list[str], after: list[str]) -> int:
-    """Return where the new lines begin if the old ones were all drawn again further down, else 0.
+def _find_old_lines(old: list[str], after: list[str], start: int) -> tuple[int, int] | None:
+    """Return where the old lines stand that differ at the row `start`: a first row and the end.
 
-    Fewer than three equal lines of text may be a coincidence.
+    They may have been drawn again further down.  A program that draws its transcript again may
+    also lose lines at the edge of the scrollback, change one, or lose what stood above its first
+    line.  Few equal lines of text may be a coincidence.
     """
-    if len(list(filter(None, old))) < 3:
-        return 0
-    for start in range(len(after) - len(old), 0, -1):
-        if after[start:start + len(old)] == old:
-            return start + len(old)
-    return 0
-
-
-def _find_end_after_loss(old: list[str], after: list[str], start: int) -> int:
-    """Return where the new lines begin if old ones from the row `start` on have vanished, else 0.
-
-    A program that draws its transcript again may lose lines at the edge of the scrollback, and
-    what stood above its first line.
-    """
-    places = range(start, start + 1) if start else range(60)
-    enough_lines = 3 if start else 8        # of text: fewer may be equal by coincidence
-    for first in range(start + 1, min(start + 60, len(old))):
+    moved = ((0, place) for place in range(len(after) - len(old), 0, -1))
+    shortened = ((first, place) for first in range(start + 1, min(start + 60, len(old)))
+                 for place in ((start, first) if start else range(60)))
+    for first, place in itertools.chain(moved, shortened):
         rest = old[first:]
-        if len(list(filter(None, rest))) < enough_lines:
-            return 0
-        for place in places:
-            if after[place:place + len(rest)] == rest:
-                return place + len(rest)
-    return 0
+        if after[place:place + 1] != rest[:1] or after[place:place + len(rest)] != rest:
+            continue
+        enough_lines = 8 if first and not start else 3
+        if len(list(filter(None, rest))) >= enough_lines:
+            return place, place + len(rest)
+    return None
 
 
 def find_new_lines(before: list[str], after: list[str]) -> list[str] | None:
@@ -567,12 +556,11 @@ def find_new_lines(before: list[str], after: list[str]) -> list[str] | None:
     old = before[overlap:] if has_overlap else before
     start, end = _common_ends(old, after)
     if start + end < len(old):
-        old_end = _find_redrawn(old, after) or _find_end_after_loss(old, after, start)
-        if old_end:
-            return after[old_end:]
-        old_end = _find_end_after_loss(old[:len(old) - end], after, start)
-        if old_end:
-            return after[old_end:len(after) - end]
+        for same_end in (0, end):
+            rows = _find_old_lines(old[:len(old) - same_end], after, start)
+            if rows:
+                changed = after[start:rows[0]] if start else []
+                return changed + after[rows[1]:len(after) - same_end]
     grown = len(before) == 1 and after[:1] and after[0].startswith(before[0])    # a prompt
     is_same = has_overlap and any(old[:start])      # equal blank lines mean nothing
     if before and not is_same and not grown:
@@ -695,7 +683,7 @@ SPINNER = re.compile("[\u2801-\u28ff\u25d0-\u25d3]")      # Braille, or a turnin
 
 
 class StartupRule(NamedTuple):
-    """A start-up dialog that the orchestrator answers itself: a menu entry, or a key to press."""
+    """How to answer a start-up dialog: choose a menu entry, or press a key."""
 
     pattern: re.Pattern[str]    # on the screen while the dialog is open
     entry: str = ""             # beginning of the menu entry to choose
@@ -709,7 +697,8 @@ class ProblemRule(NamedTuple):
     advice: str                 # what to do about it
 
 
-_SIMPLE_COMMAND = re.compile(r"[\w@%+:,./-]+( [\w@%+:,./= -]*)?")   # means the same without a shell
+# Means the same without a shell.
+_SIMPLE_COMMAND = re.compile(r"(?!exec )[\w@%+:,./-]+( [\w@%+:,./= -]*)?")
 
 
 def _split_command(command: str) -> tuple[str, ...]:
@@ -744,7 +733,7 @@ class AgentProfile:
     environment: tuple[tuple[str, str], ...] = ()       # variables that it needs in a pane
     variables_not_inherited: tuple[str, ...] = ()       # with these it refuses to run in one
     login_status_command: tuple[str, ...] = ()
-    provider_setting: tuple[str, str] = ("", "")    # file in the home, and what may need no login
+    provider_setting: tuple[str, str] = ("", "")    # a file in the home; with this setting no login may be needed
     root_check: tuple[str, str] = ("", "")      # option refused for root, variable that allows it
 
     # The screen.  `prompt_line` is the first row of the input box, `box_border` the row above it.
@@ -752,13 +741,13 @@ class AgentProfile:
     box_border: re.Pattern[str] | None = None
     reader_prompt_line: re.Pattern[str] | None = None   # in screen reader mode, without borders
     reader_footer: re.Pattern[str] | None = None        # at most two rows above that
-    reader_menu_hint: re.Pattern[str] | None = None     # there, a menu ends with it, or nearly so
+    reader_menu_hint: re.Pattern[str] | None = None     # near the end of a menu in that mode
     busy_title: re.Pattern[str] = SPINNER
     busy_words: re.Pattern[str] | None = None           # below the input box
     status_line: re.Pattern[str] | None = None          # the last unindented line above the box
     hides_status_line: bool = False                     # while its answer streams
     closing_line: re.Pattern[str] | None = None         # the last line of a turn that is over
-    failure: re.Pattern[str] | None = None              # the last paragraph of one that failed
+    failure: re.Pattern[str] | None = None              # the last paragraph of a turn that failed
     queued_message: re.Pattern[str] | None = None       # typed before the agent had started
     open_question: re.Pattern[str] | None = None        # it waits for you, below its spinner
     needs_blank: re.Pattern[str] | None = None          # a message that needs a blank at its end
@@ -827,7 +816,8 @@ CLAUDE_CODE = AgentProfile(
     reader_menu_hint=re.compile(r"(?:Select with numbers \[|Enter y/n:).*"),
     busy_words=re.compile(r"\b(?:esc|ctrl\+c) to interrupt\b", re.I),
     # Screen reader mode has no symbols before either line.
-    status_line=re.compile(r"[·✢✳✶✻✽*●] [^…]{1,200}…(?: \(.*\))?|[A-Z][\w'’-]{2,30}…\Z"),
+    status_line=re.compile(
+        r"(?:[·✢✳✶✻✽*●] [^…]{1,200}…(?: \(.*\))?|[A-Z][\w'’-]{2,30}…)\Z"),
     closing_line=re.compile(
         r"[✢✳✶✻✽] \w+ for \d.*|[A-Z]\w+ for \d+[hms](?: \d+[ms])*(?: · .*)?\Z"),
     needs_blank=re.compile(r"\\\Z"),      # else Enter becomes a line break
@@ -841,22 +831,23 @@ CLAUDE_CODE = AgentProfile(
         StartupRule(re.compile(r"Trust this folder\?"), "Trust and continue"),
         StartupRule(re.compile("Bypass Permissions mode"), "Yes, I accept")),
     usage_limit=re.compile(
-        r"(?m)^[^\w\"'`]*(?:You['’]ve (?:hit|reached) your .*limit|"
-        r"You['’]re out of extra usage|"
-        r"(?:Claude (?:AI )?usage|Usage|(?:Opus )?(?:5-hour|session|weekly)) limit reached|"
+        r"(?m)^[ ●⎿]*(?:You['’]ve (?:hit|reached) your .*limit|"
+        r"You['’]re out of extra usage|(?:Claude (?:AI )?usage|Usage|"
+        r"(?:Opus )?(?:5-hour|session|weekly)) limit reached(?=[.|]| [∙·]|$)|"
         r"API Error: (?:Rate limit reached|Request rejected \(429\)))" + _LIMIT_END, re.I),
     problems=(
-        ProblemRule(re.compile(r"cannot be used with root/sudo privileges"),
+        ProblemRule(re.compile(r"(?m)^--[\w-]+ cannot be used with root/sudo"),
                     "It refuses its default options as root. Run as another user, or set "
                     "IS_SANDBOX=1 where nothing can be damaged, as in a container."),
         ProblemRule(re.compile(
-            r"(?m)^\W*(?:Not logged in|Invalid API key|OAuth token (?:revoked|has expired)|"
-            r"Login expired|Login reached its time limit|(?:Your )?Session (?:has )?expired)\b"
-            r".*/login|^\W*Please run /login · API Error: 40[13]|"
-            r"\"loggedIn\": false|^\W*Select login method:"),
+            r"(?m)^[ ●⎿]*(?:Not logged in|Invalid API key|OAuth token (?:revoked|has expired)|"
+            r"Login expired|Login reached its time limit|(?:Your )?Session (?:has )?expired)"
+            r"(?: ·|\.) Please run /login|^[ ●⎿]*Please run /login · API Error: 40[13]|"
+            r"\A\{\s*\"loggedIn\": false|^ ?Select login method:"),
             "Start claude in a terminal, log in with /login, and try again."),
         ProblemRule(re.compile(
-            r"(?m)^\W*(?:Credit balance (?:is )?too low|Your organization has (?:been )?disabled|"
+            r"(?m)^[ ●⎿]*(?:Credit balance (?:is )?too low(?: ·|\.?$)|"
+            r"Your organization has (?:been )?disabled|"
             r"(?:API Error: 40[03] .*)?This organization has been disabled|"
             r"Your (?:account|organization) does not have access to Claude)"),
             "Check the account's plan and billing, or log in with another account."),
@@ -880,7 +871,8 @@ CODEX = AgentProfile(
     login_status_command=("codex", "login", "status"),
     provider_setting=(".codex/config.toml", "model_provider"),
     prompt_line=re.compile(r"[›!](?:\s|$)"),
-    status_line=re.compile(r"(?:[•◦] )?\w[^(]{0,80}\((?:\d+[hms] ?)+ • esc to interrupt\).*"),
+    status_line=re.compile(
+        r"(?:[•◦] )?\w[^(]{0,80}\((?:\d+[hms] ?)+ • esc to interrupt\)(?: [·•] .*)?\Z"),
     hides_status_line=True,
     closing_line=re.compile(r"\s+Worked for <?\d.*"),
     failure=re.compile("■ "),
@@ -894,15 +886,15 @@ CODEX = AgentProfile(
         StartupRule(re.compile("Update available"), "Skip"),
         StartupRule(re.compile("Try new model"), "Use existing model")),
     usage_limit=re.compile(
-        r"(?m)^[^\w\"'`]*(?:You['’]ve (?:hit|reached) your .*limit|Usage limit reached)"
+        r"(?m)^[ ■]*(?:You['’]ve (?:hit|reached) your .*limit|Usage limit reached)"
         + _LIMIT_END, re.I),
     problems=(
         ProblemRule(re.compile(
-            r"(?m)^\W*(?:\d\. )?Sign in with ChatGPT$|^Not logged in|^\W*(?:Your (?:access token|"
+            r"(?m)^> (?:\d\. )?Sign in with ChatGPT$|^Not logged in|^■ (?:Your (?:access token|"
             r"authentication session) could not be refreshed|unexpected status 401 Unauthorized)"),
             "Run `codex login` in a terminal, and try again."),
         ProblemRule(re.compile(
-            r"(?m)^\W*(?:You['’]re out of credits|Your workspace is out of credits|"
+            r"(?m)^■ (?:You['’]re out of credits|Your workspace is out of credits|"
             r"To use Codex with your ChatGPT plan, upgrade|Quota exceeded\. Check your plan)"),
             "Check the account's plan and billing, or log in with another account."),
     ))
@@ -988,26 +980,36 @@ _VERSION_SUFFIX = (r"(?:[@:](?:latest|next|beta|nightly|stable|[~^]?v?\d[\w.+-]*
                    r"-(?:x86_64|aarch64|arm64|linux|darwin)[\w.-]*|\.(?:exe|cmd|js|mjs))*")
 # A host, a container or the value of an option may have the name of an agent.
 _PLACE = re.compile(
-    r"\bssh\s+(?:-[bcDEeFIiJLlmOopQRSWw]\s+\S+\s+|-\S+\s+)*\S+|"
+    r"\b(?:ssh|mosh)\s+(?:-[bcDEeFIiJLlmOopQRSWw]\s+\S+\s+|-\S+\s+)*\S+|"
     r"\b(?:docker|podman|nerdctl|kubectl|lxc)\b[^|;&]*?\bexec\s+"
     r"(?:-[ceunw]\s+\S+\s+|--(?:user|env|workdir|container|namespace)\s+\S+\s+|-\S+\s+)*\S+")
 _OPTION_WITH_VALUE = re.compile(
-    r"(?:^|\s)(?:--(?:name|hostname|user|container|namespace|model|from|package)|-[unp]|cd|su)\s+$")
+    r"(?:^|\s)(?:--(?:name|hostname|user|container|namespace|model)|-u|cd|su)\s+$")
+_ANY_OPTION = re.compile(r"(?:^|\s)-(?!-\s)\S*\s+$")
+_PATH_IN_VALUE = re.compile("[=:].*/")      # HOME=/home/claude, or a volume of a container
 
 
 def _find_program(command: str) -> tuple[AgentProfile, int] | None:
-    """Return the profile of the first agent that a command names, and where its name ends."""
+    """Return the profile of the agent that a command names, and where its name ends.
+
+    A name that follows an option may be its value, so the first one that follows none wins.
+    """
     place = _PLACE.search(command)
+    after_option = None
     for word in _COMMAND_WORD.finditer(command):
+        before = command[:word.start()]
         is_place = place and place.start() <= word.start() < place.end()
-        if is_place or _OPTION_WITH_VALUE.search(command[:word.start()]):
+        if is_place or _OPTION_WITH_VALUE.search(before) or _PATH_IN_VALUE.search(word[0]):
             continue
         program = word[0].rsplit("/", 1)[-1]
         for profile in PROFILES:
             names = "|".join(map(re.escape, profile.program_names))
-            if re.fullmatch(f"(?:{names}){_VERSION_SUFFIX}", program):
+            if not re.fullmatch(f"(?:{names}){_VERSION_SUFFIX}", program):
+                continue
+            if not _ANY_OPTION.search(before):
                 return profile, word.end()
-    return None
+            after_option = profile, word.end()
+    return after_option
 
 
 def select_profile(default_model: str, command: str = "") -> AgentProfile:
@@ -1102,7 +1104,7 @@ def _parse_input_box(
 
 
 def _find_input_box(profile: AgentProfile, screen: Sequence[str]) -> _InputBox | None:
-    """Return where the agent's input box is, None if there is none."""
+    """Return where the agent's input box is, or None."""
     if not profile.is_known:
         return None
     for row in range(len(screen) - 1, -1, -1):
@@ -1207,8 +1209,11 @@ def describe_menu(profile: AgentProfile, screen: Sequence[str]) -> str:
     if not profile.is_known:
         return ""
     if box:     # with a panel above it, if one was opened while the agent worked
-        has_border = profile.box_border and any(map(profile.box_border.match, above))
-        if not has_border or not ends_with(text_lines(above)[-1:], profile.menu_hint):
+        border = profile.box_border
+        borders = [row for row, line in enumerate(above) if border and border.match(line)]
+        panel = above[borders[-1] + 1:] if borders else []
+        is_panel = ends_with(text_lines(panel)[-1:], profile.menu_hint)
+        if not is_panel or any(map(_UNINDENTED.match, panel)):
             return ""
     lines = trimmed_lines("\n".join(above))[-60:]      # more than a screen of ours has
     reader_menu = _describe_reader_menu(profile, lines)
@@ -1776,11 +1781,10 @@ class ProgramHabits:
 class TurnDetector:
     """Detect the end of the agent's turn from successive pane snapshots.
 
-    Rules 1 to 6 are one method each.  Rules 1 to 5 find a sign of work, the most reliable first.
+    Rules 1 to 6 are one method each.  Rules 1 to 5 find a sign of work, in order of trust.
     The turn is over when the sign has gone and the screen has settled.  Without a sign, it is over
     after a closing line, at the prompt (rule 6), or when the screen has not changed for some
-    seconds.  Only the text above and in the input box counts as a change: the status lines below
-    it may never stop.
+    seconds.  What changes below the input box does not count: status lines may never stop.
     """
 
     STALE_SECONDS = 15.0                    # how long a doubtful sign counts on a still screen
@@ -1805,6 +1809,7 @@ class TurnDetector:
         self._habits = habits
         self._profile = habits.profile
         self._message = message
+        self._is_slash_command = bool(re.match(r"/[\w:.-]+(?:\s|\Z)", message))    # or a path
         self._has_new_process = has_new_process
         self._idle_timeout = idle_timeout
         self._settle_seconds = settle_seconds
@@ -1881,7 +1886,7 @@ class TurnDetector:
         """Apply rule 2: the known agent's own busy words stand in their place.
 
         That is below its input box (the last lines, if it shows no box), or the last unindented
-        line above it.  A quotation in an answer stands at neither place.
+        line above it, where a quotation in an answer hardly ever stands.
         """
         if not self._profile.is_known or self._shows_closing_line:
             return False
@@ -1931,11 +1936,11 @@ class TurnDetector:
             return self.SETTLE_SECONDS_AFTER_USUAL_WORDS
         if not self.last_sign and self.has_prompt_again(pane):
             return self.SETTLE_SECONDS_AT_PROMPT
-        if not self.last_sign and (self._message.startswith("/")
+        if not self.last_sign and (self._is_slash_command
                                    or describe_menu(self._profile, pane.screen)):
             return self.SETTLE_SECONDS_OF_COMMANDS
         if self._lacks_closing_line(pane):
-            return self.STALE_SECONDS if self._message.startswith("/") else self.PAUSE_SECONDS
+            return self.STALE_SECONDS if self._is_slash_command else self.PAUSE_SECONDS
         if self.last_sign or self._has_new_closing_line():
             return self.SETTLE_SECONDS
         return self._settle_seconds
@@ -2155,6 +2160,10 @@ class Agent:
                 self.stop()     # the error has its last words; a dead session is in the way
                 raise
             notes = (self._restart(error),)
+        except AgentError:
+            if self._made_session:
+                self.stop()
+            raise
         self._forget_output()
         pane = self._snapshot()
         menu = describe_menu(self._profile, pane.screen)
@@ -2224,12 +2233,14 @@ class Agent:
             with contextlib.suppress(OrchestratorError):
                 pane = self.tmux.snapshot(self._pane_id)
                 self._server_pid = pane.server_pid
-                self._process = pane.pid, process_start_time(pane.pid)
+                if not pane.dead:       # otherwise another process may have its id now
+                    self._process = pane.pid, process_start_time(pane.pid)
                 if self._profile.busy_title.match(pane.title):
                     self.tmux.send_keys(pane, "Escape")    # a background server may work on it
                     self._sleep(0.5)
             processes = self._find_processes()
-            self.tmux.kill_session()
+            with contextlib.suppress(OrchestratorError):        # you may have closed it
+                self.tmux.kill_session()
             self._end_processes(processes)
 
     def _with_recovery(self, operation: Callable[[PaneSnapshot], Turn],
@@ -2492,7 +2503,8 @@ class Agent:
         """
         if not pasted.reads_keys or has_input_box(self._profile, pasted.screen):
             return True
-        was_working = self._turn_in_progress or bool(SPINNER.match(before.title))
+        has_spinner = bool(self._profile.busy_title.match(before.title))
+        was_working = self._turn_in_progress or has_spinner
         return was_working or self._is_shown(before, pasted, text)
 
     def _unsent_test(self, before: PaneSnapshot,
@@ -2722,7 +2734,7 @@ class Agent:
         what = str(error)
         if isinstance(error, TmuxSessionLost):
             what = f"the session is gone ({error})"
-            self._end_processes(self._find_processes())
+        self._end_processes(self._find_processes())
         resumes = bool(self._has_conversation and self._profile.resume_command)
         self._count_restart(error)
         while True:

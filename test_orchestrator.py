@@ -920,7 +920,8 @@ BOX = ["─" * 20, "❯", "─" * 20, "  ? for help"]
     (["a", "b", *OLD[:9], "end"], [*OLD[:9], "end", "new", "end"], ["new", "end"]),
     (["a", "1", "2", "3"], ["b", "1", "2", "3"], None),
     ([*OLD, *BOX], [*OLD[:250], "other", *OLD[251:], "new", *BOX],
-     ["other", *OLD[251:], "new"])])
+     ["other", "new"]),
+    (["p", "q", "r", "> Type"], ["x", "p", "q", "r", "new", "> Type"], ["new"])])
 def test_what_is_new_on_a_screen(before: Any, after: Any, new: Any) -> None:
     assert find_new_lines(before, after) == new
 
@@ -1006,6 +1007,15 @@ def test_the_profile_follows_from_the_default_model() -> None:
     ("uvx --from aider-chat aider", "aider", "uvx --from aider-chat aider --restore-chat-history"),
     ("sudo -u claude qwen", "Qwen Code", "sudo -u claude qwen --continue"),
     ("gh-proxy copilot", "Copilot CLI", "gh-proxy copilot --continue"),
+    ("sudo -n claude", "Claude Code", "sudo -n claude --continue"),
+    ("su - claude -c codex", "Codex", "su - claude -c codex resume --last"),
+    ("docker compose run --rm claude codex", "Codex",
+     "docker compose run --rm claude codex resume --last"),
+    ("docker run -v $PWD:/claude img codex", "Codex",
+     "/bin/sh -c docker run -v $PWD:/claude img codex resume --last"),
+    ("env HOME=/srv/claude codex", "Codex", "env HOME=/srv/claude codex resume --last"),
+    ("mosh codex -- claude", "Claude Code", "mosh codex -- claude --continue"),
+    ("exec claude", "Claude Code", "/bin/sh -c exec claude --continue"),
     ("cline", "Cline", ""), ("pi", "Pi", "pi --continue"),
     ("codex resume --last -a never", "Codex", "codex resume --last -a never"),
     ("docker exec -it claude bash", "docker", ""), ("vim codex.txt", "vim", ""),
@@ -1422,6 +1432,8 @@ STATUS_LINES = [RULE, "❯", RULE, "  ❯ first status", "  > second 12:00", "  
     (CLAUDE_CODE, ["you: hi", "bypass permissions on (shift+tab to cycle)", "$"]),
     (CODEX, ["› 1. is a draft", "  2. too", "", "  gpt-5 default · ~/proj"]),
     (CODEX, ["• Pick one:", "  › 1. Yes", "", "› Ask Codex", "", "  gpt-5 default"]),
+    (CLAUDE_CODE, ["╰──────────────╯", "● Press Ctrl-C, or Esc to exit insert mode.", "", RULE, "❯",
+                   RULE]),
     (CODEX, ["› /model  choose what model to use", "", "› /mo", "", "  gpt-5 default"])])
 def test_what_stands_in_or_around_an_input_box_is_no_menu(
         profile: AgentProfile, screen: list[str]) -> None:
@@ -1449,6 +1461,12 @@ PROBLEMS = [
     (CLAUDE_CODE, "● The log says: Not logged in · Please run /login", ""),
     (CLAUDE_CODE, "  print('Not logged in · Please run /login')", ""),
     (CODEX, "• It prints `Sign in with ChatGPT` when unexpected status 401 Unauthorized comes", ""),
+    (CLAUDE_CODE, "● Session expired, so the app redirects to /login", ""),
+    (CLAUDE_CODE, "  - Not logged in: GET /me redirects to /login", ""),
+    (CLAUDE_CODE, '  {"user": null, "loggedIn": false}', ""),
+    (CLAUDE_CODE, "● Credit balance is too low: POST /charge returns 402", ""),
+    (CLAUDE_CODE, "  --dangerously-skip-permissions cannot be used with root/sudo privileges", ""),
+    (CODEX, "  You're out of credits", ""),
     (CODEX, "■ unexpected status 500 Internal Server Error", ""), (CLAUDE_CODE, "", "")]
 
 
@@ -1552,6 +1570,8 @@ def test_which_start_up_questions_are_known(screen: list[Any], question: Any) ->
     ("5-hour limit reached ∙ resets 4pm", 1), ("Claude AI usage limit reached|1795370400", 0),
     ("  throw Error('Usage limit reached. Try again in 5 hours')", None),
     ("● The banner says: usage limit reached, try again in 5 hours", None),
+    ("● - Session limit reached: returns 429, resets in 3 hours", None),
+    ("❯ You've hit your limit, resets 6pm", None), ("- Usage limit reached", None),
     ("print(\"You've hit your limit · resets 3am\")", None), ("\"You've hit your limit\"", None),
     ("You've hit your limit · resets 3am\n" + "● and then\n" * 8, None)])
 def test_a_usage_limit_is_read_at_the_end_of_an_output(output: str, hours: Any) -> None:
@@ -1844,6 +1864,9 @@ def test_the_agents_own_words_in_their_place_count_on_a_screen_that_stands_still
     (CLAUDE_CODE, claude_screen("● Thinking…", "", "✻ Cooked for 4s · done 1:33 AM")),
     (CLAUDE_CODE, claude_screen("● press esc to interrupt", "", "✻ Churned for 1m 2s")),
     (CODEX, codex_screen("• Working (3s • esc to interrupt)", "", "  Worked for 7s • 01:35")),
+    (CLAUDE_CODE, claude_screen("● Done… I created hello.txt.")),
+    (CLAUDE_CODE, claude_screen("● Bash(cd /srv && python3 -c 'a, b…)", "  ⎿  Interrupted")),
+    (CODEX, codex_screen("• Working (3s • esc to interrupt) is its status line.")),
     (CLAUDE_CODE, ("you: go", "claude: It says:", "Thinking… (as it does)", "Now I wait…",
                    "plan mode on (shift+tab to cycle)", "$")),
     (UNKNOWN, ("press enter to confirm or esc to cancel",)), (UNKNOWN, ("press esc to cancels",)),
@@ -2583,6 +2606,24 @@ def test_a_program_that_outlives_its_pane_is_ended_if_its_id_is_surely_not_anoth
     assert orphan.returncode == (-signal.SIGKILL if born == found != "" else 1)
 
 
+@pytest.mark.parametrize("dead, status", [(False, -signal.SIGKILL), (True, 1)])
+def test_stop_ends_what_outlived_a_session_that_was_closed_but_no_stranger(
+        dead: bool, status: int) -> None:
+    """A dead pane still has the id of its process, which may be another's by now."""
+    with subprocess.Popen(["bash", "-c", "trap '' HUP TERM; echo; read x"], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, start_new_session=True) as process:
+        assert process.stdin and process.stdout
+        process.stdout.readline()
+        desk = Desk(claude())
+        desk.terminal.seen = {"pid": process.pid, "dead": dead}
+        if not dead:
+            desk.agent.ask("one")
+        desk.terminal.kill_session = lambda: play([], TmuxSessionLost("it was closed"))
+        desk.agent.stop()
+        process.stdin.close()
+    assert process.returncode == status
+
+
 def test_a_program_that_was_never_seen_alive_is_no_orphan_of_ours(
         monkeypatch: pytest.MonkeyPatch) -> None:
     """Its id may be another's since long before the session was joined."""
@@ -2658,8 +2699,11 @@ def test_an_option_that_the_installed_version_does_not_know_does_not_stop_it() -
 
 
 def test_what_only_you_can_fix_ends_the_start_and_the_turn_with_what_to_do() -> None:
+    refused = Desk(lambda terminal: terminal.die("--x cannot be used with root/sudo privileges"),
+                   start=False)
     with pytest.raises(AgentError, match="says.*root/sudo.*Run as another user"):
-        Desk(lambda terminal: terminal.die("--x cannot be used with root/sudo privileges"))
+        refused.agent.start()
+    assert not refused.terminal.existing        # the next run would join a dead session
     logged_out = Desk(claude(answer="  ⎿  Not logged in · Please run /login"))
     with pytest.raises(AgentError, match="Claude Code: it says.*Not logged in.*log in with /login"):
         logged_out.agent.ask("one")
