@@ -733,7 +733,7 @@ class AgentProfile:
     environment: tuple[tuple[str, str], ...] = ()       # variables that it needs in a pane
     variables_not_inherited: tuple[str, ...] = ()       # with these it refuses to run in one
     login_status_command: tuple[str, ...] = ()
-    provider_setting: tuple[str, str] = ("", "")    # a file in the home; with this setting no login may be needed
+    provider_setting: tuple[str, str] = ("", "")    # file in the home; with it, perhaps no login
     root_check: tuple[str, str] = ("", "")      # option refused for root, variable that allows it
 
     # The screen.  `prompt_line` is the first row of the input box, `box_border` the row above it.
