@@ -817,7 +817,8 @@ CLAUDE_CODE = AgentProfile(
     busy_words=re.compile(r"\b(?:esc|ctrl\+c) to interrupt\b", re.I),
     # Screen reader mode has no symbols before either line.
     status_line=re.compile(
-        r"(?:[·✢✳✶✻✽*●] [^…]{1,200}…(?: \(.*\))?|[A-Z][\w'’-]{2,30}…)\Z"),
+        r"(?:[·✢✳✶✻✽*●] [^…]{1,200}…(?: \(.*\))?|[A-Z][\w'’-]{2,30}…|"
+        r"API error · retrying in \d.*)\Z"),
     closing_line=re.compile(
         r"[✢✳✶✻✽] \w+ for \d.*|[A-Z]\w+ for \d+[hms](?: \d+[ms])*(?: · .*)?\Z"),
     needs_blank=re.compile(r"\\\Z"),      # else Enter becomes a line break

@@ -1813,6 +1813,10 @@ SIGNS = {
         CLAUDE_CODE, ("claude: hi", "-- INSERT -- bypass permissions on (shift+tab to cycle)", "$"),
         ("you: go", "Flummoxing…", "-- INSERT -- bypass permissions on (shift+tab to cycle)",
          "effort: medium · /effort", "$"), "own words"),
+    "screen reader, a failed request": (
+        CLAUDE_CODE, ("claude: hi", "-- INSERT -- bypass permissions on (shift+tab to cycle)", "$"),
+        ("you: go", "API error · retrying in 2s · attempt 2/10",
+         "-- INSERT -- bypass permissions on (shift+tab to cycle)", "$"), "own words"),
     "Codex": (CODEX, codex_screen("• hi"), codex_screen(
         "› go", "", "• Working (3s • esc to interrupt)"), "own words"),
     "Codex, minutes": (CODEX, codex_screen("• hi"), codex_screen(
