@@ -2878,7 +2878,7 @@ _ERROR_KINDS = (
     _ErrorKind("credit", (402,), r"insufficient[\w ]*(balance|credit|fund|quota)|credit balance|"
                r"(balance|credits?)( is| are| has been| have been)* (too low|exhausted|depleted|"
                r"used up|insufficient|not enough)|(out of|no) credit|quota (is )?not enough|"
-               r"in arrears|arrearage|overdue|top up|recharge|key limit exceeded|billing_|"
+               r"in arrears|arrearage|overdue|\btop up\b|recharge|key limit exceeded|billing_|"
                r"(spend(ing)?|billing)( hard)? limit|can only afford",
                "Add credit, or raise the limit of the key"),
     _ErrorKind("overflow", (), "request[ _]too[ _]large"),
@@ -3246,7 +3246,7 @@ class OpenRouter:
                 for name in ("canonical_slug", "id") if isinstance(model, dict) and name in model}
 
     def check_completion(self) -> str:
-        """Ask for a tiny reply without waiting for anything; return what that took."""
+        """Ask once for a tiny reply; return what that took.  A run needs another client."""
         self._wanted_tokens = 16        # the least that some providers take
         self.RETRY_TIMEOUT = 0.0
         self.MAX_REPLY_PARTS = 1
@@ -3541,7 +3541,7 @@ class Memory:
     """
 
     MAX_FACT_LENGTH = 2_000         # characters
-    LOCK_TIMEOUT = 5.0              # seconds
+    LOCK_ATTEMPTS = 1000            # 0.01 seconds apart
 
     def __init__(self, path: Path, max_facts: int = 50, *,
                  sleep: Callable[[float], None] = time.sleep) -> None:
@@ -3552,6 +3552,7 @@ class Memory:
         self._sleep = sleep
         self._size_after_compaction = 0
         self._pending_facts: list[str] = []     # not written yet, because the last write failed
+        self._lock_attempts = self.LOCK_ATTEMPTS
 
     def load(self) -> str:
         """Read the file and return the warning, if any; raise ConfigError if it can't be read."""
@@ -3669,12 +3670,12 @@ class Memory:
         """Keep other runs from changing the file at the same time.
 
         The directory is what gets locked, so no lock file is left behind.  Where that is impossible
-        (NFS), or something else holds the lock for five seconds (`flock . python orchestrator.py`),
+        (NFS), or something else holds the lock for ten seconds (`flock . python orchestrator.py`),
         the block runs without the lock.
         """
         handle = os.open(os.path.dirname(os.path.realpath(self._path)), os.O_RDONLY)
         try:
-            for _ in range(round(self.LOCK_TIMEOUT / 0.01)):
+            for _ in range(self._lock_attempts):
                 try:
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
@@ -3682,6 +3683,8 @@ class Memory:
                     self._sleep(0.01)
                 except OSError:
                     break
+            else:
+                self._lock_attempts = 1     # do not wait again for each fact
             yield
         finally:
             os.close(handle)
@@ -3720,7 +3723,7 @@ def utc_timestamp(seconds_from_now: float = 0.0) -> str:
 
 
 def parse_timestamp(text: object) -> float:
-    """Return a time in this form in seconds since 1970, or 0 for anything else."""
+    """Return a journal's timestamp in seconds since 1970, or 0.0 for any other text."""
     with contextlib.suppress(ValueError, OverflowError):
         return datetime.datetime.fromisoformat(str(text).replace("Z", "+00:00")).timestamp()
     return 0.0
@@ -4108,6 +4111,7 @@ def _parse_keys(text: str) -> tuple[list[str], list[str]]:
     return keys, unknown
 
 
+_MAX_WAIT_SECONDS = 365 * 86400.0
 _DURATION = re.compile(     # as people write it, such as 1h30m
     r"(?i)(?:(?:for|about|up to|~) ?)*((?:\d{1,6}(?:[.,]\d{1,3})? ?(?:s|secs?|seconds?|m|mins?|"
     r"minutes?|h|hrs?|hours?)(?![a-z])[\s,]*(?:and )?)+|\d{1,6})\.?(?:\s*[(–—-].*)?")
@@ -4128,7 +4132,7 @@ def _parse_command(lines: Sequence[_Line]) -> Action:
         duration = _DURATION.fullmatch(lines[0].argument or "")
         if not duration:
             return _not_understood(lines[0], "I can't read the time")
-        return Action("wait", text, seconds=add_durations(duration[1]))
+        return Action("wait", text, seconds=min(add_durations(duration[1]), _MAX_WAIT_SECONDS))
     keys, unknown = _parse_keys(" ".join(line.argument or "" for line in lines))
     if unknown:
         return _not_understood(lines[0], f"{truncate_middle(' '.join(unknown), 200)!r} is no key")
@@ -4703,7 +4707,10 @@ class Autopilot:
         self._model = model
         self._config = config
         self._journal = journal or Journal()
-        self._memory = memory or Memory(agent.directory / "memory.json", config.memory_max_facts)
+        if memory is None:
+            memory = Memory(agent.directory / "memory.json", config.memory_max_facts)
+            memory.load()
+        self._memory = memory
         self._control = control or RunControl(self._journal)
         agent.take_interrupt = self._control.take_interrupt
         self._environ = child_environment(environ)
@@ -4717,7 +4724,7 @@ class Autopilot:
         self._is_done = False
         self._messages_sent = 0             # to the agent, by any part of the run
         self._last_output = ""              # of the agent
-        self._is_confirming = False         # the last reply was TASK_COMPLETE, and was questioned
+        self._doubts: list[str] | None = None   # about the last reply, if it was TASK_COMPLETE
         self._failures: collections.deque[str] = collections.deque(maxlen=self.MAX_SAME_FAILURES)
         self._news = NewsDetector()
         self._turns_without_news = 0
@@ -4802,6 +4809,7 @@ class Autopilot:
         """Rebuild the conversation from the events of the earlier parts."""
         reply: str | None = None
         notes: list[str] = []
+        facts: tuple[str, ...] = ()
         for event in [*history, {"type": "iteration_start", "reason": _RESUMED_REASON}]:
             kind = event["type"]
             if kind == "history":
@@ -4818,14 +4826,16 @@ class Autopilot:
                         reply, "[You were stopped before this was done.]")
                     action = parse_reply(reply, self._agent.name)
                     self._messages_sent += action.kind in ("message", "keys")  # perhaps
-                    self._save_facts(action.facts)
+                    facts += action.facts
                 reply = event["text"] if kind == "reply" else None
             elif "told" in event:
                 sentences, label, output = str(event["told"]).partition(self._output_label)
                 self._conversation.tell(sentences.rstrip(), output=label + output)
+                facts = ()          # an earlier resumption has saved them
             if kind == "iteration_start":       # the model gets notes with its next prompt
                 self._conversation.tell(*notes)
                 notes = []
+        self._save_facts(facts)
 
     def _add_exchange(self, reply: str, event: Event) -> None:
         """Add a reply to the conversation, with its result from its `iteration_end` event."""
@@ -4916,16 +4926,13 @@ class Autopilot:
     def _execute(self, action: Action) -> Turn:
         """Do what a reply asks for; return what came of it."""
         kind = action.kind
-        is_confirmed = self._is_confirming and kind == "complete"
-        self._is_confirming = False
-        if not is_confirmed:
-            self._totals.unproved = []
+        doubts, self._doubts = self._doubts, None
         if self._control.take_interrupt():
             return Turn("", "idle", ("The user interrupted: nothing of your reply was done.",))
         if kind == "failed":
             raise TaskFailed(f"the model gave up: {action.text}")
         if kind == "complete":
-            return self._end_run(action, is_confirmed)
+            return self._end_run(action, doubts)
         left = self._seconds_left()
         timeout = min(self._config.turn_timeout, left)
         if kind == "message":
@@ -4979,11 +4986,11 @@ class Autopilot:
 
     # the end
 
-    def _end_run(self, action: Action, is_confirmed: bool) -> Turn:
-        """End the run, or return what speaks against it."""
+    def _end_run(self, action: Action, doubts: list[str] | None) -> Turn:
+        """End the run, or return what speaks against it; `doubts` are what the model was told."""
         now = self._agent.read_state()
         name = self._agent.name
-        obstacles = {"working": f"{name} is still working", "exited": f"{name} had ended"}
+        obstacles = {"working": f"{name} is still working", "exited": f"{name} had exited"}
         obstacle = obstacles.get(now.state, "")
         if now.menu:
             obstacle = f"a question of {name} stands unanswered"
@@ -4995,8 +5002,9 @@ class Autopilot:
             now = now._replace(output="")
         if self._config.verify_cmd:
             return self._verify(now)
-        if self._config.confirm_complete and not is_confirmed:
+        if self._config.confirm_complete and doubts is None:
             return self._ask_for_confirmation(action, now)
+        self._totals.unproved = doubts or []
         self._is_done = True
         return Turn("")
 
@@ -5030,7 +5038,8 @@ class Autopilot:
             doubts.append(f"You have sent {name} no message.")
         changed = self._find_changed_files()
         if changed:
-            names = ", ".join(changed[:5]) + (", ..." if len(changed) > 5 else "")
+            shown = [name if name.isprintable() else repr(name) for name in changed[:5]]
+            names = ", ".join(shown) + (", ..." if len(changed) > 5 else "")
             evidence.append(f"Files changed since the start: {len(changed)} ({names}).")
         elif changed is not None:
             evidence.append("No file has changed since the start.")
@@ -5042,8 +5051,7 @@ class Autopilot:
         if action.text:
             text = truncate_middle(action.text, 200)
             evidence.append(f"This text of yours was not typed: {text!r}.")
-        self._is_confirming = True
-        self._totals.unproved = doubts
+        self._doubts = doubts
         text = " ".join([*evidence, *doubts])
         self._journal.publish("confirm", evidence=text, unproved=doubts)
         return now._replace(notes=(
@@ -5066,7 +5074,8 @@ class Autopilot:
 
         New lines and changed files are news.  Waiting is no circle.
         """
-        if self._is_done or turn.state == "working" or action.seconds >= self.LONG_WAIT_SECONDS:
+        is_waiting = turn.state == "working" and action.kind != "complete"
+        if self._is_done or is_waiting or action.seconds >= self.LONG_WAIT_SECONDS:
             self._equal_steps = 0
             return []
         has_news = self._news.update(action.text, turn.output)
@@ -5938,7 +5947,8 @@ _CONTENT_SECURITY_POLICY = (
 _TOKEN_FORM = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>orchestrator</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<style nonce="NONCE">:root { color-scheme: light dark; font: 20px/1.6 sans-serif; }</style>
+<style nonce="NONCE">:root { color-scheme: light dark; font: 20px/1.6 sans-serif; }
+  input, button { font: inherit; }</style>
 <main><h1>Dashboard</h1><p>Missing or wrong token. Open the address that the orchestrator printed
 in the terminal, or paste that address or its token here.</p><form><label>Token
 <input name="token" autocomplete="off" required autofocus></label> <button>Open</button></form>
@@ -6355,7 +6365,7 @@ _RUN_TEMPLATES = {      # event type -> head line, and the field that is shown b
     "recovery": ("! {what}{conversation}", ""),
     "memory": ("* saved to memory:", "saved"),
     "compacted": ("* memory: compacted {compacted[before]} facts to {compacted[after]}", ""),
-    "verify": ("* {command}: exit status {status}", ""),    # `iteration_end` has its output
+    "verify": ("* {command}: exit status {status}", "passed_output"),
     "confirm": ("* asked the model to confirm that the task is complete", ""),
     "history": ("* summarised the {summarised} oldest exchanges", ""),
     "note": ("* {source}: {text}", ""),
@@ -6436,14 +6446,15 @@ def describe_event(event: Event, templates: Mapping[str, tuple[str, str]] = _RUN
     """Return what the terminal shows of an event: a head line, and the text below it."""
     kind = "compacted" if "compacted" in event else event["type"]
     has_no_output = kind == "iteration_end" and not event["agent_output"]   # `complete` says why
-    is_for_resume = "told" in event
-    if kind not in templates or has_no_output or is_for_resume:
+    if kind not in templates or has_no_output:
         return "", ""
     time_taken = format_duration(round(event.get("duration_ms", 0) / 1000, 1))
     values = {**event, "time": time_taken, "usage": _format_usage(event)}
     values["retry"] = f"; retrying in {event['retry_in']:g} s" if "retry_in" in event else ""
     values["conversation"] = ", with its conversation" if event.get("resumed") else ""
     values["why"] = f": {event['reason']}" if event.get("reason") else ""
+    if kind == "verify" and event["status"] == 0:       # `iteration_end` has that of a failure
+        values["passed_output"] = event["output"]
     if kind == "complete":
         values.update(_describe_end(event, time_taken))
     head, field = templates[kind]
@@ -6858,7 +6869,7 @@ def session_lock(config: Config, workspace: Workspace) -> Iterator[None]:
         except BlockingIOError:
             raise ConfigError(
                 f"Another orchestrator drives the tmux session {agent.tmux.session}: "
-                f"process {find_session_holder(path)[0]}. Wait for its end, or set "
+                f"process {find_session_holder(path)[0]}. Wait until it ends, or set "
                 "CLAUDE_TMUX_SESSION to another name. --status tells more.") from None
         except OSError:     # no locks on this file system, or the journal says what is wrong
             pass
@@ -7081,7 +7092,7 @@ def run_autopilot(config: Config, workspace: Workspace, agent: Agent, model: Cha
 
 def run(config: Config, workspace: Workspace, get_task: Callable[[], str] | None, *,
         demo_model: ChatModel | None = None, as_json: bool = False, resume: bool = False) -> int:
-    """Let the model drive the agent, or you, if there is no `get_task`; return 0.
+    """Let the model drive the agent; without `get_task`, you do.  Return 0.
 
     Raises OrchestratorError or Interrupted if the run does not succeed.
     """
@@ -7139,13 +7150,15 @@ def run_replay(path: Path, config: Config) -> int:
             journal.read_appended()
 
 
-_SECRET_SETTINGS = ("OPENROUTER_API_KEY", "NOTIFY_CMD")     # and a query of a URL
+_SECRET_SETTINGS = ("OPENROUTER_API_KEY", "NOTIFY_CMD")
 
 
 def own_command(environ: Mapping[str, str]) -> str:
     """Return the command that started this program, with its settings, for you to copy."""
+    has_secret = re.search("[?@]", environ.get("OPENROUTER_BASE_URL", ""))     # query, password
+    secret = (*_SECRET_SETTINGS, "OPENROUTER_BASE_URL") if has_secret else _SECRET_SETTINGS
     settings = [f"{name}={shlex.quote(environ[name])}" for name in Config.fields_by_variable()
-                if environ.get(name) and name not in _SECRET_SETTINGS and "?" not in environ[name]]
+                if environ.get(name) and name not in secret]
     command = "python3 orchestrator.py"
     if os.path.isfile(sys.argv[0]):     # not `curl ... | python3 -`
         python = Path(sys.executable).name
@@ -7211,18 +7224,19 @@ def run_status(config: Config, workspace: Workspace) -> int:
         command = mark.rpartition(" in ")[0].strip("'\"")
         agent = select_profile(Config.default_model, command).name
         since = datetime.datetime.fromtimestamp(created_at)
-        rows = {"Agent": f"{agent}, {'running' if is_running else 'ended'}; the session is there "
-                         f"since {since:%Y-%m-%d %H:%M}",
+        rows = {"Agent": f"{agent}, {'running' if is_running else 'ended'}; the session has "
+                         f"existed since {since:%Y-%m-%d %H:%M}",
                 "Made for": mark, "Watch it": tmux.attach_command, "End it": tmux.kill_command,
                 "Driver": "none; the agent waits for the next run or chat in its directory"}
         process = find_session_holder(workspace.lock_path(tmux))[0]
         if process:
             path, info = next((run for run in runs if run[1]["attach"] == tmux.attach_command),
-                              (Path(), {}))
+                              (None, {}))
             driven.append(path)
             rows["Driver"] = f"process {process}, since {_format_start(info)}: {_format_task(info)}"
             rows["Stop it"] = f"kill {process}"
-            rows["Dashboard"] = find_live_dashboard(path) or "none"
+            if path and info.get("mode") != "chat":
+                rows["Dashboard"] = find_live_dashboard(path) or "none"
         print_line(f"Session {name}\n{textwrap.indent(format_rows(rows), '    ')}\n")
     print_line(f"Latest runs, with their journals in {workspace.journal_directory}")
     for path, info in runs[:10]:
@@ -7241,7 +7255,7 @@ def run_briefly(words: Sequence[str], workspace: Workspace) -> tuple[int, str]:
 
 
 def find_command_errors(config: Config, workspace: Workspace) -> Iterator[str]:
-    """Yield what the shell says about commands of the settings that it can't read."""
+    """Yield an error for each command in the settings that the shell can't parse."""
     for name in ("CLAUDE_CMD", "VERIFY_CMD", "NOTIFY_CMD"):
         command = getattr(config, name.lower())
         status, output = run_briefly(["/bin/sh", "-n", "-c", command], workspace)
@@ -7343,9 +7357,10 @@ def run_doctor(config: Config, workspace: Workspace, errors: Sequence[str] = ())
         "agent": check_agent, "login": check_login, "model": check_model,
         "session": check_session, "state": check_state, "dashboard": check_dashboard}
     exit_status = 0
-    for error in (*errors, *find_command_errors(config, workspace)):
-        print_line(f"settings  FAILED  {error}")
-        exit_status = 1
+    with contextlib.suppress(OSError):      # the checks below meet and report it, too
+        for error in itertools.chain(errors, find_command_errors(config, workspace)):
+            print_line(f"settings  FAILED  {error}")
+            exit_status = 1
     for name, check in checks.items():
         try:
             verdict, text = check(config, workspace)
@@ -7389,7 +7404,7 @@ def find_workspace(directory: str | None, environ: Mapping[str, str],
     except OSError as error:
         raise ConfigError(f"{directory or 'This directory'}: {error.strerror}") from None
     except RuntimeError as error:       # no home
-        raise ConfigError(f"{error} Set HOME and XDG_STATE_HOME") from None
+        raise ConfigError(f"{directory or '.'}: {error} Set HOME and XDG_STATE_HOME") from None
     if not path.is_dir():
         problem = "not a directory" if path.exists() else "there is no such directory"
         raise ConfigError(f"{path}: {problem}")
