@@ -1880,6 +1880,8 @@ class TurnDetector:
             return False
         if is_spinner(self._before.title) and self._has_new_closing_line():
             return False
+        if not self._box and describe_menu(self._profile, pane.screen):
+            return False        # some versions spin on while they ask you
         self._habits.has_title_spinner = True
         return not self._is_stale
 

@@ -2007,6 +2007,17 @@ def test_a_title_that_spun_before_the_message_does_not_outlast_the_closing_line(
         assert turns.ends(0.3, *answered, title="⠹ src", limit=10) == seconds
 
 
+def test_a_title_that_spins_on_above_a_menu_is_no_sign_of_work() -> None:
+    menu = ("• Running touch x", "", "  Would you like to run the following command?", "",
+            "› 1. Yes, proceed (y)", "  2. No", "", "  Press enter to confirm or esc to cancel")
+    turns = Turns(CODEX, *codex_screen())
+    for now in (0.1, 0.2):
+        assert turns.look(now, *codex_screen("› go"), title="⠙ src") == "wait"
+    verdicts = [turns.look(0.3 + step / 20, *menu, title=f"{'⠹⠸'[step % 2]} src")
+                for step in range(5)]
+    assert verdicts[-1] == "done"
+
+
 def test_a_menu_that_opens_before_any_sign_of_work_ends_a_turn() -> None:
     turns = Turns(CLAUDE_CODE, *claude_screen(), settle_seconds=5.0)
     assert turns.ends(0.1, *ECHO, *ASKED) == 1.0
