@@ -2170,7 +2170,7 @@ class Agent:
         self._forget_output()
         pane = self._snapshot()
         menu = describe_menu(self._profile, pane.screen)
-        return Turn(pane.text, notes=(*notes, menu) if menu else notes)
+        return Turn(pane.text, notes=(*notes, menu) if menu else notes, menu=menu)
 
     def ask(self, message: str, timeout: float = 1800) -> Turn:
         """Type a message, wait until the agent is done, and return what is new on its screen.
