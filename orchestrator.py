@@ -2030,14 +2030,6 @@ class TurnDetector:
 _Read = TypeVar("_Read")
 
 
-class _Submission:
-    """A message on its way to the agent."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-        self.enter_sent = False     # True: tmux may have sent Enter, so don't repeat the message
-
-
 class Agent:
     """A coding agent in a tmux pane: start it, ask it, send it keys, read its screen, stop it.
 
@@ -2103,6 +2095,7 @@ class Agent:
         self._last_full_screen: list[str] = []      # the same of a full-screen program
         self._habits = ProgramHabits(profile)
         self._has_conversation = False
+        self._enter_sent = False                    # of the current message: never repeat it then
         self._turn_in_progress = False
         self._blocked_by_dialog = False             # it shows an unknown screen, no input box
         self._restart_times: list[float] = []
@@ -2177,10 +2170,11 @@ class Agent:
 
         A turn of more than `timeout` seconds is returned as still working.
         """
-        submission = _Submission(sanitize(message))
-        turn = self._with_recovery(lambda before: self._submit(before, submission, timeout),
-                                   lambda: not submission.enter_sent)
-        if turn.state == "exited" and submission.enter_sent:
+        text = sanitize(message)
+        self._enter_sent = False
+        turn = self._with_recovery(lambda before: self._submit(before, text, timeout),
+                                   may_repeat=lambda: not self._enter_sent)
+        if turn.state == "exited" and self._enter_sent:
             note = (f"{self.name} may have received the message. "
                     "Check before you send it again.")
             turn = turn._replace(notes=(*turn.notes, note))
@@ -2389,7 +2383,7 @@ class Agent:
 
     # writing
 
-    def _submit(self, before: PaneSnapshot, submission: _Submission, timeout: float) -> Turn:
+    def _submit(self, before: PaneSnapshot, text: str, timeout: float) -> Turn:
         """Type a message into an empty input box, and wait for the end of its turn."""
         if not self._has_conversation and find_startup_dialog(self._profile, before.screen):
             self._wait_until_ready()        # it came after the first screen
@@ -2403,17 +2397,17 @@ class Agent:
         if not self._turn_in_progress:      # otherwise it does not wait for us
             self._habits.learn_idle(before)
         old_processes = set(self._tool_processes(before))
-        pasted = self._paste_message(before, submission.text)
-        if not self._is_ready_for_enter(before, pasted, submission.text):
+        pasted = self._paste_message(before, text)
+        if not self._is_ready_for_enter(before, pasted, text):
             note = (f"{self.name} did not show the text within {self.SHOW_SECONDS:g} seconds, so "
                     "Enter was not pressed. Is a question on the screen, or a hidden input?")
             return Turn(pasted.text, "idle", (*notes, "Nothing was sent.", note))
         is_unsent = self._unsent_test(before, pasted)
         self._press("Enter")
-        submission.enter_sent = True        # perhaps: tmux may not have answered
+        self._enter_sent = True         # perhaps: tmux may not have answered
         self._has_conversation = True
         detector = self._new_detector(
-            before, message=submission.text, is_unsent=is_unsent,
+            before, message=text, is_unsent=is_unsent,
             has_changed=pasted.screen != before.screen,
             has_new_process=lambda: bool(set(self._tool_processes(before)) - old_processes),
             settle_seconds=(self.INDICATOR_DELAY_SECONDS if self._profile.is_known
