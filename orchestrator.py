@@ -152,7 +152,7 @@ class ConfigError(OrchestratorError):
     exit_status = 2
 
 
-def unreadable(path: object, error: OSError) -> ConfigError:
+def read_error(path: object, error: OSError) -> ConfigError:
     """Return the error for a file that can't be read."""
     return ConfigError(f"{path}: can't be read: {error.strerror}")
 
@@ -404,7 +404,7 @@ def read_env_file(
     except (FileNotFoundError, IsADirectoryError):      # .env may be a virtual environment
         return {}
     except OSError as error:
-        on_error(str(unreadable(path, error)))
+        on_error(str(read_error(path, error)))
         return {}
     return parse_env(text, on_error)
 
@@ -524,11 +524,12 @@ def _find_overlap(before: list[str], after: list[str]) -> int:
 
 
 def _find_old_lines(old: list[str], after: list[str], start: int) -> tuple[int, int] | None:
-    """Return where the old lines stand that differ at the row `start`: a first row and the end.
+    """Return the first row and the end of old lines that stand in `after`, or None.
 
-    They may have been drawn again further down.  A program that draws its transcript again may
-    also lose lines at the edge of the scrollback, change one, or lose what stood above its first
-    line.  Few equal lines of text may be a coincidence.
+    Both are equal up to the row `start`.  The old lines may all be drawn again further down.  A
+    program that draws its transcript again may also lose lines at the edge of the scrollback,
+    change one, or lose what stood above its first line.  Few equal lines of text may be a
+    coincidence.
     """
     moved = ((0, place) for place in range(len(after) - len(old), 0, -1))
     shortened = ((first, place) for first in range(start + 1, min(start + 60, len(old)))
@@ -697,7 +698,7 @@ class ProblemRule(NamedTuple):
     advice: str                 # what to do about it
 
 
-# Means the same without a shell.
+# Commands that mean the same without a shell.
 _SIMPLE_COMMAND = re.compile(r"(?!exec )[\w@%+:,./-]+( [\w@%+:,./= -]*)?")
 
 
@@ -844,7 +845,7 @@ CLAUDE_CODE = AgentProfile(
             r"(?m)^[ ●⎿]*(?:Not logged in|Invalid API key|OAuth token (?:revoked|has expired)|"
             r"Login expired|Login reached its time limit|(?:Your )?Session (?:has )?expired)"
             r"(?: ·|\.) Please run /login|^[ ●⎿]*Please run /login · API Error: 40[13]|"
-            r"\A\{\s*\"loggedIn\": false|^ ?Select login method:"),
+            r"^\{\s*\"loggedIn\": false|^ ?Select login method:"),
             "Start claude in a terminal, log in with /login, and try again."),
         ProblemRule(re.compile(
             r"(?m)^[ ●⎿]*(?:Credit balance (?:is )?too low(?: ·|\.?$)|"
@@ -1810,7 +1811,7 @@ class TurnDetector:
         self._habits = habits
         self._profile = habits.profile
         self._message = message
-        self._is_slash_command = bool(re.match(r"/[\w:.-]+(?:\s|\Z)", message))    # or a path
+        self._is_slash_command = bool(re.match(r"/[\w:.-]+(?:\s|\Z)", message))   # no path
         self._has_new_process = has_new_process
         self._idle_timeout = idle_timeout
         self._settle_seconds = settle_seconds
@@ -3556,7 +3557,7 @@ class Memory:
             with self._file_lock():
                 self.facts = self._read_file()
         except OSError as error:
-            raise unreadable(self._path, error) from None
+            raise read_error(self._path, error) from None
         return self.warning
 
     def add(self, facts: Iterable[str]) -> list[str]:
@@ -3604,7 +3605,9 @@ class Memory:
 
         self._update_file(replace)
         self._size_after_compaction = len(self.facts)
-        return (len(before), len(self.facts)) if self.facts[:len(shorter)] == shorter else None
+        if self.facts[:len(shorter)] != shorter:
+            return None
+        return len(before), len(self.facts)
 
     def _normalize(self, fact: str) -> str:
         return " ".join(fact.split())[:self.MAX_FACT_LENGTH]
@@ -3740,7 +3743,7 @@ def read_events(path: Path, limit: int = sys.maxsize) -> list[Event]:
             events = (event for event in map(parse_event, file) if event)
             return list(itertools.islice(events, limit))
     except OSError as error:
-        raise unreadable(path, error) from None
+        raise read_error(path, error) from None
 
 
 class Batch(NamedTuple):
@@ -3817,7 +3820,7 @@ class Journal:
             self.read_appended()
         except OSError as error:
             if read_only:
-                raise unreadable(path, error) from None
+                raise read_error(path, error) from None
 
     def read_appended(self) -> None:
         """Take in events that another process has appended, except for an unfinished last line."""
@@ -4720,7 +4723,7 @@ class Autopilot:
         self._is_done = False
         self._messages_sent = 0             # to the agent, by any part of the run
         self._last_output = ""              # of the agent
-        self._doubts: list[str] | None = None   # about the last reply, if it was TASK_COMPLETE
+        self._doubts: list[str] | None = None   # about the last reply, a TASK_COMPLETE
         self._failures: collections.deque[str] = collections.deque(maxlen=self.MAX_SAME_FAILURES)
         self._news = NewsDetector()
         self._turns_without_news = 0
@@ -5944,7 +5947,7 @@ _TOKEN_FORM = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>orchestrator</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style nonce="NONCE">:root { color-scheme: light dark; font: 20px/1.6 sans-serif; }
-  input, button { font: inherit; }</style>
+  main { max-width: 30rem; margin: 12vh auto; } input, button { font: inherit; }</style>
 <main><h1>Dashboard</h1><p>Missing or wrong token. Open the address that the orchestrator printed
 in the terminal, or paste that address or its token here.</p><form><label>Token
 <input name="token" autocomplete="off" required autofocus></label> <button>Open</button></form>
@@ -7093,7 +7096,7 @@ def run(config: Config, workspace: Workspace, get_task: Callable[[], str] | None
     Raises OrchestratorError or Interrupted if the run does not succeed.
     """
     is_chat = get_task is None
-    model = None if is_chat or demo_model else make_model(config)
+    client = None if is_chat or demo_model else make_model(config)
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(SignalHandler())
         config = stack.enter_context(hold_session(config, workspace, resume))
@@ -7102,9 +7105,9 @@ def run(config: Config, workspace: Workspace, get_task: Callable[[], str] | None
         agent.tmux.check_version()
         agent.check_installed()
         agent.find_session()
-        if model:
+        if client:
             with contextlib.suppress(TransientError):   # an outage may be over by the first call
-                print_error(model.check_access().warning)
+                print_error(client.check_access().warning)
         task = ""
         if get_task:
             task = str(history[0]["task"]) if history else get_task()
@@ -7128,9 +7131,10 @@ def run(config: Config, workspace: Workspace, get_task: Callable[[], str] | None
         else:
             if config.notify_cmd:
                 journal.subscribe(functools.partial(notify, config, workspace, path))
-            run_autopilot(config, workspace, agent, demo_model or make_model(
-                config, publish=journal.publish, session_id=path.stem), journal, task, history,
-                sys.stderr if as_json else sys.stdout)
+            model = demo_model or make_model(
+                config, publish=journal.publish, session_id=path.stem)
+            stream = sys.stderr if as_json else sys.stdout
+            run_autopilot(config, workspace, agent, model, journal, task, history, stream)
     return 0
 
 
